@@ -1,0 +1,217 @@
+"""What a network is made of, in Hugging Face's own words (`config.json`).
+
+Supported architectures: deepseek_v3 (V3, R1), deepseek_v2 (V2, V2-Lite), qwen2 and llama (the
+R1-Distill family, SmolLM2). Field names are those of the releases.
+"""
+
+import json
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from rorqual.errors import UserError
+
+ARCHITECTURES = {
+    "deepseek_v3": "DeepseekV3ForCausalLM",
+    "deepseek_v2": "DeepseekV2ForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "llama": "LlamaForCausalLM",
+}
+MLA_FIELDS = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+MOE_FIELDS = ("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes and choices of one network. Raises UserError when they cannot be built."""
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int | None = None  # grouped-query attention; None: one per head
+    head_dim: int | None = None  # grouped-query attention; None: hidden_size / heads
+    attention_bias: bool = False  # q, k, v (and o in llama); always on q, k, v in qwen2
+    mlp_bias: bool = False
+    tie_word_embeddings: bool = False
+    max_position_embeddings: int = 4096
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.006  # V3 §4.2
+    rope_theta: float = 10000.0
+    rope_scaling: dict[str, Any] | None = None  # yarn, llama3 or linear, as in the releases
+    rope_interleave: bool = True  # pairs (0,1),(2,3)… as released by DeepSeek; False: two halves
+    # Multi-head latent attention (V2 §2.1)
+    q_lora_rank: int | None = None
+    kv_lora_rank: int | None = None
+    qk_nope_head_dim: int | None = None
+    qk_rope_head_dim: int | None = None
+    v_head_dim: int | None = None
+    # Mixture of experts (DeepSeekMoE; V3 §2.1.2)
+    n_routed_experts: int | None = None
+    n_shared_experts: int | None = None
+    num_experts_per_tok: int | None = None
+    moe_intermediate_size: int | None = None
+    first_k_dense_replace: int = 0
+    moe_layer_freq: int = 1
+    n_group: int | None = None
+    topk_group: int | None = None
+    scoring_func: str | None = None  # sigmoid (V3) or softmax (V2)
+    topk_method: str | None = None  # noaux_tc (V3), greedy or group_limited_greedy (V2)
+    norm_topk_prob: bool | None = None
+    routed_scaling_factor: float = 1.0
+    num_nextn_predict_layers: int = 0  # depth of multi-token prediction (V3 §2.2)
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.model_type not in ARCHITECTURES:
+            raise UserError(
+                f"model_type {self.model_type!r} is not supported; choose one of {', '.join(ARCHITECTURES)}"
+            )
+        deepseek = self.model_type.startswith("deepseek")
+        v3 = self.model_type == "deepseek_v3"
+        defaults: dict[str, Any] = {
+            "num_key_value_heads": self.num_attention_heads,
+            "head_dim": self.qk_rope_head_dim if deepseek else self.hidden_size // max(1, self.num_attention_heads),
+        }
+        if deepseek:
+            defaults |= {
+                "n_group": 1,
+                "topk_group": 1,
+                "n_shared_experts": 0,
+                "scoring_func": "sigmoid" if v3 else "softmax",
+                "topk_method": "noaux_tc" if v3 else "greedy",
+                "norm_topk_prob": v3,
+            }
+        for name, value in defaults.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        self._check()
+
+    def _check(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.type in ("int", int) and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+                raise UserError(f"model.{f.name} = {value!r}: must be a whole number ≥ 0")
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
+            if getattr(self, name) < 1:
+                raise UserError(f"model.{name} = {getattr(self, name)}: must be at least 1")
+        if self.is_mla:
+            missing = [n for n in MLA_FIELDS if not getattr(self, n)]
+            if missing:
+                raise UserError(f"model.{missing[0]} is missing: {self.model_type} needs {', '.join(MLA_FIELDS)}")
+            rope_dim, rope_name = self.qk_rope_head_dim, "qk_rope_head_dim"
+        else:
+            if self.num_attention_heads % self.num_key_value_heads:
+                raise UserError(
+                    f"model.num_key_value_heads = {self.num_key_value_heads}: must divide "
+                    f"num_attention_heads = {self.num_attention_heads}"
+                )
+            rope_dim, rope_name = self.head_dim, "head_dim"
+        if rope_dim < 2 or rope_dim % 2:
+            raise UserError(f"model.{rope_name} = {rope_dim}: rotary embedding needs an even number ≥ 2")
+        if self.n_routed_experts:
+            self._check_experts()
+
+    def _check_experts(self) -> None:
+        missing = [n for n in MOE_FIELDS if not getattr(self, n)]
+        if missing:
+            raise UserError(f"model.{missing[0]} is missing: a mixture of experts needs {', '.join(MOE_FIELDS)}")
+        experts, groups = self.n_routed_experts, self.n_group
+        if experts % groups:
+            raise UserError(f"model.n_group = {groups}: must divide n_routed_experts = {experts}")
+        if self.topk_group > groups:
+            raise UserError(f"model.topk_group = {self.topk_group}: must be at most n_group = {groups}")
+        if self.num_experts_per_tok > self.topk_group * (experts // groups):
+            raise UserError(
+                f"model.num_experts_per_tok = {self.num_experts_per_tok}: only "
+                f"{self.topk_group * (experts // groups)} experts are within the {self.topk_group} groups kept"
+            )
+        if self.scoring_func not in ("sigmoid", "softmax"):
+            raise UserError(f"model.scoring_func = {self.scoring_func!r}: must be 'sigmoid' or 'softmax'")
+        if self.topk_method not in ("noaux_tc", "greedy", "group_limited_greedy"):
+            raise UserError(
+                f"model.topk_method = {self.topk_method!r}: must be 'noaux_tc', 'greedy' or 'group_limited_greedy'"
+            )
+
+    @property
+    def is_mla(self) -> bool:
+        return self.model_type.startswith("deepseek")
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        eos = self.eos_token_id
+        return () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
+
+    def is_moe_layer(self, layer: int) -> bool:
+        """Whether layer `layer` has experts; layers past the last are multi-token modules (always experts)."""
+        if not self.n_routed_experts:
+            return False
+        return layer >= self.first_k_dense_replace and layer % self.moe_layer_freq == 0
+
+    def replace(self, **changes: Any) -> "ModelConfig":
+        return replace(self, **changes)
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any], source: str = "config.json") -> "ModelConfig":
+        """Read a Hugging Face config; keys that do not shape the network are passed over."""
+        raw = dict(raw)
+        model_type = raw.get("model_type")
+        if model_type not in ARCHITECTURES:
+            raise UserError(
+                f"{source}: model_type {model_type!r} is not supported; choose one of {', '.join(ARCHITECTURES)}"
+            )
+        rope = raw.pop("rope_parameters", None)  # transformers 5 keeps theta and scaling together
+        if isinstance(rope, dict):
+            rope = dict(rope)
+            raw["rope_theta"] = rope.pop("rope_theta", raw.get("rope_theta", 10000.0))
+            raw.setdefault("rope_scaling", rope if rope.get("rope_type", "default") != "default" else None)
+        scaling = raw.get("rope_scaling")
+        if isinstance(scaling, dict):
+            scaling = dict(scaling)
+            scaling["rope_type"] = scaling.pop("type", scaling.get("rope_type"))
+            raw["rope_scaling"] = scaling
+        if model_type in ("qwen2",):
+            raw["attention_bias"] = True
+        if not model_type.startswith("deepseek"):
+            raw["rope_interleave"] = False
+        names = {f.name for f in fields(cls)}
+        required = [n for n in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                                "num_attention_heads") if n not in raw]  # fmt: skip
+        if required:
+            raise UserError(f"{source}: {required[0]} is missing")
+        raw.setdefault("initializer_range", 0.02)
+        try:
+            return cls(**{k: v for k, v in raw.items() if k in names})
+        except UserError as e:
+            raise UserError(f"{source}: {e}") from None
+        except TypeError as e:
+            raise UserError(f"{source}: a field has the wrong type ({e})") from None
+
+    @classmethod
+    def load(cls, directory: str | Path) -> "ModelConfig":
+        path = Path(directory) / "config.json"
+        try:
+            raw = json.loads(path.read_text())
+        except FileNotFoundError:
+            raise UserError(f"{path} does not exist; a model is a directory with config.json in it") from None
+        except (ValueError, UnicodeDecodeError) as e:
+            raise UserError(f"{path} is not valid JSON ({e}); restore the file from its source") from None
+        if not isinstance(raw, dict):
+            raise UserError(f"{path} must hold a JSON object, not a {type(raw).__name__}")
+        return cls.from_dict(raw, str(path))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The Hugging Face `config.json` of this network."""
+        out: dict[str, Any] = {"architectures": [ARCHITECTURES[self.model_type]]}
+        out |= {k: v for k, v in asdict(self).items() if v is not None}
+        out |= {"hidden_act": "silu", "use_cache": True}
+        if not self.is_mla:
+            out.pop("rope_interleave")
+        if not self.n_routed_experts:
+            for name in ("n_shared_experts", "n_group", "topk_group", "scoring_func", "topk_method"):
+                out.pop(name, None)
+        return out
