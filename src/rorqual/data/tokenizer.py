@@ -1,0 +1,143 @@
+"""Byte-level BPE (Sennrich et al. 2016; Radford et al. 2019), trained here or read from a Hugging Face directory."""
+
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rorqual.errors import UserError
+from rorqual.recipe import TokenizerSection
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+END_OF_TEXT = "<|endoftext|>"
+FIM_TOKENS = ("<|fim_begin|>", "<|fim_hole|>", "<|fim_end|>")
+
+# Words with their leading space, runs of at most three digits, one other symbol, white space (which leaves its
+# last space to the word that follows, as GPT-2 does).
+PATTERN = r" ?\p{L}+|\p{N}{1,3}|[^\s\p{L}\p{N}]|\s+(?!\S)|\s+"
+# The same with digits apart, so that training learns no merge of digits when whole numbers bring their own.
+PATTERN_APART = r" ?\p{L}+|\p{N}|[^\s\p{L}\p{N}]|\s+(?!\S)|\s+"
+
+CHAT_TEMPLATE = """\
+{%- for message in messages %}
+{{- '<|' + message['role'] + '|>' + message['content'] }}
+{%- if message['role'] == 'assistant' %}{{- eos_token }}{% endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|assistant|>' }}{% endif %}"""
+
+
+def train_tokenizer(texts: Iterable[str], section: TokenizerSection, fim: bool = False) -> "PreTrainedTokenizerFast":
+    """Train byte-level BPE to at most `section.vocab_size` tokens, special ones included.
+
+    Every text is encodable and decodes to itself. Integers below `section.whole_numbers` are one token each.
+    Special tokens come first, `<|endoftext|>` (end and padding) being token 0; `fim` adds those of
+    fill-in-the-middle. Those written `<|…|>` are left out by `decode(…, skip_special_tokens=True)`; others,
+    such as `<think>`, stay in the text, as in R1's release. Raises UserError when the vocabulary cannot hold
+    what is asked for, or there is no text.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    special = list(dict.fromkeys([END_OF_TEXT, *section.special_tokens, *(FIM_TOKENS if fim else ())]))
+    if "" in special:
+        raise UserError("tokenizer.special_tokens holds an empty string; remove it")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    number_merges = _number_merges(section.whole_numbers)
+    fixed = len(special) + len(alphabet) + len(number_merges)
+    if fixed > section.vocab_size:
+        raise UserError(
+            f"tokenizer.vocab_size = {section.vocab_size}: must be at least {fixed} for {len(special)} special tokens, "
+            f"{len(alphabet)} bytes and {len(number_merges)} whole numbers"
+        )
+
+    def steps(pattern: str) -> "pre_tokenizers.PreTokenizer":
+        split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+        return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+    learner = Tokenizer(models.BPE())
+    learner.pre_tokenizer = steps(PATTERN_APART if number_merges else PATTERN)
+    trainer = trainers.BpeTrainer(
+        vocab_size=section.vocab_size - len(number_merges) - len(special),
+        initial_alphabet=alphabet,
+        show_progress=sys.stderr.isatty(),
+    )
+    learner.train_from_iterator(_some(texts), trainer)
+    learnt = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
+    # Number merges touch digits only and learnt merges then never do, so neither disturbs the other.
+    merges = number_merges + learnt
+    tokens = dict.fromkeys([*special, *alphabet, *(left + right for left, right in merges)])
+    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
+    tokenizer.pre_tokenizer = steps(PATTERN)
+    tokenizer.decoder = decoders.ByteLevel()
+    return _finish(tokenizer, special)
+
+
+def _some(texts: Iterable[str]) -> Iterable[str]:
+    seen = False
+    for text in texts:
+        seen = seen or bool(text)
+        yield text
+    if not seen:
+        raise UserError("the tokenizer was given no text to learn from; check data.sources")
+
+
+def _finish(tokenizer, special: list[str]) -> "PreTrainedTokenizerFast":
+    from tokenizers import AddedToken
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer.add_special_tokens([AddedToken(t, normalized=False) for t in special if _is_control(t)])
+    tokenizer.add_tokens([AddedToken(t, normalized=False, special=False) for t in special if not _is_control(t)])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=END_OF_TEXT,
+        pad_token=END_OF_TEXT,
+        clean_up_tokenization_spaces=False,
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def _is_control(token: str) -> bool:
+    return token.startswith("<|") and token.endswith("|>")
+
+
+def _number_merges(count: int) -> list[tuple[str, str]]:
+    """Merges that make each of the integers 0..count-1 one token: pairs of digits first, then triples.
+
+    Within `abc` both `ab` and `bc` may be merges; BPE takes the one of lower rank, the left one on a tie. Pairs
+    are ranked by value, so which of them is taken is known, and the triple is built from it.
+    """
+    merges = [(str(n // 10), str(n % 10)) for n in range(10, min(count, 100))]
+    for n in range(100, count):
+        left, right = n // 10, n % 100  # ab, bc; a right pair below 10 would start with 0, which no merge does
+        merges.append((str(left), str(n % 10)) if right < 10 or left <= right else (str(n // 100), str(right)))
+    return merges
+
+
+def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerFast":
+    """The tokenizer of a Hugging Face directory (`tokenizer.json`, with its configuration and chat template).
+
+    Raises UserError when it is missing or cannot be read.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    file = Path(path) / "tokenizer.json"
+    if not file.is_file():
+        raise UserError(f"{file} does not exist; give a directory that holds a tokenizer.json")
+    try:
+        # Not AutoTokenizer: for some architectures it rebuilds the pre-tokenizer and so changes the tokens.
+        return PreTrainedTokenizerFast.from_pretrained(str(path), local_files_only=True)
+    except Exception as e:  # tokenizers raises bare Exception for malformed files
+        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise UserError(f"{file} or the files beside it cannot be read ({reason}); restore them from the source") from e
+
+
+def save_tokenizer(tokenizer: "PreTrainedTokenizerFast", path: str | Path) -> None:
+    """Write `tokenizer.json`, `tokenizer_config.json` and, if there is one, `chat_template.jinja` into `path`."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        tokenizer.save_pretrained(str(path))
+    except Exception as e:  # the Rust side reports a full disk as a bare Exception
+        raise UserError(f"{path}: the tokenizer cannot be written ({e}); free space or choose another place") from e
