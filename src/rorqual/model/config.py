@@ -209,7 +209,9 @@ class ModelConfig:
         out: dict[str, Any] = {"architectures": [ARCHITECTURES[self.model_type]]}
         out |= {k: v for k, v in asdict(self).items() if v is not None}
         out |= {"hidden_act": "silu", "use_cache": True}
-        if not self.is_mla:
+        if self.is_mla:
+            out["q_lora_rank"] = self.q_lora_rank  # null has a meaning: queries without a low rank
+        else:
             out.pop("rope_interleave")
         if not self.n_routed_experts:
             for name in ("n_shared_experts", "n_group", "topk_group", "scoring_func", "topk_method"):

@@ -1,0 +1,135 @@
+"""Log-likelihood of targets under a linear head, without ever holding all logits.
+
+The logits of N tokens over V words are N·V numbers: 2 GB at V3's vocabulary (129 280) and 4096 tokens. Here
+they are made a chunk of tokens at a time, so memory does not grow with N·V. Products run in the dtype of the
+head, softmax and sums in fp32. Each function has a plain reference below with the same signature.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn.functional import log_softmax
+
+CHUNK_BYTES = 64 << 20  # of fp32 logits held at once
+CHUNK_ROWS = 1024  # more rows make the product no faster, but push a small vocabulary's logits out of the cache
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor) -> Tensor:
+    """Σ wᵢ·(−log p(targetᵢ)) in nats, an fp32 scalar with gradients for `hidden` and `weight`.
+
+    hidden [N, D], weight [V, D], targets [N] int64, token_weights [N] (constants). Tokens of weight 0 are
+    skipped, whatever their target. The gradients are made in the forward pass, while the logits are there.
+    """
+    wanted = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    return _LinearCrossEntropy.apply(hidden, weight, targets, token_weights, wanted)
+
+
+def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """log p(targetᵢ) and the entropy of each prediction in nats, at a sampling temperature; both fp32 [N].
+
+    hidden [N, D], weight [V, D], targets [N] int64. The first is differentiable (logits are made again, chunk
+    by chunk, in the backward pass); the entropy is detached.
+    """
+    return _TokenLogprobs.apply(hidden, weight, targets, temperature)
+
+
+def linear_cross_entropy_reference(hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor) -> Tensor:
+    """`linear_cross_entropy` as the equation is written, holding all logits."""
+    logp = log_softmax((hidden @ weight.T).float(), dim=-1)
+    kept = token_weights != 0
+    nll = -logp.gather(1, targets.where(kept, 0)[:, None])[:, 0]
+    return (nll * token_weights).where(kept, 0.0).sum()
+
+
+def token_logprobs_reference(
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """`token_logprobs` as the equation is written, holding all logits."""
+    logp = log_softmax((hidden @ weight.T).float() / temperature, dim=-1)
+    return logp.gather(1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(-1).detach()
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, token_weights, wanted):
+        gradients = _Gradients(hidden, weight) if wanted else None
+        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        for rows in _chunks(token_weights.nonzero()[:, 0], weight):
+            inputs, target, share = hidden[rows].to(weight.dtype), targets[rows, None], token_weights[rows].float()
+            logp = log_softmax((inputs @ weight.T).float(), dim=-1)
+            loss -= logp.gather(1, target)[:, 0] @ share
+            if gradients is not None:
+                slope = logp.exp_()  # ∂loss/∂logits = w·(p − onehot)
+                slope.scatter_add_(1, target, slope.new_full((1, 1), -1.0).expand_as(target))
+                gradients.add(slope.mul_(share[:, None]), rows, inputs)
+        ctx.gradients = gradients
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad):
+        if ctx.gradients is None:
+            raise RuntimeError("linear_cross_entropy: a second backward pass would need its gradients made again")
+        gradients, ctx.gradients = ctx.gradients, None
+        return *gradients.scaled(grad), None, None, None
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, temperature):
+        logprobs = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        entropy = torch.empty_like(logprobs)
+        for rows in _chunks(torch.arange(len(hidden), device=hidden.device), weight):
+            logits = (hidden[rows].to(weight.dtype) @ weight.T).float().div_(temperature)
+            logp = log_softmax(logits, dim=-1)
+            del logits
+            logprobs[rows] = logp.gather(1, targets[rows, None])[:, 0]
+            entropy[rows] = torch.linalg.vecdot(logp.exp(), logp).neg_()
+        ctx.save_for_backward(hidden, weight, targets)
+        ctx.temperature = temperature
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        hidden, weight, targets = ctx.saved_tensors
+        gradients = _Gradients(hidden, weight)
+        for rows in _chunks(grad.nonzero()[:, 0], weight):
+            inputs, target, share = hidden[rows].to(weight.dtype), targets[rows, None], grad[rows] / ctx.temperature
+            logits = (inputs @ weight.T).float().div_(ctx.temperature)
+            slope = torch.softmax(logits, dim=-1)
+            del logits
+            slope.scatter_add_(1, target, slope.new_full((1, 1), -1.0).expand_as(target))
+            gradients.add(slope.mul_(-share[:, None]), rows, inputs)
+        return *gradients.scaled(None), None, None
+
+
+class _Gradients:
+    """Gradients of `hidden` (in its dtype) and `weight` (summed over chunks in fp32), where they are wanted."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor):
+        self.matrix = weight
+        self.hidden = torch.zeros_like(hidden) if hidden.requires_grad else None
+        self.weight = torch.zeros_like(weight, dtype=torch.float32) if weight.requires_grad else None
+
+    def add(self, slope: Tensor, rows: Tensor, inputs: Tensor) -> None:
+        """Account for ∂loss/∂logits = `slope` [n, V] of the tokens `rows` [n], whose head inputs are [n, D]."""
+        slope = slope.to(self.matrix.dtype)
+        if self.hidden is not None:
+            self.hidden[rows] = (slope @ self.matrix).to(self.hidden.dtype)
+        if self.weight is None:
+            return
+        if slope.dtype == torch.float32:
+            self.weight.addmm_(slope.T, inputs)
+        else:
+            self.weight += slope.T @ inputs
+
+    def scaled(self, factor: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        found = (self.hidden, self.weight)
+        if factor is not None:
+            found = tuple(None if g is None else g.mul_(factor) for g in found)
+        return found[0], None if found[1] is None else found[1].to(self.matrix.dtype)
+
+
+def _chunks(rows: Tensor, weight: Tensor) -> Iterator[Tensor]:
+    return iter(rows.split(max(1, min(CHUNK_ROWS, CHUNK_BYTES // (4 * len(weight))))))

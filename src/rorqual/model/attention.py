@@ -1,0 +1,129 @@
+"""Attention: multi-head latent (V2 §2.1, V3 §2.1.1) and grouped-query.
+
+Shapes: B batch, T new tokens, S tokens attended to, H heads, G key/value heads, D hidden; C latent (kv_lora_rank),
+N / R query-key width without / with rotary embedding, V value width. A mask is bool [B, 1, T, S], true where a
+query may look; None is causal. A cache, when given, keeps what a layer hands it and gives back the whole past:
+`cache.append(layer, a [B, T, …], b [B, T, …]) -> (a [B, S, …], b [B, S, …])`.
+"""
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rorqual.model.config import ModelConfig
+from rorqual.model.layers import RMSNorm
+from rorqual.model.rope import rotate, softmax_scale
+
+LATENT_NORM_EPS = 1e-6  # the release's, whatever rms_norm_eps says
+
+
+class Cache(Protocol):
+    def append(self, layer: int, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """softmax(q·kᵀ·scale)·v for q, k [B, T or S, H, ·] and v [B, S, H, V] → [B, T, H, V]."""
+    width = v.shape[-1]
+    if width < q.shape[-1]:  # torch's fused CPU kernel wants equal widths; zero columns change nothing
+        v = F.pad(v, (0, q.shape[-1] - width))
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    causal = mask is None and q.shape[2] > 1
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
+    return out.transpose(1, 2)[..., :width]
+
+
+class MultiHeadLatentAttention(nn.Module):
+    """Keys and values of all heads come from one latent of C numbers a token, which is all a cache must hold."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.interleave = layer, config.rope_interleave
+        self.H, self.C = config.num_attention_heads, config.kv_lora_rank
+        self.N, self.R, self.V = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
+        self.scale = softmax_scale(config)
+        hidden, bias, queries = config.hidden_size, config.attention_bias, self.H * (self.N + self.R)
+        if config.q_lora_rank:
+            self.q_a_proj = nn.Linear(hidden, config.q_lora_rank, bias=bias)
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank, LATENT_NORM_EPS)
+            self.q_b_proj = nn.Linear(config.q_lora_rank, queries, bias=False)
+        else:
+            self.q_proj = nn.Linear(hidden, queries, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(hidden, self.C + self.R, bias=bias)
+        self.kv_a_layernorm = RMSNorm(self.C, LATENT_NORM_EPS)
+        self.kv_b_proj = nn.Linear(self.C, self.H * (self.N + self.V), bias=False)
+        self.o_proj = nn.Linear(self.H * self.V, hidden, bias=bias)
+
+    def forward(
+        self, x: Tensor, table: tuple[Tensor, Tensor], mask: Tensor | None = None, cache: Cache | None = None
+    ) -> Tensor:
+        q = self.q_proj(x) if hasattr(self, "q_proj") else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+        q_nope, q_rope = q.unflatten(-1, (self.H, self.N + self.R)).split((self.N, self.R), dim=-1)
+        q_rope = rotate(q_rope, table, self.interleave)
+        latent, k_rope = self.kv_a_proj_with_mqa(x).split((self.C, self.R), dim=-1)
+        latent = self.kv_a_layernorm(latent)
+        k_rope = rotate(k_rope.unsqueeze(2), table, self.interleave).squeeze(2)
+        if cache is not None:
+            latent, k_rope = cache.append(self.layer, latent, k_rope)
+        absorb = cache is not None and x.shape[1] == 1
+        heads = (self.absorbed if absorb else self.expanded)(q_nope, q_rope, latent, k_rope, mask)
+        return self.o_proj(heads.flatten(2))
+
+    def expanded(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, mask: Tensor | None) -> Tensor:
+        """Training and prefill: every head's keys and values written out (V2 eq. 9–19) → [B, T, H, V]."""
+        k_nope, v = self.kv_b_proj(latent).unflatten(-1, (self.H, self.N + self.V)).split((self.N, self.V), dim=-1)
+        k_rope = k_rope.unsqueeze(2).expand(-1, -1, self.H, -1)
+        q, k = torch.cat([q_nope, q_rope], dim=-1), torch.cat([k_nope, k_rope], dim=-1)
+        return attend(q, k, v, mask, self.scale)
+
+    def absorbed(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, mask: Tensor | None) -> Tensor:
+        """Decode: the up-projections move to the query and the output (V2 §2.1.2), so heads read latents alone."""
+        w_k, w_v = self.kv_b_proj.weight.view(self.H, self.N + self.V, self.C).split((self.N, self.V), dim=1)
+        q_latent = torch.einsum("bthn,hnc->bthc", q_nope, w_k)
+        B, T = q_nope.shape[:2]
+        scores = torch.bmm(q_latent.reshape(B, T * self.H, self.C), latent.transpose(1, 2))
+        scores = torch.baddbmm(scores, q_rope.reshape(B, T * self.H, self.R), k_rope.transpose(1, 2))
+        scores = scores.float().mul_(self.scale).view(B, T, self.H, -1)
+        if mask is not None:
+            scores = scores.masked_fill_(~mask.transpose(1, 2), float("-inf"))
+        weights = scores.softmax(-1).to(latent.dtype).view(B, T * self.H, -1)
+        o_latent = torch.bmm(weights, latent).view(B, T, self.H, self.C)
+        return torch.einsum("bthc,hvc->bthv", o_latent, w_v)
+
+
+class GroupedQueryAttention(nn.Module):
+    """H query heads share G key/value heads (Ainslie et al. 2023); qwen2 has biases on q, k, v."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.interleave = layer, config.rope_interleave
+        self.H, self.G, self.W = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.scale = softmax_scale(config)
+        bias = config.attention_bias
+        self.q_proj = nn.Linear(config.hidden_size, self.H * self.W, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, self.G * self.W, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, self.G * self.W, bias=bias)
+        self.o_proj = nn.Linear(self.H * self.W, config.hidden_size, bias=bias and config.model_type == "llama")
+
+    def forward(
+        self, x: Tensor, table: tuple[Tensor, Tensor], mask: Tensor | None = None, cache: Cache | None = None
+    ) -> Tensor:
+        q = rotate(self.q_proj(x).unflatten(-1, (self.H, self.W)), table, self.interleave)
+        k = rotate(self.k_proj(x).unflatten(-1, (self.G, self.W)), table, self.interleave)
+        v = self.v_proj(x).unflatten(-1, (self.G, self.W))
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)
+        if x.shape[1] == 1 and cache is not None:
+            # Decode: the heads of a group stand in for query positions, so its keys are read once.
+            q = q.view(x.shape[0], self.G, self.H // self.G, self.W).transpose(1, 2)
+            heads = attend(q, k, v, mask, self.scale) if mask is not None else self._all(q, k, v)
+            heads = heads.transpose(1, 2)
+        else:
+            share = self.H // self.G
+            heads = attend(q, k.repeat_interleave(share, dim=2), v.repeat_interleave(share, dim=2), mask, self.scale)
+        return self.o_proj(heads.reshape(*x.shape[:2], self.H * self.W))
+
+    def _all(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        every = torch.ones(1, 1, 1, k.shape[1], dtype=torch.bool, device=k.device)
+        return attend(q, k, v, every, self.scale)

@@ -1,0 +1,126 @@
+"""Mixture of experts (DeepSeekMoE; V2 §2.2, V3 §2.1.2).
+
+N tokens, D hidden, E routed experts, K active a token, F expert width. No token is ever dropped.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rorqual.kernels.permute import combine, dispatch
+from rorqual.model.config import ModelConfig
+from rorqual.model.layers import SwiGLU
+
+
+@dataclass
+class Routing:
+    """What one layer's router did in one forward pass."""
+
+    load: Tensor  # [E] tokens sent to each expert
+    sequence_loss: Tensor  # scalar: the sequence-wise balance loss of V3 eq. 17–20, before its weight α
+
+
+class Router(nn.Module):
+    """Chooses K experts a token and how much each counts."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.K, self.E = config.num_experts_per_tok, config.n_routed_experts
+        self.groups, self.groups_kept = config.n_group, config.topk_group
+        self.method, self.scoring = config.topk_method, config.scoring_func
+        self.normalise, self.factor = config.norm_topk_prob, config.routed_scaling_factor
+        self.weight = nn.Parameter(torch.empty(self.E, config.hidden_size))
+        if self.method == "noaux_tc":
+            self.register_buffer("e_score_correction_bias", torch.zeros(self.E, dtype=torch.float32))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [N, D] → weights [N, K], chosen experts [N, K], scores [N, E]; all in FP32."""
+        logits = F.linear(x.float(), self.weight.float())
+        scores = logits.sigmoid() if self.scoring == "sigmoid" else logits.softmax(-1)
+        with torch.no_grad():
+            chosen = self._choose(scores).topk(self.K, dim=-1, sorted=False).indices
+        weights = scores.gather(1, chosen)
+        if self.normalise:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        return weights * self.factor, chosen, scores
+
+    def _choose(self, scores: Tensor) -> Tensor:
+        """Scores for choosing only: with the correction bias, and zero or -inf outside the best groups."""
+        biased = self.method == "noaux_tc"
+        if biased:
+            scores = scores + self.e_score_correction_bias  # V3 eq. 16: the bias never touches the weights
+        if self.groups_kept == self.groups or self.method == "greedy":
+            return scores
+        by_group = scores.unflatten(1, (self.groups, -1))
+        best = by_group.topk(2, dim=-1).values.sum(-1) if biased else by_group.amax(-1)
+        kept = torch.zeros_like(best, dtype=torch.bool).scatter_(1, best.topk(self.groups_kept, dim=-1).indices, True)
+        return by_group.masked_fill(~kept.unsqueeze(-1), float("-inf") if biased else 0.0).flatten(1)
+
+
+class Experts(nn.Module):
+    """E SwiGLU networks, stacked so that one grouped product does them all."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        E, D, F_ = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * F_, D))  # gate rows, then up rows
+        self.down_proj = nn.Parameter(torch.empty(E, D, F_))
+
+    def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+        """x [M, D] sorted by expert, expert e's rows ending at ends[e] → [M, D]."""
+        h = F.grouped_mm(x, self.gate_up_proj.transpose(1, 2), offs=ends)
+        gate, up = h.chunk(2, dim=-1)
+        return F.grouped_mm(F.silu(gate) * up, self.down_proj.transpose(1, 2), offs=ends)
+
+
+class TokenDispatcher(Protocol):
+    """Brings tokens to their experts and back; expert parallelism puts another in its place."""
+
+    def __call__(self, experts: Experts, x: Tensor, weights: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+class LocalDispatcher:
+    """All experts are here: sort the tokens by expert, run the grouped products, sort back and add up."""
+
+    def __call__(self, experts: Experts, x: Tensor, weights: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """→ output [N, D] and load [E]."""
+        E = experts.down_proj.shape[0]
+        flat = chosen.flatten()
+        order = flat.argsort(stable=True)
+        load = torch.bincount(flat, minlength=E)
+        y = experts(dispatch(x, order, chosen.shape[1]), load.cumsum(0).to(torch.int32))
+        return combine(y, weights, order), load
+
+
+class MixtureOfExperts(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate = Router(config)
+        self.experts = Experts(config)
+        self.dispatcher: TokenDispatcher = LocalDispatcher()
+        if config.n_shared_experts:
+            width = config.n_shared_experts * config.moe_intermediate_size
+            self.shared_experts = SwiGLU(config.hidden_size, width)
+
+    def forward(self, x: Tensor, routing: list[Routing] | None = None) -> Tensor:
+        flat = x.flatten(0, -2)
+        weights, chosen, scores = self.gate(flat)
+        out, load = self.dispatcher(self.experts, flat, weights, chosen)
+        if routing is not None:
+            routing.append(Routing(load, sequence_balance_loss(scores, chosen, x.shape[0])))
+        out = out.view_as(x)
+        return out + self.shared_experts(x) if hasattr(self, "shared_experts") else out
+
+
+def sequence_balance_loss(scores: Tensor, chosen: Tensor, sequences: int) -> Tensor:
+    """Σ_e f_e·P_e averaged over sequences (V3 eq. 17–20): scores [N, E], chosen [N, K], N = sequences · T."""
+    E = scores.shape[1]
+    shares = (scores / scores.sum(-1, keepdim=True)).unflatten(0, (sequences, -1)).mean(1)  # P [B, E]
+    counts = torch.zeros(sequences, E, device=scores.device)
+    rows = chosen.view(sequences, -1)
+    counts.scatter_add_(1, rows, torch.ones_like(rows, dtype=counts.dtype))
+    frequency = counts * (E / rows.shape[1])  # f = E/(K·T) · count
+    return (frequency * shares).sum(1).mean()

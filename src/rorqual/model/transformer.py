@@ -1,0 +1,152 @@
+"""The network: embedding, layers, norm, head, and the multi-token modules (V3 §2).
+
+B batch, T tokens, D hidden, V vocabulary.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from rorqual.model.attention import Cache, GroupedQueryAttention, MultiHeadLatentAttention
+from rorqual.model.config import ModelConfig
+from rorqual.model.layers import RMSNorm, SwiGLU
+from rorqual.model.moe import MixtureOfExperts, Routing
+from rorqual.model.rope import rope_frequencies, rope_table
+
+Table = tuple[Tensor, Tensor]
+
+
+class Layer(nn.Module):
+    """x + attention(norm(x)), then x + feed-forward(norm(x))."""
+
+    def __init__(self, config: ModelConfig, index: int) -> None:
+        super().__init__()
+        attention = MultiHeadLatentAttention if config.is_mla else GroupedQueryAttention
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = attention(config, index)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if config.is_moe_layer(index):
+            self.mlp: nn.Module = MixtureOfExperts(config)
+        else:
+            self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, config.mlp_bias)
+
+    def forward(
+        self, x: Tensor, table: Table, mask: Tensor | None, cache: Cache | None, routing: list[Routing] | None
+    ) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), table, mask, cache)
+        h = self.post_attention_layernorm(x)
+        return x + (self.mlp(h, routing) if isinstance(self.mlp, MixtureOfExperts) else self.mlp(h))
+
+
+class MultiTokenModule(Layer):
+    """Predicts one token further: the previous depth's state and the next token's embedding (V3 eq. 21–23).
+
+    Embedding and head are the main model's; `shared_head.norm` is its own, as in the release.
+    """
+
+    def __init__(self, config: ModelConfig, index: int) -> None:
+        super().__init__(config, index)
+        self.enorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.hnorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.eh_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
+        self.shared_head = nn.ModuleDict({"norm": RMSNorm(config.hidden_size, config.rms_norm_eps)})
+
+    def forward(  # type: ignore[override]
+        self, h: Tensor, embedded: Tensor, table: Table, mask: Tensor | None, cache: Cache | None,
+        routing: list[Routing] | None,
+    ) -> Tensor:  # fmt: skip
+        x = self.eh_proj(torch.cat([self.enorm(embedded), self.hnorm(h)], dim=-1))
+        return self.shared_head["norm"](super().forward(x, table, mask, cache, routing))
+
+
+class Decoder(nn.Module):
+    """What the releases call `model`: all but the output head."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        depth, ahead = config.num_hidden_layers, config.num_nextn_predict_layers
+        self.layers = nn.ModuleList(
+            [Layer(config, i) for i in range(depth)] + [MultiTokenModule(config, depth + k) for k in range(ahead)]
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class Transformer(nn.Module):
+    """A causal language model. Parameters are named as in the releases, routed experts stacked per layer."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.rope = rope_frequencies(config)
+        if self.head_weight.device.type != "meta":
+            self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Normal with the config's standard deviation; norms 1, biases 0 (V3 §4.2)."""
+        for name, p in self.named_parameters():
+            if p.ndim >= 2:
+                p.normal_(std=self.config.initializer_range)
+            else:
+                p.fill_(0.0 if name.endswith("bias") else 1.0)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """Output head [V, D]."""
+        return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+
+    def moe_layers(self) -> list[MixtureOfExperts]:
+        """Mixture-of-experts layers in the order in which `routing` fills."""
+        return [layer.mlp for layer in self.model.layers if isinstance(layer.mlp, MixtureOfExperts)]
+
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: Cache | None = None,
+        routing: list[Routing] | None = None,
+    ) -> Tensor:
+        """tokens [B, T] → hidden states after the last norm [B, T, D].
+
+        positions [B, T] default to 0…T-1; mask bool [B, 1, T, S], true where a token may look, defaults to causal;
+        `routing` collects one entry a mixture-of-experts layer.
+        """
+        x = self.model.embed_tokens(tokens)
+        table = self._table(tokens, positions, x.dtype)
+        for layer in self.model.layers[: self.config.num_hidden_layers]:
+            x = layer(x, table, mask, cache, routing)
+        return self.model.norm(x)
+
+    def logits(self, tokens: Tensor, **inputs: Tensor | Cache | None) -> Tensor:
+        """tokens [B, T] → [B, T, V]; takes forward's arguments."""
+        return nn.functional.linear(self(tokens, **inputs), self.head_weight)
+
+    def predict_ahead(
+        self,
+        hidden: Tensor,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        routing: list[Routing] | None = None,
+    ) -> list[Tensor]:
+        """Hidden states [B, T, D] of every multi-token depth k = 0, 1, …, whose position i predicts token i+2+k.
+
+        The last k+1 positions of depth k lack their input token and must carry no loss.
+        """
+        table = self._table(tokens, positions, hidden.dtype)
+        states = []
+        for module in self.model.layers[self.config.num_hidden_layers :]:
+            tokens = tokens.roll(-1, dims=1)
+            hidden = module(hidden, self.model.embed_tokens(tokens), table, mask, None, routing)
+            states.append(hidden)
+        return states
+
+    def _table(self, tokens: Tensor, positions: Tensor | None, dtype: torch.dtype) -> Table:
+        if positions is None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0)
+        frequencies, factor = self.rope
+        return rope_table(positions, frequencies.to(positions.device), factor, dtype)
