@@ -1,0 +1,141 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from rorqual.kernels import cross_entropy as ce
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(ce, "CHUNK_ROWS", 7)  # 50 tokens make eight chunks, the last one short
+
+
+def inputs(dtype=torch.float32, tokens=50, words=33, width=16):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(tokens, width, generator=generator).to(dtype).requires_grad_()
+    weight = (0.5 * torch.randn(words, width, generator=generator)).to(dtype).requires_grad_()
+    targets = torch.randint(words, (tokens,), generator=generator)
+    share = torch.randn(tokens, generator=generator)  # negative weights are allowed: advantages in RL
+    share[::3] = 0
+    return hidden, weight, targets, share
+
+
+def gradients(loss, *tensors):
+    return torch.autograd.grad(loss, tensors)
+
+
+def test_loss_and_gradients_match_reference():
+    hidden, weight, targets, share = inputs()
+    ours = ce.linear_cross_entropy(hidden, weight, targets, share)
+    plain = ce.linear_cross_entropy_reference(hidden, weight, targets, share)
+    torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-5)
+    # a factor on the loss must reach both gradients
+    for a, b in zip(gradients(ours * 3, hidden, weight), gradients(plain * 3, hidden, weight), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+def test_chunk_size_does_not_change_the_loss(monkeypatch):
+    hidden, weight, targets, share = inputs()
+    in_sevens = gradients(ce.linear_cross_entropy(hidden, weight, targets, share), hidden, weight)
+    monkeypatch.setattr(ce, "CHUNK_BYTES", 1)  # one token at a time
+    one_by_one = gradients(ce.linear_cross_entropy(hidden, weight, targets, share), hidden, weight)
+    for a, b in zip(in_sevens, one_by_one, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+def test_tokens_of_weight_zero_need_no_target():
+    hidden, weight, targets, share = inputs()
+    marked = targets.where(share != 0, -100)
+    assert ce.linear_cross_entropy(hidden, weight, marked, share) == ce.linear_cross_entropy(
+        hidden, weight, targets, share
+    )
+    none = ce.linear_cross_entropy(hidden, weight, marked, torch.zeros(50))
+    grad_hidden, grad_weight = gradients(none, hidden, weight)
+    assert none == 0
+    assert not grad_hidden.any()
+    assert not grad_weight.any()
+
+
+def test_bfloat16_stays_near_float32():
+    hidden, weight, targets, share = inputs(torch.bfloat16)
+    exact = [t.detach().float().requires_grad_() for t in (hidden, weight)]
+    ours = ce.linear_cross_entropy(hidden, weight, targets, share)
+    plain = ce.linear_cross_entropy_reference(*exact, targets, share)
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours, plain, atol=0.1, rtol=0.01)
+    for a, b in zip(gradients(ours, hidden, weight), gradients(plain, *exact), strict=True):
+        assert a.dtype == torch.bfloat16
+        torch.testing.assert_close(a.float(), b, atol=0.03, rtol=0.03)
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_only_wanted_gradients_are_made(frozen):
+    tensors = inputs()
+    tensors[frozen].requires_grad_(False)
+    loss = ce.linear_cross_entropy(*tensors)
+    ce.token_logprobs(*tensors[:3])[0].sum().add(loss).backward()
+    assert tensors[frozen].grad is None
+    assert tensors[1 - frozen].grad is not None
+
+
+def test_no_grad_makes_no_gradients(monkeypatch):
+    monkeypatch.setattr(ce, "_Gradients", None)  # would fail if called
+    with torch.no_grad():
+        assert ce.linear_cross_entropy(*inputs()).isfinite()
+
+
+def test_second_backward_is_refused():
+    hidden, *rest = inputs()
+    loss = ce.linear_cross_entropy(hidden, *rest)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="second backward"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_logprobs_and_entropy_match_reference(temperature):
+    hidden, weight, targets, share = inputs()
+    logprobs, entropy = ce.token_logprobs(hidden, weight, targets, temperature)
+    plain_logprobs, plain_entropy = ce.token_logprobs_reference(hidden, weight, targets, temperature)
+    torch.testing.assert_close(logprobs, plain_logprobs, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(entropy, plain_entropy, atol=1e-5, rtol=1e-5)
+    assert not entropy.requires_grad
+    ours = gradients(logprobs @ share, hidden, weight)
+    plain = gradients(plain_logprobs @ share, hidden, weight)
+    for a, b in zip(ours, plain, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+PEAK = """
+import json, resource, torch
+from rorqual.kernels.cross_entropy import linear_cross_entropy, token_logprobs
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+torch.set_num_threads(1)
+dtype = torch.{dtype}
+def run(tokens, words):
+    hidden = torch.randn(tokens, 64).to(dtype).requires_grad_()
+    weight = torch.randn(words, 64).to(dtype).requires_grad_()
+    before = peak()
+    if "{function}" == "loss":
+        linear_cross_entropy(hidden, weight, torch.arange(tokens), torch.ones(tokens)).backward()
+    else:
+        token_logprobs(hidden, weight, torch.arange(tokens))[0].sum().backward()
+    return peak() - before
+run(32, 2048)  # libraries load their code at first use
+print(json.dumps(run({tokens}, 129280)))
+"""
+
+
+@pytest.mark.parametrize(
+    ("function", "dtype", "tokens"),
+    [("loss", "float32", 4096), ("loss", "bfloat16", 1024), ("logprobs", "float32", 1024)],
+)
+def test_peak_memory_at_v3_vocabulary(function, dtype, tokens):
+    # Logits and their softmax would be 1.1 GB (1024 tokens) or 4.2 GB. Width 64 keeps the test short; at 256 the
+    # weight's own gradient takes 100 MB more, so this bound is 600 MB there.
+    code = PEAK.format(function=function, dtype=dtype, tokens=tokens)
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(out.stdout) < 500  # MB above weights and hidden states
