@@ -85,9 +85,7 @@ class Optimizer:
             self.masters[name] = p.detach().float()
             p.data = self.masters[name].to(compute_dtype) if is_converted(name, p) else self.masters[name]
         hidden = {n for n, w in self.masters.items() if section.name == "muon" and is_hidden_matrix(n, w)}
-        self.muon = Muon(
-            {n: w for n, w in self.masters.items() if n in hidden}, section.muon_lr, section.weight_decay
-        )
+        self.muon = Muon({n: w for n, w in self.masters.items() if n in hidden}, section.muon_lr, section.weight_decay)
         self.adamw = AdamW({n: w for n, w in self.masters.items() if n not in hidden}, section)
         self.grads: dict[str, Tensor] = {}
 
@@ -128,7 +126,8 @@ class Optimizer:
 
     def _write_back(self) -> None:
         apart = [n for n, p in self.parameters.items() if p.data_ptr() != self.masters[n].data_ptr()]
-        torch._foreach_copy_([self.parameters[n].data for n in apart], [self.masters[n] for n in apart])
+        if apart:
+            torch._foreach_copy_([self.parameters[n].data for n in apart], [self.masters[n] for n in apart])
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything a checkpoint needs: masters, moments, step counts and the model's buffers (not copied)."""
