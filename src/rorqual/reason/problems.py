@@ -1,0 +1,175 @@
+"""Problems with checkable answers, and the splits that keep training and test apart.
+
+A problem belongs to "train", "dev" or "test" by a hash of its key alone, so the split of a problem is the same
+in every stage, seed, prompt and family. The key is the sorted multiset of the integers in the question, or the
+normalised text where the integers belong to the wording: no multiset (or text) of one split occurs in another.
+"""
+
+import hashlib
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from string import Formatter
+from typing import Any, Literal
+
+from rorqual.errors import UserError
+
+Split = Literal["train", "dev", "test"]
+TRAIN, DEV = 0.8, 0.1  # shares of the keys; the rest is test
+CHUNK = 64  # candidates generated at once
+
+
+@dataclass(frozen=True)
+class Problem:
+    question: str  # as the model sees it, before the chat template
+    answer: str  # one right answer
+    key: str  # what decides the split
+    difficulty: str  # a label to group results by, e.g. "num_terms=3"; "" when the source has none
+    family: str  # the environment's name
+    metadata: dict[str, Any] = field(default_factory=dict, compare=False)
+
+    @property
+    def split(self) -> Split:
+        return split_of(self.key)
+
+
+def split_of(key: str) -> Split:
+    """80 % of the keys are train, 10 % dev, 10 % test, by SHA-256."""
+    share = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
+    return "train" if share < TRAIN else "dev" if share < TRAIN + DEV else "test"
+
+
+def number_key(numbers: Iterable[int]) -> str:
+    return " ".join(map(str, sorted(numbers)))
+
+
+def text_key(text: str) -> str:
+    return " ".join(text.lower().split())
+
+
+def integers(text: str) -> list[int]:
+    """The runs of digits in `text`, signs and decimal points apart."""
+    return [int(run) for run in re.findall(r"\d{1,4000}", text)]
+
+
+def extract_answer(text: str) -> str | None:
+    """What stands in the `<answer>…</answer>` that follows `</think>`; None unless there is exactly one."""
+    _, closed, rest = text.partition("</think>")
+    if not closed or "</think>" in rest:
+        return None
+    found = re.findall(r"<answer>(.*?)</answer>", rest, re.DOTALL)
+    return found[0].strip() if len(found) == 1 else None
+
+
+class PromptFormat:
+    """A recipe's `prompt`: a Python format string over a problem's fields, lists joined by spaces."""
+
+    def __init__(self, template: str, known: Iterable[str], environment: str) -> None:
+        self.template = template
+        known = sorted(known)
+        try:
+            names = [name for _, name, _, _ in Formatter().parse(template) if name is not None]
+        except ValueError as e:
+            raise UserError(f"environment {environment}: prompt {template!r} is not a format string ({e})") from None
+        for name in names:
+            if name not in known:
+                raise UserError(
+                    f"environment {environment}: prompt field {{{name}}} is unknown; use {', '.join(known)}"
+                )
+
+    def __call__(self, fields: dict[str, Any]) -> str:
+        joined = {k: " ".join(map(str, v)) if isinstance(v, list | tuple) else v for k, v in fields.items()}
+        return self.template.format_map(joined)
+
+
+class Environment(ABC):
+    """Gives problems and scores answers. Candidate `index` under `seed` is the same problem for ever."""
+
+    def __init__(self, family: str, weight: float) -> None:
+        self.family, self.weight = family, weight
+        self._chunks: dict[tuple[int, int], Future[list[Problem | None]]] = {}
+        self._ahead = ThreadPoolExecutor(1, thread_name_prefix=f"problems-{family}")
+        self._scores: dict[tuple[str, str], float] = {}
+
+    @abstractmethod
+    def candidate(self, seed: int, index: int) -> Problem | None:
+        """Problem number `index` of any split; None where the source yields nothing for it."""
+
+    @abstractmethod
+    def check(self, problem: Problem, answer: str) -> float:
+        """The source's own score of an answer, in [0, 1]."""
+
+    def candidate_count(self) -> int | None:
+        """How many candidates are distinct at most; None: no bound known."""
+        return None
+
+    def score(self, problem: Problem, answer: str | None) -> float:
+        """Score in [0, 1] of the extracted answer; no answer is worth 0. Cached."""
+        if answer is None or not answer.strip():
+            return 0.0
+        at = (problem.question, answer)
+        if at not in self._scores:
+            if len(self._scores) >= 100_000:
+                self._scores.clear()
+            self._scores[at] = min(1.0, max(0.0, float(self.check(problem, answer))))
+        return self._scores[at]
+
+    def correct(self, problem: Problem, answer: str | None) -> bool:
+        """Whether the answer gets the full score; partial credit is not correct."""
+        return self.score(problem, answer) >= 1.0
+
+    def stream(self, split: Split, seed: int, index: int = 0) -> "ProblemStream":
+        """Problems of a split without end (a small source repeats); resume with the `index` of an earlier stream."""
+        return ProblemStream(self, split, seed, index)
+
+    def problems(self, split: Split, n: int, seed: int = 0) -> list[Problem]:
+        """`n` distinct problems, the same for the same arguments. Raises UserError when fewer exist."""
+        found: dict[str, Problem] = {}
+        bound = self.candidate_count()
+        index = fresh = 0
+        # A source without a known bound counts as exhausted when this many candidates in a row bring nothing new:
+        # with K problems left undrawn of a split of share 0.1 the chance of a wrong stop is about e^-5.
+        while len(found) < n and index - fresh < 500 + 50 * len(found) and index != bound:
+            problem = self.chunked(seed, index)
+            index += 1
+            if problem is not None and problem.split == split and problem.question not in found:
+                found[problem.question] = problem
+                fresh = index
+        if len(found) < n:
+            raise UserError(
+                f"environment {self.family}: {n} distinct {split} problems were asked for but only {len(found)} exist; "
+                f"ask for fewer or widen its config"
+            )
+        return list(found.values())
+
+    def chunked(self, seed: int, index: int) -> Problem | None:
+        """`candidate`, generated a chunk ahead in the background: some generators take 0.3 s a problem."""
+        chunk = index // CHUNK
+        for wanted in (chunk, chunk + 1):
+            if (seed, wanted) not in self._chunks:
+                self._chunks[seed, wanted] = self._ahead.submit(self._generate, seed, wanted)
+        while len(self._chunks) > 16:
+            self._chunks.pop(next(iter(self._chunks)))
+        return self._chunks[seed, chunk].result()[index % CHUNK]
+
+    def _generate(self, seed: int, chunk: int) -> list[Problem | None]:
+        return [self.candidate(seed, index) for index in range(chunk * CHUNK, (chunk + 1) * CHUNK)]
+
+
+class ProblemStream(Iterator[Problem]):
+    """The problems of one split in order; `index` (the next candidate) is its whole state."""
+
+    def __init__(self, environment: Environment, split: Split, seed: int, index: int = 0) -> None:
+        self.environment, self.split, self.seed, self.index = environment, split, seed, index
+
+    def __next__(self) -> Problem:
+        for _ in range(10_000):
+            problem = self.environment.chunked(self.seed, self.index)
+            self.index += 1
+            if problem is not None and problem.split == self.split:
+                return problem
+        raise UserError(
+            f"environment {self.environment.family}: no {self.split} problem among 10000 candidates; widen its config"
+        )
