@@ -1,0 +1,25 @@
+"""Rorqual: train, sharpen and serve DeepSeek-style reasoning models on the hardware you have."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rorqual.data.tokenizer import load_tokenizer
+    from rorqual.model.checkpoint import load_model, save_model
+    from rorqual.model.config import ModelConfig
+
+__all__ = ["ModelConfig", "load_model", "load_tokenizer", "save_model"]
+
+_HOMES = {
+    "ModelConfig": "rorqual.model.config",
+    "load_model": "rorqual.model.checkpoint",
+    "load_tokenizer": "rorqual.data.tokenizer",
+    "save_model": "rorqual.model.checkpoint",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use, so that `import rorqual` and `rorqual --help` need not wait for torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'rorqual' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

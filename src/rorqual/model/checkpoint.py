@@ -1,0 +1,253 @@
+"""A model is a Hugging Face directory: config.json, *.safetensors, generation_config.json and a tokenizer.
+
+Tensor names are the releases'. In memory the routed experts of a layer are stacked and the multi-token modules
+share embedding and head with the main model; on disk every expert has its own tensors and every module its copy.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from rorqual.errors import UserError
+from rorqual.model.config import ModelConfig
+from rorqual.model.fp8 import SCALE_SUFFIX, block_size, expand, scale_shape
+from rorqual.model.shards import PIECE_BYTES, StoredTensor, read_header, write_shard
+from rorqual.model.transformer import Transformer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+EMBEDDING = "model.embed_tokens.weight"
+
+
+def release_tensors(model: Transformer) -> dict[str, Tensor]:
+    """Release name → the memory that holds it; experts are views of their stack, shared tensors appear twice."""
+    out: dict[str, Tensor] = {}
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        tensor = tensor.detach()
+        layer, _, stack = name.rpartition(".experts.")
+        if stack == "gate_up_proj":
+            for e, expert in enumerate(tensor):
+                gate, up = expert.chunk(2)
+                out[f"{layer}.experts.{e}.gate_proj.weight"] = gate
+                out[f"{layer}.experts.{e}.up_proj.weight"] = up
+        elif stack == "down_proj":
+            out |= {f"{layer}.experts.{e}.down_proj.weight": expert for e, expert in enumerate(tensor)}
+        else:
+            out[name] = tensor
+    return out | _shared_copies(model)
+
+
+def _shared_copies(model: Transformer) -> dict[str, Tensor]:
+    depth, ahead = model.config.num_hidden_layers, model.config.num_nextn_predict_layers
+    embedding, head = model.model.embed_tokens.weight.detach(), model.head_weight.detach()
+    copies = {}
+    for layer in range(depth, depth + ahead):
+        copies[f"model.layers.{layer}.embed_tokens.weight"] = embedding
+        copies[f"model.layers.{layer}.shared_head.head.weight"] = head
+    return copies
+
+
+def meta_model(config: ModelConfig) -> Transformer:
+    """The network without its numbers: for counting and checking."""
+    with torch.device("meta"):
+        return Transformer(config)
+
+
+def allocate(model: Transformer, dtype: torch.dtype, device: torch.device | str) -> None:
+    """Give a meta model uninitialised memory: parameters in `dtype`, buffers in their own."""
+    for module in model.modules():
+        for name, p in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(torch.empty_like(p, dtype=dtype, device=device)))
+        for name, b in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty_like(b, device=device))
+
+
+def load_model(path: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Transformer:
+    """Read a Hugging Face directory of a supported architecture, one piece of a tensor at a time.
+
+    `dtype` defaults to that of the stored embedding. Block-scaled FP8 weights are expanded. Multi-token modules
+    that config.json announces but the files lack (transformers drops them when it saves) are left out. Raises
+    UserError naming the file and the tensor that is missing, unexpected, misshapen or cut short.
+    """
+    path = Path(path)
+    config = ModelConfig.load(path)
+    stored = _stored_tensors(path)
+    if not any(name.startswith(f"model.layers.{config.num_hidden_layers}.") for name in stored):
+        config = config.replace(num_nextn_predict_layers=0)
+    last = f"model.layers.{config.num_hidden_layers - 1}.input_layernorm.weight"
+    if last not in stored:  # said before a network of that many layers is built
+        raise UserError(f"{path}: tensor {last} is missing, though config.json says {config.num_hidden_layers} layers")
+    block = block_size(json.loads((path / "config.json").read_text()), str(path / "config.json"))
+    model = meta_model(config)
+    optional = set(_shared_copies(model))
+    if config.tie_word_embeddings:
+        optional.add("lm_head.weight")
+    _check(path, release_tensors(model), stored, optional, block)
+    if dtype is None:
+        found = stored[EMBEDDING].dtype
+        dtype = found if found in (torch.float32, torch.bfloat16, torch.float16) else torch.bfloat16
+    allocate(model, dtype, device)
+    wanted = {name: t for name, t in release_tensors(model).items() if name not in optional}
+    for file in sorted({stored[name].path for name in wanted}):
+        with file.open("rb", buffering=0) as opened:
+            for name, target in wanted.items():
+                if stored[name].path == file:
+                    _copy(target, stored[name], opened, stored.get(name + SCALE_SUFFIX), block)
+    return model
+
+
+def _stored_tensors(path: Path) -> dict[str, StoredTensor]:
+    """All tensors of a directory that matter, over its shards."""
+    index = path / INDEX
+    if index.is_file():
+        try:
+            places = json.loads(index.read_text())["weight_map"]
+            files = sorted(set(places.values()))
+            tensors = {name: t for file in files for name, t in read_header(path / file).items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            raise UserError(f"{index} is not a valid index ({e}); restore the file from its source") from None
+        for name, file in places.items():
+            if name not in tensors or tensors[name].path.name != file:
+                raise UserError(f"{path / file}: tensor {name} is missing, though {INDEX} places it there")
+    elif (path / WEIGHTS).is_file():
+        tensors = read_header(path / WEIGHTS)
+    elif any(path.glob("pytorch_model*.bin")):
+        raise UserError(
+            f"{path} holds pickled weights (pytorch_model.bin), which can run code when read; convert them to "
+            f"{WEIGHTS} with transformers' save_pretrained"
+        )
+    else:
+        raise UserError(f"{path / WEIGHTS} does not exist; a model directory holds safetensors weights")
+    return {name: t for name, t in tensors.items() if ".rotary_emb." not in name}  # old releases keep RoPE's tables
+
+
+def _check(
+    path: Path, expected: dict[str, Tensor], stored: dict[str, StoredTensor], optional: set[str], block: tuple[int, int]
+) -> None:
+    for name, tensor in expected.items():
+        if name not in stored:
+            if name in optional:
+                continue
+            raise UserError(f"{path}: tensor {name} is missing; the files are incomplete or config.json is another's")
+        found = stored[name]
+        if found.shape != tensor.shape:
+            raise UserError(
+                f"{found.path}: tensor {name} has shape {list(found.shape)}, but config.json makes it "
+                f"{list(tensor.shape)}; use the config.json that belongs to these weights"
+            )
+        scale = stored.get(name + SCALE_SUFFIX)
+        if found.dtype == torch.float8_e4m3fn and scale is None:
+            raise UserError(f"{found.path}: tensor {name} is FP8 but {name + SCALE_SUFFIX} is missing")
+        if scale is not None and (tensor.ndim != 2 or scale.shape != scale_shape(found.shape, block)):
+            raise UserError(
+                f"{scale.path}: tensor {scale.name} has shape {list(scale.shape)}, which does not fit blocks of "
+                f"{block[0]}×{block[1]} of {list(found.shape)}"
+            )
+    for name, found in stored.items():
+        if name not in expected and name not in optional and name.removesuffix(SCALE_SUFFIX) not in expected:
+            raise UserError(f"{found.path}: tensor {name} is unexpected; config.json describes another network")
+
+
+def _copy(target: Tensor, stored: StoredTensor, file: Any, scale: StoredTensor | None, block: tuple[int, int]) -> None:
+    rows = max(1, PIECE_BYTES // max(1, stored.row_bytes))
+    scales = None
+    if scale is not None:
+        rows = -(-rows // block[0]) * block[0]
+        with scale.path.open("rb") as other:
+            scales = scale.read(other)
+    for first in range(0, stored.shape[0], rows):
+        piece = stored.read(file, first, first + rows)
+        if scales is not None:
+            piece = expand(piece, scales[first // block[0] : -(-(first + rows) // block[0])], block)
+        target[first : first + rows].copy_(piece)
+
+
+def save_model(
+    model: Transformer,
+    path: str | Path,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Write a Hugging Face directory that transformers and vLLM load too; each tensor in the dtype it has.
+
+    A new directory appears complete or not at all. In one that exists, files are replaced one by one, each whole,
+    and files of other names stay. Raises UserError when there is no room, having changed nothing.
+    """
+    path = Path(path)
+    temporary = path.parent / f".{path.name}.saving"
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)  # of a save that was killed
+        temporary.mkdir(parents=True)
+        _write_configs(model, temporary)
+        _write_weights(release_tensors(model), temporary, max_shard_bytes)
+        if tokenizer is not None:
+            _write_tokenizer(tokenizer, temporary)
+        _put_in_place(temporary, path)
+    except OSError as e:
+        reason = e.strerror or e
+        raise UserError(f"{path}: the model cannot be saved ({reason}); free space or choose another place") from e
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_configs(model: Transformer, path: Path) -> None:
+    config = model.config
+    dtype = str(model.head_weight.dtype).removeprefix("torch.")
+    _write_json(path / "config.json", config.to_dict() | {"torch_dtype": dtype})
+    tokens = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    _write_json(path / "generation_config.json", {name: t for name, t in tokens.items() if t is not None})
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def _write_weights(tensors: dict[str, Tensor], path: Path, max_shard_bytes: int) -> None:
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, t in tensors.items():
+        if shards[-1] and size + t.nbytes > max_shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = t
+        size += t.nbytes
+    if len(shards) == 1:
+        write_shard(path / WEIGHTS, shards[0])
+        return
+    places = {}
+    for i, shard in enumerate(shards, 1):
+        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        write_shard(path / file, shard)
+        places |= dict.fromkeys(shard, file)
+    total = sum(t.nbytes for t in tensors.values())
+    _write_json(path / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
+
+
+def _write_tokenizer(tokenizer: "PreTrainedTokenizerBase", path: Path) -> None:
+    try:
+        tokenizer.save_pretrained(str(path))
+    except Exception as e:  # the Rust side reports a full disk as a bare Exception
+        raise OSError(str(e)) from e
+
+
+def _put_in_place(temporary: Path, path: Path) -> None:
+    if not path.exists():
+        temporary.rename(path)
+    else:
+        new = {file.name for file in temporary.iterdir()}
+        old = {INDEX, *(file.name for file in path.glob("model*.safetensors"))}
+        for name in sorted(new, key=lambda n: n == INDEX):  # the index last, when all it names is there
+            os.replace(temporary / name, path / name)
+        for name in old - new:  # shards of a former layout
+            (path / name).unlink(missing_ok=True)
+    for place in (path, path.parent):
+        handle = os.open(place, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
