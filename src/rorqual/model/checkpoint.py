@@ -125,7 +125,8 @@ def _stored_tensors(path: Path) -> dict[str, StoredTensor]:
         )
     else:
         raise UserError(f"{path / WEIGHTS} does not exist; a model directory holds safetensors weights")
-    return {name: t for name, t in tensors.items() if ".rotary_emb." not in name}  # old releases keep RoPE's tables
+    # Old releases keep RoPE's tables; transformers writes shared experts of width 0 where there are none.
+    return {name: t for name, t in tensors.items() if ".rotary_emb." not in name and 0 not in t.shape}
 
 
 def _check(
