@@ -1,0 +1,171 @@
+"""What a network costs: parameters, FLOPs a token, memory in training. All computed from its sizes alone.
+
+Multi-token modules are counted apart, as the releases do (V3: 671 B, and 14 B for the module, 685 B on disk).
+"""
+
+from dataclasses import asdict, dataclass
+
+from rorqual.model.config import ModelConfig
+
+
+def parameters(config: ModelConfig) -> tuple[int, int]:
+    """(total, active per token), without multi-token modules.
+
+    Active are the weights a token is multiplied with: its experts and the head, not the embedding it looks up.
+    So counted V3 has 671.0 B and 36.6 B, V2 235.7 B and 20.9 B, V2-Lite 15.7 B and 2.5 B (published: 671 and 37,
+    236 and 21, 15.7 and 2.4).
+    """
+    table = config.vocab_size * config.hidden_size
+    total, active = _embedding(config) + config.hidden_size, table + config.hidden_size
+    for layer in range(config.num_hidden_layers):
+        stored, used = _layer(config, config.is_moe_layer(layer))
+        total, active = total + stored, active + used
+    return total, active
+
+
+def mtp_parameters(config: ModelConfig) -> int:
+    """Parameters the multi-token modules add to memory; embedding and head are shared (V3 §2.2)."""
+    moe = config.is_moe_layer(config.num_hidden_layers)
+    return config.num_nextn_predict_layers * (_layer(config, moe)[0] + _mtp_extra(config))
+
+
+def flops_per_token(config: ModelConfig, sequence_length: int, training: bool = True) -> float:
+    """FLOPs a token of a sequence of this length, multi-token modules left out: 2 a multiplied weight and token,
+    plus causal attention over half the sequence on average; training costs three forward passes.
+
+    At 4096 tokens, beside HW table 2: V3 250.5 (250), V2 155.3 (155), LLaMA-3.1-405B 2473 (2448), Qwen2.5-72B 445
+    (394, which is less than 6 FLOPs a parameter make by themselves) GFLOP.
+    """
+    head = config.vocab_size * config.hidden_size
+    forward = 2.0 * head
+    for layer in range(config.num_hidden_layers):
+        forward += _layer_flops(config, config.is_moe_layer(layer), sequence_length)
+    return forward * (3 if training else 1)
+
+
+def mtp_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
+    """What the multi-token modules add to a training token: a layer, a projection and the head again, each depth."""
+    moe = config.is_moe_layer(config.num_hidden_layers)
+    each = _layer_flops(config, moe, sequence_length)
+    each += 2.0 * config.hidden_size * (2 * config.hidden_size + config.vocab_size)
+    return 3 * config.num_nextn_predict_layers * each
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes in training, by what they hold."""
+
+    weights: int
+    masters: int
+    gradients: int
+    moments: int
+    ema: int
+    activations: int
+    loss: int
+
+    @property
+    def total(self) -> int:
+        return sum(asdict(self).values())
+
+
+def memory(
+    config: ModelConfig,
+    tokens: int,
+    *,
+    dtype: str = "float32",
+    optimizer: str = "adamw",
+    ema: bool = False,
+) -> Memory:
+    """Memory of training with `tokens` in a forward pass, activations kept for the backward.
+
+    Gradients, moments and masters are FP32; Muon keeps one moment of hidden matrices, AdamW two of everything.
+    """
+    count = parameters(config)[0] + mtp_parameters(config)
+    size = 2 if dtype == "bfloat16" else 4
+    outside = _embedding(config)
+    depth = config.num_hidden_layers + config.num_nextn_predict_layers
+    kept = sum(_activations(config, config.is_moe_layer(layer), size) for layer in range(depth))
+    kept += config.num_nextn_predict_layers * 6 * config.hidden_size * size
+    head = config.vocab_size * config.hidden_size
+    return Memory(
+        weights=count * size,
+        masters=0 if size == 4 else count * 4,
+        gradients=count * 4,
+        moments=8 * count if optimizer == "adamw" else 8 * outside + 4 * (count - outside),
+        ema=4 * count if ema else 0,
+        activations=tokens * kept,
+        # A chunk of logits with its softmax, and the head's gradient in FP32 (kernels/cross_entropy.py).
+        loss=3 * min(64 << 20, 4 * tokens * config.vocab_size) + 4 * head + tokens * config.hidden_size * size,
+    )
+
+
+def _embedding(config: ModelConfig) -> int:
+    return config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
+
+
+def _attention(config: ModelConfig) -> int:
+    D, H = config.hidden_size, config.num_attention_heads
+    if config.is_mla:
+        queries = H * (config.qk_nope_head_dim + config.qk_rope_head_dim)
+        C, values = config.kv_lora_rank, H * config.v_head_dim
+        low = config.q_lora_rank
+        count = D * low + low + low * queries if low else D * queries
+        count += D * (C + config.qk_rope_head_dim) + C
+        count += C * (H * config.qk_nope_head_dim + values) + values * D
+        if config.attention_bias:
+            count += (low or 0) + C + config.qk_rope_head_dim + D
+        return count
+    queries, keys = H * config.head_dim, config.num_key_value_heads * config.head_dim
+    bias = queries + 2 * keys if config.attention_bias else 0
+    if bias and config.model_type == "llama":
+        bias += D
+    return 2 * D * queries + 2 * D * keys + bias
+
+
+def _feed_forward(config: ModelConfig, moe: bool) -> tuple[int, int]:
+    """(stored, used by a token)."""
+    D = config.hidden_size
+    if not moe:
+        width = config.intermediate_size
+        count = 3 * D * width + (2 * width + D if config.mlp_bias else 0)
+        return count, count
+    expert = 3 * D * config.moe_intermediate_size
+    always = config.n_shared_experts * expert + config.n_routed_experts * D
+    return always + config.n_routed_experts * expert, always + config.num_experts_per_tok * expert
+
+
+def _layer(config: ModelConfig, moe: bool) -> tuple[int, int]:
+    both = _attention(config) + 2 * config.hidden_size
+    stored, used = _feed_forward(config, moe)
+    return both + stored, both + used
+
+
+def _mtp_extra(config: ModelConfig) -> int:
+    return 2 * config.hidden_size**2 + 3 * config.hidden_size
+
+
+def _layer_flops(config: ModelConfig, moe: bool, sequence_length: int) -> float:
+    if config.is_mla:
+        widths = config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
+    else:
+        widths = 2 * config.head_dim
+    scores_and_sums = 2.0 * (sequence_length / 2) * config.num_attention_heads * widths
+    return 2.0 * (_attention(config) + _feed_forward(config, moe)[1]) + scores_and_sums
+
+
+def _activations(config: ModelConfig, moe: bool, size: int) -> int:
+    """Bytes a token leaves in a layer until the backward pass."""
+    D, H = config.hidden_size, config.num_attention_heads
+    norms = 2 * D * (4 + size)  # input in FP32 and output, both norms
+    if config.is_mla:
+        width = config.qk_nope_head_dim + config.qk_rope_head_dim
+        latents = (config.q_lora_rank or 0) + config.kv_lora_rank
+        attention = size * (3 * H * width + H * config.v_head_dim * 2) + latents * (4 + 2 * size)
+    else:
+        attention = size * config.head_dim * (3 * H + 2 * config.num_key_value_heads)
+    if moe:
+        K, F = config.num_experts_per_tok, config.moe_intermediate_size
+        routed = K * size * (2 * D + 5 * F)
+        shared = size * 4 * F * config.n_shared_experts
+        return norms + attention + routed + shared + 4 * 4 * config.n_routed_experts
+    return norms + attention + size * 4 * config.intermediate_size

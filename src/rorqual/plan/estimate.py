@@ -1,0 +1,93 @@
+"""What a training recipe will take on this machine, before it starts."""
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from rorqual.model.config import ModelConfig
+from rorqual.plan.cost import flops_per_token, memory, mtp_flops_per_token, mtp_parameters, parameters
+from rorqual.plan.machine import describe_machine, matrix_peak, memory_total
+from rorqual.recipe import PretrainRecipe, SFTRecipe
+
+# Share of the measured matrix peak that training reaches, larger with wider models (ledgers of runs on two EPYC cores).
+UTILISATION = 0.4
+
+
+def predict(config: ModelConfig, recipe: PretrainRecipe | SFTRecipe, rows: int | None = None) -> dict[str, Any]:
+    """Parameters, FLOPs, bytes and seconds of a run. `rows` in an epoch of data; unknown until it is packed, and then
+    what follows from it (tokens, flops, seconds) is None where the run's length is given in epochs.
+    """
+    section, length = recipe.train, recipe.data.sequence_length
+    total, active = parameters(config)
+    each = flops_per_token(config, length)
+    if recipe.mtp.weight or recipe.mtp.final_weight:
+        each += mtp_flops_per_token(config, length)
+    peak = matrix_peak(torch.bfloat16 if recipe.model.dtype == "bfloat16" else torch.float32)
+    rate = UTILISATION * peak / each
+    tokens: float | None = None
+    if section.seconds is not None:
+        tokens = section.seconds * rate
+    elif section.steps is not None:
+        first, until = section.batch_ramp or (section.batch_size, 0.0)
+        average = section.batch_size + (first - section.batch_size) * min(until, 1.0) / 2
+        tokens = section.steps * average * length
+    elif rows is not None:
+        tokens = section.epochs * rows * length
+    sequences = section.micro_batch or section.batch_size
+    needed = memory(
+        config,
+        sequences * length,
+        dtype=recipe.model.dtype,
+        optimizer=recipe.optimizer.name,
+        ema=section.ema is not None,
+    )
+    return {
+        "parameters_total": total,
+        "parameters_active": active,
+        "parameters_mtp": mtp_parameters(config),
+        "tokens": tokens,
+        "flops_per_token": each,
+        "flops": None if tokens is None else tokens * each,
+        "memory": asdict(needed) | {"total": needed.total},
+        "memory_machine": memory_total(),
+        "tokens_per_second": rate,
+        "seconds": None if tokens is None else tokens / rate,
+        "utilisation": UTILISATION,
+        "matrix_peak_flops": peak,
+        "machine": describe_machine(),
+    }
+
+
+def plan_text(plan: dict[str, Any]) -> str:
+    """The plan for people to read."""
+    needed = {name: size for name, size in plan["memory"].items() if size and name != "total"}
+    parts = ", ".join(f"{name} {_number(size, 'B')}" for name, size in needed.items())
+    lines = [
+        f"parameters   {_number(plan['parameters_total'])} in all, {_number(plan['parameters_active'])} active a token",
+        f"compute      {_number(plan['flops_per_token'], 'FLOP')} a training token",
+        f"memory       {_number(plan['memory']['total'], 'B')} of {_number(plan['memory_machine'], 'B')} ({parts})",
+    ]
+    if plan["parameters_mtp"]:
+        lines[0] += f", and {_number(plan['parameters_mtp'])} for multi-token prediction"
+    peak = _number(plan["matrix_peak_flops"], "FLOP/s")
+    speed = f"{_number(plan['tokens_per_second'])} tokens/s at {plan['utilisation']:.0%} of {peak}"
+    if plan["tokens"] is None:
+        lines.append(f"time         {speed}; the corpus, and so the length of an epoch, is known once it is packed")
+    else:
+        lines.append(f"run          {_number(plan['tokens'])} tokens, {_number(plan['flops'], 'FLOP')}")
+        lines.append(f"time         about {_duration(plan['seconds'])}: {speed}")
+    return "\n".join(lines)
+
+
+def _number(value: float, unit: str = "") -> str:
+    for prefix, size in (("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("K", 1e3)):
+        if value >= size:
+            return f"{value / size:.3g} {prefix}{unit}"
+    return f"{value:.3g} {unit}".rstrip()
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"

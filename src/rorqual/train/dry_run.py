@@ -1,0 +1,21 @@
+"""`--dry-run`: the plan of a recipe; nothing is started and nothing is written."""
+
+from typing import Any
+
+from rorqual.data.tokenizer import load_tokenizer
+from rorqual.plan.estimate import predict
+from rorqual.recipe import PretrainRecipe, SFTRecipe
+from rorqual.train.prepare import model_config, set_threads, tokenizer_of
+
+
+def dry_run(recipe: PretrainRecipe | SFTRecipe) -> dict[str, Any]:
+    """Parameters, FLOPs, memory and time (`plan_text` prints them). Raises UserError as the run itself would."""
+    set_threads(recipe.train)
+    return predict(model_config(recipe.model, _vocabulary(recipe)), recipe)
+
+
+def _vocabulary(recipe: PretrainRecipe | SFTRecipe) -> int:
+    if isinstance(recipe, SFTRecipe):
+        return len(tokenizer_of(recipe.model))
+    path = recipe.tokenizer.path or recipe.model.path
+    return len(load_tokenizer(path)) if path is not None else recipe.tokenizer.vocab_size

@@ -1,0 +1,46 @@
+"""Exponential moving average of the master weights, kept on the CPU (V3 §3.2.3)."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from rorqual.train.optimizer import Optimizer
+
+
+class EMA:
+    """average ← decay·average + (1 − decay)·master, after each step."""
+
+    def __init__(self, optimizer: Optimizer, decay: float) -> None:
+        self.optimizer, self.decay = optimizer, decay
+        self.average = {name: w.detach().to("cpu", copy=True) for name, w in optimizer.masters.items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        masters = [self.optimizer.masters[name].to("cpu") for name in self.average]
+        torch._foreach_lerp_(list(self.average.values()), masters, 1 - self.decay)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The model holds the average within, its own weights again after."""
+        parameters = self.optimizer.parameters
+        own = {name: p.detach().clone() for name, p in parameters.items()}
+        try:
+            _fill(parameters, self.average)
+            yield
+        finally:
+            _fill(parameters, own)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {f"ema.{name}": t for name, t in self.average.items()}
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        for name, t in self.average.items():
+            t.copy_(tensors[f"ema.{name}"])
+
+
+@torch.no_grad()
+def _fill(parameters: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+    for name, p in parameters.items():
+        p.data.copy_(values[name])

@@ -1,0 +1,64 @@
+"""What pre-training and SFT share: the trainer of a recipe, its run, and what is left when it ends."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rorqual.data.loader import Heldout, Loader
+from rorqual.model import Transformer
+from rorqual.model.checkpoint import save_model
+from rorqual.plan.estimate import predict
+from rorqual.plan.ledger import Ledger
+from rorqual.recipe import PretrainRecipe, SFTRecipe
+from rorqual.train.card import model_card
+from rorqual.train.loop import Run
+from rorqual.train.trainer import Trainer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+EVAL_BATCHES = 32  # a validation; more moves bits per byte by less than its changes between steps
+
+
+def train(
+    recipe: PretrainRecipe | SFTRecipe, run_dir: Path, model: Transformer, loader: Loader, valid: Heldout | None
+) -> Run:
+    """Carry the recipe's run to its end, from wherever its checkpoints stand."""
+    section = recipe.train
+    run = Run(
+        run_dir=run_dir,
+        section=section,
+        trainer=Trainer(
+            model,
+            recipe.optimizer,
+            recipe.schedule,
+            recipe.mtp,
+            recipe.balance,
+            dtype=recipe.model.dtype,
+            ema=section.ema,
+            compile=section.compile,
+        ),
+        loader=loader,
+        track=recipe.track,
+    )
+    if valid is not None:
+        size = section.micro_batch or section.batch_size
+        run.validate = lambda: run.trainer.bits_per_byte(valid.batches(size, EVAL_BATCHES))
+    run.fit()
+    return run
+
+
+def finish(recipe: PretrainRecipe | SFTRecipe, run: Run, tokenizer: "PreTrainedTokenizerFast") -> Path:
+    """Write model/ (weights, tokenizer, card) and ledger.json; gives the run's folder."""
+    trainer, directory = run.trainer, run.run_dir / "model"
+    with trainer.released_weights():
+        save_model(trainer.model, directory, tokenizer)
+    card = directory / "README.md"
+    temporary = card.with_suffix(".tmp")
+    temporary.write_text(model_card(recipe, run))
+    os.replace(temporary, card)
+    predicted = predict(trainer.model.config, recipe, rows=run.loader.rows)
+    ledger = Ledger(run.run_dir, predicted, trainer.dtype)
+    ledger.add(recipe.kind, tokens=trainer.tokens, flops=trainer.flops, seconds=run.seconds)
+    ledger.write()
+    return run.run_dir

@@ -1,0 +1,143 @@
+"""The run around the trainer: batches in, telemetry and checkpoints out, until the steps or the time are used up."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+from rorqual.data.loader import Batch, Loader
+from rorqual.errors import UserError
+from rorqual.plan.machine import matrix_peak, memory_used
+from rorqual.recipe import TrainSection
+from rorqual.train.checkpoints import Checkpoints
+from rorqual.train.schedule import batch_size
+from rorqual.train.signals import StopSignals
+from rorqual.train.telemetry import Telemetry
+from rorqual.train.trainer import Metrics, Trainer
+
+PATIENCE = 3  # non-finite steps in a row
+
+
+@dataclass
+class Run:
+    """One training run: `fit` carries it from where its checkpoints stand to its end."""
+
+    run_dir: Path
+    section: TrainSection
+    trainer: Trainer
+    loader: Loader
+    validate: Callable[[], float] | None = None  # bits per byte on held-out text
+    track: bool = False
+    seconds: float = 0.0  # in training so far, over all starts
+    last: Metrics = field(default_factory=dict)  # of the newest step, and the newest valid_bpb
+
+    @property
+    def total_steps(self) -> int | None:
+        """Optimizer steps of the whole run; None when the clock decides."""
+        if self.section.epochs is None:
+            return self.section.steps
+        first, until = self.section.batch_ramp or (self.section.batch_size, 0.0)
+        average = self.section.batch_size + (first - self.section.batch_size) * min(until, 1.0) / 2
+        return max(1, math.ceil(self.section.epochs * self.loader.rows / average))
+
+    def progress(self) -> float:
+        """Fraction of the run that is done, taken at the middle of the coming step."""
+        if self.total_steps is None:
+            return min(self.seconds / self.section.seconds, 1.0)
+        return min((self.trainer.steps + 0.5) / self.total_steps, 1.0)
+
+    def done(self) -> bool:
+        if self.total_steps is None:
+            return self.seconds >= self.section.seconds
+        return self.trainer.steps >= self.total_steps
+
+    def fit(self) -> None:
+        """Train to the end, resuming from the newest checkpoint if there is one.
+
+        Raises Stopped after SIGINT or SIGTERM, saved; UserError when three steps in a row are not finite, or
+        when a checkpoint cannot be written.
+        """
+        checkpoints = Checkpoints(self.run_dir, self.section.keep)
+        self._resume(checkpoints)
+        total, unit = (self.section.seconds, "seconds") if self.total_steps is None else (self.total_steps, "steps")
+        telemetry = Telemetry(self.run_dir, total, unit, self.track, self.trainer.steps)
+        try:
+            with StopSignals() as stop:
+                while not self.done():
+                    self._step(telemetry)
+                    due = self.trainer.steps % self.section.save_every == 0
+                    if due or self.done() or stop.requested:
+                        self._save(checkpoints)
+                    if stop.requested:
+                        raise stop.stopped(self.trainer.steps)
+        finally:
+            telemetry.close()
+
+    def _step(self, telemetry: Telemetry) -> None:
+        start = time.monotonic()
+        trainer, tokens, flops = self.trainer, self.trainer.tokens, self.trainer.flops
+        progress = self.progress()
+        batch = self.loader.next(batch_size(self.section, progress))
+        metrics = trainer.step(split(batch, self.section.micro_batch), progress)
+        took = time.monotonic() - start
+        metrics |= {
+            "tokens": trainer.tokens,
+            "tokens_per_second": (trainer.tokens - tokens) / took,
+            "utilisation": (trainer.flops - flops) / took / matrix_peak(trainer.dtype),
+            "memory_gb": memory_used() / 1e9,
+        }
+        self.seconds += took
+        if metrics.pop("skipped"):
+            self._skipped(metrics, telemetry)
+        elif self.validate and (trainer.steps % self.section.eval_every == 0 or self.done()):
+            before = time.monotonic()
+            metrics["valid_bpb"] = self.validate()
+            self.seconds += time.monotonic() - before
+            self.last["valid_bpb_step"] = trainer.steps
+        metrics = _finite(metrics)
+        self.last |= metrics
+        telemetry.log(trainer.steps, seconds=self.seconds, **metrics)
+
+    def _skipped(self, metrics: Metrics, telemetry: Telemetry) -> None:
+        steps, row = self.trainer.steps, self.trainer.skipped_in_a_row
+        what = "loss" if "grad_norm" not in metrics else "gradient"
+        telemetry.note(f"step {steps}: the {what} is not finite; step skipped ({row} in a row)")
+        if row >= PATIENCE:
+            raise UserError(
+                f"{self.run_dir}: {row} steps in a row had a {what} that is not finite, so training stopped at step "
+                f"{steps} with the last good checkpoint kept; lower optimizer.lr or look at the data"
+            )
+
+    def _save(self, checkpoints: Checkpoints) -> None:
+        state = {
+            "trainer": self.trainer.state(),
+            "loader": self.loader.state_dict(),
+            "seconds": self.seconds,
+            "last": self.last,
+        }
+        fresh = self.last.get("valid_bpb_step") == self.trainer.steps
+        checkpoints.save(self.trainer.steps, self.trainer.tensors(), state, self.last["valid_bpb"] if fresh else None)
+
+    def _resume(self, checkpoints: Checkpoints) -> None:
+        found = checkpoints.load_latest()
+        if found is None:
+            return
+        _, tensors, state = found
+        self.trainer.load(tensors, state["trainer"])
+        self.loader.load_state_dict(state["loader"])
+        self.seconds, self.last = state["seconds"], state["last"]
+
+
+def split(batch: Batch, size: int | None) -> list[Batch]:
+    """Micro batches of at most `size` sequences; None: the whole batch at once."""
+    count = len(batch.inputs)
+    if size is None or size >= count:
+        return [batch]
+    columns = [getattr(batch, f.name) for f in fields(Batch)]
+    return [Batch(*(None if c is None else c[i : i + size] for c in columns)) for i in range(0, count, size)]
+
+
+def _finite(metrics: Metrics) -> Metrics:
+    """JSON has no NaN: what is not finite becomes a word."""
+    return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}

@@ -1,0 +1,58 @@
+"""From a recipe to a model: loaded or of random weights, with its tokenizer, checked against each other."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from rorqual.data.tokenizer import load_tokenizer
+from rorqual.errors import UserError
+from rorqual.model import ModelConfig, Transformer
+from rorqual.model.checkpoint import load_model
+from rorqual.recipe import ModelSection, TrainSection
+from rorqual.train.rng import set_seed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+def model_config(section: ModelSection, vocab_size: int, eos_token_id: int | None = None) -> ModelConfig:
+    """The sizes a recipe asks for; `vocab_size` and the end token are the tokenizer's unless it says otherwise."""
+    if section.path is not None:
+        return ModelConfig.load(section.path)
+    defaults = {"model_type": "deepseek_v3", "vocab_size": vocab_size, "eos_token_id": eos_token_id}
+    config = ModelConfig.from_dict(defaults | section.config, "model.config")
+    if config.vocab_size < vocab_size:
+        raise UserError(
+            f"model.config.vocab_size = {config.vocab_size}: the tokenizer has {vocab_size} tokens; raise it to that, "
+            "or leave it out"
+        )
+    return config
+
+
+def build_model(section: ModelSection, tokenizer: "PreTrainedTokenizerFast", seed: int) -> Transformer:
+    """The model to train, in FP32 (the optimizer converts it), its random weights decided by `seed`."""
+    set_seed(seed)
+    size = len(tokenizer)
+    config = model_config(section, size, tokenizer.eos_token_id)
+    if section.path is None:
+        return Transformer(config)
+    if config.vocab_size < size:
+        raise UserError(
+            f"{section.path}: the model has {config.vocab_size} tokens and the tokenizer {size}; "
+            "give the tokenizer the model was trained with"
+        )
+    return load_model(section.path, dtype=torch.float32)
+
+
+def tokenizer_of(section: ModelSection) -> "PreTrainedTokenizerFast":
+    """The tokenizer in the model's directory. Raises UserError when the recipe starts from random weights."""
+    if section.path is None:
+        raise UserError("model.path is missing: fine-tuning starts from a trained model's directory")
+    return load_tokenizer(Path(section.path))
+
+
+def set_threads(section: TrainSection) -> None:
+    """Use as many threads as the recipe says, or torch's choice."""
+    if section.threads is not None:
+        torch.set_num_threads(section.threads)

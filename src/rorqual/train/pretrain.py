@@ -1,0 +1,42 @@
+"""`rorqual pretrain`: text → tokenizer → packed tokens → a trained model."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rorqual.data.open import open_pretrain_data, open_tokenizer
+from rorqual.data.tokenizer import load_tokenizer, save_tokenizer
+from rorqual.recipe import PretrainRecipe
+from rorqual.train.finish import finish, train
+from rorqual.train.prepare import build_model, set_threads
+from rorqual.train.run import open_run
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+def pretrain(recipe: PretrainRecipe, resume: bool = False) -> Path:
+    """Run the recipe to its end and give the run's folder, with the release in model/.
+
+    Raises UserError for whatever the user can mend, Stopped after SIGINT or SIGTERM.
+    """
+    set_threads(recipe.train)
+    run_dir = open_run(recipe, resume)
+    tokenizer = _tokenizer(recipe, run_dir)
+    model = build_model(recipe.model, tokenizer, recipe.seed)
+    loader, valid = open_pretrain_data(recipe.data, tokenizer, run_dir / "data", recipe.seed)
+    run = train(recipe, run_dir, model, loader, valid)
+    return finish(recipe, run, tokenizer)
+
+
+def _tokenizer(recipe: PretrainRecipe, run_dir: Path) -> "PreTrainedTokenizerFast":
+    """The recipe's, the model's, or one trained now and kept in the run's folder."""
+    if recipe.tokenizer.path is not None:
+        return load_tokenizer(recipe.tokenizer.path)
+    if recipe.model.path is not None:
+        return load_tokenizer(recipe.model.path)
+    kept = run_dir / "tokenizer"
+    if not kept.exists():
+        being_written = run_dir / "tokenizer.writing"
+        save_tokenizer(open_tokenizer(recipe.tokenizer, recipe.data), being_written)
+        being_written.rename(kept)
+    return load_tokenizer(kept)

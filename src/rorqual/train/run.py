@@ -1,0 +1,89 @@
+"""The folder of a run: out/name with recipe.toml, metrics.jsonl, checkpoints/, model/ and ledger.json."""
+
+import json
+import os
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from rorqual.errors import UserError
+from rorqual.recipe import Recipe
+
+# What may change between a run and its continuation without changing the weights it ends with.
+FREE = {"out", "track", "train.eval_every", "train.save_every", "train.keep", "save_every", "eval_every", "keep",
+        "sample_every", "eval_problems", "data.workers"}  # fmt: skip
+
+
+def open_run(recipe: Recipe, resume: bool) -> Path:
+    """Make the run's folder and save the resolved recipe in it; with `resume`, check that it is the same run.
+
+    Raises UserError when the folder holds a run and `resume` is false, or when the recipe is another one.
+    """
+    run_dir = recipe.run_dir
+    saved = run_dir / "recipe.toml"
+    if saved.exists():
+        if not resume:
+            raise UserError(f"{run_dir} already holds a run; continue it with --resume or give another name")
+        _check_same(recipe, saved)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        temporary = run_dir / "recipe.tmp"
+        temporary.write_text(to_toml(recipe.model_dump()))
+        os.replace(temporary, saved)
+    except OSError as e:
+        raise UserError(f"{run_dir}: cannot be written ({e.strerror}); set out to a writable place") from e
+    return run_dir
+
+
+def to_toml(values: dict[str, Any], prefix: str = "") -> str:
+    """Nested dictionaries as TOML; None is left out, which is how a recipe says it."""
+    lines, tables = [], []
+    for key, value in values.items():
+        name = _value(key) if not key.replace("_", "").replace("-", "").isalnum() else key
+        if isinstance(value, dict):
+            tables.append(f"\n[{prefix}{name}]\n{to_toml(value, f'{prefix}{name}.')}")
+        elif isinstance(value, list) and value and all(isinstance(v, dict) for v in value):
+            tables += [f"\n[[{prefix}{name}]]\n{to_toml(v, f'{prefix}{name}.')}" for v in value]
+        elif value is not None:
+            lines.append(f"{name} = {_value(value)}\n")
+    return "".join(lines + tables)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_value(v) for v in value) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_value(k)} = {_value(v)}" for k, v in value.items() if v is not None) + "}"
+    if isinstance(value, float):
+        return repr(value)
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _check_same(recipe: Recipe, saved: Path) -> None:
+    try:
+        before = _flat(tomllib.loads(saved.read_text()))
+    except (OSError, tomllib.TOMLDecodeError) as e:
+        raise UserError(f"{saved} cannot be read ({e}); restore it, or start a run with another name") from e
+    now = _flat(tomllib.loads(to_toml(recipe.model_dump())))
+    for field in [*now, *before]:
+        if field not in FREE and before.get(field) != now.get(field):
+            was, is_now = _shown(before, field), _shown(now, field)
+            raise UserError(
+                f"{saved}: {field} was {was} and is {is_now} now; a resumed run must keep its recipe, "
+                "so set it back or give another name"
+            )
+
+
+def _shown(flat: dict[str, Any], field: str) -> str:
+    return _value(flat[field]) if field in flat else "not set"
+
+
+def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(values, list) and any(isinstance(v, dict) for v in values):
+        values = {str(i): v for i, v in enumerate(values)}
+    if not isinstance(values, dict):
+        return {prefix.rstrip("."): values}
+    out: dict[str, Any] = {}
+    for key, value in values.items():
+        out |= _flat(value, f"{prefix}{key}.")
+    return out

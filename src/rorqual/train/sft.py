@@ -1,0 +1,30 @@
+"""`rorqual sft`: conversations → a model that answers. The loss is on the assistant's turns."""
+
+import sys
+from pathlib import Path
+
+from rorqual.data.open import open_chat_data
+from rorqual.recipe import SFTRecipe
+from rorqual.train.finish import finish, train
+from rorqual.train.prepare import build_model, set_threads, tokenizer_of
+from rorqual.train.run import open_run
+
+
+def sft(recipe: SFTRecipe, resume: bool = False) -> Path:
+    """Run the recipe to its end and give the run's folder, with the release in model/.
+
+    Raises UserError for whatever the user can mend, Stopped after SIGINT or SIGTERM.
+    """
+    set_threads(recipe.train)
+    tokenizer = tokenizer_of(recipe.model)
+    run_dir = open_run(recipe, resume)
+    loader, valid, samples = open_chat_data(recipe.data, tokenizer, recipe.seed)
+    if samples.shortened or samples.dropped:
+        print(
+            f"{recipe.data.path}: {samples.shortened} samples were cut at data.sequence_length = "
+            f"{recipe.data.sequence_length}, {samples.dropped} left out with no assistant's token within it",
+            file=sys.stderr,
+        )
+    model = build_model(recipe.model, tokenizer, recipe.seed)
+    run = train(recipe, run_dir, model, loader, valid)
+    return finish(recipe, run, tokenizer)

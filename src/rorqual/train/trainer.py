@@ -1,0 +1,192 @@
+"""One optimizer step of next-token training, and nothing about runs: pre-training, SFT and the speedrun drive it.
+
+B sequences in a micro batch, T tokens, D hidden, E experts.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rorqual.data.loader import Batch, document_mask
+from rorqual.kernels.cross_entropy import linear_cross_entropy
+from rorqual.model import Transformer
+from rorqual.plan.cost import flops_per_token, mtp_flops_per_token
+from rorqual.recipe import BalanceSection, MTPSection, OptimizerSection, ScheduleSection
+from rorqual.train.balance import max_violation, update_correction_bias
+from rorqual.train.compiling import compiled
+from rorqual.train.ema import EMA
+from rorqual.train.optimizer import Optimizer
+from rorqual.train.rng import load_rng_tensors, rng_tensors
+from rorqual.train.schedule import bias_speed, mtp_weight, schedule_factor
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+Metrics = dict[str, Any]
+
+
+class Trainer:
+    """A model with everything that changes while it learns."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        optimizer: OptimizerSection,
+        schedule: ScheduleSection,
+        mtp: MTPSection | None = None,
+        balance: BalanceSection | None = None,
+        *,
+        dtype: str = "float32",
+        ema: float | None = None,
+        compile: bool = False,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        """Converts `model` to `dtype` in place. Without `mtp` or `balance` their losses and updates are off."""
+        self.model, self.schedule, self.dtype = model, schedule, DTYPES[dtype]
+        self.mtp = mtp or MTPSection(weight=0.0, final_weight=0.0)
+        self.balance = balance or BalanceSection(bias_speed=0.0, sequence_loss=0.0)
+        self.optimizer = Optimizer(model, optimizer, self.dtype)
+        self.ema = EMA(self.optimizer, ema) if ema else None
+        self.forward = compiled(model, say) if compile else model
+        self.depth = model.config.num_nextn_predict_layers
+        self.steps = self.tokens = self.skipped_in_a_row = 0
+        self.flops = 0.0
+
+    def step(self, micro_batches: Sequence[Batch], progress: float) -> Metrics:
+        """One optimizer step over the micro batches together; `progress` of the run in [0, 1].
+
+        The loss is the mean over tokens, by their weights: cross-entropy + λ/depth · Σ multi-token losses (V3 eq. 25)
+        + α · sequence-wise balance loss. Returns loss, mtp_loss, grad_norm, lr, tokens, max_vio, max_vio_per_layer
+        and skipped; a step whose loss or gradient is not finite is skipped and changes nothing but the counts.
+        """
+        λ = mtp_weight(self.mtp, progress) if self.depth else 0.0
+        totals = self._weight_totals(micro_batches, ahead=λ > 0)
+        sequences = sum(len(b.inputs) for b in micro_batches)
+        losses = torch.zeros(1 + self.depth)
+        loads: list[Tensor] = []
+        finite = True
+        self.model.train()
+        for batch in micro_batches:
+            parts, routing = self._losses(batch, totals)
+            weights = [1.0] + [λ / self.depth] * (len(parts) - 1)
+            loss = sum(w * part for w, part in zip(weights, parts, strict=True))
+            if self.balance.sequence_loss and routing:
+                share = self.balance.sequence_loss * len(batch.inputs) / sequences
+                loss = loss + share * sum(r.sequence_loss for r in routing)
+            losses[: len(parts)] += torch.stack([p.detach() for p in parts]).to("cpu", torch.float32)
+            finite = bool(torch.isfinite(loss.detach()))
+            if not finite:
+                break
+            loss.backward()
+            self.optimizer.accumulate()
+            found = [r.load.detach() for r in routing]
+            loads = [a + b for a, b in zip(loads, found, strict=True)] if loads else found
+        factor = schedule_factor(self.schedule, progress)
+        metrics: Metrics = {"loss": float(losses[0]), "lr": self.optimizer.section.lr * factor}
+        if λ:
+            metrics["mtp_loss"] = float(losses[1:].mean())
+        if finite:
+            result = self.optimizer.step(factor)
+            metrics |= {"grad_norm": result.grad_norm, "skipped": result.skipped}
+        else:
+            self.optimizer.discard()
+            metrics["skipped"] = True
+        self._count(micro_batches, λ > 0, metrics["skipped"])
+        if not metrics["skipped"]:
+            self._after(loads, progress)
+        if loads:
+            per_layer = [max_violation(load) for load in loads]
+            metrics |= {"max_vio": sum(per_layer) / len(per_layer), "max_vio_per_layer": per_layer}
+        return metrics
+
+    @torch.no_grad()
+    def bits_per_byte(self, batches: Iterable[tuple[Batch, int]]) -> float:
+        """Bits the model needs for a byte of held-out text: batches with the bytes their targets stand for.
+
+        With an EMA, of the averaged weights.
+        """
+        self.model.eval()
+        nats, length = 0.0, 0
+        with self.released_weights():
+            for batch, size in batches:
+                hidden = self.model(batch.inputs, batch.positions, _mask(batch.documents))
+                flat = batch.weights.flatten()
+                loss = linear_cross_entropy(hidden.flatten(0, 1), self.model.head_weight, batch.targets.flatten(), flat)
+                nats, length = nats + float(loss), length + size
+        return nats / (0.6931471805599453 * max(length, 1))
+
+    @contextmanager
+    def released_weights(self) -> Iterator[None]:
+        """Within it the model holds the weights a release gets: the average where there is one."""
+        with self.ema.applied() if self.ema else nullcontext():
+            yield
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything tensor-shaped that a resumed run needs."""
+        return self.optimizer.tensors() | (self.ema.tensors() if self.ema else {}) | rng_tensors()
+
+    def state(self) -> dict[str, float]:
+        names = ("steps", "tokens", "skipped_in_a_row", "flops")
+        return {name: getattr(self, name) for name in names}
+
+    def load(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Stand where `tensors()` and `state()` were taken. Raises UserError when they are another model's."""
+        self.optimizer.load_tensors(tensors)
+        if self.ema:
+            self.ema.load_tensors(tensors)
+        load_rng_tensors(tensors)
+        for name in self.state():
+            setattr(self, name, state[name])
+
+    def _losses(self, batch: Batch, totals: list[float]) -> tuple[list[Tensor], list[Any]]:
+        """Main loss, then one a multi-token depth if `totals` has them; each divided by its total weight."""
+        routing: list[Any] = []
+        mask = _mask(batch.documents)
+        hidden = self.forward(batch.inputs, batch.positions, mask, routing=routing)
+        states = [hidden]
+        if len(totals) > 1:
+            states += self.model.predict_ahead(hidden, batch.inputs, batch.positions, mask, routing)
+        losses = []
+        for ahead, (state, total) in enumerate(zip(states, totals, strict=True)):
+            targets, weights = _shifted(batch, ahead)
+            share = (weights / total).flatten()
+            losses.append(linear_cross_entropy(state.flatten(0, 1), self.model.head_weight, targets.flatten(), share))
+        return losses, routing
+
+    def _weight_totals(self, micro_batches: Sequence[Batch], ahead: bool) -> list[float]:
+        depths = range(1 + (self.depth if ahead else 0))
+        sums = [sum(float(_shifted(b, k)[1].double().sum()) for b in micro_batches) for k in depths]
+        return [max(total, 1e-9) for total in sums]
+
+    def _after(self, loads: list[Tensor], progress: float) -> None:
+        speed = bias_speed(self.balance, progress)
+        if speed and loads:
+            update_correction_bias(self.model, loads, speed)
+        if self.ema:
+            self.ema.update()
+
+    def _count(self, micro_batches: Sequence[Batch], ahead: bool, skipped: bool) -> None:
+        config = self.model.config
+        for batch in micro_batches:
+            length = batch.inputs.shape[1]
+            each = flops_per_token(config, length) + (mtp_flops_per_token(config, length) if ahead else 0.0)
+            self.tokens += batch.inputs.numel()
+            self.flops += each * batch.inputs.numel()
+        self.steps += 1
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+
+
+def _shifted(batch: Batch, ahead: int) -> tuple[Tensor, Tensor]:
+    """Targets and weights [B, T] `ahead` tokens further than the next one; past the end, or in another document, 0."""
+    if not ahead:
+        return batch.targets, batch.weights
+    targets, weights = batch.targets.roll(-ahead, dims=1), batch.weights.roll(-ahead, dims=1)
+    weights[:, -ahead:] = 0
+    if batch.documents is not None:
+        weights = weights * (batch.documents == batch.documents.roll(-ahead, dims=1))
+    return targets, weights
+
+
+def _mask(documents: Tensor | None) -> Tensor | None:
+    return None if documents is None else document_mask(documents)
