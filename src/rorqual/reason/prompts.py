@@ -1,0 +1,36 @@
+"""From a question to the tokens a model continues."""
+
+from typing import Any, Literal
+
+from rorqual.errors import UserError
+
+Template = Literal["chat", "r1-zero", "plain"]
+
+# The conversation of R1-Zero (R1, table 1): reasoning and answer each between tags, the format named and shown.
+R1_ZERO = (
+    "A conversation between a user and an assistant. The user asks a question and the assistant solves it. "
+    "The assistant first thinks the problem through, then gives the user the answer. The thinking stands within "
+    "<think> </think> and the answer within <answer> </answer>, that is: "
+    "<think> the thinking </think> <answer> the answer </answer>.\nUser: {question}\nAssistant:"
+)
+# Where the prompt already opens the thinking, the completion starts within it.
+OPENING: dict[str, str] = {"chat": "", "r1-zero": "", "plain": "<think>"}
+
+
+def prompt_text(question: str, template: Template, tokenizer: Any) -> str:
+    """`chat`: the tokenizer's chat template; `r1-zero`: R1-Zero's conversation; `plain`: question, newline, <think>.
+
+    The last two begin with whatever the tokenizer puts before every text, as chat templates do by themselves.
+    """
+    if template == "chat":
+        if getattr(tokenizer, "chat_template", None) is None:
+            raise UserError("template = 'chat': the tokenizer has no chat template; use 'r1-zero' or 'plain'")
+        messages = [{"role": "user", "content": question}]
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    begin = tokenizer.decode(tokenizer("").input_ids)
+    return begin + (R1_ZERO.replace("{question}", question) if template == "r1-zero" else f"{question}\n<think>")
+
+
+def render(question: str, template: Template, tokenizer: Any) -> list[int]:
+    """Token ids of the prompt."""
+    return tokenizer(prompt_text(question, template, tokenizer), add_special_tokens=False).input_ids
