@@ -69,7 +69,7 @@ class Trainer:
         self.model.train()
         for batch in micro_batches:
             parts, routing = self._losses(batch, totals)
-            weights = [1.0] + [λ / self.depth] * (len(parts) - 1)
+            weights = [1.0] + [λ / max(self.depth, 1)] * (len(parts) - 1)
             loss = sum(w * part for w, part in zip(weights, parts, strict=True))
             if self.balance.sequence_loss and routing:
                 share = self.balance.sequence_loss * len(batch.inputs) / sequences
