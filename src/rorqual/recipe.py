@@ -53,6 +53,7 @@ class DataSection(Section):
     sources: list[Source] = Field(min_length=1)
     valid_fraction: float = Field(0.01, ge=0, lt=1)  # of documents, held out for bits per byte
     sequence_length: int = Field(256, ge=2)
+    isolate_documents: bool = False  # attention within documents only; V3 §4.1 lets it cross
     fim_rate: float = Field(0.0, ge=0, le=1)  # fill-in-the-middle, PSM (V3 §4.1; 0.1 there)
     workers: int = Field(2, ge=1)
 

@@ -1,0 +1,57 @@
+"""Fill-in-the-middle in prefix–suffix–middle order: `begin prefix hole suffix end middle` (V3 §4.1).
+
+It is applied to whole documents before packing, as V3 does: only then is the document's text at hand, so that the
+cuts fall between any two characters rather than between tokens, and packing knows the true lengths.
+"""
+
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import TYPE_CHECKING
+
+from rorqual.data.tokenizer import FIM_TOKENS
+from rorqual.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+# Names of (begin, hole, end) in tokenizers we train, DeepSeek's and Qwen's.
+KNOWN_TOKENS = (
+    FIM_TOKENS,
+    ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"),
+    ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
+)
+
+
+@dataclass(frozen=True)
+class FillInTheMiddle:
+    """Rearranges a share `rate` of documents; which ones and where depends on the seed and the text alone."""
+
+    rate: float
+    seed: int
+    begin: int
+    hole: int
+    end: int
+
+    @classmethod
+    def of(cls, tokenizer: "PreTrainedTokenizerFast", rate: float, seed: int) -> "FillInTheMiddle":
+        """Raises UserError when the tokenizer lacks the three tokens."""
+        vocabulary = tokenizer.get_vocab()
+        for names in KNOWN_TOKENS:
+            if all(name in vocabulary for name in names):
+                return cls(rate, seed, *(vocabulary[name] for name in names))
+        raise UserError(
+            f"data.fim_rate = {rate}: the tokenizer has no fill-in-the-middle tokens; add {', '.join(FIM_TOKENS)} "
+            f"to tokenizer.special_tokens or set fim_rate = 0"
+        )
+
+    def cut(self, text: str) -> tuple[str, str, str] | None:
+        """Prefix, middle and suffix, cut at two uniform places; None for a document left as it is."""
+        digest = blake2b(text.encode(), digest_size=24, key=str(self.seed).encode()).digest()
+        chosen, first, second = (int.from_bytes(digest[i : i + 8], "little") for i in (0, 8, 16))
+        if chosen >= self.rate * 2**64:
+            return None
+        left, right = sorted((first % (len(text) + 1), second % (len(text) + 1)))
+        return text[:left], text[left:right], text[right:]
+
+    def arrange(self, prefix: list[int], middle: list[int], suffix: list[int]) -> list[int]:
+        return [self.begin, *prefix, self.hole, *suffix, self.end, *middle]

@@ -1,0 +1,248 @@
+"""Batches of packed rows: shuffled, mixed by weight, resumed exactly.
+
+B: rows of a batch; T: sequence length; V: vocabulary.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rorqual.data.packing import pack, ranges
+from rorqual.data.shards import Documents
+from rorqual.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+PADDING = -1  # the document of positions after a row's last
+
+
+@dataclass(frozen=True)
+class Batch:
+    """`targets` are the tokens after `inputs`; `weights` is 0 where there is none within the document, or no loss."""
+
+    inputs: Tensor  # [B, T] int64
+    targets: Tensor  # [B, T] int64
+    weights: Tensor  # [B, T] float32
+    positions: Tensor  # [B, T] int64; restart with every document where documents are isolated
+    documents: Tensor | None  # [B, T] int64, which document of its row each position is in; None: not isolated
+
+
+def document_mask(documents: Tensor) -> Tensor:
+    """documents [B, T] → bool [B, 1, T, T]: a position may attend to its own document up to itself."""
+    length = documents.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=documents.device).tril()
+    return ((documents[:, :, None] == documents[:, None, :]) & causal)[:, None]
+
+
+class Rows:
+    """Documents packed into rows of T + 1 tokens; any choice of rows becomes a Batch.
+
+    `isolate` sets `Batch.documents`; `whole` cuts no document that fits a row.
+    """
+
+    def __init__(
+        self,
+        documents: Documents,
+        sequence_length: int,
+        padding_token: int,
+        isolate: bool = False,
+        whole: bool = False,
+    ) -> None:
+        self.documents, self.length = documents, sequence_length
+        self.padding_token, self.isolate = padding_token, isolate
+        starts, lengths, row_of = pack(documents.offsets, sequence_length + 1, whole)
+        order = np.argsort(row_of, kind="stable")
+        self.starts, self.lengths = starts[order], lengths[order]
+        self.first = np.concatenate([[0], np.cumsum(np.bincount(row_of))])  # segments of row r: first[r]:first[r + 1]
+
+    def __len__(self) -> int:
+        return len(self.first) - 1
+
+    def batch(self, rows: np.ndarray) -> Batch:
+        size, width = len(rows), self.length + 1
+        counts = self.first[rows + 1] - self.first[rows]
+        segments = ranges(self.first[rows], counts)
+        lengths = self.lengths[segments]
+        places = ranges(self.starts[segments], lengths)  # in the file
+        row_of = np.repeat(np.arange(size), counts)
+        filled = np.bincount(row_of, weights=lengths, minlength=size).astype(np.int64)
+        cells = ranges(np.arange(size) * width, filled)  # in the batch
+        heads = cells[np.cumsum(lengths) - lengths]
+
+        def grid(fill: Any, dtype: type, values: Any) -> np.ndarray:
+            out = np.full(size * width, fill, dtype)
+            out[cells] = values
+            return out
+
+        tokens = grid(self.padding_token, np.int64, self.documents.tokens[places])
+        own = self.documents.weights
+        weights = grid(0, np.float32, 1 if own is None else own[places])
+        weights[heads] = 0  # what comes before a segment's first token is another document
+        inside = ranges(np.zeros_like(lengths), lengths)
+        documents = None
+        if self.isolate:
+            documents = grid(PADDING, np.int64, np.repeat(ranges(np.zeros_like(counts), counts), lengths))
+            positions = grid(0, np.int64, inside)
+        else:
+            positions = np.tile(np.arange(width), size)
+
+        def side(array: np.ndarray, targets: bool = False) -> Tensor:
+            square = array.reshape(size, width)
+            return torch.from_numpy(np.ascontiguousarray(square[:, 1:] if targets else square[:, :-1]))
+
+        return Batch(
+            inputs=side(tokens),
+            targets=side(tokens, targets=True),
+            weights=side(weights, targets=True),
+            positions=side(positions),
+            documents=None if documents is None else side(documents),
+        )
+
+
+class Loader:
+    """Endless batches from several sources, a share `weights[s]` of the rows from source s.
+
+    Each source is gone through in a new order every epoch; the order depends on the seed, the source's place and
+    the epoch alone, so `state_dict()` is just the number of rows drawn from each.
+    """
+
+    def __init__(self, sources: list[Rows], weights: list[float], seed: int) -> None:
+        self.sources, self.seed = sources, seed
+        self.shares = np.array(weights, np.float64) / sum(weights)
+        self.drawn = np.zeros(len(sources), np.int64)
+        self._identity = _identity(sources, self.shares, seed)
+        self._orders: dict[int, tuple[int, np.ndarray]] = {}  # source → (epoch, its order)
+
+    @property
+    def rows(self) -> int:
+        """Rows of all sources together: what one epoch means for a mixture."""
+        return sum(len(source) for source in self.sources)
+
+    @property
+    def epoch(self) -> float:
+        return int(self.drawn.sum()) / self.rows
+
+    def next(self, batch_size: int) -> Batch:
+        """The next `batch_size` rows, which may differ from call to call."""
+        chosen: list[list[int]] = [[] for _ in self.sources]
+        for place, source in enumerate(self._choose(batch_size)):
+            chosen[source].append(place)
+        parts = [
+            (places, source.batch(self._take(number, len(places))))
+            for number, (source, places) in enumerate(zip(self.sources, chosen, strict=True))
+            if places
+        ]
+        return parts[0][1] if len(parts) == 1 else _interleave(parts, batch_size)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the loader is; JSON-able."""
+        return {"data": self._identity, "drawn": self.drawn.tolist()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises UserError when the state belongs to other data, another sequence length, mixture or seed."""
+        if state.get("data") != self._identity:
+            raise UserError(
+                "the checkpoint was made with other data, sequence_length, source weights or seed than the recipe's; "
+                "restore them or start a new run"
+            )
+        self.drawn = np.array(state["drawn"], np.int64)
+
+    def _choose(self, count: int) -> list[int]:
+        """Sources of the next rows: always the one furthest behind its share, so proportions hold at every step."""
+        drawn = self.drawn.astype(np.float64)
+        out = []
+        for total in range(int(self.drawn.sum()) + 1, int(self.drawn.sum()) + count + 1):
+            source = int(np.argmax(self.shares * total - drawn))
+            drawn[source] += 1
+            out.append(source)
+        return out
+
+    def _take(self, source: int, count: int) -> np.ndarray:
+        size, out = len(self.sources[source]), []
+        while count:
+            epoch, start = divmod(int(self.drawn[source]), size)
+            if self._orders.get(source, (None,))[0] != epoch:
+                order = np.random.default_rng([self.seed, source, epoch]).permutation(size)
+                self._orders[source] = (epoch, order)
+            taken = self._orders[source][1][start : start + count]
+            self.drawn[source] += len(taken)
+            count -= len(taken)
+            out.append(taken)
+        return np.concatenate(out)
+
+
+def _identity(sources: list[Rows], shares: np.ndarray, seed: int) -> str:
+    """Tells loaders apart that would not yield the same batches, without reading all tokens."""
+    digest = blake2b(repr((seed, shares.tolist())).encode(), digest_size=8)
+    for source in sources:
+        digest.update(repr((source.length, source.isolate, len(source.documents))).encode())
+        digest.update(source.lengths.tobytes())
+        digest.update(source.documents.tokens[: 1 << 16].tobytes())
+    return digest.hexdigest()
+
+
+def _interleave(parts: list[tuple[list[int], Batch]], size: int) -> Batch:
+    """One batch out of several, each with the places its rows take."""
+    order = torch.empty(size, dtype=torch.int64)
+    order[torch.tensor([place for places, _ in parts for place in places])] = torch.arange(size)
+
+    def joined(name: str) -> Tensor:
+        return torch.cat([getattr(batch, name) for _, batch in parts])[order]
+
+    isolated = parts[0][1].documents is not None
+    return Batch(
+        inputs=joined("inputs"),
+        targets=joined("targets"),
+        weights=joined("weights"),
+        positions=joined("positions"),
+        documents=joined("documents") if isolated else None,
+    )
+
+
+class Heldout:
+    """Held-out rows in a fixed order, each once, with the bytes their targets spell."""
+
+    def __init__(self, sources: list[Rows], bytes_of_token: np.ndarray) -> None:
+        self.sources = sources
+        self.bytes_of_token = torch.from_numpy(bytes_of_token)
+
+    @property
+    def rows(self) -> int:
+        return sum(len(source) for source in self.sources)
+
+    def batches(self, batch_size: int, limit: int | None = None) -> Iterator[tuple[Batch, int]]:
+        """Pairs (batch, UTF-8 bytes of its targets of non-zero weight), at most `limit` of them.
+
+        Bits per byte are the summed negative log-probabilities over ln 2 and over the summed bytes.
+        """
+        yielded = 0
+        for source in self.sources:
+            for start in range(0, len(source), batch_size):
+                if limit is not None and yielded == limit:
+                    return
+                batch = source.batch(np.arange(start, min(start + batch_size, len(source))))
+                yield batch, int((self.bytes_of_token[batch.targets] * (batch.weights > 0)).sum())
+                yielded += 1
+
+
+def bytes_of_tokens(tokenizer: "PreTrainedTokenizerFast") -> np.ndarray:
+    """int64 [V]: UTF-8 bytes that each token spells in byte-level or SentencePiece-style BPE; special ones spell 0."""
+    byte_level = '"ByteLevel"' in tokenizer.backend_tokenizer.to_str()
+    added = tokenizer.added_tokens_decoder
+    out = np.zeros(max(tokenizer.get_vocab().values()) + 1, np.int64)
+    for token, number in tokenizer.get_vocab().items():
+        if number in added:
+            out[number] = 0 if added[number].special else len(token.encode())
+        elif byte_level:
+            out[number] = len(token)  # each byte is written as one character
+        elif len(token) == 6 and token.startswith("<0x"):
+            out[number] = 1
+        else:
+            out[number] = len(token.replace("▁", " ").encode())
+    return out

@@ -1,0 +1,59 @@
+"""From a recipe's data sections to tokenizers and loaders."""
+
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rorqual.data.chat import ChatSplit, read_chat
+from rorqual.data.corpus import read_texts
+from rorqual.data.fim import FillInTheMiddle
+from rorqual.data.loader import Heldout, Loader, Rows, bytes_of_tokens
+from rorqual.data.shards import Documents, pack_source
+from rorqual.data.tokenizer import load_tokenizer, train_tokenizer
+from rorqual.recipe import ChatDataSection, DataSection, TokenizerSection
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+def open_tokenizer(section: TokenizerSection, data: DataSection) -> "PreTrainedTokenizerFast":
+    """The tokenizer at `section.path`, or one trained on all documents of all sources."""
+    if section.path is not None:
+        return load_tokenizer(section.path)
+    texts = chain.from_iterable(read_texts(source) for source in data.sources)
+    return train_tokenizer(texts, section, fim=data.fim_rate > 0)
+
+
+def open_pretrain_data(
+    section: DataSection, tokenizer: "PreTrainedTokenizerFast", cache: Path, seed: int
+) -> tuple[Loader, Heldout | None]:
+    """Pack what is not yet packed in `cache`; (training loader, held-out rows, None if none are asked for)."""
+    fim = FillInTheMiddle.of(tokenizer, section.fim_rate, seed) if section.fim_rate else None
+    packed = [
+        pack_source(source, tokenizer, Path(cache), section.valid_fraction, fim, section.workers)
+        for source in section.sources
+    ]
+
+    def rows(documents: Documents) -> Rows:
+        return Rows(documents, section.sequence_length, tokenizer.eos_token_id, section.isolate_documents)
+
+    train = Loader([rows(p["train"]) for p in packed], [source.weight for source in section.sources], seed)
+    valid = [rows(p["valid"]) for p in packed if len(p["valid"])]
+    return train, Heldout(valid, bytes_of_tokens(tokenizer)) if valid else None
+
+
+def open_chat_data(
+    section: ChatDataSection, tokenizer: "PreTrainedTokenizerFast", seed: int
+) -> tuple[Loader, Heldout | None, ChatSplit]:
+    """(training loader, held-out rows or None, the samples with how many were shortened or dropped).
+
+    Samples are isolated from each other: positions restart and `Batch.documents` is set.
+    """
+    split = read_chat(section.path, tokenizer, section.sequence_length, section.valid_fraction)
+    padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+    def rows(documents: Documents) -> Rows:
+        return Rows(documents, section.sequence_length, padding or 0, isolate=True, whole=True)
+
+    valid = Heldout([rows(split.valid)], bytes_of_tokens(tokenizer)) if len(split.valid) else None
+    return Loader([rows(split.train)], [1.0], seed), valid, split
