@@ -2,7 +2,7 @@ import gzip
 
 import pyarrow
 import pytest
-from conftest import write_jsonl
+from made_documents import write_jsonl
 from pyarrow import parquet
 
 from rorqual.data.chat import encode_sample, read_chat

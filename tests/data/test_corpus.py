@@ -3,9 +3,9 @@ import json
 
 import pyarrow
 import pytest
-from conftest import make_texts, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made_documents import make_texts, write_jsonl
 from pyarrow import parquet
 
 from rorqual.data import corpus

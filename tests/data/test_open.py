@@ -1,6 +1,7 @@
 import pytest
-from conftest import make_texts, write_jsonl
+from made_documents import make_texts, write_jsonl
 
+from rorqual.data import open as opening
 from rorqual.data.loader import document_mask
 from rorqual.data.open import open_chat_data, open_pretrain_data, open_tokenizer
 from rorqual.data.tokenizer import save_tokenizer
@@ -36,6 +37,16 @@ def test_text_to_batches(section, tmp_path):
     again, _ = open_pretrain_data(section, tokenizer, tmp_path / "cache", seed=1)
     again.load_state_dict(loader.state_dict())
     assert again.next(5).inputs.equal(loader.next(5).inputs)
+
+
+def test_tokenizer_learns_from_each_source_by_weight(section, monkeypatch):
+    seen = []
+    monkeypatch.setattr(opening, "TOKENIZER_CHARACTERS", 4000)
+    monkeypatch.setattr(opening, "train_tokenizer", lambda texts, *_, **__: seen.extend(texts))
+    open_tokenizer(TokenizerSection(), section)
+    first, second = (sum(len(t) for t in seen if t in set(part)) for part in (TEXTS[:100], TEXTS[100:]))
+    assert 3000 <= first < 3400
+    assert 1000 <= second < 1400
 
 
 def split(documents):

@@ -3,7 +3,7 @@ import os
 
 import numpy as np
 import pytest
-from conftest import make_texts, write_jsonl
+from made_documents import make_texts, write_jsonl
 
 from rorqual.data import shards
 from rorqual.data.fim import FillInTheMiddle

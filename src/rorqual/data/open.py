@@ -1,6 +1,6 @@
 """From a recipe's data sections to tokenizers and loaders."""
 
-from itertools import chain
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,12 +16,25 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
+TOKENIZER_CHARACTERS = 100_000_000  # of all sources; merges of a small vocabulary settle long before
+
+
 def open_tokenizer(section: TokenizerSection, data: DataSection) -> "PreTrainedTokenizerFast":
-    """The tokenizer at `section.path`, or one trained on all documents of all sources."""
+    """The tokenizer at `section.path`, or one trained on the first documents of each source, by weight."""
     if section.path is not None:
         return load_tokenizer(section.path)
-    texts = chain.from_iterable(read_texts(source) for source in data.sources)
-    return train_tokenizer(texts, section, fim=data.fim_rate > 0)
+    return train_tokenizer(_first_texts(data), section, fim=data.fim_rate > 0)
+
+
+def _first_texts(data: DataSection) -> Iterator[str]:
+    total = sum(source.weight for source in data.sources)
+    for source in data.sources:
+        left = TOKENIZER_CHARACTERS * source.weight / total
+        for text in read_texts(source):
+            if left <= 0:
+                break
+            left -= len(text)
+            yield text
 
 
 def open_pretrain_data(
