@@ -1,4 +1,5 @@
 import errno
+import json
 
 import pytest
 from hypothesis import given, settings
@@ -66,6 +67,7 @@ def test_training_is_deterministic(tokenizer):
 def test_save_and_load(tokenizer, tmp_path):
     save_tokenizer(tokenizer, tmp_path)
     assert {p.name for p in tmp_path.iterdir()} >= {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
     loaded = load_tokenizer(tmp_path)
     text = TEXTS[5] + "<think>12 + 30</think>"
     assert loaded.encode(text) == tokenizer.encode(text)

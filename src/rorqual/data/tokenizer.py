@@ -139,5 +139,8 @@ def save_tokenizer(tokenizer: "PreTrainedTokenizerFast", path: str | Path) -> No
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
         tokenizer.save_pretrained(str(path))
+        # transformers 5 writes the name of a class that 4 does not know; both know this one.
+        config = Path(path) / "tokenizer_config.json"
+        config.write_text(config.read_text().replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"'))
     except Exception as e:  # the Rust side reports a full disk as a bare Exception
         raise UserError(f"{path}: the tokenizer cannot be written ({e}); free space or choose another place") from e
