@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 END_OF_TEXT = "<|endoftext|>"
 FIM_TOKENS = ("<|fim_begin|>", "<|fim_hole|>", "<|fim_end|>")
 
-# Words with their leading space, runs of at most three digits, one other symbol, white space (which leaves its
-# last space to the word that follows, as GPT-2 does).
-PATTERN = r" ?\p{L}+|\p{N}{1,3}|[^\s\p{L}\p{N}]|\s+(?!\S)|\s+"
+# Words with their leading space, runs of at most three digits, one other symbol with its leading space and the
+# line break after it (so that a mark at the end of a line is one token), white space.
+PATTERN = r" ?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]\n?|\s+(?!\S)|\s+"
 # The same with digits apart, so that training learns no merge of digits when whole numbers bring their own.
-PATTERN_APART = r" ?\p{L}+|\p{N}|[^\s\p{L}\p{N}]|\s+(?!\S)|\s+"
+PATTERN_APART = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]\n?|\s+(?!\S)|\s+"
 
 CHAT_TEMPLATE = """\
 {%- for message in messages %}

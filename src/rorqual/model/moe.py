@@ -85,6 +85,7 @@ class TokenDispatcher(Protocol):
 class LocalDispatcher:
     """All experts are here: sort the tokens by expert, run the grouped products, sort back and add up."""
 
+    @torch.compiler.disable  # shapes depend on the routing, and the compiler knows grouped products in BF16 only
     def __call__(self, experts: Experts, x: Tensor, weights: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
         """→ output [N, D] and load [E]."""
         E = experts.down_proj.shape[0]

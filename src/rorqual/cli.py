@@ -1,0 +1,289 @@
+"""The front door: one verb, one function.
+
+Heavy imports stay inside the verbs, so that `--help` and a mistyped word answer at once.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rorqual.errors import UserError
+
+app = typer.Typer(
+    help="Train, sharpen and serve DeepSeek-style reasoning models on the hardware you have.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE.toml", help="what to do; see recipes/")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key=value …]", help="override recipe fields")]
+Resume = Annotated[bool, typer.Option("--resume", help="continue the run where its newest checkpoint stands")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="print the plan (parameters, FLOPs, memory, time) and stop")]
+AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object instead of text")]
+ModelDir = Annotated[str, typer.Argument(metavar="MODEL", help="a Hugging Face directory, or a run's model/")]
+
+
+def main() -> None:
+    """Run the command line; every mistake of the user's ends in one sentence and a non-zero exit."""
+    from rorqual.train.signals import Stopped
+
+    try:
+        app()
+    except UserError as e:
+        print(f"rorqual: {e}", file=sys.stderr)
+        sys.exit(2)
+    except Stopped as e:
+        print(f"rorqual: {e}", file=sys.stderr)
+        sys.exit(e.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except OSError as e:
+        print(f"rorqual: {e.filename or 'file'}: {e.strerror or e}; free space or choose another place",
+              file=sys.stderr)  # fmt: skip
+        sys.exit(2)
+
+
+@app.command()
+def pretrain(recipe: RecipeFile, overrides: Overrides = None, resume: Resume = False, dry_run: DryRun = False) -> None:
+    """Train a model from text."""
+    from rorqual.train.pretrain import pretrain as run
+
+    _train("pretrain", run, recipe, overrides, resume, dry_run)
+
+
+@app.command()
+def sft(recipe: RecipeFile, overrides: Overrides = None, resume: Resume = False, dry_run: DryRun = False) -> None:
+    """Fine-tune a model on conversations, with the loss on the assistant's turns."""
+    from rorqual.train.sft import sft as run
+
+    _train("sft", run, recipe, overrides, resume, dry_run)
+
+
+def _train(kind: str, run: Any, path: Path, overrides: list[str] | None, resume: bool, dry: bool) -> None:
+    from rorqual.plan.estimate import plan_text
+    from rorqual.recipe import load_recipe
+    from rorqual.train.dry_run import dry_run
+
+    recipe = load_recipe(path, kind, overrides)
+    if dry:
+        print(plan_text(dry_run(recipe)))
+        return
+    _finished(run(recipe, resume=resume))
+
+
+@app.command()
+def rl(recipe: RecipeFile, overrides: Overrides = None, resume: Resume = False, dry_run: DryRun = False) -> None:
+    """Sharpen a model by reinforcement learning on checkable problems (GRPO)."""
+    from rorqual.model import ModelConfig
+    from rorqual.reason.rl import predict_rl
+    from rorqual.reason.rl import rl as run
+    from rorqual.recipe import load_recipe
+    from rorqual.train.prepare import tokenizer_of
+
+    checked = load_recipe(recipe, "rl", overrides)
+    if dry_run:
+        tokenizer_of(checked.model)
+        plan = predict_rl(checked, ModelConfig.load(checked.model.path))
+        for name, value in plan.items():
+            print(f"{name:<12} {'by the clock' if value is None else f'at most {value:.3g}'}")
+        return
+    _finished(run(checked, resume=resume))
+
+
+@app.command()
+def distill(recipe: RecipeFile, overrides: Overrides = None, resume: Resume = False) -> None:
+    """Sample a teacher, keep the best answers, fine-tune a student on them."""
+    from rorqual.reason.rejection import distill as run
+    from rorqual.recipe import load_recipe
+
+    _finished(run(load_recipe(recipe, "distill", overrides), resume=resume))
+
+
+def _finished(run_dir: Path) -> None:
+    from rorqual.report import write_report
+
+    print(f"{run_dir}: done; the model is in {_model_in(run_dir)}, the report in {write_report(run_dir)}")
+
+
+def _model_in(run_dir: Path) -> Path:
+    return next(p for p in (run_dir / "model", run_dir / "student" / "model") if p.exists())
+
+
+@app.command("eval")
+def evaluate(
+    model: ModelDir,
+    tasks: Annotated[str, typer.Option(help="comma-separated: reasoning-gym datasets, a .jsonl file, humaneval")],
+    samples: Annotated[int, typer.Option(help="answers a problem")] = 8,
+    problems: Annotated[int, typer.Option(help="problems a task, from the held-out split")] = 200,
+    template: Annotated[str, typer.Option(help="chat, r1-zero or plain")] = "chat",
+    temperature: Annotated[float, typer.Option(help="of sampling")] = 0.6,
+    top_p: Annotated[float, typer.Option(help="nucleus kept when sampling")] = 0.95,
+    max_tokens: Annotated[int, typer.Option(help="tokens an answer at most")] = 1024,
+    thinking_budget: Annotated[int | None, typer.Option(help="close </think> after so many tokens")] = None,
+    seed: Annotated[int, typer.Option(help="of problems and sampling")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """pass@1 and cons@k on held-out problems, with 95 % intervals."""
+    from rich.console import Console
+
+    from rorqual.engine import Engine
+    from rorqual.evals.run import evaluate as run
+    from rorqual.evals.run import table
+    from rorqual.evals.tasks import split_tasks
+
+    _choice("--template", template, ("chat", "r1-zero", "plain"))
+    engine = Engine(_directory(model))
+    result = run(
+        engine, engine.tokenizer, split_tasks(tasks), samples, problems, seed=seed, template=template,
+        temperature=temperature, top_p=top_p, max_tokens=max_tokens, thinking_budget=thinking_budget,
+    )  # fmt: skip
+    if as_json:
+        print(json.dumps(result))
+    else:
+        Console().print(table(result))
+
+
+@app.command()
+def generate(
+    model: ModelDir,
+    prompt: Annotated[str, typer.Argument(help="the text to continue; the chat template is put around it")],
+    raw: Annotated[bool, typer.Option("--raw", help="continue the text as it is, without chat template")] = False,
+    temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.6,
+    top_p: Annotated[float, typer.Option(help="nucleus kept when sampling")] = 0.95,
+    max_tokens: Annotated[int, typer.Option(help="tokens to make at most")] = 512,
+    thinking_budget: Annotated[int | None, typer.Option(help="close </think> after so many tokens")] = None,
+    seed: Annotated[int | None, typer.Option(help="the same seed gives the same text")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Continue a prompt once."""
+    from rorqual.engine import Engine, SamplingParams
+
+    params = SamplingParams(temperature, top_p, max_tokens=max_tokens, seed=seed, thinking_budget=thinking_budget)
+    engine = Engine(_directory(model))
+    text = prompt if raw else _templated(engine, [{"role": "user", "content": prompt}])
+    if as_json:
+        found = engine.generate([text], params)[0]
+        print(json.dumps({"text": found.text, "tokens": found.tokens, "finish_reason": found.finish_reason}))
+        return
+    for piece in engine.stream(text, params):
+        print(piece, end="", flush=True)
+    print()
+
+
+@app.command()
+def chat(
+    model: ModelDir,
+    temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.6,
+    top_p: Annotated[float, typer.Option(help="nucleus kept when sampling")] = 0.95,
+    max_tokens: Annotated[int, typer.Option(help="tokens a reply at most")] = 512,
+) -> None:
+    """Talk to a model; Ctrl-C stops a reply, Ctrl-D (or an empty line) ends."""
+    from rich.console import Console
+
+    from rorqual.engine import Engine, SamplingParams
+
+    engine = Engine(_directory(model))
+    console = Console(highlight=False)
+    params = SamplingParams(temperature, top_p, max_tokens=max_tokens)
+    console.print("Ctrl-C stops a reply, Ctrl-D ends.", style="dim")
+    messages: list[dict[str, str]] = []
+    while True:
+        try:
+            question = input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            break
+        if not question:
+            break
+        messages.append({"role": "user", "content": question})
+        try:
+            reply = _reply(engine, messages, params, console)
+        except UserError as e:  # e.g. the conversation no longer fits the context
+            console.print(f"{e} — the conversation starts afresh", style="red")
+            messages = []
+            continue
+        messages.append({"role": "assistant", "content": reply.partition("</think>")[2] or reply})
+
+
+def _reply(engine: Any, messages: list[dict[str, str]], params: Any, console: Any) -> str:
+    """Print a reply as it comes, its thinking dimmed; gives its text."""
+    text = _templated(engine, messages)
+    thinking = text.rstrip().endswith("<think>")
+    reply = ""
+    try:
+        for piece in engine.stream(text, params):
+            reply += piece
+            thinking = thinking or reply.lstrip().startswith("<think>")
+            dim = thinking and "</think>" not in reply
+            console.print(piece, end="", style="dim" if dim else None, markup=False, soft_wrap=True)
+    except KeyboardInterrupt:
+        console.print(" [stopped]", style="yellow", markup=False, end="")
+    console.print()
+    return reply
+
+
+def _templated(engine: Any, messages: list[dict[str, str]]) -> str:
+    if getattr(engine.tokenizer, "chat_template", None) is None:
+        raise UserError("this model has no chat template (chat_template.jinja); use `rorqual generate --raw`")
+    return engine.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+@app.command("import")
+def import_(
+    source: Annotated[str, typer.Argument(help="smollm2, a .gguf file, or a Hugging Face directory")],
+    destination: Annotated[Path, typer.Argument(metavar="DEST", help="the directory to write")],
+) -> None:
+    """Bring a model in as a Hugging Face directory."""
+    from rorqual.model.gguf import import_model
+
+    import_model(source, destination)
+    print(f"{destination}: a Hugging Face directory; try: rorqual chat {destination}")
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="a run's folder, e.g. runs/NAME")]) -> None:
+    """Write RUN/report.html and RUN/figures/."""
+    from rorqual.report import write_report
+
+    print(write_report(run))
+
+
+@app.command()
+def speedrun(
+    seed: Annotated[int, typer.Option(help="of everything random")] = 0,
+    minutes: Annotated[float, typer.Option(help="wall time of the whole run")] = 10.0,
+    out: Annotated[Path | None, typer.Option(help="the run's folder; default: a new one in runs/")] = None,
+) -> None:
+    """From nothing to a small R1: tokenizer, pre-training, GRPO, rejection sampling and SFT, evaluation, report."""
+    from rorqual.speedrun import speedrun as run
+
+    run(out, seed, minutes)
+
+
+def _directory(model: str) -> Path:
+    """A model's directory; a run's folder stands for the model in it, a Hub id for its snapshot."""
+    path = Path(model)
+    for found in (path, path / "model"):
+        if (found / "config.json").exists():
+            return found
+    if path.exists() or model.count("/") != 1:
+        raise UserError(f"{model} is not a model: no config.json in it; give a Hugging Face directory or a Hub id")
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "*.jinja"]
+    try:
+        return Path(snapshot_download(model, allow_patterns=patterns))
+    except Exception as e:  # whatever the network or the Hub says
+        raise UserError(
+            f"{model} is neither a directory nor to be had from the Hub ({type(e).__name__}); check the name and the "
+            "network"
+        ) from e
+
+
+def _choice(option: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise UserError(f"{option} {value!r}: must be one of {', '.join(allowed)}")
