@@ -6,14 +6,17 @@ and correct it; some give up early; some answer without thinking. None says some
 for slips that a check then finds. What pays off is left for reinforcement learning to discover.
 """
 
+import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from random import Random
 
-from rorqual.reason.problems import Problem
+from rorqual.reason.problems import Environment, Problem
 
 RIGHT, WRONG = "✓", "✗"
-LARGEST = 999  # numbers up to here are one token each
+LARGEST = 399  # no step goes above: chains of four two-digit numbers stay below, and a small vocabulary is cheap
 
 
 @dataclass(frozen=True)
@@ -101,15 +104,9 @@ def chain_document(problem: Problem, rng: Random) -> Document:
     if way < 0.75:
         return Document(problem, _chain(terms) + "\n", answer)
     lines = []
-    first = _chain(terms)
     if rng.random() < 0.3:
-        slipped = terms[:]
-        slipped[rng.randrange(len(slipped))] += rng.choice((-10, -1, 1, 10))
-        total = sum(terms)
-        wrong = _chain(terms, slip=rng.choice((-10, -1, 1, 10)))
-        lines += [wrong, f"{_chain(_reordered(terms))} {WRONG}\n"]
-        del total
-    lines += [first, f"{_chain(_reordered(terms))} {RIGHT}\n"]
+        lines += [_chain(terms, slip=rng.choice((-10, -1, 1, 10))), f"{_chain(_reordered(terms))} {WRONG}\n"]
+    lines += [_chain(terms), f"{_chain(_reordered(terms))} {RIGHT}\n"]
     return Document(problem, "\n".join(lines), answer)
 
 
@@ -134,9 +131,53 @@ WRITERS: dict[str, Callable[[Problem, Random], Document]] = {
 }
 
 
+STEP = re.compile(r"(-?\d+)([+*-])(\d+)=(-?\d+)")
+
+
+def line_is_right(problem: Problem, line: str) -> bool | None:
+    """Whether a line of thinking that was marked right is: every step true, and the problem solved by it.
+
+    None for what is not a line of steps.
+    """
+    steps = [STEP.fullmatch(step) for step in line.strip().split(",")]
+    if not all(steps):
+        return None
+    values = [(int(a), op, int(b), int(result)) for a, op, b, result in (step.groups() for step in steps)]
+    if any({"+": a + b, "-": a - b, "*": a * b}[op] != result for a, op, b, result in values):
+        return False
+    if problem.family == "chain_sum":
+        return values[-1][3] == int(problem.answer)
+    unused = list(problem.metadata["numbers"])
+    for a, _, b, result in values:
+        for operand in (a, b):
+            if operand not in unused:
+                return False
+            unused.remove(operand)
+        unused.append(result)
+    return unused == [problem.metadata["target"]]
+
+
 def documents(problems: list[Problem], count: int, seed: int) -> Iterator[Document]:
     """`count` documents over the problems, each problem again with other wrong turns when they run out."""
     rng = Random(seed)
     for i in range(count):
         problem = problems[i % len(problems)]
         yield WRITERS[problem.family](problem, rng)
+
+
+def write_documents(
+    path: Path, environments: list[Environment], counts: list[int], problems: list[int], seed: int
+) -> int:
+    """Write a shuffled .jsonl corpus of `counts[i]` documents over `problems[i]` training problems of environment i.
+
+    Their form is that of the `plain` template (reason/prompts.py). Returns the number of documents.
+    """
+    rng = Random(seed)
+    texts = []
+    for environment, count, distinct in zip(environments, counts, problems, strict=True):
+        chosen = environment.problems("train", distinct, seed)
+        for document in documents(chosen, count, rng.getrandbits(32)):
+            texts.append(f"{document.problem.question}\n{document.completion}")
+    rng.shuffle(texts)
+    path.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts), encoding="utf-8")
+    return len(texts)
