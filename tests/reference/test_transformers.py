@@ -5,6 +5,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from rorqual import load_model, save_model
+from rorqual.engine import Engine, SamplingParams
 from rorqual.kernels.cross_entropy import linear_cross_entropy
 
 transformers = pytest.importorskip("transformers")
@@ -36,16 +37,28 @@ def test_logits(ours, theirs, tokens):
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
 
+def continuation(theirs, prompt):
+    """Their greedy continuation of prompt [B, T] by 12 tokens."""
+    all_seen = torch.ones_like(prompt)
+    return theirs.generate(prompt, attention_mask=all_seen, max_new_tokens=12, do_sample=False, pad_token_id=0)
+
+
 def test_greedy_continuation(ours, theirs, tokens):
-    prompt = tokens[:, :8]
-    expected = theirs.generate(
-        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=12, do_sample=False, pad_token_id=0
-    )
-    found = prompt
+    found = prompt = tokens[:, :8]
+    expected = continuation(theirs, prompt)
     with torch.no_grad():
         for _ in range(12):
             found = torch.cat([found, ours.logits(found)[:, -1:].argmax(-1)], dim=1)
     assert found.tolist() == expected.tolist()
+
+
+def test_greedy_continuation_by_the_engine(ours, theirs, tokens):
+    prompts = [tokens[:1, :8], tokens[1:, :3], tokens[1:, :11]]  # of unequal lengths, two at a time
+    params = SamplingParams(temperature=0, max_tokens=12)
+    found = Engine(ours, slots=2).generate([p[0].tolist() for p in prompts], params)
+    for prompt, completion in zip(prompts, found, strict=True):
+        expected = continuation(theirs, prompt)
+        assert completion.tokens == expected[0, prompt.shape[1] :].tolist()
 
 
 def test_their_directory_loads_here(ours, theirs, tokens, tmp_path):

@@ -234,6 +234,9 @@ def _write_weights(tensors: dict[str, Tensor], path: Path, max_shard_bytes: int)
 def _write_tokenizer(tokenizer: "PreTrainedTokenizerBase", path: Path) -> None:
     try:
         tokenizer.save_pretrained(str(path))
+        # transformers 5 writes the name of a class that 4 does not know; both know this one.
+        config = path / "tokenizer_config.json"
+        config.write_text(config.read_text().replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"'))
     except Exception as e:  # the Rust side reports a full disk as a bare Exception
         raise OSError(str(e)) from e
 
