@@ -1,0 +1,26 @@
+"""`rorqual report`: one page with pictures that explains a run to someone who was not there."""
+
+from pathlib import Path
+
+from rorqual.errors import UserError
+from rorqual.report.page import render
+from rorqual.report.plots import draw_all
+from rorqual.report.record import read_run
+
+__all__ = ["write_report"]
+
+
+def write_report(run_dir: str | Path) -> Path:
+    """Write report.html (self-contained) and figures/*.png from what the run left in its folder.
+
+    Reads metrics.jsonl here and in sub-runs, ledger.json, summary.json and recipe.toml; parts that are missing are
+    left out. Raises UserError when the folder does not exist, holds nothing to report or broken JSON, or cannot be
+    written.
+    """
+    run = read_run(Path(run_dir))
+    page = run.path / "report.html"
+    try:
+        page.write_text(render(run, draw_all(run, run.path / "figures")), encoding="utf-8")
+    except OSError as e:
+        raise UserError(f"{page} cannot be written ({e.strerror}); free space or check its permissions") from None
+    return page

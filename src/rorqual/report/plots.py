@@ -1,0 +1,248 @@
+"""What is drawn: every picture with its title and the sentence that says what to look for."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib.axes import Axes
+
+from rorqual.report.draw import THEMES, Theme, errorbars, grouped_bars, lines, save
+from rorqual.report.record import Part, Run, is_number
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A drawn figure; light and dark are PNG files. `part` is the part of the run it belongs to, None: the whole."""
+
+    part: str | None
+    title: str
+    caption: str
+    light: Path
+    dark: Path
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Metrics against steps. `keys`: metric → label; `prefix`: also every metric that begins so; `scale`: factor."""
+
+    name: str
+    title: str
+    caption: str
+    unit: str
+    keys: tuple[tuple[str, str], ...] = ()
+    prefix: str = ""
+    scale: float = 1.0
+    smooth: bool = True
+    from_zero: bool = True  # where the distance from zero means something
+
+
+SHARE = 100.0
+CURVES = (
+    Curve(
+        "dev",
+        "Accuracy on the development set",
+        "pass@1 on problems kept apart from training, measured during the run. It should rise and stay up; a late "
+        "fall means that the policy went astray.",
+        "pass@1, %", prefix="eval_", scale=SHARE, smooth=False,
+    ),
+    Curve(
+        "reward",
+        "Reward by part",
+        "Mean over all answers of a step. Look for accuracy rising; if only the format rises, the model learnt the "
+        "form and not the task.",
+        "mean reward", keys=(("reward", "total"),), prefix="reward_", from_zero=False,
+    ),
+    Curve(
+        "length",
+        "Length of answers",
+        "Tokens an answer. It grows where thinking longer pays; growth up to the allowed length with accuracy flat "
+        "is padding.",
+        "tokens", keys=(("length", "length"),),
+    ),
+    Curve(
+        "entropy",
+        "Entropy of the policy",
+        "How undecided the model is at each token. A slow fall is learning; a collapse to zero ends exploration.",
+        "nats a token", keys=(("entropy", "entropy"),), from_zero=False,
+    ),
+    Curve(
+        "verdicts",
+        "Its own verdicts",
+        "How often the model calls its last candidate right (✓) and how often that is true. The second line falling "
+        "while the first rises means that it learns to claim.",
+        "%", keys=(("claimed", "says ✓"), ("verdict_precision", "✓ is right")), scale=SHARE,
+    ),
+    Curve(
+        "signal",
+        "Where there is nothing to learn",
+        "Flat groups have the same reward for every answer and give no gradient; truncated answers ran out of room; "
+        "clipped tokens moved too far in one update. All three should stay low.",
+        "%",
+        keys=(("flat_groups", "flat groups"), ("truncated", "truncated"), ("clip_share", "clipped tokens")),
+        scale=SHARE,
+    ),
+    Curve(
+        "kl",
+        "Distance from the reference model",
+        "KL divergence a token. It rises as the model changes; a sudden jump is a warning.",
+        "nats a token", keys=(("kl", "KL"),),
+    ),
+    Curve(
+        "loss",
+        "Loss",
+        "Cross-entropy a token in training, and of the token after next where the network predicts it too. It falls "
+        "fast, then slowly; a spike that stays is trouble.",
+        "nats a token", keys=(("loss", "next token"), ("mtp_loss", "token after next")), from_zero=False,
+    ),
+    Curve(
+        "bits-per-byte",
+        "Held-out bits per byte",
+        "The same on text never trained on, independent of the tokenizer. Rising while the loss falls means "
+        "learning by heart.",
+        "bits a byte", keys=(("valid_bpb", "held out"),), smooth=False, from_zero=False,
+    ),
+    Curve(
+        "maxvio",
+        "Balance of the experts, by layer",
+        "MaxVio: load of the busiest expert over the mean, minus 1, in each layer that has experts. Bias balancing "
+        "should bring every layer near 0 and keep it there.",
+        "MaxVio", prefix="max_vio_per_layer",
+    ),
+    Curve(
+        "lr",
+        "Learning rate",
+        "As the schedule set it, for reading the other curves.",
+        "rate", keys=(("lr", "learning rate"),), smooth=False,
+    ),
+    Curve(
+        "grad-norm",
+        "Gradient norm",
+        "Before clipping. Calm is good; growth without end comes before divergence.",
+        "norm", keys=(("grad_norm", "gradient norm"),),
+    ),
+    Curve(
+        "speed",
+        "Speed",
+        "Thousand tokens a second in training and in generation. A sag means that something else used the machine.",
+        "thousand tokens/s",
+        keys=(("tokens_per_second", "training"), ("rollout_tokens_per_second", "generation")), scale=1e-3,
+    ),
+    Curve(
+        "utilisation",
+        "Utilisation",
+        "Floating-point operations done over what this machine's matrix product reaches. Higher is better.",
+        "% of the measured peak", keys=(("utilisation", "utilisation"),), scale=SHARE,
+    ),
+)  # fmt: skip
+
+
+def draw_all(run: Run, folder: Path) -> list[Picture]:
+    """Draw what the run has data for, each in a light and a dark version (NAME.png, NAME-dark.png)."""
+    folder.mkdir(exist_ok=True)
+    pictures = []
+    plans: list[tuple[str | None, str, str, str, Callable[[Axes, Theme], bool]]] = [
+        (None, "stages", "Accuracy by stage",
+         "pass@1 on held-out problems after each stage, with 95 % intervals. Intervals that do not overlap mark a "
+         "real gain.", lambda axes, theme: _stages(run, axes, theme)),
+        (None, "thinking", "Accuracy against thinking length",
+         "The finished model with its thinking closed by force after so many tokens. A rising curve means that "
+         "thinking pays; where it is flat, more thinking is wasted.", lambda axes, theme: _thinking(run, axes, theme)),
+        (None, "difficulty", "Accuracy by difficulty",
+         "The finished model, easy to hard. A steep fall shows where it stops understanding and starts guessing.",
+         lambda axes, theme: _difficulty(run, axes, theme)),
+    ]  # fmt: skip
+    for part in run.parts:
+        prefix = part.name.replace("/", "-") + "-" if part.name else ""
+        plans += [(part.name, prefix + curve.name, curve.title, curve.caption, _curve(part, curve)) for curve in CURVES]
+    for belongs, name, title, caption, plot in plans:
+        files = [folder / f"{name}{suffix}.png" for suffix in ("", "-dark")]
+        if all(save(plot, theme, file) for theme, file in zip(THEMES, files, strict=True)):
+            pictures.append(Picture(belongs, title, caption, *files))
+    return pictures
+
+
+def _curve(part: Part, curve: Curve) -> Callable[[Axes, Theme], bool]:
+    def plot(axes: Axes, theme: Theme) -> bool:
+        if curve.name == "maxvio":
+            series = _layers(part) or {"mean": part.series("max_vio")}
+        else:
+            series = {label: part.series(key) for key, label in curve.keys}
+            named = dict(curve.keys)
+            series |= {
+                key.removeprefix(curve.prefix).replace("_", " "): part.series(key)
+                for key in part.keys(curve.prefix)
+                if curve.prefix and key not in named
+            }
+        series = {label: (x, [curve.scale * v for v in y]) for label, (x, y) in series.items() if len(x) > 1}
+        if not series:
+            return False
+        lines(axes, theme, series, smooth=curve.smooth, ordered=curve.name == "maxvio")
+        axes.set_xlabel("step")
+        axes.set_ylabel(curve.unit)
+        if curve.from_zero:
+            axes.set_ylim(bottom=0)
+        return True
+
+    return plot
+
+
+def _layers(part: Part) -> dict[str, tuple[list[float], list[float]]]:
+    series: dict[str, tuple[list[float], list[float]]] = {}
+    for line in part.lines:
+        values = line.get("max_vio_per_layer")
+        for layer, value in enumerate(values if isinstance(values, list) else []):
+            if is_number(value):
+                steps, heights = series.setdefault(f"layer {layer + 1}", ([], []))
+                steps.append(float(line["step"]))
+                heights.append(float(value))
+    return series
+
+
+def _stages(run: Run, axes: Axes, theme: Theme) -> bool:
+    bars = {family: run.results(family) for family in run.families}
+    if not any(bars.values()):
+        return False
+    stages = list(dict.fromkeys(name for results in bars.values() for name, _ in results))
+    grouped_bars(axes, theme, stages, {family: {n: _point(r) for n, r in results} for family, results in bars.items()})
+    axes.set_ylabel("pass@1, %")
+    return True
+
+
+def _thinking(run: Run, axes: Axes, theme: Theme) -> bool:
+    curves = {
+        family: [
+            (p["budget"], *_point(p)) for p in points if is_number(p.get("budget")) and is_number(p.get("pass_at_1"))
+        ]
+        for family, points in (run.summary.get("thinking_curve") or {}).items()
+    }
+    curves = {family: sorted(points) for family, points in curves.items() if points}
+    if not curves:
+        return False
+    errorbars(axes, theme, curves)
+    axes.set_xlabel("tokens allowed for thinking")
+    axes.set_ylabel("pass@1, %")
+    return True
+
+
+def _difficulty(run: Run, axes: Axes, theme: Theme) -> bool:
+    groups = {
+        family: {
+            f"{family}: {level}" if len(run.families) > 1 else level: _point(result)
+            for level, result in levels.items()
+            if is_number(result.get("pass_at_1"))
+        }
+        for family, levels in (run.summary.get("by_difficulty") or {}).items()
+    }
+    names = [name for bars in groups.values() for name in bars]
+    if len(names) < 2:
+        return False
+    grouped_bars(axes, theme, names, groups, sideways=True)
+    axes.set_xlabel("pass@1, %")
+    return True
+
+
+def _point(result: dict) -> tuple[float, float, float]:
+    """pass@1 and its interval in percent."""
+    value = result["pass_at_1"]
+    low, high = result.get("interval") or (value, value)
+    return SHARE * value, SHARE * low, SHARE * high

@@ -1,0 +1,144 @@
+"""What a run left behind, read once."""
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rorqual.errors import UserError
+
+ORDER = ("pretrain", "sft", "rl", "distill")  # in which a recipe's stages follow each other
+TITLES = {
+    "pretrain": "Pre-training",
+    "sft": "Supervised fine-tuning",
+    "rl": "Reinforcement learning",
+    "distill": "Rejection sampling and distillation",
+    "cold-start": "Cold start",
+}
+
+
+@dataclass
+class Part:
+    """The metrics of one training run; `name` is its folder below the run's, "" for the run's own."""
+
+    name: str
+    lines: list[dict[str, Any]]
+    notes: list[str]
+    recipe: str = ""
+
+    @property
+    def title(self) -> str:
+        first = self.name.partition("/")[0] or self.kind
+        return TITLES.get(first, first.replace("-", " ").replace("_", " ").capitalize())
+
+    @property
+    def kind(self) -> str:
+        """From the recipe where there is one, else from what was measured."""
+        for kind in ORDER:
+            if f'kind = "{kind}"' in self.recipe:
+                return kind
+        return "rl" if any("reward" in line for line in self.lines) else "pretrain"
+
+    def series(self, key: str) -> tuple[list[float], list[float]]:
+        """Steps and finite values of a metric."""
+        pairs = [(line["step"], line[key]) for line in self.lines if is_number(line.get(key))]
+        return [float(step) for step, _ in pairs], [float(value) for _, value in pairs]
+
+    def keys(self, prefix: str) -> list[str]:
+        """The metrics whose name begins so, in the order they appeared."""
+        return [k for k in dict.fromkeys(k for line in self.lines for k in line) if k.startswith(prefix)]
+
+
+@dataclass
+class Run:
+    """Everything a report is made from; what the run did not write is empty."""
+
+    path: Path
+    parts: list[Part]
+    summary: dict[str, Any] = field(default_factory=dict)
+    ledgers: dict[str, dict[str, Any]] = field(default_factory=dict)  # by part name; "" is the whole run's
+    recipe: str = ""
+
+    @property
+    def families(self) -> list[str]:
+        """Task families in the order of the summary, which puts the leading one first."""
+        return list(dict.fromkeys(family for stage in self.stages for family in stage.get("tasks") or {}))
+
+    @property
+    def stages(self) -> list[dict[str, Any]]:
+        return [stage for stage in self.summary.get("stages") or [] if isinstance(stage, dict)]
+
+    def results(self, family: str) -> list[tuple[str, dict[str, Any]]]:
+        """(stage, result) for the stages that were evaluated on `family`."""
+        return [
+            (str(stage.get("name", "")), stage["tasks"][family])
+            for stage in self.stages
+            if is_number(((stage.get("tasks") or {}).get(family) or {}).get("pass_at_1"))
+        ]
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def read_run(path: Path) -> Run:
+    """Raises UserError for a folder that is missing, has nothing to report, or has broken JSON in it."""
+    if not path.is_dir():
+        raise UserError(f"run folder {path} does not exist; give a folder that a run wrote, e.g. runs/NAME")
+    folders = [path, *sorted((p.parent for p in path.glob("*/metrics.jsonl")), key=_order)]
+    folders += sorted(p.parent for p in path.glob("*/*/metrics.jsonl"))
+    parts, ledgers = [], {}
+    for folder in folders:
+        name = "" if folder == path else folder.relative_to(path).as_posix()
+        part = _read_part(folder, name)
+        if part.lines or part.notes:
+            parts.append(part)
+        if ledger := _read_json(folder / "ledger.json"):
+            ledgers[name] = ledger
+    run = Run(path, parts, _read_json(path / "summary.json"), ledgers, _read_text(path / "recipe.toml"))
+    if not (run.parts or run.summary or run.ledgers):
+        raise UserError(f"{path} holds no metrics.jsonl, summary.json or ledger.json; give a folder that a run wrote")
+    return run
+
+
+def _order(folder: Path) -> tuple[int, str]:
+    return (ORDER.index(folder.name) if folder.name in ORDER else len(ORDER), folder.name)
+
+
+def _read_part(folder: Path, name: str) -> Part:
+    """Lines that are not JSON objects with a step are passed over: a kill may cut the last one."""
+    lines, notes = [], []
+    for text in _read_text(folder / "metrics.jsonl").splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict) and is_number(line.get("step")):
+            if "note" in line:
+                notes.append(f"step {line['step']}: {line['note']}")
+            else:
+                lines.append(line)
+    return Part(name, lines, notes, _read_text(folder / "recipe.toml"))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    text = _read_text(path)
+    if not text:
+        return {}
+    try:
+        value = json.loads(text)
+    except ValueError as e:
+        raise UserError(f"{path} is not valid JSON ({e}); delete it to report without it") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} must hold a JSON object, not a {type(value).__name__}; delete it to report without it")
+    return value
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return ""
+    except OSError as e:
+        raise UserError(f"{path} cannot be read ({e.strerror}); check its permissions") from None
