@@ -88,7 +88,10 @@ def _value(node: ast.expr) -> Fraction:
 
 
 def score(answer: str, numbers: Sequence[int], target: int) -> float:
-    """reasoning-gym's scores: 1 solved, 0.05 a valid expression that is not a solution, 0.01 anything else."""
+    """reasoning-gym's scores: 1 solved, 0.05 a valid expression that is not a solution, 0.01 anything else.
+
+    One difference: an expression that divides by zero is not valid here, where sympy goes on with infinity.
+    """
     value = evaluate(answer)
     if value is None:
         return 0.01

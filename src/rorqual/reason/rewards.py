@@ -128,7 +128,7 @@ def _scripts_of_words(text: str) -> list[str]:
     words = []
     for run in re.findall(r"[^\W\d_]+", text):
         previous = None
-        for script in map(_script, run):
+        for script in map(_script, filter(str.isalpha, run)):
             if script in UNSPACED or script != previous:
                 words.append(script)
             previous = script

@@ -29,6 +29,8 @@ class Worker:
     def call(self, request: dict[str, Any], timeout: float) -> float | None:
         """The process's answer; None when it took longer than `timeout` seconds, failed or died."""
         with self._lock:
+            if self._process is not None and self._process.poll() is not None:
+                self._stop()  # killed from outside between two calls
             if self._process is None and not self._start():
                 return None
             try:
@@ -73,8 +75,9 @@ class Worker:
         if process is not None:
             process.kill()
             process.wait()
-            process.stdin.close()
-            process.stdout.close()
+            for pipe in (process.stdin, process.stdout):
+                with contextlib.suppress(OSError):  # what was still to be flushed has no reader
+                    pipe.close()
 
 
 _shared = Worker()

@@ -1,0 +1,109 @@
+import time
+
+import pytest
+
+from rorqual.errors import UserError
+from rorqual.reason.environment import open_environment
+from rorqual.reason.gym import _safe_expression, _safe_literal
+from rorqual.recipe import EnvironmentSection
+
+
+def environment(name, **fields):
+    return open_environment(EnvironmentSection(name=name, **fields))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "basic_arithmetic",
+        "gsm_symbolic",
+        "word_ladder",
+        "knights_knaves",
+        "letter_counting",
+        "acre",
+        "string_insertion",
+    ],
+)
+def test_a_dataset_gives_problems_and_accepts_its_own_answers(name):
+    source = environment(name)
+    for problem in source.problems("test", 3, seed=1):
+        assert problem.split == "test"
+        assert source.correct(problem, problem.answer)
+        assert source.score(problem, None) == source.score(problem, " ") == 0.0
+
+
+def test_a_dataset_told_apart_by_words_is_split_by_its_text():
+    splits = {split: environment("knights_knaves").problems(split, 10) for split in ("train", "dev", "test")}
+    assert all(" " in p.key and not p.key[0].isdigit() for problems in splits.values() for p in problems)
+
+
+def test_partial_credit_is_not_correct():
+    source = environment("countdown")
+    problem = source.problems("dev", 1)[0]
+    wrong = "+".join(map(str, problem.metadata["numbers"]))
+    assert source.score(problem, wrong) == 0.05
+    assert not source.correct(problem, wrong)
+
+
+def test_a_checker_that_evaluates_runs_elsewhere_and_can_be_stopped(tmp_path):
+    source = environment("polynomial_multiplication")
+    problem = source.problems("dev", 1)[0]
+    assert source.score(problem, problem.answer.replace("**", "**")) == 1.0
+    trap = tmp_path / "trap"
+    assert source.score(problem, f"__import__('pathlib').Path('{trap}').touch()") == 0.0
+    assert not trap.exists()
+
+
+def test_difficulty_is_a_label_of_what_varies():
+    problems = environment("chain_sum", config={"min_terms": 2, "max_terms": 3}).problems("train", 30)
+    assert {p.difficulty.split(",")[0] for p in problems} == {"num_terms=2", "num_terms=3"}
+    assert environment("countdown").problems("dev", 1)[0].difficulty.startswith("numbers=")
+
+
+def test_generation_runs_ahead():
+    source = environment("chain_sum")
+    source.chunked(0, 0)
+    deadline = time.monotonic() + 10
+    while not source._chunks[0, 1].done() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert source._chunks[0, 1].done()
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [
+        ("countdwn", {}, "'countdwn' is not a dataset of reasoning-gym"),
+        ("composite", {}, "is not a dataset"),
+        ("countdown", {"config": {"numbers": 3}}, "its fields are max_numbers"),
+        ("countdown", {"config": {"min_numbers": 9}}, "refused"),
+        ("countdown", {"config": {"seed": 9}}, "config.seed is set by the run's seed"),
+    ],
+)
+def test_bad_sections(name, fields, message):
+    with pytest.raises(UserError, match=message):
+        environment(name, **fields)
+
+
+@pytest.mark.parametrize(
+    ("text", "safe"),
+    [
+        ("3*x**2 + sin(x) + C", True),
+        ("exp(x)/2.5", True),
+        ("__import__('os')", False),
+        ("x.__class__", False),
+        ("a.b", False),
+        ("open(x)", False),
+        ("9" * 20, False),
+        ("lambda: 1", False),
+    ],
+)
+def test_safe_expression(text, safe):
+    assert _safe_expression(text) is safe
+
+
+@pytest.mark.parametrize(
+    ("text", "safe"),
+    [("['A', 'B']", True), ("[[0, 1], [1, 0]]", True), ("_ Q _", True), ("exit()", False), ("__builtins__", False)],
+)
+def test_safe_literal(text, safe):
+    assert _safe_literal(text) is safe
