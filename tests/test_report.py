@@ -19,7 +19,7 @@ def result(value, **more):
 SUMMARY = {
     "stages": [
         {"name": "tokenizer", "seconds": 4, "tokens": 1e6},
-        {"name": "pre-training", "seconds": 300, "tokens": 5e6, "tasks": {"countdown": result(0.341)}},
+        {"name": "pretrain", "seconds": 300, "tokens": 5e6, "tasks": {"countdown": result(0.341)}},
         {
             "name": "distillation",
             "seconds": 60,
@@ -34,6 +34,7 @@ SUMMARY = {
     ],
     "total_seconds": 581,
     "seed": 3,
+    "gains": {"rl": {"countdown": {"gain": 0.271, "interval": [0.25, 0.292]}}},
     "thinking_curve": {"countdown": [{"budget": b} | result(b / 200) for b in (16, 64)]},
     "by_difficulty": {"countdown": {"numbers=3": result(0.7), "numbers=4": result(0.4)}},
     "samples": [
@@ -152,6 +153,7 @@ def test_stages_ledger_and_samples_are_told(whole):
     assert re.search(r"total\s+8 min 18 s\s+\(10 min 0 s\)", text)
     assert "measured peak 188 GFLOP/s" in text
     assert re.search(r"Before\s+1\s+✗\s+After\s+&lt;think&gt;\s*2\s+✓", text)
+    assert "reinforcement learning +27.1 points [+25.0, +29.2]" in text
     assert "An answer at step 40" in text
     assert "rorqual chat runs/x/model" in text
     assert "1.07 M" in text
@@ -175,6 +177,14 @@ def test_a_run_of_one_kind(tmp_path, lines, sentence, figures):
     assert {p.stem for p in (tmp_path / "figures").iterdir() if "-dark" not in p.stem} == figures
 
 
+def test_difficulty_of_the_last_stage_where_the_summary_has_no_table(tmp_path):
+    levels = {"numbers=3": result(0.7), "numbers=4": result(0.4)}
+    stages = [{"name": "rl", "tasks": {"countdown": result(0.5, by_difficulty=levels), "other": None}}]
+    (tmp_path / "summary.json").write_text(json.dumps({"stages": stages}))
+    write_report(tmp_path)
+    assert (tmp_path / "figures/difficulty.png").exists()
+
+
 def test_what_is_not_a_number_is_left_out(tmp_path):
     lines = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": None}, {"step": 3, "loss": "much"}, {"step": 5, "loss": 1.0}]
     write_metrics(tmp_path, lines, tail='{"step": 4, "loss": NaN}\n[1, 2]\n"text"\n{"loss": 3}\n\n{"step"')
@@ -192,10 +202,11 @@ def test_the_recipe_tells_fine_tuning_from_pretraining(tmp_path):
 def test_ledgers_of_the_parts_where_the_run_has_none(tmp_path):
     for name in ("pretrain", "rl"):
         write_metrics(tmp_path / name, pretraining(3))
+        (tmp_path / name / "student").mkdir()
         account = {"stages": {name: LEDGER["stages"][name]}, "predicted": {"seconds": 100, "tokens": None}}
-        (tmp_path / name / "ledger.json").write_text(json.dumps(account))
+        (tmp_path / name / ("ledger.json" if name == "rl" else "student/ledger.json")).write_text(json.dumps(account))
     text = text_of(write_report(tmp_path))
-    assert re.search(r"pretrain\s+5 min 0 s\s+\(1 min 40 s\)\s+4.9 M", text)
+    assert re.search(r"pretrain/student: pretrain\s+5 min 0 s\s+\(1 min 40 s\)\s+4.9 M", text)
     assert re.search(r"rl\s+3 min 18 s\s+\(1 min 40 s\)\s+7.2 M", text)
 
 

@@ -3,12 +3,17 @@ import json
 from types import SimpleNamespace
 
 import pytest
+import torch
 from rich.console import Console
 
-from rorqual.engine import Completion
+from rorqual.data.tokenizer import train_tokenizer
+from rorqual.engine import Completion, Engine
 from rorqual.errors import UserError
 from rorqual.evals.run import compare, evaluate, read_verdicts, table, thinking_curve
+from rorqual.model import Transformer
+from rorqual.model.config import ModelConfig
 from rorqual.reason.environment import Problem
+from rorqual.recipe import TokenizerSection
 
 
 class Sums:
@@ -163,3 +168,27 @@ def test_a_real_environment_end_to_end():
     assert row["problems"] == 5
     assert row["pass_at_1"] <= 0.2
     assert row["answered_share"] == 1.0
+
+
+def test_with_the_engine_itself():
+    """A network of random weights: nothing is right, but budgets hold and the same seed gives the same answers."""
+    tokenizer = train_tokenizer(
+        ["1 + 2 = 3\n"], TokenizerSection(vocab_size=300, special_tokens=["<think>", "</think>"])
+    )
+    config = ModelConfig(
+        model_type="llama", vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, max_position_embeddings=1024,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    engine = Engine(Transformer(config), tokenizer)
+    options = {"samples": 2, "problems": 3, "template": "plain", "max_tokens": 24, "quiet": True}
+    task = "countdown:min_numbers=3,max_numbers=3"
+    first = evaluate(engine, tokenizer, [task], **options)
+    again = evaluate(engine, tokenizer, [task], **options)
+    assert first["tasks"] == again["tasks"]
+    row = first["tasks"][task]
+    assert row["pass_at_1"] == 0.0
+    assert row["mean_tokens"] <= 24
+    assert row["truncated_share"] > 0
+    curve = thinking_curve(engine, tokenizer, task, [0, 8], **options)
+    assert [point["budget"] for point in curve] == [0, 8]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rorqual.report.plots import Picture
-from rorqual.report.record import Part, Run, is_number
+from rorqual.report.record import Part, Run, is_number, stage_name
 from rorqual.report.style import STYLE
 from rorqual.report.words import count, duration, flops, opening, percent, with_interval
 
@@ -51,10 +51,10 @@ def _tiles(run: Run) -> str:
     if tokens := sum(s["tokens"] for s in run.stages if is_number(s.get("tokens"))):
         tiles.append((count(tokens), "tokens in all stages"))
     for family in run.families[:2]:
-        if results := run.results(family):
-            first, last = results[0][1]["pass_at_1"], results[-1][1]["pass_at_1"]
-            since = f", from {percent(first)}" if len(results) > 1 else ""
-            tiles.append((percent(last), f"pass@1 on {family}{since}"))
+        results = run.results(family)
+        first, last = results[0][1]["pass_at_1"], results[-1][1]["pass_at_1"]
+        since = f", from {percent(first)}" if len(results) > 1 else ""
+        tiles.append((percent(last), f"pass@1 on {family}{since}"))
     cells = "".join(f"<div><b>{escape(value)}</b><span>{escape(label)}</span></div>" for value, label in tiles)
     return f"<div class=tiles>{cells}</div>" if cells else ""
 
@@ -67,24 +67,23 @@ def _chat(run: Run) -> str:
 def _stage_tables(run: Run) -> str:
     tables = []
     for family in run.families:
-        rows = []
-        for name, result in run.results(family):
-            rows.append(
-                [
-                    name,
-                    with_interval(result, "pass_at_1", "interval"),
-                    with_interval(result, "cons_at_k", "cons_interval"),
-                    percent(result.get("pass_at_k")),
-                    percent(result.get("verified_share")),
-                    percent(result.get("verdict_precision")),
-                ]
-            )
-        if rows:
-            last = run.results(family)[-1][1]
-            k = last.get("k", "k")
-            header = ["stage", "pass@1", f"cons@{k}", f"pass@{k}", "says ✓", "✓ is right"]
-            problems = f" on {last['problems']} held-out problems" if "problems" in last else ""
-            tables.append(f"<h3>{escape(family)}{escape(problems)}</h3>{_table(header, rows)}")
+        results = run.results(family)
+        rows = [
+            [
+                name,
+                with_interval(result, "pass_at_1", "interval"),
+                with_interval(result, "cons_at_k", "cons_interval"),
+                percent(result.get("pass_at_k")),
+                percent(result.get("verified_share")),
+                percent(result.get("verdict_precision")),
+            ]
+            for name, result in results
+        ]
+        last = results[-1][1]
+        k = last.get("k", "k")
+        header = ["stage", "pass@1", f"cons@{k}", f"pass@{k}", "says ✓", "✓ is right"]
+        problems = f" on {last['problems']} held-out problems" if "problems" in last else ""
+        tables.append(f"<h3>{escape(family)}{escape(problems)}</h3>{_table(header, rows)}{_gains(run, family)}")
     if not tables:
         return ""
     legend = (
@@ -94,6 +93,18 @@ def _stage_tables(run: Run) -> str:
         "intervals over problems.</p>"
     )
     return "".join(tables) + legend
+
+
+def _gains(run: Run, family: str) -> str:
+    """What each stage added, paired by problem, where the summary has it: gains[stage][family] = {gain, interval}."""
+    told = []
+    for stage, gains in (run.summary.get("gains") or {}).items():
+        found = gains.get(family) or {}
+        if is_number(found.get("gain")):
+            low, high = found.get("interval") or (found["gain"], found["gain"])
+            points = f"{100 * found['gain']:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]"
+            told.append(f"{stage_name({'name': stage})} {points}")
+    return f"<p>Gain in pass@1, paired by problem: {escape('; '.join(told))}.</p>" if told else ""
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:

@@ -231,7 +231,7 @@ def _difficulty(run: Run, axes: Axes, theme: Theme) -> bool:
             for level, result in levels.items()
             if is_number(result.get("pass_at_1"))
         }
-        for family, levels in (run.summary.get("by_difficulty") or {}).items()
+        for family, levels in run.difficulties.items()
     }
     names = [name for bars in groups.values() for name in bars]
     if len(names) < 2:

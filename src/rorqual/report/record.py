@@ -9,6 +9,8 @@ from typing import Any
 from rorqual.errors import UserError
 
 ORDER = ("pretrain", "sft", "rl", "distill")  # in which a recipe's stages follow each other
+FILES = ("metrics.jsonl", "ledger.json")
+STAGES = {"pretrain": "pre-training", "sft": "fine-tuning", "rl": "reinforcement learning", "distill": "distillation"}
 TITLES = {
     "pretrain": "Pre-training",
     "sft": "Supervised fine-tuning",
@@ -63,19 +65,32 @@ class Run:
     @property
     def families(self) -> list[str]:
         """Task families in the order of the summary, which puts the leading one first."""
-        return list(dict.fromkeys(family for stage in self.stages for family in stage.get("tasks") or {}))
+        found = dict.fromkeys(family for stage in self.stages for family in stage.get("tasks") or {})
+        return [family for family in found if self.results(family)]
 
     @property
     def stages(self) -> list[dict[str, Any]]:
         return [stage for stage in self.summary.get("stages") or [] if isinstance(stage, dict)]
 
+    @property
+    def difficulties(self) -> dict[str, dict[str, Any]]:
+        """family → level → result, of the summary's own table or else of the last stage."""
+        if table := self.summary.get("by_difficulty"):
+            return table
+        return {family: self.results(family)[-1][1].get("by_difficulty") or {} for family in self.families}
+
     def results(self, family: str) -> list[tuple[str, dict[str, Any]]]:
         """(stage, result) for the stages that were evaluated on `family`."""
         return [
-            (str(stage.get("name", "")), stage["tasks"][family])
+            (stage_name(stage), stage["tasks"][family])
             for stage in self.stages
             if is_number(((stage.get("tasks") or {}).get(family) or {}).get("pass_at_1"))
         ]
+
+
+def stage_name(stage: dict[str, Any]) -> str:
+    name = str(stage.get("name", ""))
+    return STAGES.get(name, name)
 
 
 def is_number(value: Any) -> bool:
@@ -86,8 +101,8 @@ def read_run(path: Path) -> Run:
     """Raises UserError for a folder that is missing, has nothing to report, or has broken JSON in it."""
     if not path.is_dir():
         raise UserError(f"run folder {path} does not exist; give a folder that a run wrote, e.g. runs/NAME")
-    folders = [path, *sorted((p.parent for p in path.glob("*/metrics.jsonl")), key=_order)]
-    folders += sorted(p.parent for p in path.glob("*/*/metrics.jsonl"))
+    files = [file for depth in ("*", "*/*") for file in path.glob(f"{depth}/*") if file.name in FILES]
+    folders = [path, *sorted({file.parent for file in files}, key=lambda folder: _order(folder.relative_to(path)))]
     parts, ledgers = [], {}
     for folder in folders:
         name = "" if folder == path else folder.relative_to(path).as_posix()
@@ -103,7 +118,8 @@ def read_run(path: Path) -> Run:
 
 
 def _order(folder: Path) -> tuple[int, str]:
-    return (ORDER.index(folder.name) if folder.name in ORDER else len(ORDER), folder.name)
+    first = folder.parts[0]
+    return (ORDER.index(first) if first in ORDER else len(ORDER), folder.as_posix())
 
 
 def _read_part(folder: Path, name: str) -> Part:

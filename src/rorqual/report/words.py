@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from rorqual.report.record import Part, Run, is_number
+from rorqual.report.record import Part, Run, is_number, stage_name
 
 
 def count(value: float) -> str:
@@ -45,14 +45,13 @@ def with_interval(result: dict[str, Any], name: str, bounds: str) -> str:
 
 def opening(run: Run) -> str:
     """Two sentences: what was done, and what came of it."""
-    evaluated = [(family, run.results(family)) for family in run.families]
-    evaluated = [(family, results) for family, results in evaluated if results]
-    return _whole_run(run, *evaluated[0]) if evaluated else _training_only(run)
+    return _whole_run(run, run.families[0]) if run.families else _training_only(run)
 
 
-def _whole_run(run: Run, family: str, results: list[tuple[str, dict[str, Any]]]) -> str:
+def _whole_run(run: Run, family: str) -> str:
+    results = run.results(family)
     (first_stage, first), (_, last) = results[0], results[-1]
-    stages = [str(stage.get("name", "")) for stage in run.stages]
+    stages = [stage_name(stage) for stage in run.stages]
     through = f"{', '.join(stages[:-1])} and {stages[-1]}" if len(stages) > 1 else stages[0]
     seconds = run.summary.get("total_seconds")
     took = f" in {duration(seconds)}" if is_number(seconds) else ""
