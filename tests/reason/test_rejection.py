@@ -1,0 +1,114 @@
+import json
+
+import pytest
+
+from rorqual.data.tokenizer import load_tokenizer
+from rorqual.engine import Completion, Engine, SamplingParams
+from rorqual.errors import UserError
+from rorqual.model.checkpoint import load_model, save_model
+from rorqual.reason import rejection
+from rorqual.reason.environment import open_environment
+from rorqual.reason.rejection import distill, rejection_sample
+from rorqual.recipe import EnvironmentSection, RewardSection, parse_recipe
+
+SUMS = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}
+SECTION = EnvironmentSection(name="chain_sum", config=SUMS, prompt="{expression}")
+
+
+class Teacher:
+    """Answers every sum by the scripts in turn; a script may use the right answer."""
+
+    def __init__(self, tokenizer, scripts):
+        self.tokenizer, self.scripts, self.asked = tokenizer, scripts, []
+
+    def generate(self, prompts, params):
+        found = []
+        for prompt in prompts:
+            text = self.tokenizer.decode(prompt)
+            self.asked.append(text)
+            right = eval(text.partition("\n")[0])
+            for i in range(params.n):
+                answer = self.scripts[i % len(self.scripts)].replace("RIGHT", str(right))
+                tokens = self.tokenizer(answer).input_ids
+                cut = len(tokens) > params.max_tokens
+                found.append(Completion(answer, tokens, [0.0] * len(tokens), "length" if cut else "stop"))
+        return found
+
+
+GOOD = "so</think><answer>RIGHT</answer>"
+LONG = "well, let me see</think><answer>RIGHT</answer>"
+BARE = "so</think>it is <answer>RIGHT</answer>"
+WRONG = "so</think><answer>no</answer>"
+
+
+def sample(tokenizer, scripts, problems=20, keep=1, max_tokens=200, sections=(SECTION,)):
+    teacher = Teacher(tokenizer, scripts)
+    environments = [open_environment(section) for section in sections]
+    params = SamplingParams(n=len(scripts), max_tokens=max_tokens)
+    rows = rejection_sample(teacher, environments, problems, "plain", RewardSection(), params, keep, seed=1)
+    return rows, teacher
+
+
+def test_keeps_the_best_and_among_equals_the_shortest(tokenizer):
+    rows, teacher = sample(tokenizer, [WRONG, LONG, BARE, GOOD, GOOD])
+    assert len(rows) == 20
+    assert all(row["completion"].startswith("so</think><answer>") for row in rows)
+    assert all(row["prompt"].endswith("\n<think>") for row in rows)
+    assert {row["reward"] for row in rows} == {2.0}  # accuracy and format
+    assert sorted({row["prompt"] for row in rows}) == sorted(teacher.asked)
+
+
+def test_keeps_different_ones_only(tokenizer):
+    rows, _ = sample(tokenizer, [GOOD, GOOD, LONG, WRONG, BARE], problems=5, keep=3)
+    starts = [row["completion"].partition("</think>")[0] for row in rows]
+    assert starts == ["so", "well, let me see", "so"] * 5
+
+
+def test_truncated_and_wrong_answers_are_never_kept(tokenizer):
+    rows, _ = sample(tokenizer, [GOOD + "x" * 100, LONG, WRONG], max_tokens=60)
+    assert {row["completion"].partition("</think>")[0] for row in rows} == {"well, let me see"}
+
+
+def test_nothing_right_is_an_error(tokenizer):
+    with pytest.raises(UserError, match="none of 1 answers to each of 20 problems was right"):
+        sample(tokenizer, [WRONG])
+
+
+def test_training_problems_only_and_by_weight(tokenizer):
+    other = SECTION.model_copy(
+        update={"name": "basic_arithmetic", "config": {}, "prompt": "{expression}", "weight": 3.0}
+    )
+    teacher = Teacher(tokenizer, [GOOD])
+    environments = [open_environment(section) for section in (SECTION, other)]
+    drawn = rejection._draw(environments, 40, seed=0)
+    assert [sum(p.family == f for p in drawn) for f in ("chain_sum", "basic_arithmetic")] == [10, 30]
+    assert {p.split for p in drawn} == {"train"}
+    assert len({p.question for p in drawn}) == 40
+    assert teacher.asked == []
+
+
+def test_distill_teaches_a_student(tokenizer, dense, tmp_path, monkeypatch):
+    save_model(dense, tmp_path / "student", tokenizer)
+    monkeypatch.setattr(rejection, "Engine", lambda path: Teacher(tokenizer, [GOOD, LONG]))
+    raw = {
+        "name": "taught",
+        "out": str(tmp_path),
+        "teacher": "unused",
+        "model": {"path": str(tmp_path / "student")},
+        "environments": [SECTION.model_dump()],
+        "template": "plain",
+        "problems": 24,
+        "samples": 2,
+        "optimizer": {"lr": 0.01},
+        "train": {"epochs": 25, "batch_size": 4},
+        "sequence_length": 64,
+    }
+    run_dir = distill(parse_recipe(raw, "distill"))
+    rows = [json.loads(line) for line in (run_dir / "samples.jsonl").read_text().splitlines()]
+    assert len(rows) == 24
+    student = run_dir / "student" / "model"
+    engine = Engine(load_model(student), load_tokenizer(student))
+    params = SamplingParams(temperature=0.0, max_tokens=30)
+    prompts = [row["prompt"] for row in rows[:4]]
+    assert all(c.text.startswith("so</think><answer>") for c in engine.generate(prompts, params))
+    assert distill(parse_recipe(raw, "distill"), resume=True) == run_dir

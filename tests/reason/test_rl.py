@@ -1,0 +1,187 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from rorqual.data.tokenizer import load_tokenizer
+from rorqual.errors import UserError
+from rorqual.model.checkpoint import load_model, save_model
+from rorqual.reason.rl import predict_rl, rl
+from rorqual.recipe import load_recipe, parse_recipe
+from rorqual.train.signals import Stopped
+
+RECIPE = """
+name = "run"
+out = "{out}"
+seed = 5
+template = "plain"
+steps = {steps}
+save_every = 2
+sample_every = 2
+eval_every = 3
+eval_problems = 4
+[model]
+path = "{model}"
+[[environments]]
+name = "chain_sum"
+prompt = "{{expression}}"
+config = {{min_terms = 2, max_terms = 2, min_digits = 1, max_digits = 2}}
+[reward]
+accuracy = 1.0
+format = 0.0
+length = 1.0
+[grpo]
+group_size = 4
+questions_per_step = 2
+mini_batches = 2
+max_tokens = 6
+kl = 0.01
+refresh_reference = 3
+[optimizer]
+lr = 0.01
+"""
+
+# Forks a fresh run for each kill, so that torch is imported once. Every other kill waits for a checkpoint's writing.
+HARNESS = """
+import os, random, signal, sys, time
+from rorqual.recipe import load_recipe
+import reasoning_gym, rorqual.reason.rl, transformers, tokenizers
+
+whole, killed = (load_recipe(path, "rl") for path in sys.argv[1:3])
+checkpoints = killed.run_dir / "checkpoints"
+
+def start(recipe):
+    pid = os.fork()
+    if pid == 0:
+        rorqual.reason.rl.rl(recipe, resume=True)
+        os._exit(0)
+    return pid
+
+began = time.monotonic()
+assert os.waitpid(start(whole), 0)[1] == 0
+took = time.monotonic() - began
+generator = random.Random(0)
+while_writing = 0
+for number in range(20):
+    pid = start(killed)
+    time.sleep(generator.uniform(0.0, took / 16))  # so that twenty starts do not get to the end
+    if number % 2:
+        while not list(checkpoints.glob(".writing-*")):
+            assert os.waitpid(pid, os.WNOHANG) == (0, 0), "the run ended"
+    os.kill(pid, signal.SIGKILL)
+    assert os.waitpid(pid, 0)[1] == signal.SIGKILL, "the run ended before it was killed"
+    while_writing += bool(list(checkpoints.glob(".writing-*")))
+assert os.waitpid(start(killed), 0)[1] == 0
+print(while_writing)
+"""
+
+
+@pytest.fixture
+def model_dir(dense, tokenizer, tmp_path):
+    dense.head_weight.data[tokenizer.eos_token_id] *= 6  # answers of different lengths, so that groups have a signal
+    save_model(dense, tmp_path / "start", tokenizer)
+    return tmp_path / "start"
+
+
+def recipe_file(folder, model_dir, steps=6):
+    path = folder / "recipe.toml"
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(RECIPE.format(out=folder, model=model_dir, steps=steps))
+    return path
+
+
+def recipe(folder, model_dir, *overrides, steps=6):
+    return load_recipe(recipe_file(folder, model_dir, steps), "rl", list(overrides))
+
+
+def final_weights(folder):
+    return (folder / "run" / "model" / "model.safetensors").read_bytes()
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_leaves_a_model_metrics_and_a_ledger(tmp_path, model_dir):
+    run_dir = rl(recipe(tmp_path, model_dir))
+    load_model(run_dir / "model")
+    load_tokenizer(run_dir / "model")
+    found = {line["step"]: line for line in lines(tmp_path)}
+    assert sorted(found) == list(range(7))
+    assert {step for step in found if "eval_chain_sum" in found[step]} == {0, 3, 6}
+    assert {step for step in found if "sample" in found[step]} == {1, 3, 5}
+    assert {"reward", "reward_length", "seconds", "tokens", "lr", "kl"} <= found[4].keys()
+    ledger = json.loads((run_dir / "ledger.json").read_text())
+    assert ledger["stages"].keys() == {"rollout", "train"}
+    assert ledger["stages"]["train"]["flops"] > 0
+    assert "pass@1" in (run_dir / "model" / "README.md").read_text()
+    assert final_weights(tmp_path) != (model_dir / "model.safetensors").read_bytes()
+
+
+def test_stopped_by_a_signal_and_resumed_it_ends_the_same(tmp_path, model_dir):
+    rl(recipe(tmp_path / "whole", model_dir))
+
+    def stop_soon():
+        metrics = tmp_path / "cut" / "run" / "metrics.jsonl"
+        while not metrics.exists() or len(metrics.read_text().splitlines()) < 4:
+            time.sleep(0.001)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=stop_soon)
+    thread.start()
+    # Evaluation slows the run down enough for the signal to come before its end.
+    with pytest.raises(Stopped, match=r"stopped by SIGTERM at step \d+, saved"):
+        rl(recipe(tmp_path / "cut", model_dir, "eval_every=1", "eval_problems=64"))
+    thread.join()
+    assert not (tmp_path / "cut" / "run" / "model").exists()
+    rl(recipe(tmp_path / "cut", model_dir), resume=True)
+    assert final_weights(tmp_path / "whole") == final_weights(tmp_path / "cut")
+
+
+def test_a_finished_run_resumes_to_itself(tmp_path, model_dir):
+    rl(recipe(tmp_path, model_dir))
+    before = final_weights(tmp_path)
+    rl(recipe(tmp_path, model_dir), resume=True)
+    assert final_weights(tmp_path) == before
+    with pytest.raises(UserError, match="already holds a run"):
+        rl(recipe(tmp_path, model_dir))
+
+
+def test_by_the_clock(tmp_path, model_dir):
+    clocked = recipe(tmp_path, model_dir, "eval_every=0").model_copy(update={"steps": None, "seconds": 1.5})
+    start = time.monotonic()
+    rl(clocked)
+    assert 1.0 < time.monotonic() - start < 10.0
+    assert lines(tmp_path)[-1]["seconds"] >= 1.5
+
+
+def test_bad_recipes(tmp_path, model_dir):
+    random_start = {"name": "x", "model": {"config": {}}, "environments": [{"name": "chain_sum"}], "steps": 1}
+    with pytest.raises(UserError, match=r"model.path is missing"):
+        rl(parse_recipe(random_start, "rl"))
+    with pytest.raises(UserError, match="not a dataset of reasoning-gym"):
+        rl(recipe(tmp_path, model_dir, "environments=[{name='nothing'}]"))
+    with pytest.raises(UserError, match="context holds 512"):
+        rl(recipe(tmp_path, model_dir, f"environments=[{{name='chain_sum', prompt='{'x ' * 600}{{expression}}'}}]"))
+
+
+def test_predicts_the_most_it_can_take(tmp_path, model_dir):
+    checked = recipe(tmp_path, model_dir)
+    plan = predict_rl(checked, load_model(model_dir).config)
+    assert plan["tokens"] == 6 * 2 * 4 * 6
+    assert plan["flops"] > plan["tokens"]
+    assert plan["seconds"] > 0
+
+
+def test_twenty_kills_change_nothing(tmp_path, model_dir):
+    paths = [str(recipe_file(tmp_path / name, model_dir, steps=40)) for name in ("whole", "killed")]
+    done = subprocess.run([sys.executable, "-c", HARNESS, *paths], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert int(done.stdout.split()[-1]) >= 5  # kills that left a half-written checkpoint
+    assert final_weights(tmp_path / "whole") == final_weights(tmp_path / "killed")
+    assert [line["step"] for line in lines(tmp_path / "killed")] == list(range(41))
