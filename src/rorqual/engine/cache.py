@@ -19,8 +19,9 @@ class RowCache:
             shapes = [(config.kv_lora_rank,), (config.qk_rope_head_dim,)]
         else:
             shapes = [(config.num_key_value_heads, config.head_dim)] * 2
+        # Zeros, not whatever was in memory: a hidden place has weight 0, but 0 times a stray NaN is NaN.
         self.layers = [
-            tuple(torch.empty(rows, length, *shape, dtype=dtype, device=device) for shape in shapes)
+            tuple(torch.zeros(rows, length, *shape, dtype=dtype, device=device) for shape in shapes)
             for _ in range(config.num_hidden_layers)
         ]
 

@@ -59,7 +59,7 @@ def sample(logits: Tensor, params: SamplingParams, uniform: Tensor) -> tuple[Ten
 
 def _cut(probs: Tensor, params: SamplingParams) -> Tensor:
     """Zero what top-k and top-p leave out; a token stays when those before it hold less than top_p."""
-    ordered, index = probs.sort(-1, descending=True, stable=True)
+    ordered, index = probs.sort(dim=-1, descending=True, stable=True)
     drop = ordered.cumsum(-1) - ordered >= params.top_p
     if params.top_k:
         drop[:, params.top_k :] = True

@@ -1,0 +1,158 @@
+"""Batched generation says what one forward pass after another would say."""
+
+import pytest
+import torch
+
+from rorqual.engine import Engine, SamplingParams
+from rorqual.engine.sampler import sample
+from rorqual.errors import UserError
+from rorqual.model import ModelConfig, Transformer
+
+LATENT = ModelConfig(
+    model_type="deepseek_v3", vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
+    num_attention_heads=4, q_lora_rank=12, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=10,
+    n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2, moe_intermediate_size=16, first_k_dense_replace=1,
+    initializer_range=0.2, max_position_embeddings=40, eos_token_id=0,
+)  # fmt: skip
+GROUPED = ModelConfig(
+    model_type="llama", vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+    num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2, max_position_embeddings=40, eos_token_id=0,
+    rope_interleave=False,
+)  # fmt: skip
+
+
+@pytest.fixture(params=[LATENT, GROUPED], ids=["latent", "grouped"])
+def model(request):
+    torch.manual_seed(3)
+    model = Transformer(request.param).eval()
+    with torch.no_grad():  # make the end token likely now and then, so that sequences leave at different times
+        model.head_weight[0] = 0.8 * model.head_weight[1:].sum(0)
+    return model
+
+
+@pytest.fixture
+def prompts():
+    generator = torch.Generator().manual_seed(1)
+    lengths = [1, 5, 9, 2, 7, 7, 3, 1, 6, 4]
+    return [torch.randint(1, 60, (n,), generator=generator).tolist() for n in lengths]
+
+
+@torch.no_grad()
+def greedy_by_full_passes(model, prompt, count):
+    tokens, logprobs = list(prompt), []
+    for _ in range(count):
+        logits = model.logits(torch.tensor([tokens]))[0, -1].log_softmax(-1)
+        tokens.append(int(logits.argmax()))
+        logprobs.append(float(logits.max()))
+        if tokens[-1] == 0:
+            break
+    return tokens[len(prompt) :], logprobs
+
+
+def test_greedy_equals_full_passes_however_few_the_slots(model, prompts):
+    expected = [greedy_by_full_passes(model, p, 12) for p in prompts]
+    assert len({len(tokens) for tokens, _ in expected}) > 1, "some should end early, or nothing leaves the batch"
+    for slots in (1, 3, 64):
+        found = Engine(model, slots=slots).generate(prompts, SamplingParams(temperature=0, max_tokens=12))
+        for completion, (tokens, logprobs) in zip(found, expected, strict=True):
+            assert completion.tokens == tokens
+            assert completion.logprobs == pytest.approx(logprobs, abs=1e-4)
+            assert completion.finish_reason == ("stop" if tokens[-1] == 0 else "length")
+
+
+def test_samples_of_a_prompt_are_neighbours_and_differ(model, prompts):
+    found = Engine(model, slots=5).generate(prompts[:3], SamplingParams(n=4, max_tokens=8, seed=5))
+    assert len(found) == 12
+    assert len({tuple(c.tokens) for c in found[4:8]}) > 1
+    with torch.no_grad():
+        for i, completion in enumerate(found):
+            whole = prompts[i // 4] + completion.tokens
+            logp = model.logits(torch.tensor([whole]))[0].log_softmax(-1)
+            at = len(prompts[i // 4]) - 1
+            expected = [float(logp[at + j, token]) for j, token in enumerate(completion.tokens)]
+            assert completion.logprobs == pytest.approx(expected, abs=1e-4)
+
+
+def test_seed_decides_and_slots_do_not(model, prompts):
+    def run(seed, slots):
+        found = Engine(model, slots=slots).generate(prompts, SamplingParams(n=2, max_tokens=10, seed=seed))
+        return [c.tokens for c in found]
+
+    assert run(7, 20) == run(7, 20) == run(7, 3)
+    assert run(7, 20) != run(8, 20)
+
+
+def test_context_bounds_the_answer(model):
+    found = Engine(model).generate([[5] * 36], SamplingParams(temperature=0, max_tokens=50))
+    assert len(found[0].tokens) <= 4
+    with pytest.raises(UserError, match="40 tokens, but the model's context holds 40"):
+        Engine(model).generate([[5] * 40])
+    with pytest.raises(UserError, match="prompt 2 is empty"):
+        Engine(model).generate([[5], []])
+
+
+def test_stop_tokens_end_a_sequence(model, prompts):
+    plain = Engine(model).generate(prompts, SamplingParams(temperature=0, max_tokens=12))
+    stop = next(c.tokens[2] for c in plain if len(c.tokens) > 3)
+    found = Engine(model).generate(prompts, SamplingParams(temperature=0, max_tokens=12, stop_token_ids=(stop,)))
+    for before, after in zip(plain, found, strict=True):
+        cut = before.tokens.index(stop) + 1 if stop in before.tokens else len(before.tokens)
+        assert after.tokens == before.tokens[:cut]
+
+
+class ThinkTokenizer:
+    """Just enough: token 42 is </think>."""
+
+    eos_token_id = 0
+
+    def __call__(self, text, add_special_tokens=False):
+        return type("Encoding", (), {"input_ids": [42] if text == "</think>" else [1, 2]})
+
+    def decode(self, tokens, **_):
+        return " ".join(map(str, tokens))
+
+
+def test_thinking_budget_closes_the_thinking(model, prompts):
+    engine = Engine(model, ThinkTokenizer(), slots=4)
+    for budget in (0, 3):
+        found = engine.generate(prompts, SamplingParams(n=3, seed=2, max_tokens=12, thinking_budget=budget))
+        for c in found:
+            if len(c.tokens) > budget:
+                assert 42 in c.tokens[: budget + 1]
+        assert any(len(c.tokens) > budget + 1 for c in found), "the answer goes on after the thinking"
+
+
+def test_stream_says_what_generate_says(model):
+    engine = Engine(model, ThinkTokenizer())
+    params = SamplingParams(max_tokens=9, seed=4)
+    pieces = list(engine.stream("x", params))
+    assert "".join(pieces) == engine.generate(["x"], params)[0].text
+    assert len(pieces) > 1
+
+
+def test_sampling_follows_the_distribution_it_is_cut_to():
+    torch.manual_seed(0)
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0, 0.5]]).expand(40_000, 5)
+    p = torch.tensor([2.0, 1.0, 0.0, -1.0, 0.5]).softmax(-1)
+    for params, kept in (
+        (SamplingParams(), [0, 1, 2, 3, 4]),
+        (SamplingParams(top_k=2), [0, 1]),
+        (SamplingParams(top_p=float(p[0]) + 1e-4), [0, 1]),
+        (SamplingParams(top_p=0.05), [0]),
+    ):
+        tokens, logprobs = sample(logits, params, torch.rand(40_000))
+        share = torch.bincount(tokens, minlength=5) / 40_000
+        expected = torch.zeros(5)
+        expected[kept] = p[kept] / p[kept].sum()
+        assert (share - expected).abs().max() < 0.01  # four standard deviations
+        torch.testing.assert_close(logprobs, p[tokens].log())
+    hot, _ = sample(logits, SamplingParams(temperature=100.0), torch.rand(40_000))
+    assert (torch.bincount(hot, minlength=5) / 40_000 - 0.2).abs().max() < 0.02
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"temperature": -1}, {"top_p": 0}, {"top_p": 1.5}, {"top_k": -1}, {"max_tokens": 0}, {"n": 0}]
+)
+def test_wrong_parameters_are_named(wrong):
+    with pytest.raises(UserError, match=next(iter(wrong))):
+        SamplingParams(**wrong)

@@ -1,0 +1,49 @@
+import pytest
+import torch
+
+from rorqual.kernels.permute import arrange, combine, combine_reference, dispatch, dispatch_reference
+
+
+def choices(tokens, k, experts):
+    torch.manual_seed(0)
+    return torch.stack([torch.randperm(experts)[:k] for _ in range(tokens)])
+
+
+@pytest.mark.parametrize("multiple", [1, 8])
+@pytest.mark.parametrize(("tokens", "k", "experts"), [(7, 2, 3), (1, 1, 1), (50, 4, 16)])
+def test_values_and_gradients_equal_the_reference(tokens, k, experts, multiple):
+    arrangement = arrange(choices(tokens, k, experts), experts, multiple)
+
+    def run(there, back):
+        torch.manual_seed(1)
+        x = torch.randn(tokens, 5, dtype=torch.double, requires_grad=True)
+        weights = torch.rand(tokens, k, dtype=torch.double, requires_grad=True)
+        rows = there(x, arrangement, k)
+        out = back(rows * torch.arange(1.0, len(rows) + 1, dtype=torch.double)[:, None], weights, arrangement)
+        out.square().sum().backward()
+        return out, x.grad, weights.grad
+
+    for ours, reference in zip(run(dispatch, combine), run(dispatch_reference, combine_reference), strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("multiple", [1, 8])
+def test_every_place_lies_among_its_experts_rows_in_order(multiple):
+    chosen = choices(50, 4, 16)
+    arrangement = arrange(chosen, 17, multiple)  # the last expert gets nothing
+    ends = arrangement.ends.tolist()
+    assert all(end % multiple == 0 for end in ends)
+    assert len(arrangement.place) == ends[-1]
+    for e, (first, last) in enumerate(zip([0, *ends], ends, strict=False)):
+        places = [p for p in arrangement.place[first:last].tolist() if p < chosen.numel()]
+        assert places == (chosen.flatten() == e).nonzero()[:, 0].tolist()
+        assert last - first - len(places) < multiple
+        assert len(places) == arrangement.load[e]
+    assert torch.equal(arrangement.place[arrangement.row], torch.arange(chosen.numel()))
+
+
+def test_rows_that_fill_up_get_no_gradient():
+    arrangement = arrange(choices(7, 2, 3), 3, 8)
+    y = torch.randn(len(arrangement.place), 5, requires_grad=True)
+    combine(y, torch.ones(7, 2), arrangement).sum().backward()
+    assert torch.equal(y.grad.any(1), arrangement.place < 14)
