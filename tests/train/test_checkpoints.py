@@ -1,5 +1,6 @@
 """A checkpoint exists whole or not at all, whatever happens while it is written."""
 
+import contextlib
 import errno
 import os
 import shutil
@@ -69,10 +70,8 @@ def test_a_crash_at_any_point_leaves_a_good_checkpoint(tmp_path, monkeypatch, na
 
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, crashing)
-        try:
+        with contextlib.suppress(Crash):
             store.save(2, content(2), {"n": 2}, 1.0)
-        except Crash:
-            pass
     step, tensors, state = Checkpoints(tmp_path, keep=1).load_latest()
     assert state == {"n": step}
     assert torch.equal(tensors["weights.a"], content(step)["weights.a"])
@@ -121,7 +120,7 @@ def test_a_really_full_disk(tmp_path):
     store.save(1, content(1), {})
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
-        with pytest.raises(UserError, match="step-2: .*step 1 is intact"):
+        with pytest.raises(UserError, match=r"step-2: .*step 1 is intact"):
             store.save(2, {"a": torch.zeros(1 << 16)}, {})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -29,8 +29,16 @@ class Run:
     loader: Loader
     validate: Callable[[], float] | None = None  # bits per byte on held-out text
     track: bool = False
-    seconds: float = 0.0  # in training so far, over all starts
+    seconds_before: float = 0.0  # of earlier starts
     last: Metrics = field(default_factory=dict)  # of the newest step, and the newest valid_bpb
+
+    def __post_init__(self) -> None:
+        self.started = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of training up to now, over all starts; what was lost with a crash is not in it."""
+        return self.seconds_before + time.monotonic() - self.started
 
     @property
     def total_steps(self) -> int | None:
@@ -58,50 +66,50 @@ class Run:
         Raises Stopped after SIGINT or SIGTERM, saved; UserError when three steps in a row are not finite, or
         when a checkpoint cannot be written.
         """
+        self.started = time.monotonic()
         checkpoints = Checkpoints(self.run_dir, self.section.keep)
         self._resume(checkpoints)
         total, unit = (self.section.seconds, "seconds") if self.total_steps is None else (self.total_steps, "steps")
         telemetry = Telemetry(self.run_dir, total, unit, self.track, self.trainer.steps)
         try:
             with StopSignals() as stop:
-                while not self.done():
-                    self._step(telemetry)
-                    due = self.trainer.steps % self.section.save_every == 0
-                    if due or self.done() or stop.requested:
+                ended = self.done()
+                while not ended:
+                    ended = self._step(telemetry)
+                    if ended or stop.requested or self.trainer.steps % self.section.save_every == 0:
                         self._save(checkpoints)
                     if stop.requested:
                         raise stop.stopped(self.trainer.steps)
         finally:
             telemetry.close()
 
-    def _step(self, telemetry: Telemetry) -> None:
+    def _step(self, telemetry: Telemetry) -> bool:
+        """One step, and validation where due; whether it was the last."""
         start = time.monotonic()
         trainer, tokens, flops = self.trainer, self.trainer.tokens, self.trainer.flops
         progress = self.progress()
         batch = self.loader.next(batch_size(self.section, progress))
         metrics = trainer.step(split(batch, self.section.micro_batch), progress)
-        took = time.monotonic() - start
+        took, ended = time.monotonic() - start, self.done()
         metrics |= {
             "tokens": trainer.tokens,
             "tokens_per_second": (trainer.tokens - tokens) / took,
             "utilisation": (trainer.flops - flops) / took / matrix_peak(trainer.dtype),
             "memory_gb": memory_used() / 1e9,
         }
-        self.seconds += took
-        if metrics.pop("skipped"):
-            self._skipped(metrics, telemetry)
-        elif self.validate and (trainer.steps % self.section.eval_every == 0 or self.done()):
-            before = time.monotonic()
+        skipped = metrics.pop("skipped")
+        if not skipped and self.validate and (ended or trainer.steps % self.section.eval_every == 0):
             metrics["valid_bpb"] = self.validate()
-            self.seconds += time.monotonic() - before
             self.last["valid_bpb_step"] = trainer.steps
         metrics = _finite(metrics)
         self.last |= metrics
         telemetry.log(trainer.steps, seconds=self.seconds, **metrics)
+        if skipped:
+            self._skipped("gradient" if "grad_norm" in metrics else "loss", telemetry)
+        return ended
 
-    def _skipped(self, metrics: Metrics, telemetry: Telemetry) -> None:
+    def _skipped(self, what: str, telemetry: Telemetry) -> None:
         steps, row = self.trainer.steps, self.trainer.skipped_in_a_row
-        what = "loss" if "grad_norm" not in metrics else "gradient"
         telemetry.note(f"step {steps}: the {what} is not finite; step skipped ({row} in a row)")
         if row >= PATIENCE:
             raise UserError(
@@ -126,7 +134,7 @@ class Run:
         _, tensors, state = found
         self.trainer.load(tensors, state["trainer"])
         self.loader.load_state_dict(state["loader"])
-        self.seconds, self.last = state["seconds"], state["last"]
+        self.seconds_before, self.last = state["seconds"], state["last"]
 
 
 def split(batch: Batch, size: int | None) -> list[Batch]:

@@ -1,0 +1,98 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from rorqual.data.tokenizer import save_tokenizer, train_tokenizer
+from rorqual.errors import UserError
+from rorqual.model.checkpoint import load_model, save_model
+from rorqual.plan.estimate import plan_text
+from rorqual.recipe import TokenizerSection, load_recipe, parse_recipe
+from rorqual.train.dry_run import dry_run
+from rorqual.train.pretrain import pretrain
+from rorqual.train.sft import sft
+
+
+@pytest.fixture
+def chat_recipe(tmp_path, make_model):
+    """A base model with its tokenizer, and a recipe that teaches it to answer 'no' to 'yes' and the other way."""
+    lines = [{"prompt": f"say {a}", "completion": b} for a, b in (("yes", "no"), ("no", "yes"))] * 40
+    (tmp_path / "chat.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    tokenizer = train_tokenizer(["say yes no"], TokenizerSection(vocab_size=262))
+    model = make_model()
+    model = type(model)(model.config.replace(vocab_size=262, eos_token_id=tokenizer.eos_token_id))
+    save_model(model, tmp_path / "base", tokenizer)
+
+    def make(**train):
+        raw = {
+            "name": "sft",
+            "out": str(tmp_path / "runs"),
+            "model": {"path": str(tmp_path / "base")},
+            "data": {"path": str(tmp_path / "chat.jsonl"), "sequence_length": 32, "valid_fraction": 0.0},
+            "optimizer": {"lr": 1e-2},
+            "train": {"steps": 20, "batch_size": 4, "threads": 1} | train,
+        }
+        return parse_recipe(raw, "sft")
+
+    return make
+
+
+def test_fine_tuning_learns_the_answers(chat_recipe):
+    run_dir = sft(chat_recipe())
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["loss"] < 0.2 * lines[0]["loss"]
+    assert load_model(run_dir / "model").config.vocab_size == 262
+    assert "loss on the assistant's turns" in (run_dir / "model" / "README.md").read_text()
+
+
+def test_the_tokenizer_must_fit_the_model(chat_recipe, tmp_path):
+    bigger = train_tokenizer(["say yes no"], TokenizerSection(vocab_size=300, special_tokens=["a1", "b2", "c3", "d4"]))
+    save_tokenizer(bigger, tmp_path / "base")
+    with pytest.raises(UserError, match=f"base: the model has 262 tokens and the tokenizer {len(bigger)}"):
+        sft(chat_recipe())
+
+
+def test_fine_tuning_needs_a_trained_model(chat_recipe):
+    recipe = chat_recipe()
+    recipe.model.path, recipe.model.config = None, {"hidden_size": 8}
+    with pytest.raises(UserError, match=r"model.path is missing"):
+        sft(recipe)
+
+
+def test_dry_run_of_sft(chat_recipe):
+    recipe = chat_recipe()
+    plan = dry_run(recipe)
+    assert plan["tokens"] == 20 * 4 * 32
+    assert not recipe.run_dir.exists()
+
+
+def test_dry_run_says_what_a_run_takes_and_starts_nothing(make_recipe):
+    recipe = make_recipe(train__steps=1000, train__batch_ramp=[2, 0.5])
+    plan = dry_run(recipe)
+    assert plan["tokens"] == 1000 * 3.5 * 32
+    assert plan["seconds"] == pytest.approx(plan["tokens"] / plan["tokens_per_second"])
+    assert plan["parameters_total"] > plan["parameters_active"] > 10_000
+    text = plan_text(plan)
+    assert "parameters" in text
+    assert "in all" in text
+    assert "tokens/s at 40% of" in text
+    assert not recipe.run_dir.exists()
+
+
+def test_dry_run_of_epochs_and_of_seconds(make_recipe):
+    epochs = dry_run(make_recipe(train__steps=None, train__epochs=2.0))
+    assert epochs["tokens"] is epochs["seconds"] is None
+    assert "known once it is packed" in plan_text(epochs)
+    assert dry_run(make_recipe(train__steps=None, train__seconds=60.0))["seconds"] == pytest.approx(60)
+
+
+def test_the_tiny_recipes_run_on_a_users_text(tmp_path, corpus):
+    recipes = Path(__file__).parents[2] / "recipes"
+    out = f"out={tmp_path}"
+    short = ["train.seconds=0.5", "train.threads=1", "train.batch_size=4", "data.valid_fraction=0.05"]
+    text = f'data.sources=[{{path="{corpus}"}}]'
+    base = pretrain(load_recipe(recipes / "pretrain-tiny.toml", "pretrain", [out, text, *short]))
+    (tmp_path / "chats.jsonl").write_text('{"prompt": "say yes", "completion": "no"}\n' * 8)
+    words = [out, f"model.path={base}/model", f"data.path={tmp_path}/chats.jsonl", "data.valid_fraction=0.0"]
+    run_dir = sft(load_recipe(recipes / "sft-tiny.toml", "sft", words))
+    assert (run_dir / "model" / "model.safetensors").exists()

@@ -1,0 +1,200 @@
+import pytest
+import torch
+
+from rorqual.kernels.cross_entropy import linear_cross_entropy
+from rorqual.model import Transformer
+from rorqual.plan.cost import flops_per_token, mtp_flops_per_token
+from rorqual.recipe import BalanceSection, MTPSection, OptimizerSection, ScheduleSection
+from rorqual.train.balance import max_violation, update_correction_bias
+from rorqual.train.loop import split
+from rorqual.train.trainer import Trainer
+
+CONSTANT = ScheduleSection(name="constant", warmup=0)
+MTP = MTPSection(weight=0.3, final_weight=0.1)
+
+
+def trainer_of(model: Transformer, **kwargs) -> Trainer:
+    kwargs = {"mtp": MTP, "balance": BalanceSection()} | kwargs
+    return Trainer(model, OptimizerSection(lr=3e-3), CONSTANT, **kwargs)
+
+
+def nll(logits, targets):
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+def test_loss_is_the_papers(make_model, make_batch):
+    """Cross-entropy + λ/D·Σ multi-token losses + α·balance, and its gradient (V3 eq. 24, 25)."""
+    model, batch = make_model(num_nextn_predict_layers=2), make_batch()
+    trainer = trainer_of(model, balance=BalanceSection(sequence_loss=0.01))
+    tokens = torch.cat([batch.inputs, batch.targets[:, -1:]], 1)
+    routing = []
+    hidden = model(batch.inputs, routing=routing)
+    main = nll(hidden @ model.head_weight.T, tokens[:, 1:])
+    ahead = []
+    for k, state in enumerate(model.predict_ahead(hidden, batch.inputs, routing=routing)):
+        ahead.append(nll((state @ model.head_weight.T)[:, : -(k + 1)], tokens[:, k + 2 :]))
+    (main + 0.3 * sum(ahead) / 2 + 0.01 * sum(r.sequence_loss for r in routing)).backward()
+    norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
+    model.zero_grad()
+    metrics = trainer.step([batch], 0.0)
+    assert metrics["loss"] == pytest.approx(main.item(), rel=1e-5)
+    assert metrics["mtp_loss"] == pytest.approx(sum(a.item() for a in ahead) / 2, rel=1e-5)
+    assert metrics["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("documents", [False, True])
+def test_micro_batches_make_the_same_step(make_model, make_batch, documents):
+    batch = make_batch(documents=documents)
+    batch.weights[0, :9] = 0  # unequal micro batches: each token still weighs the same
+    whole, parts = trainer_of(make_model()), trainer_of(make_model())
+    a, b = whole.step([batch], 0.0), parts.step(split(batch, 1), 0.0)
+    assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+    assert a["mtp_loss"] == pytest.approx(b["mtp_loss"], rel=1e-5)
+    assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+    assert a["max_vio_per_layer"] == pytest.approx(b["max_vio_per_layer"])
+    assert whole.state() == pytest.approx(parts.state())
+
+
+def test_isolated_documents_do_not_see_each_other(make_model, make_batch):
+    batch = make_batch(documents=True)
+    model = make_model()
+    _, routing = (trainer := trainer_of(model))._losses(batch, [1.0, 1.0])
+    assert len(routing) == 2
+    batch.weights[:, :8] = 0  # loss on the second document only …
+    first = trainer.step([batch], 0.0)["loss"]
+    batch.inputs[:, :8] = 0  # … must not depend on the first
+    again = trainer_of(make_model()).step([batch], 0.0)["loss"]
+    assert first == pytest.approx(again, rel=1e-5)
+
+
+def test_correction_bias_moves_against_the_load(make_model):
+    model = make_model()
+    update_correction_bias(model, [torch.tensor([9, 1, 5, 5]), torch.tensor([0, 0, 0, 8])], 0.01)
+    main, ahead = (layer.gate.e_score_correction_bias for layer in model.moe_layers())
+    torch.testing.assert_close(main, torch.tensor([-0.01, 0.01, 0, 0]))
+    torch.testing.assert_close(ahead, torch.tensor([0.01, 0.01, 0.01, -0.01]))
+    assert max_violation(torch.tensor([9, 1, 5, 5])) == pytest.approx(0.8)
+
+
+def test_bias_balancing_frees_a_collapsed_router(make_model, make_batch):
+    def last(speed):
+        model = make_model(n_routed_experts=8)
+        for layer in model.moe_layers():
+            layer.gate.e_score_correction_bias[:2] = 0.3  # every token goes to the first two
+        trainer = trainer_of(model, balance=BalanceSection(bias_speed=speed, sequence_loss=0))
+        return [trainer.step([make_batch(i, 8)], 0.0)["max_vio"] for i in range(40)][-10:]
+
+    assert min(last(0.0)) > 2
+    assert max(last(0.02)) < 1
+
+
+def test_bias_stands_still_after_its_time_and_mtp_weight_switches(make_model, make_batch):
+    trainer = trainer_of(make_model(), mtp=MTPSection(weight=0.3, final_weight=0.0, switch_at=0.5))
+    bias = trainer.model.moe_layers()[0].gate.e_score_correction_bias
+    early = trainer.step([make_batch()], 0.4)
+    moved = bias.clone()
+    late = trainer.step([make_batch()], 0.98)
+    assert "mtp_loss" in early
+    assert "mtp_loss" not in late
+    assert moved.abs().max() > 0
+    assert torch.equal(moved, bias)
+    assert len(late["max_vio_per_layer"]) == 1
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_what_is_not_finite_skips_the_step(make_model, make_batch, where, monkeypatch):
+    trainer = trainer_of(make_model(), ema=0.5)
+    trainer.step([make_batch()], 0.0)
+    before = {n: t.clone() for n, t in trainer.tensors().items()}
+    with monkeypatch.context() as patch:
+        if where == "loss":
+            real = linear_cross_entropy
+            patch.setattr("rorqual.train.trainer.linear_cross_entropy", lambda *a: real(*a) * float("nan"))
+        else:
+            weight = trainer.model.model.norm.weight
+            handle = weight.register_hook(lambda g: g * float("inf"))
+        metrics = trainer.step([make_batch()], 0.0)
+    assert metrics["skipped"]
+    assert ("grad_norm" in metrics) == (where == "gradient")
+    assert all(torch.equal(before[n], t) for n, t in trainer.tensors().items())
+    assert trainer.skipped_in_a_row == 1
+    if where == "gradient":
+        handle.remove()
+    assert not trainer.step([make_batch()], 0.0)["skipped"]
+    assert trainer.skipped_in_a_row == 0
+
+
+def test_ema_is_the_average_and_is_what_is_released(make_model, make_batch):
+    trainer = trainer_of(make_model(), ema=0.75)
+    name = "model.layers.1.mlp.experts.down_proj"
+    weight = trainer.optimizer.masters[name]
+    expected = weight.clone()
+    for i in range(3):
+        trainer.step([make_batch(i)], 0.0)
+        expected = 0.75 * expected + 0.25 * weight
+    own = weight.clone()
+    with trainer.released_weights():
+        torch.testing.assert_close(dict(trainer.model.named_parameters())[name].data, expected)
+    assert torch.equal(trainer.optimizer.masters[name], own)
+
+
+def test_bits_per_byte(make_model, make_batch):
+    model, batch = make_model(), make_batch()
+    model.lm_head.weight.data.zero_()  # uniform over 64 tokens: 6 bits a token
+    trainer = trainer_of(model)
+    batch.weights[:, 0] = 0
+    assert trainer.bits_per_byte([(batch, 3 * int(batch.weights.sum()))]) == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_restored_trainer_goes_on_bit_for_bit(make_model, make_batch, name, dtype):
+    def make(seed):
+        section = OptimizerSection(name=name, lr=3e-3)
+        return Trainer(make_model(seed), section, CONSTANT, MTP, BalanceSection(), dtype=dtype, ema=0.9)
+
+    straight = make(0)
+    for i in range(3):
+        straight.step([make_batch(i)], 0.0)
+    tensors = {n: t.clone() for n, t in straight.tensors().items()}
+    state = dict(straight.state())
+    resumed = make(1)
+    resumed.load(tensors, state)
+    for i in range(3, 6):
+        a, b = straight.step(split(make_batch(i), 2), 0.0), resumed.step(split(make_batch(i), 2), 0.0)
+        assert a == b
+    assert all(torch.equal(straight.tensors()[n], t) for n, t in resumed.tensors().items())
+    assert all(torch.equal(a, b) for a, b in zip(straight.model.parameters(), resumed.model.parameters(), strict=True))
+
+
+def test_flops_and_tokens_are_counted(make_model, make_batch):
+    trainer = trainer_of(make_model())
+    trainer.step([make_batch(), make_batch(1)], 0.0)
+    config = trainer.model.config
+    assert trainer.tokens == 2 * 4 * 16
+    each = flops_per_token(config, 16) + mtp_flops_per_token(config, 16)
+    assert trainer.flops == pytest.approx(trainer.tokens * each)
+    assert trainer.state()["steps"] == 1
+
+
+def test_without_a_compiler_it_says_so_and_runs(make_model, make_batch, monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    said = []
+    trainer = trainer_of(make_model(), compile=True, say=said.append)
+    plain = trainer_of(make_model())
+    assert trainer.step([make_batch()], 0.0) == plain.step([make_batch()], 0.0)
+    assert said == ["train.compile: no C++ compiler found; running without torch.compile"]
+
+
+@pytest.mark.slow
+def test_compiled_training_has_the_same_losses(make_model, make_batch):
+    said = []
+    fast, plain = (
+        trainer_of(make_model(num_hidden_layers=1, first_k_dense_replace=0, num_nextn_predict_layers=0), **how)
+        for how in ({"compile": True, "say": said.append}, {})
+    )
+    for i in range(5):
+        a, b = fast.step([make_batch(i)], 0.0), plain.step([make_batch(i)], 0.0)
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-4)
+        assert a["max_vio_per_layer"] == pytest.approx(b["max_vio_per_layer"], abs=1e-6)
+    assert said == []
