@@ -31,7 +31,7 @@ def yarn(factor, mscale, all_dim):
         "mscale_all_dim": all_dim,
         "beta_fast": 32,
         "beta_slow": 1,
-        "original_max_position_embeddings": 16,
+        "original_max_position_embeddings": 2048,  # some frequencies kept, some interpolated, some between
     }
 
 
@@ -46,7 +46,9 @@ LLAMA3 = {
 # (the released V2 configs have norm_topk_prob false), and its V3 router is always sigmoid with a bias.
 CONFIGS = {
     "v3": V3 | {"q_lora_rank": 12, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5},
-    "v3-yarn": V3 | {"q_lora_rank": 12, "n_group": 2, "topk_group": 1, "rope_scaling": yarn(40, 1.0, 1.0)},
+    "v3-yarn": V3
+    | {"q_lora_rank": 12, "n_group": 2, "topk_group": 1, "rope_scaling": yarn(40, 1.0, 1.0)}
+    | {"rope_theta": 500.0, "qk_rope_head_dim": 16},
     "v3-yarn-two-mscales": V3 | {"rope_scaling": yarn(4, 0.7, 1.3), "rope_theta": 500.0},
     "v3-half-split": V3 | {"rope_interleave": False, "n_shared_experts": 2},
     "v3-not-renormalised": V3 | {"norm_topk_prob": False, "routed_scaling_factor": 1.7, "v_head_dim": 16},
@@ -60,7 +62,8 @@ CONFIGS = {
     "v2-plain": V2 | {"first_k_dense_replace": 0, "q_lora_rank": 10, "attention_bias": True},
     "qwen2": QWEN2 | {"rope_theta": 1e6},
     "qwen2-tied-one-kv-head": QWEN2 | {"tie_word_embeddings": True, "num_key_value_heads": 1},
-    "qwen2-yarn": QWEN2 | {"rope_scaling": {k: v for k, v in yarn(4, 1, 1).items() if "mscale" not in k}},
+    "qwen2-yarn": QWEN2
+    | {"rope_scaling": {k: v for k, v in yarn(4, 1, 1).items() if "mscale" not in k}, "rope_theta": 500.0},
     "llama": LLAMA | {"tie_word_embeddings": True},
     "llama3": LLAMA | {"num_key_value_heads": 2, "rope_scaling": LLAMA3, "rope_theta": 5e5},
     "llama-biases": LLAMA | {"attention_bias": True, "mlp_bias": True, "head_dim": 10, "num_key_value_heads": 2},
@@ -76,6 +79,8 @@ def build(fields, seed=0, **changes):
         for name, t in (*model.named_parameters(), *model.named_buffers()):
             if "norm" in name:
                 t.uniform_(0.5, 1.5)
+            elif "correction" in name:
+                t.normal_(std=0.7)  # enough to make some scores negative
             elif "bias" in name:
                 t.normal_(std=0.2)
     return model.eval()
