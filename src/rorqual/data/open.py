@@ -10,6 +10,7 @@ from rorqual.data.fim import FillInTheMiddle
 from rorqual.data.loader import Heldout, Loader, Rows, bytes_of_tokens
 from rorqual.data.shards import Documents, pack_source
 from rorqual.data.tokenizer import load_tokenizer, train_tokenizer
+from rorqual.errors import UserError
 from rorqual.recipe import ChatDataSection, DataSection, TokenizerSection
 
 if TYPE_CHECKING:
@@ -29,12 +30,14 @@ def open_tokenizer(section: TokenizerSection, data: DataSection) -> "PreTrainedT
 def _first_texts(data: DataSection) -> Iterator[str]:
     total = sum(source.weight for source in data.sources)
     for source in data.sources:
-        left = TOKENIZER_CHARACTERS * source.weight / total
+        share = left = TOKENIZER_CHARACTERS * source.weight / total
         for text in read_texts(source):
             if left <= 0:
                 break
             left -= len(text)
             yield text
+        if left == share:
+            raise UserError(f"{source.path} holds no text; give a source with documents in it")
 
 
 def open_pretrain_data(

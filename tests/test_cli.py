@@ -1,0 +1,186 @@
+"""What a person types, and what they get back when it is wrong: one sentence, a non-zero exit, nothing lost."""
+
+import errno
+import json
+import sys
+
+import pytest
+
+from rorqual.cli import main
+
+SIZES = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "kv_lora_rank": 8,
+    "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8, "n_routed_experts": 4, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16, "first_k_dense_replace": 1, "n_shared_experts": 1, "max_position_embeddings": 64,
+}  # fmt: skip
+
+
+@pytest.fixture
+def rorqual(monkeypatch, capsys):
+    """Run the command line; gives (exit status, standard output, standard error)."""
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["rorqual", *map(str, words)])
+        status = 0
+        try:
+            main()
+        except SystemExit as e:
+            status = e.code or 0
+        out = capsys.readouterr()
+        return status, out.out, out.err
+
+    return run
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    path = tmp_path / "text.jsonl"
+    path.write_text("".join(json.dumps({"text": f"{i} and {i + 1} make {2 * i + 1}"}) + "\n" for i in range(300)))
+    return path
+
+
+@pytest.fixture
+def recipe(tmp_path, corpus):
+    """Write a small pre-training recipe; gives its path. Keyword arguments replace sizes of the model."""
+
+    def write(**sizes):
+        model = "\n".join(f"{k} = {json.dumps(v)}" for k, v in (SIZES | sizes).items())
+        path = tmp_path / "tiny.toml"
+        path.write_text(
+            f'name = "tiny"\nout = "{tmp_path}"\n[model.config]\n{model}\n[tokenizer]\nvocab_size = 300\n'
+            f'[data]\nsources = [{{path = "{corpus}"}}]\nsequence_length = 16\nvalid_fraction = 0.1\n'
+            "[train]\nsteps = 3\nbatch_size = 4\nsave_every = 2\n"
+        )
+        return path
+
+    return write
+
+
+def one_sentence(result, *words):
+    status, _, err = result
+    assert status not in (0, None)
+    lines = [line for line in err.strip().splitlines() if line.startswith("rorqual: ")]
+    assert len(lines) == 1, err
+    assert "Traceback" not in err
+    for word in words:
+        assert str(word) in lines[0], lines[0]
+
+
+def test_pretrain_then_generate_then_report(rorqual, recipe, tmp_path):
+    status, out, _ = rorqual("pretrain", recipe(), "--dry-run")
+    assert status == 0
+    assert "parameters" in out
+    assert not (tmp_path / "tiny").exists(), "a dry run starts nothing"
+    status, out, err = rorqual("pretrain", recipe())
+    assert status == 0, err
+    assert "report" in out
+    assert (tmp_path / "tiny" / "report.html").exists()
+    status, out, _ = rorqual(
+        "generate", tmp_path / "tiny", "3 and 4", "--raw", "--max-tokens", 5, "--seed", 1, "--json"
+    )
+    assert status == 0
+    assert len(json.loads(out)["tokens"]) <= 5
+    status, out, _ = rorqual("report", tmp_path / "tiny")
+    assert status == 0
+    one_sentence(rorqual("pretrain", recipe()), "already holds a run", "--resume")
+
+
+def test_missing_recipe(rorqual, tmp_path):
+    one_sentence(rorqual("pretrain", tmp_path / "none.toml"), "none.toml", "does not exist")
+
+
+def test_recipe_of_another_verb(rorqual, recipe):
+    one_sentence(rorqual("sft", recipe(), "kind=pretrain"), "rorqual pretrain")
+
+
+def test_broken_toml(rorqual, tmp_path):
+    (tmp_path / "broken.toml").write_text("name = \n")
+    one_sentence(rorqual("rl", tmp_path / "broken.toml"), "broken.toml", "not valid TOML")
+
+
+def test_misspelt_field(rorqual, recipe):
+    one_sentence(rorqual("pretrain", recipe(), "train.stepz=3"), "tiny.toml", "train.stepz", "steps")
+
+
+def test_wrong_type(rorqual, recipe):
+    one_sentence(rorqual("pretrain", recipe(), "train.batch_size=many"), "train.batch_size", "many")
+
+
+def test_override_without_value(rorqual, recipe):
+    one_sentence(rorqual("pretrain", recipe(), "train.steps"), "key=value")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        ({"n_group": 3, "topk_group": 1}, ("n_group = 3", "n_routed_experts = 4")),
+        ({"num_experts_per_tok": 5}, ("num_experts_per_tok = 5",)),
+        ({"qk_rope_head_dim": 3}, ("qk_rope_head_dim = 3", "even")),
+        ({"hidden_size": -1}, ("hidden_size = -1",)),
+        ({"model_type": "gpt2"}, ("gpt2", "deepseek_v3")),
+        ({"vocab_size": 20}, ("vocab_size = 20", "tokenizer")),
+    ],
+)
+def test_impossible_sizes(rorqual, recipe, tmp_path, sizes, words):
+    one_sentence(rorqual("pretrain", recipe(**sizes)), *words)
+
+
+def test_empty_corpus(rorqual, recipe, corpus):
+    corpus.write_text("")
+    one_sentence(rorqual("pretrain", recipe()), "text.jsonl")
+
+
+def test_missing_corpus(rorqual, recipe, corpus):
+    corpus.unlink()
+    one_sentence(rorqual("pretrain", recipe()), "text.jsonl")
+
+
+def test_broken_line_of_a_corpus(rorqual, recipe, corpus):
+    lines = corpus.read_text().splitlines()
+    lines[41] = '{"text": "cut'
+    corpus.write_text("\n".join(lines))
+    one_sentence(rorqual("pretrain", recipe()), "text.jsonl", "line 42")
+
+
+def test_disk_full_while_saving_keeps_the_last_checkpoint(rorqual, recipe, tmp_path, monkeypatch):
+    import rorqual.train.checkpoints as checkpoints
+
+    real, calls = checkpoints.save_file, []
+
+    def full(*args, **kwargs):
+        calls.append(args)
+        if len(calls) > 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(checkpoints, "save_file", full)
+    one_sentence(rorqual("pretrain", recipe()), "the disk is full", "step 2 is intact")
+    kept = [p.name for p in (tmp_path / "tiny" / "checkpoints").iterdir()]
+    assert kept == ["step-2"]
+    monkeypatch.setattr(checkpoints, "save_file", real)
+    status, _, err = rorqual("pretrain", recipe(), "--resume")
+    assert status == 0, err
+
+
+def test_prompt_longer_than_the_context(rorqual, recipe, tmp_path):
+    rorqual("pretrain", recipe())
+    one_sentence(rorqual("generate", tmp_path / "tiny", "7 " * 80, "--raw"), "context holds 64")
+
+
+def test_no_model(rorqual, tmp_path):
+    one_sentence(rorqual("chat", tmp_path), tmp_path, "config.json")
+
+
+def test_unknown_task(rorqual, recipe, tmp_path):
+    rorqual("pretrain", recipe())
+    one_sentence(rorqual("eval", tmp_path / "tiny", "--tasks", "countdwn"), "countdwn", "countdown")
+
+
+def test_report_of_nothing(rorqual, tmp_path):
+    one_sentence(rorqual("report", tmp_path / "none"), "none")
+
+
+def test_speedrun_does_not_overwrite(rorqual, tmp_path):
+    (tmp_path / "mine").write_text("precious")
+    one_sentence(rorqual("speedrun", "--out", tmp_path), "not empty")
+    assert (tmp_path / "mine").read_text() == "precious"
