@@ -2,67 +2,94 @@
 
 Autograd's own derivative of a gather is a scatter with additions, which is slow and, on a GPU, not deterministic;
 since every token goes to exactly K places, its derivative is again a gather and a sum over K.
-N tokens, K places each, M = N·K rows.
+N tokens, K places each (place p belongs to token p // K), E experts, M rows: the N·K places sorted by expert,
+each expert's rows filled up to a multiple where that is asked for.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 
+class Arrangement(NamedTuple):
+    place: Tensor  # [M] the place in each row; N·K in rows that only fill up
+    row: Tensor  # [N·K] the row of each place
+    ends: Tensor  # [E] int32: expert e's rows end at ends[e]
+    load: Tensor  # [E] places of each expert
+
+
+def arrange(chosen: Tensor, experts: int, multiple: int = 1) -> Arrangement:
+    """chosen [N, K]: the expert of every place → where it goes, each expert's rows filled up to `multiple`."""
+    expert = chosen.flatten()
+    load = torch.bincount(expert, minlength=experts)
+    order = expert.argsort(stable=True)
+    here = torch.arange(len(expert), device=expert.device)
+    row = torch.empty_like(order)
+    if multiple == 1:
+        row[order] = here
+        return Arrangement(order, row, load.cumsum(0).to(torch.int32), load)
+    room = (load + multiple - 1).div(multiple, rounding_mode="floor") * multiple
+    ends = room.cumsum(0)
+    row[order] = here + (ends - room - load.cumsum(0) + load).repeat_interleave(load)
+    place = torch.full((int(ends[-1]),), len(expert), device=expert.device)
+    place[row] = here
+    return Arrangement(place, row, ends.to(torch.int32), load)
+
+
 class _Dispatch(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor, k: int) -> Tensor:
-        ctx.save_for_backward(order)
+    def forward(ctx: Any, x: Tensor, place: Tensor, row: Tensor, k: int) -> Tensor:
+        ctx.save_for_backward(row)
         ctx.k = k
-        return x.index_select(0, order.div(k, rounding_mode="floor"))
+        return x.index_select(0, _token(place, x, k))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (order,) = ctx.saved_tensors
-        return grad.index_select(0, _inverse(order)).unflatten(0, (-1, ctx.k)).sum(1), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        (row,) = ctx.saved_tensors
+        return grad.index_select(0, row).unflatten(0, (-1, ctx.k)).sum(1), None, None, None
 
 
 class _Combine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: Tensor, weights: Tensor, order: Tensor) -> Tensor:
-        inverse = _inverse(order)
-        ctx.save_for_backward(y, weights, order, inverse)
-        rows = y.index_select(0, inverse).view(*weights.shape, -1)  # [N, K, D]
+    def forward(ctx: Any, y: Tensor, weights: Tensor, place: Tensor, row: Tensor) -> Tensor:
+        ctx.save_for_backward(y, weights, place, row)
+        rows = y.index_select(0, row).view(*weights.shape, -1)  # [N, K, D]
         return torch.bmm(weights.to(y.dtype).unsqueeze(1), rows).squeeze(1)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        y, weights, order, inverse = ctx.saved_tensors
-        token = order.div(weights.shape[1], rounding_mode="floor")
-        grad_rows = grad.index_select(0, token)  # [M, D] in expert order
-        grad_weights = (grad_rows * y).sum(-1, dtype=torch.float32).index_select(0, inverse).view_as(weights)
-        grad_rows.mul_(weights.flatten().index_select(0, order).to(y.dtype).unsqueeze(1))
-        return grad_rows, grad_weights.to(weights.dtype), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        y, weights, place, row = ctx.saved_tensors
+        grad_rows = grad.index_select(0, _token(place, grad, weights.shape[1]))  # [M, D]
+        grad_weights = (grad_rows * y).sum(-1, dtype=torch.float32).index_select(0, row).view_as(weights)
+        filled = torch.cat([weights.flatten().to(y.dtype), y.new_zeros(1)])  # rows that fill up get no gradient
+        grad_rows.mul_(filled.index_select(0, place).unsqueeze(1))
+        return grad_rows, grad_weights.to(weights.dtype), None, None
 
 
-def _inverse(order: Tensor) -> Tensor:
-    inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(order.numel(), device=order.device)
-    return inverse
+def _token(place: Tensor, x: Tensor, k: int) -> Tensor:
+    """Whose places these are; rows that fill up hold some token or other."""
+    return place.div(k, rounding_mode="floor").clamp_(max=len(x) - 1)
 
 
-def dispatch(x: Tensor, order: Tensor, k: int) -> Tensor:
-    """x [N, D] → [M, D]: row i is the token of place order[i] (place p belongs to token p // k)."""
-    return _Dispatch.apply(x, order, k)
+def dispatch(x: Tensor, arrangement: Arrangement, k: int) -> Tensor:
+    """x [N, D] → [M, D]: every row the token of its place."""
+    return _Dispatch.apply(x, arrangement.place, arrangement.row, k)
 
 
-def combine(y: Tensor, weights: Tensor, order: Tensor) -> Tensor:
-    """y [M, D] in expert order and weights [N, K] → [N, D], the weighted sum of each token's K rows."""
-    return _Combine.apply(y, weights, order)
+def combine(y: Tensor, weights: Tensor, arrangement: Arrangement) -> Tensor:
+    """y [M, D] and weights [N, K] → [N, D], the weighted sum of each token's K rows."""
+    return _Combine.apply(y, weights, arrangement.place, arrangement.row)
 
 
-def dispatch_reference(x: Tensor, order: Tensor, k: int) -> Tensor:
-    return x[order // k]
+def dispatch_reference(x: Tensor, arrangement: Arrangement, k: int) -> Tensor:
+    filler = arrangement.place == len(x) * k
+    return x[(arrangement.place // k).where(~filler, len(x) - 1)]
 
 
-def combine_reference(y: Tensor, weights: Tensor, order: Tensor) -> Tensor:
+def combine_reference(y: Tensor, weights: Tensor, arrangement: Arrangement) -> Tensor:
+    kept = (arrangement.place < weights.numel()).nonzero()[:, 0]
+    place = arrangement.place[kept]
     out = torch.zeros(weights.shape[0], y.shape[1], dtype=y.dtype, device=y.device)
-    scaled = y * weights.flatten()[order].to(y.dtype).unsqueeze(1)
-    return out.index_add(0, order // weights.shape[1], scaled)
+    scaled = y[kept] * weights.flatten()[place].to(y.dtype).unsqueeze(1)
+    return out.index_add(0, place // weights.shape[1], scaled)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rorqual.kernels.attention import attention
 from rorqual.model.config import ModelConfig
 from rorqual.model.layers import RMSNorm
 from rorqual.model.rope import rotate, softmax_scale
@@ -30,7 +31,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -
         v = F.pad(v, (0, q.shape[-1] - width))
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     causal = mask is None and q.shape[2] > 1
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
+    out = attention(q, k, v, mask, causal, scale)
     return out.transpose(1, 2)[..., :width]
 
 

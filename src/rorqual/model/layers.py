@@ -1,8 +1,10 @@
 """The small parts every layer uses."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from rorqual.kernels.norm import rms_norm
+from rorqual.kernels.swiglu import swiglu
 
 
 class RMSNorm(nn.Module):
@@ -14,7 +16,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class SwiGLU(nn.Module):
@@ -27,4 +29,4 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(width, hidden, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(swiglu(torch.cat([self.gate_proj(x), self.up_proj(x)], dim=-1)))

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rorqual.kernels.permute import combine, dispatch
+from rorqual.kernels.permute import arrange, combine, dispatch
+from rorqual.kernels.swiglu import swiglu
 from rorqual.model.config import ModelConfig
 from rorqual.model.layers import SwiGLU
 
@@ -72,8 +73,7 @@ class Experts(nn.Module):
     def forward(self, x: Tensor, ends: Tensor) -> Tensor:
         """x [M, D] sorted by expert, expert e's rows ending at ends[e] → [M, D]."""
         h = F.grouped_mm(x, self.gate_up_proj.transpose(1, 2), offs=ends)
-        gate, up = h.chunk(2, dim=-1)
-        return F.grouped_mm(F.silu(gate) * up, self.down_proj.transpose(1, 2), offs=ends)
+        return F.grouped_mm(swiglu(h), self.down_proj.transpose(1, 2), offs=ends)
 
 
 class TokenDispatcher(Protocol):
@@ -88,12 +88,17 @@ class LocalDispatcher:
     @torch.compiler.disable  # shapes depend on the routing, and the compiler knows grouped products in BF16 only
     def __call__(self, experts: Experts, x: Tensor, weights: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
         """→ output [N, D] and load [E]."""
-        E = experts.down_proj.shape[0]
-        flat = chosen.flatten()
-        order = flat.argsort(stable=True)
-        load = torch.bincount(flat, minlength=E)
-        y = experts(dispatch(x, order, chosen.shape[1]), load.cumsum(0).to(torch.int32))
-        return combine(y, weights, order), load
+        K, E = chosen.shape[1], len(experts.down_proj)
+        arrangement = arrange(chosen, E, _multiple(x, chosen.numel() // E))
+        y = experts(dispatch(x, arrangement, K), arrangement.ends)
+        return combine(y, weights, arrangement), arrangement.load
+
+
+def _multiple(x: Tensor, mean_load: int) -> int:
+    """What to fill an expert's rows up to. oneDNN compiles a BF16 product for every new shape, which takes longer
+    than the product: filling up made the experts 2.2 times faster at 512 rows each. Few rows have few shapes anyway.
+    """
+    return 32 if x.device.type == "cpu" and x.dtype == torch.bfloat16 and mean_load >= 128 else 1
 
 
 class MixtureOfExperts(nn.Module):

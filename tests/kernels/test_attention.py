@@ -1,0 +1,34 @@
+import pytest
+import torch
+
+from rorqual.kernels import attention as kernel
+
+
+def run(function, mask, causal, dtype):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 33, width).to(dtype).requires_grad_() for width in (16, 16, 8))
+    out = function(q, k, v, mask, causal, 0.25)
+    return out, *torch.autograd.grad(out, (q, k, v), torch.ones_like(out) + 0.1 * out.detach())
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_products_are_as_near_to_float32_as_the_fused_kernel(masked):
+    mask = None
+    if masked:
+        documents = torch.arange(33) // 10
+        mask = ((documents[:, None] == documents) & torch.ones(33, 33, dtype=torch.bool).tril()).expand(2, 1, 33, 33)
+    exact = run(kernel.attention_reference, mask, not masked, torch.float32)
+    ours = run(kernel.attention, mask, not masked, torch.bfloat16)
+    fused = run(kernel.attention_reference, mask, not masked, torch.bfloat16)
+    for mine, theirs, right in zip(ours, fused, exact, strict=True):
+        assert (mine - right).norm() < 1.5 * (theirs - right).norm() + 1e-3
+
+
+@pytest.mark.parametrize(("length", "dtype", "grad"), [(5, torch.bfloat16, True), (4, torch.float32, True),
+                                                      (4, torch.bfloat16, False)])  # fmt: skip
+def test_long_sequences_float32_and_inference_take_the_fused_kernel(monkeypatch, length, dtype, grad):
+    monkeypatch.setattr(kernel, "LONGEST", 4)
+    monkeypatch.setattr(kernel, "_Products", None)  # would fail if called
+    q = torch.randn(1, 1, length, 8, dtype=dtype)
+    with torch.set_grad_enabled(grad):
+        assert kernel.attention(q, q, q, None, True, 1.0).isfinite().all()
