@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import tomllib
+from pathlib import Path
 
 import pytest
 import torch
@@ -198,6 +199,19 @@ def test_disk_full_stops_with_one_sentence_and_the_run_goes_on(make_recipe, monk
         with pytest.raises(UserError, match=r"step-8: the disk is full; .*step 4 is intact"):
             pretrain(recipe)
     assert same(weights_of(pretrain(recipe, resume=True)), weights_of(pretrain(make_recipe("straight"))))
+
+
+def test_disk_full_at_the_very_end(make_recipe, monkeypatch):
+    recipe = make_recipe(train__steps=2)
+
+    def write_text(self, text):
+        raise OSError(errno.ENOSPC, "No space left on device", str(self))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("rorqual.train.finish.model_card", lambda *_: patch.setattr(Path, "write_text", write_text) or "")
+        with pytest.raises(UserError, match=r"README.md: cannot be written \(No space left on device\); free space"):
+            pretrain(recipe)
+    assert (pretrain(recipe, resume=True) / "ledger.json").exists()
 
 
 def test_mismatches_are_named(make_recipe):

@@ -1,10 +1,10 @@
 """What pre-training and SFT share: the trainer of a recipe, its run, and what is left when it ends."""
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rorqual.data.loader import Heldout, Loader
+from rorqual.errors import UserError
 from rorqual.model import Transformer
 from rorqual.model.checkpoint import save_model
 from rorqual.plan.estimate import predict
@@ -53,12 +53,12 @@ def finish(recipe: PretrainRecipe | SFTRecipe, run: Run, tokenizer: "PreTrainedT
     trainer, directory = run.trainer, run.run_dir / "model"
     with trainer.released_weights():
         save_model(trainer.model, directory, tokenizer)
-    card = directory / "README.md"
-    temporary = card.with_suffix(".tmp")
-    temporary.write_text(model_card(recipe, run))
-    os.replace(temporary, card)
     predicted = predict(trainer.model.config, recipe, rows=run.loader.rows)
     ledger = Ledger(run.run_dir, predicted, trainer.dtype)
     ledger.add(recipe.kind, tokens=trainer.tokens, flops=trainer.flops, seconds=run.seconds)
-    ledger.write()
+    try:
+        (directory / "README.md").write_text(model_card(recipe, run))
+        ledger.write()
+    except OSError as e:
+        raise UserError(f"{e.filename}: cannot be written ({e.strerror}); free space, then --resume") from e
     return run.run_dir
