@@ -10,6 +10,11 @@ from rorqual.recipe import TokenizerSection
 TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     section = TokenizerSection(vocab_size=300, special_tokens=TAGS, whole_numbers=20)

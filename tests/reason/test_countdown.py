@@ -28,6 +28,7 @@ def test_generates_what_reasoning_gym_generates(config):
         assert theirs.score_answer(ours["answer"], entry) == 1.0
 
 
+@pytest.mark.filterwarnings("ignore::SyntaxWarning")
 def test_scores_as_reasoning_gym_does():
     dataset = reasoning_gym.create_dataset("countdown", seed=3, size=400, min_numbers=3, max_numbers=4, max_value=12)
     rng = random.Random(0)

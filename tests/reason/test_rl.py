@@ -5,12 +5,14 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
 from rorqual.data.tokenizer import load_tokenizer
 from rorqual.errors import UserError
 from rorqual.model.checkpoint import load_model, save_model
+from rorqual.reason.environment import open_environment
 from rorqual.reason.rl import predict_rl, rl
 from rorqual.recipe import load_recipe, parse_recipe
 from rorqual.train.signals import Stopped
@@ -185,3 +187,14 @@ def test_twenty_kills_change_nothing(tmp_path, model_dir):
     assert int(done.stdout.split()[-1]) >= 5  # kills that left a half-written checkpoint
     assert final_weights(tmp_path / "whole") == final_weights(tmp_path / "killed")
     assert [line["step"] for line in lines(tmp_path / "killed")] == list(range(41))
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parents[2] / "recipes").glob("r1-zero*.toml")), ids=lambda path: path.name
+)
+def test_ready_made_recipes_fit_their_environments(path):
+    checked = load_recipe(path, "rl")
+    for section in checked.environments:
+        problem = open_environment(section).problems("train", 1)[0]
+        assert problem.question.endswith("?")
+        assert problem.metadata["expression"] in problem.question
