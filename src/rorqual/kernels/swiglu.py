@@ -1,4 +1,4 @@
-"""silu(gate) · up with a derivative that keeps only its input and writes both halves of the gradient in place."""
+"""silu(gate) · up with a derivative that writes both halves of its gradient in place, where autograd joins copies."""
 
 from typing import Any
 
@@ -20,16 +20,17 @@ def swiglu_reference(x: Tensor) -> Tensor:
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
         gate, up = x.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
+        active = F.silu(gate)
+        ctx.save_for_backward(x, active)
+        return active * up
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
+        x, active = ctx.saved_tensors
         gate, up = x.chunk(2, dim=-1)
         grad_x = torch.empty_like(x)
         grad_gate, grad_up = grad_x.chunk(2, dim=-1)
-        torch.mul(F.silu(gate), grad, out=grad_up)
+        torch.mul(active, grad, out=grad_up)
         torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
         return grad_x
