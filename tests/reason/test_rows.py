@@ -89,6 +89,11 @@ def test_costly_attention_makes_short_rows():
     assert max(r.tokens.shape[1] for r in dear) < max(r.tokens.shape[1] for r in cheap)
 
 
+def test_rows_hold_one_group_each_where_that_is_cheapest():
+    rows = pack([[1] * 50] * 4, [[2] * 11] * 32, [i // 8 for i in range(32)], 4096, lambda length: 500.0 + length)
+    assert [tuple(r.tokens.shape) for r in rows] == [(4, 130)]
+
+
 def test_micro_batches_keep_to_their_budget():
     prompts, completions, prompt_of = random_groups(20, 4, 99)
     batches = pack(prompts, completions, prompt_of, 300, lengthless)

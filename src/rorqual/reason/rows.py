@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-ROW_LENGTHS = (256, 512, 1024, 2048, 4096)  # tried beside the longest sequence's own
+ROW_LENGTHS = (256, 512, 1024, 2048, 4096)  # tried beside those of the longest sequence and the longest group
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,10 @@ def pack(
     prompt_sizes = [len(p) for p in prompts]
     sizes = [len(c) - 1 for c in completions]
     longest = max(prompt_sizes[p] + n for p, n in zip(prompt_of, sizes, strict=True))
-    lengths = [longest, *(n for n in ROW_LENGTHS if longest < n <= micro_tokens)]
+    groups = list(prompt_sizes)
+    for p, n in zip(prompt_of, sizes, strict=True):
+        groups[p] += n
+    lengths = [longest, *(n for n in (max(groups), *ROW_LENGTHS) if longest < n <= micro_tokens)]
     layouts = [_fill(prompt_sizes, sizes, prompt_of, n) for n in lengths]
     best = min(
         layouts, key=lambda rows: sum(len(b) * b[0].length * cost(b[0].length) for b in _split(rows, micro_tokens))
