@@ -30,8 +30,8 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, ca
 class _Products(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
-        scores = (q @ k.transpose(2, 3)).mul_(scale).masked_fill_(~mask, torch.finfo(q.dtype).min)
-        weights = scores.softmax(-1)
+        q, k, v = (q * scale).contiguous(), k.contiguous(), v.contiguous()  # each product would copy them otherwise
+        weights = (q @ k.transpose(2, 3)).masked_fill_(~mask, torch.finfo(q.dtype).min).softmax(-1)
         ctx.save_for_backward(q, k, v, weights)
         ctx.scale = scale
         return weights @ v
@@ -39,6 +39,7 @@ class _Products(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, weights = ctx.saved_tensors
+        grad = grad.contiguous()
         slope = torch.ops.aten._softmax_backward_data(grad @ v.transpose(2, 3), weights, -1, weights.dtype)
-        slope.mul_(ctx.scale)
-        return slope @ k, slope.transpose(2, 3) @ q, weights.transpose(2, 3) @ grad, None, None
+        grad_q = (slope @ k).mul_(ctx.scale)
+        return grad_q, slope.transpose(2, 3) @ q, weights.transpose(2, 3) @ grad, None, None
