@@ -34,7 +34,7 @@ LENGTH, BATCH = 128, 16
 SIZES = {
     "hidden_size": 128,
     "intermediate_size": 384,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "kv_lora_rank": 32,
     "qk_nope_head_dim": 24,
@@ -164,9 +164,7 @@ def main() -> None:
         with text.open("w") as file:
             for document in documents():
                 file.write(json.dumps({"text": document}) + "\n")
-        data = DataSection(
-            sources=[{"path": str(text)}], sequence_length=LENGTH, valid_fraction=0.01 if args.quick else 0.05
-        )
+        data = DataSection(sources=[{"path": str(text)}], sequence_length=LENGTH, valid_fraction=0.1)
         tokenizer = open_tokenizer(TokenizerSection(vocab_size=2048), data)
         mixture = ModelConfig(model_type="deepseek_v3", vocab_size=len(tokenizer), **SIZES)
         configs = {kind: dense_config(mixture) if kind == "dense" else mixture for kind in BALANCES}
