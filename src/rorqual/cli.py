@@ -26,6 +26,9 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key=value …]"
 Resume = Annotated[bool, typer.Option("--resume", help="continue the run where its newest checkpoint stands")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print the plan (parameters, FLOPs, memory, time) and stop")]
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object instead of text")]
+Temperature = Annotated[float | None, typer.Option(help="0 is greedy; default: the model's own, else 0.6")]
+TopP = Annotated[float | None, typer.Option(help="nucleus kept when sampling; default: the model's own, else 0.95")]
+MaxTokens = Annotated[int | None, typer.Option(help="tokens to make at most; default: the model's own, else 512")]
 ModelDir = Annotated[str, typer.Argument(metavar="MODEL", help="a Hugging Face directory, or a run's model/")]
 
 
@@ -157,18 +160,19 @@ def generate(
     model: ModelDir,
     prompt: Annotated[str, typer.Argument(help="the text to continue; the chat template is put around it")],
     raw: Annotated[bool, typer.Option("--raw", help="continue the text as it is, without chat template")] = False,
-    temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.6,
-    top_p: Annotated[float, typer.Option(help="nucleus kept when sampling")] = 0.95,
-    max_tokens: Annotated[int, typer.Option(help="tokens to make at most")] = 512,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    max_tokens: MaxTokens = None,
     thinking_budget: Annotated[int | None, typer.Option(help="close </think> after so many tokens")] = None,
     seed: Annotated[int | None, typer.Option(help="the same seed gives the same text")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Continue a prompt once."""
-    from rorqual.engine import Engine, SamplingParams
+    from rorqual.engine import Engine
 
-    params = SamplingParams(temperature, top_p, max_tokens=max_tokens, seed=seed, thinking_budget=thinking_budget)
-    engine = Engine(_directory(model))
+    directory = _directory(model)
+    params = _sampling(directory, temperature, top_p, max_tokens, seed=seed, thinking_budget=thinking_budget)
+    engine = Engine(directory)
     text = prompt if raw else _templated(engine, [{"role": "user", "content": prompt}])
     if as_json:
         found = engine.generate([text], params)[0]
@@ -182,18 +186,19 @@ def generate(
 @app.command()
 def chat(
     model: ModelDir,
-    temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.6,
-    top_p: Annotated[float, typer.Option(help="nucleus kept when sampling")] = 0.95,
-    max_tokens: Annotated[int, typer.Option(help="tokens a reply at most")] = 512,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    max_tokens: MaxTokens = None,
 ) -> None:
     """Talk to a model; Ctrl-C stops a reply, Ctrl-D (or an empty line) ends."""
     from rich.console import Console
 
-    from rorqual.engine import Engine, SamplingParams
+    from rorqual.engine import Engine
 
-    engine = Engine(_directory(model))
+    directory = _directory(model)
+    params = _sampling(directory, temperature, top_p, max_tokens)
+    engine = Engine(directory)
     console = Console(highlight=False)
-    params = SamplingParams(temperature, top_p, max_tokens=max_tokens)
     console.print("Ctrl-C stops a reply, Ctrl-D ends.", style="dim")
     messages: list[dict[str, str]] = []
     while True:
@@ -286,6 +291,29 @@ def _directory(model: str) -> Path:
             f"{model} is neither a directory nor to be had from the Hub ({type(e).__name__}); check the name and the "
             "network"
         ) from e
+
+
+def _sampling(
+    directory: Path, temperature: float | None, top_p: float | None, max_tokens: int | None, **others: Any
+) -> Any:
+    """What was asked for, else what the model's generation_config.json recommends, else R1's settings."""
+    from rorqual.engine import SamplingParams
+
+    path = directory / "generation_config.json"
+    try:
+        own = json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as e:
+        raise UserError(f"{path} is not valid JSON ({e}); restore the file from its source") from None
+
+    def first(given: Any, name: str, fallback: Any) -> Any:
+        return given if given is not None else own.get(name) or fallback
+
+    return SamplingParams(
+        temperature=first(temperature, "temperature", 0.6),
+        top_p=first(top_p, "top_p", 0.95),
+        max_tokens=first(max_tokens, "max_new_tokens", 512),
+        **others,
+    )
 
 
 def _choice(option: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -20,6 +20,10 @@ from rorqual.train.sft import sft
 BATCH = 64  # problems sampled at once
 
 
+class NothingRight(UserError):
+    """The teacher solved none of the problems, so there is nothing to learn from it."""
+
+
 def rejection_sample(
     engine: Engine,
     environments: Sequence[Environment],
@@ -38,7 +42,7 @@ def rejection_sample(
     Kept are only right, untruncated answers, at most `keep_per_problem` different ones a problem: those of highest
     reward, among equals the shorter, since a longer one holds more detours for the same result. Each is
     {"prompt", "completion", "family", "reward", "length"}; prompt and completion are text as the model saw and wrote
-    it. `progress` is told how many problems are done. Raises UserError when no answer is right.
+    it. `progress` is told how many problems are done. Raises NothingRight when no answer is right.
     """
     by_family = {e.family: e for e in environments}
     kept: list[dict[str, Any]] = []
@@ -71,7 +75,7 @@ def rejection_sample(
         if progress:
             progress(start + len(batch))
     if not kept:
-        raise UserError(
+        raise NothingRight(
             f"none of {params.n} answers to each of {len(drawn)} problems was right; take a stronger teacher, easier "
             f"environments or more samples"
         )

@@ -1,0 +1,93 @@
+"""The speedrun's corpus: what it says is true, and nothing of it is in the test."""
+
+import json
+import re
+from random import Random
+
+import pytest
+
+from rorqual.reason.documents import RIGHT, STEP, WRONG, attempts, documents, line_is_right, write_documents
+from rorqual.reason.environment import extract_answer, open_environment
+from rorqual.reason.problems import number_key
+from rorqual.speedrun import ENVIRONMENTS
+
+
+@pytest.fixture(scope="module")
+def environments():
+    return {section.name: open_environment(section) for section in ENVIRONMENTS}
+
+
+def test_attempts_are_what_they_say():
+    rng = Random(0)
+    for _ in range(200):
+        numbers = [rng.randint(1, 25) for _ in range(3)]
+        for attempt in attempts(numbers):
+            assert eval(attempt.expression) == attempt.value
+            assert sorted(map(int, re.findall(r"\d+", attempt.expression))) == sorted(numbers)
+            for a, op, b, result in STEP.findall(attempt.steps):
+                assert eval(f"{a}{op}{b}") == int(result)
+
+
+def test_countdown_documents_mark_truly_and_do_not_repeat_themselves(environments):
+    environment = environments["countdown"]
+    right = given_up = 0
+    for document in documents(environment.problems("train", 300, 1), 900, 0):
+        lines = document.thinking.splitlines()
+        assert len(set(lines)) == len(lines)
+        for line in lines:
+            steps, mark = line.rsplit(" ", 1)
+            assert mark in (RIGHT, WRONG)
+            assert line_is_right(document.problem, steps) == (mark == RIGHT)
+        solved = lines[-1].endswith(RIGHT)
+        assert environment.correct(document.problem, extract_answer(document.completion)) == solved
+        right, given_up = right + solved, given_up + (not solved)
+    assert right > given_up > 50, "both kinds are there, or reinforcement learning has nothing to choose from"
+
+
+def test_chain_documents_end_right_and_find_their_slips(environments):
+    environment = environments["chain_sum"]
+    kinds = {"at once": 0, "steps": 0, "checked": 0, "corrected": 0}
+    for document in documents(environment.problems("train", 300, 1), 900, 0):
+        assert environment.correct(document.problem, extract_answer(document.completion))
+        text = document.thinking
+        kind = "corrected" if WRONG in text else "checked" if RIGHT in text else "steps" if text else "at once"
+        kinds[kind] += 1
+        wrong = [line for line in text.splitlines() if line_is_right(document.problem, line.rstrip(" ✓✗")) is False]
+        assert len(wrong) == (kind == "corrected"), "one slip, and only where a check finds it"
+    assert min(kinds.values()) > 40, kinds
+
+
+@pytest.mark.parametrize(
+    ("line", "right"),
+    [
+        ("3*8=24,24-1=23", True),
+        ("8*3=24,24-1=23", True),
+        ("3*8=24,24-1=22", False),  # a false step
+        ("3*8=24,24-2=22", False),  # a number that is not there
+        ("3*8=24", False),  # one left over
+        ("8-1=7,7*3=21", False),  # true, but not the target
+        ("hm", None),
+    ],
+)
+def test_lines_are_judged(environments, line, right):
+    problem = environments["countdown"].problems("train", 1, 0)[0]
+    problem.metadata.update(numbers=[1, 3, 8], target=23)
+    assert line_is_right(problem, line) is right
+
+
+def test_nothing_of_the_test_is_in_the_corpus(environments, tmp_path):
+    chosen = [environments["countdown"], environments["chain_sum"]]
+    path = tmp_path / "documents.jsonl"
+    assert write_documents(path, chosen, [3000, 1500], [1500, 800], 3) == 4500
+    texts = [json.loads(line)["text"] for line in path.read_text().splitlines()]
+    assert len(texts) == 4500
+    seen: dict[str, set[str]] = {"make": set(), "calculate": set()}
+    for text in texts:
+        question = text.partition("\n")[0]
+        verb, *rest = question.split()
+        numbers = rest[2:] if verb == "make" else rest
+        seen[verb].add(number_key(int(n) for n in re.findall(r"\d+", " ".join(numbers))))
+    for environment, verb in zip(chosen, seen, strict=True):
+        held_out = {p.key for p in environment.problems("test", 1000, 0)}
+        assert len(held_out) > 100
+        assert not held_out & seen[verb]
