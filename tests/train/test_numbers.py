@@ -26,5 +26,5 @@ def test_numbers_start_near_their_neighbours_and_nothing_else_moves():
         return float(torch.cosine_similarity(after[number[a]], after[number[b]], dim=0))
 
     assert likeness(37, 38) > likeness(37, 43)
-    assert likeness(37, 47) > likeness(37, 42), "the same last digit counts"
+    assert likeness(37, 57) > likeness(37, 52), "the same last digit counts"
     assert torch.allclose(model.head_weight[number[50]].norm(), torch.tensor(SCALE), atol=0.2)
