@@ -195,7 +195,7 @@ def _pretrain(story: Story) -> None:
             "isolate_documents": True,
             "valid_fraction": 0.005,
         },
-        "optimizer": {"name": "muon", "lr": 3e-3, "muon_lr": 1e-2, "weight_decay": 0.01},
+        "optimizer": {"name": "muon", "lr": 2e-3, "muon_lr": 4e-3, "weight_decay": 0.01},
         "schedule": {"name": "wsd", "warmup": 0.02, "decay": 0.4, "final": 0.02},
         "mtp": {"weight": 0.3, "final_weight": 0.0, "switch_at": 0.3},
         "train": {"seconds": PRETRAIN * story.plan.seconds, "batch_size": 16, "eval_every": 200, "save_every": 1000},
@@ -270,7 +270,7 @@ def _evaluate(story: Story, environments: list[Environment]) -> dict[str, Any]:
         # Reinforcement learning books its tokens twice, once made and once learnt from.
         tokens = max(stage["tokens"] for stage in ledger["stages"].values())
         stages.append({"name": name, "seconds": story.seconds[name], "tokens": tokens, "tasks": found["tasks"]})
-    budgets = [0, 16, 32, 64, 96, 128, 160, 192]
+    budgets = [0, 16, 32, 64, 128, 192]
     few = max(50, story.plan.test_problems // 4)
     curve = {
         e.family: thinking_curve(engine, engine.tokenizer, e, budgets, samples=1, problems=few, **options)
