@@ -85,6 +85,20 @@ def test_pretrain_then_generate_then_report(rorqual, recipe, tmp_path):
     one_sentence(rorqual("pretrain", recipe()), "already holds a run", "--resume")
 
 
+def test_dry_run_of_rl_says_what_it_needs_and_starts_nothing(rorqual, recipe, tmp_path):
+    rorqual("pretrain", recipe())
+    path = tmp_path / "rl.toml"
+    path.write_text(
+        f'name = "sharp"\nout = "{tmp_path}"\nsteps = 2\n[model]\npath = "{tmp_path}/tiny/model"\n'
+        '[[environments]]\nname = "chain_sum"\n'
+    )
+    status, out, err = rorqual("rl", path, "--dry-run")
+    assert status == 0, err
+    for word in ("parameters", "active", "memory", "tokens", "flops", "seconds"):
+        assert word in out
+    assert not (tmp_path / "sharp").exists()
+
+
 def test_missing_recipe(rorqual, tmp_path):
     one_sentence(rorqual("pretrain", tmp_path / "none.toml"), "none.toml", "does not exist")
 

@@ -87,6 +87,7 @@ def _train(kind: str, run: Any, path: Path, overrides: list[str] | None, resume:
 def rl(recipe: RecipeFile, overrides: Overrides = None, resume: Resume = False, dry_run: DryRun = False) -> None:
     """Sharpen a model by reinforcement learning on checkable problems (GRPO)."""
     from rorqual.model import ModelConfig
+    from rorqual.plan.cost import memory, parameters
     from rorqual.reason.rl import predict_rl
     from rorqual.reason.rl import rl as run
     from rorqual.recipe import load_recipe
@@ -95,8 +96,14 @@ def rl(recipe: RecipeFile, overrides: Overrides = None, resume: Resume = False, 
     checked = load_recipe(recipe, "rl", overrides)
     if dry_run:
         tokenizer_of(checked.model)
-        plan = predict_rl(checked, ModelConfig.load(checked.model.path))
-        for name, value in plan.items():
+        config = ModelConfig.load(checked.model.path)
+        total, active = parameters(config)
+        needed = memory(
+            config, checked.grpo.micro_tokens, dtype=checked.model.dtype, optimizer=checked.optimizer.name, ema=False
+        )
+        print(f"{'parameters':<12} {total:.4g} in all, {active:.4g} active a token")
+        print(f"{'memory':<12} about {needed.total / 1e9:.3g} GB in training, without the cache of rollouts")
+        for name, value in predict_rl(checked, config).items():
             print(f"{name:<12} {'by the clock' if value is None else f'at most {value:.3g}'}")
         return
     _finished(run(checked, resume=resume))
