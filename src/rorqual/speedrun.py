@@ -343,7 +343,7 @@ def _finish(story: Story, summary: dict[str, Any]) -> None:
 
 def _table(summary: dict[str, Any]) -> Table:
     """Stages by families: pass@1 with its interval, cons@8, pass@8."""
-    table = Table(title="held-out problems, 8 samples each", box=box.SIMPLE_HEAD, padding=(0, 1))
+    table = Table(title="held-out problems, 8 samples each", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     for name in ("stage", "family", "pass@1 %", "cons@8", "pass@8", "tokens", "says ✓", "✓ right"):
         table.add_column(name, justify="left" if name in ("stage", "family") else "right", no_wrap=True)
     for stage in summary["stages"]:
