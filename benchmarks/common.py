@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from rorqual.plan.machine import describe_machine
+from rorqual.process import tune
 
 RESULTS = Path(__file__).parent / "results"
 
 
 def arguments(description: str) -> argparse.Namespace:
+    tune()  # as the command line does; a peer in this process gets it too
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--json", action="store_true", help="end with one JSON object instead of a table")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that it runs, keeps no result")

@@ -11,8 +11,10 @@ def run(function, mask, causal, dtype):
     return out, *torch.autograd.grad(out, (q, k, v), torch.ones_like(out) + 0.1 * out.detach())
 
 
+@pytest.mark.parametrize("chunk", [1, 1 << 20])  # one sequence at a time, and all at once
 @pytest.mark.parametrize("masked", [True, False])
-def test_products_are_as_near_to_float32_as_the_fused_kernel(masked):
+def test_products_are_as_near_to_float32_as_the_fused_kernel(monkeypatch, masked, chunk):
+    monkeypatch.setattr(kernel, "CHUNK_BYTES", chunk)
     mask = None
     if masked:
         documents = torch.arange(33) // 10

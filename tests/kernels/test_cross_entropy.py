@@ -36,6 +36,26 @@ def test_loss_and_gradients_match_reference():
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-3)])
+def test_compiled_softmax_slope_matches_reference(dtype, tolerance):
+    """With a sure and a hopeless target, whose slopes are tiny and full."""
+    torch.manual_seed(0)
+    logits, targets, share = (4 * torch.randn(6, 77)).to(dtype), torch.randint(77, (6,)), torch.randn(6)
+    logits[0, targets[0]], logits[1, targets[1]] = 30, -90
+    exact = logits.float().clone()
+    right = ce.softmax_slope_reference_(exact, targets, share, 0.7)
+    found = ce.softmax_slope_(logits, targets, share, 0.7)
+    for mine, reference in zip((*found, logits), (*right, exact), strict=True):
+        torch.testing.assert_close(mine.float(), reference, rtol=tolerance, atol=1e-6)
+
+
+def test_logits_that_are_not_finite_give_a_loss_that_is_not():
+    logits = torch.randn(2, 9)
+    logits[1, 4] = float("nan")
+    logprob, _ = ce.softmax_slope_(logits, torch.tensor([0, 0]), None)
+    assert logprob.isfinite().tolist() == [True, False]
+
+
 def test_chunk_size_does_not_change_the_loss(monkeypatch):
     hidden, weight, targets, share = inputs()
     in_sevens = gradients(ce.linear_cross_entropy(hidden, weight, targets, share), hidden, weight)

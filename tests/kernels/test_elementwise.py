@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from rorqual.kernels import cpu
+from rorqual.kernels.add import add_into
 from rorqual.kernels.norm import rms_norm, rms_norm_reference
-from rorqual.kernels.swiglu import swiglu, swiglu_reference
+from rorqual.kernels.swiglu import swiglu, swiglu_joined, swiglu_reference
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
@@ -35,4 +37,52 @@ def test_rms_norm(dtype, shape):
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_swiglu(dtype):
     torch.manual_seed(0)
-    compare(swiglu, swiglu_reference, (3 * torch.randn(2, 5, 12)).to(dtype), tolerance=TOLERANCE[dtype])
+    gate, up = (3 * torch.randn(2, 2, 5, 19)).to(dtype)
+    compare(swiglu, swiglu_reference, gate, up, tolerance=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_joined_swiglu(dtype):
+    torch.manual_seed(0)
+    x = (3 * torch.randn(2, 5, 12)).to(dtype)
+    compare(swiglu_joined, lambda x: swiglu_reference(*x.chunk(2, -1)), x, tolerance=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("view", [lambda x: x[..., 3:11], lambda x: x.transpose(0, 1)[..., :8], lambda x: x[0, 0, :8]])
+def test_rows_at_any_distance(view):
+    """Slices of wider tensors, as latent attention makes them, and gradients that are expanded scalars."""
+    torch.manual_seed(0)
+    weight = torch.rand(8)
+    found = []
+    for norm, act in ((rms_norm, swiglu), (rms_norm_reference, swiglu_reference)):
+        x = torch.randn(2, 3, 12, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        out = norm(view(x), weight, 1e-6), act(view(x), view(x))
+        sum(o.sum() for o in out).backward()
+        found.append((*out, x.grad))
+    for mine, reference in zip(*found, strict=True):
+        torch.testing.assert_close(mine, reference)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_what_is_not_finite_stays_so(dtype):
+    """A step whose loss or gradient is not finite must be seen to be."""
+    x = torch.tensor([[1.0, float("nan"), 2.0, -100.0], [float("inf"), 1.0, 2.0, 3.0]], dtype=dtype)
+    assert rms_norm(x[:1], torch.ones(4), 1e-6).isnan().all()
+    out = swiglu(x, torch.ones_like(x))
+    assert out.isnan().tolist() == [[False, True, False, False], [False] * 4]
+    assert out[1, 0] == float("inf")
+
+
+def test_add_into_keeps_what_bfloat16_would_lose():
+    total, x = torch.full((1000,), 256.0), torch.full((1000,), 0.5, dtype=torch.bfloat16)
+    add_into(total, x)
+    assert torch.equal(total, torch.full((1000,), 256.5))
+
+
+def test_the_compiled_functions_are_here_where_there_is_a_compiler():
+    """Otherwise the tests of this folder would compare references with themselves."""
+    import shutil
+
+    if shutil.which("g++") is None:
+        pytest.skip("no C++ compiler")
+    assert cpu.capability() is not None

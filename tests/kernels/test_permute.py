@@ -9,22 +9,27 @@ def choices(tokens, k, experts):
     return torch.stack([torch.randperm(experts)[:k] for _ in range(tokens)])
 
 
+# In double the torch operators run, in the others the compiled functions; 300 is wider than their blocks.
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.double, 1e-6), (torch.float, 1e-4), (torch.bfloat16, 3e-2)])
 @pytest.mark.parametrize("multiple", [1, 8])
 @pytest.mark.parametrize(("tokens", "k", "experts"), [(7, 2, 3), (1, 1, 1), (50, 4, 16)])
-def test_values_and_gradients_equal_the_reference(tokens, k, experts, multiple):
+def test_values_and_gradients_equal_the_reference(tokens, k, experts, multiple, dtype, tolerance):
     arrangement = arrange(choices(tokens, k, experts), experts, multiple)
 
-    def run(there, back):
+    def run(there, back, dtype):
         torch.manual_seed(1)
-        x = torch.randn(tokens, 5, dtype=torch.double, requires_grad=True)
-        weights = torch.rand(tokens, k, dtype=torch.double, requires_grad=True)
+        x = torch.randn(tokens, 300, dtype=torch.double).to(dtype).requires_grad_()
+        weights = torch.rand(tokens, k, dtype=torch.double)
+        weights = (weights if dtype == torch.double else weights.float()).requires_grad_()  # the router's are FP32
         rows = there(x, arrangement, k)
-        out = back(rows * torch.arange(1.0, len(rows) + 1, dtype=torch.double)[:, None], weights, arrangement)
+        factors = torch.linspace(0.5, 1.5, len(rows), dtype=torch.double)[:, None].to(dtype)
+        out = back(rows * factors, weights, arrangement)
         out.square().sum().backward()
         return out, x.grad, weights.grad
 
-    for ours, reference in zip(run(dispatch, combine), run(dispatch_reference, combine_reference), strict=True):
-        torch.testing.assert_close(ours, reference, rtol=1e-6, atol=1e-6)
+    ours, reference = run(dispatch, combine, dtype), run(dispatch_reference, combine_reference, torch.double)
+    for mine, exact in zip(ours, reference, strict=True):
+        assert (mine - exact).norm() <= tolerance * exact.norm()
 
 
 @pytest.mark.parametrize("multiple", [1, 8])

@@ -2,7 +2,8 @@
 
 The logits of N tokens over V words are N·V numbers: 2 GB at V3's vocabulary (129 280) and 4096 tokens. Here
 they are made a chunk of tokens at a time, so memory does not grow with N·V. Products run in the dtype of the
-head, softmax and sums in fp32. Each function has a plain reference below with the same signature.
+head, softmax and sums in fp32; compiled, the softmax of a row and its slope stay in the processor's cache. Each
+function has a plain reference below with the same signature.
 """
 
 from collections.abc import Iterator
@@ -11,7 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
-CHUNK_BYTES = 64 << 20  # of fp32 logits held at once
+from rorqual.kernels import cpu
+from rorqual.kernels.add import add_into
+
+CHUNK_BYTES = 64 << 20  # of logits held at once
 CHUNK_ROWS = 1024  # more rows make the product no faster, but push a small vocabulary's logits out of the cache
 
 
@@ -50,19 +54,46 @@ def token_logprobs_reference(
     return logp.gather(1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(-1).detach()
 
 
+def softmax_slope_(
+    logits: Tensor, targets: Tensor, share: Tensor | None, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """log p(targetᵢ) and the entropy of softmax(logits/temperature), both fp32 [n], of logits [n, V].
+
+    With `share` [n], logits become shareᵢ·(p − onehot(targetᵢ)) in place.
+    """
+    if not cpu.usable(logits):
+        return softmax_slope_reference_(logits, targets, share, temperature)
+    logprob, entropy = torch.empty(len(logits)), torch.empty(len(logits))
+    share = None if share is None else share.contiguous()
+    arguments = (*logits.shape, targets.contiguous(), share, temperature, logprob, entropy)
+    cpu.call("softmax_slope", logits.dtype, logits, *arguments)
+    return logprob, entropy
+
+
+def softmax_slope_reference_(
+    logits: Tensor, targets: Tensor, share: Tensor | None, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    logp = log_softmax(logits.float() / temperature, dim=-1)
+    found = logp.gather(1, targets[:, None])[:, 0]
+    p = logp.exp()
+    entropy = -torch.linalg.vecdot(p, logp)
+    if share is not None:
+        p.scatter_add_(1, targets[:, None], p.new_full((1, 1), -1.0).expand(len(p), 1))
+        logits.copy_(p.mul_(share[:, None]))
+    return found, entropy
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, token_weights, wanted):
         gradients = _Gradients(hidden, weight) if wanted else None
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        for rows in _chunks(token_weights.nonzero()[:, 0], weight):
-            inputs, target, share = hidden[rows].to(weight.dtype), targets[rows, None], token_weights[rows].float()
-            logp = log_softmax((inputs @ weight.T).float(), dim=-1)
-            loss -= logp.gather(1, target)[:, 0] @ share
+        for rows, inputs, logits in _chunks(token_weights.nonzero()[:, 0], hidden, weight):
+            share = token_weights[rows].float()
+            logp, _ = softmax_slope_(logits, targets[rows], share if wanted else None)
+            loss -= logp @ share
             if gradients is not None:
-                slope = logp.exp_()  # ∂loss/∂logits = w·(p − onehot)
-                slope.scatter_add_(1, target, slope.new_full((1, 1), -1.0).expand_as(target))
-                gradients.add(slope.mul_(share[:, None]), rows, inputs)
+                gradients.add(logits, rows, inputs)
         ctx.gradients = gradients
         return loss
 
@@ -79,12 +110,8 @@ class _TokenLogprobs(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets, temperature):
         logprobs = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         entropy = torch.empty_like(logprobs)
-        for rows in _chunks(torch.arange(len(hidden), device=hidden.device), weight):
-            logits = (hidden[rows].to(weight.dtype) @ weight.T).float().div_(temperature)
-            logp = log_softmax(logits, dim=-1)
-            del logits
-            logprobs[rows] = logp.gather(1, targets[rows, None])[:, 0]
-            entropy[rows] = torch.linalg.vecdot(logp.exp(), logp).neg_()
+        for rows, _, logits in _chunks(torch.arange(len(hidden), device=hidden.device), hidden, weight):
+            logprobs[rows], entropy[rows] = softmax_slope_(logits, targets[rows], None, temperature)
         ctx.save_for_backward(hidden, weight, targets)
         ctx.temperature = temperature
         ctx.mark_non_differentiable(entropy)
@@ -94,13 +121,9 @@ class _TokenLogprobs(torch.autograd.Function):
     def backward(ctx, grad, _):
         hidden, weight, targets = ctx.saved_tensors
         gradients = _Gradients(hidden, weight)
-        for rows in _chunks(grad.nonzero()[:, 0], weight):
-            inputs, target, share = hidden[rows].to(weight.dtype), targets[rows, None], grad[rows] / ctx.temperature
-            logits = (inputs @ weight.T).float().div_(ctx.temperature)
-            slope = torch.softmax(logits, dim=-1)
-            del logits
-            slope.scatter_add_(1, target, slope.new_full((1, 1), -1.0).expand_as(target))
-            gradients.add(slope.mul_(-share[:, None]), rows, inputs)
+        for rows, inputs, logits in _chunks(grad.nonzero()[:, 0], hidden, weight):
+            softmax_slope_(logits, targets[rows], grad[rows] / -ctx.temperature, ctx.temperature)
+            gradients.add(logits, rows, inputs)
         return *gradients.scaled(None), None, None
 
 
@@ -111,25 +134,36 @@ class _Gradients:
         self.matrix = weight
         self.hidden = torch.zeros_like(hidden) if hidden.requires_grad else None
         self.weight = torch.zeros_like(weight, dtype=torch.float32) if weight.requires_grad else None
+        self.product = torch.empty_like(weight) if weight.requires_grad and weight.dtype != torch.float32 else None
 
     def add(self, slope: Tensor, rows: Tensor, inputs: Tensor) -> None:
         """Account for ∂loss/∂logits = `slope` [n, V] of the tokens `rows` [n], whose head inputs are [n, D]."""
-        slope = slope.to(self.matrix.dtype)
         if self.hidden is not None:
             self.hidden[rows] = (slope @ self.matrix).to(self.hidden.dtype)
         if self.weight is None:
             return
-        if slope.dtype == torch.float32:
+        if self.product is None:
             self.weight.addmm_(slope.T, inputs)
         else:
-            self.weight += slope.T @ inputs
+            add_into(self.weight, torch.mm(slope.T, inputs, out=self.product))
 
     def scaled(self, factor: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         found = (self.hidden, self.weight)
         if factor is not None:
             found = tuple(None if g is None else g.mul_(factor) for g in found)
-        return found[0], None if found[1] is None else found[1].to(self.matrix.dtype)
+        if self.product is not None:
+            return found[0], self.product.copy_(found[1])
+        return found
 
 
-def _chunks(rows: Tensor, weight: Tensor) -> Iterator[Tensor]:
-    return iter(rows.split(max(1, min(CHUNK_ROWS, CHUNK_BYTES // (4 * len(weight))))))
+def _chunks(rows: Tensor, hidden: Tensor, weight: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """The tokens `rows` in chunks [n], their head inputs [n, D] and their logits [n, V], which the next overwrite.
+
+    Logits in new memory every time would cost a page fault for each of its pages, more than the product itself.
+    """
+    size = max(1, min(CHUNK_ROWS, CHUNK_BYTES // (weight.itemsize * len(weight)), len(rows)))
+    logits = torch.empty(size, len(weight), dtype=weight.dtype, device=weight.device)
+    for chunk in rows.split(size):
+        if len(chunk):
+            inputs = hidden[chunk].to(weight.dtype)
+            yield chunk, inputs, torch.mm(inputs, weight.T, out=logits[: len(chunk)])

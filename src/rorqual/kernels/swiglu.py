@@ -1,4 +1,4 @@
-"""silu(gate) · up with a derivative that writes both halves of its gradient in place, where autograd joins copies."""
+"""silu(gate) · up; compiled, one pass forward and one backward."""
 
 from typing import Any
 
@@ -6,31 +6,62 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-def swiglu(x: Tensor) -> Tensor:
-    """x [..., 2F], gate then up → silu(gate) · up [..., F] (Shazeer 2020)."""
-    return (_SwiGLU.apply if torch.is_grad_enabled() else swiglu_reference)(x)
+from rorqual.kernels import cpu
 
 
-def swiglu_reference(x: Tensor) -> Tensor:
-    gate, up = x.chunk(2, dim=-1)
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) · up for gate and up [..., F] (Shazeer 2020)."""
+    return _SwiGLU.apply(gate, up) if cpu.usable(gate, up) else swiglu_reference(gate, up)
+
+
+def swiglu_joined(x: Tensor) -> Tensor:
+    """`swiglu` of x [..., 2F], gate then up, whose gradient is written as one tensor."""
+    return _Joined.apply(x) if cpu.usable(x) else swiglu_reference(*x.chunk(2, dim=-1))
+
+
+def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return _forward(gate, up)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        grads = torch.empty(gate.shape, dtype=gate.dtype), torch.empty(up.shape, dtype=up.dtype)
+        _backward(grad, gate, up, *grads)
+        return grads
+
+
+class _Joined(torch.autograd.Function):
+    @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        gate, up = x.chunk(2, dim=-1)
-        active = F.silu(gate)
-        ctx.save_for_backward(x, active)
-        return active * up
+        ctx.save_for_backward(x)
+        return _forward(*x.chunk(2, dim=-1))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        x, active = ctx.saved_tensors
-        gate, up = x.chunk(2, dim=-1)
-        grad_x = torch.empty_like(x)
-        grad_gate, grad_up = grad_x.chunk(2, dim=-1)
-        torch.mul(active, grad, out=grad_up)
-        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
+        (x,) = ctx.saved_tensors
+        grad_x = torch.empty(x.shape, dtype=x.dtype)
+        _backward(grad, *x.chunk(2, dim=-1), *grad_x.chunk(2, dim=-1))
         return grad_x
+
+
+def _forward(gate: Tensor, up: Tensor) -> Tensor:
+    (gate, a), (up, b) = cpu.rows(gate), cpu.rows(up)
+    out = torch.empty(gate.shape, dtype=gate.dtype)
+    width = gate.shape[-1]
+    cpu.call("swiglu", gate.dtype, gate, a, up, b, gate.numel() // width, width, out)
+    return out
+
+
+def _backward(grad: Tensor, gate: Tensor, up: Tensor, grad_gate: Tensor, grad_up: Tensor) -> None:
+    """Writes into the last two, whose rows must lie at one distance."""
+    (grad, g), (gate, a), (up, b) = cpu.rows(grad), cpu.rows(gate), cpu.rows(up)
+    width, strides = gate.shape[-1], (cpu.rows(grad_gate)[1], cpu.rows(grad_up)[1])
+    arguments = (grad, g, gate, a, up, b, grad.numel() // width, width, grad_gate, strides[0], grad_up, strides[1])
+    cpu.call("swiglu_backward", gate.dtype, *arguments)

@@ -29,4 +29,4 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(width, hidden, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(swiglu(torch.cat([self.gate_proj(x), self.up_proj(x)], dim=-1)))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rorqual.kernels.permute import arrange, combine, dispatch
-from rorqual.kernels.swiglu import swiglu
+from rorqual.kernels.swiglu import swiglu_joined
 from rorqual.model.config import ModelConfig
 from rorqual.model.layers import SwiGLU
 
@@ -73,7 +73,7 @@ class Experts(nn.Module):
     def forward(self, x: Tensor, ends: Tensor) -> Tensor:
         """x [M, D] sorted by expert, expert e's rows ending at ends[e] → [M, D]."""
         h = F.grouped_mm(x, self.gate_up_proj.transpose(1, 2), offs=ends)
-        return F.grouped_mm(swiglu(h), self.down_proj.transpose(1, 2), offs=ends)
+        return F.grouped_mm(swiglu_joined(h), self.down_proj.transpose(1, 2), offs=ends)
 
 
 class TokenDispatcher(Protocol):

@@ -9,6 +9,8 @@ from typing import Any
 import psutil
 import torch
 
+from rorqual.kernels import cpu
+
 SIZE = {"cpu": 1024, "cuda": 8192}
 PATIENCE = 0.3  # seconds of measuring
 
@@ -56,6 +58,7 @@ def describe_machine() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
+        "compiled_functions": cpu.capability(),  # of rorqual.kernels.cpu; None: the PyTorch references run
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "torch": torch.__version__,
         "python": platform.python_version(),

@@ -1,0 +1,254 @@
+// The row-wise functions of training, each in one pass over memory where PyTorch's operators make several.
+//
+// Plain C ABI, no intrinsics: the loops are written so that GCC and Clang vectorise them, and setup.py builds this file
+// once for every instruction set. Each function is described where it is called, beside its PyTorch reference.
+// Tensors are rows of contiguous numbers; `_stride` is the distance between rows. Sums are FP32 whatever the storage.
+// Rows are dealt out statically, so that the same threads give the same bits.
+
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <omp.h>
+
+using i64 = int64_t;
+
+namespace {
+
+struct bf16 {
+    uint16_t bits;
+};
+
+inline float load(float x) { return x; }
+inline float load(bf16 x) { return std::bit_cast<float>(uint32_t(x.bits) << 16); }
+inline void store(float &to, float x) { to = x; }
+inline void store(bf16 &to, float x) {  // to nearest, ties to even; NaN stays NaN
+    const uint32_t u = std::bit_cast<uint32_t>(x);
+    to.bits = uint16_t(x != x ? 0x7fc0u : (u + 0x7fffu + ((u >> 16) & 1)) >> 16);
+}
+
+// eˣ within 2 units in the last place for x in [-87, 88], clamped there; branch-free, so that it vectorises.
+inline float exponential(float x) {
+    x = x < -87.0f ? -87.0f : x;
+    x = x > 88.0f ? 88.0f : x;
+    const float n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;  // to the nearest integer
+    const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    float p = 1.98412698e-4f;  // 1/7!
+    p = p * r + 1.38888889e-3f;
+    p = p * r + 8.33333333e-3f;
+    p = p * r + 4.16666667e-2f;
+    p = p * r + 1.66666667e-1f;
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    return p * std::bit_cast<float>((int32_t(n) + 127) << 23);
+}
+
+template <class T>
+void softmax_slope(T *logits, i64 rows, i64 words, const i64 *targets, const float *share, float temperature,
+                   float *logprob, float *entropy) {
+    const float sharpness = 1.0f / temperature;
+#pragma omp parallel for schedule(static)
+    for (i64 i = 0; i < rows; ++i) {
+        T *row = logits + i * words;
+        float top = -INFINITY, sum = 0, moment = 0;
+#pragma omp simd reduction(max : top)
+        for (i64 j = 0; j < words; ++j) {
+            const float x = load(row[j]);
+            top = x > top ? x : top;
+        }
+#pragma omp simd reduction(+ : sum, moment)
+        for (i64 j = 0; j < words; ++j) {
+            const float x = (load(row[j]) - top) * sharpness, e = exponential(x);
+            sum += e;
+            moment += e * x;
+        }
+        const float log_sum = std::log(sum);
+        logprob[i] = (load(row[targets[i]]) - top) * sharpness - log_sum;
+        if (entropy) entropy[i] = log_sum - moment / sum;
+        if (!share) continue;
+        const float scale = share[i] / sum;
+#pragma omp simd
+        for (i64 j = 0; j < words; ++j) store(row[j], exponential((load(row[j]) - top) * sharpness) * scale);
+        store(row[targets[i]], share[i] * std::expm1(logprob[i]));  // p − 1 without cancellation
+    }
+}
+
+template <class T>
+void rms_norm(const T *x, i64 x_stride, const float *weight, i64 rows, i64 width, float eps, T *out, float *rstd) {
+#pragma omp parallel for schedule(static)
+    for (i64 i = 0; i < rows; ++i) {
+        const T *in = x + i * x_stride;
+        T *to = out + i * width;
+        float sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (i64 j = 0; j < width; ++j) sum += load(in[j]) * load(in[j]);
+        const float scale = 1.0f / std::sqrt(sum / float(width) + eps);
+        rstd[i] = scale;
+#pragma omp simd
+        for (i64 j = 0; j < width; ++j) store(to[j], load(in[j]) * scale * weight[j]);
+    }
+}
+
+// partial [threads, width] holds each thread's part of the weight's gradient; the caller adds them up.
+template <class T>
+void rms_norm_backward(const T *grad, i64 grad_stride, const T *x, i64 x_stride, const float *weight, const float *rstd,
+                       i64 rows, i64 width, T *grad_x, float *partial) {
+#pragma omp parallel
+    {
+        float *mine = partial + omp_get_thread_num() * width;
+#pragma omp for schedule(static)
+        for (i64 i = 0; i < rows; ++i) {
+            const T *g = grad + i * grad_stride, *in = x + i * x_stride;
+            T *to = grad_x + i * width;
+            float dot = 0;
+            const float scale = rstd[i];
+#pragma omp simd reduction(+ : dot)
+            for (i64 j = 0; j < width; ++j) {
+                const float slope = load(g[j]), value = load(in[j]);
+                dot += slope * weight[j] * value;
+                mine[j] += slope * value * scale;
+            }
+            const float pull = dot * scale * scale * scale / float(width);
+#pragma omp simd
+            for (i64 j = 0; j < width; ++j) store(to[j], load(g[j]) * weight[j] * scale - load(in[j]) * pull);
+        }
+    }
+}
+
+template <class T>
+void swiglu(const T *gate, i64 gate_stride, const T *up, i64 up_stride, i64 rows, i64 width, T *out) {
+#pragma omp parallel for schedule(static)
+    for (i64 i = 0; i < rows; ++i) {
+        const T *a = gate + i * gate_stride, *b = up + i * up_stride;
+        T *to = out + i * width;
+#pragma omp simd
+        for (i64 j = 0; j < width; ++j) {
+            const float x = load(a[j]);
+            store(to[j], x / (1.0f + exponential(-x)) * load(b[j]));
+        }
+    }
+}
+
+template <class T>
+void swiglu_backward(const T *grad, i64 grad_stride, const T *gate, i64 gate_stride, const T *up, i64 up_stride, i64 rows,
+                     i64 width, T *grad_gate, i64 grad_gate_stride, T *grad_up, i64 grad_up_stride) {
+#pragma omp parallel for schedule(static)
+    for (i64 i = 0; i < rows; ++i) {
+        const T *g = grad + i * grad_stride, *a = gate + i * gate_stride, *b = up + i * up_stride;
+        T *to_gate = grad_gate + i * grad_gate_stride, *to_up = grad_up + i * grad_up_stride;
+#pragma omp simd
+        for (i64 j = 0; j < width; ++j) {
+            const float x = load(a[j]), slope = load(g[j]), s = 1.0f / (1.0f + exponential(-x));
+            store(to_up[j], slope * x * s);
+            store(to_gate[j], slope * load(b[j]) * s * (1.0f + x * (1.0f - s)));
+        }
+    }
+}
+
+template <class T>
+void dispatch_backward(const T *grad, const i64 *row, i64 tokens, i64 k, i64 width, T *grad_x) {
+#pragma omp parallel for schedule(static)
+    for (i64 n = 0; n < tokens; ++n) {
+        T *to = grad_x + n * width;
+        for (i64 start = 0; start < width; start += 256) {
+            float sum[256] = {};
+            const i64 some = width - start < 256 ? width - start : 256;
+            for (i64 c = 0; c < k; ++c) {
+                const T *from = grad + row[n * k + c] * width + start;
+#pragma omp simd
+                for (i64 j = 0; j < some; ++j) sum[j] += load(from[j]);
+            }
+#pragma omp simd
+            for (i64 j = 0; j < some; ++j) store(to[start + j], sum[j]);
+        }
+    }
+}
+
+template <class T>
+void combine(const T *y, const float *weights, const i64 *row, i64 tokens, i64 k, i64 width, T *out) {
+#pragma omp parallel for schedule(static)
+    for (i64 n = 0; n < tokens; ++n) {
+        T *to = out + n * width;
+        for (i64 start = 0; start < width; start += 256) {
+            float sum[256] = {};
+            const i64 some = width - start < 256 ? width - start : 256;
+            for (i64 c = 0; c < k; ++c) {
+                const T *from = y + row[n * k + c] * width + start;
+                const float weight = weights[n * k + c];
+#pragma omp simd
+                for (i64 j = 0; j < some; ++j) sum[j] += weight * load(from[j]);
+            }
+#pragma omp simd
+            for (i64 j = 0; j < some; ++j) store(to[start + j], sum[j]);
+        }
+    }
+}
+
+template <class T>
+void combine_backward(const T *grad, const T *y, const float *weights, const i64 *place, i64 rows, i64 tokens, i64 k,
+                      i64 width, T *grad_y, float *grad_weights) {
+#pragma omp parallel for schedule(static)
+    for (i64 m = 0; m < rows; ++m) {
+        T *to = grad_y + m * width;
+        const i64 p = place[m];
+        if (p == tokens * k) {  // a row that only fills up
+            std::memset(static_cast<void *>(to), 0, sizeof(T) * width);
+            continue;
+        }
+        const T *g = grad + p / k * width, *value = y + m * width;
+        const float weight = weights[p];
+        float dot = 0;
+#pragma omp simd reduction(+ : dot)
+        for (i64 j = 0; j < width; ++j) {
+            const float slope = load(g[j]);
+            dot += slope * load(value[j]);
+            store(to[j], slope * weight);
+        }
+        grad_weights[p] = dot;
+    }
+}
+
+template <class T>
+void add_into(float *sum, const T *x, i64 size) {
+#pragma omp parallel for simd schedule(static)
+    for (i64 i = 0; i < size; ++i) sum[i] += load(x[i]);
+}
+
+}  // namespace
+
+#define BOTH(result, name, parameters, arguments)                                                                      \
+    extern "C" result name##_f32 parameters(float) { name arguments; }                                                 \
+    extern "C" result name##_bf16 parameters(bf16) { name arguments; }
+
+#define P(T) (T *logits, i64 rows, i64 words, const i64 *targets, const float *share, float temperature,               \
+              float *logprob, float *entropy)
+BOTH(void, softmax_slope, P, (logits, rows, words, targets, share, temperature, logprob, entropy))
+#undef P
+#define P(T) (const T *x, i64 xs, const float *weight, i64 rows, i64 width, float eps, T *out, float *rstd)
+BOTH(void, rms_norm, P, (x, xs, weight, rows, width, eps, out, rstd))
+#undef P
+#define P(T) (const T *grad, i64 gs, const T *x, i64 xs, const float *weight, const float *rstd, i64 rows, i64 width,  \
+              T *grad_x, float *partial)
+BOTH(void, rms_norm_backward, P, (grad, gs, x, xs, weight, rstd, rows, width, grad_x, partial))
+#undef P
+#define P(T) (const T *gate, i64 as, const T *up, i64 bs, i64 rows, i64 width, T *out)
+BOTH(void, swiglu, P, (gate, as, up, bs, rows, width, out))
+#undef P
+#define P(T) (const T *grad, i64 gs, const T *gate, i64 as, const T *up, i64 bs, i64 rows, i64 width, T *grad_gate,    \
+              i64 gas, T *grad_up, i64 gbs)
+BOTH(void, swiglu_backward, P, (grad, gs, gate, as, up, bs, rows, width, grad_gate, gas, grad_up, gbs))
+#undef P
+#define P(T) (const T *grad, const i64 *row, i64 tokens, i64 k, i64 width, T *grad_x)
+BOTH(void, dispatch_backward, P, (grad, row, tokens, k, width, grad_x))
+#undef P
+#define P(T) (const T *y, const float *weights, const i64 *row, i64 tokens, i64 k, i64 width, T *out)
+BOTH(void, combine, P, (y, weights, row, tokens, k, width, out))
+#undef P
+#define P(T) (const T *grad, const T *y, const float *weights, const i64 *place, i64 rows, i64 tokens, i64 k,          \
+              i64 width, T *grad_y, float *grad_weights)
+BOTH(void, combine_backward, P, (grad, y, weights, place, rows, tokens, k, width, grad_y, grad_weights))
+#undef P
+#define P(T) (float *sum, const T *x, i64 size)
+BOTH(void, add_into, P, (sum, x, size))
+#undef P
