@@ -190,6 +190,20 @@ def test_unknown_task(rorqual, recipe, tmp_path):
     one_sentence(rorqual("eval", tmp_path / "tiny", "--tasks", "countdwn"), "countdwn", "countdown")
 
 
+def test_eval_against_another_model_gives_the_gain(rorqual, recipe, tmp_path):
+    rorqual("pretrain", recipe())
+    tasks = tmp_path / "tasks.toml"
+    tasks.write_text('name="x"\nsteps=1\n[model]\npath="y"\n[[environments]]\nname="chain_sum"\nprompt="{expression}"')
+    options = ("--tasks", tasks, "--problems", 4, "--samples", 2, "--max-tokens", 4, "--template", "plain")
+    status, out, err = rorqual("eval", tmp_path / "tiny", "--against", tmp_path / "tiny", *options, "--json")
+    assert status == 0, err
+    found = json.loads(out)
+    assert found["against"]["tasks"]["chain_sum"]["scores"] == found["tasks"]["chain_sum"]["scores"]
+    assert found["gains"] == {"chain_sum": {"gain": 0.0, "interval": [0.0, 0.0]}}
+    _, out, _ = rorqual("eval", tmp_path / "tiny", "--against", tmp_path / "tiny", *options)
+    assert "+0.0 [+0.0, +0.0]" in out
+
+
 def test_report_of_nothing(rorqual, tmp_path):
     one_sentence(rorqual("report", tmp_path / "none"), "none")
 

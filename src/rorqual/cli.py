@@ -4,7 +4,6 @@ Heavy imports stay inside the verbs, so that `--help` and a mistyped word answer
 """
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from rorqual.errors import UserError
+from rorqual.process import tune
 
 app = typer.Typer(
     help="Train, sharpen and serve DeepSeek-style reasoning models on the hardware you have.",
@@ -34,9 +34,7 @@ ModelDir = Annotated[str, typer.Argument(metavar="MODEL", help="a Hugging Face d
 
 def main() -> None:
     """Run the command line; every mistake of the user's ends in one sentence and a non-zero exit."""
-    # An OpenMP thread that spins long for its peers starves them when another program has their core: a short spin
-    # trained 12 % faster on a busy machine and no slower on a quiet one. Read once, when torch is loaded.
-    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    tune()
     from rorqual.train.signals import Stopped
 
     try:
@@ -131,7 +129,9 @@ def _model_in(run_dir: Path) -> Path:
 @app.command("eval")
 def evaluate(
     model: ModelDir,
-    tasks: Annotated[str, typer.Option(help="comma-separated: reasoning-gym datasets, a .jsonl file, humaneval")],
+    tasks: Annotated[
+        str, typer.Option(help="comma-separated: reasoning-gym datasets, .jsonl, an rl recipe, humaneval")
+    ],
     samples: Annotated[int, typer.Option(help="answers a problem")] = 8,
     problems: Annotated[int, typer.Option(help="problems a task, from the held-out split")] = 200,
     template: Annotated[str, typer.Option(help="chat, r1-zero or plain")] = "chat",
@@ -140,26 +140,36 @@ def evaluate(
     max_tokens: Annotated[int, typer.Option(help="tokens an answer at most")] = 1024,
     thinking_budget: Annotated[int | None, typer.Option(help="close </think> after so many tokens")] = None,
     seed: Annotated[int, typer.Option(help="of problems and sampling")] = 0,
+    against: Annotated[str | None, typer.Option(help="another model: the gain over it, problem by problem")] = None,
     as_json: AsJson = False,
 ) -> None:
     """pass@1 and cons@k on held-out problems, with 95 % intervals."""
     from rich.console import Console
 
     from rorqual.engine import Engine
+    from rorqual.evals.run import compare, gains_table, table
     from rorqual.evals.run import evaluate as run
-    from rorqual.evals.run import table
     from rorqual.evals.tasks import split_tasks
 
     _choice("--template", template, ("chat", "r1-zero", "plain"))
-    engine = Engine(_directory(model))
-    result = run(
-        engine, engine.tokenizer, split_tasks(tasks), samples, problems, seed=seed, template=template,
-        temperature=temperature, top_p=top_p, max_tokens=max_tokens, thinking_budget=thinking_budget,
-    )  # fmt: skip
+    directories = [_directory(model), *([] if against is None else [_directory(against)])]
+    results = []
+    for directory in directories:
+        engine = Engine(directory)
+        result = run(
+            engine, engine.tokenizer, split_tasks(tasks), samples, problems, seed=seed, template=template,
+            temperature=temperature, top_p=top_p, max_tokens=max_tokens, thinking_budget=thinking_budget,
+        )  # fmt: skip
+        results.append(result | {"model": str(directory)})
+    if against is not None:
+        results[0] |= {"against": results[1], "gains": compare(results[1], results[0])}
     if as_json:
-        print(json.dumps(result))
-    else:
+        print(json.dumps(results[0]))
+        return
+    for result in results:
         Console().print(table(result))
+    if against is not None:
+        Console().print(gains_table(results[0]["gains"]))
 
 
 @app.command()

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 
@@ -65,6 +66,10 @@ def test_splitting_the_command_lines_tasks():
         "humaneval",
     ]
     assert split_tasks('countdown:operators=["+","-"],chain_sum') == ['countdown:operators=["+","-"]', "chain_sum"]
+    recipe = Path(__file__).parents[2] / "recipes" / "r1-zero-smollm2.toml"
+    gym, *sections = split_tasks(f"chain_sum,{recipe}")
+    assert gym == "chain_sum"
+    assert [open_task(section).name for section in sections] == ["chain_sum", "basic_arithmetic"]
     with pytest.raises(UserError, match="empty task"):
         split_tasks("countdown,,humaneval")
 

@@ -124,7 +124,8 @@ def compare(before: dict[str, Any], after: dict[str, Any], seed: int = 0) -> dic
 def table(result: dict[str, Any]) -> Table:
     """The result for a terminal: a row a task, and one a difficulty where there are several."""
     k = result["k"]
-    out = Table(caption=f"{result['samples']} samples a problem at temperature {result['temperature']}; 95 % intervals")
+    caption = f"{result['samples']} samples a problem at temperature {result['temperature']}; 95 % intervals"
+    out = Table(title=result.get("model"), caption=caption)
     for name in ("task", "problems", "pass@1", f"cons@{k}", f"pass@{k}", "tokens", "cut", "verified ✓", "✓ right"):
         out.add_column(name, justify="left" if name == "task" else "right")
     for name, row in result["tasks"].items():
@@ -132,6 +133,17 @@ def table(result: dict[str, Any]) -> Table:
         if len(row["by_difficulty"]) > 1:
             for level, part in row["by_difficulty"].items():
                 out.add_row(f"  {level}", *_cells(part), style="dim")
+    return out
+
+
+def gains_table(gains: dict[str, dict[str, Any]]) -> Table:
+    """What `compare` found, for a terminal."""
+    out = Table(caption="points of pass@1, paired by problem; 95 % intervals")
+    out.add_column("task")
+    out.add_column("gain", justify="right")
+    for name, found in gains.items():
+        low, high = (100 * bound for bound in found["interval"])
+        out.add_row(name, f"{100 * found['gain']:+.1f} [{low:+.1f}, {high:+.1f}]")
     return out
 
 

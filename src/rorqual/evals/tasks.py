@@ -1,7 +1,8 @@
-"""What can be evaluated: any reasoning-gym dataset, a JSONL file of question/answer pairs, and HumanEval.
+"""What can be evaluated: any reasoning-gym dataset, a JSONL file of question/answer pairs, the environments of a recipe
+for reinforcement learning, and HumanEval.
 
 On the command line a task is `name` or `name:option=value,…`: `gsm-symbolic`,
-`countdown:min_numbers=3,max_numbers=3`, `mine.jsonl`, `humaneval`.
+`countdown:min_numbers=3,max_numbers=3`, `mine.jsonl`, `rl-recipe.toml`, `humaneval`.
 """
 
 import re
@@ -13,7 +14,7 @@ from typing import Any, Protocol
 from rorqual.errors import UserError
 from rorqual.reason.environment import Environment, Problem, extract_answer, open_environment
 from rorqual.reason.prompts import Template, prompt_text
-from rorqual.recipe import EnvironmentSection
+from rorqual.recipe import EnvironmentSection, load_recipe
 
 NUMBER = r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?"
 
@@ -77,8 +78,11 @@ def open_task(task: "str | Task | EnvironmentSection | Environment", split: str 
     return EnvironmentTask(open_environment(section), name=task, split=split)
 
 
-def split_tasks(text: str) -> list[str]:
-    """`--tasks` into its tasks: a comma ends a task unless the next word is one more option of it."""
+def split_tasks(text: str) -> list[str | EnvironmentSection]:
+    """`--tasks` into its tasks: a comma ends a task unless the next word is one more option of it.
+
+    A recipe stands for its environments. Raises UserError for an empty word or a recipe that cannot be read.
+    """
     words = [word.strip() for word in re.split(r",(?![^\[]*\])", text)]
     tasks: list[str] = []
     for word in words:
@@ -88,7 +92,10 @@ def split_tasks(text: str) -> list[str]:
             tasks[-1] += "," + word
         else:
             tasks.append(word)
-    return tasks
+    every: list[str | EnvironmentSection] = []
+    for task in tasks:
+        every += load_recipe(task, "rl").environments if task.endswith(".toml") else [task]
+    return every
 
 
 def _options(task: str, text: str) -> dict[str, Any]:
