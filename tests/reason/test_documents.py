@@ -9,7 +9,7 @@ import pytest
 from rorqual.reason.documents import RIGHT, STEP, WRONG, attempts, documents, line_is_right, write_documents
 from rorqual.reason.environment import extract_answer, open_environment
 from rorqual.reason.problems import number_key
-from rorqual.speedrun import ENVIRONMENTS
+from rorqual.speedrun.stages import ENVIRONMENTS
 
 
 @pytest.fixture(scope="module")

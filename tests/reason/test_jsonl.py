@@ -69,8 +69,8 @@ def test_prompt_over_the_fields_all_lines_have(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([{"question": "1", "answer": "1"}, "{broken"], r"q.jsonl, line 2: not valid JSON"),
-        ([{"question": "1", "answer": "1"}, "", [1]], r"q.jsonl, line 3: must be an object"),
+        ([{"question": "1", "answer": "1"}, "{broken"], r"q.jsonl, line 2 is not valid JSON"),
+        ([{"question": "1", "answer": "1"}, "", [1]], r"q.jsonl, line 3 holds a list, not a JSON object"),
         ([{"question": "1"}], r"line 1: field answer is missing"),
         ([{"question": ["1"], "answer": "1"}], r"line 1: field question is missing or not text"),
         ([], r"has no lines"),

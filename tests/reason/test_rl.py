@@ -1,14 +1,13 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
 
+from killing import run_whole_and_killed
 from rorqual.data.tokenizer import load_tokenizer
 from rorqual.errors import UserError
 from rorqual.model.checkpoint import load_model, save_model
@@ -46,40 +45,6 @@ kl = 0.01
 refresh_reference = 3
 [optimizer]
 lr = 0.01
-"""
-
-# Forks a fresh run for each kill, so that torch is imported once. Every other kill waits for a checkpoint's writing.
-HARNESS = """
-import os, random, signal, sys, time
-from rorqual.recipe import load_recipe
-import reasoning_gym, rorqual.reason.rl, transformers, tokenizers
-
-whole, killed = (load_recipe(path, "rl") for path in sys.argv[1:3])
-checkpoints = killed.run_dir / "checkpoints"
-
-def start(recipe):
-    pid = os.fork()
-    if pid == 0:
-        rorqual.reason.rl.rl(recipe, resume=True)
-        os._exit(0)
-    return pid
-
-began = time.monotonic()
-assert os.waitpid(start(whole), 0)[1] == 0
-took = time.monotonic() - began
-generator = random.Random(0)
-while_writing = 0
-for number in range(20):
-    pid = start(killed)
-    time.sleep(generator.uniform(0.0, took / 16))  # so that twenty starts do not get to the end
-    if number % 2:
-        while not list(checkpoints.glob(".writing-*")):
-            assert os.waitpid(pid, os.WNOHANG) == (0, 0), "the run ended"
-    os.kill(pid, signal.SIGKILL)
-    assert os.waitpid(pid, 0)[1] == signal.SIGKILL, "the run ended before it was killed"
-    while_writing += bool(list(checkpoints.glob(".writing-*")))
-assert os.waitpid(start(killed), 0)[1] == 0
-print(while_writing)
 """
 
 
@@ -181,10 +146,8 @@ def test_predicts_the_most_it_can_take(tmp_path, model_dir):
 
 
 def test_twenty_kills_change_nothing(tmp_path, model_dir):
-    paths = [str(recipe_file(tmp_path / name, model_dir, steps=40)) for name in ("whole", "killed")]
-    done = subprocess.run([sys.executable, "-c", HARNESS, *paths], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert int(done.stdout.split()[-1]) >= 5  # kills that left a half-written checkpoint
+    paths = [recipe_file(tmp_path / name, model_dir, steps=40) for name in ("whole", "killed")]
+    run_whole_and_killed("rl", "rorqual.reason.rl", *paths)
     assert final_weights(tmp_path / "whole") == final_weights(tmp_path / "killed")
     assert [line["step"] for line in lines(tmp_path / "killed")] == list(range(41))
 

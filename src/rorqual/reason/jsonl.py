@@ -1,10 +1,10 @@
-"""Question/answer pairs from a JSONL file, checked by math-verify."""
+"""Question/answer pairs from a .jsonl, .jsonl.gz or .parquet file, checked by math-verify."""
 
-import json
 from pathlib import Path
 from random import Random
 from typing import Any
 
+from rorqual.data.corpus import read_records
 from rorqual.errors import UserError
 from rorqual.reason.problems import Environment, Problem, PromptFormat, integers, number_key, text_key
 from rorqual.reason.worker import shared_worker
@@ -14,7 +14,7 @@ TIMEOUT = 5.0  # seconds for one comparison
 
 
 class JsonlEnvironment(Environment):
-    """One JSON object a line with `question`, `answer` and, if wanted, `difficulty` and fields for the prompt."""
+    """One record each with `question`, `answer` and, if wanted, `difficulty` and fields for the prompt."""
 
     def __init__(self, section: EnvironmentSection) -> None:
         super().__init__(section.name, section.weight)
@@ -56,25 +56,13 @@ def math_equal(gold: str, answer: str, timeout: float = TIMEOUT) -> float:
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; give a JSONL file of question/answer pairs") from None
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"{path} cannot be read as UTF-8 text ({e})") from None
+    if not path.exists():
+        raise UserError(f"{path} does not exist; give a JSONL file of question/answer pairs")
     rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as e:
-            raise UserError(f"{path}, line {number}: not valid JSON ({e}); mend or remove the line") from None
-        if not isinstance(row, dict):
-            raise UserError(f"{path}, line {number}: must be an object with question and answer, not {line[:40]!r}")
+    for where, row in read_records(path):
         for name in ("question", "answer"):
             if isinstance(row.get(name), bool) or not isinstance(row.get(name), str | int | float):
-                raise UserError(f"{path}, line {number}: field {name} is missing or not text; add it")
+                raise UserError(f"{where}: field {name} is missing or not text; add it")
         rows.append(row)
     return rows
 

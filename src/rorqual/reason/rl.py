@@ -15,9 +15,10 @@ from rorqual.plan.machine import matrix_peak, memory_used
 from rorqual.reason.environment import open_environment
 from rorqual.reason.trainer import DTYPES, RLTrainer
 from rorqual.recipe import RLRecipe
+from rorqual.train.card import card
 from rorqual.train.checkpoints import Checkpoints
 from rorqual.train.prepare import build_model, tokenizer_of
-from rorqual.train.run import open_run, to_toml
+from rorqual.train.run import open_run
 from rorqual.train.signals import StopSignals
 from rorqual.train.telemetry import Telemetry
 
@@ -145,8 +146,8 @@ def _release(run: RLRun, model: Transformer, tokenizer: Any) -> None:
     os.replace(temporary, directory / "README.md")
     trainer = run.trainer
     ledger = Ledger(run.run_dir, predict_rl(run.recipe, model.config), DTYPES[run.recipe.model.dtype])
-    for stage in STAGES:
-        ledger.add(stage, tokens=trainer.tokens, flops=trainer.flops[stage], seconds=run.stages[stage])
+    for stage, tokens in zip(STAGES, (trainer.tokens, trainer.learnt), strict=True):
+        ledger.add(stage, tokens=tokens, flops=trainer.flops[stage], seconds=run.stages[stage])
     ledger.write()
 
 
@@ -158,29 +159,12 @@ def _card(run: RLRun, model: Transformer) -> str:
         for step, shares in run.evaluations.items()
     )
     head = f"| step | {' | '.join(trainer.environments)} |\n|---|{'---|' * len(trainer.environments)}\n"
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [rorqual, {model.config.model_type}, grpo]
----
-# {recipe.name}
-
-`{recipe.model.path}` after {trainer.steps} steps of reinforcement learning (GRPO) on {families} by Rorqual
-(`rorqual rl`), seed {recipe.seed}: {trainer.tokens:,} tokens of its own answers, {run.seconds:,.0f} seconds.
+    story = f"""`{recipe.model.path}` after {trainer.steps} steps of reinforcement learning (GRPO) on {families}
+by Rorqual (`rorqual rl`), seed {recipe.seed}: {trainer.tokens:,} tokens of its own answers, {run.seconds:,.0f} seconds.
 
 ## Accuracy
 {"pass@1 on development problems that training never saw:" if curve else "Not measured during training."}
 
 {head + curve if curve else ""}
-
-## Use
-```
-rorqual generate {run.run_dir}/model "…"
-```
-or `AutoModelForCausalLM.from_pretrained` in transformers.
-
-## Recipe
-```toml
-{to_toml(recipe.model_dump()).strip()}
-```
 """
+    return card(recipe, run.run_dir, [model.config.model_type, "grpo"], story)

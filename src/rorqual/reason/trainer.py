@@ -27,6 +27,7 @@ from rorqual.train.schedule import bias_speed
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PATIENCE = 3  # updates in a row that were not finite
+COUNTS = ("steps", "tokens", "learnt", "skipped_in_a_row", "flops")  # what a resumed run goes on counting
 Metrics = dict[str, Any]
 
 
@@ -51,7 +52,8 @@ class RLTrainer:
         self.environments = {e.family: e for e in environments}
         self.streams = {e.family: e.stream("train", derived_seed(recipe.seed, e.family)) for e in environments}
         self.reference = self._frozen_copy() if self.section.kl else None
-        self.steps = self.tokens = self.skipped_in_a_row = 0
+        self.steps = self.skipped_in_a_row = 0
+        self.tokens = self.learnt = 0  # sampled; computed with derivatives, prompts and filling included
         self.flops = {"rollout": 0.0, "train": 0.0}
 
     def step(self, progress: float = 0.0) -> Metrics:
@@ -102,7 +104,7 @@ class RLTrainer:
         return self.optimizer.tensors() | {f"reference.{name}": t for name, t in reference.items()}
 
     def state(self) -> dict[str, Any]:
-        counts = {name: getattr(self, name) for name in ("steps", "tokens", "skipped_in_a_row", "flops")}
+        counts = {name: getattr(self, name) for name in COUNTS}
         return counts | {"streams": {family: stream.index for family, stream in self.streams.items()}}
 
     def load(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
@@ -115,7 +117,7 @@ class RLTrainer:
             )
         for family, stream in self.streams.items():
             stream.index = state["streams"][family]
-        for name in ("steps", "tokens", "skipped_in_a_row", "flops"):
+        for name in COUNTS:
             setattr(self, name, state[name])
 
     @property
@@ -235,5 +237,6 @@ class RLTrainer:
         made = rollout.tokens + sum(map(len, rollout.prompts))
         passes = 3 + (self.reference is not None)
         self.tokens += rollout.tokens
+        self.learnt += sums.computed
         self.flops["rollout"] += made * flops_per_token(config, length, training=False)
         self.flops["train"] += sums.computed * passes * flops_per_token(config, length, training=False)

@@ -1,7 +1,9 @@
 """The model card that goes into model/README.md."""
 
+from pathlib import Path
+
 from rorqual.plan.cost import parameters
-from rorqual.recipe import PretrainRecipe, SFTRecipe
+from rorqual.recipe import PretrainRecipe, Recipe, SFTRecipe
 from rorqual.train.loop import Run
 from rorqual.train.run import to_toml
 
@@ -27,14 +29,7 @@ def model_card(recipe: PretrainRecipe | SFTRecipe, run: Run) -> str:
         "held-out text": _shown(run.last.get("valid_bpb"), "bits per byte"),
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [rorqual, {config.model_type}]
----
-# {recipe.name}
-
-A language model {what} by Rorqual (`rorqual {recipe.kind}`), seed {recipe.seed}.
+    story = f"""A language model {what} by Rorqual (`rorqual {recipe.kind}`), seed {recipe.seed}.
 
 | | |
 |---|---|
@@ -42,10 +37,23 @@ A language model {what} by Rorqual (`rorqual {recipe.kind}`), seed {recipe.seed}
 
 ## Data
 {sources}
+"""
+    return card(recipe, run.run_dir, [config.model_type], story)
 
+
+def card(recipe: Recipe, run_dir: Path, tags: list[str], story: str) -> str:
+    """What every card has around its own story: front matter and name before, use and recipe after."""
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [{", ".join(["rorqual", *tags])}]
+---
+# {recipe.name}
+
+{story}
 ## Use
 ```
-rorqual generate {run.run_dir}/model "…"
+rorqual generate {run_dir}/model "…"
 ```
 or `AutoModelForCausalLM.from_pretrained` in transformers.
 
