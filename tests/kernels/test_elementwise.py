@@ -86,3 +86,20 @@ def test_the_compiled_functions_are_here_where_there_is_a_compiler():
     if shutil.which("g++") is None:
         pytest.skip("no C++ compiler")
     assert cpu.capability() is not None
+
+
+@pytest.mark.parametrize("capability", ["DEFAULT", "AVX2", "AVX512"])
+def test_every_build_that_this_processor_runs_agrees(monkeypatch, capability):
+    order = ["DEFAULT", "AVX2", "AVX512"]
+    here = torch.backends.cpu.get_cpu_capability()
+    if order.index(capability) > (order.index(here) if here in order else 0):
+        pytest.skip("this processor lacks it")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    cpu._library.cache_clear()
+    try:
+        torch.manual_seed(0)
+        gate, up = 3 * torch.randn(2, 5, 33)
+        for dtype, tolerance in TOLERANCE.items():
+            compare(swiglu, swiglu_reference, gate.to(dtype), up.to(dtype), tolerance=tolerance)
+    finally:
+        cpu._library.cache_clear()

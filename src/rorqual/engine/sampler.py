@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from rorqual.errors import UserError
+from rorqual.kernels.draw import draw, first_above
 
 
 @dataclass(frozen=True)
@@ -43,17 +43,14 @@ def sample(logits: Tensor, params: SamplingParams, uniform: Tensor) -> tuple[Ten
     Log-probabilities are of the distribution at this temperature (1 when greedy) before top-k and top-p cut it.
     Drawing by one uniform number a row through the cumulative sum makes a row's token independent of its neighbours.
     """
-    logits = logits.float()
-    if params.temperature not in (0.0, 1.0):
-        logits = logits / params.temperature
     if params.temperature == 0:
+        logits = logits.float()
         tokens = logits.argmax(-1)
         return tokens, (logits.gather(1, tokens[:, None]) - logits.logsumexp(-1, keepdim=True)).squeeze(1)
-    probs = logits.softmax(-1)
-    kept = probs if params.top_p == 1 and params.top_k == 0 else _cut(probs, params)
-    cumulative = kept.cumsum(-1)
-    draw = (uniform.to(cumulative.device) * cumulative[:, -1]).unsqueeze(1)
-    tokens = torch.searchsorted(cumulative, draw, right=True).squeeze(1).clamp_(max=logits.shape[1] - 1)
+    if params.top_p == 1 and params.top_k == 0:
+        return draw(logits, params.temperature, uniform)
+    probs = (logits.float() / params.temperature).softmax(-1)
+    tokens = first_above(_cut(probs, params), uniform)
     return tokens, probs.gather(1, tokens[:, None]).squeeze(1).log()
 
 

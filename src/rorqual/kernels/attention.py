@@ -1,4 +1,4 @@
-"""softmax(q·kᵀ·scale)·v. B batch, H heads, T queries, S keys, D query width, V value width."""
+"""softmax(q·kᵀ·scale)·v. B batch, H heads, G key/value heads (H is a multiple), T queries, S keys, D, V widths."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -12,7 +12,7 @@ CHUNK_BYTES = 2 << 20  # of weights at a time, so that they stay in the processo
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
-    """q [B, H, T, D], k [B, H, S, D], v [B, H, S, V] → [B, H, T, V]; mask bool [B or 1, 1, T, S], true where seen.
+    """q [B, H, T, D], k [B, G, S, D], v [B, G, S, V] → [B, H, T, V]; mask bool [B or 1, 1, T, S], true where seen.
 
     In BF16 on a CPU torch's fused kernel is slower than plain products (at T = 256 by 1.3 times forward and 2 with
     the derivative), so short sequences that are trained take those.
@@ -26,6 +26,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool
 
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
+    share = q.shape[1] // k.shape[1]
+    if share > 1:
+        k, v = k.repeat_interleave(share, dim=1), v.repeat_interleave(share, dim=1)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
 
 
@@ -37,10 +40,10 @@ class _Products(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
         hidden = ~mask
-        out = _rows_of_heads(v, q.shape[2])
+        out = _heads_side_by_side(*q.shape[:3], v.shape[3])
         for part in _parts(q, k):
             weights, _ = _weights(q[part], k[part], _of(hidden, part), scale)
-            out[part] = weights @ v[part].contiguous()
+            out[part] = (weights @ v[part].contiguous()).view(q[part].shape[:3] + v.shape[3:])
         ctx.save_for_backward(q, k, v, hidden)
         ctx.scale = scale
         return out
@@ -48,28 +51,36 @@ class _Products(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, hidden = ctx.saved_tensors
-        grad_q, grad_k, grad_v = (_rows_of_heads(x, x.shape[2]) for x in (q, k, v))
+        grad_q, grad_k, grad_v = (_heads_side_by_side(*x.shape) for x in (q, k, v))
         for part in _parts(q, k):
             weights, scaled = _weights(q[part], k[part], _of(hidden, part), ctx.scale)
-            slope = grad[part].contiguous()
+            slope = grad[part].contiguous().view(*scaled.shape[:3], -1)
             grad_v[part] = weights.transpose(2, 3) @ slope
             slope = slope @ v[part].contiguous().transpose(2, 3)
             slope = torch.ops.aten._softmax_backward_data(slope, weights, -1, weights.dtype)
-            grad_q[part] = (slope @ k[part].contiguous()).mul_(ctx.scale)
+            grad_q[part] = (slope @ k[part].contiguous()).mul_(ctx.scale).view(q[part].shape)
             grad_k[part] = slope.transpose(2, 3) @ scaled
         return grad_q, grad_k, grad_v, None, None
 
 
 def _weights(q: Tensor, k: Tensor, hidden: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """softmax(q·kᵀ·scale) and q·scale; contiguous, since each product would copy its factors otherwise."""
-    scaled = torch.mul(q, scale, out=torch.empty(q.shape, dtype=q.dtype))
+    """softmax(q·kᵀ·scale) [B, G, H/G·T, S] and q·scale [B, G, H/G·T, D]: the heads that share keys are more queries.
+
+    Everything is contiguous, since each product would copy its factors otherwise.
+    """
+    B, H, T, D = q.shape
+    G, S = k.shape[1:3]
+    scaled = torch.mul(q, scale, out=torch.empty(q.shape, dtype=q.dtype)).view(B, G, H // G * T, D)
     scores = scaled @ k.contiguous().transpose(2, 3)
-    return scores.masked_fill_(hidden, torch.finfo(q.dtype).min).softmax(-1), scaled
+    scores.view(B, H, T, S).masked_fill_(hidden, torch.finfo(q.dtype).min)
+    return scores.softmax(-1), scaled
 
 
 def _parts(q: Tensor, k: Tensor) -> Iterator[slice]:
     """Slices of the batch."""
     size = max(1, CHUNK_BYTES // (q.shape[1] * q.shape[2] * k.shape[2] * q.itemsize))
+    if torch.compiler.is_compiling():  # which would write every turn of the loop out
+        size = len(q)
     return (slice(start, start + size) for start in range(0, len(q), size))
 
 
@@ -77,7 +88,6 @@ def _of(mask: Tensor, part: slice) -> Tensor:
     return mask[part] if mask.ndim == 4 and len(mask) > 1 else mask
 
 
-def _rows_of_heads(x: Tensor, tokens: int) -> Tensor:
-    """Room for [B, H, tokens, width of x], laid out as the model has it: the heads of a token side by side."""
-    B, H, _, width = x.shape
-    return torch.empty(B, tokens, H, width, dtype=x.dtype).transpose(1, 2)
+def _heads_side_by_side(batch: int, heads: int, tokens: int, width: int) -> Tensor:
+    """BF16 [B, H, T, W], laid out as the model has it: the heads of a token next to one another."""
+    return torch.empty(batch, tokens, heads, width, dtype=torch.bfloat16).transpose(1, 2)

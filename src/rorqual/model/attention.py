@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rorqual.kernels.attention import attention
+from rorqual.kernels.past import grouped_attention, latent_attention
 from rorqual.model.config import ModelConfig
 from rorqual.model.layers import RMSNorm
 from rorqual.model.rope import rotate, softmax_scale
@@ -25,7 +26,7 @@ class Cache(Protocol):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """softmax(q·kᵀ·scale)·v for q, k [B, T or S, H, ·] and v [B, S, H, V] → [B, T, H, V]."""
+    """softmax(q·kᵀ·scale)·v for q [B, T, H, ·], k [B, S, G, ·] and v [B, S, G, V] → [B, T, H, V]."""
     width = v.shape[-1]
     if width < q.shape[-1]:  # torch's fused CPU kernel wants equal widths; zero columns change nothing
         v = F.pad(v, (0, q.shape[-1] - width))
@@ -82,14 +83,7 @@ class MultiHeadLatentAttention(nn.Module):
         """Decode: the up-projections move to the query and the output (V2 §2.1.2), so heads read latents alone."""
         w_k, w_v = self.kv_b_proj.weight.view(self.H, self.N + self.V, self.C).split((self.N, self.V), dim=1)
         q_latent = torch.einsum("bthn,hnc->bthc", q_nope, w_k)
-        B, T = q_nope.shape[:2]
-        scores = torch.bmm(q_latent.reshape(B, T * self.H, self.C), latent.transpose(1, 2))
-        scores = torch.baddbmm(scores, q_rope.reshape(B, T * self.H, self.R), k_rope.transpose(1, 2))
-        scores = scores.float().mul_(self.scale).view(B, T, self.H, -1)
-        if mask is not None:
-            scores = scores.masked_fill_(~mask.transpose(1, 2), float("-inf"))
-        weights = scores.softmax(-1).to(latent.dtype).view(B, T * self.H, -1)
-        o_latent = torch.bmm(weights, latent).view(B, T, self.H, self.C)
+        o_latent = latent_attention(q_latent, q_rope, latent, k_rope, mask, self.scale)
         return torch.einsum("bthc,hvc->bthv", o_latent, w_v)
 
 
@@ -115,16 +109,6 @@ class GroupedQueryAttention(nn.Module):
         v = self.v_proj(x).unflatten(-1, (self.G, self.W))
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
-        if x.shape[1] == 1 and cache is not None:
-            # Decode: the heads of a group stand in for query positions, so its keys are read once.
-            q = q.view(x.shape[0], self.G, self.H // self.G, self.W).transpose(1, 2)
-            heads = attend(q, k, v, mask, self.scale) if mask is not None else self._all(q, k, v)
-            heads = heads.transpose(1, 2)
-        else:
-            share = self.H // self.G
-            heads = attend(q, k.repeat_interleave(share, dim=2), v.repeat_interleave(share, dim=2), mask, self.scale)
+        decode = x.shape[1] == 1 and cache is not None
+        heads = (grouped_attention if decode else attend)(q, k, v, mask, self.scale)
         return self.o_proj(heads.reshape(*x.shape[:2], self.H * self.W))
-
-    def _all(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        every = torch.ones(1, 1, 1, k.shape[1], dtype=torch.bool, device=k.device)
-        return attend(q, k, v, every, self.scale)

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-ROW_LENGTHS = (256, 512, 1024, 2048, 4096)  # tried beside those of the longest sequence and the longest group
+# Tried beside those of the longest sequence and the longest group.
+ROW_LENGTHS = (*range(64, 513, 32), 768, 1024, 2048, 4096)
 
 
 @dataclass(frozen=True)

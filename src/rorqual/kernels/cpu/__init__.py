@@ -1,4 +1,4 @@
-"""rows.cpp from Python: which build of it fits this processor, when it is used, and how it is called."""
+"""rows.cpp and decode.cpp from Python: which build fits this processor, when it is used, how it is called."""
 
 import ctypes
 import functools
@@ -12,7 +12,7 @@ SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 
 def capability() -> str | None:
-    """The instruction set whose build of rows.cpp is in use: avx512, avx2 or portable; None when there is none."""
+    """The instruction set whose build is in use: avx512, avx2 or portable; None when there is none."""
     found = _library()
     return None if found is None else found[0]
 
@@ -32,7 +32,7 @@ def usable(*tensors: Tensor) -> bool:
 
 
 def call(name: str, dtype: torch.dtype, *arguments: Tensor | int | float | None) -> None:
-    """Run a function of rows.cpp, in the form for `dtype`; tensors are passed as their address."""
+    """Run a compiled function, in the form for `dtype`; tensors are passed as their address."""
     found = _library()
     assert found is not None
     getattr(found[1], f"{name}_{SUFFIXES[dtype]}")(*map(_argument, arguments))
@@ -59,6 +59,6 @@ def _library() -> tuple[str, ctypes.CDLL] | None:
     """The best build that this processor runs. torch is loaded by now, so its OpenMP threads serve both."""
     levels = {"AVX512": ("avx512", "avx2", "portable"), "AVX2": ("avx2", "portable")}
     for level in levels.get(torch.backends.cpu.get_cpu_capability(), ("portable",)):
-        for path in Path(__file__).parent.glob(f"rows_{level}.*"):
+        for path in Path(__file__).parent.glob(f"compiled_{level}.*"):
             return level, ctypes.CDLL(str(path))
     return None
