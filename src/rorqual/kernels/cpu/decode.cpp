@@ -2,73 +2,168 @@
 
 #include <cmath>
 #include <cstdlib>
+#include <cstring>
 #include <omp.h>
+#include <type_traits>
+#include <utility>
 
 #include "numbers.h"
 
 namespace {
 
+// Sixteen numbers in a register or several; lowered to whatever the instruction set has.
+typedef float lanes __attribute__((vector_size(64)));
+constexpr i64 L = 16;
+
+inline lanes load_lanes(const float *from) {
+    lanes x;
+    std::memcpy(&x, from, sizeof x);
+    return x;
+}
+
+inline lanes load_lanes(const bf16 *from) {
+    typedef uint16_t halves __attribute__((vector_size(32)));
+    typedef uint32_t words __attribute__((vector_size(64)));
+    halves x;
+    std::memcpy(&x, from, sizeof x);
+    return std::bit_cast<lanes>(__builtin_convertvector(x, words) << 16);
+}
+
+// Swaps bit D of the row's number and of the column's: done for every bit, it turns L rows on their side.
+template <int D, size_t... C>
+void swap_bit(lanes *rows, std::index_sequence<C...>) {
+    for (i64 i = 0; i < L; ++i) {
+        if (i & D) continue;
+        const lanes a = rows[i], b = rows[i + D];
+        rows[i] = __builtin_shufflevector(a, b, (C & D ? L + C - D : C)...);
+        rows[i + D] = __builtin_shufflevector(a, b, (C & D ? L + C : C + D)...);
+    }
+}
+
+inline void turn(lanes *rows) {
+    constexpr std::make_index_sequence<L> columns;
+    swap_bit<1>(rows, columns);
+    swap_bit<2>(rows, columns);
+    swap_bit<4>(rows, columns);
+    swap_bit<8>(rows, columns);
+}
+
+// L rows of `width` numbers, at the places given, on their side: turned [width][L].
+template <class T>
+void turn_rows(const T *const *rows, i64 width, lanes *turned) {
+    i64 start = 0;
+    for (; start + L <= width; start += L) {
+        for (i64 t = 0; t < L; ++t) turned[start + t] = load_lanes(rows[t] + start);
+        turn(turned + start);
+    }
+    for (; start < width; ++start)
+        for (i64 t = 0; t < L; ++t) turned[start][t] = load(rows[t][start]);
+}
+
+// N heads against L keys: keys [width][L], queries [N][width], weights of head n at n·stride.
+template <int N>
+void score(const float *queries, const lanes *keys, i64 width, float scale, float *weights, i64 stride) {
+    lanes sum[N] = {};
+    for (i64 j = 0; j < width; ++j)
+        for (int n = 0; n < N; ++n) sum[n] += queries[n * width + j] * keys[j];
+    for (int n = 0; n < N; ++n) {
+        sum[n] *= scale;
+        std::memcpy(weights + n * stride, &sum[n], sizeof(lanes));
+    }
+}
+
+// N heads' weighted sums of the values of all places.
+template <int N, class T>
+void mix(const float *weights, i64 stride, const T *values, i64 place, i64 places, i64 width, T *out) {
+    i64 start = 0;
+    for (; start + L <= width; start += L) {
+        lanes sum[N] = {};
+        for (i64 s = 0; s < places; ++s) {
+            const lanes value = load_lanes(values + s * place + start);
+            for (int n = 0; n < N; ++n) sum[n] += weights[n * stride + s] * value;
+        }
+        for (int n = 0; n < N; ++n)
+            for (i64 j = 0; j < L; ++j) store(out[n * width + start + j], sum[n][j]);
+    }
+    for (; start < width; ++start) {
+        for (int n = 0; n < N; ++n) {
+            float sum = 0;
+            for (i64 s = 0; s < places; ++s) sum += weights[n * stride + s] * load(values[s * place + start]);
+            store(out[n * width + start], sum);
+        }
+    }
+}
+
+// Calls what it is given with the number of heads, four at most, as a constant.
+template <class F>
+void by_heads(i64 heads, F call) {
+    i64 done = 0;
+    for (; done + 4 <= heads; done += 4) call(done, std::integral_constant<int, 4>());
+    if (heads - done == 3) call(done, std::integral_constant<int, 3>());
+    if (heads - done == 2) call(done, std::integral_constant<int, 2>());
+    if (heads - done == 1) call(done, std::integral_constant<int, 1>());
+}
+
 // One new token a sequence over its past. Scores are q·k + q2·k2, the second part being latent attention's rotated key,
-// which all heads share; `place` strides are between tokens, `group` strides between key/value heads.
+// which all heads share; `place` strides are between tokens, `group` strides between key/value heads. L keys are turned
+// on their side at a time, so that the heads that share them multiply whole registers.
 template <class T>
 void past_attention(const T *q, const T *q2, const T *k, i64 k_row, i64 k_place, i64 k_group, const T *k2, i64 k2_row,
                     i64 k2_place, const T *v, i64 v_row, i64 v_place, i64 v_group, const bool *mask, i64 mask_row,
                     i64 rows, i64 heads, i64 groups, i64 places, i64 width, i64 width2, i64 value_width, float scale,
                     T *out) {
-    const i64 share = heads / groups;
+    const i64 share = heads / groups, both = width + width2, stride = (places + L - 1) / L * L;
 #pragma omp parallel
     {
-        float *weights = static_cast<float *>(std::malloc(sizeof(float) * share * (places + value_width)));
-        float *sums = weights + share * places;
+        lanes *keys = static_cast<lanes *>(std::aligned_alloc(64, sizeof(lanes) * both));
+        float *queries = static_cast<float *>(std::malloc(sizeof(float) * share * (both + stride)));
+        float *weights = queries + share * both;
 #pragma omp for schedule(dynamic, 8)
         for (i64 task = 0; task < rows * groups; ++task) {
-            const i64 i = task / groups, g = task % groups;
+            const i64 i = task / groups, g = task % groups, first = i * heads + g * share;
             const bool *seen = mask + i * mask_row;
-            for (i64 s = 0; s < places; ++s) {
-                const T *key = k + i * k_row + s * k_place + g * k_group, *key2 = k2 + i * k2_row + s * k2_place;
-                for (i64 h = 0; h < share; ++h) {
-                    float dot = -INFINITY;
-                    if (seen[s]) {
-                        const T *query = q + (i * heads + g * share + h) * width;
-                        const T *query2 = q2 + (i * heads + g * share + h) * width2;
-                        dot = 0;
-#pragma omp simd reduction(+ : dot)
-                        for (i64 j = 0; j < width; ++j) dot += load(query[j]) * load(key[j]);
-#pragma omp simd reduction(+ : dot)
-                        for (i64 j = 0; j < width2; ++j) dot += load(query2[j]) * load(key2[j]);
-                    }
-                    weights[h * places + s] = dot * scale;
+            i64 end = places;  // past the last place that is seen
+            while (end > 0 && !seen[end - 1]) --end;
+            for (i64 h = 0; h < share; ++h) {
+                for (i64 j = 0; j < width; ++j) queries[h * both + j] = load(q[(first + h) * width + j]);
+                for (i64 j = 0; j < width2; ++j) queries[h * both + width + j] = load(q2[(first + h) * width2 + j]);
+            }
+            for (i64 s = 0; s < end; s += L) {
+                const T *here[L], *here2[L];
+                for (i64 t = 0; t < L; ++t) {
+                    const i64 place = s + t < end ? s + t : end - 1;
+                    here[t] = k + i * k_row + place * k_place + g * k_group;
+                    here2[t] = k2 + i * k2_row + place * k2_place;
                 }
+                turn_rows(here, width, keys);
+                turn_rows(here2, width2, keys + width);
+                by_heads(share, [&](i64 h, auto n) {
+                    score<n>(queries + h * both, keys, both, scale, weights + h * stride + s, stride);
+                });
             }
             for (i64 h = 0; h < share; ++h) {
-                float *mine = weights + h * places, top = -INFINITY, sum = 0;
+                float *mine = weights + h * stride, top = -INFINITY, sum = 0;
 #pragma omp simd reduction(max : top)
-                for (i64 s = 0; s < places; ++s) top = mine[s] > top ? mine[s] : top;
+                for (i64 s = 0; s < end; ++s) {
+                    mine[s] = seen[s] ? mine[s] : -INFINITY;
+                    top = mine[s] > top ? mine[s] : top;
+                }
 #pragma omp simd reduction(+ : sum)
-                for (i64 s = 0; s < places; ++s) {
-                    mine[s] = exponential(mine[s] - top);
-                    sum += mine[s] = seen[s] ? mine[s] : 0.0f;
+                for (i64 s = 0; s < end; ++s) {
+                    const float e = exponential(mine[s] - top);
+                    mine[s] = seen[s] ? e : 0.0f;
+                    sum += mine[s];
                 }
-                const float each = 1.0f / sum;
-                for (i64 j = 0; j < value_width; ++j) sums[h * value_width + j] = 0;
 #pragma omp simd
-                for (i64 s = 0; s < places; ++s) mine[s] *= each;
+                for (i64 s = 0; s < end; ++s) mine[s] /= sum;
             }
-            for (i64 s = 0; s < places; ++s) {
-                if (!seen[s]) continue;
-                const T *value = v + i * v_row + s * v_place + g * v_group;
-                for (i64 h = 0; h < share; ++h) {
-                    const float weight = weights[h * places + s];
-                    float *sum = sums + h * value_width;
-#pragma omp simd
-                    for (i64 j = 0; j < value_width; ++j) sum[j] += weight * load(value[j]);
-                }
-            }
-            T *to = out + (i * heads + g * share) * value_width;
-#pragma omp simd
-            for (i64 j = 0; j < share * value_width; ++j) store(to[j], sums[j]);
+            by_heads(share, [&](i64 h, auto n) {
+                mix<n>(weights + h * stride, stride, v + i * v_row + g * v_group, v_place, end, value_width,
+                       out + (first + h) * value_width);
+            });
         }
-        std::free(weights);
+        std::free(queries);
+        std::free(keys);
     }
 }
 
