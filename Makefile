@@ -37,4 +37,4 @@ $(VENV)/ready-dev: $(VENV)/ready
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) src/rorqual/kernels/cpu/*.so build *.egg-info .pytest_cache .ruff_cache

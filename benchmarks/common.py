@@ -18,7 +18,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def arguments(description: str) -> argparse.Namespace:
-    tune()  # as the command line does; a peer in this process gets it too
+    tune()  # its second setting only, since torch is loaded; a peer in this process gets it too
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--json", action="store_true", help="end with one JSON object instead of a table")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that it runs, keeps no result")

@@ -161,6 +161,7 @@ def evaluate(
             temperature=temperature, top_p=top_p, max_tokens=max_tokens, thinking_budget=thinking_budget,
         )  # fmt: skip
         results.append(result | {"model": str(directory)})
+        del engine  # before the other model is loaded
     if against is not None:
         results[0] |= {"against": results[1], "gains": compare(results[1], results[0])}
     if as_json:

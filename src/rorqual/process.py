@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import sys
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 LARGEST = 32 << 20  # glibc takes no higher threshold
@@ -17,7 +18,7 @@ def tune() -> None:
     trained 15 % faster. Other C libraries ignore this.
     """
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
         mallopt(M_MMAP_THRESHOLD, LARGEST)
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)

@@ -56,6 +56,12 @@ def test_logits_that_are_not_finite_give_a_loss_that_is_not():
     assert logprob.isfinite().tolist() == [True, False]
 
 
+def test_a_target_outside_the_vocabulary_is_refused():
+    for target in (-1, 9):
+        with pytest.raises(IndexError, match="vocabulary of 9"):
+            ce.softmax_slope_(torch.randn(1, 9), torch.tensor([target]), None)
+
+
 def test_chunk_size_does_not_change_the_loss(monkeypatch):
     hidden, weight, targets, share = inputs()
     in_sevens = gradients(ce.linear_cross_entropy(hidden, weight, targets, share), hidden, weight)

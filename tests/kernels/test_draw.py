@@ -26,3 +26,20 @@ def test_shares_are_the_probabilities():
     logits = torch.tensor([[0.1, 0.2, 0.3, 0.4]]).log().expand(10_000, 4)
     words, _ = draw(logits, 1.0, (torch.arange(10_000) + 0.5) / 10_000)
     assert torch.bincount(words, minlength=4).tolist() == pytest.approx([1000, 2000, 3000, 4000], abs=2)
+
+
+def test_the_improbable_words_of_a_large_vocabulary_are_not_lost():
+    """One sure word and 150 000 whose share is 2e-8 each: a tail of 0.3 %, which FP32 would not add to 1."""
+    shares = torch.full((1, 150_000), 2e-8)
+    shares[0, 7] = 1.0
+    uniform = torch.tensor([0.5, 0.9975, 0.9985, 0.9995])
+    exact = shares.double().cumsum(1) / shares.double().sum()
+    expected = torch.searchsorted(exact[0], uniform.double())
+    found, _ = draw(shares.log().expand(4, -1), 1.0, uniform)
+    assert found[0] == 7
+    assert (found - expected).abs().max() < 200  # of 150 000: the numbers themselves are rounded
+
+
+def test_a_whole_number_as_temperature():
+    logits = torch.randn(4, 9)
+    assert torch.equal(draw(logits, 1, torch.rand(4) * 0)[0], draw(logits, 1.0, torch.rand(4) * 0)[0])

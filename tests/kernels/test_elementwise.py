@@ -1,11 +1,15 @@
 """Normalisation and SwiGLU: values and gradients of the fast form and of the plain one."""
 
+import shutil
+import sys
+
 import pytest
 import torch
 
 from rorqual.kernels import cpu
 from rorqual.kernels.add import add_into
 from rorqual.kernels.norm import rms_norm, rms_norm_reference
+from rorqual.kernels.past import grouped_attention, grouped_attention_reference
 from rorqual.kernels.swiglu import swiglu, swiglu_joined, swiglu_reference
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -79,13 +83,20 @@ def test_add_into_keeps_what_bfloat16_would_lose():
     assert torch.equal(total, torch.full((1000,), 256.5))
 
 
+@pytest.mark.skipif(sys.platform != "linux" or not shutil.which("g++"), reason="no compiler that builds them")
 def test_the_compiled_functions_are_here_where_there_is_a_compiler():
     """Otherwise the tests of this folder would compare references with themselves."""
-    import shutil
-
-    if shutil.which("g++") is None:
-        pytest.skip("no C++ compiler")
     assert cpu.capability() is not None
+
+
+def test_a_tensor_that_would_be_misread_is_refused():
+    x, out = torch.ones(2, 4), torch.empty(2, 4)
+    with pytest.raises(TypeError, match="argument 6 is torch.int64"):
+        cpu.call("swiglu", x.dtype, x, 4, x, 4, 2, 4, out.long())
+    with pytest.raises(TypeError, match="strides"):
+        cpu.call("swiglu", x.dtype, x.T, 4, x, 4, 2, 4, out)
+    with pytest.raises(ValueError, match="shorter"):
+        cpu.call("swiglu", x.dtype, x, 4, x, 4, 2, 4)
 
 
 @pytest.mark.parametrize("capability", ["DEFAULT", "AVX2", "AVX512"])
@@ -96,10 +107,16 @@ def test_every_build_that_this_processor_runs_agrees(monkeypatch, capability):
         pytest.skip("this processor lacks it")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     cpu._library.cache_clear()
+    torch.manual_seed(0)
     try:
-        torch.manual_seed(0)
-        gate, up = 3 * torch.randn(2, 5, 33)
+        assert cpu.capability() == {"DEFAULT": "portable"}.get(capability, capability.lower())
         for dtype, tolerance in TOLERANCE.items():
-            compare(swiglu, swiglu_reference, gate.to(dtype), up.to(dtype), tolerance=tolerance)
+            compare(swiglu, swiglu_reference, *(3 * torch.randn(2, 5, 33)).to(dtype), tolerance=tolerance)
+            q, k, v = torch.randn(2, 1, 4, 33), torch.randn(2, 30, 2, 33), torch.randn(2, 30, 2, 33)
+            with torch.no_grad():
+                found = grouped_attention(q.to(dtype), k.to(dtype), v.to(dtype), None, 0.2).float()
+            torch.testing.assert_close(
+                found, grouped_attention_reference(q, k, v, None, 0.2), rtol=tolerance, atol=tolerance
+            )
     finally:
         cpu._library.cache_clear()

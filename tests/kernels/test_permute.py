@@ -50,5 +50,5 @@ def test_every_place_lies_among_its_experts_rows_in_order(multiple):
 def test_rows_that_fill_up_get_no_gradient():
     arrangement = arrange(choices(7, 2, 3), 3, 8)
     y = torch.randn(len(arrangement.place), 5, requires_grad=True)
-    combine(y, torch.ones(7, 2), arrangement).sum().backward()
+    (combine(y, torch.ones(7, 2), arrangement) * torch.randn(7, 5)).sum().backward()
     assert torch.equal(y.grad.any(1), arrangement.place < 14)

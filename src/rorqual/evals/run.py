@@ -63,6 +63,10 @@ def evaluate(
     if k is not None and not 1 <= k <= samples:
         raise UserError(f"k = {k}: must be between 1 and samples = {samples}")
     opened = [open_task(task, split) for task in tasks]
+    if doubled := {task.name for task in opened if [t.name for t in opened].count(task.name) > 1}:
+        raise UserError(
+            f"tasks {', '.join(sorted(doubled))}: given twice, which could not be told apart; leave one out"
+        )
     params = SamplingParams(
         temperature=temperature,
         top_p=top_p,
@@ -112,7 +116,7 @@ def compare(before: dict[str, Any], after: dict[str, Any], seed: int = 0) -> dic
     Raises UserError where the two did not see the same problems.
     """
     gains = {}
-    for name in before["tasks"].keys() & after["tasks"].keys():
+    for name in (name for name in after["tasks"] if name in before["tasks"]):
         old, new = before["tasks"][name], after["tasks"][name]
         if old["questions_hash"] != new["questions_hash"]:
             raise UserError(f"task {name}: the two results are of different problems; evaluate with the same seed")

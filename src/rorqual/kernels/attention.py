@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 LONGEST = 512  # keys up to which plain products are faster than torch's fused kernel
 CHUNK_BYTES = 2 << 20  # of weights at a time, so that they stay in the processor's cache
@@ -40,7 +41,7 @@ class _Products(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
         hidden = ~mask
-        out = _heads_side_by_side(*q.shape[:3], v.shape[3])
+        out = _heads_side_by_side(v, *q.shape[:3], v.shape[3])
         for part in _parts(q, k):
             weights, _ = _weights(q[part], k[part], _of(hidden, part), scale)
             out[part] = (weights @ v[part].contiguous()).view(q[part].shape[:3] + v.shape[3:])
@@ -49,9 +50,10 @@ class _Products(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, hidden = ctx.saved_tensors
-        grad_q, grad_k, grad_v = (_heads_side_by_side(*x.shape) for x in (q, k, v))
+        grad_q, grad_k, grad_v = (_heads_side_by_side(x, *x.shape) for x in (q, k, v))
         for part in _parts(q, k):
             weights, scaled = _weights(q[part], k[part], _of(hidden, part), ctx.scale)
             slope = grad[part].contiguous().view(*scaled.shape[:3], -1)
@@ -70,7 +72,7 @@ def _weights(q: Tensor, k: Tensor, hidden: Tensor, scale: float) -> tuple[Tensor
     """
     B, H, T, D = q.shape
     G, S = k.shape[1:3]
-    scaled = torch.mul(q, scale, out=torch.empty(q.shape, dtype=q.dtype)).view(B, G, H // G * T, D)
+    scaled = torch.mul(q, scale, out=q.new_empty(q.shape)).view(B, G, H // G * T, D)
     scores = scaled @ k.contiguous().transpose(2, 3)
     scores.view(B, H, T, S).masked_fill_(hidden, torch.finfo(q.dtype).min)
     return scores.softmax(-1), scaled
@@ -88,6 +90,6 @@ def _of(mask: Tensor, part: slice) -> Tensor:
     return mask[part] if mask.ndim == 4 and len(mask) > 1 else mask
 
 
-def _heads_side_by_side(batch: int, heads: int, tokens: int, width: int) -> Tensor:
-    """BF16 [B, H, T, W], laid out as the model has it: the heads of a token next to one another."""
-    return torch.empty(batch, tokens, heads, width, dtype=torch.bfloat16).transpose(1, 2)
+def _heads_side_by_side(like: Tensor, batch: int, heads: int, tokens: int, width: int) -> Tensor:
+    """Room for [B, H, T, W], laid out as the model has it: the heads of a token next to one another."""
+    return like.new_empty(batch, tokens, heads, width).transpose(1, 2)

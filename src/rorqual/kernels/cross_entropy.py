@@ -61,11 +61,13 @@ def softmax_slope_(
 
     With `share` [n], logits become shareᵢ·(p − onehot(targetᵢ)) in place.
     """
-    if not cpu.usable(logits):
+    if not cpu.usable(logits) or not logits.is_contiguous():
         return softmax_slope_reference_(logits, targets, share, temperature)
-    logprob, entropy = torch.empty(len(logits)), torch.empty(len(logits))
-    share = None if share is None else share.contiguous()
-    arguments = (*logits.shape, targets.contiguous(), share, temperature, logprob, entropy)
+    if len(targets) and not (targets.min() >= 0 and targets.max() < logits.shape[1]):
+        raise IndexError(f"a target lies outside the vocabulary of {logits.shape[1]} words")
+    logprob, entropy = logits.new_empty(2, len(logits), dtype=torch.float32)
+    share = None if share is None else share.float().contiguous()
+    arguments = (*logits.shape, targets.long().contiguous(), share, temperature, logprob, entropy)
     cpu.call("softmax_slope", logits.dtype, logits, *arguments)
     return logprob, entropy
 

@@ -6,6 +6,7 @@ from torch import Tensor
 from rorqual.kernels import cpu
 
 
+@torch.no_grad()
 def draw(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """logits [n, V], uniform [n] in [0, 1) → words [n] of softmax(logits/temperature), their log-probabilities [n].
 
@@ -14,7 +15,8 @@ def draw(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, T
     """
     if not cpu.usable(logits):
         return draw_reference(logits, temperature, uniform)
-    words, logprobs = torch.empty(len(logits), dtype=torch.long), torch.empty(len(logits))
+    words = logits.new_empty(len(logits), dtype=torch.long)
+    logprobs = logits.new_empty(len(logits), dtype=torch.float32)
     arguments = (*logits.shape, temperature, uniform.float().contiguous(), words, logprobs)
     cpu.call("draw", logits.dtype, logits.contiguous(), *arguments)
     return words, logprobs

@@ -5,10 +5,10 @@ mask is bool [B or 1, 1, 1, S], true where seen; None sees all.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rorqual.kernels import cpu
-from rorqual.kernels.attention import attention_reference
 
 
 def grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -20,8 +20,11 @@ def grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scal
 
 
 def grouped_attention_reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    return attention_reference(q, k, v, mask, False, scale).transpose(1, 2)
+    """The heads of a group stand in for query positions, so its keys are read once."""
+    B, _, H, width = q.shape
+    heads = q.view(B, k.shape[2], -1, width)
+    out = F.scaled_dot_product_attention(heads, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, scale=scale)
+    return out.reshape(B, 1, H, -1)
 
 
 def latent_attention(
@@ -70,9 +73,9 @@ def _call(
     B, _, H, width = q.shape
     places = k.shape[1]
     if mask is None:
-        mask = torch.ones(1, 1, 1, places, dtype=torch.bool)
+        mask = torch.ones(1, places, dtype=torch.bool, device=q.device)
     mask = mask.view(-1, places)
-    out = torch.empty(B, 1, H, v.shape[-1], dtype=q.dtype)
+    out = q.new_empty(B, 1, H, v.shape[-1])
     cpu.call(
         "past_attention", q.dtype, q.contiguous(), q2.contiguous(), k, k.stride(0), k.stride(1), k_groups[0],
         k2, *k2_strides, v, v.stride(0), v.stride(1), v_group, mask, mask.stride(0) if len(mask) > 1 else 0,

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from rorqual.kernels import cpu
 
@@ -47,11 +48,12 @@ class _Dispatch(torch.autograd.Function):
         return x.index_select(0, _token(place, x, k))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (row,) = ctx.saved_tensors
         if cpu.usable(grad):
             tokens, width = len(row) // ctx.k, grad.shape[1]
-            grad_x = torch.empty(tokens, width, dtype=grad.dtype)
+            grad_x = grad.new_empty(tokens, width)
             cpu.call("dispatch_backward", grad.dtype, grad.contiguous(), row, tokens, ctx.k, width, grad_x)
             return grad_x, None, None, None
         return grad.index_select(0, row).unflatten(0, (-1, ctx.k)).sum(1), None, None, None
@@ -62,17 +64,18 @@ class _Combine(torch.autograd.Function):
     def forward(ctx: Any, y: Tensor, weights: Tensor, place: Tensor, row: Tensor) -> Tensor:
         ctx.save_for_backward(y, weights, place, row)
         if cpu.usable(y) and weights.dtype == torch.float32:
-            out = torch.empty(len(weights), y.shape[1], dtype=y.dtype)
+            out = y.new_empty(len(weights), y.shape[1])
             cpu.call("combine", y.dtype, y.contiguous(), weights.contiguous(), row, *weights.shape, y.shape[1], out)
             return out
         rows = y.index_select(0, row).view(*weights.shape, -1)  # [N, K, D]
         return torch.bmm(weights.to(y.dtype).unsqueeze(1), rows).squeeze(1)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         y, weights, place, row = ctx.saved_tensors
         if cpu.usable(grad, y) and weights.dtype == torch.float32:
-            grad_y, grad_weights = torch.empty(y.shape, dtype=y.dtype), torch.empty(weights.shape)
+            grad_y, grad_weights = y.new_empty(y.shape), weights.new_empty(weights.shape)
             sizes = (len(place), *weights.shape, y.shape[1])
             tensors = (grad.contiguous(), y.contiguous(), weights.contiguous(), place)
             cpu.call("combine_backward", y.dtype, *tensors, *sizes, grad_y, grad_weights)

@@ -5,13 +5,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from rorqual.kernels import cpu
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) · up for gate and up [..., F] (Shazeer 2020)."""
-    return _SwiGLU.apply(gate, up) if cpu.usable(gate, up) else swiglu_reference(gate, up)
+    return _SwiGLU.apply(gate, up) if cpu.usable(gate, up) and gate.shape == up.shape else swiglu_reference(gate, up)
 
 
 def swiglu_joined(x: Tensor) -> Tensor:
@@ -30,9 +31,10 @@ class _SwiGLU(torch.autograd.Function):
         return _forward(gate, up)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
-        grads = torch.empty(gate.shape, dtype=gate.dtype), torch.empty(up.shape, dtype=up.dtype)
+        grads = gate.new_empty(gate.shape), up.new_empty(up.shape)
         _backward(grad, gate, up, *grads)
         return grads
 
@@ -44,16 +46,17 @@ class _Joined(torch.autograd.Function):
         return _forward(*x.chunk(2, dim=-1))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        grad_x = torch.empty(x.shape, dtype=x.dtype)
+        grad_x = x.new_empty(x.shape)
         _backward(grad, *x.chunk(2, dim=-1), *grad_x.chunk(2, dim=-1))
         return grad_x
 
 
 def _forward(gate: Tensor, up: Tensor) -> Tensor:
     (gate, a), (up, b) = cpu.rows(gate), cpu.rows(up)
-    out = torch.empty(gate.shape, dtype=gate.dtype)
+    out = gate.new_empty(gate.shape)
     width = gate.shape[-1]
     cpu.call("swiglu", gate.dtype, gate, a, up, b, gate.numel() // width, width, out)
     return out

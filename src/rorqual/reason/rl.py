@@ -43,7 +43,7 @@ def rl(recipe: RLRecipe, resume: bool = False) -> Path:
 def predict_rl(recipe: RLRecipe, config: ModelConfig) -> dict[str, Any]:
     """What a run takes at most: every completion as long as allowed, every group trained on; None: by the clock.
 
-    tokens (of completions), flops, and seconds at the measured matrix peak.
+    tokens (sampled and learnt from), flops, and seconds at the measured matrix peak.
     """
     section = recipe.grpo
     if recipe.steps is None:
@@ -51,7 +51,7 @@ def predict_rl(recipe: RLRecipe, config: ModelConfig) -> dict[str, Any]:
     tokens = recipe.steps * section.questions_per_step * section.group_size * section.max_tokens
     passes = 4 + (section.kl > 0)  # one to sample, three to train, one of the reference
     flops = tokens * passes * flops_per_token(config, section.max_tokens, training=False)
-    return {"tokens": tokens, "flops": flops, "seconds": flops / matrix_peak(DTYPES[recipe.model.dtype])}
+    return {"tokens": 2 * tokens, "flops": flops, "seconds": flops / matrix_peak(DTYPES[recipe.model.dtype])}
 
 
 @dataclass

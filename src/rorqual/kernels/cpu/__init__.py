@@ -3,12 +3,28 @@
 import ctypes
 import functools
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
+INTERFACE = 1  # as in numbers.h: a build left over from other sources is not used
+# Arguments: T a tensor of the function's own dtype, F of FP32, I of int64, B of bool; n an integer, x a number.
+SIGNATURES = {
+    "softmax_slope": "TnnIFxFF",
+    "rms_norm": "TnFnnxTF",
+    "rms_norm_backward": "TnTnFFnnTFn",
+    "swiglu": "TnTnnnT",
+    "swiglu_backward": "TnTnTnnnTnTn",
+    "dispatch_backward": "TInnnT",
+    "combine": "TFInnnT",
+    "combine_backward": "TTFInnnnTF",
+    "add_into": "FTn",
+    "past_attention": "TTTnnnTnnTnnnBnnnnnnnnxT",
+    "draw": "TnnxFIF",
+}
+DTYPES = {"F": torch.float32, "I": torch.int64, "B": torch.bool}
+KINDS = {"n": ctypes.c_int64, "x": ctypes.c_float}
 
 
 def capability() -> str | None:
@@ -32,10 +48,22 @@ def usable(*tensors: Tensor) -> bool:
 
 
 def call(name: str, dtype: torch.dtype, *arguments: Tensor | int | float | None) -> None:
-    """Run a compiled function, in the form for `dtype`; tensors are passed as their address."""
+    """Run a compiled function, in the form for `dtype`; tensors are passed as their address, None as none.
+
+    Raises TypeError for a tensor it would misread: what lies elsewhere than on the CPU, has another dtype, or is not
+    contiguous (of `dtype` and bool: in its last dimension).
+    """
+    for place, (kind, value) in enumerate(zip(SIGNATURES[name], arguments, strict=True)):
+        if isinstance(value, Tensor):
+            whole = value.is_contiguous() if kind in "FI" else value.stride(-1) == 1 or value.shape[-1] < 2
+            if value.device.type != "cpu" or value.dtype != DTYPES.get(kind, dtype) or not whole:
+                raise TypeError(
+                    f"{name}: argument {place} is {value.dtype} on {value.device}, strides {value.stride()}"
+                )
     found = _library()
     assert found is not None
-    getattr(found[1], f"{name}_{SUFFIXES[dtype]}")(*map(_argument, arguments))
+    addresses = (value.data_ptr() if isinstance(value, Tensor) else value for value in arguments)
+    getattr(found[1], f"{name}_{SUFFIXES[dtype]}")(*addresses)
 
 
 def rows(x: Tensor) -> tuple[Tensor, int]:
@@ -46,19 +74,20 @@ def rows(x: Tensor) -> tuple[Tensor, int]:
     return x.contiguous(), x.shape[-1]
 
 
-def _argument(value: Tensor | int | float | None) -> Any:
-    if isinstance(value, Tensor):
-        return ctypes.c_void_p(value.data_ptr())
-    if value is None:
-        return ctypes.c_void_p(None)
-    return ctypes.c_int64(value) if isinstance(value, int) else ctypes.c_float(value)
-
-
 @functools.cache
 def _library() -> tuple[str, ctypes.CDLL] | None:
     """The best build that this processor runs. torch is loaded by now, so its OpenMP threads serve both."""
     levels = {"AVX512": ("avx512", "avx2", "portable"), "AVX2": ("avx2", "portable")}
     for level in levels.get(torch.backends.cpu.get_cpu_capability(), ("portable",)):
         for path in Path(__file__).parent.glob(f"compiled_{level}.*"):
-            return level, ctypes.CDLL(str(path))
+            try:
+                library = ctypes.CDLL(str(path))
+                if ctypes.c_int64.in_dll(library, "interface").value != INTERFACE:
+                    continue
+            except (OSError, ValueError):  # not loadable here; older than the number
+                continue
+            for name, kinds in SIGNATURES.items():
+                for suffix in SUFFIXES.values():
+                    getattr(library, f"{name}_{suffix}").argtypes = [KINDS.get(k, ctypes.c_void_p) for k in kinds]
+            return level, library
     return None

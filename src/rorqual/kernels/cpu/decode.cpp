@@ -35,8 +35,14 @@ void swap_bit(lanes *rows, std::index_sequence<C...>) {
     for (i64 i = 0; i < L; ++i) {
         if (i & D) continue;
         const lanes a = rows[i], b = rows[i + D];
+#if __has_builtin(__builtin_shufflevector)
         rows[i] = __builtin_shufflevector(a, b, (C & D ? L + C - D : C)...);
         rows[i + D] = __builtin_shufflevector(a, b, (C & D ? L + C : C + D)...);
+#else  // GCC 11
+        typedef int32_t places __attribute__((vector_size(64)));
+        rows[i] = __builtin_shuffle(a, b, places{(C & D ? int32_t(L + C - D) : int32_t(C))...});
+        rows[i + D] = __builtin_shuffle(a, b, places{(C & D ? int32_t(L + C) : int32_t(C + D))...});
+#endif
     }
 }
 
@@ -118,7 +124,7 @@ void past_attention(const T *q, const T *q2, const T *k, i64 k_row, i64 k_place,
         lanes *keys = static_cast<lanes *>(std::aligned_alloc(64, sizeof(lanes) * both));
         float *queries = static_cast<float *>(std::malloc(sizeof(float) * share * (both + stride)));
         float *weights = queries + share * both;
-#pragma omp for schedule(dynamic, 8)
+#pragma omp for schedule(dynamic)
         for (i64 task = 0; task < rows * groups; ++task) {
             const i64 i = task / groups, g = task % groups, first = i * heads + g * share;
             const bool *seen = mask + i * mask_row;
@@ -168,22 +174,22 @@ void past_attention(const T *q, const T *q2, const T *k, i64 k_row, i64 k_place,
 }
 
 // A word a row from softmax(logits/temperature) by one uniform number: the first whose probability, added to those of
-// the words before it, exceeds it.
+// the words before it, exceeds it. Sums of blocks first and then within one of them, so that the improbable words of a
+// large vocabulary are not lost beside the sum of all.
 template <class T>
 void draw(const T *logits, i64 rows, i64 words, float temperature, const float *uniform, i64 *token, float *logprob) {
+    constexpr i64 block = 256;
     const float sharpness = 1.0f / temperature;
 #pragma omp parallel for schedule(static)
     for (i64 i = 0; i < rows; ++i) {
         const T *row = logits + i * words;
-        float top = -INFINITY, sum = 0;
+        float top = -INFINITY;
 #pragma omp simd reduction(max : top)
         for (i64 j = 0; j < words; ++j) {
             const float x = load(row[j]);
             top = x > top ? x : top;
         }
-        // In blocks, so that the second pass is over one of them.
-        constexpr i64 block = 256;
-        float *sums = static_cast<float *>(std::malloc(sizeof(float) * (words / block + 1)));
+        double *sums = static_cast<double *>(std::malloc(sizeof(double) * (words / block + 1))), sum = 0;
         for (i64 start = 0; start < words; start += block) {
             const i64 end = start + block < words ? start + block : words;
             float part = 0;
@@ -192,22 +198,21 @@ void draw(const T *logits, i64 rows, i64 words, float temperature, const float *
             sums[start / block] = part;
             sum += part;
         }
-        const float wanted = uniform[i] * sum;
-        float passed = 0;
-        i64 start = 0, chosen = words - 1;
-        while (start + block < words && passed + sums[start / block] <= wanted) {
-            passed += sums[start / block];
+        double wanted = uniform[i] * sum;
+        i64 start = 0;
+        while (start + block < words && sums[start / block] <= wanted) {
+            wanted -= sums[start / block];
             start += block;
         }
-        for (i64 j = start; j < words; ++j) {
+        const i64 end = start + block < words ? start + block : words;
+        i64 chosen = start;
+        double passed = 0;
+        for (i64 j = start; j < end && passed <= wanted; ++j) {
             passed += exponential((load(row[j]) - top) * sharpness);
-            if (passed > wanted) {
-                chosen = j;
-                break;
-            }
+            chosen = j;  // past the end by rounding: the block's last word
         }
         token[i] = chosen;
-        logprob[i] = (load(row[chosen]) - top) * sharpness - std::log(sum);
+        logprob[i] = (load(row[chosen]) - top) * sharpness - float(std::log(sum));
         std::free(sums);
     }
 }

@@ -6,6 +6,8 @@
 
 using i64 = int64_t;
 
+constexpr i64 INTERFACE = 1;  // changes with any signature, as in __init__.py
+
 namespace {
 
 struct bf16 {

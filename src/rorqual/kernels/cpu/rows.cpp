@@ -34,7 +34,7 @@ void softmax_slope(T *logits, i64 rows, i64 words, const i64 *targets, const flo
         }
         const float log_sum = std::log(sum);
         logprob[i] = (load(row[targets[i]]) - top) * sharpness - log_sum;
-        if (entropy) entropy[i] = log_sum - moment / sum;
+        entropy[i] = log_sum - moment / sum;
         if (!share) continue;
         const float scale = share[i] / sum;
 #pragma omp simd
@@ -62,8 +62,8 @@ void rms_norm(const T *x, i64 x_stride, const float *weight, i64 rows, i64 width
 // partial [threads, width] holds each thread's part of the weight's gradient; the caller adds them up.
 template <class T>
 void rms_norm_backward(const T *grad, i64 grad_stride, const T *x, i64 x_stride, const float *weight, const float *rstd,
-                       i64 rows, i64 width, T *grad_x, float *partial) {
-#pragma omp parallel
+                       i64 rows, i64 width, T *grad_x, float *partial, i64 threads) {
+#pragma omp parallel num_threads(threads)
     {
         float *mine = partial + omp_get_thread_num() * width;
 #pragma omp for schedule(static)
@@ -186,6 +186,11 @@ void add_into(float *sum, const T *x, i64 size) {
 
 }  // namespace
 
+extern "C" {
+extern const i64 interface;
+const i64 interface = INTERFACE;
+}
+
 #define P(T) (T *logits, i64 rows, i64 words, const i64 *targets, const float *share, float temperature,               \
               float *logprob, float *entropy)
 BOTH(void, softmax_slope, P, (logits, rows, words, targets, share, temperature, logprob, entropy))
@@ -194,8 +199,8 @@ BOTH(void, softmax_slope, P, (logits, rows, words, targets, share, temperature, 
 BOTH(void, rms_norm, P, (x, xs, weight, rows, width, eps, out, rstd))
 #undef P
 #define P(T) (const T *grad, i64 gs, const T *x, i64 xs, const float *weight, const float *rstd, i64 rows, i64 width,  \
-              T *grad_x, float *partial)
-BOTH(void, rms_norm_backward, P, (grad, gs, x, xs, weight, rstd, rows, width, grad_x, partial))
+              T *grad_x, float *partial, i64 threads)
+BOTH(void, rms_norm_backward, P, (grad, gs, x, xs, weight, rstd, rows, width, grad_x, partial, threads))
 #undef P
 #define P(T) (const T *gate, i64 as, const T *up, i64 bs, i64 rows, i64 width, T *out)
 BOTH(void, swiglu, P, (gate, as, up, bs, rows, width, out))
