@@ -63,10 +63,9 @@ def evaluate(
     if k is not None and not 1 <= k <= samples:
         raise UserError(f"k = {k}: must be between 1 and samples = {samples}")
     opened = [open_task(task, split) for task in tasks]
-    if doubled := {task.name for task in opened if [t.name for t in opened].count(task.name) > 1}:
-        raise UserError(
-            f"tasks {', '.join(sorted(doubled))}: given twice, which could not be told apart; leave one out"
-        )
+    names = [task.name for task in opened]
+    if doubled := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(f"task {doubled[0]} is given twice, and the two could not be told apart; leave one out")
     params = SamplingParams(
         temperature=temperature,
         top_p=top_p,

@@ -57,13 +57,12 @@ def call(name: str, dtype: torch.dtype, *arguments: Tensor | int | float | None)
         if isinstance(value, Tensor):
             whole = value.is_contiguous() if kind in "FI" else value.stride(-1) == 1 or value.shape[-1] < 2
             if value.device.type != "cpu" or value.dtype != DTYPES.get(kind, dtype) or not whole:
-                raise TypeError(
-                    f"{name}: argument {place} is {value.dtype} on {value.device}, strides {value.stride()}"
-                )
-    found = _library()
-    assert found is not None
+                found = f"{value.dtype} on {value.device}, strides {value.stride()}"
+                raise TypeError(f"{name}: argument {place} is {found}")
+    library = _library()
+    assert library is not None
     addresses = (value.data_ptr() if isinstance(value, Tensor) else value for value in arguments)
-    getattr(found[1], f"{name}_{SUFFIXES[dtype]}")(*addresses)
+    getattr(library[1], f"{name}_{SUFFIXES[dtype]}")(*addresses)
 
 
 def rows(x: Tensor) -> tuple[Tensor, int]:
