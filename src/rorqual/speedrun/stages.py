@@ -57,9 +57,9 @@ MODEL = {
     "initializer_range": 0.02,
 }
 
-# Shares of the time for learning. The rest, about 0.35 on two cores, goes to documents, rejection sampling, reading the
+# Shares of the time for learning. The rest, about 0.2 on two cores, goes to documents, rejection sampling, reading the
 # test problems at every stage, and the report.
-PRETRAIN, RL = 0.39, 0.21
+PRETRAIN, RL = 0.42, 0.30
 MAX_TOKENS = 224
 
 
@@ -148,7 +148,7 @@ def reinforce(story: Story) -> None:
         "name": "rl",
         "out": str(story.run_dir),
         "seed": story.seed,
-        "model": {"path": str(story.run_dir / "pretrain" / "model")},
+        "model": {"path": str(story.run_dir / "pretrain" / "model"), "dtype": "bfloat16"},
         "environments": [section.model_dump() for section in ENVIRONMENTS],
         "template": TEMPLATE,
         "reward": {"accuracy": 1.0, "format": 0.1, "verdict": 0.2},
