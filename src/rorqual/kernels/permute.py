@@ -54,7 +54,7 @@ class _Dispatch(torch.autograd.Function):
         if cpu.usable(grad):
             tokens, width = len(row) // ctx.k, grad.shape[1]
             grad_x = grad.new_empty(tokens, width)
-            cpu.call("dispatch_backward", grad.dtype, grad.contiguous(), row, tokens, ctx.k, width, grad_x)
+            cpu.call("combine", grad.dtype, grad.contiguous(), None, row, tokens, ctx.k, width, grad_x)
             return grad_x, None, None, None
         return grad.index_select(0, row).unflatten(0, (-1, ctx.k)).sum(1), None, None, None
 

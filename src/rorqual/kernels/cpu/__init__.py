@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
-INTERFACE = 1  # as in numbers.h: a build left over from other sources is not used
+INTERFACE = 2  # as in numbers.h: a build left over from other sources is not used
 # Arguments: T a tensor of the function's own dtype, F of FP32, I of int64, B of bool; n an integer, x a number.
 SIGNATURES = {
     "softmax_slope": "TnnIFxFF",
@@ -16,7 +16,6 @@ SIGNATURES = {
     "rms_norm_backward": "TnTnFFnnTFn",
     "swiglu": "TnTnnnT",
     "swiglu_backward": "TnTnTnnnTnTn",
-    "dispatch_backward": "TInnnT",
     "combine": "TFInnnT",
     "combine_backward": "TTFInnnnTF",
     "add_into": "FTn",

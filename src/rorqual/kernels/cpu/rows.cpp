@@ -115,25 +115,7 @@ void swiglu_backward(const T *grad, i64 grad_stride, const T *gate, i64 gate_str
     }
 }
 
-template <class T>
-void dispatch_backward(const T *grad, const i64 *row, i64 tokens, i64 k, i64 width, T *grad_x) {
-#pragma omp parallel for schedule(static)
-    for (i64 n = 0; n < tokens; ++n) {
-        T *to = grad_x + n * width;
-        for (i64 start = 0; start < width; start += 256) {
-            float sum[256] = {};
-            const i64 some = width - start < 256 ? width - start : 256;
-            for (i64 c = 0; c < k; ++c) {
-                const T *from = grad + row[n * k + c] * width + start;
-#pragma omp simd
-                for (i64 j = 0; j < some; ++j) sum[j] += load(from[j]);
-            }
-#pragma omp simd
-            for (i64 j = 0; j < some; ++j) store(to[start + j], sum[j]);
-        }
-    }
-}
-
+// Without weights, each counts 1.
 template <class T>
 void combine(const T *y, const float *weights, const i64 *row, i64 tokens, i64 k, i64 width, T *out) {
 #pragma omp parallel for schedule(static)
@@ -144,7 +126,7 @@ void combine(const T *y, const float *weights, const i64 *row, i64 tokens, i64 k
             const i64 some = width - start < 256 ? width - start : 256;
             for (i64 c = 0; c < k; ++c) {
                 const T *from = y + row[n * k + c] * width + start;
-                const float weight = weights[n * k + c];
+                const float weight = weights ? weights[n * k + c] : 1.0f;
 #pragma omp simd
                 for (i64 j = 0; j < some; ++j) sum[j] += weight * load(from[j]);
             }
@@ -208,9 +190,6 @@ BOTH(void, swiglu, P, (gate, as, up, bs, rows, width, out))
 #define P(T) (const T *grad, i64 gs, const T *gate, i64 as, const T *up, i64 bs, i64 rows, i64 width, T *grad_gate,    \
               i64 gas, T *grad_up, i64 gbs)
 BOTH(void, swiglu_backward, P, (grad, gs, gate, as, up, bs, rows, width, grad_gate, gas, grad_up, gbs))
-#undef P
-#define P(T) (const T *grad, const i64 *row, i64 tokens, i64 k, i64 width, T *grad_x)
-BOTH(void, dispatch_backward, P, (grad, row, tokens, k, width, grad_x))
 #undef P
 #define P(T) (const T *y, const float *weights, const i64 *row, i64 tokens, i64 k, i64 width, T *out)
 BOTH(void, combine, P, (y, weights, row, tokens, k, width, out))
