@@ -297,7 +297,7 @@ def _directory(model: str) -> Path:
     for found in (path, path / "model"):
         if (found / "config.json").exists():
             return found
-    if path.exists() or model.count("/") != 1:
+    if path.exists() or path.is_absolute() or model.count("/") != 1:
         raise UserError(f"{model} is not a model: no config.json in it; give a Hugging Face directory or a Hub id")
     from huggingface_hub import snapshot_download
 

@@ -57,7 +57,7 @@ MODEL = {
     "initializer_range": 0.02,
 }
 
-# Shares of the time for learning. The rest, about 0.2 on two cores, goes to documents, rejection sampling, reading the
+# Shares of the time for learning. About 0.14 more on two cores goes to documents, rejection sampling, reading the
 # test problems at every stage, and the report.
 PRETRAIN, RL = 0.42, 0.30
 MAX_TOKENS = 224
