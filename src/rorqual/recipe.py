@@ -204,6 +204,7 @@ class RLRecipe(Recipe):
     steps: int | None = Field(None, ge=1)
     seconds: float | None = Field(None, gt=0)
     warmup_steps: int = Field(0, ge=0)
+    decay: float = Field(0.0, ge=0, le=1)  # share of the run at whose end the learning rate falls to 0
     save_every: int = Field(50, ge=1)
     keep: int = Field(2, ge=1)
     sample_every: int = Field(10, ge=1)

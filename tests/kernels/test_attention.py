@@ -28,6 +28,27 @@ def test_products_are_as_near_to_float32_as_the_fused_kernel(monkeypatch, groups
         assert (mine - right).norm() < 1.5 * (theirs - right).norm() + 1e-3
 
 
+@pytest.mark.parametrize("chunk", [1, 1 << 20])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+def test_sequences_end_to_end_are_as_one_by_one(monkeypatch, dtype, tolerance, chunk):
+    """Two sequences of 9 tokens, one of 5, three of 4, each with a mask of its own."""
+    monkeypatch.setattr(kernel, "CHUNK_BYTES", chunk)
+    torch.manual_seed(0)
+    shapes = [(2, 9), (1, 5), (3, 4)]
+    masks = tuple((torch.rand(n, 1, t, t) < 0.7).tril() | torch.eye(t, dtype=torch.bool) for n, t in shapes)
+    total = sum(n * t for n, t in shapes)
+    q, k, v = (torch.randn(1, heads, total, 8).to(dtype).requires_grad_() for heads in (6, 3, 3))
+    weights = torch.randn(1, 6, total, 8)
+    out = kernel.attention(q, k, v, masks, False, 0.4)
+    found = out, *torch.autograd.grad(out, (q, k, v), weights.to(dtype))
+    whole = torch.block_diag(*(m for mask in masks for m in mask[:, 0].float())).bool()[None, None]
+    exact = [x.detach().float().requires_grad_() for x in (q, k, v)]
+    out = kernel.attention_reference(*exact, whole, False, 0.4)
+    for mine, right in zip(found, (out, *torch.autograd.grad(out, exact, weights)), strict=True):
+        assert mine.shape == right.shape
+        assert (mine - right).norm() <= tolerance * right.norm()
+
+
 @pytest.mark.parametrize(("length", "dtype", "grad"), [(5, torch.bfloat16, True), (4, torch.float32, True),
                                                       (4, torch.bfloat16, False)])  # fmt: skip
 def test_long_sequences_float32_and_inference_take_the_fused_kernel(monkeypatch, length, dtype, grad):

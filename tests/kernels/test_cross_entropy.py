@@ -120,10 +120,11 @@ def test_second_backward_is_refused():
         loss.backward()
 
 
+@pytest.mark.parametrize("known", [False, True])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_logprobs_and_entropy_match_reference(temperature):
+def test_logprobs_and_entropy_match_reference(temperature, known):
     hidden, weight, targets, share = inputs()
-    logprobs, entropy = ce.token_logprobs(hidden, weight, targets, temperature)
+    logprobs, entropy = ce.token_logprobs(hidden, weight, targets, temperature, share if known else None)
     plain_logprobs, plain_entropy = ce.token_logprobs_reference(hidden, weight, targets, temperature)
     torch.testing.assert_close(logprobs, plain_logprobs, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(entropy, plain_entropy, atol=1e-5, rtol=1e-5)
@@ -132,6 +133,13 @@ def test_logprobs_and_entropy_match_reference(temperature):
     plain = gradients(plain_logprobs @ share, hidden, weight)
     for a, b in zip(ours, plain, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+def test_a_derivative_other_than_announced_is_refused():
+    hidden, weight, targets, share = inputs()
+    logprobs, _ = ce.token_logprobs(hidden, weight, targets, 1.0, share)
+    with pytest.raises(RuntimeError, match="not the slope"):
+        (logprobs @ share).mul(2).backward()
 
 
 PEAK = r"""

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from rorqual.reason.grpo import flat_groups, group_advantages, grpo_loss, kl_estimate, token_weights
+from rorqual.reason.grpo import flat_groups, group_advantages, grpo_loss, kl_estimate, on_policy_slope, token_weights
 from rorqual.recipe import GRPOSection
 
 SECTION = GRPOSection(clip_low=0.2, clip_high=0.3, kl=0.1)
@@ -62,6 +62,16 @@ def test_on_policy_gradient_is_the_policy_gradient():
     (gradient,) = torch.autograd.grad(found.loss, logprobs)
     assert gradient.tolist() == pytest.approx([-2 / 2, 1 / 4, 1 / 4])
     assert found.loss.item() == pytest.approx(-(2.0 - 1.0) / 2)
+
+
+@pytest.mark.parametrize("average", ["sequence", "token"])
+def test_the_slope_is_known_before_the_loss(average):
+    lengths, sequence = torch.tensor([1, 3, 2]), torch.tensor([0, 1, 1, 1, 2, 2])
+    advantages, weights = torch.tensor([2.0, -1.0, 0.0]), token_weights(lengths, average)
+    logprobs = -torch.rand(6).requires_grad_()
+    loss = grpo_loss(logprobs, None, None, advantages, weights, sequence, SECTION).loss
+    (gradient,) = torch.autograd.grad(loss, logprobs)
+    assert torch.allclose(gradient, on_policy_slope(advantages, weights, sequence))
 
 
 def test_kl_by_hand():

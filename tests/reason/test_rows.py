@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rorqual.kernels.cross_entropy import token_logprobs
-from rorqual.reason.rows import isolation_mask, pack
+from rorqual.reason.rows import branch_mask, pack
 
 
 def lengthless(_):
@@ -48,16 +48,6 @@ def test_packed_is_the_same_as_apart(network, micro_tokens, request):
     assert (packed_logprobs(model, batches, len(flat)) - flat).abs().max() < 1e-5
 
 
-@torch.no_grad()
-def test_alone_in_a_row_needs_no_mask(dense):
-    prompts, completions = [[1, 2, 3], [4, 5, 6]], [[7, 8, 9], [3, 2, 1]]
-    batches = pack(prompts, completions, [0, 1], 4096, lambda length: float(length**2))
-    assert len(batches) == 1
-    assert batches[0].mask is None
-    expected = [x for p, c in zip(prompts, completions, strict=True) for x in separate_logprobs(dense, p, c)]
-    assert packed_logprobs(dense, batches, 6).tolist() == pytest.approx(expected, abs=1e-5)
-
-
 def test_gradients_are_the_same_as_apart(dense):
     prompts, completions, prompt_of = random_groups(3, 3, dense.config.vocab_size, seed=2)
     weights = torch.randn(sum(map(len, completions)), generator=torch.Generator().manual_seed(0))
@@ -74,24 +64,36 @@ def test_gradients_are_the_same_as_apart(dense):
         assert torch.allclose(packed[name], parameter.grad, atol=1e-4), name
 
 
+def shapes(rows):
+    """[blocks, tokens of each]"""
+    return [tuple(mask.shape[::3]) for mask in rows.mask]
+
+
 def test_a_prompt_stands_once_where_its_group_fits():
     prompts, completions = [[1] * 50], [[2] * 11 for _ in range(8)]
     rows = pack(prompts, completions, [0] * 8, 4096, lengthless)
     assert len(rows) == 1
-    assert rows[0].tokens.shape == (1, 50 + 8 * 10)  # a completion's last token is only a target
+    assert rows[0].tokens.shape == (1, 144)  # 50 + 8·10, as a completion's last token is only a target, filled up
     assert (rows[0].tokens == 1).sum() == 50
 
 
-def test_costly_attention_makes_short_rows():
+def test_costly_attention_makes_short_blocks():
     prompts, completions, prompt_of = random_groups(8, 8, 99, longest=40)
-    cheap = pack(prompts, completions, prompt_of, 4096, lambda length: 1.0)
+    cheap = pack(prompts, completions, prompt_of, 4096, lengthless)
     dear = pack(prompts, completions, prompt_of, 4096, lambda length: float(length**2))
-    assert max(r.tokens.shape[1] for r in dear) < max(r.tokens.shape[1] for r in cheap)
+    assert max(t for r in dear for _, t in shapes(r)) < max(t for r in cheap for _, t in shapes(r))
 
 
-def test_rows_hold_one_group_each_where_that_is_cheapest():
-    rows = pack([[1] * 50] * 4, [[2] * 11] * 32, [i // 8 for i in range(32)], 4096, lambda length: 500.0 + length)
-    assert [tuple(r.tokens.shape) for r in rows] == [(4, 130)]
+def test_blocks_of_a_length_stand_together():
+    completions = [[2] * 12] * 16 + [[2] * 25] * 8
+    rows = pack([[1] * 50] * 3, completions, [i // 8 for i in range(24)], 4096, lengthless)
+    assert [shapes(r) for r in rows] == [[(1, 256), (2, 144)]]
+
+
+def test_a_group_is_split_where_that_is_cheapest():
+    """A token costs its block's length: two of 50 + 4·10, filled up to 96, are cheaper than one of 144."""
+    rows = pack([[1] * 50], [[2] * 11] * 8, [0] * 8, 4096, lambda length: float(length))
+    assert [shapes(r) for r in rows] == [[(2, 96)]]
 
 
 def test_micro_batches_keep_to_their_budget():
@@ -103,19 +105,23 @@ def test_micro_batches_keep_to_their_budget():
     assert places.tolist() == list(range(sum(map(len, completions))))
 
 
-def test_a_sequence_longer_than_the_budget_gets_a_row_of_its_own():
-    rows = pack([[1] * 90], [[2] * 31], [0], 64, lengthless)
-    assert [tuple(r.tokens.shape) for r in rows] == [(1, 120)]
+def test_a_group_longer_than_the_budget_is_split():
+    batches = pack([[1] * 50], [[2] * 31] * 6, [0] * 6, 128, lengthless)
+    assert [shapes(r) for r in batches] == [[(1, 112)]] * 3
 
 
-def test_isolation_mask_by_hand():
-    segments = torch.tensor([[1, 1, 1, 1, 2, 0]])
-    branches = torch.tensor([[0, 0, 1, 2, 0, 0]])
-    assert isolation_mask(segments, branches)[0, 0].int().tolist() == [
+def test_a_sequence_longer_than_the_budget_gets_a_block_of_its_own():
+    batches = pack([[1] * 90], [[2] * 31] * 2, [0, 0], 64, lengthless)
+    assert [shapes(r) for r in batches] == [[(1, 128)]] * 2
+
+
+def test_branch_mask_by_hand():
+    branches = torch.tensor([[0, 0, 1, 2, -1, -1]])
+    assert branch_mask(branches)[0, 0].int().tolist() == [
         [1, 0, 0, 0, 0, 0],
         [1, 1, 0, 0, 0, 0],
         [1, 1, 1, 0, 0, 0],
         [1, 1, 0, 1, 0, 0],
         [0, 0, 0, 0, 1, 0],
-        [0, 0, 0, 0, 0, 1],
+        [0, 0, 0, 0, 1, 1],
     ]

@@ -174,6 +174,12 @@ def test_warm_up(dense, tokenizer):
     assert [toy.step()["lr"] for _ in range(5)] == pytest.approx([0.0025, 0.005, 0.0075, 0.01, 0.01])
 
 
+def test_decay(dense, tokenizer):
+    toy = trainer(dense, tokenizer)
+    toy.recipe.decay = 0.5
+    assert [toy.step(progress)["lr"] for progress in (0.0, 0.5, 0.75, 1.0)] == pytest.approx([0.01, 0.01, 0.005, 0.0])
+
+
 def test_three_updates_that_are_not_finite_stop(dense, tokenizer):
     toy = trainer(dense, tokenizer)
     toy.step()

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from rorqual.engine.cache import Decode, Prefill, RowCache
 from rorqual.engine.sampler import SamplingParams, sample
+from rorqual.kernels.linear import linear
 from rorqual.model import Transformer
 
 PREFILL_TOKENS = 16384  # prompt tokens a pass, so that a long queue does not need the memory of all at once
@@ -128,7 +129,7 @@ class Scheduler:
 
     def _extend(self, hidden: Tensor, rows: slice) -> list[Finished]:
         """Sample a token for `rows` from their last hidden states [n, D], record it, release what ended."""
-        logits = torch.nn.functional.linear(hidden, self.model.head_weight)
+        logits = linear(hidden, self.model.head_weight)
         count = self.count[rows]
         made = torch.arange(rows.start, rows.stop)
         tokens, logprobs = (t.cpu() for t in sample(logits, self.params, self.uniform[made, count]))

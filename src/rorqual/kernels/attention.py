@@ -1,6 +1,6 @@
 """softmax(q·kᵀ·scale)·v. B batch, H heads, G key/value heads (H is a multiple), T queries, S keys, D, V widths."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -8,25 +8,38 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rorqual.kernels import cpu
+
 LONGEST = 512  # keys up to which plain products are faster than torch's fused kernel
 CHUNK_BYTES = 2 << 20  # of weights at a time, so that they stay in the processor's cache
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
+Mask = Tensor | tuple[Tensor, ...] | None
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, causal: bool, scale: float) -> Tensor:
     """q [B, H, T, D], k [B, G, S, D], v [B, G, S, V] → [B, H, T, V]; mask bool [B or 1, 1, T, S], true where seen.
+
+    Several masks [n, 1, t, t], with B = 1: sequences lie end to end, first n of t tokens, and see nothing of others.
 
     In BF16 on a CPU torch's fused kernel is slower than plain products (at T = 256 by 1.3 times forward and 2 with
     the derivative), so short sequences that are trained take those.
     """
-    short = q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[2] <= LONGEST
+    longest = max(m.shape[-1] for m in mask) if isinstance(mask, tuple) else k.shape[2]
+    short = q.device.type == "cpu" and q.dtype == torch.bfloat16 and longest <= LONGEST
     if short and torch.is_grad_enabled() and (mask is not None or causal):
         if mask is None:
-            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril()
-        return _Products.apply(q, k, v, mask, scale)
+            mask = torch.ones(1, 1, q.shape[2], k.shape[2], dtype=torch.bool).tril()
+        return _Products.apply(q, k, v, scale, *(mask if isinstance(mask, tuple) else (mask,)))
     return attention_reference(q, k, v, mask, causal, scale)
 
 
-def attention_reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
+def attention_reference(q: Tensor, k: Tensor, v: Tensor, mask: Mask, causal: bool, scale: float) -> Tensor:
+    if isinstance(mask, tuple):
+        sizes = [len(m) * m.shape[-1] for m in mask]
+        parts = zip(*(x.split(sizes, dim=2) for x in (q, k, v)), mask, strict=True)
+        out = [attention_reference(*(_apart(x, m) for x in qkv), m, False, scale) for *qkv, m in parts]
+        return torch.cat([x.transpose(1, 2).flatten(0, 1) for x in out]).transpose(0, 1).unsqueeze(0)
     share = q.shape[1] // k.shape[1]
     if share > 1:
         k, v = k.repeat_interleave(share, dim=1), v.repeat_interleave(share, dim=1)
@@ -39,55 +52,76 @@ class _Products(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
-        hidden = ~mask
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, *masks: Tensor) -> Tensor:
         out = _heads_side_by_side(v, *q.shape[:3], v.shape[3])
-        for part in _parts(q, k):
-            weights, _ = _weights(q[part], k[part], _of(hidden, part), scale)
-            out[part] = (weights @ v[part].contiguous()).view(q[part].shape[:3] + v.shape[3:])
-        ctx.save_for_backward(q, k, v, hidden)
+        for mask, (q_, k_, v_, out_) in _pieces(masks, q, k, v, out):
+            weights, _ = _weights(q_, k_, mask, scale)
+            out_.copy_((weights @ v_.contiguous()).view(out_.shape))
+        ctx.save_for_backward(q, k, v, *masks)
         ctx.scale = scale
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, hidden = ctx.saved_tensors
-        grad_q, grad_k, grad_v = (_heads_side_by_side(x, *x.shape) for x in (q, k, v))
-        for part in _parts(q, k):
-            weights, scaled = _weights(q[part], k[part], _of(hidden, part), ctx.scale)
-            slope = grad[part].contiguous().view(*scaled.shape[:3], -1)
-            grad_v[part] = weights.transpose(2, 3) @ slope
-            slope = slope @ v[part].contiguous().transpose(2, 3)
-            slope = torch.ops.aten._softmax_backward_data(slope, weights, -1, weights.dtype)
-            grad_q[part] = (slope @ k[part].contiguous()).mul_(ctx.scale).view(q[part].shape)
-            grad_k[part] = slope.transpose(2, 3) @ scaled
-        return grad_q, grad_k, grad_v, None, None
+        q, k, v, *masks = ctx.saved_tensors
+        grads = [_heads_side_by_side(x, *x.shape) for x in (q, k, v)]
+        for mask, (q_, k_, v_, grad_, grad_q, grad_k, grad_v) in _pieces(masks, q, k, v, grad, *grads):
+            weights, queries = _weights(q_, k_, mask, ctx.scale)
+            slope = grad_.contiguous().view(*queries.shape[:3], -1)
+            grad_v.copy_(weights.transpose(2, 3) @ slope)
+            slope = _softmax_slope(slope @ v_.contiguous().transpose(2, 3), weights, ctx.scale)
+            grad_q.copy_((slope @ k_.contiguous()).view(grad_q.shape))
+            grad_k.copy_(slope.transpose(2, 3) @ queries)
+        return *grads, None, *(None for _ in masks)
 
 
-def _weights(q: Tensor, k: Tensor, hidden: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """softmax(q·kᵀ·scale) [B, G, H/G·T, S] and q·scale [B, G, H/G·T, D]: the heads that share keys are more queries.
+def _weights(q: Tensor, k: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """softmax(q·kᵀ·scale) [B, G, H/G·T, S] and q [B, G, H/G·T, D]: the heads that share keys are more queries.
 
     Everything is contiguous, since each product would copy its factors otherwise.
     """
     B, H, T, D = q.shape
     G, S = k.shape[1:3]
-    scaled = torch.mul(q, scale, out=q.new_empty(q.shape)).view(B, G, H // G * T, D)
-    scores = scaled @ k.contiguous().transpose(2, 3)
-    scores.view(B, H, T, S).masked_fill_(hidden, torch.finfo(q.dtype).min)
-    return scores.softmax(-1), scaled
+    queries = q.contiguous().view(B, G, H // G * T, D)
+    scores = queries @ k.contiguous().transpose(2, 3)
+    mask = mask.view(-1, T, S)
+    if cpu.usable(scores):
+        by_row = mask.stride(0) if len(mask) > 1 else 0
+        cpu.call("masked_softmax", scores.dtype, scores, B * H * T, S, mask, by_row, mask.stride(1), H * T, T, scale)
+        return scores, queries
+    scores = scores.mul_(scale).view(B, H, T, S).masked_fill_(~mask.unsqueeze(1), torch.finfo(q.dtype).min)
+    return scores.softmax(-1).view(B, G, -1, S), queries
 
 
-def _parts(q: Tensor, k: Tensor) -> Iterator[slice]:
-    """Slices of the batch."""
-    size = max(1, CHUNK_BYTES // (q.shape[1] * q.shape[2] * k.shape[2] * q.itemsize))
-    if torch.compiler.is_compiling():  # which would write every turn of the loop out
-        size = len(q)
-    return (slice(start, start + size) for start in range(0, len(q), size))
+def _softmax_slope(slope: Tensor, weights: Tensor, scale: float) -> Tensor:
+    """The derivative by the weights [B, G, H/G·T, S] → by the scores, which `scale` multiplied."""
+    if cpu.usable(slope, weights):
+        cpu.call("masked_softmax_backward", slope.dtype, slope, weights, slope[..., 0].numel(), slope.shape[-1], scale)
+        return slope
+    return torch.ops.aten._softmax_backward_data(slope, weights, -1, weights.dtype).mul_(scale)
 
 
-def _of(mask: Tensor, part: slice) -> Tensor:
-    return mask[part] if mask.ndim == 4 and len(mask) > 1 else mask
+def _pieces(masks: Sequence[Tensor], *tensors: Tensor) -> Iterator[tuple[Tensor, list[Tensor]]]:
+    """Some sequences at a time of tensors [B, heads, T, W]: their mask, and views of each."""
+    start = 0
+    for mask in masks:
+        here = tensors
+        if len(masks) > 1 or len(mask) > len(tensors[0]):
+            end = start + len(mask) * mask.shape[-1]
+            here, start = tuple(_apart(x[:, :, start:end], mask) for x in tensors), end
+        B, H = here[0].shape[:2]
+        size = max(1, CHUNK_BYTES // (H * mask.shape[-2] * mask.shape[-1] * here[0].itemsize))
+        if torch.compiler.is_compiling():  # which would write every turn of the loop out
+            size = B
+        for first in range(0, B, size):
+            some = slice(first, first + size)
+            yield mask[some] if len(mask) > 1 else mask, [x[some] for x in here]
+
+
+def _apart(x: Tensor, mask: Tensor) -> Tensor:
+    """x [1, heads, n·t, W] → [n, heads, t, W], a view, for mask [n, 1, t, t]."""
+    return x.squeeze(0).unflatten(1, (len(mask), -1)).transpose(0, 1)
 
 
 def _heads_side_by_side(like: Tensor, batch: int, heads: int, tokens: int, width: int) -> Tensor:

@@ -29,13 +29,17 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, token_
     return _LinearCrossEntropy.apply(hidden, weight, targets, token_weights, wanted)
 
 
-def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+def token_logprobs(
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0, slope: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """log p(targetᵢ) and the entropy of each prediction in nats, at a sampling temperature; both fp32 [N].
 
-    hidden [N, D], weight [V, D], targets [N] int64. The first is differentiable (logits are made again, chunk
-    by chunk, in the backward pass); the entropy is detached.
+    hidden [N, D], weight [V, D], targets [N] int64. The first is differentiable: logits are made again, chunk by
+    chunk, in the backward pass; or not, where the derivative that will come back, `slope` [N], is known beforehand.
+    The entropy is detached.
     """
-    return _TokenLogprobs.apply(hidden, weight, targets, temperature)
+    wanted = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    return _TokenLogprobs.apply(hidden, weight, targets, temperature, slope if wanted else None)
 
 
 def linear_cross_entropy_reference(hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor) -> Tensor:
@@ -109,24 +113,33 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature):
+    def forward(ctx, hidden, weight, targets, temperature, slope):
         logprobs = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         entropy = torch.empty_like(logprobs)
-        for rows, _, logits in _chunks(torch.arange(len(hidden), device=hidden.device), hidden, weight):
-            logprobs[rows], entropy[rows] = softmax_slope_(logits, targets[rows], None, temperature)
-        ctx.save_for_backward(hidden, weight, targets)
+        ctx.gradients = None if slope is None else _Gradients(hidden, weight)
+        for rows, inputs, logits in _chunks(torch.arange(len(hidden), device=hidden.device), hidden, weight):
+            share = None if slope is None else slope[rows] / -temperature
+            logprobs[rows], entropy[rows] = softmax_slope_(logits, targets[rows], share, temperature)
+            if ctx.gradients is not None:
+                ctx.gradients.add(logits, rows, inputs)
+        ctx.save_for_backward(hidden, weight, targets, slope)
         ctx.temperature = temperature
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
     @staticmethod
     def backward(ctx, grad, _):
-        hidden, weight, targets = ctx.saved_tensors
+        hidden, weight, targets, slope = ctx.saved_tensors
+        if slope is not None:
+            if ctx.gradients is None or not torch.allclose(grad, slope):
+                raise RuntimeError("token_logprobs: the derivative is not the slope that was given, or comes twice")
+            gradients, ctx.gradients = ctx.gradients, None
+            return *gradients.scaled(None), None, None, None
         gradients = _Gradients(hidden, weight)
         for rows, inputs, logits in _chunks(grad.nonzero()[:, 0], hidden, weight):
             softmax_slope_(logits, targets[rows], grad[rows] / -ctx.temperature, ctx.temperature)
             gradients.add(logits, rows, inputs)
-        return *gradients.scaled(None), None, None
+        return *gradients.scaled(None), None, None, None
 
 
 class _Gradients:

@@ -2,7 +2,8 @@
 
 Shapes: B batch, T new tokens, S tokens attended to, H heads, G key/value heads, D hidden; C latent (kv_lora_rank),
 N / R query-key width without / with rotary embedding, V value width. A mask is bool [B, 1, T, S], true where a
-query may look; None is causal. A cache, when given, keeps what a layer hands it and gives back the whole past:
+query may look, or several for sequences end to end (kernels/attention.py); None is causal. A cache, when given,
+keeps what a layer hands it and gives back the whole past:
 `cache.append(layer, a [B, T, …], b [B, T, …]) -> (a [B, S, …], b [B, S, …])`.
 """
 
@@ -12,11 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rorqual.kernels.attention import attention
+from rorqual.kernels.attention import Mask, attention
 from rorqual.kernels.past import grouped_attention, latent_attention
+from rorqual.kernels.rotate import rotate
 from rorqual.model.config import ModelConfig
-from rorqual.model.layers import RMSNorm
-from rorqual.model.rope import rotate, softmax_scale
+from rorqual.model.layers import Linear, RMSNorm
+from rorqual.model.rope import softmax_scale
 
 LATENT_NORM_EPS = 1e-6  # the release's, whatever rms_norm_eps says
 
@@ -25,7 +27,7 @@ class Cache(Protocol):
     def append(self, layer: int, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
     """softmax(q·kᵀ·scale)·v for q [B, T, H, ·], k [B, S, G, ·] and v [B, S, G, V] → [B, T, H, V]."""
     width = v.shape[-1]
     if width < q.shape[-1]:  # torch's fused CPU kernel wants equal widths; zero columns change nothing
@@ -47,19 +49,17 @@ class MultiHeadLatentAttention(nn.Module):
         self.scale = softmax_scale(config)
         hidden, bias, queries = config.hidden_size, config.attention_bias, self.H * (self.N + self.R)
         if config.q_lora_rank:
-            self.q_a_proj = nn.Linear(hidden, config.q_lora_rank, bias=bias)
+            self.q_a_proj = Linear(hidden, config.q_lora_rank, bias=bias)
             self.q_a_layernorm = RMSNorm(config.q_lora_rank, LATENT_NORM_EPS)
-            self.q_b_proj = nn.Linear(config.q_lora_rank, queries, bias=False)
+            self.q_b_proj = Linear(config.q_lora_rank, queries, bias=False)
         else:
-            self.q_proj = nn.Linear(hidden, queries, bias=False)
-        self.kv_a_proj_with_mqa = nn.Linear(hidden, self.C + self.R, bias=bias)
+            self.q_proj = Linear(hidden, queries, bias=False)
+        self.kv_a_proj_with_mqa = Linear(hidden, self.C + self.R, bias=bias)
         self.kv_a_layernorm = RMSNorm(self.C, LATENT_NORM_EPS)
-        self.kv_b_proj = nn.Linear(self.C, self.H * (self.N + self.V), bias=False)
-        self.o_proj = nn.Linear(self.H * self.V, hidden, bias=bias)
+        self.kv_b_proj = Linear(self.C, self.H * (self.N + self.V), bias=False)
+        self.o_proj = Linear(self.H * self.V, hidden, bias=bias)
 
-    def forward(
-        self, x: Tensor, table: tuple[Tensor, Tensor], mask: Tensor | None = None, cache: Cache | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, table: tuple[Tensor, Tensor], mask: Mask = None, cache: Cache | None = None) -> Tensor:
         q = self.q_proj(x) if hasattr(self, "q_proj") else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
         q_nope, q_rope = q.unflatten(-1, (self.H, self.N + self.R)).split((self.N, self.R), dim=-1)
         q_rope = rotate(q_rope, table, self.interleave)
@@ -72,7 +72,7 @@ class MultiHeadLatentAttention(nn.Module):
         heads = (self.absorbed if absorb else self.expanded)(q_nope, q_rope, latent, k_rope, mask)
         return self.o_proj(heads.flatten(2))
 
-    def expanded(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, mask: Tensor | None) -> Tensor:
+    def expanded(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, mask: Mask) -> Tensor:
         """Training and prefill: every head's keys and values written out (V2 eq. 9–19) → [B, T, H, V]."""
         k_nope, v = self.kv_b_proj(latent).unflatten(-1, (self.H, self.N + self.V)).split((self.N, self.V), dim=-1)
         k_rope = k_rope.unsqueeze(2).expand(-1, -1, self.H, -1)
@@ -96,14 +96,12 @@ class GroupedQueryAttention(nn.Module):
         self.H, self.G, self.W = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         self.scale = softmax_scale(config)
         bias = config.attention_bias
-        self.q_proj = nn.Linear(config.hidden_size, self.H * self.W, bias=bias)
-        self.k_proj = nn.Linear(config.hidden_size, self.G * self.W, bias=bias)
-        self.v_proj = nn.Linear(config.hidden_size, self.G * self.W, bias=bias)
-        self.o_proj = nn.Linear(self.H * self.W, config.hidden_size, bias=bias and config.model_type == "llama")
+        self.q_proj = Linear(config.hidden_size, self.H * self.W, bias=bias)
+        self.k_proj = Linear(config.hidden_size, self.G * self.W, bias=bias)
+        self.v_proj = Linear(config.hidden_size, self.G * self.W, bias=bias)
+        self.o_proj = Linear(self.H * self.W, config.hidden_size, bias=bias and config.model_type == "llama")
 
-    def forward(
-        self, x: Tensor, table: tuple[Tensor, Tensor], mask: Tensor | None = None, cache: Cache | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, table: tuple[Tensor, Tensor], mask: Mask = None, cache: Cache | None = None) -> Tensor:
         q = rotate(self.q_proj(x).unflatten(-1, (self.H, self.W)), table, self.interleave)
         k = rotate(self.k_proj(x).unflatten(-1, (self.G, self.W)), table, self.interleave)
         v = self.v_proj(x).unflatten(-1, (self.G, self.W))

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rorqual.kernels.linear import grouped_linear
 from rorqual.kernels.permute import arrange, combine, dispatch
 from rorqual.kernels.swiglu import swiglu_joined
 from rorqual.model.config import ModelConfig
@@ -72,8 +73,8 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, ends: Tensor) -> Tensor:
         """x [M, D] sorted by expert, expert e's rows ending at ends[e] → [M, D]."""
-        h = F.grouped_mm(x, self.gate_up_proj.transpose(1, 2), offs=ends)
-        return F.grouped_mm(swiglu_joined(h), self.down_proj.transpose(1, 2), offs=ends)
+        h = grouped_linear(x, self.gate_up_proj, ends)
+        return grouped_linear(swiglu_joined(h), self.down_proj, ends)
 
 
 class TokenDispatcher(Protocol):

@@ -1,6 +1,6 @@
-"""Rotary position embedding (RoFormer), with the releases' ways of stretching it.
+"""The angles of rotary position embedding (RoFormer), with the releases' ways of stretching them.
 
-B batch, T tokens, H heads, R rotary width (even), F = R/2 frequencies.
+B batch, T tokens, F frequencies: half the rotary width.
 """
 
 import math
@@ -80,13 +80,3 @@ def rope_table(positions: Tensor, frequencies: Tensor, factor: float, dtype: tor
     """cos and sin [B, T, 1, F] for positions [B, T]."""
     angles = (positions[..., None].float() * frequencies).unsqueeze(2)
     return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
-
-
-def rotate(x: Tensor, table: tuple[Tensor, Tensor], interleave: bool) -> Tensor:
-    """Rotate x [B, T, H, R]; pairs are (0,1),(2,3)… when `interleave`, else (i, i+F).
-
-    The result is laid out in two halves either way: queries and keys agree, and only their product matters.
-    """
-    cos, sin = table
-    a, b = (x[..., 0::2], x[..., 1::2]) if interleave else x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)

@@ -6,9 +6,11 @@ B batch, T tokens, D hidden, V vocabulary.
 import torch
 from torch import Tensor, nn
 
+from rorqual.kernels.attention import Mask
+from rorqual.kernels.linear import linear
 from rorqual.model.attention import Cache, GroupedQueryAttention, MultiHeadLatentAttention
 from rorqual.model.config import ModelConfig
-from rorqual.model.layers import RMSNorm, SwiGLU
+from rorqual.model.layers import Linear, RMSNorm, SwiGLU
 from rorqual.model.moe import MixtureOfExperts, Routing
 from rorqual.model.rope import rope_frequencies, rope_table
 
@@ -30,7 +32,7 @@ class Layer(nn.Module):
             self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, config.mlp_bias)
 
     def forward(
-        self, x: Tensor, table: Table, mask: Tensor | None, cache: Cache | None, routing: list[Routing] | None
+        self, x: Tensor, table: Table, mask: Mask, cache: Cache | None, routing: list[Routing] | None
     ) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), table, mask, cache)
         h = self.post_attention_layernorm(x)
@@ -47,11 +49,11 @@ class MultiTokenModule(Layer):
         super().__init__(config, index)
         self.enorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.hnorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.eh_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
+        self.eh_proj = Linear(2 * config.hidden_size, config.hidden_size, bias=False)
         self.shared_head = nn.ModuleDict({"norm": RMSNorm(config.hidden_size, config.rms_norm_eps)})
 
     def forward(  # type: ignore[override]
-        self, h: Tensor, embedded: Tensor, table: Table, mask: Tensor | None, cache: Cache | None,
+        self, h: Tensor, embedded: Tensor, table: Table, mask: Mask, cache: Cache | None,
         routing: list[Routing] | None,
     ) -> Tensor:  # fmt: skip
         x = self.eh_proj(torch.cat([self.enorm(embedded), self.hnorm(h)], dim=-1))
@@ -79,7 +81,7 @@ class Transformer(nn.Module):
         self.config = config
         self.model = Decoder(config)
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.rope = rope_frequencies(config)
         if self.head_weight.device.type != "meta":
             self.reset_parameters()
@@ -106,13 +108,14 @@ class Transformer(nn.Module):
         self,
         tokens: Tensor,
         positions: Tensor | None = None,
-        mask: Tensor | None = None,
+        mask: Mask = None,
         cache: Cache | None = None,
         routing: list[Routing] | None = None,
     ) -> Tensor:
         """tokens [B, T] → hidden states after the last norm [B, T, D].
 
-        positions [B, T] default to 0…T-1; mask bool [B, 1, T, S], true where a token may look, defaults to causal;
+        positions [B, T] default to 0…T-1; mask bool [B, 1, T, S], true where a token may look (or several, see
+        kernels/attention.py), defaults to causal;
         `routing` collects one entry a mixture-of-experts layer.
         """
         x = self.model.embed_tokens(tokens)
@@ -123,14 +126,14 @@ class Transformer(nn.Module):
 
     def logits(self, tokens: Tensor, **inputs: Tensor | Cache | None) -> Tensor:
         """tokens [B, T] → [B, T, V]; takes forward's arguments."""
-        return nn.functional.linear(self(tokens, **inputs), self.head_weight)
+        return linear(self(tokens, **inputs), self.head_weight)
 
     def predict_ahead(
         self,
         hidden: Tensor,
         tokens: Tensor,
         positions: Tensor | None = None,
-        mask: Tensor | None = None,
+        mask: Mask = None,
         routing: list[Routing] | None = None,
     ) -> list[Tensor]:
         """Hidden states [B, T, D] of every multi-token depth k = 0, 1, …, whose position i predicts token i+2+k.

@@ -80,6 +80,11 @@ def grpo_loss(
     return Loss((loss * weight).sum(), kl.detach().sum(), clipped)
 
 
+def on_policy_slope(advantages: Tensor, weights: Tensor, sequence: Tensor) -> Tensor:
+    """dL/d log π of every token [N] when π_old is π and there is no KL term: ρ is 1, and nothing is clipped."""
+    return -(advantages * weights)[sequence]
+
+
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """π_ref/π − log(π_ref/π) − 1 a token: unbiased for KL(π‖π_ref) on samples of π, and never negative."""
     log_ratio = ref_logprobs - logprobs

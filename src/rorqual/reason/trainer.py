@@ -15,7 +15,7 @@ from rorqual.kernels.cross_entropy import token_logprobs
 from rorqual.model import Transformer
 from rorqual.plan.cost import flops_per_token
 from rorqual.reason.describe import UpdateSums, describe_rollout, describe_update, readable_sample
-from rorqual.reason.grpo import flat_groups, group_advantages, grpo_loss, token_weights
+from rorqual.reason.grpo import flat_groups, group_advantages, grpo_loss, on_policy_slope, token_weights
 from rorqual.reason.problems import Environment, Problem
 from rorqual.reason.rewards import Rewards, Verdict, score
 from rorqual.reason.rollout import Rollout, derived_seed, sample_groups
@@ -57,7 +57,8 @@ class RLTrainer:
         self.flops = {"rollout": 0.0, "train": 0.0}
 
     def step(self, progress: float = 0.0) -> Metrics:
-        """Sample groups, score them, update; `progress` of the run in [0, 1] stops bias balancing at its time.
+        """Sample groups, score them, update; `progress` of the run in [0, 1] lowers the learning rate and stops bias
+        balancing at their times.
 
         Returns the metrics of SPEC's RL line; raises UserError when three updates in a row are not finite.
         """
@@ -74,7 +75,7 @@ class RLTrainer:
         start = time.monotonic()
         sums = self._update(rollout, rewards, progress)
         self._count(rollout, sums)
-        metrics: Metrics = {"tokens": self.tokens, "lr": self.recipe.optimizer.lr * self.learning_rate_factor}
+        metrics: Metrics = {"tokens": self.tokens, "lr": self.recipe.optimizer.lr * self._rate(progress)}
         metrics |= describe_rollout(rollout, rewards) | describe_update(sums, time.monotonic() - start)
         if self.steps % self.recipe.sample_every == 0:
             metrics["sample"] = readable_sample(rollout, rewards, self.steps)
@@ -120,9 +121,10 @@ class RLTrainer:
         for name in COUNTS:
             setattr(self, name, state[name])
 
-    @property
-    def learning_rate_factor(self) -> float:
-        return min(1.0, (self.steps + 1) / max(self.recipe.warmup_steps, 1))
+    def _rate(self, progress: float) -> float:
+        """What the learning rate is multiplied by."""
+        left = (1.0 - progress) / self.recipe.decay if self.recipe.decay else 1.0
+        return min(1.0, (self.steps + 1) / max(self.recipe.warmup_steps, 1), max(left, 0.0))
 
     def _draw(self) -> list[Problem]:
         families = list(self.environments)
@@ -168,21 +170,23 @@ class RLTrainer:
             [rollout.completions[i] for i in members],
             [i // G for i in members],
             self.section.micro_tokens,
-            # A masked row is attended over in full, where the planner counts the causal half, and attention reaches
-            # a third of a linear's FLOP/s (SmolLM2 in bfloat16 on a CPU: 1280 tokens in one row 11.2 s, in five 6.2).
-            lambda length: flops_per_token(config, 6 * length),
+            # A block is attended over in full, where the planner counts the causal half, and attention makes half as
+            # many FLOP/s as linears do (SmolLM2 in bfloat16 on a CPU, blocks of 300: 0.65 of 4.5 seconds).
+            lambda length: flops_per_token(config, 4 * length),
         )
         device = self.model.head_weight.device
         advantages, weights = advantages[members].to(device), weights[members].to(device)
         old = None
         if self.section.mini_batches > 1:
             old = torch.tensor([p for i in members for p in rollout.logprobs[i]], device=device)
-        rows_in_all = sum(len(rows.tokens) for rows in batches)
         loads: list[Tensor] = []
         for rows in batches:
             rows = rows.to(device)
             routing: list[Any] | None = [] if self._balances else None
-            logprobs, entropy = self._logprobs(self.model, rows, routing)
+            slope = None
+            if old is None and self.reference is None:
+                slope = on_policy_slope(advantages, weights, rows.sequence)
+            logprobs, entropy = self._logprobs(self.model, rows, routing, slope)
             reference = None
             if self.reference is not None:
                 with torch.no_grad():
@@ -191,7 +195,7 @@ class RLTrainer:
             loss = grpo_loss(logprobs, sampled, reference, advantages, weights, rows.sequence, self.section)
             total = loss.loss
             if routing:
-                share = self.recipe.balance.sequence_loss * len(rows.tokens) / rows_in_all
+                share = self.recipe.balance.sequence_loss / len(batches)  # a micro-batch is one sequence
                 total = total + share * sum(r.sequence_loss for r in routing)
                 found = [r.load.detach() for r in routing]
                 loads = [a + b for a, b in zip(loads, found, strict=True)] if loads else found
@@ -202,7 +206,7 @@ class RLTrainer:
             sums.entropy += float(entropy.sum())
             sums.kl = float(loss.kl) + (sums.kl or 0.0) if reference is not None else None
             sums.clipped += float(loss.clipped)
-        result = self.optimizer.step(self.learning_rate_factor)
+        result = self.optimizer.step(self._rate(progress))
         sums.grad_norms.append(result.grad_norm)
         sums.loads = loads
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if result.skipped else 0
@@ -220,13 +224,15 @@ class RLTrainer:
         return self.recipe.balance.sequence_loss > 0 or self.recipe.balance.bias_speed > 0
 
     def _logprobs(
-        self, model: Transformer, rows: TrainingRows, routing: list[Any] | None = None
+        self,
+        model: Transformer,
+        rows: TrainingRows,
+        routing: list[Any] | None = None,
+        slope: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Log-probabilities and entropies [N] of the rows' targets under `model` at the sampling temperature."""
-        hidden = model(rows.tokens, rows.positions, rows.mask, routing=routing).flatten(0, 1)
-        return token_logprobs(
-            hidden.index_select(0, rows.source), model.head_weight, rows.targets, self.section.temperature
-        )
+        hidden = model(rows.tokens, rows.positions, rows.mask, routing=routing)[0].index_select(0, rows.source)
+        return token_logprobs(hidden, model.head_weight, rows.targets, self.section.temperature, slope)
 
     def _frozen_copy(self) -> Transformer:
         return copy.deepcopy(self.model).requires_grad_(False)

@@ -1,4 +1,4 @@
-"""rows.cpp and decode.cpp from Python: which build fits this processor, when it is used, how it is called."""
+"""The compiled functions from Python: which build fits this processor, when it is used, how it is called."""
 
 import ctypes
 import functools
@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
-INTERFACE = 2  # as in numbers.h: a build left over from other sources is not used
-# Arguments: T a tensor of the function's own dtype, F of FP32, I of int64, B of bool; n an integer, x a number.
+INTERFACE = 3  # as in numbers.h: a build left over from other sources is not used
+# Arguments: T a tensor of the function's own dtype, F of FP32, I of int64, J of int32, B of bool; n an integer, x a
+# number.
 SIGNATURES = {
     "softmax_slope": "TnnIFxFF",
     "rms_norm": "TnFnnxTF",
@@ -18,11 +19,15 @@ SIGNATURES = {
     "swiglu_backward": "TnTnTnnnTnTn",
     "combine": "TFInnnT",
     "combine_backward": "TTFInnnnTF",
+    "masked_softmax": "TnnBnnnnx",
+    "masked_softmax_backward": "TTnnx",
+    "rotate": "TnnnnTTnnnnxTnn",
     "add_into": "FTn",
     "past_attention": "TTTnnnTnnTnnnBnnnnnnnnxT",
     "draw": "TnnxFIF",
+    "few_rows": "TnTTJnnnT",  # in BF16 alone, and where the processor has_dot_products
 }
-DTYPES = {"F": torch.float32, "I": torch.int64, "B": torch.bool}
+DTYPES = {"F": torch.float32, "I": torch.int64, "J": torch.int32, "B": torch.bool}
 KINDS = {"n": ctypes.c_int64, "x": ctypes.c_float}
 
 
@@ -46,6 +51,13 @@ def usable(*tensors: Tensor) -> bool:
     )
 
 
+@functools.cache
+def has_dot_products() -> bool:
+    """Whether the processor multiplies pairs of BF16 numbers and a build was made for it."""
+    found = _library()
+    return found is not None and bool(ctypes.c_int64.in_dll(found[1], "dot_products").value)
+
+
 def call(name: str, dtype: torch.dtype, *arguments: Tensor | int | float | None) -> None:
     """Run a compiled function, in the form for `dtype`; tensors are passed as their address, None as none.
 
@@ -54,7 +66,7 @@ def call(name: str, dtype: torch.dtype, *arguments: Tensor | int | float | None)
     """
     for place, (kind, value) in enumerate(zip(SIGNATURES[name], arguments, strict=True)):
         if isinstance(value, Tensor):
-            whole = value.is_contiguous() if kind in "FI" else value.stride(-1) == 1 or value.shape[-1] < 2
+            whole = value.is_contiguous() if kind in "FIJ" else value.stride(-1) == 1 or value.shape[-1] < 2
             if value.device.type != "cpu" or value.dtype != DTYPES.get(kind, dtype) or not whole:
                 found = f"{value.dtype} on {value.device}, strides {value.stride()}"
                 raise TypeError(f"{name}: argument {place} is {found}")
@@ -86,6 +98,7 @@ def _library() -> tuple[str, ctypes.CDLL] | None:
                 continue
             for name, kinds in SIGNATURES.items():
                 for suffix in SUFFIXES.values():
-                    getattr(library, f"{name}_{suffix}").argtypes = [KINDS.get(k, ctypes.c_void_p) for k in kinds]
+                    if function := getattr(library, f"{name}_{suffix}", None):
+                        function.argtypes = [KINDS.get(k, ctypes.c_void_p) for k in kinds]
             return level, library
     return None

@@ -2,94 +2,88 @@
 
 #include <cmath>
 #include <cstdlib>
-#include <cstring>
 #include <omp.h>
 #include <type_traits>
-#include <utility>
 
-#include "numbers.h"
+#include "lanes.h"
 
 namespace {
 
-// Sixteen numbers in a register or several; lowered to whatever the instruction set has.
-typedef float lanes __attribute__((vector_size(64)));
-constexpr i64 L = 16;
-
-inline lanes load_lanes(const float *from) {
-    lanes x;
-    std::memcpy(&x, from, sizeof x);
-    return x;
-}
-
-inline lanes load_lanes(const bf16 *from) {
-    typedef uint16_t halves __attribute__((vector_size(32)));
-    typedef uint32_t words __attribute__((vector_size(64)));
-    halves x;
-    std::memcpy(&x, from, sizeof x);
-    return std::bit_cast<lanes>(__builtin_convertvector(x, words) << 16);
-}
-
-// Swaps bit D of the row's number and of the column's: done for every bit, it turns L rows on their side.
-template <int D, size_t... C>
-void swap_bit(lanes *rows, std::index_sequence<C...>) {
-    for (i64 i = 0; i < L; ++i) {
-        if (i & D) continue;
-        const lanes a = rows[i], b = rows[i + D];
-#if __has_builtin(__builtin_shufflevector)
-        rows[i] = __builtin_shufflevector(a, b, (C & D ? L + C - D : C)...);
-        rows[i + D] = __builtin_shufflevector(a, b, (C & D ? L + C : C + D)...);
-#else  // GCC 11
-        typedef int32_t places __attribute__((vector_size(64)));
-        rows[i] = __builtin_shuffle(a, b, places{(C & D ? int32_t(L + C - D) : int32_t(C))...});
-        rows[i + D] = __builtin_shuffle(a, b, places{(C & D ? int32_t(L + C) : int32_t(C + D))...});
-#endif
-    }
-}
-
-inline void turn(lanes *rows) {
-    constexpr std::make_index_sequence<L> columns;
-    swap_bit<1>(rows, columns);
-    swap_bit<2>(rows, columns);
-    swap_bit<4>(rows, columns);
-    swap_bit<8>(rows, columns);
-}
-
-// L rows of `width` numbers, at the places given, on their side: turned [width][L].
+// L rows of `width` numbers, at the places given, on their side: turned [width][L]. BF16 numbers turn in pairs, which is
+// half the work.
 template <class T>
 void turn_rows(const T *const *rows, i64 width, lanes *turned) {
     i64 start = 0;
+    if constexpr (sizeof(T) == 2) {
+        for (; start + 2 * L <= width; start += 2 * L) {
+            lanes block[L];
+            for (i64 t = 0; t < L; ++t) std::memcpy(&block[t], rows[t] + start, sizeof(lanes));
+            turn(block);
+            for (i64 t = 0; t < L; ++t)
+                load_two(reinterpret_cast<bf16 *>(&block[t]), turned[start + 2 * t], turned[start + 2 * t + 1]);
+        }
+    }
     for (; start + L <= width; start += L) {
-        for (i64 t = 0; t < L; ++t) turned[start + t] = load_lanes(rows[t] + start);
-        turn(turned + start);
+        lanes block[L];
+        for (i64 t = 0; t < L; ++t) block[t] = load_lanes(rows[t] + start);
+        turn(block);
+        for (i64 t = 0; t < L; ++t) turned[start + t] = block[t];
     }
     for (; start < width; ++start)
         for (i64 t = 0; t < L; ++t) turned[start][t] = load(rows[t][start]);
 }
 
-// N heads against L keys: keys [width][L], queries [N][width], weights of head n at n·stride.
+// N heads against L keys: keys [width][L], queries [N][width], weights of head n at n·stride. Two sums a head, since one
+// would wait for itself.
 template <int N>
 void score(const float *queries, const lanes *keys, i64 width, float scale, float *weights, i64 stride) {
-    lanes sum[N] = {};
-    for (i64 j = 0; j < width; ++j)
-        for (int n = 0; n < N; ++n) sum[n] += queries[n * width + j] * keys[j];
-    for (int n = 0; n < N; ++n) {
-        sum[n] *= scale;
-        std::memcpy(weights + n * stride, &sum[n], sizeof(lanes));
+    lanes sum[N] = {}, other[N] = {};
+    i64 j = 0;
+    for (; j + 2 <= width; j += 2) {
+        for (int n = 0; n < N; ++n) {
+            sum[n] += queries[n * width + j] * keys[j];
+            other[n] += queries[n * width + j + 1] * keys[j + 1];
+        }
     }
+    for (int n = 0; n < N; ++n) {
+        if (j < width) sum[n] += queries[n * width + j] * keys[j];
+        store_lanes(weights + n * stride, (sum[n] + other[n]) * scale);
+    }
+}
+
+// N heads' weighted sums of 2·C·L of the values of all places.
+template <int N, int C, class T>
+void mix_some(const float *weights, i64 stride, const T *values, i64 place, i64 places, i64 width, T *out) {
+    lanes sum[C][N] = {}, other[C][N] = {};
+    for (i64 s = 0; s < places; ++s) {
+        for (int c = 0; c < C; ++c) {
+            lanes a, b;
+            load_two(values + s * place + 2 * c * L, a, b);
+            for (int n = 0; n < N; ++n) {
+                sum[c][n] += weights[n * stride + s] * a;
+                other[c][n] += weights[n * stride + s] * b;
+            }
+        }
+    }
+    for (int c = 0; c < C; ++c)
+        for (int n = 0; n < N; ++n) store_two(out + n * width + 2 * c * L, sum[c][n], other[c][n]);
 }
 
 // N heads' weighted sums of the values of all places.
 template <int N, class T>
 void mix(const float *weights, i64 stride, const T *values, i64 place, i64 places, i64 width, T *out) {
     i64 start = 0;
+    for (; start + 4 * L <= width; start += 4 * L)
+        mix_some<N, 2>(weights, stride, values + start, place, places, width, out + start);
+    for (; start + 2 * L <= width; start += 2 * L)
+        mix_some<N, 1>(weights, stride, values + start, place, places, width, out + start);
     for (; start + L <= width; start += L) {
         lanes sum[N] = {};
         for (i64 s = 0; s < places; ++s) {
             const lanes value = load_lanes(values + s * place + start);
             for (int n = 0; n < N; ++n) sum[n] += weights[n * stride + s] * value;
         }
-        for (int n = 0; n < N; ++n)
-            for (i64 j = 0; j < L; ++j) store(out[n * width + start + j], sum[n][j]);
+        for (int n = 0; n < N; ++n) store_lanes(out + n * width + start, sum[n]);
     }
     for (; start < width; ++start) {
         for (int n = 0; n < N; ++n) {
@@ -98,6 +92,23 @@ void mix(const float *weights, i64 stride, const T *values, i64 place, i64 place
             store(out[n * width + start], sum);
         }
     }
+}
+
+// weights → softmax of them where seen is 1, 0 elsewhere; `places` numbers of each, a multiple of L.
+inline void softmax(float *weights, const float *seen, i64 places) {
+    lanes top = lanes{} - INFINITY, sum = {};
+    for (i64 s = 0; s < places; s += L) {
+        const lanes x = load_lanes(seen + s) != 0.0f ? load_lanes(weights + s) : lanes{} - INFINITY;
+        top = x > top ? x : top;
+    }
+    const float highest = fold(top, [](float a, float b) { return b > a ? b : a; });
+    for (i64 s = 0; s < places; s += L) {
+        const lanes e = load_lanes(seen + s) != 0.0f ? exponential(load_lanes(weights + s) - highest) : lanes{};
+        store_lanes(weights + s, e);
+        sum += e;
+    }
+    const float all = fold(sum, [](float a, float b) { return a + b; });
+    for (i64 s = 0; s < places; s += L) store_lanes(weights + s, load_lanes(weights + s) / all);
 }
 
 // Calls what it is given with the number of heads, four at most, as a constant.
@@ -122,8 +133,8 @@ void past_attention(const T *q, const T *q2, const T *k, i64 k_row, i64 k_place,
 #pragma omp parallel
     {
         lanes *keys = static_cast<lanes *>(std::aligned_alloc(64, sizeof(lanes) * both));
-        float *queries = static_cast<float *>(std::malloc(sizeof(float) * share * (both + stride)));
-        float *weights = queries + share * both;
+        float *queries = static_cast<float *>(std::malloc(sizeof(float) * (share * (both + stride) + stride)));
+        float *weights = queries + share * both, *visible = weights + share * stride;
 #pragma omp for schedule(dynamic)
         for (i64 task = 0; task < rows * groups; ++task) {
             const i64 i = task / groups, g = task % groups, first = i * heads + g * share;
@@ -147,22 +158,8 @@ void past_attention(const T *q, const T *q2, const T *k, i64 k_row, i64 k_place,
                     score<n>(queries + h * both, keys, both, scale, weights + h * stride + s, stride);
                 });
             }
-            for (i64 h = 0; h < share; ++h) {
-                float *mine = weights + h * stride, top = -INFINITY, sum = 0;
-#pragma omp simd reduction(max : top)
-                for (i64 s = 0; s < end; ++s) {
-                    mine[s] = seen[s] ? mine[s] : -INFINITY;
-                    top = mine[s] > top ? mine[s] : top;
-                }
-#pragma omp simd reduction(+ : sum)
-                for (i64 s = 0; s < end; ++s) {
-                    const float e = exponential(mine[s] - top);
-                    mine[s] = seen[s] ? e : 0.0f;
-                    sum += mine[s];
-                }
-#pragma omp simd
-                for (i64 s = 0; s < end; ++s) mine[s] /= sum;
-            }
+            for (i64 s = 0; s < stride; ++s) visible[s] = s < end && seen[s];
+            for (i64 h = 0; h < share; ++h) softmax(weights + h * stride, visible, (end + L - 1) / L * L);
             by_heads(share, [&](i64 h, auto n) {
                 mix<n>(weights + h * stride, stride, v + i * v_row + g * v_group, v_place, end, value_width,
                        out + (first + h) * value_width);

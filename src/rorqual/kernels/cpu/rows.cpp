@@ -6,10 +6,11 @@
 // Rows are dealt out statically, so that the same threads give the same bits.
 
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 #include <omp.h>
 
-#include "numbers.h"
+#include "lanes.h"
 
 namespace {
 
@@ -160,6 +161,100 @@ void combine_backward(const T *grad, const T *y, const float *weights, const i64
     }
 }
 
+// Rows in groups of `of` (the heads and tokens of a sequence), in each of which row i is token i % tokens; their mask is
+// at i·mask_token + group·mask_group. What lies outside the first and last place seen is not computed.
+template <class T>
+void masked_softmax(T *scores, i64 rows, i64 places, const bool *mask, i64 mask_group, i64 mask_token, i64 of, i64 tokens,
+                    float scale) {
+    const i64 whole = (places + L - 1) / L * L;
+#pragma omp parallel
+    {
+        float *x = static_cast<float *>(std::aligned_alloc(64, sizeof(float) * whole));
+        bool *seen = static_cast<bool *>(std::calloc(whole, 1));
+#pragma omp for schedule(static)
+        for (i64 i = 0; i < rows; ++i) {
+            T *row = scores + i * places;
+            std::memcpy(seen, mask + i / of * mask_group + i % tokens * mask_token, places);
+            i64 first = 0, end = places;
+            while (end > 0 && !seen[end - 1]) --end;
+            while (first < end && !seen[first]) ++first;
+            first = first / L * L;
+            lanes top = lanes{} - INFINITY, sum = {};
+            for (i64 s = first; s < end; s += L) {
+                if (s + L <= places)
+                    store_lanes(x + s, load_lanes(row + s));
+                else
+                    for (i64 t = 0; t < L; ++t) x[s + t] = s + t < places ? load(row[s + t]) : 0.0f;
+                const lanes here = load_mask(seen + s) ? load_lanes(x + s) : lanes{} - INFINITY;
+                top = here > top ? here : top;
+            }
+            const float highest = fold(top, [](float a, float b) { return b > a ? b : a; });
+            for (i64 s = first; s < end; s += L) {
+                const lanes e = exponential((load_lanes(x + s) - highest) * scale);
+                const lanes here = load_mask(seen + s) ? e : lanes{};
+                store_lanes(x + s, here);
+                sum += here;
+            }
+            const float all = fold(sum, [](float a, float b) { return a + b; });
+            const float share = all == 0.0f ? 0.0f : 1.0f / all;
+            if (first) std::memset(static_cast<void *>(row), 0, sizeof(T) * first);
+            for (i64 s = first; s < end; s += L) {
+                if (s + L <= places)
+                    store_lanes(row + s, load_lanes(x + s) * share);
+                else
+                    for (i64 t = s; t < places; ++t) store(row[t], x[t] * share);
+            }
+            const i64 done = (end + L - 1) / L * L;
+            if (done < places) std::memset(static_cast<void *>(row + done), 0, sizeof(T) * (places - done));
+        }
+        std::free(seen);
+        std::free(x);
+    }
+}
+
+template <class T>
+void masked_softmax_backward(T *slope, const T *weights, i64 rows, i64 places, float scale) {
+#pragma omp parallel for schedule(static)
+    for (i64 i = 0; i < rows; ++i) {
+        T *g = slope + i * places;
+        const T *w = weights + i * places;
+        float dot = 0;
+#pragma omp simd reduction(+ : dot)
+        for (i64 s = 0; s < places; ++s) dot += load(g[s]) * load(w[s]);
+#pragma omp simd
+        for (i64 s = 0; s < places; ++s) store(g[s], load(w[s]) * (load(g[s]) - dot) * scale);
+    }
+}
+
+// Number i of a pair's first half is at x[first·i], of its second at x[first·i + second]; out likewise. `turn` is 1, or
+// -1 to rotate back. `angles` rows of cos and sin serve the tokens by turns.
+template <class T>
+void rotate(const T *x, i64 x_token, i64 x_head, i64 first, i64 second, const T *cos, const T *sin, i64 angles,
+            i64 tokens, i64 heads, i64 pairs, float turn, T *out, i64 out_first, i64 out_second) {
+#pragma omp parallel for schedule(static)
+    for (i64 n = 0; n < tokens; ++n) {
+        const T *c = cos + n % angles * pairs, *s = sin + n % angles * pairs;
+        for (i64 h = 0; h < heads; ++h) {
+            const T *from = x + n * x_token + h * x_head;
+            T *to = out + (n * heads + h) * 2 * pairs;
+            if (first == 1 && out_first == 1) {
+#pragma omp simd
+                for (i64 i = 0; i < pairs; ++i) {
+                    const float a = load(from[i]), b = load(from[i + second]), sine = turn * load(s[i]);
+                    store(to[i], a * load(c[i]) - b * sine);
+                    store(to[i + out_second], b * load(c[i]) + a * sine);
+                }
+            } else {
+                for (i64 i = 0; i < pairs; ++i) {
+                    const float a = load(from[first * i]), b = load(from[first * i + second]), sine = turn * load(s[i]);
+                    store(to[out_first * i], a * load(c[i]) - b * sine);
+                    store(to[out_first * i + out_second], b * load(c[i]) + a * sine);
+                }
+            }
+        }
+    }
+}
+
 template <class T>
 void add_into(float *sum, const T *x, i64 size) {
 #pragma omp parallel for simd schedule(static)
@@ -200,4 +295,15 @@ BOTH(void, combine_backward, P, (grad, y, weights, place, rows, tokens, k, width
 #undef P
 #define P(T) (float *sum, const T *x, i64 size)
 BOTH(void, add_into, P, (sum, x, size))
+#undef P
+#define P(T) (T *scores, i64 rows, i64 places, const bool *mask, i64 mg, i64 mt, i64 of, i64 tokens, float scale)
+BOTH(void, masked_softmax, P, (scores, rows, places, mask, mg, mt, of, tokens, scale))
+#undef P
+#define P(T) (T *slope, const T *weights, i64 rows, i64 places, float scale)
+BOTH(void, masked_softmax_backward, P, (slope, weights, rows, places, scale))
+#undef P
+#define P(T) (const T *x, i64 xt, i64 xh, i64 first, i64 second, const T *cos, const T *sin, i64 angles, i64 tokens,   \
+              i64 heads, i64 pairs, float turn, T *out, i64 out_first, i64 out_second)
+BOTH(void, rotate, P, (x, xt, xh, first, second, cos, sin, angles, tokens, heads, pairs, turn, out, out_first,         \
+                       out_second))
 #undef P

@@ -1,0 +1,76 @@
+import pytest
+import torch
+
+from rorqual.kernels import cpu, linear
+
+needs_dot_products = pytest.mark.skipif(not cpu.has_dot_products(), reason="no BF16 dot products, or no compiler")
+SHAPES = [(1, 64, 32), (5, 34, 50), (12, 576, 192), (13, 98, 33), (100, 130, 65)]
+
+
+def close(found, exact):
+    """Within BF16's rounding of the result and of the sums on the way."""
+    assert found.dtype == torch.bfloat16
+    assert found.shape == exact.shape
+    assert (found.float() - exact).abs().max() <= exact.abs().max() * 2**-8
+
+
+@needs_dot_products
+@pytest.mark.parametrize(("rows", "width", "outputs"), SHAPES)
+@pytest.mark.parametrize("biased", [False, True])
+def test_few_rows(rows, width, outputs, biased, monkeypatch):
+    torch.manual_seed(0)
+    x, weight = torch.randn(rows, 1, width).bfloat16(), torch.randn(outputs, width).bfloat16()
+    bias = 10 * torch.randn(outputs).bfloat16() if biased else None
+    monkeypatch.setattr(linear, "linear_reference", None)  # not what is tested
+    with torch.no_grad():
+        found = linear.linear(x, weight, bias)
+    close(found, x.float() @ weight.float().T + (bias.float() if biased else 0.0))
+
+
+@needs_dot_products
+def test_rows_apart_and_nothing_else_is_written(monkeypatch):
+    torch.manual_seed(0)
+    x, weight = torch.randn(7, 3, 64).bfloat16()[:, 1], torch.randn(40, 64).bfloat16()
+    monkeypatch.setattr(linear, "linear_reference", None)
+    room = torch.full((9, 40), 7.0).bfloat16()
+    ends = torch.tensor([7], dtype=torch.int32)
+    cpu.call("few_rows", x.dtype, x, x.stride(0), weight, None, ends, 1, 40, 64, room[1:8])
+    close(room[1:8], x.float() @ weight.float().T)
+    assert torch.equal(room[[0, 8]], torch.full((2, 40), 7.0).bfloat16())
+
+
+@needs_dot_products
+def test_grouped(monkeypatch):
+    torch.manual_seed(0)
+    x, weight = torch.randn(50, 48).bfloat16(), torch.randn(5, 40, 48).bfloat16()
+    ends = torch.tensor([13, 13, 14, 49, 50], dtype=torch.int32)  # the second expert has no rows
+    monkeypatch.setattr(linear, "grouped_linear_reference", None)
+    with torch.no_grad():
+        found = linear.grouped_linear(x, weight, ends)
+    expert = torch.bucketize(torch.arange(50), ends, right=True)
+    close(found, torch.einsum("mk,mnk->mn", x.float(), weight.float()[expert]))
+
+
+@needs_dot_products
+def test_a_row_does_not_depend_on_its_neighbours():
+    torch.manual_seed(0)
+    x, weight = torch.randn(29, 576).bfloat16(), torch.randn(192, 576).bfloat16()
+    with torch.no_grad():
+        together = linear.linear(x, weight)
+        assert torch.equal(together, torch.cat([linear.linear(row, weight) for row in x.split(1)]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_otherwise_as_torch_has_it(dtype):
+    """With a derivative, in FP32, and of an odd width."""
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(3, 4, 7).to(dtype), torch.randn(5, 7).to(dtype), torch.randn(5).to(dtype)
+    assert torch.equal(linear.linear(x, weight, bias), linear.linear_reference(x, weight, bias))
+    with torch.no_grad():
+        assert torch.equal(linear.linear(x, weight, bias), linear.linear_reference(x, weight, bias))
+
+
+def test_weights_learn():
+    weight = torch.ones(2, 4, dtype=torch.bfloat16, requires_grad=True)
+    linear.linear(torch.ones(3, 4, dtype=torch.bfloat16), weight).sum().backward()
+    assert torch.equal(weight.grad, torch.full((2, 4), 3.0).bfloat16())
