@@ -4,7 +4,7 @@ import torch
 from rorqual.kernels import cpu, linear
 
 needs_dot_products = pytest.mark.skipif(not cpu.has_dot_products(), reason="no BF16 dot products, or no compiler")
-SHAPES = [(1, 64, 32), (5, 34, 50), (12, 576, 192), (13, 98, 33), (100, 130, 65)]
+SHAPES = [(1, 64, 32), (5, 34, 50), (12, 576, 192), (13, 98, 34), (100, 130, 66)]
 
 
 def close(found, exact):
@@ -34,21 +34,28 @@ def test_rows_apart_and_nothing_else_is_written(monkeypatch):
     monkeypatch.setattr(linear, "linear_reference", None)
     room = torch.full((9, 40), 7.0).bfloat16()
     ends = torch.tensor([7], dtype=torch.int32)
-    cpu.call("few_rows", x.dtype, x, x.stride(0), weight, None, ends, 1, 40, 64, room[1:8])
+    cpu.call("product", x.dtype, x, x.stride(0), weight, None, ends, 1, 40, 64, room[1:8])
     close(room[1:8], x.float() @ weight.float().T)
     assert torch.equal(room[[0, 8]], torch.full((2, 40), 7.0).bfloat16())
 
 
 @needs_dot_products
-def test_grouped(monkeypatch):
+@pytest.mark.parametrize(("width", "outputs"), [(48, 40), (34, 66), (128, 192)])
+def test_grouped_and_its_derivatives(width, outputs, monkeypatch):
     torch.manual_seed(0)
-    x, weight = torch.randn(50, 48).bfloat16(), torch.randn(5, 40, 48).bfloat16()
-    ends = torch.tensor([13, 13, 14, 49, 50], dtype=torch.int32)  # the second expert has no rows
-    monkeypatch.setattr(linear, "grouped_linear_reference", None)
-    with torch.no_grad():
-        found = linear.grouped_linear(x, weight, ends)
+    ends = torch.tensor([13, 13, 14, 49, 50], dtype=torch.int32)  # the second expert has no rows, others odd numbers
+    x, weight = torch.randn(50, width).bfloat16(), torch.randn(5, outputs, width).bfloat16()
+    slope = torch.randn(50, outputs).bfloat16()
+    exact = [t.float().requires_grad_() for t in (x, weight)]
     expert = torch.bucketize(torch.arange(50), ends, right=True)
-    close(found, torch.einsum("mk,mnk->mn", x.float(), weight.float()[expert]))
+    right = torch.einsum("mk,mnk->mn", exact[0], exact[1][expert])
+    monkeypatch.setattr(linear, "grouped_linear_reference", None)
+    found = linear.grouped_linear(x.requires_grad_(), weight.requires_grad_(), ends)
+    close(found, right)
+    grads = torch.autograd.grad(found, (x, weight), slope)
+    for mine, theirs in zip(grads, torch.autograd.grad(right, exact, slope.float()), strict=True):
+        close(mine, theirs)
+    assert not grads[1][1].any()
 
 
 @needs_dot_products

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rorqual.kernels.linear import grouped_linear
+from rorqual.kernels.linear import grouped_linear, row_multiple
 from rorqual.kernels.permute import arrange, combine, dispatch
 from rorqual.kernels.swiglu import swiglu_joined
 from rorqual.model.config import ModelConfig
@@ -90,16 +90,9 @@ class LocalDispatcher:
     def __call__(self, experts: Experts, x: Tensor, weights: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
         """→ output [N, D] and load [E]."""
         K, E = chosen.shape[1], len(experts.down_proj)
-        arrangement = arrange(chosen, E, _multiple(x, chosen.numel() // E))
+        arrangement = arrange(chosen, E, row_multiple(x, experts.down_proj, chosen.numel() // E))
         y = experts(dispatch(x, arrangement, K), arrangement.ends)
         return combine(y, weights, arrangement), arrangement.load
-
-
-def _multiple(x: Tensor, mean_load: int) -> int:
-    """What to fill an expert's rows up to. oneDNN compiles a BF16 product for every new shape, which takes longer
-    than the product: filling up made the experts 2.2 times faster at 512 rows each. Few rows have few shapes anyway.
-    """
-    return 32 if x.device.type == "cpu" and x.dtype == torch.bfloat16 and mean_load >= 128 else 1
 
 
 class MixtureOfExperts(nn.Module):

@@ -25,7 +25,9 @@ SIGNATURES = {
     "add_into": "FTn",
     "past_attention": "TTTnnnTnnTnnnBnnnnnnnnxT",
     "draw": "TnnxFIF",
-    "few_rows": "TnTTJnnnT",  # in BF16 alone, and where the processor has_dot_products
+    "product": "TnTTJnnnT",  # this and the next two in BF16 alone, and where the processor has_dot_products
+    "product_backward": "TnTJnnnT",
+    "product_backward_weights": "TnTnJnnnFT",
 }
 DTYPES = {"F": torch.float32, "I": torch.int64, "J": torch.int32, "B": torch.bool}
 KINDS = {"n": ctypes.c_int64, "x": ctypes.c_float}
