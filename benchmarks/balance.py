@@ -48,7 +48,7 @@ SIZES = {
 }
 # V3's γ of 0.001 is for a million steps; here a few hundred must suffice.
 BALANCES = {
-    "bias": BalanceSection(bias_speed=0.005, bias_stop_at=1.0, sequence_loss=0.0),
+    "bias": BalanceSection(bias_speed=0.003, bias_stop_at=1.0, sequence_loss=0.0),
     "auxiliary loss": BalanceSection(bias_speed=0.0, sequence_loss=0.01),
     "none": BalanceSection(bias_speed=0.0, sequence_loss=0.0),
     "dense": BalanceSection(bias_speed=0.0, sequence_loss=0.0),
@@ -93,6 +93,7 @@ class Learner:
             OptimizerSection(name="muon", lr=2e-3, muon_lr=0.01, weight_decay=0.1),
             ScheduleSection(name="wsd", warmup=0.05, decay=0.3),
             balance=BALANCES[kind],
+            dtype="bfloat16",
         )
         self.curve: list[float] = []  # MaxVio of each step's batch
         self.seconds = 0.0
@@ -158,7 +159,7 @@ def draw(runs: dict[str, list[Learner]], found: dict[str, list[dict[str, Any]]])
 
 def main() -> None:
     args = arguments(__doc__)
-    steps, seeds = (6, 1) if args.quick else (300, 2)
+    steps, seeds = (6, 1) if args.quick else (600, 2)
     with tempfile.TemporaryDirectory() as folder:
         text = Path(folder) / "text.jsonl"
         with text.open("w") as file:
