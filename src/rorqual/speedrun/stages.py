@@ -32,7 +32,7 @@ ENVIRONMENTS = [
     ),
     EnvironmentSection(
         name="chain_sum",
-        config={"min_terms": 3, "max_terms": 4, "min_digits": 1, "max_digits": 2},
+        config={"min_terms": 4, "max_terms": 5, "min_digits": 1, "max_digits": 2},
         prompt="calculate {expression}",
     ),
 ]  # fmt: skip
@@ -165,6 +165,7 @@ def reinforce(story: Story) -> None:
         "optimizer": {"name": "muon", "lr": 3e-4, "muon_lr": 1e-3, "weight_decay": 0.0},
         "seconds": RL * story.plan.seconds,
         "warmup_steps": 3,
+        "decay": 0.3,
         "eval_every": 20,
         "eval_problems": max(20, int(10 * story.plan.minutes)),
         "save_every": 100,
