@@ -49,6 +49,26 @@ def test_sequences_end_to_end_are_as_one_by_one(monkeypatch, dtype, tolerance, c
         assert (mine - right).norm() <= tolerance * right.norm()
 
 
+@pytest.mark.parametrize("shape", [(4, 1, 1, 4), (1, 1, 4, 4), (4, 1, 4, 4)])
+@pytest.mark.parametrize("turned", [False, True])
+def test_masks_broadcast_and_lie_as_they_may(shape, turned):
+    torch.manual_seed(0)
+    mask = torch.rand(shape) < 0.7
+    mask[..., 0] = True
+    if turned and shape[2] > 1:
+        mask = mask.transpose(2, 3).contiguous().transpose(2, 3)
+    q, k, v = (torch.randn(4, 3, 4, 8).bfloat16().requires_grad_() for _ in range(3))
+    exact = kernel.attention_reference(q.float(), k.float(), v.float(), mask, False, 0.4)
+    torch.testing.assert_close(kernel.attention(q, k, v, mask, False, 0.4).float(), exact, rtol=0.05, atol=0.05)
+
+
+def test_masks_that_do_not_cover_the_row_are_refused():
+    q = torch.randn(1, 1, 4, 8).bfloat16().requires_grad_()
+    masks = tuple(torch.ones(1, 1, t, t, dtype=torch.bool) for t in (2, 1))
+    with pytest.raises(ValueError, match="do not make one row of 4 tokens"):
+        kernel.attention(q, q, q, masks, False, 1.0)
+
+
 @pytest.mark.parametrize(("length", "dtype", "grad"), [(5, torch.bfloat16, True), (4, torch.float32, True),
                                                       (4, torch.bfloat16, False)])  # fmt: skip
 def test_long_sequences_float32_and_inference_take_the_fused_kernel(monkeypatch, length, dtype, grad):

@@ -142,6 +142,17 @@ def test_a_derivative_other_than_announced_is_refused():
         (logprobs @ share).mul(2).backward()
 
 
+def test_nan_passes_on_where_the_slope_was_known():
+    hidden, weight, targets, share = inputs()
+    broken = torch.cat([hidden[:1] * float("nan"), hidden[1:]])
+    logprobs, _ = ce.token_logprobs(broken, weight, targets, 1.0, share)
+    (gradient,) = torch.autograd.grad(logprobs @ share, weight)
+    assert gradient.isnan().any()
+    logprobs, _ = ce.token_logprobs(hidden, weight, targets, 1.0, share)
+    (gradient,) = torch.autograd.grad((logprobs @ share) * float("nan"), weight)
+    assert gradient.isnan().all()
+
+
 PEAK = r"""
 import re, torch
 from pathlib import Path

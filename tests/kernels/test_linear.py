@@ -77,6 +77,24 @@ def test_otherwise_as_torch_has_it(dtype):
         assert torch.equal(linear.linear(x, weight, bias), linear.linear_reference(x, weight, bias))
 
 
+@torch.no_grad()
+def test_no_rows_and_shapes_that_do_not_fit():
+    weight = torch.ones(6, 8, dtype=torch.bfloat16)
+    assert linear.linear(torch.ones(2, 0, 8, dtype=torch.bfloat16), weight).shape == (2, 0, 6)
+    with pytest.raises(RuntimeError):
+        linear.linear(torch.ones(3, 4, dtype=torch.bfloat16), weight)
+    with pytest.raises(RuntimeError):
+        linear.linear(torch.ones(3, 8, dtype=torch.bfloat16), weight, torch.ones(2, dtype=torch.bfloat16))
+    with pytest.raises(RuntimeError):
+        linear.grouped_linear(torch.ones(3, 8, dtype=torch.bfloat16), weight[None], torch.tensor([1, 3]).int())
+
+
+def test_frozen_experts_get_no_gradient():
+    x = torch.ones(3, 4, dtype=torch.bfloat16, requires_grad=True)
+    linear.grouped_linear(x, torch.ones(1, 2, 4, dtype=torch.bfloat16), torch.tensor([3]).int()).sum().backward()
+    assert torch.equal(x.grad, torch.full((3, 4), 2.0).bfloat16())
+
+
 def test_weights_learn():
     weight = torch.ones(2, 4, dtype=torch.bfloat16, requires_grad=True)
     linear.linear(torch.ones(3, 4, dtype=torch.bfloat16), weight).sum().backward()

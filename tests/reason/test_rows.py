@@ -115,6 +115,12 @@ def test_a_sequence_longer_than_the_budget_gets_a_block_of_its_own():
     assert [shapes(r) for r in batches] == [[(1, 128)]] * 2
 
 
+def test_completions_of_one_token_beyond_the_budget():
+    batches = pack([[1] * 100], [[2] * 41, [3], [3]], [0] * 3, 128, lambda length: float(length))
+    assert sorted(x for r in batches for x in r.place.tolist()) == list(range(43))
+    assert [shapes(r) for r in batches] == [[(1, 144)], [(1, 112)]]
+
+
 def test_branch_mask_by_hand():
     branches = torch.tensor([[0, 0, 1, 2, -1, -1]])
     assert branch_mask(branches)[0, 0].int().tolist() == [

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rorqual.engine.cache import Decode, Prefill, RowCache
 from rorqual.engine.sampler import SamplingParams, sample
-from rorqual.kernels.linear import linear
+from rorqual.kernels.linear import any_shape, linear
 from rorqual.model import Transformer
 
 PREFILL_TOKENS = 16384  # prompt tokens a pass, so that a long queue does not need the memory of all at once
@@ -116,13 +116,11 @@ class Scheduler:
         return self._extend(hidden[: self.n, 0], running)
 
     def _batch_size(self) -> int:
-        """Rows to compute: those that run and, in BF16 on a CPU, idle ones up to one of eight sizes an octave.
-
-        oneDNN compiles a BF16 product for every new shape, which takes longer than the product; a batch that shrinks
-        by one sequence at a time has as many shapes as sequences.
+        """Rows to compute: those that run and, where a new shape costs something, idle ones up to one of eight sizes an
+        octave: a batch that shrinks by one sequence at a time has as many shapes as sequences.
         """
-        weight = self.model.head_weight
-        if weight.dtype != torch.bfloat16 or weight.device.type != "cpu":
+        # Latent attention has products of its own, between linears and cache.
+        if not self.model.config.is_mla and any_shape(self.model.head_weight, self.n):
             return self.n
         step = 1 << max(0, self.n.bit_length() - 4)
         return min(self.rows, -(-self.n // step) * step)

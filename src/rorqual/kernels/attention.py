@@ -25,12 +25,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, causal: bool, scale: 
     In BF16 on a CPU torch's fused kernel is slower than plain products (at T = 256 by 1.3 times forward and 2 with
     the derivative), so short sequences that are trained take those.
     """
+    if isinstance(mask, tuple) and (len(q) > 1 or sum(len(m) * m.shape[-1] for m in mask) != q.shape[2]):
+        raise ValueError(f"masks of {[tuple(m.shape) for m in mask]} do not make one row of {q.shape[2]} tokens")
     longest = max(m.shape[-1] for m in mask) if isinstance(mask, tuple) else k.shape[2]
     short = q.device.type == "cpu" and q.dtype == torch.bfloat16 and longest <= LONGEST
     if short and torch.is_grad_enabled() and (mask is not None or causal):
-        if mask is None:
-            mask = torch.ones(1, 1, q.shape[2], k.shape[2], dtype=torch.bool).tril()
-        return _Products.apply(q, k, v, scale, *(mask if isinstance(mask, tuple) else (mask,)))
+        return _Products.apply(q, k, v, scale, *_masks(q, k, mask))
     return attention_reference(q, k, v, mask, causal, scale)
 
 
@@ -44,6 +44,16 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, mask: Mask, causal: boo
     if share > 1:
         k, v = k.repeat_interleave(share, dim=1), v.repeat_interleave(share, dim=1)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
+
+
+def _masks(q: Tensor, k: Tensor, mask: Mask) -> tuple[Tensor, ...]:
+    """One or several masks, each [n or 1, 1, T, S] with neighbouring places next to one another."""
+    if isinstance(mask, tuple):
+        return tuple(m.contiguous() for m in mask)
+    if mask is None:
+        return (torch.ones(1, 1, q.shape[2], k.shape[2], dtype=torch.bool).tril(),)
+    mask = mask.expand(-1, 1, q.shape[2], k.shape[2])
+    return (mask if mask.stride(-1) == 1 else mask.contiguous(),)
 
 
 class _Products(torch.autograd.Function):

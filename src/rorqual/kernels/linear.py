@@ -17,12 +17,20 @@ FEW = 256  # rows up to which oneDNN, which packs the weights each time, is slow
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [..., K], weight [N, K], bias [N] → [..., N]."""
-    rows = x.numel() // x.shape[-1]
-    tensors = (x, weight) if bias is None else (x, weight, bias)
-    if rows > FEW or torch.is_grad_enabled() or not _usable(*tensors):
+    fits = bias is None or (bias.shape == weight.shape[:1] and cpu.usable(x, bias))
+    if torch.is_grad_enabled() or not fits or not _usable(x, weight) or (rows := x[..., 0].numel()) > FEW:
         return linear_reference(x, weight, bias)
     ends = torch.tensor([rows], dtype=torch.int32)
-    return _product(x.reshape(rows, -1), weight.unsqueeze(0), bias, ends).view(*x.shape[:-1], -1)
+    out = _product(x.reshape(rows, x.shape[-1]), weight.unsqueeze(0), bias, ends)
+    return out.view(*x.shape[:-1], len(weight))
+
+
+def any_shape(weight: Tensor, rows: int) -> bool:
+    """Whether products of so many rows with such weights cost no more in a shape that was not there before, as
+    oneDNN's in BF16 do: it compiles them, which takes longer than the product.
+    """
+    compiles = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
+    return not compiles or (rows <= FEW and cpu.has_dot_products())
 
 
 def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -31,7 +39,7 @@ def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
 
 def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """x [M, K] sorted by expert, weight [E, N, K] → [M, N]."""
-    if not _usable(x, weight):
+    if not _groups(x, weight) or ends.shape != weight.shape[:1] or x.ndim != 2:
         return grouped_linear_reference(x, weight, ends)
     return _Grouped.apply(x, weight, ends)
 
@@ -41,11 +49,11 @@ def grouped_linear_reference(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 
 
 def row_multiple(x: Tensor, weight: Tensor, mean_load: int) -> int:
-    """What to fill an expert's rows up to. oneDNN compiles a BF16 product for every new shape, which takes longer
-    than the product: filling up made the experts 2.2 times faster at 512 rows each. Few rows have few shapes anyway.
+    """What to fill an expert's rows up to, where oneDNN makes the product (see any_shape): filling up made the experts
+    2.2 times faster at 512 rows each. Few rows have few shapes anyway.
     """
     slow = x.device.type == "cpu" and x.dtype == torch.bfloat16 and mean_load >= 128
-    return 32 if slow and not _usable(x, weight) else 1
+    return 32 if slow and not _groups(x, weight) else 1
 
 
 class _Grouped(torch.autograd.Function):
@@ -56,27 +64,36 @@ class _Grouped(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight, ends = ctx.saved_tensors
         E, N, K = weight.shape
         grad = grad.contiguous()
-        grad_x, grad_weight = x.new_empty(x.shape), torch.empty_like(weight)
-        cpu.call("product_backward", x.dtype, grad, N, weight, ends, E, N, K, grad_x)
-        pairs = x.new_empty(len(x) // 2 + E + 1, -(-N // 12) * 12, dtype=torch.float32)
-        cpu.call("product_backward_weights", x.dtype, grad, N, x, x.stride(0), ends, E, N, K, pairs, grad_weight)
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_x = x.new_empty(x.shape)
+            cpu.call("product_backward", x.dtype, grad, N, weight, ends, E, N, K, grad_x)
+        if ctx.needs_input_grad[1]:
+            grad_weight = torch.empty_like(weight)
+            pairs = x.new_empty(len(x) // 2 + E + 1, -(-N // 12) * 12, dtype=torch.float32)
+            cpu.call("product_backward_weights", x.dtype, grad, N, x, x.stride(0), ends, E, N, K, pairs, grad_weight)
         return grad_x, grad_weight, None
 
 
-def _usable(x: Tensor, weight: Tensor, *bias: Tensor) -> bool:
+def _usable(x: Tensor, weight: Tensor) -> bool:
     """Whether the compiled products (product.cpp) take these; they read weights once, as they lie."""
     return (
         x.dtype == torch.bfloat16
-        and cpu.usable(x, weight, *bias)
+        and cpu.usable(x, weight)
         and weight.is_contiguous()
+        and x.shape[-1] == weight.shape[-1]
         and weight.shape[-1] % 2 == 0
-        and weight.shape[-2] % 2 == 0
         and cpu.has_dot_products()
     )
+
+
+def _groups(x: Tensor, weight: Tensor) -> bool:
+    """Whether experts' products and derivatives do too; where there are matrix units, oneDNN, which has them, stays."""
+    return _usable(x, weight) and weight.shape[-2] % 2 == 0 and not torch.cpu._is_amx_tile_supported()
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, ends: Tensor) -> Tensor:

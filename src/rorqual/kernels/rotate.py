@@ -19,7 +19,9 @@ def rotate(x: Tensor, table: tuple[Tensor, Tensor], interleave: bool) -> Tensor:
     The result is laid out in two halves either way: queries and keys agree, and only their product matters.
     """
     cos, sin = table
-    if cpu.usable(x, cos, sin) and x.stride(0) == x.stride(1) * x.shape[1]:
+    B, T, _, R = x.shape
+    fits = cos.shape == sin.shape and cos.shape[0] in (1, B) and cos.shape[1:] == (T, 1, R // 2)
+    if fits and cpu.usable(x, cos, sin) and x.stride(0) == x.stride(1) * T:
         return _Rotate.apply(x, cos.contiguous(), sin.contiguous(), interleave)
     return rotate_reference(x, table, interleave)
 

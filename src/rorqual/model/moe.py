@@ -86,11 +86,11 @@ class TokenDispatcher(Protocol):
 class LocalDispatcher:
     """All experts are here: sort the tokens by expert, run the grouped products, sort back and add up."""
 
-    @torch.compiler.disable  # shapes depend on the routing, and the compiler knows grouped products in BF16 only
+    @torch.compiler.disable  # shapes depend on the routing
     def __call__(self, experts: Experts, x: Tensor, weights: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
         """→ output [N, D] and load [E]."""
         K, E = chosen.shape[1], len(experts.down_proj)
-        arrangement = arrange(chosen, E, row_multiple(x, experts.down_proj, chosen.numel() // E))
+        arrangement = arrange(chosen, E, row_multiple(x, experts.gate_up_proj, chosen.numel() // E))
         y = experts(dispatch(x, arrangement, K), arrangement.ends)
         return combine(y, weights, arrangement), arrangement.load
 

@@ -115,8 +115,7 @@ class Transformer(nn.Module):
         """tokens [B, T] → hidden states after the last norm [B, T, D].
 
         positions [B, T] default to 0…T-1; mask bool [B, 1, T, S], true where a token may look (or several, see
-        kernels/attention.py), defaults to causal;
-        `routing` collects one entry a mixture-of-experts layer.
+        kernels/attention.py), defaults to causal; `routing` collects one entry a mixture-of-experts layer.
         """
         x = self.model.embed_tokens(tokens)
         table = self._table(tokens, positions, x.dtype)

@@ -71,34 +71,36 @@ def pack(
 def _cheapest(
     prompt: int, prompt_size: int, members: list[int], sizes: list[int], limit: int, cost: Callable[[int], float]
 ) -> list[_Block]:
-    """A group in as few or many even blocks as cost least, each within `limit` where that can be."""
+    """A group in even blocks within `limit` where that can be: as many as lower the cost, one by one."""
     best: list[_Block] = []
     lowest = float("inf")
     for count in range(1, len(members) + 1):
         blocks = [_Block(prompt, [], prompt_size) for _ in range(count)]
         for i in sorted(members, key=lambda i: -sizes[i]):
-            shortest = min(blocks, key=lambda b: b.length)
+            shortest = min(blocks, key=lambda b: (b.length, len(b.members)))
             shortest.members.append(i)
             shortest.length += sizes[i]
         for block in blocks:
             block.length = -(-block.length // STEP) * STEP
+        if any(b.length > limit and len(b.members) > 1 for b in blocks):
+            continue
         total = sum(b.length * cost(b.length) for b in blocks)
-        fits = max(b.length for b in blocks) <= limit
-        if best and total >= lowest and (fits or count == len(members)):
+        if total >= lowest:
             break
-        if fits or count == len(members):
-            best, lowest = blocks, total
+        best, lowest = blocks, total
     return best
 
 
 def _split(blocks: list[_Block], micro_tokens: int) -> Iterator[list[_Block]]:
     """Longest first, up to `micro_tokens`."""
     some: list[_Block] = []
+    length = 0
     for block in sorted(blocks, key=lambda b: -b.length):
-        if some and sum(b.length for b in some) + block.length > micro_tokens:
+        if some and length + block.length > micro_tokens:
             yield some
-            some = []
+            some, length = [], 0
         some.append(block)
+        length += block.length
     yield some
 
 

@@ -179,6 +179,7 @@ class RLTrainer:
         old = None
         if self.section.mini_batches > 1:
             old = torch.tensor([p for i in members for p in rollout.logprobs[i]], device=device)
+        tokens_in_all = sum(rows.tokens.numel() for rows in batches)
         loads: list[Tensor] = []
         for rows in batches:
             rows = rows.to(device)
@@ -195,7 +196,8 @@ class RLTrainer:
             loss = grpo_loss(logprobs, sampled, reference, advantages, weights, rows.sequence, self.section)
             total = loss.loss
             if routing:
-                share = self.recipe.balance.sequence_loss / len(batches)  # a micro-batch is one sequence
+                # A micro-batch counts as one sequence of V3 eq. 17–20, for as much as it has tokens.
+                share = self.recipe.balance.sequence_loss * rows.tokens.numel() / tokens_in_all
                 total = total + share * sum(r.sequence_loss for r in routing)
                 found = [r.load.detach() for r in routing]
                 loads = [a + b for a, b in zip(loads, found, strict=True)] if loads else found

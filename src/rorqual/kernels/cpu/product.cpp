@@ -2,8 +2,8 @@
 // once, and those of each expert with its own rows, whose number changes every time.
 //
 // oneDNN packs all weights first and compiles a kernel for every new shape. Here 32 columns of the second factor are
-// paired in the first cache, as they lie, multiplied with all the rows there are, and forgotten. Needs the processor's
-// BF16 dot products (AVX-512 BF16); without them the caller's reference runs.
+// paired in cache, as they lie, multiplied with all the rows there are, and forgotten. Needs the processor's BF16 dot
+// products (AVX-512 BF16), which take subnormal numbers for zero; without them the caller's reference runs.
 
 #include <algorithm>
 #include <cstdlib>
@@ -45,7 +45,8 @@ void turn_panel(const bf16 *from, i64 some, i64 width, float *panel) {
 }
 
 // Rows of `some` numbers each, at a distance → panel [(rows + 1)/2][apart] of pairs of two rows' numbers; an odd last row
-// is paired with zeros, and zeros follow `some` up to a multiple of L or `apart`.
+// is paired with zeros, and zeros follow `some` up to a multiple of L. What of a panel is beyond stays as it was: no
+// result of it is kept.
 WITH_DOT_PRODUCTS void pair_panel(const bf16 *from, i64 distance, i64 rows, i64 some, float *panel, i64 apart) {
     for (i64 p = 0; 2 * p < rows; ++p) {
         const bf16 *row = from + 2 * p * distance;
@@ -70,8 +71,9 @@ WITH_DOT_PRODUCTS void strip(const bf16 *x, i64 row, i64 pair, const float *pane
         sum[r][0] = bias ? _mm512_loadu_ps(bias) : _mm512_setzero_ps();
         sum[r][1] = bias ? _mm512_loadu_ps(bias + L) : _mm512_setzero_ps();
     }
-    const i64 every = lines ? (pairs / lines > 1 ? pairs / lines : 1) : pairs + 1;
-    i64 next = every;
+    const i64 every = lines ? std::max(pairs / lines, i64(1)) : pairs + 1, each = lines ? (lines + pairs - 1) / pairs : 0;
+    const char *const last = ahead + lines * 64;
+    i64 next = 0;
     for (i64 p = 0; p < pairs; ++p) {
         const __m512bh a = (__m512bh)_mm512_load_ps(panel + p * COLUMNS);
         const __m512bh b = (__m512bh)_mm512_load_ps(panel + p * COLUMNS + L);
@@ -82,9 +84,8 @@ WITH_DOT_PRODUCTS void strip(const bf16 *x, i64 row, i64 pair, const float *pane
             sum[r][0] = _mm512_dpbf16_ps(sum[r][0], a, both);
             sum[r][1] = _mm512_dpbf16_ps(sum[r][1], b, both);
         }
-        if (p == next) {
-            _mm_prefetch(ahead, _MM_HINT_T1);
-            ahead += 64;
+        if (p == next && lines) {
+            for (i64 i = 0; i < each && ahead < last; ++i, ahead += 64) _mm_prefetch(ahead, _MM_HINT_T1);
             next += every;
         }
     }

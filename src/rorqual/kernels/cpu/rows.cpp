@@ -162,7 +162,8 @@ void combine_backward(const T *grad, const T *y, const float *weights, const i64
 }
 
 // Rows in groups of `of` (the heads and tokens of a sequence), in each of which row i is token i % tokens; their mask is
-// at i·mask_token + group·mask_group. What lies outside the first and last place seen is not computed.
+// at i·mask_token + group·mask_group. What lies outside the first and last place seen is not computed; a row that sees
+// nothing becomes zeros. `scale` is positive.
 template <class T>
 void masked_softmax(T *scores, i64 rows, i64 places, const bool *mask, i64 mask_group, i64 mask_token, i64 of, i64 tokens,
                     float scale) {
