@@ -190,6 +190,13 @@ def test_unknown_task(rorqual, recipe, tmp_path):
     one_sentence(rorqual("eval", tmp_path / "tiny", "--tasks", "countdwn"), "countdwn", "countdown")
 
 
+def test_eval_in_an_unknown_precision(rorqual, tmp_path):
+    status, _, err = rorqual("eval", tmp_path, "--tasks", "chain_sum", "--dtype", "float8")
+    assert status != 0
+    assert "float8" in err
+    assert "bfloat16" in err
+
+
 def test_eval_against_another_model_gives_the_gain(rorqual, recipe, tmp_path):
     rorqual("pretrain", recipe())
     tasks = tmp_path / "tasks.toml"

@@ -141,9 +141,11 @@ def evaluate(
     thinking_budget: Annotated[int | None, typer.Option(help="close </think> after so many tokens")] = None,
     seed: Annotated[int, typer.Option(help="of problems and sampling")] = 0,
     against: Annotated[str | None, typer.Option(help="another model: the gain over it, problem by problem")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16 instead of what the weights are in")] = None,
     as_json: AsJson = False,
 ) -> None:
     """pass@1 and cons@k on held-out problems, with 95 % intervals."""
+    import torch
     from rich.console import Console
 
     from rorqual.engine import Engine
@@ -152,10 +154,12 @@ def evaluate(
     from rorqual.evals.tasks import split_tasks
 
     _choice("--template", template, ("chat", "r1-zero", "plain"))
+    if dtype is not None:
+        _choice("--dtype", dtype, ("float32", "bfloat16"))
     directories = [_directory(model), *([] if against is None else [_directory(against)])]
     results = []
     for directory in directories:
-        engine = Engine(directory)
+        engine = Engine(directory, dtype=dtype and getattr(torch, dtype))
         result = run(
             engine, engine.tokenizer, split_tasks(tasks), samples, problems, seed=seed, template=template,
             temperature=temperature, top_p=top_p, max_tokens=max_tokens, thinking_budget=thinking_budget,
