@@ -219,7 +219,7 @@ def chat(
 
     directory = _directory(model)
     params = _sampling(directory, temperature, top_p, max_tokens)
-    engine = Engine(directory)
+    engine = Engine(directory, prefix_cache=True)  # a turn need not read the conversation again
     console = Console(highlight=False)
     console.print("Ctrl-C stops a reply, Ctrl-D ends.", style="dim")
     messages: list[dict[str, str]] = []

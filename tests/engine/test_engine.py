@@ -2,23 +2,12 @@
 
 import pytest
 import torch
+from tiny import GROUPED, LATENT, greedy_by_full_passes
 
 from rorqual.engine import Engine, SamplingParams
-from rorqual.engine.sampler import sample
+from rorqual.engine.sampler import Cut, sample
 from rorqual.errors import UserError
-from rorqual.model import ModelConfig, Transformer
-
-LATENT = ModelConfig(
-    model_type="deepseek_v3", vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
-    num_attention_heads=4, q_lora_rank=12, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=10,
-    n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2, moe_intermediate_size=16, first_k_dense_replace=1,
-    initializer_range=0.2, max_position_embeddings=40, eos_token_id=0,
-)  # fmt: skip
-GROUPED = ModelConfig(
-    model_type="llama", vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-    num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2, max_position_embeddings=40, eos_token_id=0,
-    rope_interleave=False,
-)  # fmt: skip
+from rorqual.model import Transformer
 
 
 @pytest.fixture(params=[LATENT, GROUPED], ids=["latent", "grouped"])
@@ -35,18 +24,6 @@ def prompts():
     generator = torch.Generator().manual_seed(1)
     lengths = [1, 5, 9, 2, 7, 7, 3, 1, 6, 4]
     return [torch.randint(1, 60, (n,), generator=generator).tolist() for n in lengths]
-
-
-@torch.no_grad()
-def greedy_by_full_passes(model, prompt, count):
-    tokens, logprobs = list(prompt), []
-    for _ in range(count):
-        logits = model.logits(torch.tensor([tokens]))[0, -1].log_softmax(-1)
-        tokens.append(int(logits.argmax()))
-        logprobs.append(float(logits.max()))
-        if tokens[-1] == 0:
-            break
-    return tokens[len(prompt) :], logprobs
 
 
 def test_greedy_equals_full_passes_however_few_the_slots(model, prompts):
@@ -139,20 +116,26 @@ def test_sampling_follows_the_distribution_it_is_cut_to():
         (SamplingParams(top_k=2), [0, 1]),
         (SamplingParams(top_p=float(p[0]) + 1e-4), [0, 1]),
         (SamplingParams(top_p=0.05), [0]),
+        (SamplingParams(min_p=0.2), [0, 1, 4]),  # e⁻¹·⁵ = .22 of the most probable, e⁻² = .14
+        (SamplingParams(min_p=0.2, top_k=2), [0, 1]),
     ):
-        tokens, logprobs = sample(logits, params, torch.rand(40_000))
+        tokens, logprobs = sample(logits, params.cut, torch.rand(40_000))
         share = torch.bincount(tokens, minlength=5) / 40_000
         expected = torch.zeros(5)
         expected[kept] = p[kept] / p[kept].sum()
         assert (share - expected).abs().max() < 0.01  # four standard deviations
         torch.testing.assert_close(logprobs, p[tokens].log())
-    hot, _ = sample(logits, SamplingParams(temperature=100.0), torch.rand(40_000))
+    hot, _ = sample(logits, Cut(100.0, 1.0, 0, 0.0), torch.rand(40_000))
     assert (torch.bincount(hot, minlength=5) / 40_000 - 0.2).abs().max() < 0.02
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"temperature": -1}, {"top_p": 0}, {"top_p": 1.5}, {"top_k": -1}, {"max_tokens": 0}, {"n": 0}]
-)
+    "wrong",
+    [
+        {"temperature": -1}, {"top_p": 0}, {"top_p": 1.5}, {"top_k": -1}, {"max_tokens": 0}, {"n": 0}, {"min_p": 1},
+        {"repetition_penalty": 0}, {"presence_penalty": float("nan")}, {"logprobs": -1}, {"stop": ("",)},
+    ],
+)  # fmt: skip
 def test_wrong_parameters_are_named(wrong):
     with pytest.raises(UserError, match=next(iter(wrong))):
         SamplingParams(**wrong)

@@ -112,11 +112,11 @@ def test_every_build_that_this_processor_runs_agrees(monkeypatch, capability):
         assert cpu.capability() == {"DEFAULT": "portable"}.get(capability, capability.lower())
         for dtype, tolerance in TOLERANCE.items():
             compare(swiglu, swiglu_reference, *(3 * torch.randn(2, 5, 33)).to(dtype), tolerance=tolerance)
-            q, k, v = torch.randn(2, 1, 4, 33), torch.randn(2, 30, 2, 33), torch.randn(2, 30, 2, 33)
+            q, k, v = torch.randn(2, 4, 33), torch.randn(3, 16, 2, 33), torch.randn(3, 16, 2, 33)
+            past = torch.tensor([[0, 1], [2, 1]], dtype=torch.int32), torch.tensor([30, 20], dtype=torch.int32)
             with torch.no_grad():
-                found = grouped_attention(q.to(dtype), k.to(dtype), v.to(dtype), None, 0.2).float()
-            torch.testing.assert_close(
-                found, grouped_attention_reference(q, k, v, None, 0.2), rtol=tolerance, atol=tolerance
-            )
+                found = grouped_attention(q.to(dtype), k.to(dtype), v.to(dtype), *past, 0.2).float()
+            exact = grouped_attention_reference(q, k, v, *past, 0.2)
+            torch.testing.assert_close(found, exact, rtol=tolerance, atol=tolerance)
     finally:
         cpu._library.cache_clear()

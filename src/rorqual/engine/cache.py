@@ -1,61 +1,99 @@
-"""The past of many sequences at once.
+"""The past of many sequences in blocks (Kwon et al. 2023, PagedAttention).
 
 A layer keeps two numbers' worth of past a token: for latent attention the latent [C] and the rotated key [R]
-(V2 §2.1.2), for grouped-query attention keys and values [G, W]. Sequences live in rows 0…n-1 without holes, so a
-decode step reads plain slices.
+(V2 §2.1.2), for grouped-query attention keys and values [G, W]. A sequence's table says in which blocks it lies.
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from rorqual.engine.blocks import BLOCK
 from rorqual.model import ModelConfig
+from rorqual.model.past import Chunk, Past, Singles
 
 
-class RowCache:
-    """Room for `rows` sequences of up to `length` tokens."""
+def token_shapes(config: ModelConfig) -> list[tuple[int, ...]]:
+    """What a layer keeps of a token."""
+    if config.is_mla:
+        return [(config.kv_lora_rank,), (config.qk_rope_head_dim,)]
+    return [(config.num_key_value_heads, config.head_dim)] * 2
 
-    def __init__(self, config: ModelConfig, rows: int, length: int, dtype: torch.dtype, device: torch.device) -> None:
-        if config.is_mla:
-            shapes = [(config.kv_lora_rank,), (config.qk_rope_head_dim,)]
-        else:
-            shapes = [(config.num_key_value_heads, config.head_dim)] * 2
-        # Zeros, not whatever was in memory: a hidden place has weight 0, but 0 times a stray NaN is NaN.
+
+def block_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+    """What a block takes in all layers."""
+    numbers = sum(torch.Size(shape).numel() for shape in token_shapes(config))
+    return BLOCK * numbers * config.num_hidden_layers * dtype.itemsize
+
+
+class BlockCache:
+    """Room for `count` blocks in every layer."""
+
+    def __init__(self, config: ModelConfig, count: int, dtype: torch.dtype, device: torch.device) -> None:
+        # Zeros, not whatever was in memory: a hidden place has weight 0, but 0 times a stray NaN is NaN. They cost no
+        # memory before they are written to.
         self.layers = [
-            tuple(torch.zeros(rows, length, *shape, dtype=dtype, device=device) for shape in shapes)
+            tuple(torch.zeros(count, BLOCK, *shape, dtype=dtype, device=device) for shape in token_shapes(config))
             for _ in range(config.num_hidden_layers)
         ]
+        self.places = [tuple(store.flatten(0, 1) for store in layer) for layer in self.layers]  # the same, by place
 
-    def move(self, source: Tensor, target: Tensor, length: int) -> None:
-        """Copy the first `length` tokens of rows `source` over rows `target`."""
+    def copy(self, sources: list[int], targets: list[int]) -> None:
+        """Copy blocks over others."""
+        device = self.layers[0][0].device
+        source, target = (torch.tensor(blocks, device=device) for blocks in (sources, targets))
         for store in (s for layer in self.layers for s in layer):
-            store[target, :length] = store[source, :length]
+            store[target] = store[source]
 
 
-class Prefill:
-    """Cache argument of a prompt pass: prompt p of the pass becomes the rows of `start`… whose `prompt_of` is p."""
+@dataclass
+class Prompt:
+    """`length` tokens of one sequence that a pass computes, the first of them in place `start`; its blocks."""
 
-    def __init__(self, cache: RowCache, start: int, prompt_of: Tensor) -> None:
-        self.cache, self.prompt_of = cache, prompt_of
-        self.rows = slice(start, start + len(prompt_of))
-
-    def append(self, layer: int, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        for store, new in zip(self.cache.layers[layer], (a, b), strict=True):
-            store[self.rows, : new.shape[1]] = new.index_select(0, self.prompt_of)
-        return a, b
+    start: int
+    length: int
+    blocks: list[int]
 
 
-class Decode:
-    """Cache argument of a decode step: row i's new token goes to place `at[i]`; `mask` hides what lies beyond it."""
+class Step:
+    """Cache argument of one pass over tokens end to end [1, N]: one token of each of the running sequences, whose
+    tables [rows, ·] and places [rows] are given, then pieces of prompts.
+    """
 
-    def __init__(self, cache: RowCache, at: Tensor) -> None:
-        self.cache, self.at = cache, at
-        self.rows = torch.arange(len(at), device=at.device)
-        self.span = int(at.max()) + 1
-        self.mask = (torch.arange(self.span, device=at.device) <= at.unsqueeze(1))[:, None, None]
+    def __init__(self, cache: BlockCache, tables: Tensor, places: Tensor, prompts: list[Prompt]) -> None:
+        self.cache, self.prompts = cache, prompts
+        device = cache.layers[0][0].device
+        self.rows = len(places)
+        at = tables.gather(1, (places // BLOCK).unsqueeze(1)).squeeze(1).long() * BLOCK + places % BLOCK
+        index, positions = [at], [places]
+        self.tables = []
+        for p in prompts:
+            here = torch.arange(p.start, p.start + p.length)
+            table = torch.tensor(p.blocks)
+            self.tables.append(table.to(device))
+            index.append(table[here // BLOCK] * BLOCK + here % BLOCK)
+            positions.append(here)
+        self.index = torch.cat(index).to(device)
+        self.positions = torch.cat(positions).unsqueeze(0).to(device)
+        span = -(-(int(places.max()) + 1) // BLOCK) if self.rows else 0
+        self.row_tables = tables[:, :span].to(torch.int32).contiguous().to(device)
+        self.lengths = (places + 1).to(torch.int32).to(device)
 
-    def append(self, layer: int, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        past = []
-        for store, new in zip(self.cache.layers[layer], (a, b), strict=True):
-            store.index_put_((self.rows, self.at), new.squeeze(1))
-            past.append(store[: len(self.at), : self.span])
-        return past[0], past[1]
+    def append(self, layer: int, a: Tensor, b: Tensor) -> list[Past]:
+        stores = self.cache.layers[layer]
+        for places, new in zip(self.cache.places[layer], (a, b), strict=True):
+            places.index_copy_(0, self.index, new[0])
+        pasts: list[Past] = []
+        if self.rows:
+            pasts.append(Singles(slice(0, self.rows), *stores, self.row_tables, self.lengths))
+        first = self.rows
+        for p, table in zip(self.prompts, self.tables, strict=True):
+            tokens, end = slice(first, first + p.length), p.start + p.length
+            first += p.length
+            if p.start == 0:
+                past = [x[:, tokens] for x in (a, b)]
+            else:
+                past = [s.index_select(0, table[: -(-end // BLOCK)]).flatten(0, 1)[None, :end] for s in stores]
+            pasts.append(Chunk(tokens, *past))
+        return pasts

@@ -1,43 +1,109 @@
-"""The front of generation: prompts in, completions out."""
+"""The front of generation: prompts in, completions out, all at once or as they come."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from rorqual.data.tokenizer import load_tokenizer
+from rorqual.engine.blocks import BLOCK, Blocks
+from rorqual.engine.cache import BlockCache, block_bytes
+from rorqual.engine.rows import Request, Sample
 from rorqual.engine.sampler import SamplingParams
-from rorqual.engine.scheduler import Finished, Request, Scheduler
+from rorqual.engine.scheduler import Scheduler
+from rorqual.engine.text import TextStream
 from rorqual.errors import UserError
 from rorqual.model import Transformer
+
+DEFAULT_BYTES = 1 << 30  # of the cache for requests that come and go; memory that is not used is not taken
+CHUNK = 4096  # prompt tokens a step: what runs meanwhile waits for them
 
 
 @dataclass
 class Completion:
-    """One continuation. `tokens` and `logprobs` include the stop token, `text` does not."""
+    """One continuation. `tokens` and `logprobs` include the stop token, `text` neither it nor a stop string."""
 
     text: str
     tokens: list[int]
     logprobs: list[float]
-    finish_reason: str  # "stop" or "length"
+    finish_reason: str  # "stop", "length" or "cancelled"
+    cached_tokens: int = 0  # of the prompt, found in the cache
+    top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)  # where asked for, at every token
 
 
 class Engine:
-    """Generates from a model in memory (whose weights it uses in place) or from a Hugging Face directory."""
+    """Generates from a model in memory (whose weights it uses in place) or from a Hugging Face directory.
 
-    def __init__(self, model: str | Path | Transformer, tokenizer: Any = None, slots: int = 256, **load: Any) -> None:
+    `slots`: sequences at a time. `cache_bytes`: what the past of all sequences may take; by default as much as
+    `generate` needs for what it is asked. `prefix_cache`: keep the past of finished sequences for prompts that begin
+    the same way; where weights change, call `forget`. `chunk`: prompt tokens a step.
+    """
+
+    def __init__(
+        self, model: str | Path | Transformer, tokenizer: Any = None, slots: int = 256,
+        cache_bytes: int | None = None, prefix_cache: bool = False, chunk: int = CHUNK, **load: Any,
+    ) -> None:  # fmt: skip
         if not isinstance(model, Transformer):
             from rorqual.model.checkpoint import load_model
 
             tokenizer = tokenizer or load_tokenizer(model)
             model = load_model(model, **load)
         self.model, self.tokenizer, self.slots = model, tokenizer, slots
+        self.cache_bytes, self.prefix_cache, self.chunk = cache_bytes, prefix_cache, chunk
         eos = set(model.config.eos_token_ids)
         if tokenizer is not None and tokenizer.eos_token_id is not None:
             eos.add(tokenizer.eos_token_id)
         self.eos = tuple(sorted(eos))
+        self._scheduler: Scheduler | None = None
+        self._texts: dict[Sample, TextStream] = {}
+
+    # -- requests that come and go
+
+    def submit(self, prompt: str | Sequence[int], params: SamplingParams, watched: bool = True) -> Request:
+        """Take a request in; `step` works on it. Raises UserError for a prompt that cannot be continued."""
+        request = self._request(prompt, params, "the prompt", torch.seed() if params.seed is None else params.seed)
+        request.watched = request.watched or watched
+        scheduler = self._ready([request], at_least=DEFAULT_BYTES)
+        self._add(scheduler, request)
+        return request
+
+    def step(self) -> list[Sample]:
+        """Make a token for every running sequence; returns the samples that ended, and watched ones, which grew."""
+        if self._scheduler is None:
+            return []
+        found = self._scheduler.step()
+        for sample in found:
+            if (text := self._texts.get(sample)) is None:
+                continue
+            text.feed(self._shown(sample), last=sample.finish is not None)
+            if text.stopped and sample.finish != "stop":
+                if sample.finish is None:
+                    self._scheduler.end(self._scheduler.rows.samples.index(sample), "stop")
+                sample.finish = "stop"
+        return found
+
+    def cancel(self, request: Request) -> None:
+        if self._scheduler is not None:
+            self._scheduler.cancel(request)
+
+    @property
+    def idle(self) -> bool:
+        return self._scheduler is None or self._scheduler.idle
+
+    def forget(self) -> None:
+        """Remember no past, as is due when the weights have changed."""
+        if self._scheduler is not None:
+            self._scheduler.blocks.forget()
+
+    def completion(self, sample: Sample) -> Completion:
+        """What a finished sample has become."""
+        stream = self._texts.pop(sample, None)
+        text = stream.text if stream is not None else self._decode(self._shown(sample))
+        return Completion(text, sample.tokens, sample.logprobs, sample.finish or "", sample.request.cached, sample.top)
+
+    # -- all at once
 
     def generate(
         self,
@@ -50,53 +116,97 @@ class Engine:
         The same seed gives the same completions. Raises UserError for a prompt that leaves no room in the context.
         """
         params = params or SamplingParams()
-        scheduler = self._schedule(prompts, params)
-        results: list[Completion | None] = [None] * (len(prompts) * params.n)
-        while scheduler is not None and not scheduler.done:
-            finished = scheduler.step()
-            for f in finished:
-                results[f.index] = self._completion(f, params)
-            if progress and finished:
-                progress(len(finished))
-        return results  # type: ignore[return-value]
+        if not prompts:
+            return []
+        seed = torch.seed() if params.seed is None else params.seed
+        requests = [self._request(p, params, f"prompt {i + 1}", seed + (i << 32)) for i, p in enumerate(prompts)]
+        scheduler = self._ready(requests)
+        for request in requests:
+            self._add(scheduler, request)
+        try:
+            left = sum(params.n for _ in requests)
+            while left:
+                ended = sum(sample.finish is not None for sample in self.step())
+                left -= ended
+                if progress and ended:
+                    progress(ended)
+        finally:  # an interruption leaves nothing behind
+            for request in requests:
+                if not request.done:
+                    scheduler.cancel(request)
+        return [self.completion(sample) for request in requests for sample in request.samples]
 
     def stream(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> Iterator[str]:
         """The text of one continuation, piece by piece as it is made."""
-        params = replace(params or SamplingParams(), n=1)
-        scheduler = self._schedule([prompt], params)
-        shown = ""
-        while not scheduler.done:
-            finished = scheduler.step()
-            tokens = finished[0].tokens if finished else scheduler.tokens[0, : scheduler.count[0]].tolist()
-            text = self._text(tokens, params)
-            if finished or not text.endswith("\ufffd"):  # an unfinished character waits for its bytes
-                yield text[len(shown) :]
-                shown = text
+        request = self.submit(prompt, replace(params or SamplingParams(), n=1))
+        sample, shown = request.samples[0], 0
+        text = self._texts.setdefault(sample, TextStream(self.tokenizer, request.params.stop))
+        try:
+            while sample.finish is None:
+                self.step()
+                if len(text.text) > shown:
+                    yield text.text[shown:]
+                    shown = len(text.text)
+        finally:
+            if sample.finish is None:
+                self.cancel(request)
+            self._texts.pop(sample, None)
 
-    def _schedule(self, prompts: Sequence[Any], params: SamplingParams) -> Scheduler | None:
-        if not prompts:
-            return None
-        think_end = None
-        if params.thinking_budget is not None:
-            think_end = self._think_end()
+    # -- the rest
+
+    def _request(self, prompt: str | Sequence[int], params: SamplingParams, name: str, seed: int) -> Request:
         context = self.model.config.max_position_embeddings
-        seed = torch.seed() if params.seed is None else params.seed
-        generator = torch.Generator().manual_seed(seed % 2**63)
-        requests = []
-        for i, prompt in enumerate(prompts):
-            ids = tuple(self._encode(prompt) if isinstance(prompt, str) else prompt)
-            if not ids:
-                raise UserError(f"prompt {i + 1} is empty; give at least one token")
-            if len(ids) >= context:
+        ids = tuple(self._encode(prompt) if isinstance(prompt, str) else prompt)
+        if not ids:
+            raise UserError(f"{name} is empty; give at least one token")
+        if len(ids) >= context:
+            raise UserError(
+                f"{name} has {len(ids)} tokens, but the model's context holds {context} "
+                "(max_position_embeddings); shorten it"
+            )
+        vocabulary = self.model.config.vocab_size
+        if not all(0 <= t < vocabulary for t in (*ids, *(t for t, _ in params.logit_bias))):
+            raise UserError(f"{name}: token ids must be from 0 to {vocabulary - 1}")
+        if params.stop and self.tokenizer is None:
+            raise UserError("this engine has no tokenizer, which stop strings need; give stop_token_ids")
+        room = min(params.max_tokens, context - len(ids))
+        if self.cache_bytes is not None or (self._scheduler is not None and not self._scheduler.idle):
+            most = (self._count(self.cache_bytes) if self.cache_bytes else self._scheduler.blocks.count) - 2
+            most *= BLOCK
+            if len(ids) + room > most:
                 raise UserError(
-                    f"prompt {i + 1} has {len(ids)} tokens, but the model's context holds {context} "
-                    "(max_position_embeddings); shorten it"
+                    f"{name} with its answer takes {len(ids) + room} tokens, but the cache holds {max(0, most)}; lower "
+                    "max_tokens, or give the engine more memory for its cache"
                 )
-            room = min(params.max_tokens, context - len(ids))
-            uniform = torch.rand(params.n, room, generator=generator)
-            requests += [Request(i * params.n + j, ids, room, uniform[j]) for j in range(params.n)]
-        stop_ids = torch.tensor([*self.eos, *params.stop_token_ids], dtype=torch.long)
-        return Scheduler(self.model, requests, params, self.slots, stop_ids, think_end)
+        think_end = None if params.thinking_budget is None else self._think_end()
+        stops = (() if params.ignore_eos else self.eos) + params.stop_token_ids
+        return Request(ids, params, room, seed, stops, think_end, watched=bool(params.stop))
+
+    def _add(self, scheduler: Scheduler, request: Request) -> None:
+        for sample in request.samples if request.params.stop else ():
+            self._texts[sample] = TextStream(self.tokenizer, request.params.stop)
+        scheduler.add(request)
+
+    def _ready(self, requests: list[Request], at_least: int = 0) -> Scheduler:
+        """The scheduler, with a cache that has room for these, of `at_least` so many bytes."""
+        scheduler = self._scheduler
+        if self.cache_bytes is not None:
+            count = self._count(self.cache_bytes)
+        else:
+            longest = max(-(-(len(r.prompt) + r.room) // BLOCK) + 1 for r in requests)
+            samples = sum(r.params.n for r in requests)
+            count = 2 + longest * min(self.slots + self.slots // 8, samples + len(requests))
+            count = max(count, self._count(at_least))
+        if scheduler is None or (scheduler.idle and scheduler.blocks.count < count):
+            weight = self.model.head_weight
+            cache = BlockCache(self.model.config, count, weight.dtype, weight.device)
+            self._scheduler = scheduler = Scheduler(
+                self.model, self.slots, cache, Blocks(count), self.prefix_cache, self.chunk
+            )
+        return scheduler
+
+    def _count(self, cache_bytes: int) -> int:
+        return cache_bytes // block_bytes(self.model.config, self.model.head_weight.dtype)
 
     def _encode(self, text: str) -> list[int]:
         if self.tokenizer is None:
@@ -109,12 +219,12 @@ class Engine:
             raise UserError("thinking_budget needs a tokenizer with </think> as one token")
         return ids[0]
 
-    def _completion(self, f: Finished, params: SamplingParams) -> Completion:
-        return Completion(self._text(f.tokens, params), f.tokens, f.logprobs, "stop" if f.stopped else "length")
+    def _shown(self, sample: Sample) -> list[int]:
+        """A sample's tokens but for the one that ended it."""
+        tokens = sample.tokens
+        return tokens[:-1] if tokens and tokens[-1] in sample.request.stop_ids else tokens
 
-    def _text(self, tokens: list[int], params: SamplingParams) -> str:
+    def _decode(self, tokens: list[int]) -> str:
         if self.tokenizer is None:
             return ""
-        if tokens and tokens[-1] in (*self.eos, *params.stop_token_ids):
-            tokens = tokens[:-1]
         return self.tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)

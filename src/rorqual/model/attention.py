@@ -2,12 +2,9 @@
 
 Shapes: B batch, T new tokens, S tokens attended to, H heads, G key/value heads, D hidden; C latent (kv_lora_rank),
 N / R query-key width without / with rotary embedding, V value width. A mask is bool [B, 1, T, S], true where a
-query may look, or several for sequences end to end (kernels/attention.py); None is causal. A cache, when given,
-keeps what a layer hands it and gives back the whole past:
-`cache.append(layer, a [B, T, …], b [B, T, …]) -> (a [B, S, …], b [B, S, …])`.
+query may look, or several for sequences end to end (kernels/attention.py); None is causal. With a cache the new
+tokens of all sequences lie end to end, B = 1, and it says what each of them sees (past.py).
 """
-
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,24 +15,31 @@ from rorqual.kernels.past import grouped_attention, latent_attention
 from rorqual.kernels.rotate import rotate
 from rorqual.model.config import ModelConfig
 from rorqual.model.layers import Linear, RMSNorm
+from rorqual.model.past import Cache, Past, Singles
 from rorqual.model.rope import softmax_scale
 
 LATENT_NORM_EPS = 1e-6  # the release's, whatever rms_norm_eps says
 
 
-class Cache(Protocol):
-    def append(self, layer: int, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]: ...
-
-
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
-    """softmax(q·kᵀ·scale)·v for q [B, T, H, ·], k [B, S, G, ·] and v [B, S, G, V] → [B, T, H, V]."""
+    """softmax(q·kᵀ·scale)·v for q [B, T, H, ·], k [B, S, G, ·] and v [B, S, G, V] → [B, T, H, V].
+
+    Without a mask the T queries are the last of the S places.
+    """
     width = v.shape[-1]
     if width < q.shape[-1]:  # torch's fused CPU kernel wants equal widths; zero columns change nothing
         v = F.pad(v, (0, q.shape[-1] - width))
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    causal = mask is None and q.shape[2] > 1
+    T, S = q.shape[2], k.shape[2]
+    causal = mask is None and T > 1
+    if causal and S > T:
+        mask, causal = torch.ones(1, 1, T, S, dtype=torch.bool, device=q.device).tril(S - T), False
     out = attention(q, k, v, mask, causal, scale)
     return out.transpose(1, 2)[..., :width]
+
+
+def end_to_end(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 class MultiHeadLatentAttention(nn.Module):
@@ -66,11 +70,17 @@ class MultiHeadLatentAttention(nn.Module):
         latent, k_rope = self.kv_a_proj_with_mqa(x).split((self.C, self.R), dim=-1)
         latent = self.kv_a_layernorm(latent)
         k_rope = rotate(k_rope.unsqueeze(2), table, self.interleave).squeeze(2)
-        if cache is not None:
-            latent, k_rope = cache.append(self.layer, latent, k_rope)
-        absorb = cache is not None and x.shape[1] == 1
-        heads = (self.absorbed if absorb else self.expanded)(q_nope, q_rope, latent, k_rope, mask)
+        if cache is None:
+            heads = self.expanded(q_nope, q_rope, latent, k_rope, mask)
+        else:
+            pasts = cache.append(self.layer, latent, k_rope)
+            heads = end_to_end([self.over(q_nope[:, p.tokens], q_rope[:, p.tokens], p) for p in pasts])
         return self.o_proj(heads.flatten(2))
+
+    def over(self, q_nope: Tensor, q_rope: Tensor, past: Past) -> Tensor:
+        if isinstance(past, Singles):
+            return self.absorbed(q_nope[0], q_rope[0], past).unsqueeze(0)
+        return self.expanded(q_nope, q_rope, past.a, past.b, None)
 
     def expanded(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, mask: Mask) -> Tensor:
         """Training and prefill: every head's keys and values written out (V2 eq. 9–19) → [B, T, H, V]."""
@@ -79,12 +89,15 @@ class MultiHeadLatentAttention(nn.Module):
         q, k = torch.cat([q_nope, q_rope], dim=-1), torch.cat([k_nope, k_rope], dim=-1)
         return attend(q, k, v, mask, self.scale)
 
-    def absorbed(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, mask: Tensor | None) -> Tensor:
-        """Decode: the up-projections move to the query and the output (V2 §2.1.2), so heads read latents alone."""
+    def absorbed(self, q_nope: Tensor, q_rope: Tensor, past: Singles) -> Tensor:
+        """Decode: the up-projections move to the query and the output (V2 §2.1.2), so heads read latents alone.
+
+        q_nope [n, H, N], q_rope [n, H, R], one token of each of n sequences → [n, H, V].
+        """
         w_k, w_v = self.kv_b_proj.weight.view(self.H, self.N + self.V, self.C).split((self.N, self.V), dim=1)
-        q_latent = torch.einsum("bthn,hnc->bthc", q_nope, w_k)
-        o_latent = latent_attention(q_latent, q_rope, latent, k_rope, mask, self.scale)
-        return torch.einsum("bthc,hvc->bthv", o_latent, w_v)
+        q_latent = torch.einsum("nhd,hdc->nhc", q_nope, w_k)
+        o_latent = latent_attention(q_latent, q_rope, past.a, past.b, past.tables, past.lengths, self.scale)
+        return torch.einsum("nhc,hvc->nhv", o_latent, w_v)
 
 
 class GroupedQueryAttention(nn.Module):
@@ -105,8 +118,14 @@ class GroupedQueryAttention(nn.Module):
         q = rotate(self.q_proj(x).unflatten(-1, (self.H, self.W)), table, self.interleave)
         k = rotate(self.k_proj(x).unflatten(-1, (self.G, self.W)), table, self.interleave)
         v = self.v_proj(x).unflatten(-1, (self.G, self.W))
-        if cache is not None:
-            k, v = cache.append(self.layer, k, v)
-        decode = x.shape[1] == 1 and cache is not None
-        heads = (grouped_attention if decode else attend)(q, k, v, mask, self.scale)
+        if cache is None:
+            heads = attend(q, k, v, mask, self.scale)
+        else:
+            pasts = cache.append(self.layer, k, v)
+            heads = end_to_end([self.over(q[:, p.tokens], p) for p in pasts])
         return self.o_proj(heads.reshape(*x.shape[:2], self.H * self.W))
+
+    def over(self, q: Tensor, past: Past) -> Tensor:
+        if isinstance(past, Singles):
+            return grouped_attention(q[0], past.a, past.b, past.tables, past.lengths, self.scale).unsqueeze(0)
+        return attend(q, past.a, past.b, None, self.scale)

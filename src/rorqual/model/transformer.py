@@ -8,10 +8,11 @@ from torch import Tensor, nn
 
 from rorqual.kernels.attention import Mask
 from rorqual.kernels.linear import linear
-from rorqual.model.attention import Cache, GroupedQueryAttention, MultiHeadLatentAttention
+from rorqual.model.attention import GroupedQueryAttention, MultiHeadLatentAttention
 from rorqual.model.config import ModelConfig
 from rorqual.model.layers import Linear, RMSNorm, SwiGLU
 from rorqual.model.moe import MixtureOfExperts, Routing
+from rorqual.model.past import Cache
 from rorqual.model.rope import rope_frequencies, rope_table
 
 Table = tuple[Tensor, Tensor]

@@ -1,0 +1,176 @@
+"""The sequences being decoded, as the rows of a few tensors: a step must not touch Python objects one by one."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from rorqual.engine.blocks import SPARE
+from rorqual.engine.sampler import Cut, SamplingParams
+
+WINDOW = 256  # random numbers drawn at a time
+NEVER = 1 << 60
+
+
+@dataclass(eq=False)
+class Sample:
+    """One continuation of a request's prompt; `tokens` and `logprobs` stand here whenever it is not in a row."""
+
+    request: "Request"
+    number: int  # of the request's n
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    top: list[list[tuple[int, float]]] = field(default_factory=list)  # the most probable tokens at every place
+    blocks: list[int] = field(default_factory=list)
+    generator: torch.Generator | None = None
+    window: Tensor | None = None  # [WINDOW] random numbers, from token WINDOW·k on
+    closed: bool = False  # the thinking has ended
+    finish: str | None = None  # "stop", "length" or "cancelled"
+
+
+@dataclass(eq=False)
+class Request:
+    """A prompt to be continued params.n times."""
+
+    prompt: tuple[int, ...]
+    params: SamplingParams
+    room: int  # tokens an answer may have
+    seed: int
+    stop_ids: tuple[int, ...]
+    think_end: int | None = None  # given where there is a thinking budget
+    watched: bool = False  # somebody reads the tokens while they are made
+    cached: int = 0  # tokens of the prompt that lay in the cache already
+    samples: list[Sample] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.samples = [Sample(self, j) for j in range(self.params.n)]
+
+    @property
+    def done(self) -> bool:
+        return all(s.finish for s in self.samples)
+
+
+class Rows:
+    """Rows 0…n-1 are running."""
+
+    def __init__(self, count: int) -> None:
+        self.size, self.n = count, 0
+        self.samples: list[Sample] = []
+        self.numbers = torch.zeros(count, 11, dtype=torch.long)  # one tensor, so that a row moves at once
+        # The place in the sequence of the token that the next step reads; tokens made; how many may be; …
+        self.place, self.count, self.limit, self.last, self.held, self.budget, self.think_end, self.cut = (
+            self.numbers.unbind(1)[:8]
+        )
+        # Flags: the thinking has ended; logits are to be adjusted or reported; somebody reads along.
+        self.closed, self.special, self.watched = self.numbers.unbind(1)[8:]
+        self.uniform = torch.zeros(count, WINDOW)
+        self.stops = torch.full((count, 1), -1)
+        self.tables = torch.full((count, 8), SPARE, dtype=torch.int32)
+        self.tokens = torch.zeros(count, 256, dtype=torch.long)
+        self.logprobs = torch.zeros(count, 256)
+        self._cuts: dict[Cut, int] = {}
+
+    def cuts(self) -> list[tuple[Cut, Tensor]]:
+        """The ways to sample, and the rows to which each applies."""
+        kinds, by_number = self.cut[: self.n], list(self._cuts)
+        return [(by_number[k], (kinds == k).nonzero().flatten()) for k in kinds.unique().tolist()]
+
+    def add(self, sample: Sample, place: int) -> None:
+        """Give a sample the next row; its next token has number len(sample.tokens) and stands at `place`."""
+        row, request, params = self.n, sample.request, sample.request.params
+        self.n += 1
+        self.samples.append(sample)
+        self.place[row], self.count[row] = place, len(sample.tokens)
+        self.limit[row], self.closed[row] = request.room, sample.closed
+        self.budget[row] = NEVER if request.think_end is None else params.thinking_budget
+        self.think_end[row] = -1 if request.think_end is None else request.think_end
+        if len(self._cuts) > self.size:  # those of sequences long gone
+            self._cuts = {}
+            for i, running in enumerate(self.samples[:row]):
+                self.cut[i] = self._cuts.setdefault(running.request.params.cut, len(self._cuts))
+        self.cut[row] = self._cuts.setdefault(params.cut, len(self._cuts))
+        self.special[row] = params.adjusts or params.logprobs > 0
+        self.watched[row] = request.watched
+        self._widen("stops", len(request.stop_ids), -1)
+        self.stops[row] = -1
+        self.stops[row, : len(request.stop_ids)] = torch.tensor(request.stop_ids, dtype=torch.long)
+        self.set_blocks(row)
+        self._widen("tokens", len(sample.tokens) + 1, 0)
+        self._widen("logprobs", len(sample.tokens) + 1, 0)
+        if sample.tokens:
+            self.tokens[row, : len(sample.tokens)] = torch.tensor(sample.tokens)
+            self.logprobs[row, : len(sample.tokens)] = torch.tensor(sample.logprobs)
+        if sample.generator is None:
+            # Seeds must differ in more than their last bits for the Mersenne twister to differ at once.
+            seed = (request.seed + 0x9E3779B97F4A7C15 * (sample.number + 1)) % (1 << 63)
+            sample.generator = torch.Generator().manual_seed(seed)
+        if sample.window is None:
+            sample.window = torch.rand(WINDOW, generator=sample.generator)
+        self.uniform[row] = sample.window
+
+    def set_blocks(self, row: int) -> None:
+        blocks = self.samples[row].blocks
+        self._widen("tables", len(blocks), SPARE)
+        self.tables[row, : len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
+        self.held[row] = len(blocks)
+
+    def add_blocks(self, rows: list[int], blocks: list[int]) -> None:
+        """One block more for each of some rows."""
+        at, new = torch.tensor(rows), torch.tensor(blocks, dtype=torch.int32)
+        held = self.held[at]
+        self._widen("tables", int(held.max()) + 1, SPARE)
+        self.tables[at, held] = new
+        self.held[at] = held + 1
+        for row, block in zip(rows, blocks, strict=True):
+            self.samples[row].blocks.append(block)
+
+    def draws(self) -> Tensor:
+        """One number in [0, 1) a row; the next for every token."""
+        count = self.count[: self.n]
+        at = count % WINDOW
+        for row in ((at == 0) & (count > 0)).nonzero().flatten().tolist():
+            sample = self.samples[row]
+            sample.window = torch.rand(WINDOW, generator=sample.generator)
+            self.uniform[row] = sample.window
+        return self.uniform[: self.n].gather(1, at.unsqueeze(1)).squeeze(1)
+
+    def record(self, tokens: Tensor, logprobs: Tensor) -> None:
+        """The next token of every row."""
+        count = self.count[: self.n]
+        longest = int(count.max()) + 1
+        self._widen("tokens", longest, 0)
+        self._widen("logprobs", longest, 0)
+        at = count.unsqueeze(1)
+        self.tokens[: self.n].scatter_(1, at, tokens.unsqueeze(1))
+        self.logprobs[: self.n].scatter_(1, at, logprobs.unsqueeze(1))
+        self.last[: self.n] = tokens
+        count += 1
+
+    def save(self, row: int) -> Sample:
+        """Write what a row has made into its sample."""
+        sample, count = self.samples[row], int(self.count[row])
+        sample.tokens, sample.logprobs = self.tokens[row, :count].tolist(), self.logprobs[row, :count].tolist()
+        sample.closed = bool(self.closed[row])
+        return sample
+
+    def remove(self, gone: list[int]) -> None:
+        """Free rows; the last ones move into the holes."""
+        alive = torch.ones(self.n, dtype=torch.bool)
+        alive[gone] = False
+        left = self.n - len(gone)
+        holes = (~alive[:left]).nonzero().flatten()
+        if len(holes):
+            movers = left + alive[left:].nonzero().flatten()
+            for state in (self.numbers, self.uniform, self.stops, self.tables, self.tokens, self.logprobs):
+                state[holes] = state[movers]
+            for hole, mover in zip(holes.tolist(), movers.tolist(), strict=True):
+                self.samples[hole] = self.samples[mover]
+        del self.samples[left:]
+        self.n = left
+
+    def _widen(self, name: str, width: int, empty: int) -> None:
+        old = getattr(self, name)
+        if width > old.shape[1]:
+            wider = old.new_full((self.size, max(width, 2 * old.shape[1])), empty)
+            wider[:, : old.shape[1]] = old
+            setattr(self, name, wider)

@@ -1,0 +1,224 @@
+"""However requests meet in the batch and whatever the cache has room for, each gets what it would get alone."""
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny import GROUPED, LATENT, greedy_by_full_passes
+
+from rorqual.engine import Engine, SamplingParams
+from rorqual.engine.blocks import BLOCK
+from rorqual.engine.cache import block_bytes
+from rorqual.engine.text import TextStream
+from rorqual.errors import UserError
+from rorqual.model import Transformer
+
+GREEDY = SamplingParams(temperature=0, max_tokens=40)
+
+
+@pytest.fixture(params=[LATENT, GROUPED], ids=["latent", "grouped"])
+def model(request):
+    torch.manual_seed(3)
+    model = Transformer(request.param.replace(max_position_embeddings=200)).eval()
+    with torch.no_grad():
+        model.head_weight[0] = 0.6 * model.head_weight[1:].sum(0)
+    return model
+
+
+@pytest.fixture
+def prompts():
+    """Some begin the same way; lengths around those of blocks."""
+    generator = torch.Generator().manual_seed(1)
+    shared = torch.randint(1, 60, (40,), generator=generator).tolist()
+    own = [torch.randint(1, 60, (n,), generator=generator).tolist() for n in (1, 15, 16, 17, 31, 70, 5, 33)]
+    return own + [shared[:n] + own[i][:3] for i, n in ((3, 16), (4, 40), (5, 33), (7, 32))]
+
+
+def bytes_for(model, blocks):
+    return blocks * block_bytes(model.config, torch.float32)
+
+
+def all_free(engine):
+    blocks = engine._scheduler.blocks
+    return blocks.free == blocks.count - 1 and not any(blocks.holders)
+
+
+@pytest.mark.parametrize("prefix_cache", [False, True])
+@pytest.mark.parametrize("chunk", [7, 4096])
+@pytest.mark.parametrize("room", [None, 16, 9])
+def test_greedy_equals_full_passes_in_any_company(model, prompts, prefix_cache, chunk, room):
+    expected = [greedy_by_full_passes(model, p, 40, to_the_end=True)[0] for p in prompts]
+    memory = None if room is None else bytes_for(model, room)
+    engine = Engine(model, slots=12, chunk=chunk, prefix_cache=prefix_cache, cache_bytes=memory)
+    for turn in range(2):
+        found = engine.generate(prompts, replace(GREEDY, ignore_eos=True))
+        assert [c.tokens for c in found] == expected
+        if prefix_cache and turn and room is None:
+            assert all(c.cached_tokens == (len(p) - 1) // BLOCK * BLOCK for c, p in zip(found, prompts, strict=True))
+        assert all_free(engine)
+    if room == 9:
+        assert engine._scheduler.counts.preempted > 0, "the cache was to be too small"
+
+
+@pytest.mark.parametrize("room", [None, 9])
+def test_samples_do_not_depend_on_company_or_preemption(model, prompts, room):
+    params = SamplingParams(n=3, seed=5, max_tokens=30, ignore_eos=True)
+    memory = None if room is None else bytes_for(model, room)
+    together = Engine(model, slots=9, cache_bytes=memory, chunk=20)
+    found = [c.tokens for c in together.generate(prompts[:5], params)]
+    wide = [c.tokens for c in Engine(model).generate(prompts[:5], params)]
+    assert found == wide
+    assert all_free(together)
+    assert together._scheduler.counts.preempted > 0 or room is None
+
+
+def test_requests_with_different_wishes_share_a_batch(model, prompts):
+    wishes = [
+        SamplingParams(temperature=0, max_tokens=12),
+        SamplingParams(seed=1, max_tokens=20),
+        SamplingParams(seed=2, top_p=0.7, temperature=0.8, n=2, max_tokens=9),
+        SamplingParams(seed=3, repetition_penalty=1.3, min_p=0.05, max_tokens=20),
+        SamplingParams(temperature=0, frequency_penalty=0.7, logit_bias=((4, 5.0),), max_tokens=20),
+        SamplingParams(temperature=0, logprobs=3, max_tokens=6),
+    ]
+
+    def run(engine, which):
+        requests = [engine.submit(prompts[i], wishes[i]) for i in which]
+        while not engine.idle:
+            engine.step()
+        return [[engine.completion(s) for s in r.samples] for r in requests]
+
+    together = run(Engine(model, slots=16), range(6))
+    for i in range(6):
+        (alone,) = run(Engine(model, slots=16), [i])
+        assert [c.tokens for c in alone] == [c.tokens for c in together[i]]
+    (reported,) = together[5]
+    for token, logprob, best in zip(reported.tokens, reported.logprobs, reported.top_logprobs, strict=True):
+        assert len(best) == 3
+        assert best[0] == (token, pytest.approx(logprob, abs=1e-5))
+        assert best[0][1] >= best[1][1] >= best[2][1]
+
+
+def test_penalties_and_biases_change_the_logits_as_defined(model):
+    prompt = [7, 9, 7]
+    with torch.no_grad():
+        plain = model.logits(torch.tensor([prompt]))[0, -1]
+    top = int(plain.argmax())
+
+    def first(**wish):
+        params = SamplingParams(temperature=0, max_tokens=2, logprobs=60, ignore_eos=True, **wish)
+        found = Engine(model).generate([prompt], params)[0]
+        return found, [dict(place) for place in found.top_logprobs]
+
+    def gap(place, a, b):
+        return place[a] - place[b]
+
+    a, b = [i for i in range(20, 30) if i != top][:2]
+    _, (place, _) = first(logit_bias=((a, 2.5),))
+    assert gap(place, a, b) == pytest.approx(float(plain[a] - plain[b]) + 2.5, abs=1e-4)
+    _, (place, _) = first(repetition_penalty=2.0)
+    seven = float(plain[7])
+    assert gap(place, 7, b) == pytest.approx((seven / 2 if seven > 0 else seven * 2) - float(plain[b]), abs=1e-4)
+    found, (_, unchanged) = first()
+    with torch.no_grad():
+        then = model.logits(torch.tensor([[*prompt, found.tokens[0]]]))[0, -1]
+    made, other = found.tokens[0], a
+    assert gap(unchanged, made, other) == pytest.approx(float(then[made] - then[other]), abs=1e-4)
+    found, (_, place) = first(presence_penalty=0.5, frequency_penalty=0.25)
+    assert found.tokens[0] == made
+    assert gap(place, made, other) == pytest.approx(float(then[made] - then[other]) - 0.75, abs=1e-4)
+
+
+def test_cancelling_frees_blocks_at_once_wherever_the_request_is(model, prompts):
+    rng = random.Random(0)
+    for _ in range(10):
+        engine = Engine(model, slots=4, chunk=8, cache_bytes=bytes_for(model, 24), prefix_cache=rng.random() < 0.5)
+        expected = [greedy_by_full_passes(model, p, 40)[0] for p in prompts]
+        requests = {i: engine.submit(p, GREEDY) for i, p in enumerate(prompts)}
+        gone = rng.sample(sorted(requests), 6)
+        for i in gone:
+            for _ in range(rng.randrange(4)):
+                engine.step()
+            engine.cancel(requests[i])
+        while not engine.idle:
+            engine.step()
+        for i, request in requests.items():
+            (sample,) = request.samples
+            assert sample.finish is not None
+            if i not in gone:
+                assert sample.tokens == expected[i]
+        assert all_free(engine)
+
+
+def test_a_request_that_could_never_fit_is_refused(model):
+    engine = Engine(model, cache_bytes=bytes_for(model, 6))
+    engine.generate([[5] * 30], SamplingParams(max_tokens=34))
+    with pytest.raises(UserError, match="takes 65 tokens, but the cache holds 64"):
+        engine.generate([[5] * 30], SamplingParams(max_tokens=35))
+
+
+def test_the_cache_takes_what_was_stated(model):
+    memory = bytes_for(model, 11) + 5
+    engine = Engine(model, cache_bytes=memory)
+    engine.generate([[5] * 30], SamplingParams(max_tokens=5))
+    held = sum(s.nbytes for layer in engine._scheduler.cache.layers for s in layer)
+    assert memory - bytes_for(model, 1) < held <= memory
+
+
+def test_forgetting_lets_new_weights_count(model, prompts):
+    engine = Engine(model, prefix_cache=True)
+    engine.generate(prompts, GREEDY)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim > 1:
+                p.mul_(1.3)
+    engine.forget()
+    assert [c.tokens for c in engine.generate(prompts, GREEDY)] == [
+        greedy_by_full_passes(model, p, 40)[0] for p in prompts
+    ]
+
+
+def test_many_ways_to_sample_do_not_pile_up(model):
+    engine = Engine(model, slots=3)
+    for i in range(12):
+        request = engine.submit([5, 6], SamplingParams(temperature=1 + i / 10, seed=i, max_tokens=4))
+        while not engine.idle:
+            engine.step()
+        alone = engine.completion(request.samples[0])
+        (wide,) = Engine(model).generate([[5, 6]], request.params)
+        assert alone.tokens == wide.tokens
+    assert len(engine._scheduler.rows._cuts) <= 4
+
+
+class Letters:
+    """Token i is the letter 'a' + i % 26, but 59 and 58 are the two bytes of é."""
+
+    eos_token_id = 0
+
+    def decode(self, tokens, **_):
+        raw = b"".join(b"\xc3" if t == 59 else b"\xa9" if t == 58 else bytes([97 + t % 26]) for t in tokens)
+        return raw.decode(errors="replace")
+
+
+def test_stop_strings_end_the_text_before_them_and_never_show(model, prompts):
+    plain = Engine(model, Letters()).generate(prompts, replace(GREEDY, ignore_eos=True))
+    for prompt, before in zip(prompts, plain, strict=True):
+        stop = before.text[7:10]
+        params = replace(GREEDY, ignore_eos=True, stop=(stop, "#"))
+        (found,) = Engine(model, Letters()).generate([prompt], params)
+        assert found.text == before.text[: before.text.index(stop)]
+        assert found.finish_reason == "stop"
+        assert len(found.tokens) < len(before.tokens)
+        assert "".join(Engine(model, Letters()).stream(prompt, params)) == found.text
+
+
+def test_text_comes_in_whole_characters():
+    stream = TextStream(Letters(), stop=("nop",))
+    tokens, shown = [], []
+    for t in [1, 59, 58, 13, 14, 2, 59, 13, 14, 15, 3]:
+        tokens.append(t)
+        shown.append(stream.feed(tokens))
+    assert shown == ["b", "", "é", "", "", "noc", "", "\ufffd", "", "", ""]
+    assert stream.stopped
+    assert stream.text == "bénoc\ufffd"
