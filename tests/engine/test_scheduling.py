@@ -222,3 +222,16 @@ def test_text_comes_in_whole_characters():
     assert shown == ["b", "", "é", "", "", "noc", "", "\ufffd", "", "", ""]
     assert stream.stopped
     assert stream.text == "bénoc\ufffd"
+
+
+def test_generating_does_not_mistake_what_others_submitted_for_its_own(model, prompts):
+    engine = Engine(model, slots=8)
+    other = engine.submit(prompts[0], replace(GREEDY, max_tokens=3, ignore_eos=True))
+    found = engine.generate(prompts[1:4], GREEDY)
+    assert [c.tokens for c in found] == [greedy_by_full_passes(model, p, 40)[0] for p in prompts[1:4]]
+    assert engine.completion(other.samples[0]).tokens == greedy_by_full_passes(model, prompts[0], 3, True)[0]
+
+
+def test_streaming_text_needs_a_tokenizer(model):
+    with pytest.raises(UserError, match="no tokenizer"):
+        next(Engine(model).stream([5, 6]))

@@ -124,10 +124,11 @@ class Engine:
         for request in requests:
             self._add(scheduler, request)
         try:
-            left = sum(params.n for _ in requests)
-            while left:
-                ended = sum(sample.finish is not None for sample in self.step())
-                left -= ended
+            left = {sample for request in requests for sample in request.samples}
+            while left:  # what others have submitted goes on meanwhile
+                ended = len(left)
+                left.difference_update(sample for sample in self.step() if sample.finish)
+                ended -= len(left)
                 if progress and ended:
                     progress(ended)
         finally:  # an interruption leaves nothing behind
@@ -137,7 +138,9 @@ class Engine:
         return [self.completion(sample) for request in requests for sample in request.samples]
 
     def stream(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> Iterator[str]:
-        """The text of one continuation, piece by piece as it is made."""
+        """The text of one continuation, piece by piece as it is made. Raises UserError without a tokenizer."""
+        if self.tokenizer is None:
+            raise UserError("this engine has no tokenizer, so there is no text to stream; pass tokenizer=")
         request = self.submit(prompt, replace(params or SamplingParams(), n=1))
         sample, shown = request.samples[0], 0
         text = self._texts.setdefault(sample, TextStream(self.tokenizer, request.params.stop))
