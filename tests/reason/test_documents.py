@@ -6,7 +6,7 @@ from random import Random
 
 import pytest
 
-from rorqual.reason.documents import RIGHT, STEP, WRONG, attempts, documents, line_is_right, write_documents
+from rorqual.reason.documents import RIGHT, STEP, WRONG, attempts, documents, expression, line_is_right, write_documents
 from rorqual.reason.environment import extract_answer, open_environment
 from rorqual.reason.problems import number_key
 from rorqual.speedrun.stages import ENVIRONMENTS
@@ -17,14 +17,18 @@ def environments():
     return {section.name: open_environment(section) for section in ENVIRONMENTS}
 
 
-def test_attempts_are_what_they_say():
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_attempts_and_their_expressions_are_what_they_say(count):
     rng = Random(0)
-    for _ in range(200):
-        numbers = [rng.randint(1, 25) for _ in range(3)]
-        for attempt in attempts(numbers):
-            assert eval(attempt.expression) == attempt.value
-            assert sorted(map(int, re.findall(r"\d+", attempt.expression))) == sorted(numbers)
-            for a, op, b, result in STEP.findall(attempt.steps):
+    for _ in range(40):
+        numbers = sorted(rng.randint(1, 25) for _ in range(count))
+        every = attempts(tuple(numbers))
+        assert len(every) >= 3 * (count - 1)
+        for steps, value in every.items():
+            written = expression(steps)
+            assert eval(written) == value
+            assert sorted(map(int, re.findall(r"\d+", written))) == numbers
+            for a, op, b, result in STEP.findall(steps):
                 assert eval(f"{a}{op}{b}") == int(result)
 
 

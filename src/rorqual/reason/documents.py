@@ -6,8 +6,11 @@ and correct it; some give up early; some answer without thinking. None says some
 for slips that a check then finds. What pays off is left for reinforcement learning to discover.
 """
 
+import functools
+import itertools
 import json
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +19,7 @@ from random import Random
 from rorqual.reason.problems import Environment, Problem
 
 RIGHT, WRONG = "✓", "✗"
-LARGEST = 699  # no step goes above: chains of seven two-digit numbers stay below, and a small vocabulary is cheap
+LARGEST = 899  # no step goes above: chains of nine two-digit numbers stay below, and a small vocabulary is cheap
 
 
 @dataclass(frozen=True)
@@ -30,64 +33,66 @@ class Document:
         return f"<think>{self.thinking}</think><answer>{self.answer}</answer>"
 
 
-# -- countdown: reach a target with three numbers, by trying and checking
+# -- countdown: reach a target with a few numbers, by trying and checking
 
 
-@dataclass(frozen=True)
-class Attempt:
-    steps: str  # as written while thinking, e.g. 3*8=24,24-1=23
-    expression: str  # as answered, e.g. 3*8-1
-    value: int
+@functools.lru_cache(1 << 14)
+def attempts(numbers: tuple[int, ...]) -> dict[str, int]:
+    """Every way of joining sorted numbers by +, - and * without a negative or too large number on the way.
 
-
-def attempts(numbers: list[int]) -> list[Attempt]:
-    """Every way of joining three numbers by +, - and * without a negative or too large number on the way."""
-    found: dict[str, Attempt] = {}
-    for i in range(3):
-        c = numbers[i]
-        a, b = sorted((numbers[j] for j in range(3) if j != i), reverse=True)
-        for first, x in ((f"{a}+{b}", a + b), (f"{a}-{b}", a - b), (f"{a}*{b}", a * b)):
-            if x > LARGEST:
+    The steps as written while thinking, e.g. 8*3=24,24-1=23, with the value they end in. Larger numbers come first.
+    """
+    found = {}
+    for i, j in itertools.combinations(range(len(numbers)), 2):
+        small, large = numbers[i], numbers[j]
+        rest = [n for k, n in enumerate(numbers) if k not in (i, j)]
+        for op, result in (("+", large + small), ("-", large - small), ("*", large * small)):
+            if result > LARGEST:
                 continue
-            inner = first if "*" in first else f"({first})"
-            ways = [
-                (f"{x}+{c}", f"{first}+{c}", x + c),
-                (f"{x}-{c}", f"{first}-{c}", x - c),
-                (f"{c}-{x}", f"{c}-{inner}", c - x),
-                (f"{x}*{c}", f"{inner}*{c}", x * c),
-            ]
-            for second, expression, value in ways:
-                if 0 <= value <= LARGEST:
-                    steps = f"{first}={x},{second}={value}"
-                    found.setdefault(steps, Attempt(steps, expression, value))
-    return list(found.values())
+            step = f"{large}{op}{small}={result}"
+            if not rest:
+                found[step] = result
+                continue
+            for steps, value in attempts(tuple(sorted([*rest, result]))).items():
+                found[f"{step},{steps}"] = value
+    return found
+
+
+def expression(steps: str) -> str:
+    """The steps as one expression, as answered: 8*3=24,24-1=23 → 8*3-1."""
+    made: dict[str, list[tuple[str, bool]]] = defaultdict(list)  # result → how it was made, and whether as a sum
+    for step in steps.split(","):
+        calculation, result = step.split("=")
+        left, op, right = re.split(r"([+*-])", calculation)
+        (left, left_sum), (right, right_sum) = [made[n].pop() if made[n] else (n, False) for n in (left, right)]
+        left = f"({left})" if left_sum and op == "*" else left
+        right = f"({right})" if right_sum and op != "+" else right
+        made[result].append((f"{left}{op}{right}", op != "*"))
+    return made[result][0][0]
 
 
 def countdown_document(problem: Problem, rng: Random) -> Document:
     """Tries in random order, each checked; most documents find the target, some give up before."""
     target = problem.metadata["target"]
-    every = attempts(problem.metadata["numbers"])
-    right = [a for a in every if a.value == target]
-    wrong = [a for a in every if a.value != target]
-    rng.shuffle(wrong)
-    # A try that misses by little is the kind a person makes: half of the wrong turns are the nearest of three.
-    tried: list[Attempt] = []
-    while wrong:
-        draw = wrong[-3:] if rng.random() < 0.5 else wrong[-1:]
-        pick = min(draw, key=lambda a: abs(a.value - target))
+    every = attempts(tuple(sorted(problem.metadata["numbers"])))
+    right = [steps for steps, value in every.items() if value == target]
+    wrong = [steps for steps, value in every.items() if value != target]
+    tried: list[str] = []
+    for _ in range(min(len(wrong), int(rng.expovariate(1 / 3.0)))):
+        # A try that misses by little is the kind a person makes: half of the wrong turns are the nearest of three.
+        draw = rng.sample(wrong, min(len(wrong), 3 if rng.random() < 0.5 else 1))
+        pick = min(draw, key=lambda steps: abs(every[steps] - target))
         wrong.remove(pick)
         tried.append(pick)
-    length = min(len(tried), int(rng.expovariate(1 / 3.0)))
-    tried = tried[:length]
-    lines = [f"{a.steps} {WRONG}\n" for a in tried]
+    lines = [f"{steps} {WRONG}\n" for steps in tried]
     if right and not (tried and rng.random() < 0.35):
         solution = rng.choice(right)
-        lines.append(f"{solution.steps} {RIGHT}\n")
-        return Document(problem, "".join(lines), solution.expression)
+        lines.append(f"{solution} {RIGHT}\n")
+        return Document(problem, "".join(lines), expression(solution))
     if not tried:
-        tried = [rng.choice(every)]
-        lines = [f"{tried[0].steps} {WRONG}\n"]
-    return Document(problem, "".join(lines), tried[-1].expression)
+        tried = [rng.choice(list(every))]
+        lines = [f"{tried[0]} {WRONG}\n"]
+    return Document(problem, "".join(lines), expression(tried[-1]))
 
 
 # -- chain_sum: a sum and difference of several numbers

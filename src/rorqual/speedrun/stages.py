@@ -25,14 +25,14 @@ TEMPLATE = "plain"
 ENVIRONMENTS = [
     EnvironmentSection(
         name="countdown",
-        config={"min_numbers": 3, "max_numbers": 3, "min_value": 1, "max_value": 25,
+        config={"min_numbers": 3, "max_numbers": 4, "min_value": 1, "max_value": 25,
                 "min_target": 1, "max_target": 100, "operators": ["+", "-", "*"]},
         prompt="make {target} from {numbers}",
         weight=2.0,
     ),
     EnvironmentSection(
         name="chain_sum",
-        config={"min_terms": 6, "max_terms": 7, "min_digits": 1, "max_digits": 2},
+        config={"min_terms": 8, "max_terms": 9, "min_digits": 2, "max_digits": 2},
         prompt="calculate {expression}",
     ),
 ]  # fmt: skip
