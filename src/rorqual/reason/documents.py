@@ -19,7 +19,7 @@ from random import Random
 from rorqual.reason.problems import Environment, Problem
 
 RIGHT, WRONG = "✓", "✗"
-LARGEST = 899  # no step goes above: chains of nine two-digit numbers stay below, and a small vocabulary is cheap
+LARGEST = 699  # no step goes above: chains of seven two-digit numbers stay below, and a small vocabulary is cheap
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ ENVIRONMENTS = [
     ),
     EnvironmentSection(
         name="chain_sum",
-        config={"min_terms": 8, "max_terms": 9, "min_digits": 2, "max_digits": 2},
+        config={"min_terms": 6, "max_terms": 7, "min_digits": 1, "max_digits": 2},
         prompt="calculate {expression}",
     ),
 ]  # fmt: skip
