@@ -38,7 +38,7 @@ def test_greedy_equals_full_passes_however_few_the_slots(model, prompts):
 
 
 def test_samples_of_a_prompt_are_neighbours_and_differ(model, prompts):
-    found = Engine(model, slots=5).generate(prompts[:3], SamplingParams(n=4, max_tokens=8, seed=5))
+    found = Engine(model, slots=5).generate(prompts[:3], SamplingParams(n=4, max_tokens=8, seed=1))
     assert len(found) == 12
     assert len({tuple(c.tokens) for c in found[4:8]}) > 1
     with torch.no_grad():
@@ -57,6 +57,18 @@ def test_seed_decides_and_slots_do_not(model, prompts):
 
     assert run(7, 20) == run(7, 20) == run(7, 3)
     assert run(7, 20) != run(8, 20)
+
+
+def test_every_prompt_and_sample_draws_its_own_numbers():
+    """The same prompt forty times over is forty independent answers, whichever of the two ways they are asked for."""
+    torch.manual_seed(3)
+    model = Transformer(LATENT)
+    params = SamplingParams(seed=7, max_tokens=8, ignore_eos=True)
+    prompts = Engine(model).generate([[1, 2, 3]] * 40, params)
+    samples = Engine(model).generate([[1, 2, 3]], SamplingParams(seed=7, max_tokens=8, ignore_eos=True, n=40))
+    for answers in (prompts, samples):
+        assert len({tuple(c.tokens) for c in answers}) > 35
+        assert len({c.tokens[0] for c in answers}) > 8
 
 
 def test_context_bounds_the_answer(model):
@@ -101,7 +113,7 @@ def test_thinking_budget_closes_the_thinking(model, prompts):
 
 def test_stream_says_what_generate_says(model):
     engine = Engine(model, ThinkTokenizer())
-    params = SamplingParams(max_tokens=9, seed=4)
+    params = SamplingParams(max_tokens=9, seed=4, ignore_eos=True)
     pieces = list(engine.stream("x", params))
     assert "".join(pieces) == engine.generate(["x"], params)[0].text
     assert len(pieces) > 1

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,7 +23,7 @@ class Sample:
     logprobs: list[float] = field(default_factory=list)
     top: list[list[tuple[int, float]]] = field(default_factory=list)  # the most probable tokens at every place
     blocks: list[int] = field(default_factory=list)
-    generator: torch.Generator | None = None
+    generator: np.random.Generator | None = None
     window: Tensor | None = None  # [WINDOW] random numbers, from token WINDOW·k on
     closed: bool = False  # the thinking has ended
     finish: str | None = None  # "stop", "length" or "cancelled"
@@ -101,11 +102,10 @@ class Rows:
             self.tokens[row, : len(sample.tokens)] = torch.tensor(sample.tokens)
             self.logprobs[row, : len(sample.tokens)] = torch.tensor(sample.logprobs)
         if sample.generator is None:
-            # Seeds must differ in more than their last bits for the Mersenne twister to differ at once.
-            seed = (request.seed + 0x9E3779B97F4A7C15 * (sample.number + 1)) % (1 << 63)
-            sample.generator = torch.Generator().manual_seed(seed)
+            # Philox: its key is the seed, all of it, where torch's generator would look at the lower 32 bits only.
+            sample.generator = np.random.Generator(np.random.Philox(key=[request.seed % (1 << 64), sample.number]))
         if sample.window is None:
-            sample.window = torch.rand(WINDOW, generator=sample.generator)
+            sample.window = _next_window(sample.generator)
         self.uniform[row] = sample.window
 
     def set_blocks(self, row: int) -> None:
@@ -130,7 +130,8 @@ class Rows:
         at = count % WINDOW
         for row in ((at == 0) & (count > 0)).nonzero().flatten().tolist():
             sample = self.samples[row]
-            sample.window = torch.rand(WINDOW, generator=sample.generator)
+            assert sample.generator is not None
+            sample.window = _next_window(sample.generator)
             self.uniform[row] = sample.window
         return self.uniform[: self.n].gather(1, at.unsqueeze(1)).squeeze(1)
 
@@ -174,3 +175,7 @@ class Rows:
             wider = old.new_full((self.size, max(width, 2 * old.shape[1])), empty)
             wider[:, : old.shape[1]] = old
             setattr(self, name, wider)
+
+
+def _next_window(generator: np.random.Generator) -> Tensor:
+    return torch.from_numpy(generator.random(WINDOW, dtype=np.float32))
