@@ -17,8 +17,8 @@ setup(
     ext_modules=[
         Extension(
             f"rorqual.kernels.cpu.compiled_{level}",
-            [f"{FOLDER}/{name}.cpp" for name in ("rows", "decode", "product")],
-            depends=[f"{FOLDER}/numbers.h", f"{FOLDER}/lanes.h"],
+            [f"{FOLDER}/{name}.cpp" for name in ("rows", "decode", "product", "lowbit", "step")],
+            depends=[f"{FOLDER}/{name}.h" for name in ("numbers", "lanes", "attend", "lowbit", "tile")],
             extra_compile_args=FLAGS + flags,
             extra_link_args=["-fopenmp"],
             optional=True,

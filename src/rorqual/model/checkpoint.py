@@ -24,6 +24,11 @@ if TYPE_CHECKING:
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 EMBEDDING = "model.embed_tokens.weight"
+# Files that describe a model beside its weights, copied as they are.
+COMPANIONS = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "chat_template.jinja", "generation_config.json",
+)  # fmt: skip
 
 
 def release_tensors(model: Transformer) -> dict[str, Tensor]:
@@ -78,7 +83,7 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None, device: torch
     """
     path = Path(path)
     config = ModelConfig.load(path)
-    stored = _stored_tensors(path)
+    stored = stored_tensors(path)
     if not any(name.startswith(f"model.layers.{config.num_hidden_layers}.") for name in stored):
         config = config.replace(num_nextn_predict_layers=0)
     last = f"model.layers.{config.num_hidden_layers - 1}.input_layernorm.weight"
@@ -103,7 +108,7 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None, device: torch
     return model
 
 
-def _stored_tensors(path: Path) -> dict[str, StoredTensor]:
+def stored_tensors(path: Path) -> dict[str, StoredTensor]:
     """All tensors of a directory that matter, over its shards."""
     index = path / INDEX
     if index.is_file():
@@ -187,10 +192,10 @@ def save_model(
         shutil.rmtree(temporary, ignore_errors=True)  # of a save that was killed
         temporary.mkdir(parents=True)
         _write_configs(model, temporary)
-        _write_weights(release_tensors(model), temporary, max_shard_bytes)
+        write_weights(release_tensors(model), temporary, max_shard_bytes)
         if tokenizer is not None:
             _write_tokenizer(tokenizer, temporary)
-        _put_in_place(temporary, path)
+        put_in_place(temporary, path)
     except OSError as e:
         reason = e.strerror or e
         raise UserError(f"{path}: the model cannot be saved ({reason}); free space or choose another place") from e
@@ -201,16 +206,16 @@ def save_model(
 def _write_configs(model: Transformer, path: Path) -> None:
     config = model.config
     dtype = str(model.head_weight.dtype).removeprefix("torch.")
-    _write_json(path / "config.json", config.to_dict() | {"torch_dtype": dtype})
+    write_json(path / "config.json", config.to_dict() | {"torch_dtype": dtype})
     tokens = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    _write_json(path / "generation_config.json", {name: t for name, t in tokens.items() if t is not None})
+    write_json(path / "generation_config.json", {name: t for name, t in tokens.items() if t is not None})
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
+def write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
 
 
-def _write_weights(tensors: dict[str, Tensor], path: Path, max_shard_bytes: int) -> None:
+def write_weights(tensors: dict[str, Tensor], path: Path, max_shard_bytes: int) -> None:
     shards: list[dict[str, Tensor]] = [{}]
     size = 0
     for name, t in tensors.items():
@@ -228,7 +233,7 @@ def _write_weights(tensors: dict[str, Tensor], path: Path, max_shard_bytes: int)
         write_shard(path / file, shard)
         places |= dict.fromkeys(shard, file)
     total = sum(t.nbytes for t in tensors.values())
-    _write_json(path / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
+    write_json(path / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
 
 
 def _write_tokenizer(tokenizer: "PreTrainedTokenizerBase", path: Path) -> None:
@@ -241,7 +246,7 @@ def _write_tokenizer(tokenizer: "PreTrainedTokenizerBase", path: Path) -> None:
         raise OSError(str(e)) from e
 
 
-def _put_in_place(temporary: Path, path: Path) -> None:
+def put_in_place(temporary: Path, path: Path) -> None:
     if not path.exists():
         temporary.rename(path)
     else:

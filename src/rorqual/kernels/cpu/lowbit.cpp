@@ -1,0 +1,131 @@
+// Products with weights of 4 or 8 bits, which stay packed: a decode step is as fast as its weights come from memory.
+//
+// Numbers are multiplied as unsigned weights and signed activations, the processor's own form (vpdpbusd); that weights
+// lie 8 or 128 too high is taken off by the sum of the activations.
+
+#include <cmath>
+#include <omp.h>
+
+#include "lowbit.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni")))
+namespace vnni {
+constexpr bool SIGNED = false;
+TARGET inline lanes halves_at(const uint8_t *from) {
+    return (lanes)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(from)));
+}
+template <int>
+TARGET inline integers dot(integers sum, bytes weights, int32_t four) {
+    return (integers)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)weights, _mm512_set1_epi32(four));
+}
+#include "tile.h"
+}  // namespace vnni
+#undef TARGET
+#endif
+
+#define TARGET
+namespace plain {
+#if defined(__AVX2__)
+constexpr bool SIGNED = true;  // 8-bit weights moved up would not fit the 16 bits of a pair's sum
+inline lanes halves_at(const uint8_t *from) {
+    struct { __m256 low, high; } x;
+    x.low = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(from)));
+    x.high = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(from) + 1));
+    return std::bit_cast<lanes>(x);
+}
+template <int BITS>
+inline integers dot(integers sum, bytes weights, int32_t four) {
+    struct Two { __m256i part[2]; };
+    Two w = std::bit_cast<Two>(weights), s = std::bit_cast<Two>(sum);
+    const __m256i x = _mm256_set1_epi32(four), ones = _mm256_set1_epi16(1);
+    for (int i = 0; i < 2; ++i) {
+        __m256i pairs;
+        if constexpr (BITS == 4) {
+            pairs = _mm256_maddubs_epi16(w.part[i], x);
+        } else {
+            const __m256i real = _mm256_xor_si256(w.part[i], _mm256_set1_epi8(-128));
+            pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(real), _mm256_sign_epi8(x, real));
+        }
+        s.part[i] = _mm256_add_epi32(s.part[i], _mm256_madd_epi16(pairs, ones));
+    }
+    return std::bit_cast<integers>(s);
+}
+#else
+constexpr bool SIGNED = false;
+inline lanes halves_at(const uint8_t *from) { return halves_plain(from); }
+template <int>
+inline integers dot(integers sum, bytes weights, int32_t four) {
+    int8_t x[4];
+    std::memcpy(x, &four, sizeof x);
+    for (i64 t = 0; t < L; ++t)
+        for (i64 c = 0; c < 4; ++c) sum[t] += int32_t(weights[4 * t + c]) * x[c];
+    return sum;
+}
+#endif
+#include "tile.h"
+}  // namespace plain
+#undef TARGET
+
+namespace {
+
+Against best() {
+#if defined(__AVX512F__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512vnni")) return vnni::against;
+#endif
+    return plain::against;
+}
+}  // namespace
+
+extern "C" {
+extern const Against against;
+const Against against = best();
+}
+
+namespace {
+
+template <class T>
+void lowbit_product(const T *x, i64 x_row, const uint8_t *weights, i64 format, const float *channels, const T *bias,
+                    const int32_t *ends, i64 experts, i64 outputs, i64 width, uint8_t *room, T *out) {
+    const i64 rows = ends[experts - 1], groups = (width + GROUP - 1) / GROUP, panels = (outputs + L - 1) / L;
+    const Quantised q(room, rows, groups);
+    const i64 work = rows * outputs * width;
+#pragma omp parallel if (work > 1 << 15)
+    {
+#pragma omp for schedule(static)
+        for (i64 r = 0; r < rows; ++r) quantise_row(x + r * x_row, width, q, r);
+        // In pieces handed out as threads come: where another program takes a core, the other does more.
+#pragma omp for schedule(dynamic, 4)
+        for (i64 task = 0; task < experts * panels; ++task) {
+            const i64 e = task / panels, p = task % panels, start = e ? ends[e - 1] : 0;
+            const uint8_t *panel = weights + task * groups * RECORD[format];
+            const i64 some = std::min(L, outputs - p * L);
+            for (i64 first = start; first < ends[e]; first += 64) {
+                lanes sums[64];
+                const i64 count = std::min(i64(64), ends[e] - first);
+                against(int(format), panel, q, first, count, sums);
+                for (i64 r = 0; r < count; ++r) {
+                    T *to = out + (first + r) * outputs + p * L;
+                    for (i64 t = 0; t < some; ++t) {
+                        float y = sums[r][t];
+                        if (channels) y *= channels[task * L + t];
+                        if (bias) y += load(bias[p * L + t]);
+                        store(to[t], y);
+                    }
+                }
+            }
+        }
+    }
+}
+
+}  // namespace
+
+#define P(T) (const T *x, i64 x_row, const uint8_t *weights, i64 format, const float *channels, const T *bias,           \
+              const int32_t *ends, i64 experts, i64 outputs, i64 width, uint8_t *room, T *out)
+BOTH(void, lowbit_product, P, (x, x_row, weights, format, channels, bias, ends, experts, outputs, width, room, out))
+#undef P

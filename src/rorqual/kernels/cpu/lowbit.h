@@ -1,0 +1,84 @@
+// Weights of 4 or 8 bits as they lie in memory, and rows of activations as bytes.
+//
+// Weights lie in panels of 16 outputs, a panel in records of 32 inputs: for every four inputs 16 outputs' weights side by
+// side (at 4 bits inputs 4j… in the lower and 4j+16… in the upper halves of bytes), then 16 FP16 scales and, where there
+// are minima, 16 of those. Activations become bytes with a scale for every 32: one for a whole token costs 5 % of
+// accuracy where one channel is a hundred times the rest, one for 32 costs 1 % (docs/measured.md).
+#pragma once
+
+#include <algorithm>
+
+#include "lanes.h"
+
+constexpr i64 GROUP = 32;
+enum Format { INT4, INT4_MINS, INT8, INT8_GROUPS };
+constexpr i64 RECORD[] = {288, 320, 512, 544};  // bytes
+
+typedef uint8_t bytes __attribute__((vector_size(64)));
+
+// Rows of activations: numbers [rows, groups·32], scales and sums of the numbers [rows, groups].
+struct Quantised {
+    int8_t *numbers;
+    float *scales;
+    int32_t *sums;
+    i64 groups;
+
+    // In `room`, which has 40 bytes for every group.
+    Quantised(uint8_t *room, i64 rows, i64 groups)
+        : numbers(reinterpret_cast<int8_t *>(room + 8 * rows * groups)), scales(reinterpret_cast<float *>(room)),
+          sums(reinterpret_cast<int32_t *>(room + 4 * rows * groups)), groups(groups) {}
+};
+
+// Rows first … first + rows - 1 against a panel → the sums [rows] of its 16 outputs, without channels' scales.
+using Against = void (*)(int format, const uint8_t *panel, const Quantised &x, i64 first, i64 rows, lanes *sums);
+extern "C" const Against against;
+
+namespace {
+
+// 16 FP16 numbers, finite ones.
+inline lanes halves_plain(const uint8_t *from) {
+    halves h;
+    std::memcpy(&h, from, sizeof h);
+    const words u = __builtin_convertvector(h, words);
+    const lanes size = std::bit_cast<lanes>((u & 0x7fff) << 13) * std::bit_cast<float>(uint32_t(239) << 23);
+    return std::bit_cast<lanes>(std::bit_cast<words>(size) | (u & 0x8000) << 16);
+}
+
+// 32 numbers → group `at`. A group with a NaN or an infinity becomes zeros with a scale that is none.
+inline void quantise(lanes a, lanes b, const Quantised &to, i64 at) {
+    typedef int8_t small __attribute__((vector_size(16)));
+    const words ua = std::bit_cast<words>(a) & 0x7fffffffu, ub = std::bit_cast<words>(b) & 0x7fffffffu;
+    const words greater = ua > ub ? ua : ub;  // sizes, in the order of their bits; above them infinity and NaN
+    uint32_t bits = 0;
+    for (i64 t = 0; t < L; ++t) bits = std::max(bits, greater[t]);
+    const float most = std::bit_cast<float>(bits);
+    if (bits == 0 || bits >= 0x7f800000u) a = b = lanes{};
+    const float up = bits == 0 || bits >= 0x7f800000u ? 0.0f : 127.0f / most;
+    const integers na = __builtin_convertvector((a * up + 12582912.0f) - 12582912.0f, integers);  // to the nearest
+    const integers nb = __builtin_convertvector((b * up + 12582912.0f) - 12582912.0f, integers);
+    const small sa = __builtin_convertvector(na, small), sb = __builtin_convertvector(nb, small);
+    std::memcpy(to.numbers + at * GROUP, &sa, sizeof sa);
+    std::memcpy(to.numbers + at * GROUP + L, &sb, sizeof sb);
+    const integers both = na + nb;
+    int32_t sum = 0;
+    for (i64 t = 0; t < L; ++t) sum += both[t];
+    to.scales[at] = bits >= 0x7f800000u ? std::bit_cast<float>(0x7fc00000u) : most / 127.0f;
+    to.sums[at] = sum;
+}
+
+// One row of `width` numbers, with zeros up to a multiple of 32.
+template <class T>
+inline void quantise_row(const T *from, i64 width, const Quantised &to, i64 row) {
+    for (i64 g = 0; g < to.groups; ++g) {
+        const i64 some = std::min(GROUP, width - g * GROUP);
+        if (some == GROUP) {
+            quantise(load_lanes(from + g * GROUP), load_lanes(from + g * GROUP + L), to, row * to.groups + g);
+        } else {
+            float x[GROUP] = {};
+            for (i64 j = 0; j < some; ++j) x[j] = load(from[g * GROUP + j]);
+            quantise(load_lanes(x), load_lanes(x + L), to, row * to.groups + g);
+        }
+    }
+}
+
+}  // namespace

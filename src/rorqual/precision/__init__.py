@@ -1,0 +1,1 @@
+"""How few bits a number needs."""

@@ -1,0 +1,100 @@
+"""Weights of 4 or 8 bits for inference on a CPU: how they are rounded, and a network that has them.
+
+N out, K in, G groups of 32 inputs.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rorqual.errors import UserError
+from rorqual.kernels.lowbit import GROUP, Packed, pack, unpack
+from rorqual.model import Transformer
+from rorqual.model.attention import UpProjection
+from rorqual.model.layers import Linear
+from rorqual.model.moe import Experts
+
+Bits = Literal["int4", "int8"]
+TRIALS = 16  # scales tried for a group of 4-bit weights
+
+
+def round_int8(weight: Tensor) -> Packed:
+    """weight [E, N, K] → 8 bits with a scale for each output (Dettmers et al. 2022, row-wise)."""
+    weight = weight.float()
+    scales = weight.abs().amax(-1, keepdim=True) / 127
+    q = torch.where(scales > 0, weight / scales, 0.0).round() + 128
+    return pack("int8", q.to(torch.uint8), scales)
+
+
+def round_int4(weight: Tensor) -> Packed:
+    """weight [E, N, K] → 4 bits with a scale for 32 inputs, the one of several that errs least in squares."""
+    E, N, K = weight.shape
+    groups = F.pad(weight.float(), (0, -K % GROUP)).view(E, N, -1, GROUP)
+    most = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))  # with its sign: there are 8 numbers on one side
+    best_scale, best_error = torch.zeros_like(most), torch.full_like(most, float("inf"))
+    for divisor in torch.linspace(7.0, 9.5, TRIALS).tolist():  # at 8 the largest weight is met; above, it is cut off
+        scale = (most / -divisor).half().float()
+        q = _nearest(groups, scale)
+        error = ((q - 8) * scale - groups).square().sum(-1, keepdim=True)
+        better = error < best_error
+        best_scale, best_error = torch.where(better, scale, best_scale), torch.where(better, error, best_error)
+    q = _nearest(groups, best_scale).to(torch.uint8).view(E, N, -1)[..., :K]
+    return pack("int4", q, best_scale.squeeze(-1))
+
+
+def _nearest(groups: Tensor, scale: Tensor) -> Tensor:
+    return (torch.where(scale != 0, groups / scale, 0.0) + 8).round().clamp(0, 15)
+
+
+ROUNDINGS: dict[Bits, Callable[[Tensor], Packed]] = {"int4": round_int4, "int8": round_int8}
+
+
+class PackedEmbedding(nn.Module):
+    """Rows of packed weights, unpacked as they are looked up."""
+
+    def __init__(self, weight: Packed) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        rows = unpack(self.weight, rows=tokens.flatten())
+        return rows.to(self.weight.dtype).view(*tokens.shape, -1)
+
+
+@torch.no_grad()
+def convert(model: Transformer, bits: Bits) -> Transformer:
+    """Pack the weights of a model in place: linears, experts, embedding and head.
+
+    What stays as it is: norms, routers, and latent attention's up-projections, which decoding multiplies with from
+    both sides (V2 §2.1.2). Raises UserError for a model that is packed already or not on a CPU.
+    """
+    if isinstance(model.head_weight, Packed):
+        raise UserError("the model's weights are packed already")
+    if model.head_weight.device.type != "cpu":
+        raise UserError("packed weights are for a CPU; load the model there")
+    for module in list(model.modules()):
+        if packable(module):
+            pack_module(module, bits)
+    model.model.embed_tokens = PackedEmbedding(_packed(model.model.embed_tokens.weight, bits))
+    return model
+
+
+def packable(module: nn.Module) -> bool:
+    return isinstance(module, Experts) or (isinstance(module, Linear) and not isinstance(module, UpProjection))
+
+
+def pack_module(module: nn.Module, bits: Bits) -> None:
+    """Put packed weights in the place of a linear's or of experts' parameters."""
+    for name in ("gate_up_proj", "down_proj") if isinstance(module, Experts) else ("weight",):
+        packed = _packed(getattr(module, name), bits)
+        delattr(module, name)
+        setattr(module, name, packed)
+
+
+def _packed(weight: Tensor, bits: Bits) -> Packed:
+    packed = ROUNDINGS[bits](weight.detach().view(-1, *weight.shape[-2:]))
+    packed.dtype = weight.dtype
+    return packed
