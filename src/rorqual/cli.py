@@ -5,6 +5,7 @@ Heavy imports stay inside the verbs, so that `--help` and a mistyped word answer
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,7 +30,10 @@ AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object inst
 Temperature = Annotated[float | None, typer.Option(help="0 is greedy; default: the model's own, else 0.6")]
 TopP = Annotated[float | None, typer.Option(help="nucleus kept when sampling; default: the model's own, else 0.95")]
 MaxTokens = Annotated[int | None, typer.Option(help="tokens to make at most; default: the model's own, else 512")]
-ModelDir = Annotated[str, typer.Argument(metavar="MODEL", help="a Hugging Face directory, or a run's model/")]
+Weights = Annotated[str | None, typer.Option(help="pack the weights into int4 or int8 while loading")]
+ModelDir = Annotated[
+    str, typer.Argument(metavar="MODEL", help="a Hugging Face directory, a run's folder or a .gguf file")
+]
 
 
 def main() -> None:
@@ -180,29 +184,60 @@ def evaluate(
 @app.command()
 def generate(
     model: ModelDir,
-    prompt: Annotated[str, typer.Argument(help="the text to continue; the chat template is put around it")],
+    prompt: Annotated[str, typer.Argument(help="the text to continue, in the chat template; -: standard input")] = "-",
     raw: Annotated[bool, typer.Option("--raw", help="continue the text as it is, without chat template")] = False,
     temperature: Temperature = None,
     top_p: TopP = None,
     max_tokens: MaxTokens = None,
     thinking_budget: Annotated[int | None, typer.Option(help="close </think> after so many tokens")] = None,
     seed: Annotated[int | None, typer.Option(help="the same seed gives the same text")] = None,
+    weights: Weights = None,
     as_json: AsJson = False,
 ) -> None:
-    """Continue a prompt once."""
+    """Continue a prompt once; --json adds tokens and timings."""
     from rorqual.engine import Engine
+    from rorqual.engine.recommended import recommended
 
     directory = _directory(model)
-    params = _sampling(directory, temperature, top_p, max_tokens, seed=seed, thinking_budget=thinking_budget)
-    engine = Engine(directory)
-    text = prompt if raw else _templated(engine, [{"role": "user", "content": prompt}])
+    params = recommended(
+        directory, temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=seed,
+        thinking_budget=thinking_budget,
+    )  # fmt: skip
+    said = sys.stdin.read() if prompt == "-" else prompt
+    started = time.monotonic()
+    engine = Engine(directory, weights=_bits(weights))
+    loaded = time.monotonic()
+    text = said if raw else _templated(engine, [{"role": "user", "content": said.rstrip("\n")}])
     if as_json:
-        found = engine.generate([text], params)[0]
-        print(json.dumps({"text": found.text, "tokens": found.tokens, "finish_reason": found.finish_reason}))
+        print(json.dumps(_timed(engine, text, params) | {"load_seconds": loaded - started}, ensure_ascii=False))
         return
     for piece in engine.stream(text, params):
         print(piece, end="", flush=True)
     print()
+
+
+def _timed(engine: Any, text: str, params: Any) -> dict[str, Any]:
+    """One continuation, and how long it took."""
+    started = time.monotonic()
+    request = engine.submit(text, params)
+    (sample,) = request.samples
+    first = None
+    while sample.finish is None:
+        engine.step()
+        if first is None and sample.tokens:
+            first = time.monotonic()
+    ended = time.monotonic()
+    found = engine.completion(sample)
+    after_first = len(found.tokens) - 1
+    return {
+        "text": found.text,
+        "tokens": found.tokens,
+        "finish_reason": found.finish_reason,
+        "prompt_tokens": len(request.prompt),
+        "first_token_seconds": (first or ended) - started,
+        "seconds": ended - started,
+        "tokens_per_second": after_first / (ended - first) if first and after_first else None,
+    }
 
 
 @app.command()
@@ -211,15 +246,19 @@ def chat(
     temperature: Temperature = None,
     top_p: TopP = None,
     max_tokens: MaxTokens = None,
+    weights: Weights = None,
 ) -> None:
     """Talk to a model; Ctrl-C stops a reply, Ctrl-D (or an empty line) ends."""
+    import readline  # noqa: F401  (gives `input` its line editing and history)
+
     from rich.console import Console
 
     from rorqual.engine import Engine
+    from rorqual.engine.recommended import recommended
 
     directory = _directory(model)
-    params = _sampling(directory, temperature, top_p, max_tokens)
-    engine = Engine(directory, prefix_cache=True)  # a turn need not read the conversation again
+    params = recommended(directory, temperature=temperature, top_p=top_p, max_tokens=max_tokens)
+    engine = Engine(directory, prefix_cache=True, weights=_bits(weights))  # a turn need not read the conversation again
     console = Console(highlight=False)
     console.print("Ctrl-C stops a reply, Ctrl-D ends.", style="dim")
     messages: list[dict[str, str]] = []
@@ -263,6 +302,47 @@ def _templated(engine: Any, messages: list[dict[str, str]]) -> str:
     return engine.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
+@app.command()
+def serve(
+    model: ModelDir,
+    host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="port to listen on; 0 takes a free one")] = 8000,
+    name: Annotated[str | None, typer.Option(help="what clients call the model; default: the directory's name")] = None,
+    api_keys: Annotated[Path | None, typer.Option(help="a file of keys, one a line; else RORQUAL_API_KEYS")] = None,
+    anonymous: Annotated[bool, typer.Option("--anonymous", help="listen on a public address without keys")] = False,
+    slots: Annotated[int, typer.Option(help="sequences at a time")] = 64,
+    cache_gb: Annotated[float, typer.Option(help="memory for the past of all sequences, in GiB")] = 1.0,
+    waiting: Annotated[int, typer.Option(help="sequences that may wait; beyond, 429")] = 256,
+    timeout: Annotated[float, typer.Option(help="seconds a request may take")] = 600.0,
+    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16 instead of what the weights are in")] = None,
+    weights: Weights = None,
+    page: Annotated[bool, typer.Option(help="a chat page at /")] = True,
+) -> None:
+    """Serve a model behind OpenAI's API (and DeepSeek's reasoning_content); SIGTERM finishes what was accepted."""
+    import torch
+
+    from rorqual.engine import Engine
+    from rorqual.serve.run import bind, check_address, read_keys
+    from rorqual.serve.run import serve as run
+    from rorqual.serve.service import Options
+
+    for option, value in (("--slots", slots), ("--cache-gb", cache_gb), ("--timeout", timeout)):
+        if value <= 0:
+            raise UserError(f"{option} {value:g}: must be above 0")
+    if dtype is not None:
+        _choice("--dtype", dtype, ("float32", "bfloat16"))
+    keys = read_keys(api_keys)
+    check_address(host, keys, anonymous)
+    directory = _directory(model)
+    listening = bind(host, port)
+    engine = Engine(
+        directory, slots=slots, cache_bytes=int(cache_gb * 2**30), prefix_cache=True,
+        dtype=dtype and getattr(torch, dtype), weights=_bits(weights), chunk=512,
+    )  # fmt: skip
+    called = name or (directory.parent if directory.name == "model" else directory).resolve().name.removesuffix(".gguf")
+    run(directory, engine, Options(called, keys, waiting, timeout), listening, page)
+
+
 @app.command("import")
 def import_(
     source: Annotated[str, typer.Argument(help="smollm2, a .gguf file, or a Hugging Face directory")],
@@ -273,6 +353,20 @@ def import_(
 
     import_model(source, destination)
     print(f"{destination}: a Hugging Face directory; try: rorqual chat {destination}")
+
+
+@app.command()
+def quantize(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="a Hugging Face directory")],
+    destination: Annotated[Path, typer.Argument(metavar="DEST", help="the directory to write")],
+    format: Annotated[str, typer.Option(help="int4 (a scale for 32 weights) or int8 (one for an output)")] = "int4",
+) -> None:
+    """Pack a model's weights into 4 or 8 bits, in a layout that transformers and vLLM read too."""
+    from rorqual.precision.store import quantize as run
+
+    _choice("--format", format, ("int4", "int8"))
+    run(_directory(str(model)), destination, format)  # type: ignore[arg-type]
+    print(f"{destination}: try: rorqual chat {destination}")
 
 
 @app.command()
@@ -296,8 +390,10 @@ def speedrun(
 
 
 def _directory(model: str) -> Path:
-    """A model's directory; a run's folder stands for the model in it, a Hub id for its snapshot."""
+    """A model's directory or .gguf file; a run's folder stands for the model in it, a Hub id for its snapshot."""
     path = Path(model)
+    if path.suffix == ".gguf":
+        return path
     for found in (path, path / "model"):
         if (found / "config.json").exists():
             return found
@@ -315,27 +411,10 @@ def _directory(model: str) -> Path:
         ) from e
 
 
-def _sampling(
-    directory: Path, temperature: float | None, top_p: float | None, max_tokens: int | None, **others: Any
-) -> Any:
-    """What was asked for, else what the model's generation_config.json recommends, else R1's settings."""
-    from rorqual.engine import SamplingParams
-
-    path = directory / "generation_config.json"
-    try:
-        own = json.loads(path.read_text()) if path.exists() else {}
-    except ValueError as e:
-        raise UserError(f"{path} is not valid JSON ({e}); restore the file from its source") from None
-
-    def first(given: Any, name: str, fallback: Any) -> Any:
-        return given if given is not None else own.get(name) or fallback
-
-    return SamplingParams(
-        temperature=first(temperature, "temperature", 0.6),
-        top_p=first(top_p, "top_p", 0.95),
-        max_tokens=first(max_tokens, "max_new_tokens", 512),
-        **others,
-    )
+def _bits(weights: str | None) -> Any:
+    if weights is not None:
+        _choice("--weights", weights, ("int4", "int8"))
+    return weights
 
 
 def _choice(option: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -94,6 +94,9 @@ class ThinkTokenizer:
 
     eos_token_id = 0
 
+    def get_vocab(self):
+        return {"</think>": 42}
+
     def __call__(self, text, add_special_tokens=False):
         return type("Encoding", (), {"input_ids": [42] if text == "</think>" else [1, 2]})
 

@@ -196,6 +196,9 @@ class Letters:
 
     eos_token_id = 0
 
+    def get_vocab(self):
+        return {}
+
     def decode(self, tokens, **_):
         raw = b"".join(b"\xc3" if t == 59 else b"\xa9" if t == 58 else bytes([97 + t % 26]) for t in tokens)
         return raw.decode(errors="replace")

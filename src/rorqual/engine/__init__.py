@@ -1,6 +1,7 @@
 """Generation: a cache of the past, slots that sequences enter and leave, and a sampler."""
 
 from rorqual.engine.engine import Completion, Engine
+from rorqual.engine.grammar import Grammar
 from rorqual.engine.sampler import SamplingParams
 
-__all__ = ["Completion", "Engine", "SamplingParams"]
+__all__ = ["Completion", "Engine", "Grammar", "SamplingParams"]

@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 
-from rorqual.data.tokenizer import load_tokenizer
 from rorqual.engine.blocks import BLOCK, Blocks
 from rorqual.engine.cache import BlockCache, block_bytes
+from rorqual.engine.grammar import Compiler, Grammar, Guide
+from rorqual.engine.load import open_model
 from rorqual.engine.rows import Request, Sample
 from rorqual.engine.sampler import SamplingParams
-from rorqual.engine.scheduler import Scheduler
+from rorqual.engine.scheduler import Counts, Scheduler
 from rorqual.engine.text import TextStream
 from rorqual.errors import UserError
 from rorqual.model import Transformer
@@ -33,12 +34,24 @@ class Completion:
     top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)  # where asked for, at every token
 
 
+@dataclass
+class Status:
+    """Samples, and blocks of the cache; blocks held by nobody but kept for later prompts count as free."""
+
+    running: int
+    waiting: int
+    blocks_held: int
+    blocks: int
+    counts: Counts
+
+
 class Engine:
-    """Generates from a model in memory (whose weights it uses in place) or from a Hugging Face directory.
+    """Generates from a model in memory (whose weights it uses in place), a Hugging Face directory or a .gguf file.
 
     `slots`: sequences at a time. `cache_bytes`: what the past of all sequences may take; by default as much as
     `generate` needs for what it is asked. `prefix_cache`: keep the past of finished sequences for prompts that begin
-    the same way; where weights change, call `forget`. `chunk`: prompt tokens a step.
+    the same way; where weights change, call `forget`. `chunk`: prompt tokens a step. What else is given goes to
+    `open_model`: dtype, device, weights ("int4" or "int8").
     """
 
     def __init__(
@@ -46,10 +59,8 @@ class Engine:
         cache_bytes: int | None = None, prefix_cache: bool = False, chunk: int = CHUNK, **load: Any,
     ) -> None:  # fmt: skip
         if not isinstance(model, Transformer):
-            from rorqual.model.checkpoint import load_model
-
-            tokenizer = tokenizer or load_tokenizer(model)
-            model = load_model(model, **load)
+            model, own = open_model(model, **load)
+            tokenizer = tokenizer or own
         self.model, self.tokenizer, self.slots = model, tokenizer, slots
         self.cache_bytes, self.prefix_cache, self.chunk = cache_bytes, prefix_cache, chunk
         eos = set(model.config.eos_token_ids)
@@ -58,6 +69,8 @@ class Engine:
         self.eos = tuple(sorted(eos))
         self._scheduler: Scheduler | None = None
         self._texts: dict[Sample, TextStream] = {}
+        self._compiler: Compiler | None = None
+        self.think = None if tokenizer is None else thinking_tokens(tokenizer)
 
     # -- requests that come and go
 
@@ -85,8 +98,33 @@ class Engine:
         return found
 
     def cancel(self, request: Request) -> None:
+        """Stop a request; its blocks are free at once."""
         if self._scheduler is not None:
             self._scheduler.cancel(request)
+        self.release(request)
+
+    def release(self, request: Request) -> None:
+        """Forget the texts of a request that is done."""
+        for sample in request.samples:
+            self._texts.pop(sample, None)
+
+    def reset(self) -> None:
+        """Give everything up: what ran, and the cache."""
+        self._scheduler = None
+        self._texts.clear()
+
+    def status(self) -> Status:
+        """What goes on at the moment, and what has happened since the beginning."""
+        scheduler = self._scheduler
+        if scheduler is None:
+            return Status(0, 0, 0, 0, Counts())
+        blocks = scheduler.blocks
+        running, waiting = scheduler.rows.n, scheduler.samples_waiting
+        return Status(running, waiting, blocks.count - 1 - blocks.free, blocks.count - 1, scheduler.counts)
+
+    def text(self, sample: Sample) -> TextStream:
+        """What a watched sample has said so far."""
+        return self._texts[sample]
 
     @property
     def idle(self) -> bool:
@@ -143,7 +181,7 @@ class Engine:
             raise UserError("this engine has no tokenizer, so there is no text to stream; pass tokenizer=")
         request = self.submit(prompt, replace(params or SamplingParams(), n=1))
         sample, shown = request.samples[0], 0
-        text = self._texts.setdefault(sample, TextStream(self.tokenizer, request.params.stop))
+        text = self._texts[sample]
         try:
             while sample.finish is None:
                 self.step()
@@ -183,11 +221,14 @@ class Engine:
                 )
         think_end = None if params.thinking_budget is None else self._think_end()
         stops = (() if params.ignore_eos else self.eos) + params.stop_token_ids
-        return Request(ids, params, room, seed, stops, think_end, watched=bool(params.stop))
+        thinking = self._opens_thinking(ids)
+        guide = None if params.grammar is None else self._guide(params.grammar, thinking)
+        return Request(ids, params, room, seed, stops, think_end, bool(params.stop), thinking, guide)
 
     def _add(self, scheduler: Scheduler, request: Request) -> None:
-        for sample in request.samples if request.params.stop else ():
-            self._texts[sample] = TextStream(self.tokenizer, request.params.stop)
+        if request.watched and self.tokenizer is not None:
+            for sample in request.samples:
+                self._texts[sample] = TextStream(self.tokenizer, request.params.stop, self.think, request.thinking)
         scheduler.add(request)
 
     def _ready(self, requests: list[Request], at_least: int = 0) -> Scheduler:
@@ -222,6 +263,20 @@ class Engine:
             raise UserError("thinking_budget needs a tokenizer with </think> as one token")
         return ids[0]
 
+    def _opens_thinking(self, prompt: tuple[int, ...]) -> bool:
+        """Whether a prompt leaves thinking open for the answer to go on with."""
+        if self.think is None:
+            return False
+        last = next((t for t in reversed(prompt) if t in self.think), None)
+        return last == self.think[0]
+
+    def _guide(self, grammar: Grammar, thinking: bool) -> Guide:
+        if self.tokenizer is None:
+            raise UserError("this engine has no tokenizer, which a grammar needs")
+        if self._compiler is None:
+            self._compiler = Compiler(self.tokenizer, self.model.config.vocab_size, self.eos)
+        return self._compiler.guide(grammar, self.think[1] if self.think and thinking else None)
+
     def _shown(self, sample: Sample) -> list[int]:
         """A sample's tokens but for the one that ended it."""
         tokens = sample.tokens
@@ -231,3 +286,10 @@ class Engine:
         if self.tokenizer is None:
             return ""
         return self.tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def thinking_tokens(tokenizer: Any) -> tuple[int, int] | None:
+    """The tokens that open and close thinking; None for a model that has none."""
+    vocabulary = tokenizer.get_vocab()
+    found = vocabulary.get("<think>"), vocabulary.get("</think>")
+    return None if None in found else found

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from rorqual.engine.blocks import SPARE
+from rorqual.engine.grammar import Guide
 from rorqual.engine.sampler import Cut, SamplingParams
 
 WINDOW = 256  # random numbers drawn at a time
@@ -26,6 +27,7 @@ class Sample:
     generator: np.random.Generator | None = None
     window: Tensor | None = None  # [WINDOW] random numbers, from token WINDOW·k on
     closed: bool = False  # the thinking has ended
+    guide: Guide | None = None  # its place in the grammar that the request names
     finish: str | None = None  # "stop", "length" or "cancelled"
 
 
@@ -40,11 +42,13 @@ class Request:
     stop_ids: tuple[int, ...]
     think_end: int | None = None  # given where there is a thinking budget
     watched: bool = False  # somebody reads the tokens while they are made
+    thinking: bool = False  # the prompt opens it
+    guide: Guide | None = None
     cached: int = 0  # tokens of the prompt that lay in the cache already
     samples: list[Sample] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.samples = [Sample(self, j) for j in range(self.params.n)]
+        self.samples = [Sample(self, j, guide=self.guide and self.guide.copy()) for j in range(self.params.n)]
 
     @property
     def done(self) -> bool:
@@ -90,7 +94,7 @@ class Rows:
             for i, running in enumerate(self.samples[:row]):
                 self.cut[i] = self._cuts.setdefault(running.request.params.cut, len(self._cuts))
         self.cut[row] = self._cuts.setdefault(params.cut, len(self._cuts))
-        self.special[row] = params.adjusts or params.logprobs > 0
+        self.special[row] = params.adjusts or params.logprobs > 0 or sample.guide is not None
         self.watched[row] = request.watched
         self._widen("stops", len(request.stop_ids), -1)
         self.stops[row] = -1

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from rorqual.engine.grammar import Grammar
 from rorqual.errors import UserError
 from rorqual.kernels.draw import draw, first_above
 
@@ -26,7 +27,9 @@ class SamplingParams:
     `min_p`: leave out what is less probable than this share of the most probable token. `repetition_penalty` divides
     the logits above 0 of tokens that the prompt or the answer holds, and multiplies those below (Keskar et al. 2019);
     `presence_penalty` and `frequency_penalty` are taken off the logits of the answer's tokens, once and as often as
-    they occur; `logit_bias` adds to single tokens' logits. `stop` ends the answer before one of these strings.
+    they occur; `logit_bias` adds to single tokens' logits. `stop` ends the answer before one of these
+    strings, wherever they stand after the thinking.
+    `grammar`: the form that the answer, not the thinking before it, must have.
     `thinking_budget`: after that many tokens without `</think>` the engine closes the thinking itself. `logprobs`: how
     many of the most probable tokens to report at every place. `ignore_eos`: the end token does not end the answer.
     """
@@ -46,6 +49,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     thinking_budget: int | None = None
+    grammar: Grammar | None = None
     logprobs: int = 0
 
     def __post_init__(self) -> None:

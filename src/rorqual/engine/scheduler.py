@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rorqual.engine.blocks import BLOCK, Blocks, block_key
 from rorqual.engine.cache import BlockCache, Prompt, Step
+from rorqual.engine.direct import direct_step
 from rorqual.engine.rows import Request, Rows, Sample
 from rorqual.engine.sampler import adjust, sample
 from rorqual.kernels.linear import any_shape, linear
@@ -52,11 +53,16 @@ class Scheduler:
         self.jobs: list[Job] = []  # partly in the cache, oldest first
         self.ready: deque[Job] = deque()  # wholly in it; their samples wait for rows
         self.rows = Rows(slots)
+        self.direct = direct_step(model, cache)
         self.counts = Counts()
 
     @property
     def idle(self) -> bool:
         return not (self.waiting or self.jobs or self.ready or self.rows.n)
+
+    @property
+    def samples_waiting(self) -> int:
+        return sum(len(job.samples) for job in (*self.waiting, *self.jobs, *self.ready))
 
     def add(self, request: Request) -> None:
         self.waiting.append(Job(request, request.prompt, list(request.samples)))
@@ -67,9 +73,11 @@ class Scheduler:
         self._admit()
         chunks = self._pieces()
         n = self.rows.n
-        hidden = self._forward(chunks) if n or chunks else None
-        parts = [] if hidden is None else [hidden[:n]]
-        at = self._computed_rows()
+        # Rows take the short way whatever else there is to compute: what they say must not depend on their company.
+        logits = [self._direct()] if self.direct is not None and n else []
+        at = 0 if self.direct is not None else self._computed_rows()
+        hidden = self._forward(chunks, at) if at or chunks else None
+        parts = [hidden[:n]] if at else []
         for job, length in chunks:
             at += length
             job.done += length
@@ -84,7 +92,9 @@ class Scheduler:
         parts += self._start()
         if self.rows.n == 0:
             return []
-        return self._extend(torch.cat(parts) if len(parts) > 1 else parts[0])
+        if parts:
+            logits.append(linear(torch.cat(parts) if len(parts) > 1 else parts[0], self.model.head_weight))
+        return self._extend(torch.cat([x.float() for x in logits]) if len(logits) > 1 else logits[0])
 
     def cancel(self, request: Request) -> None:
         """Stop a request's samples wherever they are; their blocks are free at once."""
@@ -210,9 +220,15 @@ class Scheduler:
 
     # -- computation
 
-    def _forward(self, chunks: list[tuple[Job, int]]) -> Tensor:
-        """Hidden states of the new tokens of rows (idle ones too), then of chunks, end to end."""
-        rows, n, computed = self.rows, self.rows.n, self._computed_rows()
+    def _direct(self) -> Tensor:
+        """Logits after the new tokens of rows, in one call."""
+        rows, n = self.rows, self.rows.n
+        assert self.direct is not None
+        return self.direct(rows.last[:n], rows.tables[:n], (rows.place[:n] + 1).to(torch.int32))
+
+    def _forward(self, chunks: list[tuple[Job, int]], computed: int) -> Tensor:
+        """Hidden states of the new tokens of `computed` rows (idle ones too), then of chunks, end to end."""
+        rows, n = self.rows, min(self.rows.n, computed)
         places, last, tables = rows.place[:computed].clone(), rows.last[:computed], rows.tables[:computed].clone()
         places[n:] = tables[n:] = 0
         prompts = [Prompt(job.done, length, job.blocks) for job, length in chunks]
@@ -276,10 +292,9 @@ class Scheduler:
             self.waiting.appendleft(Job(job.request, job.tokens, [later]))
         job.samples = job.samples[:1]
 
-    def _extend(self, hidden: Tensor) -> list[Sample]:
-        """Sample a token for every row from their last hidden states [n, D], record it, let go what ended."""
+    def _extend(self, logits: Tensor) -> list[Sample]:
+        """Sample a token for every row from logits [n, V], record it, let go what ended."""
         rows, n = self.rows, self.rows.n
-        logits = linear(hidden, self.model.head_weight)
         special = rows.special[:n].nonzero().flatten().tolist()
         if special:
             logits = logits.float()
@@ -319,12 +334,14 @@ class Scheduler:
         return finished + watched
 
     def _adjust(self, row: int, logits: Tensor) -> None:
-        """Penalties and biases of one row; and the most probable tokens, where they are to be reported."""
+        """Penalties, biases and grammar of one row; and the most probable tokens, where they are to be reported."""
         rows, running = self.rows, self.rows.samples[row]
         params = running.request.params
+        made = rows.tokens[row, : rows.count[row]]
         if params.adjusts:
-            made = rows.tokens[row, : rows.count[row]]
             logits[row] = adjust(logits[row], params, torch.tensor(running.request.prompt), made)
+        if running.guide is not None and (forbidden := running.guide.forbidden(made.tolist())) is not None:
+            logits[row].masked_fill_(forbidden.to(logits.device), float("-inf"))
         if params.logprobs:
             logp = (logits[row] / (params.temperature or 1.0)).log_softmax(-1)
             best = logp.topk(min(params.logprobs, len(logp)))

@@ -1,4 +1,4 @@
-"""Text from tokens as they come: no half characters, and nothing of a stop string."""
+"""Text from tokens as they come: no half characters, nothing of a stop string, the thinking apart from the answer."""
 
 from typing import Any
 
@@ -9,15 +9,31 @@ AGAIN = 8  # tokens before the new ones that are decoded with them, since a toke
 class TextStream:
     """`feed` takes a continuation's tokens, all so far, and gives the text that can be shown since the last call.
 
-    `text` is all that was shown; `stopped` says that a stop string came, before which the text ends.
+    `text` is all that was shown; `stopped` says that a stop string came, before which the text ends. `think`: the
+    tokens that open and close thinking, where the model has them; `thinking`: the prompt has opened it. Stop strings
+    count in the answer only: what ends an answer, say an empty line, is common in thoughts.
     """
 
-    def __init__(self, tokenizer: Any, stop: tuple[str, ...]) -> None:
-        self._tokenizer, self._stop = tokenizer, stop
+    def __init__(
+        self, tokenizer: Any, stop: tuple[str, ...], think: tuple[int, int] | None = None, thinking: bool = False
+    ) -> None:
+        self._tokenizer, self._stop, self._think = tokenizer, stop, think
         self._read = 0  # tokens that are in _whole
         self._whole = ""  # decoded, shown or held back
         self.text = ""
         self.stopped = False
+        self.thinking = thinking
+        self.reasoning_tokens = 0
+        # Where in the text the thoughts lie, and where the answer begins.
+        self._thoughts, self._answer = slice(0, 0), 0
+
+    @property
+    def reasoning(self) -> str:
+        return self.text[self._thoughts].lstrip("\n")
+
+    @property
+    def content(self) -> str:
+        return "" if self.thinking else self.text[self._answer :].lstrip("\n")
 
     def feed(self, tokens: list[int], last: bool = False) -> str:
         """last: no more will come, so what was held back is shown."""
@@ -29,20 +45,42 @@ class TextStream:
             return ""
         # Usually the new text follows; where the tokenizer reads the old tokens differently now, everything counts.
         self._whole = self._whole + after[len(before) :] if after.startswith(before) else self._decode(tokens)
+        self._split(tokens)
         self._read = len(tokens)
-        found = [at for s in self._stop if (at := self._whole.find(s, max(0, len(self.text) - len(s)))) >= 0]
-        if found:
+        first = self._answer
+        found = [at for s in self._stop if (at := self._whole.find(s, max(first, len(self.text) - len(s)))) >= 0]
+        if found and not self.thinking:
             self.stopped, end = True, min(found)
         else:
-            end = len(self._whole) - (0 if last else self._held_back())
+            end = len(self._whole) - (0 if last or self.thinking else self._held_back())
         piece = self._whole[len(self.text) : end]
         self.text += piece
         return piece
 
+    def _split(self, tokens: list[int]) -> None:
+        """Note where thinking opens and closes, by the tokens that say so."""
+        if self._think is None:
+            return
+        opens, closes = self._think
+        if self._read == 0 and tokens and tokens[0] == opens:
+            self.thinking, self._thoughts = True, slice(len(self._decode(tokens[:1])), None)
+        elif self._read == 0 and self.thinking:
+            self._thoughts = slice(0, None)
+        if not self.thinking:
+            return
+        began = int(bool(tokens) and tokens[0] == opens)
+        if closes in tokens[self._read :]:
+            at = tokens.index(closes)
+            self.thinking, self.reasoning_tokens = False, at - began
+            self._thoughts = slice(self._thoughts.start, len(self._decode(tokens[:at])))
+            self._answer = len(self._decode(tokens[: at + 1]))
+        else:
+            self.reasoning_tokens = len(tokens) - began
+
     def _held_back(self) -> int:
         """Characters at the end that may be the beginning of a stop string."""
         longest = max((len(s) for s in self._stop), default=1) - 1
-        for count in range(min(longest, len(self._whole)), 0, -1):
+        for count in range(min(longest, len(self._whole) - self._answer), 0, -1):
             if any(s.startswith(self._whole[-count:]) for s in self._stop):
                 return count
         return 0

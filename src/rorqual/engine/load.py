@@ -1,0 +1,33 @@
+"""A model and its tokenizer from what a user names."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from rorqual.data.tokenizer import load_tokenizer
+from rorqual.model import Transformer
+from rorqual.model.checkpoint import load_model
+from rorqual.precision.lowbit import Bits, convert
+from rorqual.precision.store import load_packed, packed_already
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+def open_model(
+    path: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", weights: Bits | None = None
+) -> tuple[Transformer, "PreTrainedTokenizerFast"]:
+    """A Hugging Face directory, its `weights` packed into so many bits; packed ones and .gguf files stay as they are.
+
+    Raises UserError for what cannot be read.
+    """
+    if Path(path).suffix == ".gguf":
+        from rorqual.precision.gguf import load_gguf
+
+        return load_gguf(path, dtype or torch.bfloat16)
+    tokenizer = load_tokenizer(path)
+    if packed_already(Path(path)):
+        return load_packed(Path(path), dtype), tokenizer
+    model = load_model(path, dtype, device)
+    return (model if weights is None else convert(model, weights)), tokenizer

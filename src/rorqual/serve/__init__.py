@@ -1,0 +1,1 @@
+"""A model behind the API that tools already speak, and a page to talk to it."""

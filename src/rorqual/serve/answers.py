@@ -1,0 +1,195 @@
+"""Answers as OpenAI's clients read them, whole or in chunks, with DeepSeek's fields for reasoning and cache hits."""
+
+import time
+import uuid
+from dataclasses import dataclass, field
+from typing import Any
+
+from rorqual.engine import Engine
+from rorqual.serve.tools import Call, CallReader
+from rorqual.serve.worker import Piece
+
+
+class Vocabulary:
+    """What single tokens stand for."""
+
+    def __init__(self, engine: Engine) -> None:
+        from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+        self.tokenizer = engine.tokenizer
+        self.hidden = {*engine.eos, *(engine.think or ())}  # not part of any text an answer shows
+        self._bytes = {char: byte for byte, char in bytes_to_unicode().items()}
+
+    def bytes(self, token: int) -> bytes:
+        """A token may be less than a character."""
+        piece = self.tokenizer.convert_ids_to_tokens(token) or ""
+        if token not in self.tokenizer.added_tokens_decoder and all(c in self._bytes for c in piece):
+            return bytes(self._bytes[c] for c in piece)
+        return str(piece).encode()
+
+    def text(self, token: int) -> str:
+        return self.bytes(token).decode(errors="replace")
+
+    def logprob(self, token: int, logprob: float) -> dict[str, Any]:
+        raw = self.bytes(token)
+        return {"token": raw.decode(errors="replace"), "logprob": logprob, "bytes": list(raw)}
+
+
+@dataclass
+class Usage:
+    prompt: int
+    cached: int = 0
+    made: int = 0
+    reasoning: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "prompt_tokens": self.prompt,
+            "completion_tokens": self.made,
+            "total_tokens": self.prompt + self.made,
+            "prompt_tokens_details": {"cached_tokens": self.cached},
+            "completion_tokens_details": {"reasoning_tokens": self.reasoning},
+            "prompt_cache_hit_tokens": self.cached,
+            "prompt_cache_miss_tokens": self.prompt - self.cached,
+        }
+
+
+@dataclass
+class Head:
+    """What every chunk of an answer repeats."""
+
+    kind: str  # "chat.completion" or "text_completion"
+    model: str
+    prefix: str
+
+    def __post_init__(self) -> None:
+        self.id, self.created = f"{self.prefix}-{uuid.uuid4().hex}", int(time.time())
+
+    def wrap(self, choices: list[dict[str, Any]], usage: Usage | None, chunk: bool) -> dict[str, Any]:
+        kind = self.kind + (".chunk" if chunk and self.kind.startswith("chat") else "")
+        body = {"id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": choices}
+        return body if usage is None else body | {"usage": usage.as_dict()}
+
+
+@dataclass
+class ChatChoice:
+    """One answer of a chat, as it grows."""
+
+    index: int
+    vocabulary: Vocabulary
+    reader: CallReader | None
+    logprobs: bool
+    top: int
+    reasoning: str = ""
+    content: str = ""
+    calls: list[Call] = field(default_factory=list)
+    likely: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: {"content": [], "reasoning_content": []})
+    finish: str | None = None
+    reasoning_tokens: int = 0
+    tokens: int = 0
+
+    def take(self, piece: Piece) -> dict[str, Any] | None:
+        """Add a piece; gives the choice for a chunk, or None where there is nothing to show yet."""
+        last = piece.finish is not None
+        shown, calls = (piece.content, []) if self.reader is None else self.reader.feed(piece.content, last)
+        likely = self._likely(piece)
+        self.reasoning += piece.reasoning
+        self.content += shown
+        self.tokens += len(piece.tokens)
+        self.reasoning_tokens = piece.reasoning_tokens
+        delta: dict[str, Any] = {}
+        if piece.reasoning:
+            delta["reasoning_content"] = piece.reasoning
+        if shown:
+            delta["content"] = shown
+        if calls:
+            delta["tool_calls"] = [{"index": len(self.calls) + i} | c.as_dict() for i, c in enumerate(calls)]
+            self.calls += calls
+        if last:
+            self.finish = "tool_calls" if self.calls else piece.finish
+        if not delta and not last and likely is None:
+            return None
+        return {"index": self.index, "delta": delta, "logprobs": likely, "finish_reason": self.finish}
+
+    def first(self) -> dict[str, Any]:
+        delta = {"role": "assistant", "content": ""}
+        return {"index": self.index, "delta": delta, "logprobs": None, "finish_reason": None}
+
+    def whole(self) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": self.content, "refusal": None}
+        if self.reasoning:
+            message["reasoning_content"] = self.reasoning
+        if self.calls:
+            message["tool_calls"] = [c.as_dict() for c in self.calls]
+            message["content"] = self.content or None
+        likely = self.likely if self.logprobs else None
+        return {"index": self.index, "message": message, "logprobs": likely, "finish_reason": self.finish}
+
+    def _likely(self, piece: Piece) -> dict[str, Any] | None:
+        """Log-probabilities of a piece, those of thoughts apart; tokens that no text shows are left out."""
+        if not self.logprobs:
+            return None
+        thoughts = piece.reasoning_tokens - self.reasoning_tokens
+        found: dict[str, list[dict[str, Any]]] = {"content": [], "reasoning_content": []}
+        for i, (token, logprob) in enumerate(zip(piece.tokens, piece.logprobs, strict=True)):
+            if token in self.vocabulary.hidden:
+                continue
+            entry = self.vocabulary.logprob(token, logprob)
+            ranked = piece.top[i][: self.top] if piece.top else []
+            entry["top_logprobs"] = [self.vocabulary.logprob(*pair) for pair in ranked]
+            found["reasoning_content" if i < thoughts else "content"].append(entry)
+        for name, entries in found.items():
+            self.likely[name] += entries
+        return found
+
+
+@dataclass
+class TextChoice:
+    """One continuation of a text, as it grows; `echo` is the prompt, where it is to be repeated."""
+
+    index: int
+    vocabulary: Vocabulary
+    top: int | None  # most probable tokens to report; None: no log-probabilities at all
+    echo: str = ""
+    text: str = ""
+    likely: dict[str, list[Any]] = field(
+        default_factory=lambda: {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+    )
+    finish: str | None = None
+    reasoning_tokens: int = 0
+    tokens: int = 0
+    _length: int = 0  # of the text that tokens with log-probabilities make
+
+    def prompt(self, tokens: list[int], logprobs: list[float | None], top: list[list[tuple[int, float]]]) -> None:
+        """Log-probabilities of the prompt itself, the first token having none."""
+        self._note(tokens, logprobs, top)
+
+    def take(self, piece: Piece) -> dict[str, Any] | None:
+        echo = self.echo if not self.tokens else ""
+        before = {name: len(values) for name, values in self.likely.items()} if self.tokens else {}
+        self.text += echo + piece.content
+        self.tokens += len(piece.tokens)
+        self.reasoning_tokens = piece.reasoning_tokens
+        self.finish = piece.finish
+        self._note(piece.tokens, piece.logprobs, piece.top)
+        if not piece.content and not echo and self.finish is None and self.top is None:
+            return None
+        likely = {name: values[before.get(name, 0) :] for name, values in self.likely.items()}
+        shown = None if self.top is None else likely
+        return {"index": self.index, "text": echo + piece.content, "logprobs": shown, "finish_reason": self.finish}
+
+    def whole(self) -> dict[str, Any]:
+        likely = None if self.top is None else self.likely
+        return {"index": self.index, "text": self.text, "logprobs": likely, "finish_reason": self.finish}
+
+    def _note(self, tokens: list[int], logprobs: Any, top: list[list[tuple[int, float]]]) -> None:
+        if self.top is None:
+            return
+        for i, (token, logprob) in enumerate(zip(tokens, logprobs, strict=True)):
+            text = self.vocabulary.text(token)
+            self.likely["tokens"].append(text)
+            self.likely["token_logprobs"].append(logprob)
+            ranked = top[i][: self.top] if top else []
+            self.likely["top_logprobs"].append({self.vocabulary.text(t): p for t, p in ranked} if ranked else None)
+            self.likely["text_offset"].append(self._length)
+            self._length += len(text)

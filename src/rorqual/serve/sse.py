@@ -1,0 +1,64 @@
+"""Server-sent events, and what to do when whoever asked has gone."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from typing import Any
+
+from starlette.responses import Response
+
+Receive = Callable[[], Awaitable[Any]]
+
+
+class Gone(Exception):
+    """The client has closed the connection."""
+
+
+async def unless_gone(receive: Receive, work: Coroutine[Any, Any, Any]) -> Any:
+    """The work's result; cancels it, and gives an answer nobody reads, when the client goes away meanwhile."""
+    try:
+        return await _race(receive, work)
+    except Gone:
+        return Response(status_code=499)
+
+
+async def _race(receive: Receive, work: Coroutine[Any, Any, Any]) -> Any:
+    doing, watching = asyncio.ensure_future(work), asyncio.ensure_future(_gone(receive))
+    try:
+        await asyncio.wait({doing, watching}, return_when=asyncio.FIRST_COMPLETED)
+        if doing.done():
+            return doing.result()
+        raise Gone
+    finally:
+        for task in (doing, watching):
+            task.cancel()
+        await asyncio.gather(doing, watching, return_exceptions=True)
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class EventStream(Response):
+    """One event for every text; `closed` is called in any case, once."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncIterator[str], closed: Callable[[], None]) -> None:
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self._events, self._closed = events, closed
+
+    async def __call__(self, scope: Any, receive: Receive, send: Callable[[Any], Awaitable[None]]) -> None:
+        try:
+            await _race(receive, self._send(send))
+        except (Gone, OSError):
+            pass
+        finally:
+            self._closed()
+
+    async def _send(self, send: Callable[[Any], Awaitable[None]]) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        async for event in self._events:
+            await send({"type": "http.response.body", "body": f"data: {event}\n\n".encode(), "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -1,0 +1,204 @@
+"""The engine in a thread of its own, and requests to it from asyncio."""
+
+import asyncio
+import logging
+import queue
+import threading
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import Any
+
+from rorqual.engine import Engine, SamplingParams
+from rorqual.engine.rows import Request, Sample
+from rorqual.errors import UserError
+
+log = logging.getLogger("rorqual.serve")
+
+
+class Busy(Exception):
+    """The queue is full."""
+
+
+class Failed(Exception):
+    """The engine failed; the request can be sent again."""
+
+
+@dataclass
+class Piece:
+    """What one sample has grown by; `finish` comes with the last."""
+
+    index: int  # prompt's number · n + sample's number
+    reasoning: str
+    content: str
+    tokens: list[int]
+    logprobs: list[float]
+    top: list[list[tuple[int, float]]]
+    finish: str | None
+    reasoning_tokens: int  # so far
+
+
+class Ticket:
+    """Prompts on their way, with one setting for all. Iterate over it for the pieces, until every sample has finished.
+
+    raw: the text as it is, thinking and answer in one. Must be closed (Worker.close) in any case.
+    """
+
+    def __init__(self, prompts: list[list[int]], params: SamplingParams, raw: bool) -> None:
+        self.prompts, self.params, self.raw = prompts, params, raw
+        self.loop = asyncio.get_running_loop()
+        self.accepted: asyncio.Future[None] = self.loop.create_future()  # UserError for a prompt that cannot be
+        self.pieces: asyncio.Queue[Piece | Exception] = asyncio.Queue()
+        self.requests: list[Request] = []
+        self.said: dict[Sample, tuple[int, int, int]] = {}  # characters and tokens handed on
+        self.cached = 0  # tokens of the prompts found in the cache
+
+    @property
+    def samples(self) -> int:
+        return len(self.prompts) * self.params.n
+
+    async def __aiter__(self) -> AsyncIterator[Piece]:
+        left = self.samples
+        while left:
+            piece = await self.pieces.get()
+            if isinstance(piece, Exception):
+                raise piece
+            left -= piece.finish is not None
+            yield piece
+
+
+class Worker:
+    """`open` takes samples as far as the engine's slots and `waiting` more go; beyond that it raises Busy."""
+
+    def __init__(self, engine: Engine, waiting: int) -> None:
+        self.engine, self.limit = engine, engine.slots + waiting
+        self.count = 0  # samples under way
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._tickets: dict[Request, Ticket] = {}
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._stopping = False
+
+    def start(self) -> None:
+        self._thread.start()
+
+    async def stop(self) -> None:
+        """End the thread after its current step."""
+        self._stopping = True
+        self._inbox.put(lambda: None)
+        await asyncio.to_thread(self._thread.join)
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    # -- from asyncio
+
+    def open(self, prompts: list[list[int]], params: SamplingParams, raw: bool = False) -> Ticket:
+        ticket = Ticket(prompts, params, raw)
+        if self.count + ticket.samples > self.limit:
+            raise Busy
+        self.count += ticket.samples
+        self._inbox.put(lambda: self._submit(ticket))
+        return ticket
+
+    def close(self, ticket: Ticket) -> None:
+        """Once for every ticket: what still runs of it is cancelled, its blocks are free before the next step."""
+        self.count -= ticket.samples
+        self._inbox.put(lambda: self._cancel(ticket))
+
+    async def ask(self, work: Callable[[Engine], Any]) -> Any:
+        """Let the engine's thread do something between two steps."""
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[Any] = loop.create_future()
+
+        def do() -> None:
+            try:
+                result, error = work(self.engine), None
+            except Exception as e:
+                result, error = None, e
+            _call(loop, lambda: _settle(answer, result, error))
+
+        self._inbox.put(do)
+        return await answer
+
+    # -- in the engine's thread
+
+    def _run(self) -> None:
+        while not self._stopping:
+            try:
+                self._work()
+            except Exception as e:
+                log.exception("the engine failed; what was under way is lost")
+                self.engine.reset()
+                for ticket in set(self._tickets.values()):
+                    _hand(ticket, [Failed(f"{type(e).__name__}: {e}")])
+                self._tickets.clear()
+
+    def _work(self) -> None:
+        wait = self.engine.idle
+        while wait or not self._inbox.empty():
+            self._inbox.get()()
+            wait = False
+        if self.engine.idle:
+            return
+        grown: dict[Ticket, list[Piece | Exception]] = {}
+        for sample in self.engine.step():
+            if (ticket := self._tickets.get(sample.request)) is not None:
+                grown.setdefault(ticket, []).append(self._piece(ticket, sample))
+        for ticket, pieces in grown.items():
+            ticket.cached = sum(r.cached for r in ticket.requests)
+            for request in [r for r in ticket.requests if r.done and r in self._tickets]:
+                del self._tickets[request]
+                self.engine.release(request)
+            _hand(ticket, pieces)
+
+    def _submit(self, ticket: Ticket) -> None:
+        error: Exception | None = None
+        try:
+            for prompt in ticket.prompts:
+                request = self.engine.submit(prompt, ticket.params)
+                ticket.requests.append(request)
+                self._tickets[request] = ticket
+        except UserError as e:
+            self._cancel(ticket)
+            error = e
+        _call(ticket.loop, lambda: _settle(ticket.accepted, None, error))
+
+    def _cancel(self, ticket: Ticket) -> None:
+        for request in ticket.requests:
+            if self._tickets.pop(request, None) is not None:
+                self.engine.cancel(request)
+
+    def _piece(self, ticket: Ticket, sample: Sample) -> Piece:
+        text = self.engine.text(sample)
+        reasoning, content = ("", text.text) if ticket.raw else (text.reasoning, text.content)
+        thought, answered, made = ticket.said.get(sample, (0, 0, 0))
+        ticket.said[sample] = len(reasoning), len(content), len(sample.tokens)
+        index = ticket.requests.index(sample.request) * ticket.params.n + sample.number
+        return Piece(
+            index, reasoning[thought:], content[answered:], sample.tokens[made:], sample.logprobs[made:],
+            sample.top[made:], sample.finish, text.reasoning_tokens,
+        )  # fmt: skip
+
+
+def _settle(answer: "asyncio.Future[Any]", result: Any, error: Exception | None) -> None:
+    if answer.done():
+        return
+    if error is None:
+        answer.set_result(result)
+    else:
+        answer.set_exception(error)
+
+
+def _hand(ticket: Ticket, pieces: "list[Piece | Exception]") -> None:
+    def put() -> None:
+        for piece in pieces:
+            ticket.pieces.put_nowait(piece)
+
+    _call(ticket.loop, put)
+
+
+def _call(loop: asyncio.AbstractEventLoop, do: Callable[[], None]) -> None:
+    try:
+        loop.call_soon_threadsafe(do)
+    except RuntimeError:  # the loop has ended, and with it whoever waited
+        log.debug("an answer came after the end")

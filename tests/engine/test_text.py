@@ -1,0 +1,52 @@
+"""Text as it comes: whole characters, stop strings, thoughts apart."""
+
+import pytest
+
+from rorqual.data.tokenizer import train_tokenizer
+from rorqual.engine.text import TextStream
+from rorqual.recipe import TokenizerSection
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(["so it is"], TokenizerSection(vocab_size=300, special_tokens=["<think>", "</think>"]))
+
+
+def fed(tokenizer, said, stop=(), thinking=False, step=1):
+    """The stream after `said`, and whether what it had shown ever had to be taken back."""
+    tokens = tokenizer(said).input_ids
+    vocabulary = tokenizer.get_vocab()
+    stream = TextStream(tokenizer, stop, (vocabulary["<think>"], vocabulary["</think>"]), thinking)
+    for end in [*range(step, len(tokens), step), len(tokens)]:
+        before = stream.reasoning, stream.content
+        stream.feed(tokens[:end], last=end == len(tokens))
+        assert stream.reasoning.startswith(before[0])
+        assert stream.content.startswith(before[1])
+    return stream
+
+
+@pytest.mark.parametrize("step", [1, 3, 100])
+@pytest.mark.parametrize(
+    ("said", "thinking", "reasoning", "content", "count"),
+    [
+        ("so it is 🐋", False, "", "so it is 🐋", 0),
+        ("ab 🐋</think>\n\nso", True, "ab 🐋", "so", 7),
+        ("<think>\nab</think>so", False, "ab", "so", 3),
+        ("<think>ab", False, "ab", "", 2),
+        ("ab", True, "ab", "", 2),
+        ("</think>so", True, "", "so", 0),
+        ("so</think>it", False, "", "so</think>it", 0),
+    ],
+)
+def test_thoughts_are_told_apart_by_their_tokens(tokenizer, said, thinking, reasoning, content, count, step):
+    stream = fed(tokenizer, said, thinking=thinking, step=step)
+    assert (stream.reasoning, stream.content) == (reasoning, content)
+    if count != 7:  # how many tokens " 🐋" takes is the tokenizer's affair
+        assert stream.reasoning_tokens == count
+    assert stream.text == said
+
+
+def test_a_stop_string_counts_after_the_thoughts_only(tokenizer):
+    stream = fed(tokenizer, "a;b</think>c;d", stop=(";",), thinking=True)
+    assert (stream.reasoning, stream.content, stream.stopped) == ("a;b", "c", True)
+    assert fed(tokenizer, "a;b", stop=(";",)).text == "a"
