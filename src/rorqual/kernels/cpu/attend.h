@@ -109,7 +109,17 @@ void mix_some(const float *weights, i64 stride, const Places<T> &values, i64 wid
         }
     });
     for (int c = 0; c < C; ++c)
-        for (int n = 0; n < N; ++n) store_two(out + n * width + 2 * c * L, sum[c][n], other[c][n]);
+        for (int n = 0; n < N; ++n) {
+            O *to = out + n * width + 2 * c * L;
+            if constexpr (std::is_same_v<T, O>) {
+                store_two(to, sum[c][n], other[c][n]);
+            } else {  // BF16 values came even and odd
+                for (i64 t = 0; t < L; ++t) {
+                    store(to[2 * t], sum[c][n][t]);
+                    store(to[2 * t + 1], other[c][n][t]);
+                }
+            }
+        }
 }
 
 // N heads' weighted sums of the values of all places.
