@@ -1,36 +1,31 @@
-"""GGUF files stay packed: the numbers are those that the gguf library expands."""
+"""Packing what a GGUF file holds: the numbers are those that the gguf library expands, wherever slices end."""
 
 import numpy as np
 import pytest
 import torch
-from gguf import GGMLQuantizationType, dequantize, quantize
+from gguf import dequantize
 
+from gguf_files import KINDS, quantised
+from rorqual.errors import UserError
 from rorqual.kernels.lowbit import unpack
-from rorqual.precision.gguf import _pack
-
-KINDS = GGMLQuantizationType
-
-
-class Stored:
-    """A tensor as gguf's reader gives it."""
-
-    def __init__(self, data, kind, shape):
-        self.data, self.tensor_type, self.shape = data, kind, shape
+from rorqual.model import gguf
+from rorqual.model.gguf_file import GGUFTensor
+from rorqual.precision.gguf import pack_stored
 
 
-def blocks_of(kind, rows, width):
-    """Random bytes of a type, its scales being small numbers."""
-    rng = np.random.default_rng(0)
-    if kind in (KINDS.Q4_K, KINDS.Q6_K):
-        size = {KINDS.Q4_K: 144, KINDS.Q6_K: 210}[kind]
-        data = rng.integers(0, 256, (rows, width // 256, size), dtype=np.uint8)
-        scales = rng.uniform(0.001, 0.01, (rows, width // 256, 2)).astype(np.float16).view(np.uint8)
-        if kind == KINDS.Q4_K:
-            data[..., :4] = scales
-        else:
-            data[..., -2:] = scales[..., :2]
-        return data.reshape(rows, -1)
-    return quantize(rng.normal(0, 0.05, (rows, width)).astype(np.float32), kind)
+def stored(folder, kind, *shape):
+    """A tensor of random numbers in a file of its own, and the numbers."""
+    values = np.random.default_rng(len(list(folder.iterdir()))).normal(0, 0.05, shape).astype(np.float32)
+    data = quantised(values, kind)
+    path = folder / f"{len(list(folder.iterdir()))}.blocks"
+    path.write_bytes(b"before" + data.tobytes())
+    return GGUFTensor(path, "w", kind, shape, 6), torch.from_numpy(dequantize(data, kind).reshape(shape))
+
+
+def apart(packed, expected):
+    found = torch.stack([unpack(packed, e) for e in range(len(packed))])
+    assert found.shape == expected.shape
+    return float((found - expected).abs().max() / expected.abs().max())
 
 
 @pytest.mark.parametrize(
@@ -42,12 +37,38 @@ def blocks_of(kind, rows, width):
         (KINDS.Q4_K, "int4_mins", 1e-3),
         (KINDS.Q6_K, "int8_groups", 5e-3),
         (KINDS.F16, "int8_groups", 5e-3),
+        (KINDS.BF16, "int8_groups", 5e-3),
         (KINDS.F32, "int8_groups", 5e-3),
     ],
 )
-def test_numbers_are_the_librarys(kind, format, error):
-    data = blocks_of(kind, 40, 512)
-    packed = _pack(Stored(data, kind, (512, 40)), "w", None)
-    theirs = torch.from_numpy(dequantize(data, kind).astype(np.float32))
+@pytest.mark.parametrize("slice", [1, 1 << 13])
+def test_numbers_are_the_librarys(tmp_path, monkeypatch, slice, kind, format, error):
+    monkeypatch.setattr(gguf, "SLICE", slice)
+    tensor, expected = stored(tmp_path, kind, 40, 512)
+    packed = pack_stored([tensor])
     assert packed.format == format
-    assert float((unpack(packed) - theirs).abs().max()) <= error * float(theirs.abs().max())
+    assert apart(packed, expected[None]) <= error
+
+
+@pytest.mark.parametrize("rows", [16, 40, 7])
+def test_experts_whose_outputs_follow_one_another(tmp_path, monkeypatch, rows):
+    monkeypatch.setattr(gguf, "SLICE", 1)
+    (gate, gates), (up, ups) = (stored(tmp_path, KINDS.Q4_0, 3, rows, 64) for _ in range(2))
+    packed = pack_stored([gate, up])
+    assert (packed.format, len(packed), packed.N, packed.K) == ("int4", 3, 2 * rows, 64)
+    assert apart(packed, torch.cat([gates, ups], dim=1)) < 1e-7
+
+
+@pytest.mark.parametrize("head", [8, 20, 96])
+def test_heads_are_put_in_order_slice_by_slice(tmp_path, monkeypatch, head):
+    monkeypatch.setattr(gguf, "SLICE", 1)
+    tensor, values = stored(tmp_path, KINDS.Q4_1, 5 * head, 32)
+    pairs = values.view(5, head // 2, 2, 32)
+    assert apart(pack_stored([tensor], head), pairs.transpose(1, 2).reshape(1, 5 * head, 32)) < 1e-6
+
+
+def test_scales_that_16_bits_cannot_hold(tmp_path):
+    tensor, _ = stored(tmp_path, KINDS.F32, 2, 32)
+    tensor.path.write_bytes(b"before" + np.full((2, 32), 1e30, np.float32).tobytes())
+    with pytest.raises(UserError, match="beyond what scales of 16 bits reach"):
+        pack_stored([tensor])

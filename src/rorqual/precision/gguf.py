@@ -1,103 +1,134 @@
 """GGUF files straight into packed weights, some rows at a time: no more memory than the weights and a few megabytes.
 
-n rows, K in, G groups of 32 inputs.
+E experts, n rows, K in, G groups of 32 inputs.
 """
 
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from gguf import GGMLQuantizationType, dequantize
+import torch.nn.functional as F
+from gguf import GGMLQuantizationType
 from gguf.quants import Q4_K
 from torch import Tensor, nn
 
 from rorqual.errors import UserError
-from rorqual.kernels.lowbit import GROUP, Format, Packed, join, pack
+from rorqual.kernels.lowbit import GROUP, PANEL, Format, Packed, pack
 from rorqual.model import Transformer
-from rorqual.model.gguf import open_gguf, outline, reading, reordered_head, tokenizer_of, unpermute
-from rorqual.precision.lowbit import PackedEmbedding
+from rorqual.model.gguf import fill, outline, part, reading, reordered_head, slice_rows, unpermute
+from rorqual.model.gguf_file import GGUFTensor, open_gguf
+from rorqual.model.gguf_tokenizer import tokenizer_of
+from rorqual.model.moe import Router
+from rorqual.precision.lowbit import PackedEmbedding, packable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-ROWS = 2048  # at a time; a multiple of the panels' 16 and of any head's width
-# Formats whose blocks of 32 we hold exactly as they are: bytes of a block, with its scale and minimum first.
-EXACT: dict[GGMLQuantizationType, tuple[Format, int]] = {
-    GGMLQuantizationType.Q4_0: ("int4", 18),
-    GGMLQuantizationType.Q4_1: ("int4_mins", 20),
-    GGMLQuantizationType.Q8_0: ("int8_groups", 34),
+# Formats whose blocks of 32 we hold as they are (Q4_K: but for rounded scales). What is not here becomes int8_groups.
+FORMATS: dict[GGMLQuantizationType, Format] = {
+    GGMLQuantizationType.Q4_0: "int4",
+    GGMLQuantizationType.Q4_1: "int4_mins",
+    GGMLQuantizationType.Q4_K: "int4_mins",
+    GGMLQuantizationType.Q8_0: "int8_groups",
 }
+BLOCK_BYTES = {GGMLQuantizationType.Q4_0: 18, GGMLQuantizationType.Q4_1: 20, GGMLQuantizationType.Q8_0: 34}
 
 
 def load_gguf(path: str | Path, dtype: torch.dtype = torch.bfloat16) -> tuple[Transformer, "PreTrainedTokenizerFast"]:
-    """A llama or qwen2 network with the weights as the file has them; `dtype` is that of norms, biases and cache.
+    """A llama, qwen2 or deepseek2 network with the weights as the file has them; `dtype` is that of all else.
 
     Q4_0, Q4_1 and Q8_0 stay what they are, Q4_K too but for scales rounded to FP16; other types become 8 bits with a
-    scale for 32. Raises UserError for a file that is damaged or holds something else.
+    scale for 32. Not packed are norms, biases, latent attention's up-projections and, in FP32, routers. Raises
+    UserError for a file that is damaged or holds something else.
     """
     with reading(path):
         fields, stored = open_gguf(path)
-        model, names = outline(fields, stored)
-        for name, ours in names.items():
-            module_name, _, parameter = ours.rpartition(".")
-            module = model.get_submodule(module_name)
-            tensor = stored[name]
-            if len(tensor.shape) == 1:
-                values = _finite(torch.from_numpy(np.array(dequantize(tensor.data, tensor.tensor_type))), name)
-                if (head := reordered_head(name, model.config)) is not None:
-                    values = unpermute(values, head)
-                setattr(module, parameter, nn.Parameter(values.to(dtype)))
-                continue
-            packed = _pack(tensor, name, reordered_head(name, model.config))
-            packed.dtype = dtype
-            if isinstance(module, nn.Embedding):
-                model.model.embed_tokens = PackedEmbedding(packed)
-            else:
-                delattr(module, parameter)
-                setattr(module, parameter, packed)
+        model, places = outline(fields, stored)
         tokenizer = tokenizer_of(fields, model.config)
+        for place, names in places.items():
+            module_name, _, own = place.rpartition(".")
+            module, head = model.get_submodule(module_name), reordered_head(names[0], model.config)
+            if isinstance(module, nn.Embedding) or (packable(module) and own != "bias"):
+                packed = pack_stored([stored[name] for name in names], head)
+                packed.dtype = dtype
+                if isinstance(module, nn.Embedding):
+                    model.model.embed_tokens = PackedEmbedding(packed)
+                else:
+                    delattr(module, own)
+                    setattr(module, own, packed)
+                continue
+            like = getattr(module, own)
+            values = torch.empty(like.shape, dtype=torch.float32 if isinstance(module, Router) else dtype)
+            for name in names:
+                fill(part(values, name, model.config), stored[name], head)
+            setattr(module, own, nn.Parameter(values) if isinstance(like, nn.Parameter) else values)
     return model, tokenizer
 
 
-def _finite(values: Tensor, name: str) -> Tensor:
-    if not values.isfinite().all():
-        raise UserError(f"tensor {name} holds numbers that are not finite; fetch the file again")
-    return values
+def pack_stored(tensors: list[GGUFTensor], head: int | None = None) -> Packed:
+    """Tensors [n, K] or [E, n, K], their outputs one after the other. head: the width of heads to be reordered."""
+    formats = {FORMATS.get(t.kind, "int8_groups") for t in tensors}
+    format = formats.pop() if len(formats) == 1 else "int8_groups"
+    *experts, _, K = tensors[0].shape
+    E, N = math.prod(experts), sum(t.shape[-2] for t in tensors)
+    step = slice_rows(K, math.lcm(PANEL, head or 1))
+    whole = None
+    for e, first in itertools.product(range(E), range(0, N, step)):
+        slices = [_numbers(t, a, b, format, head) for t, a, b in _rows(tensors, e, first, min(first + step, N))]
+        q, scales, minima = (None if some[0] is None else torch.cat(some) for some in zip(*slices, strict=True))
+        piece = pack(format, q[None], scales[None], None if minima is None else minima[None])
+        if whole is None:
+            whole = replace(piece, data=piece.data.new_empty(E, -(-N // PANEL), *piece.data.shape[2:]), N=N)
+        panel = first // PANEL
+        whole.data[e, panel : panel + piece.data.shape[1]] = piece.data[0]
+    return whole
 
 
-def _pack(tensor: Any, name: str, head: int | None) -> Packed:
-    """head: the width of heads whose rows llama.cpp has reordered."""
-    K, N = (int(n) for n in tensor.shape)
-    parts = []
-    for first in range(0, N, ROWS):
-        data = np.array(tensor.data[first : first + ROWS])
-        values = _finite(torch.from_numpy(dequantize(data, tensor.tensor_type)), name)
-        format, scales, minima = _grid(data, tensor.tensor_type, values)
-        if head is not None:
-            values, scales = unpermute(values, head), unpermute(scales, head)
-            minima = None if minima is None else unpermute(minima, head)
-        wide = scales.half().float().repeat_interleave(GROUP, 1)[:, :K]
-        least = 0.0 if minima is None else minima.half().float().repeat_interleave(GROUP, 1)[:, :K]
-        middle, highest = {"int4": (8, 15), "int4_mins": (0, 15), "int8_groups": (128, 255)}[format]
-        q = (torch.where(wide != 0, (values - least) / wide, 0.0) + middle).round().clamp(0, highest)
-        parts.append(pack(format, *(t.unsqueeze(0) if t is not None else None for t in (q.byte(), scales, minima))))
-    return join(parts)
+def _rows(tensors: list[GGUFTensor], e: int, first: int, last: int) -> Iterator[tuple[GGUFTensor, int, int]]:
+    """Where rows [first, last) of an expert lie, whose tensors follow one another."""
+    for tensor in tensors:
+        n = tensor.shape[-2]
+        if max(first, 0) < min(last, n):
+            yield tensor, e * n + max(first, 0), e * n + min(last, n)
+        first, last = first - n, last - n
 
 
-def _grid(data: np.ndarray, kind: GGMLQuantizationType, values: Tensor) -> tuple[Format, Tensor, Tensor | None]:
-    """On what numbers the values [n, K] lie: format, scales [n, G], minima [n, G] where there are some."""
-    if kind in EXACT:
-        format, size = EXACT[kind]
-        halves = np.ascontiguousarray(data.reshape(len(data), -1, size)[:, :, :4]).view(np.float16).astype(np.float32)
-        scales = _finite(torch.from_numpy(halves[..., 0]), str(kind.name))
-        return format, scales, torch.from_numpy(halves[..., 1]) if format == "int4_mins" else None
+def _numbers(
+    tensor: GGUFTensor, first: int, last: int, format: Format, head: int | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Rows of a tensor as `format` has them: q uint8 [n, K], scales [n, G], minima [n, G] where there are some."""
+    data = tensor.blocks(first, last)
+    values = tensor.expand(data)
+    scales, minima = _grid(data, tensor.kind, values, format)
+    if head is not None:
+        values, scales = unpermute(values, head), unpermute(scales, head)
+        minima = None if minima is None else unpermute(minima, head)
+    K = values.shape[1]
+    if not scales.half().isfinite().all():
+        raise UserError(f"tensor {tensor.name} holds numbers beyond what scales of 16 bits reach; fetch the file again")
+    wide = scales.half().float().repeat_interleave(GROUP, 1)[:, :K]
+    least = 0.0 if minima is None else minima.half().float().repeat_interleave(GROUP, 1)[:, :K]
+    middle, highest = {"int4": (8, 15), "int4_mins": (0, 15), "int8_groups": (128, 255)}[format]
+    q = (torch.where(wide != 0, (values - least) / wide, 0.0) + middle).round().clamp(0, highest)
+    return q.byte(), scales, minima
+
+
+def _grid(data: np.ndarray, kind: GGMLQuantizationType, values: Tensor, format: Format) -> tuple[Tensor, Tensor | None]:
+    """On what numbers the values [n, K] lie: scales [n, G], minima [n, G] where there are some."""
+    if FORMATS.get(kind) != format:
+        groups = F.pad(values, (0, -values.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
+        return groups.abs().amax(-1) / 127, None
     if kind == GGMLQuantizationType.Q4_K:
         blocks = data.reshape(-1, Q4_K.type_size)
         d, least = np.ascontiguousarray(blocks[:, :4]).view(np.float16).astype(np.float32).T[..., None]
         sixths, minima = Q4_K.get_scale_min(blocks[:, 4:16])
         shape = len(data), -1
-        scales, least = torch.from_numpy((d * sixths).reshape(shape)), torch.from_numpy((least * minima).reshape(shape))
-        return "int4_mins", scales, -least
-    groups = torch.nn.functional.pad(values, (0, -values.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
-    return "int8_groups", groups.abs().amax(-1) / 127, None
+        return torch.from_numpy((d * sixths).reshape(shape)), torch.from_numpy(-(least * minima).reshape(shape))
+    blocks = data.reshape(len(data), -1, BLOCK_BYTES[kind])
+    halves = np.ascontiguousarray(blocks[:, :, :4]).view(np.float16).astype(np.float32)
+    return torch.from_numpy(halves[..., 0]), torch.from_numpy(halves[..., 1]) if format == "int4_mins" else None
