@@ -18,7 +18,7 @@ setup(
         Extension(
             f"rorqual.kernels.cpu.compiled_{level}",
             [f"{FOLDER}/{name}.cpp" for name in ("rows", "decode", "product", "lowbit", "step")],
-            depends=[f"{FOLDER}/{name}.h" for name in ("numbers", "lanes", "attend", "lowbit", "tile")],
+            depends=[f"{FOLDER}/{name}.h" for name in ("numbers", "lanes", "attend", "lowbit", "tile", "team", "network")],
             extra_compile_args=FLAGS + flags,
             extra_link_args=["-fopenmp"],
             optional=True,

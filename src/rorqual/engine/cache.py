@@ -21,21 +21,23 @@ def token_shapes(config: ModelConfig) -> list[tuple[int, ...]]:
     return [(config.num_key_value_heads, config.head_dim)] * 2
 
 
-def block_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
-    """What a block takes in all layers."""
+def block_bytes(config: ModelConfig, dtype: torch.dtype, more_layers: int = 0) -> int:
+    """What a block takes in all layers, and in those of multi-token modules that are used."""
     numbers = sum(torch.Size(shape).numel() for shape in token_shapes(config))
-    return BLOCK * numbers * config.num_hidden_layers * dtype.itemsize
+    return BLOCK * numbers * (config.num_hidden_layers + more_layers) * dtype.itemsize
 
 
 class BlockCache:
     """Room for `count` blocks in every layer."""
 
-    def __init__(self, config: ModelConfig, count: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, config: ModelConfig, count: int, dtype: torch.dtype, device: torch.device, more_layers: int = 0
+    ) -> None:
         # Zeros, not whatever was in memory: a hidden place has weight 0, but 0 times a stray NaN is NaN. They cost no
         # memory before they are written to.
         self.layers = [
             tuple(torch.zeros(count, BLOCK, *shape, dtype=dtype, device=device) for shape in token_shapes(config))
-            for _ in range(config.num_hidden_layers)
+            for _ in range(config.num_hidden_layers + more_layers)
         ]
         self.places = [tuple(store.flatten(0, 1) for store in layer) for layer in self.layers]  # the same, by place
 

@@ -1,39 +1,91 @@
 """The short way through a decode step, for networks that have one."""
 
+from typing import Any
+
+from torch import Tensor
+
 from rorqual.engine.cache import BlockCache
 from rorqual.kernels import cpu
 from rorqual.kernels.lowbit import Packed
-from rorqual.kernels.step import DecodeStep, LayerWeights
-from rorqual.model import Transformer
-from rorqual.model.attention import GroupedQueryAttention
+from rorqual.kernels.step import DecodeStep, LayerWeights, Sizes, Weights
+from rorqual.model import ModelConfig, Transformer
+from rorqual.model.attention import LATENT_NORM_EPS, MultiHeadLatentAttention
 from rorqual.model.layers import Linear, SwiGLU
+from rorqual.model.moe import MixtureOfExperts
 from rorqual.model.rope import softmax_scale
 
 
 def direct_step(model: Transformer, cache: BlockCache) -> DecodeStep | None:
-    """For dense grouped-query networks with packed weights, where the compiled functions are; else None."""
+    """For networks with packed weights, where the compiled functions are; else None."""
     config = model.config
-    dense = not config.is_mla and not model.moe_layers()
-    if not isinstance(model.head_weight, Packed) or not dense or cpu.capability() is None:
+    if not isinstance(model.head_weight, Packed) or cpu.capability() is None:
         return None
-    layers = []
-    for layer, (keys, values) in zip(model.model.layers, cache.layers, strict=True):
-        a, m = layer.self_attn, layer.mlp
-        assert isinstance(a, GroupedQueryAttention)
-        assert isinstance(m, SwiGLU)
-        layers.append(
-            LayerWeights(
-                layer.input_layernorm.weight, _of(a.q_proj), _of(a.k_proj), _of(a.v_proj), _of(a.o_proj),
-                layer.post_attention_layernorm.weight, _of(m.gate_proj), _of(m.up_proj), _of(m.down_proj), keys, values,
-            )
-        )  # fmt: skip
+    layers = [
+        LayerWeights(
+            norm=layer.input_layernorm.weight, norm2=layer.post_attention_layernorm.weight, a=a, b=b,
+            **_attention(layer.self_attn), **_feed_forward(layer.mlp),
+        )
+        for layer, (a, b) in zip(model.model.layers[: config.num_hidden_layers], cache.layers, strict=False)
+    ]  # fmt: skip
     frequencies, factor = model.rope
     return DecodeStep(
-        layers, model.model.embed_tokens.weight, model.model.norm.weight, model.head_weight,
-        config.num_attention_heads, config.rope_interleave, frequencies, factor, softmax_scale(config),
-        config.rms_norm_eps,
+        layers, _sizes(config), model.model.embed_tokens.weight, model.model.norm.weight, model.head_weight,
+        frequencies, factor, softmax_scale(config), config.rms_norm_eps, LATENT_NORM_EPS, config.routed_scaling_factor,
     )  # fmt: skip
 
 
-def _of(linear: Linear) -> tuple[Packed, object]:
+def _sizes(config: ModelConfig) -> Sizes:
+    latent, experts = {}, {}
+    if config.is_mla:
+        latent = {"latent": config.kv_lora_rank, "nope": config.qk_nope_head_dim, "value": config.v_head_dim}
+    if config.n_routed_experts:
+        experts = {
+            "experts": config.n_routed_experts,
+            "chosen": config.num_experts_per_tok,
+            "expert_groups": config.n_group,
+            "groups_kept": config.topk_group,
+            "softmax": config.scoring_func == "softmax",
+            "biased": config.topk_method == "noaux_tc",
+            "within_groups": config.topk_method != "greedy" and config.topk_group != config.n_group,
+            "normalise": config.norm_topk_prob,
+        }
+    return Sizes(
+        hidden=config.hidden_size,
+        heads=config.num_attention_heads,
+        groups=config.num_key_value_heads,
+        width=config.qk_rope_head_dim if config.is_mla else config.head_dim,
+        interleave=config.rope_interleave,
+        **latent,
+        **experts,
+    )
+
+
+def _attention(attention: Any) -> dict[str, Any]:
+    if not isinstance(attention, MultiHeadLatentAttention):
+        return {name: _of(getattr(attention, f"{name}_proj")) for name in ("q", "k", "v", "o")}
+    found: dict[str, Any] = {
+        "kv_a": _of(attention.kv_a_proj_with_mqa),
+        "kv_a_norm": attention.kv_a_layernorm.weight,
+        "kv_b": attention.kv_b_proj.weight,
+        "o": _of(attention.o_proj),
+    }
+    if hasattr(attention, "q_proj"):
+        return found | {"q": _of(attention.q_proj)}
+    low = {"q_a": _of(attention.q_a_proj), "q_a_norm": attention.q_a_layernorm.weight, "q": _of(attention.q_b_proj)}
+    return found | low
+
+
+def _feed_forward(mlp: SwiGLU | MixtureOfExperts) -> dict[str, Weights | Tensor | None]:
+    if isinstance(mlp, SwiGLU):
+        return {name: _of(getattr(mlp, f"{name}_proj")) for name in ("gate", "up", "down")}
+    shared = _feed_forward(mlp.shared_experts) if hasattr(mlp, "shared_experts") else {}
+    return shared | {
+        "router": mlp.gate.weight.float(),
+        "correction": mlp.gate.e_score_correction_bias.float() if mlp.gate.method == "noaux_tc" else None,
+        "experts_in": (mlp.experts.gate_up_proj, None),
+        "experts_out": (mlp.experts.down_proj, None),
+    }
+
+
+def _of(linear: Linear) -> Weights:
     return linear.weight, linear.bias

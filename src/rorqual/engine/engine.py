@@ -14,6 +14,7 @@ from rorqual.engine.load import open_model
 from rorqual.engine.rows import Request, Sample
 from rorqual.engine.sampler import SamplingParams
 from rorqual.engine.scheduler import Counts, Scheduler
+from rorqual.engine.speculate import Way
 from rorqual.engine.text import TextStream
 from rorqual.errors import UserError
 from rorqual.model import Transformer
@@ -50,19 +51,25 @@ class Engine:
 
     `slots`: sequences at a time. `cache_bytes`: what the past of all sequences may take; by default as much as
     `generate` needs for what it is asked. `prefix_cache`: keep the past of finished sequences for prompts that begin
-    the same way; where weights change, call `forget`. `chunk`: prompt tokens a step. What else is given goes to
-    `open_model`: dtype, device, weights ("int4" or "int8").
+    the same way; where weights change, call `forget`. `chunk`: prompt tokens a step. `speculate`: guess at tokens that
+    are then checked together, by the model's own multi-token module ("mtp") or by what followed the same tokens before
+    ("lookup"); it changes the time an answer takes, never the answer. What else is given goes to `open_model`: dtype,
+    device, weights ("int4" or "int8").
     """
 
     def __init__(
         self, model: str | Path | Transformer, tokenizer: Any = None, slots: int = 256,
-        cache_bytes: int | None = None, prefix_cache: bool = False, chunk: int = CHUNK, **load: Any,
+        cache_bytes: int | None = None, prefix_cache: bool = False, chunk: int = CHUNK,
+        speculate: Way | None = None, **load: Any,
     ) -> None:  # fmt: skip
         if not isinstance(model, Transformer):
             model, own = open_model(model, **load)
             tokenizer = tokenizer or own
         self.model, self.tokenizer, self.slots = model, tokenizer, slots
         self.cache_bytes, self.prefix_cache, self.chunk = cache_bytes, prefix_cache, chunk
+        if speculate == "mtp" and not model.config.num_nextn_predict_layers:
+            raise UserError('this model has no multi-token module (num_nextn_predict_layers); use "lookup"')
+        self.speculate = speculate
         eos = set(model.config.eos_token_ids)
         if tokenizer is not None and tokenizer.eos_token_id is not None:
             eos.add(tokenizer.eos_token_id)
@@ -243,14 +250,18 @@ class Engine:
             count = max(count, self._count(at_least))
         if scheduler is None or (scheduler.idle and scheduler.blocks.count < count):
             weight = self.model.head_weight
-            cache = BlockCache(self.model.config, count, weight.dtype, weight.device)
+            cache = BlockCache(self.model.config, count, weight.dtype, weight.device, self._more_layers)
             self._scheduler = scheduler = Scheduler(
-                self.model, self.slots, cache, Blocks(count), self.prefix_cache, self.chunk
+                self.model, self.slots, cache, Blocks(count), self.prefix_cache, self.chunk, self.speculate
             )
         return scheduler
 
     def _count(self, cache_bytes: int) -> int:
-        return cache_bytes // block_bytes(self.model.config, self.model.head_weight.dtype)
+        return cache_bytes // block_bytes(self.model.config, self.model.head_weight.dtype, self._more_layers)
+
+    @property
+    def _more_layers(self) -> int:
+        return int(self.speculate == "mtp")
 
     def _encode(self, text: str) -> list[int]:
         if self.tokenizer is None:

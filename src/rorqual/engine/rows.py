@@ -1,6 +1,7 @@
 """The sequences being decoded, as the rows of a few tensors: a step must not touch Python objects one by one."""
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -10,6 +11,10 @@ from rorqual.engine.blocks import SPARE
 from rorqual.engine.grammar import Guide
 from rorqual.engine.sampler import Cut, SamplingParams
 
+if TYPE_CHECKING:
+    from rorqual.engine.speculate import Lookup
+
+DRAFTS = 4  # guesses a row may have
 WINDOW = 256  # random numbers drawn at a time
 NEVER = 1 << 60
 
@@ -25,9 +30,11 @@ class Sample:
     top: list[list[tuple[int, float]]] = field(default_factory=list)  # the most probable tokens at every place
     blocks: list[int] = field(default_factory=list)
     generator: np.random.Generator | None = None
-    window: Tensor | None = None  # [WINDOW] random numbers, from token WINDOW·k on
+    window: Tensor | None = None  # [WINDOW] random numbers, from token WINDOW·windows on
+    windows: int = 0
     closed: bool = False  # the thinking has ended
     guide: Guide | None = None  # its place in the grammar that the request names
+    lookup: "Lookup | None" = None  # its past, where drafts come from there
     finish: str | None = None  # "stop", "length" or "cancelled"
 
 
@@ -73,11 +80,12 @@ class Rows:
         self.tables = torch.full((count, 8), SPARE, dtype=torch.int32)
         self.tokens = torch.zeros(count, 256, dtype=torch.long)
         self.logprobs = torch.zeros(count, 256)
+        self.drafts = torch.full((count, DRAFTS), -1)  # guesses at the tokens after the last one; -1: none
         self._cuts: dict[Cut, int] = {}
 
-    def cuts(self) -> list[tuple[Cut, Tensor]]:
-        """The ways to sample, and the rows to which each applies."""
-        kinds, by_number = self.cut[: self.n], list(self._cuts)
+    def cuts(self, at: Tensor) -> list[tuple[Cut, Tensor]]:
+        """The ways to sample, and to which of the rows `at` each applies."""
+        kinds, by_number = self.cut[at], list(self._cuts)
         return [(by_number[k], (kinds == k).nonzero().flatten()) for k in kinds.unique().tolist()]
 
     def add(self, sample: Sample, place: int) -> None:
@@ -96,6 +104,7 @@ class Rows:
         self.cut[row] = self._cuts.setdefault(params.cut, len(self._cuts))
         self.special[row] = params.adjusts or params.logprobs > 0 or sample.guide is not None
         self.watched[row] = request.watched
+        self.drafts[row] = -1
         self._widen("stops", len(request.stop_ids), -1)
         self.stops[row] = -1
         self.stops[row, : len(request.stop_ids)] = torch.tensor(request.stop_ids, dtype=torch.long)
@@ -128,28 +137,29 @@ class Rows:
         for row, block in zip(rows, blocks, strict=True):
             self.samples[row].blocks.append(block)
 
-    def draws(self) -> Tensor:
-        """One number in [0, 1) a row; the next for every token."""
-        count = self.count[: self.n]
-        at = count % WINDOW
-        for row in ((at == 0) & (count > 0)).nonzero().flatten().tolist():
+    def draws(self, at: Tensor) -> Tensor:
+        """One number in [0, 1) for each of the rows `at`; the next for every token."""
+        count = self.count[at]
+        place = count % WINDOW
+        for row in at[(place == 0) & (count > 0)].tolist():
             sample = self.samples[row]
             assert sample.generator is not None
-            sample.window = _next_window(sample.generator)
-            self.uniform[row] = sample.window
-        return self.uniform[: self.n].gather(1, at.unsqueeze(1)).squeeze(1)
+            if sample.windows != int(self.count[row]) // WINDOW:  # a draft may have asked for this number before
+                sample.windows = int(self.count[row]) // WINDOW
+                sample.window = _next_window(sample.generator)
+                self.uniform[row] = sample.window
+        return self.uniform[at, place]
 
-    def record(self, tokens: Tensor, logprobs: Tensor) -> None:
-        """The next token of every row."""
-        count = self.count[: self.n]
+    def record(self, at: Tensor, tokens: Tensor, logprobs: Tensor) -> None:
+        """The next token of the rows `at`."""
+        count = self.count[at]
         longest = int(count.max()) + 1
         self._widen("tokens", longest, 0)
         self._widen("logprobs", longest, 0)
-        at = count.unsqueeze(1)
-        self.tokens[: self.n].scatter_(1, at, tokens.unsqueeze(1))
-        self.logprobs[: self.n].scatter_(1, at, logprobs.unsqueeze(1))
-        self.last[: self.n] = tokens
-        count += 1
+        self.tokens[at, count] = tokens
+        self.logprobs[at, count] = logprobs
+        self.last[at] = tokens
+        self.count[at] = count + 1
 
     def save(self, row: int) -> Sample:
         """Write what a row has made into its sample."""
@@ -166,7 +176,7 @@ class Rows:
         holes = (~alive[:left]).nonzero().flatten()
         if len(holes):
             movers = left + alive[left:].nonzero().flatten()
-            for state in (self.numbers, self.uniform, self.stops, self.tables, self.tokens, self.logprobs):
+            for state in (self.numbers, self.uniform, self.stops, self.tables, self.tokens, self.logprobs, self.drafts):
                 state[holes] = state[movers]
             for hole, mover in zip(holes.tolist(), movers.tolist(), strict=True):
                 self.samples[hole] = self.samples[mover]

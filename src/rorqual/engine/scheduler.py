@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from rorqual.engine.blocks import BLOCK, Blocks, block_key
-from rorqual.engine.cache import BlockCache, Prompt, Step
-from rorqual.engine.direct import direct_step
+from rorqual.engine.cache import BlockCache
+from rorqual.engine.choose import Turn
+from rorqual.engine.forward import Forward, Lanes, Piece
 from rorqual.engine.rows import Request, Rows, Sample
-from rorqual.engine.sampler import adjust, sample
-from rorqual.kernels.linear import any_shape, linear
+from rorqual.engine.speculate import MOST, Module, Way, look_up
+from rorqual.kernels.linear import linear
 from rorqual.model import Transformer
 
 
@@ -28,7 +29,13 @@ class Job:
     samples: list[Sample]
     done: int = 0  # tokens in the cache
     blocks: list[int] = field(default_factory=list)
-    hidden: Tensor | None = None  # [D] of the last token, when all are
+    state: Tensor | None = None  # [1, D] of the last token, when all are
+
+    def piece(self, length: int) -> Piece:
+        """The next so many tokens."""
+        end = self.done + length
+        tokens = torch.tensor(self.tokens[self.done : end + 1])
+        return Piece(tokens[:length], tokens[1:], self.done, self.blocks)
 
 
 @dataclass
@@ -39,21 +46,26 @@ class Counts:
     cached_tokens: int = 0  # found in the cache
     made_tokens: int = 0
     preempted: int = 0
+    drafted: int = 0  # guesses at tokens that were checked
+    accepted: int = 0  # and right
 
 
 class Scheduler:
     """`slots` sequences at most, in the blocks of one cache; `chunk` prompt tokens a step at most."""
 
     def __init__(
-        self, model: Transformer, slots: int, cache: BlockCache, blocks: Blocks, keep: bool, chunk: int
-    ) -> None:
-        """keep: remember full blocks for prompts that begin the same way."""
+        self, model: Transformer, slots: int, cache: BlockCache, blocks: Blocks, keep: bool, chunk: int,
+        speculate: Way | None = None,
+    ) -> None:  # fmt: skip
+        """keep: remember full blocks for prompts that begin the same way. speculate: where drafts come from."""
         self.model, self.cache, self.blocks, self.keep, self.chunk = model, cache, blocks, keep, chunk
         self.waiting: deque[Job] = deque()
         self.jobs: list[Job] = []  # partly in the cache, oldest first
         self.ready: deque[Job] = deque()  # wholly in it; their samples wait for rows
         self.rows = Rows(slots)
-        self.direct = direct_step(model, cache)
+        self.forward = Forward(model, cache)
+        self.module = Module(model, cache) if speculate == "mtp" else None
+        self.speculate = speculate
         self.counts = Counts()
 
     @property
@@ -71,30 +83,55 @@ class Scheduler:
     def step(self) -> list[Sample]:
         """One step; returns the samples that ended, and those whose request is watched."""
         self._admit()
-        chunks = self._pieces()
-        n = self.rows.n
-        # Rows take the short way whatever else there is to compute: what they say must not depend on their company.
-        logits = [self._direct()] if self.direct is not None and n else []
-        at = 0 if self.direct is not None else self._computed_rows()
-        hidden = self._forward(chunks, at) if at or chunks else None
-        parts = [hidden[:n]] if at else []
-        for job, length in chunks:
-            at += length
+        jobs = self._pieces()
+        pieces = [job.piece(length) for job, length in jobs]
+        lanes, per_row = self._lanes()
+        logits, states, read = self.forward(lanes, pieces)
+        if self.module is not None and pieces:
+            self.module.read(pieces, read)
+        self.counts.prompt_tokens += len(read)
+        for (job, length), part in zip(jobs, read.split([len(p.tokens) for p in pieces]), strict=True):
             job.done += length
             if self.keep:
                 self._remember(job.tokens[: job.done], job.blocks)
             if job.done == len(job.tokens):
-                assert hidden is not None
-                job.hidden = hidden[at - 1].clone()
+                job.state = part[-1:].clone()
                 self.jobs.remove(job)
                 self.ready.append(job)
-        self.rows.place[:n] += 1
-        parts += self._start()
-        if self.rows.n == 0:
+        started = self._start()
+        rows, n = self.rows, len(per_row)
+        if rows.n == 0:
             return []
-        if parts:
-            logits.append(linear(torch.cat(parts) if len(parts) > 1 else parts[0], self.model.head_weight))
-        return self._extend(torch.cat([x.float() for x in logits]) if len(logits) > 1 else logits[0])
+        if started:
+            fresh = torch.cat(started)
+            more = linear(fresh, self.model.head_weight)
+            logits = torch.cat([logits.float(), more.float()]) if n else more
+            states = torch.cat([states, fresh]) if n else fresh
+            per_row = torch.cat([per_row, per_row.new_ones(len(started))])
+        turn = Turn(rows, per_row, torch.cat([lanes.places, rows.place[n : rows.n]]), logits, states)
+        turn.take()
+        self.counts.made_tokens += turn.made
+        self.counts.accepted += turn.made - rows.n
+        return self._finish(turn)
+
+    def _lanes(self) -> tuple[Lanes, Tensor]:
+        """What every row has to read: its newest token and the drafts after it; and how many these are a row."""
+        rows, n = self.rows, self.rows.n
+        last, place, tables = rows.last[:n], rows.place[:n], rows.tables[:n]
+        drafts = rows.drafts[:n]
+        right = drafts >= 0
+        if self.speculate is None or not right.any():
+            return Lanes(last, place, tables, apart=True), torch.ones(n, dtype=torch.long)
+        # No further than the answer and the blocks go.
+        room = torch.minimum(rows.limit[:n] - rows.count[:n] - 1, rows.held[:n] * BLOCK - 1 - place)
+        right &= torch.arange(drafts.shape[1]) < room.unsqueeze(1)
+        drafts[~right] = -1
+        self.counts.drafted += int(right.sum())
+        all_of_them = torch.cat([last.unsqueeze(1), drafts], dim=1)
+        there = torch.cat([torch.ones(n, 1, dtype=torch.bool), right], dim=1)
+        places = place.unsqueeze(1) + torch.arange(all_of_them.shape[1])
+        per_row = there.sum(1)
+        return Lanes(all_of_them[there], places[there], tables.repeat_interleave(per_row, 0), apart=False), per_row
 
     def cancel(self, request: Request) -> None:
         """Stop a request's samples wherever they are; their blocks are free at once."""
@@ -218,43 +255,14 @@ class Scheduler:
             key = block_key(key, tokens[start : start + BLOCK])
             self.blocks.remember(block, key)
 
-    # -- computation
-
-    def _direct(self) -> Tensor:
-        """Logits after the new tokens of rows, in one call."""
-        rows, n = self.rows, self.rows.n
-        assert self.direct is not None
-        return self.direct(rows.last[:n], rows.tables[:n], (rows.place[:n] + 1).to(torch.int32))
-
-    def _forward(self, chunks: list[tuple[Job, int]], computed: int) -> Tensor:
-        """Hidden states of the new tokens of `computed` rows (idle ones too), then of chunks, end to end."""
-        rows, n = self.rows, min(self.rows.n, computed)
-        places, last, tables = rows.place[:computed].clone(), rows.last[:computed], rows.tables[:computed].clone()
-        places[n:] = tables[n:] = 0
-        prompts = [Prompt(job.done, length, job.blocks) for job, length in chunks]
-        step = Step(self.cache, tables, places, prompts)
-        fresh = [torch.tensor(job.tokens[job.done : job.done + length]) for job, length in chunks]
-        tokens = torch.cat([last, *fresh]).unsqueeze(0).to(step.index.device)
-        self.counts.prompt_tokens += sum(length for _, length in chunks)
-        return self.model(tokens, step.positions, cache=step)[0]
-
-    def _computed_rows(self) -> int:
-        """Rows to compute: those that run and, where a new shape costs something, idle ones up to one of eight sizes an
-        octave: a batch that shrinks by one sequence at a time has as many shapes as sequences.
-        """
-        n = self.rows.n
-        # Latent attention has products of its own, between linears and cache.
-        if n == 0 or (not self.model.config.is_mla and any_shape(self.model.head_weight, n)):
-            return n
-        step = 1 << max(0, n.bit_length() - 4)
-        return min(self.rows.size, -(-n // step) * step)
+    # -- tokens
 
     def _start(self) -> list[Tensor]:
-        """Give free rows to samples whose prompt is in the cache → the hidden states they go on from, [1, D] each.
+        """Give free rows to samples whose prompt is in the cache → the states they go on from, [1, D] each.
 
         Samples share its full blocks; each but the last copies the one that is not full.
         """
-        hidden, sources, targets = [], [], []
+        states, sources, targets = [], [], []
         while self.ready and self.rows.n < self.rows.size:
             job = self.ready[0]
             full = len(job.tokens) // BLOCK
@@ -277,14 +285,14 @@ class Scheduler:
                     self.blocks.hold(block)
             started = job.samples.pop(0)
             started.blocks = blocks
-            self.rows.add(started, len(job.tokens))
-            assert job.hidden is not None
-            hidden.append(job.hidden.unsqueeze(0))
+            self.rows.add(started, len(job.tokens) - 1)
+            assert job.state is not None
+            states.append(job.state)
             if last:
                 self.ready.popleft()
         if sources:
             self.cache.copy(sources, targets)
-        return hidden
+        return states
 
     def _separate(self, job: Job) -> None:
         """Let all but the first of a job's samples come again later."""
@@ -292,57 +300,31 @@ class Scheduler:
             self.waiting.appendleft(Job(job.request, job.tokens, [later]))
         job.samples = job.samples[:1]
 
-    def _extend(self, logits: Tensor) -> list[Sample]:
-        """Sample a token for every row from logits [n, V], record it, let go what ended."""
-        rows, n = self.rows, self.rows.n
-        special = rows.special[:n].nonzero().flatten().tolist()
-        if special:
-            logits = logits.float()
-            for row in special:
-                self._adjust(row, logits)
-        uniform = rows.draws().to(logits.device)
-        cuts = rows.cuts()
-        if len(cuts) == 1:
-            tokens, logprobs = (t.cpu() for t in sample(logits, cuts[0][0], uniform))
-        else:
-            tokens, logprobs = torch.zeros(n, dtype=torch.long), torch.zeros(n)
-            for cut, where in cuts:
-                at = where.to(logits.device)
-                tokens[where], logprobs[where] = (t.cpu() for t in sample(logits[at], cut, uniform[at]))
-        forced = (rows.closed[:n] == 0) & (rows.count[:n] >= rows.budget[:n])
-        tokens = torch.where(forced, rows.think_end[:n], tokens)
-        rows.closed[:n] |= tokens == rows.think_end[:n]
-        rows.record(tokens, logprobs)
-        self.counts.made_tokens += n
-        stopped = (tokens.unsqueeze(1) == rows.stops[:n]).any(1)
-        ended = (stopped | (rows.count[:n] >= rows.limit[:n])).nonzero().flatten().tolist()
-        finished = []
-        for row in ended:
+    def _finish(self, turn: Turn) -> list[Sample]:
+        """Let go what has ended, and guess further for what goes on."""
+        rows, finished = self.rows, turn.finished
+        grown = [
+            rows.samples[row] for row in rows.watched[: rows.n].nonzero().flatten().tolist() if row not in finished
+        ]
+        if self.speculate is not None and rows.n <= MOST:
+            self._draft(turn)
+        ended = []
+        for row, by_token in finished.items():
             saved = rows.save(row)
-            saved.finish = "stop" if stopped[row] else "length"
+            saved.finish = "stop" if by_token else "length"
             self._give_back(saved)
-            finished.append(saved)
-        watched = []
-        for row in rows.watched[:n].nonzero().flatten().tolist():
-            reader = rows.samples[row]
-            if reader.finish is None:
-                reader.tokens.append(int(tokens[row]))
-                reader.logprobs.append(float(logprobs[row]))
-                watched.append(reader)
-        if ended:
-            rows.remove(ended)
-        return finished + watched
+            ended.append(saved)
+        if finished:
+            rows.remove(list(finished))
+        return ended + grown
 
-    def _adjust(self, row: int, logits: Tensor) -> None:
-        """Penalties, biases and grammar of one row; and the most probable tokens, where they are to be reported."""
-        rows, running = self.rows, self.rows.samples[row]
-        params = running.request.params
-        made = rows.tokens[row, : rows.count[row]]
-        if params.adjusts:
-            logits[row] = adjust(logits[row], params, torch.tensor(running.request.prompt), made)
-        if running.guide is not None and (forbidden := running.guide.forbidden(made.tolist())) is not None:
-            logits[row].masked_fill_(forbidden.to(logits.device), float("-inf"))
-        if params.logprobs:
-            logp = (logits[row] / (params.temperature or 1.0)).log_softmax(-1)
-            best = logp.topk(min(params.logprobs, len(logp)))
-            running.top.append(list(zip(best.indices.tolist(), best.values.tolist(), strict=True)))
+    def _draft(self, turn: Turn) -> None:
+        """Answers with stop strings get no drafts: a string is found in the text, a token later than it ends."""
+        alive = [r not in turn.finished and not s.request.params.stop for r, s in enumerate(self.rows.samples)]
+        if not any(alive):
+            return
+        which = torch.tensor(alive)
+        if self.module is None:
+            look_up(self.rows, which.nonzero().flatten())
+        else:
+            self.module.draft(self.rows, which.nonzero().flatten(), *turn.read(which))

@@ -1,9 +1,9 @@
-"""A whole decode step in one call: a dense grouped-query network with packed weights, on a CPU (cpu/step.cpp).
+"""A whole decode step in one call: a network with packed weights, on a CPU (cpu/step.cpp).
 
 The reference is the network itself: what this computes, `Transformer.logits` says too, up to rounding.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -14,66 +14,109 @@ from rorqual.kernels.lowbit import FORMATS, Packed
 Weights = tuple[Packed, Tensor | None]  # with a bias
 
 
-@dataclass
+@dataclass(kw_only=True)
 class LayerWeights:
+    """In the order in which network.h reads them; None is what a layer does not have."""
+
     norm: Tensor
-    q: Weights
-    k: Weights
-    v: Weights
-    o: Weights
+    q_a: Weights | None = None
+    q_a_norm: Tensor | None = None
+    q: Weights | None = None
+    k: Weights | None = None
+    v: Weights | None = None
+    kv_a: Weights | None = None
+    kv_a_norm: Tensor | None = None
+    kv_b: Tensor | None = None
+    o: Weights | None = None
     norm2: Tensor
-    gate: Weights
-    up: Weights
-    down: Weights
-    keys: Tensor  # of the cache: [blocks, block, G, W]
-    values: Tensor
+    gate: Weights | None = None  # these three also of shared experts
+    up: Weights | None = None
+    down: Weights | None = None
+    router: Tensor | None = None
+    correction: Tensor | None = None
+    experts_in: Weights | None = None
+    experts_out: Weights | None = None
+    a: Tensor  # of the cache: keys and values [blocks, block, G, W], or latents [·, ·, C] and rotated keys [·, ·, R]
+    b: Tensor
+
+
+PACKED = {"q_a", "q", "k", "v", "kv_a", "o", "gate", "up", "down", "experts_in", "experts_out"}
+
+
+@dataclass(kw_only=True)
+class Sizes:
+    """Of a network, in network.h's order. `width`: what is rotated of a head."""
+
+    hidden: int
+    heads: int
+    groups: int
+    width: int
+    interleave: bool
+    latent: int = 0
+    nope: int = 0
+    value: int = 0
+    experts: int = 0
+    chosen: int = 0
+    expert_groups: int = 1
+    groups_kept: int = 1
+    softmax: bool = False
+    biased: bool = False  # a correction bias takes part in the choice
+    within_groups: bool = False  # experts of the best groups only
+    normalise: bool = False
 
 
 class DecodeStep:
     """Raises ValueError for tensors that it would misread."""
 
     def __init__(
-        self, layers: list[LayerWeights], embedding: Packed, norm: Tensor, head: Packed, heads: int, interleave: bool,
-        frequencies: Tensor, factor: float, scale: float, eps: float,
+        self, layers: list[LayerWeights], sizes: Sizes, embedding: Packed, norm: Tensor, head: Packed,
+        frequencies: Tensor, factor: float, scale: float, eps: float, latent_eps: float = 0.0,
+        routed_factor: float = 1.0,
     ) -> None:  # fmt: skip
-        """frequencies fp32 [W/2] and the factor of cos and sin: model/rope.py."""
+        """frequencies fp32 [F] and the factor of cos and sin: model/rope.py."""
         self._kept = (layers, embedding, norm, head, frequencies)  # what the numbers below point to
-        keys = layers[0].keys
-        self.dtype, self.block, self.words = keys.dtype, keys.shape[1], head.N
-        self.factor, self.scale, self.eps = factor, scale, eps
-        numbers = [n for layer in layers for n in self._layer(layer)]
-        self._layers = torch.tensor(numbers, dtype=torch.int64)
-        G, W = keys.shape[2:]
-        sizes = [len(layers), embedding.K, heads, G, W, int(interleave)]
+        self.dtype, self.block, self.words = layers[0].a.dtype, layers[0].a.shape[1], head.N
+        self.hidden = sizes.hidden
+        self._layers = torch.tensor([n for layer in layers for n in self._layer(layer)], dtype=torch.int64)
         whole = [
-            self._layers.data_ptr(), *sizes, self._address(norm), *self._weights((embedding, None)),
-            *self._weights((head, None)), self._address(frequencies, torch.float32),
+            self._layers.data_ptr(), len(layers), *(int(getattr(sizes, f.name)) for f in fields(sizes)),
+            self._address(norm), *self._weights((embedding, None)), *self._weights((head, None)),
+            self._address(frequencies, torch.float32),
         ]  # fmt: skip
         self._network = torch.tensor(whole, dtype=torch.int64)
+        self._numbers = torch.tensor([factor, scale, eps, latent_eps, routed_factor])
 
-    def __call__(self, tokens: Tensor, tables: Tensor, lengths: Tensor) -> Tensor:
-        """The next token of each of n sequences, int64 [n], which is number lengths[i] of its sequence (int32), in the
-        blocks tables[i] (int32 [n, ·]) → logits fp32 [n, V]; keys and values go into the cache.
+    def __call__(self, tokens: Tensor, tables: Tensor, lengths: Tensor, apart: bool = True) -> tuple[Tensor, Tensor]:
+        """n tokens (int64), each number lengths[i] (int32) of the sequence in the blocks tables[i] (int32 [n, ·]) →
+        logits fp32 [n, V] and the hidden states [n, D] that they are made of; the cache gets what is new.
+
+        apart: no two of them belong to one sequence; else a sequence's are all its newest.
         """
-        logits = torch.empty(len(tokens), self.words)
+        n = len(tokens)
+        logits, hidden = torch.empty(n, self.words), torch.empty(n, self.hidden)
         cpu.call(
-            "decode_step", self.dtype, self._network, tokens.contiguous(), len(tokens), tables, tables.stride(0),
-            self.block, lengths, self.factor, self.scale, self.eps, logits,
+            "decode_step", self.dtype, self._network, tokens.contiguous(), n, tables, tables.stride(0), self.block,
+            lengths, int(apart), self._numbers, hidden, logits,
         )  # fmt: skip
-        return logits
+        return logits, hidden
 
     def _layer(self, layer: LayerWeights) -> list[int]:
-        attention = [n for w in (layer.q, layer.k, layer.v, layer.o) for n in self._weights(w)]
-        network = [n for w in (layer.gate, layer.up, layer.down) for n in self._weights(w)]
-        cache = [self._address(layer.keys), self._address(layer.values)]
-        return [self._address(layer.norm), *attention, self._address(layer.norm2), *network, *cache]
+        numbers = []
+        for f in fields(layer):
+            value = getattr(layer, f.name)
+            if f.name in PACKED:
+                numbers += [0] * 6 if value is None else self._weights(value)
+            else:
+                dtype = torch.float32 if f.name in ("router", "correction") else self.dtype
+                numbers.append(0 if value is None else self._address(value, dtype))
+        return numbers
 
     def _weights(self, weights: Weights) -> list[int]:
         packed, bias = weights
         return [
             self._address(packed.data, torch.uint8),
             0 if packed.channels is None else self._address(packed.channels, torch.float32),
-            0 if bias is None else self._address(bias),
+            0 if bias is None else self._address(bias, self.dtype),
             FORMATS.index(packed.format), packed.N, packed.K,
         ]  # fmt: skip
 

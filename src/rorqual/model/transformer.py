@@ -148,6 +148,20 @@ class Transformer(nn.Module):
             states.append(hidden)
         return states
 
+    def ahead(self, hidden: Tensor, following: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+        """The first multi-token module over a cache: hidden [1, N, D] and the token after each [1, N] → states
+        [1, N, D] that predict the one after that. The module's layer is the cache's num_hidden_layers-th.
+        """
+        module = self.model.layers[self.config.num_hidden_layers]
+        return module(
+            hidden,
+            self.model.embed_tokens(following),
+            self._table(following, positions, hidden.dtype),
+            None,
+            cache,
+            None,
+        )
+
     def _table(self, tokens: Tensor, positions: Tensor | None, dtype: torch.dtype) -> Table:
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0)

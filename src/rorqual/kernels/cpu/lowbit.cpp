@@ -90,10 +90,11 @@ const Against against = best();
 namespace {
 
 template <class T>
-void lowbit_product(const T *x, i64 x_row, const uint8_t *weights, i64 format, const float *channels, const T *bias,
+void lowbit_product(const T *x, i64 x_row, const uint8_t *data, i64 format, const float *channels, const T *bias,
                     const int32_t *ends, i64 experts, i64 outputs, i64 width, uint8_t *room, T *out) {
-    const i64 rows = ends[experts - 1], groups = (width + GROUP - 1) / GROUP, panels = (outputs + L - 1) / L;
-    const Quantised q(room, rows, groups);
+    const Weights<T> weights{data, channels, bias, format, outputs, width};
+    const i64 rows = ends[experts - 1], panels = weights.panels();
+    const Quantised q(room, rows, weights.groups());
     const i64 work = rows * outputs * width;
 #pragma omp parallel if (work > 1 << 15)
     {
@@ -101,31 +102,18 @@ void lowbit_product(const T *x, i64 x_row, const uint8_t *weights, i64 format, c
         for (i64 r = 0; r < rows; ++r) quantise_row(x + r * x_row, width, q, r);
         // In pieces handed out as threads come: where another program takes a core, the other does more.
 #pragma omp for schedule(dynamic, 4)
-        for (i64 task = 0; task < experts * panels; ++task) {
-            const i64 e = task / panels, p = task % panels, start = e ? ends[e - 1] : 0;
-            const uint8_t *panel = weights + task * groups * RECORD[format];
-            const i64 some = std::min(L, outputs - p * L);
-            for (i64 first = start; first < ends[e]; first += 64) {
-                lanes sums[64];
-                const i64 count = std::min(i64(64), ends[e] - first);
-                against(int(format), panel, q, first, count, sums);
-                for (i64 r = 0; r < count; ++r) {
-                    T *to = out + (first + r) * outputs + p * L;
-                    for (i64 t = 0; t < some; ++t) {
-                        float y = sums[r][t];
-                        if (channels) y *= channels[task * L + t];
-                        if (bias) y += load(bias[p * L + t]);
-                        store(to[t], y);
-                    }
-                }
-            }
+        for (i64 p = 0; p < experts * panels; ++p) {
+            const i64 e = p / panels, start = e ? ends[e - 1] : 0;
+            T *to = out + start * outputs + p % panels * L;
+            weights.times(p, q, {start, nullptr}, ends[e] - start,
+                          [&](i64 r, lanes y, i64 some) { store_some(to + r * outputs, y, some); });
         }
     }
 }
 
 }  // namespace
 
-#define P(T) (const T *x, i64 x_row, const uint8_t *weights, i64 format, const float *channels, const T *bias,           \
+#define P(T) (const T *x, i64 x_row, const uint8_t *data, i64 format, const float *channels, const T *bias,           \
               const int32_t *ends, i64 experts, i64 outputs, i64 width, uint8_t *room, T *out)
-BOTH(void, lowbit_product, P, (x, x_row, weights, format, channels, bias, ends, experts, outputs, width, room, out))
+BOTH(void, lowbit_product, P, (x, x_row, data, format, channels, bias, ends, experts, outputs, width, room, out))
 #undef P

@@ -29,11 +29,57 @@ struct Quantised {
           sums(reinterpret_cast<int32_t *>(room + 4 * rows * groups)), groups(groups) {}
 };
 
-// Rows first … first + rows - 1 against a panel → the sums [rows] of its 16 outputs, without channels' scales.
-using Against = void (*)(int format, const uint8_t *panel, const Quantised &x, i64 first, i64 rows, lanes *sums);
+// Numbers of rows: those from `first` on or, where there is a list, those it holds.
+struct Which {
+    i64 first;
+    const int32_t *list;
+
+    i64 operator[](i64 i) const { return list ? list[i] : first + i; }
+    Which operator+(i64 i) const { return {first + i, list ? list + i : nullptr}; }
+};
+
+// Some rows against a panel → the sums [rows] of its 16 outputs, without channels' scales.
+using Against = void (*)(i64 format, const uint8_t *panel, const Quantised &x, Which which, i64 rows, lanes *sums);
 extern "C" const Against against;
 
 namespace {
+
+// Weights of one linear or of several experts, with a scale an output (`channels`) and a bias where there are some.
+// Python writes these as six int64 (kernels/step.py).
+template <class T>
+struct Weights {
+    const uint8_t *data;
+    const float *channels;
+    const T *bias;
+    i64 format, outputs, width;
+
+    explicit operator bool() const { return data != nullptr; }
+    i64 panels() const { return (outputs + L - 1) / L; }
+    i64 groups() const { return (width + GROUP - 1) / GROUP; }
+    const uint8_t *panel(i64 p) const { return data + p * groups() * RECORD[format]; }
+
+    // Rows against a panel: f(i, y, some) gets the outputs y of the i-th of them, `some` of which there are.
+    template <class F>
+    void times(i64 p, const Quantised &x, Which which, i64 rows, F f) const {
+        const i64 within = p % panels() * L, some = std::min(L, outputs - within);
+        lanes more = {};
+        for (i64 t = 0; bias && t < some; ++t) more[t] = load(bias[within + t]);
+        for (i64 first = 0; first < rows; first += 64) {
+            lanes sums[64];
+            const i64 count = std::min(i64(64), rows - first);
+            against(format, panel(p), x, which + first, count, sums);
+            for (i64 r = 0; r < count; ++r)
+                f(first + r, (channels ? sums[r] * load_lanes(channels + p * L) : sums[r]) + more, some);
+        }
+    }
+};
+
+// The first `some` of the lanes.
+template <class T>
+inline void store_some(T *to, lanes x, i64 some) {
+    if (some == L) return store_lanes(to, x);
+    for (i64 t = 0; t < some; ++t) store(to[t], x[t]);
+}
 
 // 16 FP16 numbers, finite ones.
 inline lanes halves_plain(const uint8_t *from) {

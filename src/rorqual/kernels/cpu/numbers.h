@@ -6,7 +6,7 @@
 
 using i64 = int64_t;
 
-constexpr i64 INTERFACE = 6;  // changes with any name or signature, as in __init__.py
+constexpr i64 INTERFACE = 7;
 
 namespace {
 

@@ -1,264 +1,393 @@
-// A whole decode step of a dense network with packed weights: one new token for each of a few sequences, from their
-// tokens to logits, in one call. A step of PyTorch's operators spends as long between them as in them.
+// A whole decode step of a network with packed weights: some new tokens of a few sequences, from tokens to logits, in one
+// call. A step of PyTorch's operators spends as long between them as in them.
 //
-// All threads stay in it from beginning to end and meet at barriers of their own, five a layer: they wait in a loop, and
-// give the processor up after a while, so that another program on one of the cores costs no more than its share. What is
-// to be done between two barriers is taken in small pieces by whoever comes.
+// All threads stay in it from beginning to end (team.h). What is to be done between two barriers is taken in small pieces
+// by whoever comes; of one or two rows, every thread makes the small functions for itself, which is quicker than waiting.
 
-#include <atomic>
 #include <cstdlib>
+#include <memory>
 #include <omp.h>
-#include <sched.h>
+#include <vector>
 
 #include "attend.h"
-#include "lowbit.h"
+#include "network.h"
+#include "team.h"
 
 namespace {
 
-// Five numbers and three addresses are 8 bytes each: Python writes these as rows of int64 (kernels/step.py).
-template <class T>
-struct Weights {
-    const uint8_t *data;
-    const float *channels;
-    const T *bias;
-    i64 format, outputs, width;
+// The rows' places in the cache.
+struct Pasts {
+    const int32_t *tables;
+    i64 table_row, block;
+    const int32_t *lengths;  // with the new token
+    bool apart;              // no two rows belong to one sequence
 
-    i64 panels() const { return (outputs + L - 1) / L; }
-    i64 groups() const { return (width + GROUP - 1) / GROUP; }
-    const uint8_t *panel(i64 p) const { return data + p * groups() * RECORD[format]; }
-};
-
-template <class T>
-struct Layer {
-    const T *norm;
-    Weights<T> q, k, v, o;
-    const T *norm2;
-    Weights<T> gate, up, down;
-    T *keys, *values;  // of the cache: [blocks, block, groups, width]
-};
-
-template <class T>
-struct Network {
-    const Layer<T> *layers;
-    i64 depth, hidden, heads, groups, width, interleave;
-    const T *norm;
-    Weights<T> embedding, head;
-    const float *frequencies;  // [width / 2]
-};
-
-class Team {
-  public:
-    // Whoever arrives last lets all go on, with the pieces to be handed out anew.
-    void meet(int size) {
-        const int before = round.load(std::memory_order_acquire);
-        if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == size) {
-            arrived.store(0, std::memory_order_relaxed);
-            next.store(0, std::memory_order_relaxed);
-            round.store(before + 1, std::memory_order_release);
-            return;
-        }
-        for (int turn = 0; round.load(std::memory_order_acquire) == before; ++turn) {
-            if (turn < 4000) {  // some ten microseconds, longer than the pieces differ
-#if defined(__x86_64__)
-                __builtin_ia32_pause();
-#endif
-            } else {
-                sched_yield();
-            }
-        }
+    const int32_t *table(i64 r) const { return tables + r * table_row; }
+    i64 shift() const { return std::countr_zero(uint64_t(block)); }
+    i64 last(i64 r) const {  // where the new token lies
+        const i64 place = lengths[r] - 1;
+        return i64(table(r)[place >> shift()]) * block + (place & (block - 1));
     }
+    i64 longest(i64 rows) const { return *std::max_element(lengths, lengths + rows); }
+};
 
-    // Calls f with every number below `count` that nobody else has taken, `some` at a time.
-    template <class F>
-    void share(i64 count, i64 some, F f) {
-        for (i64 start; (start = next.fetch_add(some, std::memory_order_relaxed)) < count;)
-            for (i64 i = start; i < std::min(count, start + some); ++i) f(i);
+// Floats, and bytes for quantised rows, that are handed out once.
+class Room {
+  public:
+    explicit Room(i64 size) : owner(static_cast<float *>(std::aligned_alloc(64, (size + 63) / 64 * 64)), std::free) {}
+    float *take(i64 count) { return owner.get() + std::exchange(taken, taken + count); }
+    uint8_t *take_quantised(i64 rows, i64 width) { return reinterpret_cast<uint8_t *>(take(bytes(rows, width) / 4)); }
+    static i64 bytes(i64 rows, i64 width) { return 40 * rows * ((width + GROUP - 1) / GROUP); }
+
+  private:
+    std::unique_ptr<float, decltype(&std::free)> owner;
+    i64 taken = 0;
+};
+
+template <class T>
+class Decoding {
+  public:
+    Decoding(const Network<T> &net, const Numbers &numbers, const Pasts &pasts, i64 rows)
+        : net(net), numbers(numbers), pasts(pasts), rows(rows), alone(rows <= 2) {}
+
+    void run(const i64 *tokens, float *hidden, float *logits) {
+        const i64 R = rows, K = net.chosen;
+        i64 wide = net.hidden, inner = 0, low = 0, out = 0;  // of all layers the widest
+        for (i64 l = 0; l < net.depth; ++l) {
+            const Layer<T> &layer = net.layers[l];
+            inner = std::max({inner, layer.gate.outputs, layer.experts_out.width});
+            low = std::max(low, layer.q_a.outputs);
+            out = std::max(out, layer.o.width);
+        }
+        const i64 queries = net.layers[0].q.outputs, keys = net.layers[0].k.outputs, latents = net.latent + net.width;
+        wide = std::max({wide, inner, low, out});
+        const i64 each = net.hidden + low + queries + 2 * keys + latents + out + 2 * inner + net.width + 2 * net.experts +
+                         2 * K + 2 * K * inner;
+        Room room(4 * R * each + 2 * Room::bytes(R, wide) + Room::bytes(R * K, inner));
+        x = room.take(R * net.hidden);
+        qa = room.take(R * low);
+        q = room.take(R * queries);
+        k = room.take(R * keys);
+        v = room.take(R * keys);
+        kv = room.take(R * latents);
+        o = room.take(R * out);
+        gate = room.take(R * inner);
+        up = room.take(R * inner);
+        cos = room.take(R * net.width / 2);
+        sin = room.take(R * net.width / 2);
+        scores = room.take(R * net.experts);
+        spare = room.take(R * net.experts);
+        chosen = reinterpret_cast<int32_t *>(room.take(R * K));
+        shares = room.take(R * K);
+        mixed = room.take(2 * R * K * inner);
+        shared = room.take_quantised(R, wide);
+        shared_inner = room.take_quantised(R, inner);
+        mixed_inner = room.take_quantised(R * K, inner);
+#pragma omp parallel
+        {
+            Thread me(*this, wide);
+            me.team.share(R, 1, [&](i64 r) {
+                unpack_row(net.embedding, tokens[r], x + r * net.hidden);
+                for (i64 j = 0; j < net.width / 2; ++j) {
+                    const float angle = float(pasts.lengths[r] - 1) * net.frequencies[j];
+                    cos[r * (net.width / 2) + j] = std::cos(angle) * numbers.rope_factor;
+                    sin[r * (net.width / 2) + j] = std::sin(angle) * numbers.rope_factor;
+                }
+            });
+            me.meet();
+            for (i64 l = 0; l < net.depth; ++l) {
+                const Layer<T> &layer = net.layers[l];
+                if (layer.kv_a)
+                    me.latent_attention(layer);
+                else
+                    me.grouped_attention(layer);
+                if (layer.router)
+                    me.mixture(layer);
+                else
+                    me.feed_forward(layer);
+            }
+            const Quantised last = me.normed_rows(x, net.norm, net.hidden, numbers.eps, hidden);
+            me.multiply(last, {{&net.head, logits}}, false);
+        }
     }
 
   private:
-    alignas(64) std::atomic<int> arrived{0};
-    alignas(64) std::atomic<int> round{0};
-    alignas(64) std::atomic<i64> next{0};
+    struct Part {
+        const Weights<T> *weights;
+        float *to;  // [rows, outputs]
+    };
+
+    // What one thread does, and its own room.
+    struct Thread {
+        Decoding &all;
+        const Network<T> &net;
+        const i64 rows;
+        Team &team;
+        const int size = omp_get_num_threads();
+        const i64 stride, heads_at_once;
+        Room room;
+        lanes *const keys;
+        float *const one;  // a row of numbers
+        uint8_t *const own;
+        float *const queries, *const weights, *const outputs;
+        std::vector<int32_t> sorted, ends, active;
+
+        Thread(Decoding &all, i64 wide)
+            : all(all), net(all.net), rows(all.rows), team(all.team),
+              stride((all.pasts.longest(all.rows) + L - 1) / L * L),
+              heads_at_once(net.latent ? (rows >= size ? net.heads : (net.heads + size - 1) / size) : net.heads / net.groups),
+              room(Room::bytes(all.alone ? rows : 0, wide) +
+                   4 * (wide + L * key_width() + heads_at_once * (key_width() + stride + net.latent))),
+              keys(reinterpret_cast<lanes *>(room.take(L * key_width()))), one(room.take(wide)),
+              own(room.take_quantised(all.alone ? rows : 0, wide)),
+              queries(room.take(heads_at_once * key_width())), weights(room.take(heads_at_once * stride)),
+              outputs(room.take(heads_at_once * net.latent)) {}
+
+        i64 key_width() const { return net.latent + net.width; }
+        void meet() { team.meet(size); }
+
+        // Rows made ready by f(row's numbers, where to, row): `shared` by all, or by each thread for itself.
+        template <class F>
+        Quantised ready(i64 width, F f) {
+            const Quantised to(all.alone ? own : all.shared, rows, (width + GROUP - 1) / GROUP);
+            if (all.alone) {
+                for (i64 r = 0; r < rows; ++r) f(to, r);
+            } else {
+                team.share(rows, 1, [&](i64 r) { f(to, r); });
+                meet();
+            }
+            return to;
+        }
+
+        // kept: where the normed numbers go too [rows, width], if anywhere.
+        Quantised normed_rows(const float *from, const T *weight, i64 width, float eps, float *kept = nullptr) {
+            return ready(width, [&](const Quantised &to, i64 r) {
+                float *y = kept ? kept + r * width : one;
+                normed(from + r * width, weight, width, eps, y);
+                quantise_row(y, width, to, r);
+            });
+        }
+
+        // Rows times several weights, each product written or added to its place.
+        void multiply(const Quantised &from, std::initializer_list<Part> parts, bool add) {
+            i64 panels = 0;
+            for (const Part &part : parts) panels += part.weights->panels();
+            team.share(panels, 2, [&](i64 p) { panel(from, parts, p, add); });
+            meet();
+        }
+
+        void panel(const Quantised &from, std::initializer_list<Part> parts, i64 p, bool add) {
+            const Part *part = parts.begin();
+            for (; p >= part->weights->panels(); ++part) p -= part->weights->panels();
+            float *to = part->to + p * L;
+            const i64 row = part->weights->outputs;
+            part->weights->times(p, from, {0, nullptr}, rows, [&](i64 r, lanes y, i64 some) {
+                if (add && some == L)
+                    y += load_lanes(to + r * row);
+                else if (add)
+                    for (i64 t = 0; t < some; ++t) y[t] += to[r * row + t];
+                store_some(to + r * row, y, some);
+            });
+        }
+
+        void grouped_attention(const Layer<T> &layer) {
+            const i64 G = net.groups, W = net.width, share = net.heads / G, half = W / 2;
+            multiply(normed_rows(all.x, layer.norm, net.hidden, all.numbers.eps),
+                     {{&layer.q, all.q}, {&layer.k, all.k}, {&layer.v, all.v}}, false);
+            const auto write = [&](i64 task) {
+                const i64 r = task / G, g = task % G, at = (all.pasts.last(r) * G + g) * W;
+                turn_pairs(all.k + task * W, all.cos + r * half, all.sin + r * half, W, net.interleave, one);
+                for (i64 j = 0; j < W; ++j) {
+                    store(layer.a[at + j], one[j]);
+                    store(layer.b[at + j], all.v[task * W + j]);
+                }
+            };
+            if (!all.pasts.apart) {  // a row reads what another writes
+                team.share(rows * G, 1, write);
+                meet();
+            }
+            team.share(rows * G, 1, [&](i64 task) {
+                const i64 r = task / G, g = task % G, place = G * W, block = all.pasts.block * place;
+                if (all.pasts.apart) write(task);
+                for (i64 h = 0; h < share; ++h)
+                    turn_pairs(all.q + (task * share + h) * W, all.cos + r * half, all.sin + r * half, W, net.interleave,
+                               queries + h * W);
+                const Places<T> seen{layer.a + g * W, block, place, all.pasts.table(r), all.pasts.lengths[r], all.pasts.shift()};
+                const Places<T> value{layer.b + g * W, block, place, seen.table, seen.count, seen.shift};
+                attend(queries, seen, seen, value, share, W, 0, W, all.numbers.scale, keys, weights, stride,
+                       all.o + task * share * W);
+            });
+            meet();
+            add_heads(layer);
+        }
+
+        // The absorbed form of model/attention.py.
+        void latent_attention(const Layer<T> &layer) {
+            const i64 H = net.heads, C = net.latent, N = net.nope, R = net.width, V = net.value, half = R / 2;
+            const Quantised from = normed_rows(all.x, layer.norm, net.hidden, all.numbers.eps);
+            multiply(from, {{layer.q_a ? &layer.q_a : &layer.q, layer.q_a ? all.qa : all.q}, {&layer.kv_a, all.kv}}, false);
+            team.share(rows, 1, [&](i64 r) {
+                const float *kv = all.kv + r * (C + R);
+                const i64 at = all.pasts.last(r);
+                normed(kv, layer.kv_a_norm, C, all.numbers.latent_eps, queries);
+                for (i64 j = 0; j < C; ++j) store(layer.a[at * C + j], queries[j]);
+                turn_pairs(kv + C, all.cos + r * half, all.sin + r * half, R, net.interleave, queries);
+                for (i64 j = 0; j < R; ++j) store(layer.b[at * R + j], queries[j]);
+            });
+            meet();
+            if (layer.q_a)
+                multiply(normed_rows(all.qa, layer.q_a_norm, layer.q_a.outputs, all.numbers.latent_eps), {{&layer.q, all.q}},
+                         false);
+            const i64 pieces = (H + heads_at_once - 1) / heads_at_once;
+            team.share(rows * pieces, 1, [&](i64 task) {
+                const i64 r = task / pieces, first = task % pieces * heads_at_once, count = std::min(heads_at_once, H - first);
+                for (i64 h = 0; h < count; ++h) {
+                    const float *query = all.q + (r * H + first + h) * (N + R);
+                    times_rows(query, layer.up + (first + h) * (N + V) * C, N, C, queries + h * (C + R));
+                    turn_pairs(query + N, all.cos + r * half, all.sin + r * half, R, net.interleave,
+                               queries + h * (C + R) + C);
+                }
+                const Places<T> a{layer.a, all.pasts.block * C, C, all.pasts.table(r), all.pasts.lengths[r], all.pasts.shift()};
+                const Places<T> b{layer.b, all.pasts.block * R, R, a.table, a.count, a.shift};
+                attend(queries, a, b, a, count, C, R, C, all.numbers.scale, keys, weights, stride, outputs);
+                for (i64 h = 0; h < count; ++h) {
+                    const T *w = layer.up + ((first + h) * (N + V) + N) * C;
+                    float *to = all.o + (r * H + first + h) * V;
+                    for (i64 n = 0; n < V; n += L)
+                        store_some(to + n, rows_times(w + n * C, std::min(L, V - n), C, outputs + h * C), std::min(L, V - n));
+                }
+            });
+            meet();
+            add_heads(layer);
+        }
+
+        void add_heads(const Layer<T> &layer) {
+            const i64 width = layer.o.width;
+            const auto quantised = [&](const Quantised &to, i64 r) { quantise_row(all.o + r * width, width, to, r); };
+            multiply(ready(width, quantised), {{&layer.o, all.x}}, true);
+        }
+
+        void feed_forward(const Layer<T> &layer) {
+            const i64 inner = layer.gate.outputs;
+            multiply(normed_rows(all.x, layer.norm2, net.hidden, all.numbers.eps),
+                     {{&layer.gate, all.gate}, {&layer.up_proj, all.up}}, false);
+            const auto gated = [&](const Quantised &to, i64 r) {
+                quantise_gated(all.gate + r * inner, all.up + r * inner, inner, to, r);
+            };
+            multiply(ready(inner, gated), {{&layer.down, all.x}}, true);
+        }
+
+        // Experts read their own rows only, so a step costs the weights of those that were chosen.
+        void mixture(const Layer<T> &layer) {
+            const i64 E = net.experts, K = net.chosen, D = net.hidden, F = layer.experts_out.width;
+            const i64 shared_width = layer.gate ? layer.gate.outputs : 0;
+            const Quantised from = ready(D, [&](const Quantised &to, i64 r) {
+                normed(all.x + r * D, layer.norm2, D, all.numbers.eps, one);
+                quantise_row(one, D, to, r);
+            });
+            // The router, in 16 experts at a time, and what does not wait for it.
+            const i64 lots = (E + L - 1) / L, panels = 2 * (layer.gate ? layer.gate.panels() : 0);
+            team.share(rows * lots + panels, 1, [&](i64 task) {
+                if (task >= rows * lots) {
+                    panel(from, {{&layer.gate, all.gate}, {&layer.up_proj, all.up}}, task - rows * lots, false);
+                    return;
+                }
+                const i64 r = task / lots, e = task % lots * L, some = std::min(L, E - e);
+                normed(all.x + r * D, layer.norm2, D, all.numbers.eps, one);
+                store_some(all.scores + r * E + e, rows_times(layer.router + e * D, some, D, one), some);
+            });
+            meet();
+            team.share(rows, 1, [&](i64 r) {
+                choose(net, layer.correction, all.numbers.routed_factor, all.scores + r * E, all.spare + r * E,
+                       all.chosen + r * K, all.shares + r * K);
+            });
+            meet();
+            sort();
+            const i64 busy = i64(active.size()), in_panels = layer.experts_in.panels(), out_panels = layer.experts_out.panels();
+            const auto begin = [&](i64 e) { return e ? ends[e - 1] : 0; };
+            const int32_t *row_of = sorted.data() + rows * K;
+            team.share(busy * in_panels, 2, [&](i64 task) {
+                const i64 e = active[task / in_panels], p = task % in_panels, first = begin(e);
+                layer.experts_in.times(e * in_panels + p, from, {0, row_of + first}, ends[e] - first,
+                                       [&](i64 i, lanes y, i64 some) {
+                                           store_some(all.mixed + (first + i) * 2 * F + p * L, y, some);
+                                       });
+            });
+            meet();
+            const Quantised inner(all.mixed_inner, rows * K, layer.experts_out.groups());
+            const Quantised shared(all.shared_inner, rows, (shared_width + GROUP - 1) / GROUP);
+            team.share(rows * K + (layer.gate ? rows : 0), 1, [&](i64 i) {
+                const float *two = all.mixed + i * 2 * F;
+                if (const i64 r = i - rows * K; r < 0)
+                    quantise_gated(two, two + F, F, inner, i);
+                else
+                    quantise_gated(all.gate + r * shared_width, all.up + r * shared_width, shared_width, shared, r);
+            });
+            meet();
+            team.share(out_panels, 1, [&](i64 p) {  // all that is added to a place, one after the other
+                for (i64 e : active) {
+                    const i64 first = begin(e);
+                    layer.experts_out.times(e * out_panels + p, inner, {first, nullptr}, ends[e] - first,
+                                            [&](i64 i, lanes y, i64 some) {
+                                                const i64 entry = sorted[first + i];
+                                                add_some(all.x + entry / K * D + p * L, y * all.shares[entry], some);
+                                            });
+                }
+                if (layer.gate)
+                    layer.down.times(p, shared, {0, nullptr}, rows,
+                                     [&](i64 r, lanes y, i64 some) { add_some(all.x + r * D + p * L, y, some); });
+            });
+            meet();
+        }
+
+        static void add_some(float *to, lanes y, i64 some) {
+            if (some == L) return store_lanes(to, load_lanes(to) + y);
+            for (i64 t = 0; t < some; ++t) to[t] += y[t];
+        }
+
+        // The choices in order of their experts, each followed by its row; where each expert's end; who has any.
+        void sort() {
+            const i64 K = net.chosen, count = rows * K;
+            ends.assign(net.experts, 0);
+            active.clear();
+            sorted.resize(2 * count);
+            for (i64 i = 0; i < count; ++i) ++ends[all.chosen[i]];
+            int32_t sum = 0;
+            for (i64 e = 0; e < net.experts; ++e) {
+                if (ends[e]) active.push_back(int32_t(e));
+                sum += std::exchange(ends[e], sum);
+            }
+            for (i64 i = 0; i < count; ++i) {
+                const int32_t at = ends[all.chosen[i]]++;
+                sorted[at] = int32_t(i);
+                sorted[count + at] = int32_t(i / K);
+            }
+        }
+    };
+
+    const Network<T> &net;
+    const Numbers &numbers;
+    const Pasts &pasts;
+    const i64 rows;
+    const bool alone;
+    Team team;
+    float *x, *qa, *q, *k, *v, *kv, *o, *gate, *up, *cos, *sin, *scores, *spare, *shares, *mixed;
+    int32_t *chosen;
+    uint8_t *shared, *shared_inner, *mixed_inner;
 };
 
-inline float inverse_root_mean_square(const float *x, i64 width, float eps) {
-    lanes sum = {};
-    i64 j = 0;
-    for (; j + L <= width; j += L) {
-        const lanes a = load_lanes(x + j);
-        sum += a * a;
-    }
-    float all = fold(sum, [](float a, float b) { return a + b; });
-    for (; j < width; ++j) all += x[j] * x[j];
-    return 1.0f / std::sqrt(all / float(width) + eps);
-}
-
-// x / rms(x) · weight → group by group.
-template <class T>
-void quantise_normed(const float *x, const T *weight, i64 width, float eps, const Quantised &to, i64 row) {
-    const float scale = inverse_root_mean_square(x, width, eps);
-    for (i64 g = 0; g < to.groups; ++g) {
-        float y[GROUP] = {};
-        for (i64 j = 0; j < std::min(GROUP, width - g * GROUP); ++j)
-            y[j] = x[g * GROUP + j] * scale * load(weight[g * GROUP + j]);
-        quantise(load_lanes(y), load_lanes(y + L), to, row * to.groups + g);
-    }
-}
-
-// silu(gate) · up → group by group.
-void quantise_gated(const float *gate, const float *up, i64 width, const Quantised &to, i64 row) {
-    for (i64 g = 0; g < to.groups; ++g) {
-        float y[GROUP] = {};
-        for (i64 j = 0; j < std::min(GROUP, width - g * GROUP); ++j) {
-            const float a = gate[g * GROUP + j];
-            y[j] = a / (1.0f + exponential(-a)) * up[g * GROUP + j];
-        }
-        quantise(load_lanes(y), load_lanes(y + L), to, row * to.groups + g);
-    }
-}
-
-// Row r of packed weights, as numbers.
-template <class T>
-void unpack_row(const Weights<T> &w, i64 r, float *out) {
-    const i64 p = r / L, t = r % L;
-    const bool four = w.format == INT4 || w.format == INT4_MINS;
-    for (i64 g = 0; g < w.groups(); ++g) {
-        const uint8_t *record = w.panel(p) + g * RECORD[w.format], *after = record + (four ? 256 : 512);
-        const float scale = w.format == INT8 ? w.channels[r] : halves_plain(after)[t];
-        const float least = w.format == INT4_MINS ? halves_plain(after + 32)[t] : scale * (four ? -8.0f : -128.0f);
-        for (i64 j = 0; j < std::min(GROUP, w.width - g * GROUP); ++j) {
-            const i64 four_of = j / 4, at = (four ? four_of % 4 : four_of) * 64 + t * 4 + j % 4;
-            const int q = !four ? record[at] : four_of < 4 ? record[at] & 15 : record[at] >> 4;
-            out[g * GROUP + j] = scale * float(q) + least;
-        }
-    }
-}
-
-// Turns the pairs of a head, side by side or in two halves, by their angles (RoFormer); the result is in two halves, as
-// kernels/rotate.py leaves it.
-void turn_pairs(const float *x, const float *cos, const float *sin, i64 width, bool interleave, float *out) {
-    const i64 half = width / 2;
-    for (i64 j = 0; j < half; ++j) {
-        const i64 first = interleave ? 2 * j : j, second = interleave ? 2 * j + 1 : half + j;
-        const float a = x[first], b = x[second];
-        out[j] = a * cos[j] - b * sin[j];
-        out[half + j] = b * cos[j] + a * sin[j];
-    }
-}
-
-// tokens [rows] at places lengths - 1 of their sequences → logits [rows, outputs of the head].
+// tokens [rows], each the last of the lengths[i] places of its past → logits [rows, outputs of the head] and, where
+// asked for, what they are made of: hidden [rows, hidden]. apart: no two rows belong to one sequence.
 template <class T>
 void decode_step(const Network<T> *network, const i64 *tokens, i64 rows, const int32_t *tables, i64 table_row, i64 block,
-                 const int32_t *lengths, float factor, float scale, float eps, float *logits) {
-    const Network<T> &net = *network;
-    const i64 H = net.heads, G = net.groups, W = net.width, D = net.hidden, share = H / G, half = W / 2;
-    const i64 shift = std::countr_zero(uint64_t(block)), inner = net.layers[0].gate.outputs;
-    i64 longest = 0;
-    for (i64 i = 0; i < rows; ++i) longest = std::max(longest, i64(lengths[i]));
-    const i64 stride = (longest + L - 1) / L * L, widest = std::max({D, H * W, inner}), most = (widest + GROUP - 1) / GROUP;
-    float *const x = static_cast<float *>(std::malloc(sizeof(float) * rows * (D + 2 * H * W + 2 * G * W + 2 * inner + W)));
-    float *const q = x + rows * D, *const k = q + rows * H * W, *const v = k + rows * G * W, *const o = v + rows * G * W;
-    float *const gate = o + rows * H * W, *const up = gate + rows * inner, *const cos = up + rows * inner;
-    float *const sin = cos + rows * half;
-    uint8_t *const shared = static_cast<uint8_t *>(std::malloc(40 * rows * most));
-    const bool alone = rows <= 2;  // then every thread quantises for itself, which is quicker than waiting
-    Team team;
-#pragma omp parallel
-    {
-        const int size = omp_get_num_threads();
-        uint8_t *const own = alone ? static_cast<uint8_t *>(std::malloc(40 * rows * most)) : shared;
-        lanes *keys = static_cast<lanes *>(std::aligned_alloc(64, sizeof(lanes) * W));
-        float *queries = static_cast<float *>(std::malloc(sizeof(float) * share * (W + stride) + sizeof(float) * W));
-        float *weights = queries + share * W, *turned = weights + share * stride;
-
-        // Rows made ready by f, then their products with several weights; each either written or added.
-        const auto products = [&](i64 width, auto f, std::initializer_list<std::pair<const Weights<T> *, float *>> parts,
-                                  bool add) {
-            const Quantised ready(own, rows, (width + GROUP - 1) / GROUP);
-            if (alone) {
-                for (i64 r = 0; r < rows; ++r) f(ready, r);
-            } else {
-                team.share(rows, 1, [&](i64 r) { f(ready, r); });
-                team.meet(size);
-            }
-            i64 panels = 0;
-            for (const auto &part : parts) panels += part.first->panels();
-            team.share(panels, 2, [&](i64 task) {
-                auto part = parts.begin();
-                for (; task >= part->first->panels(); ++part) task -= part->first->panels();
-                const Weights<T> &w = *part->first;
-                const i64 some = std::min(L, w.outputs - task * L);
-                for (i64 first = 0; first < rows; first += 64) {
-                    lanes sums[64];
-                    const i64 count = std::min(i64(64), rows - first);
-                    against(int(w.format), w.panel(task), ready, first, count, sums);
-                    for (i64 r = 0; r < count; ++r) {
-                        float *to = part->second + (first + r) * w.outputs + task * L;
-                        for (i64 t = 0; t < some; ++t) {
-                            float y = sums[r][t];
-                            if (w.channels) y *= w.channels[task * L + t];
-                            if (w.bias) y += load(w.bias[task * L + t]);
-                            to[t] = add ? to[t] + y : y;
-                        }
-                    }
-                }
-            });
-            team.meet(size);
-        };
-
-        team.share(rows, 1, [&](i64 r) {
-            unpack_row(net.embedding, tokens[r], x + r * D);
-            for (i64 j = 0; j < half; ++j) {
-                const float angle = float(lengths[r] - 1) * net.frequencies[j];
-                cos[r * half + j] = std::cos(angle) * factor;
-                sin[r * half + j] = std::sin(angle) * factor;
-            }
-        });
-        team.meet(size);
-        for (i64 l = 0; l < net.depth; ++l) {
-            const Layer<T> &layer = net.layers[l];
-            products(
-                D, [&](const Quantised &to, i64 r) { quantise_normed(x + r * D, layer.norm, D, eps, to, r); },
-                {{&layer.q, q}, {&layer.k, k}, {&layer.v, v}}, false);
-            team.share(rows * G, 1, [&](i64 task) {
-                const i64 r = task / G, g = task % G, place = lengths[r] - 1;
-                const int32_t *table = tables + r * table_row;
-                const i64 at = ((table[place >> shift] << shift) + (place & (block - 1))) * G * W + g * W;
-                turn_pairs(k + task * W, cos + r * half, sin + r * half, W, net.interleave, turned);
-                for (i64 j = 0; j < W; ++j) {
-                    store(layer.keys[at + j], turned[j]);
-                    store(layer.values[at + j], v[task * W + j]);
-                }
-                for (i64 h = 0; h < share; ++h)
-                    turn_pairs(q + (task * share + h) * W, cos + r * half, sin + r * half, W, net.interleave, queries + h * W);
-                const Places<T> here{layer.keys + g * W, block * G * W, G * W, table, lengths[r], shift};
-                const Places<T> value{layer.values + g * W, block * G * W, G * W, table, lengths[r], shift};
-                attend(queries, here, here, value, share, W, 0, W, scale, keys, weights, stride, o + task * share * W);
-            });
-            team.meet(size);
-            products(
-                H * W, [&](const Quantised &to, i64 r) { quantise_row(o + r * H * W, H * W, to, r); }, {{&layer.o, x}}, true);
-            products(
-                D, [&](const Quantised &to, i64 r) { quantise_normed(x + r * D, layer.norm2, D, eps, to, r); },
-                {{&layer.gate, gate}, {&layer.up, up}}, false);
-            products(
-                inner, [&](const Quantised &to, i64 r) { quantise_gated(gate + r * inner, up + r * inner, inner, to, r); },
-                {{&layer.down, x}}, true);
-        }
-        products(
-            D, [&](const Quantised &to, i64 r) { quantise_normed(x + r * D, net.norm, D, eps, to, r); },
-            {{&net.head, logits}}, false);
-        if (alone) std::free(own);
-        std::free(keys);
-        std::free(queries);
-    }
-    std::free(shared);
-    std::free(x);
+                 const int32_t *lengths, i64 apart, const Numbers *numbers, float *hidden, float *logits) {
+    const Pasts pasts{tables, table_row, block, lengths, apart != 0};
+    Decoding<T>(*network, *numbers, pasts, rows).run(tokens, hidden, logits);
 }
 
 }  // namespace
 
 #define P(T) (const Network<T> *network, const i64 *tokens, i64 rows, const int32_t *tables, i64 table_row, i64 block,        \
-              const int32_t *lengths, float factor, float scale, float eps, float *logits)
-BOTH(void, decode_step, P, (network, tokens, rows, tables, table_row, block, lengths, factor, scale, eps, logits))
+              const int32_t *lengths, i64 apart, const Numbers *numbers, float *hidden, float *logits)
+BOTH(void, decode_step, P, (network, tokens, rows, tables, table_row, block, lengths, apart, numbers, hidden, logits))
 #undef P

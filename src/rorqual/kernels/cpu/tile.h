@@ -12,10 +12,12 @@ TARGET inline bytes some_columns(const uint8_t *record, int j) {
 
 // R rows of quantised numbers against a panel: the sums [R] of its 16 outputs.
 template <int BITS, bool SCALES, bool MINS, int R>
-TARGET void tile(const uint8_t *record, const Quantised &x, i64 first, lanes *sums) {
+TARGET void tile(const uint8_t *record, const Quantised &x, Which which, lanes *sums) {
     constexpr i64 WEIGHTS = BITS * 64, SIZE = WEIGHTS + 32 * SCALES + 32 * MINS;
     constexpr int32_t UP = MINS ? 0 : BITS == 4 ? 8 : SIGNED ? 0 : 128;
     lanes sum[R] = {};
+    i64 row[R];
+    for (int r = 0; r < R; ++r) row[r] = which[r] * x.groups;
     for (i64 g = 0; g < x.groups; ++g, record += SIZE) {
         if constexpr (R == 1)  // what comes from memory is read once, in order: ask for it in time
             for (i64 line = 0; line < SIZE; line += 64) __builtin_prefetch(record + 2048 + line);
@@ -25,7 +27,7 @@ TARGET void tile(const uint8_t *record, const Quantised &x, i64 first, lanes *su
         if constexpr (SCALES) scale = halves_at(record + WEIGHTS);
         if constexpr (MINS) least = halves_at(record + WEIGHTS + 32);
         for (int r = 0; r < R; ++r) {
-            const i64 at = (first + r) * x.groups + g;
+            const i64 at = row[r] + g;
             const int32_t *four = reinterpret_cast<const int32_t *>(x.numbers + at * GROUP);
             integers sum_a = integers{} - UP * x.sums[at], sum_b = {};  // two, since one would wait for itself
             for (int j = 0; j < 8; j += 2) {
@@ -44,16 +46,17 @@ TARGET void tile(const uint8_t *record, const Quantised &x, i64 first, lanes *su
 }
 
 template <int BITS, bool SCALES, bool MINS>
-TARGET void rows_against(const uint8_t *panel, const Quantised &x, i64 first, i64 rows, lanes *sums) {
-    for (; rows >= 8; rows -= 8, first += 8, sums += 8) tile<BITS, SCALES, MINS, 8>(panel, x, first, sums);
-    for (; rows >= 4; rows -= 4, first += 4, sums += 4) tile<BITS, SCALES, MINS, 4>(panel, x, first, sums);
-    for (; rows >= 2; rows -= 2, first += 2, sums += 2) tile<BITS, SCALES, MINS, 2>(panel, x, first, sums);
-    if (rows) tile<BITS, SCALES, MINS, 1>(panel, x, first, sums);
+TARGET void rows_against(const uint8_t *panel, const Quantised &x, Which which, i64 rows, lanes *sums) {
+    i64 r = 0;
+    for (; r + 8 <= rows; r += 8) tile<BITS, SCALES, MINS, 8>(panel, x, which + r, sums + r);
+    for (; r + 4 <= rows; r += 4) tile<BITS, SCALES, MINS, 4>(panel, x, which + r, sums + r);
+    for (; r + 2 <= rows; r += 2) tile<BITS, SCALES, MINS, 2>(panel, x, which + r, sums + r);
+    if (r < rows) tile<BITS, SCALES, MINS, 1>(panel, x, which + r, sums + r);
 }
 
-TARGET void against(int format, const uint8_t *panel, const Quantised &x, i64 first, i64 rows, lanes *sums) {
-    if (format == INT4) rows_against<4, true, false>(panel, x, first, rows, sums);
-    if (format == INT4_MINS) rows_against<4, true, true>(panel, x, first, rows, sums);
-    if (format == INT8) rows_against<8, false, false>(panel, x, first, rows, sums);
-    if (format == INT8_GROUPS) rows_against<8, true, false>(panel, x, first, rows, sums);
+TARGET void against(i64 format, const uint8_t *panel, const Quantised &x, Which which, i64 rows, lanes *sums) {
+    if (format == INT4) rows_against<4, true, false>(panel, x, which, rows, sums);
+    if (format == INT4_MINS) rows_against<4, true, true>(panel, x, which, rows, sums);
+    if (format == INT8) rows_against<8, false, false>(panel, x, which, rows, sums);
+    if (format == INT8_GROUPS) rows_against<8, true, false>(panel, x, which, rows, sums);
 }

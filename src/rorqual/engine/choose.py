@@ -1,0 +1,110 @@
+"""The next tokens of rows, from their logits: what a request wishes, applied row by row."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from rorqual.engine.forward import Lanes
+from rorqual.engine.rows import Rows
+from rorqual.engine.sampler import adjust, sample
+
+
+@dataclass
+class Turn:
+    """What a step has computed for the rows: `per_row` [n] lanes each, one after the other, of which the first read a
+    row's newest token and the others its drafts. logits [N, V], states [N, D], places [N].
+    """
+
+    rows: Rows
+    per_row: Tensor
+    places: Tensor
+    logits: Tensor
+    states: Tensor
+    finished: dict[int, bool] = field(default_factory=dict)  # rows that ended: whether a token stopped them
+    made: int = 0
+    _known: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)  # rows, lanes, the tokens after them
+
+    def take(self) -> None:
+        """Sample every row's next tokens, as long as its drafts are right."""
+        rows, n = self.rows, self.rows.n
+        drafts = rows.drafts[:n].clone()
+        rows.drafts[:n] = -1
+        first = self.per_row.cumsum(0) - self.per_row
+        at, depth = torch.arange(n), 0
+        while len(at):
+            lane = first[at] + depth
+            tokens, stopped, ended = extend(
+                rows, at, self.logits if len(lane) == len(self.logits) else self.logits[lane]
+            )
+            self._known.append((at, lane, tokens))
+            self.made += len(at)
+            rows.place[at] += 1
+            self.finished |= zip(at[ended].tolist(), stopped[ended].tolist(), strict=True)
+            more = ~ended & (self.per_row[at] > depth + 1)
+            if not more.any():
+                break
+            at, tokens = at[more], tokens[more]
+            at, depth = at[drafts[at, depth] == tokens], depth + 1
+
+    def read(self, which: Tensor) -> tuple[Lanes, Tensor, Tensor]:
+        """Of the rows `which` (bool [n]): the tokens made, each in the place of the one before it; the states there;
+        and which of these lanes is each row's last.
+        """
+        row, lane, token = (torch.cat(parts) for parts in zip(*self._known, strict=True))
+        lane, order = torch.where(which[row], lane, len(self.logits)).sort()  # a row's side by side, the others last
+        order = order[lane < len(self.logits)]
+        row, token, lane = row[order], token[order], lane[: len(order)]
+        last = torch.bincount(row, minlength=self.rows.n).cumsum(0)[which] - 1
+        return Lanes(token, self.places[lane], self.rows.tables[row], apart=False), self.states[lane], last
+
+
+def extend(rows: Rows, at: Tensor, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Sample a token for the rows `at` [m] from logits [m, V] and record it → the tokens, which of the rows it stops,
+    and which have ended, by it or by their length.
+    """
+    special = rows.special[at].nonzero().flatten().tolist()
+    if special:
+        logits = logits.float()
+        for i in special:
+            _adjust(rows, int(at[i]), logits[i])
+    tokens, logprobs = draw_at(rows, at, logits)
+    forced = (rows.closed[at] == 0) & (rows.count[at] >= rows.budget[at])
+    tokens = torch.where(forced, rows.think_end[at], tokens)
+    rows.closed[at] |= tokens == rows.think_end[at]
+    rows.record(at, tokens, logprobs)
+    for i in rows.watched[at].nonzero().flatten().tolist():
+        reader = rows.samples[int(at[i])]
+        reader.tokens.append(int(tokens[i]))
+        reader.logprobs.append(float(logprobs[i]))
+    stopped = (tokens.unsqueeze(1) == rows.stops[at]).any(1)
+    return tokens, stopped, stopped | (rows.count[at] >= rows.limit[at])
+
+
+def draw_at(rows: Rows, at: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens [m] of the rows `at` and their log-probabilities, by each row's own next random number."""
+    uniform = rows.draws(at).to(logits.device)
+    cuts = rows.cuts(at)
+    if len(cuts) == 1:
+        tokens, logprobs = sample(logits, cuts[0][0], uniform)
+        return tokens.cpu(), logprobs.cpu()
+    tokens, logprobs = torch.zeros(len(at), dtype=torch.long), torch.zeros(len(at))
+    for cut, where in cuts:
+        here = where.to(logits.device)
+        tokens[where], logprobs[where] = (t.cpu() for t in sample(logits[here], cut, uniform[here]))
+    return tokens, logprobs
+
+
+def _adjust(rows: Rows, row: int, logits: Tensor) -> None:
+    """Penalties, biases and grammar of one row, in place; and the most probable tokens, where they are wanted."""
+    running = rows.samples[row]
+    params = running.request.params
+    made = rows.tokens[row, : rows.count[row]]
+    if params.adjusts:
+        logits.copy_(adjust(logits, params, torch.tensor(running.request.prompt), made))
+    if running.guide is not None and (forbidden := running.guide.forbidden(made.tolist())) is not None:
+        logits.masked_fill_(forbidden.to(logits.device), float("-inf"))
+    if params.logprobs:
+        logp = (logits / (params.temperature or 1.0)).log_softmax(-1)
+        best = logp.topk(min(params.logprobs, len(logp)))
+        running.top.append(list(zip(best.indices.tolist(), best.values.tolist(), strict=True)))

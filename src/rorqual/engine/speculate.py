@@ -1,0 +1,100 @@
+"""Drafts: guesses at the next tokens, which one pass of the network checks all together (Leviathan et al. 2023).
+
+A draft changes what is computed, never what is said. Every token is sampled from the network's own logits with its own
+random number, as without drafts; a draft that is the very token sampled has saved a pass. So the distribution is kept,
+and the same seed gives the same text with drafts and without.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from rorqual.engine.cache import BlockCache, Prompt, Step
+from rorqual.engine.choose import draw_at
+from rorqual.engine.forward import Lanes, Piece
+from rorqual.engine.rows import DRAFTS, Rows, Sample
+from rorqual.kernels.linear import linear
+from rorqual.model import Transformer
+
+Way = Literal["mtp", "lookup"]
+MOST = 16  # lanes up to which another one costs less than a pass: beyond, products are bound by arithmetic
+GRAMS = (3, 2)  # tokens in common that make a look-up worth trying, the longest first
+
+
+class Module:
+    """The network's own multi-token module guesses one token further (V3 §2.2, §5.4.3).
+
+    It keeps a past of its own, in the cache's last layer: what it read in place i is the network's state there and the
+    token after it. It draws with the random number that will draw the token itself, so that where the two distributions
+    agree, so do the draws.
+    """
+
+    def __init__(self, model: Transformer, cache: BlockCache) -> None:
+        self.model, self.cache = model, cache
+
+    def read(self, pieces: list[Piece], states: Tensor) -> None:
+        """Pieces of prompts, with the network's states [M, D] of all their tokens."""
+        known = [len(p.following) for p in pieces]
+        if not sum(known):
+            return
+        prompts = [Prompt(p.start, n, p.blocks) for p, n in zip(pieces, known, strict=True) if n]
+        step = Step(self.cache, torch.zeros(0, 1, dtype=torch.int32), torch.zeros(0, dtype=torch.long), prompts)
+        parts = states.split([len(p.tokens) for p in pieces])
+        self._run(
+            torch.cat([part[:n] for part, n in zip(parts, known, strict=True)]),
+            torch.cat([p.following for p in pieces]), step,
+        )  # fmt: skip
+
+    def draft(self, rows: Rows, at: Tensor, lanes: Lanes, states: Tensor, last: Tensor) -> None:
+        """lanes: the tokens that the rows `at` [m] have made, each in the place before its own, with the network's
+        states [N, D] there; `last` [m]: each row's newest.
+        """
+        step = Step(self.cache, lanes.tables, lanes.places, [])
+        out = self._run(states, lanes.tokens, step)
+        tokens, _ = draw_at(rows, at, linear(out[last.to(out.device)], self.model.head_weight))
+        rows.drafts[at, 0] = tokens
+
+    def _run(self, states: Tensor, following: Tensor, step: Step) -> Tensor:
+        following = following.to(step.index.device)
+        return self.model.ahead(states.unsqueeze(0), following.unsqueeze(0), step.positions, step)[0]
+
+
+class Lookup:
+    """What followed when a sequence's newest tokens stood there before (prompt look-up)."""
+
+    def __init__(self, tokens: tuple[int, ...]) -> None:
+        self.tokens: list[int] = []
+        self._after: dict[tuple[int, ...], int] = {}
+        self.add(tokens)
+
+    def add(self, tokens: tuple[int, ...] | list[int]) -> None:
+        for token in tokens:
+            for gram in GRAMS:
+                if len(self.tokens) >= gram:
+                    self._after[tuple(self.tokens[-gram:])] = len(self.tokens)
+            self.tokens.append(token)
+
+    def guess(self) -> list[int]:
+        for gram in GRAMS:
+            at = self._after.get(tuple(self.tokens[-gram:]))
+            if at is not None:
+                return self.tokens[at : at + DRAFTS]
+        return []
+
+
+def look_up(rows: Rows, at: Tensor) -> None:
+    """Drafts for the rows `at` from their own past."""
+    for row in at.tolist():
+        sample = rows.samples[row]
+        made = rows.tokens[row, : rows.count[row]].tolist()
+        lookup = _lookup(sample)
+        lookup.add(made[len(lookup.tokens) - len(sample.request.prompt) :])
+        guess = lookup.guess()
+        rows.drafts[row, : len(guess)] = torch.tensor(guess, dtype=torch.long)
+
+
+def _lookup(sample: Sample) -> Lookup:
+    if sample.lookup is None:
+        sample.lookup = Lookup(sample.request.prompt)
+    return sample.lookup

@@ -1,0 +1,120 @@
+"""Drafts change how long an answer takes, never the answer."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny import GROUPED, LATENT
+
+from rorqual.engine import Engine, SamplingParams
+from rorqual.engine.cache import block_bytes
+from rorqual.engine.speculate import Lookup
+from rorqual.errors import UserError
+from rorqual.model import Transformer
+from rorqual.precision.lowbit import convert
+
+AHEAD = LATENT.replace(num_nextn_predict_layers=1, max_position_embeddings=200)
+PROMPTS = [[(3 * i + j * j) % 59 + 1 for j in range(n)] for i, n in enumerate((1, 15, 16, 17, 40, 70, 5, 33))]
+PROMPTS[4] = PROMPTS[4][:10] * 4  # something to look up
+
+
+@torch.no_grad()
+def a_model(config, seed=3, sharper=4.0):
+    """A network that says what follows mostly by the newest token, as its multi-token module does: they often agree."""
+    torch.manual_seed(seed)
+    model = Transformer(config).eval()
+    model.head_weight.mul_(sharper)  # less even distributions
+    for name, p in model.named_parameters():
+        if "o_proj" in name or "down_proj" in name:
+            p.mul_(0.3)
+    if config.num_nextn_predict_layers:
+        width = config.hidden_size
+        model.model.layers[-1].eh_proj.weight.copy_(torch.cat([torch.eye(width), torch.zeros(width, width)], dim=1))
+    return model
+
+
+@pytest.fixture(params=["mtp", "lookup", "packed mtp", "packed lookup"])
+def engines(request):
+    """Without drafts, and with them."""
+    packed, way = request.param.startswith("packed"), request.param.split()[-1]
+    model = a_model(AHEAD if way == "mtp" else GROUPED.replace(max_position_embeddings=200))
+    if packed:
+        convert(model, "int8")
+    return Engine(model), lambda **options: Engine(model, speculate=way, **options)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.5])
+@pytest.mark.parametrize("options", [{}, {"chunk": 7, "prefix_cache": True}, {"slots": 3}])
+def test_the_same_seed_says_the_same(engines, temperature, options):
+    plain, speculating = engines
+    engine = speculating(**options)
+    params = SamplingParams(temperature=temperature, max_tokens=60, seed=11, n=2, ignore_eos=True)
+    for _ in range(2):
+        expected = plain.generate(PROMPTS, params)
+        found = engine.generate(PROMPTS, params)
+        assert [c.tokens for c in found] == [c.tokens for c in expected]
+        for ours, theirs in zip(found, expected, strict=True):
+            assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-3)
+    counts = engine.status().counts
+    assert 0 < counts.accepted <= counts.drafted
+    assert counts.made_tokens == sum(len(c.tokens) for c in expected) * 2
+    assert engine.status().blocks_held == 0
+
+
+def test_a_cache_too_small_for_all(engines):
+    plain, speculating = engines
+    config = plain.model.config
+    more = int(config.num_nextn_predict_layers > 0)
+    engine = speculating(slots=8, cache_bytes=12 * block_bytes(config, torch.float32, more))
+    params = SamplingParams(seed=2, max_tokens=50, ignore_eos=True)
+    assert [c.tokens for c in engine.generate(PROMPTS, params)] == [c.tokens for c in plain.generate(PROMPTS, params)]
+    assert engine.status().counts.preempted > 0, "the cache was to be too small"
+    assert engine.status().blocks_held == 0
+
+
+def test_wishes_are_granted_all_the_same(engines):
+    plain, speculating = engines
+    for wish in (
+        {"frequency_penalty": 0.4, "temperature": 0.0},
+        {"logprobs": 3},
+        {"stop_token_ids": (5, 9, 20)},
+        {"top_p": 0.6, "temperature": 0.8},
+        {"max_tokens": 1},
+    ):
+        params = replace(SamplingParams(seed=4, max_tokens=40), **wish)
+        expected, found = (e.generate(PROMPTS, params) for e in (plain, speculating()))
+        assert [(c.tokens, c.finish_reason) for c in found] == [(c.tokens, c.finish_reason) for c in expected]
+        assert [len(c.top_logprobs) for c in found] == [len(c.top_logprobs) for c in expected]
+
+
+def test_the_distribution_is_the_networks():
+    """First two tokens of many samples against their probabilities, χ² at the 99.9 % point."""
+    model = a_model(AHEAD.replace(vocab_size=6, eos_token_id=None), sharper=1.0)
+    prompt, count = [1, 4, 2, 2, 3], 4000
+    engine = Engine(model, slots=16, speculate="mtp")
+    found = engine.generate([prompt], SamplingParams(n=count, max_tokens=3, seed=0))
+    assert engine.status().counts.accepted > 0.2 * count
+    with torch.no_grad():
+        first = model.logits(torch.tensor([prompt]))[0, -1].softmax(-1)
+        rest = model.logits(torch.tensor([[*prompt, t] for t in range(6)]))[:, -1].softmax(-1)
+    expected = (first[:, None] * rest).flatten() * count
+    seen = torch.bincount(torch.tensor([6 * c.tokens[0] + c.tokens[1] for c in found]), minlength=36)
+    likely = expected >= 5
+    chi2 = float(((seen - expected)[likely] ** 2 / expected[likely]).sum())
+    assert likely.sum() >= 15
+    assert chi2 < 66.6, "χ² of 35 degrees of freedom is above this once in a thousand"
+
+
+def test_a_module_that_is_not_there():
+    with pytest.raises(UserError, match="multi-token module"):
+        Engine(a_model(GROUPED), speculate="mtp")
+
+
+def test_look_up():
+    lookup = Lookup((1, 2, 3, 4, 5, 6, 2, 3))
+    assert lookup.guess() == [4, 5, 6, 2]
+    lookup.add([9])
+    assert lookup.guess() == []
+    lookup.add([1, 2, 3])
+    assert lookup.guess() == [4, 5, 6, 2]
+    assert Lookup((1,)).guess() == []
