@@ -78,7 +78,7 @@ def test_logits_are_the_networks(shape, bits, rows, dtype):
         everything = torch.cat([s[:-1] for s in sequences]).unsqueeze(0)
         first = Step(cache, tables[:0], torch.zeros(0, dtype=torch.long), before)
         model(everything, first.positions, cache=first)
-    ours, hidden = step(torch.stack([s[-1] for s in sequences]), tables, torch.tensor(lengths, dtype=torch.int32))
+    ours, hidden = step(torch.stack([s[-1] for s in sequences]), tables, torch.tensor(lengths, dtype=torch.int32), rows)
     assert max(lengths) <= BLOCK * 3
     assert torch.allclose(linear(hidden, packed(SHAPES[shape], bits).head_weight), ours, rtol=1e-4, atol=1e-4)
     exact = packed(SHAPES[shape], bits)
@@ -98,13 +98,35 @@ def test_several_tokens_of_a_sequence_at_once(shape):
     sequence = torch.randint(0, 60, (20,), generator=torch.Generator().manual_seed(1))
     cache = BlockCache(model.config, 3, torch.float32, torch.device("cpu"))
     step, table = direct_step(model, cache), torch.tensor([[1, 2]], dtype=torch.int32)
-    one_by_one = [step(sequence[i : i + 1], table, torch.tensor([i + 1], dtype=torch.int32))[0] for i in range(20)]
+    one_by_one = [step(sequence[i : i + 1], table, torch.tensor([i + 1], dtype=torch.int32), 1)[0] for i in range(20)]
     again = BlockCache(model.config, 3, torch.float32, torch.device("cpu"))
     step = direct_step(model, again)
     for first, count in ((0, 1), (1, 4), (5, 12), (17, 3)):
         lengths = torch.arange(first + 1, first + count + 1, dtype=torch.int32)
-        logits, _ = step(sequence[first : first + count], table.expand(count, 2).contiguous(), lengths, apart=False)
-        assert torch.equal(logits, torch.cat(one_by_one[first : first + count]))
+        logits, _ = step(sequence[first : first + count], table.expand(count, 2).contiguous(), lengths, count)
+        assert torch.allclose(logits, torch.cat(one_by_one[first : first + count]), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", ["grouped", "groups of experts"])
+@pytest.mark.parametrize("rows", [1, 9])
+@torch.no_grad()
+def test_threads_say_the_same_together(shape, rows):
+    model = packed(SHAPES[shape])
+    before, found = torch.get_num_threads(), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        try:
+            cache = BlockCache(model.config, rows + 1, torch.float32, torch.device("cpu"))
+            tables = torch.arange(1, rows + 1, dtype=torch.int32).view(rows, 1)
+            step = direct_step(model, cache)
+            for place in range(1, 9):
+                tokens = torch.arange(rows) * 5 + place
+                logits, _ = step(tokens, tables, torch.full((rows,), place, dtype=torch.int32), rows)
+            found.append(logits)
+        finally:
+            torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
 
 
 def last_logits(model, sequence):

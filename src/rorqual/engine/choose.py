@@ -56,7 +56,7 @@ class Turn:
         order = order[lane < len(self.logits)]
         row, token, lane = row[order], token[order], lane[: len(order)]
         last = torch.bincount(row, minlength=self.rows.n).cumsum(0)[which] - 1
-        return Lanes(token, self.places[lane], self.rows.tables[row], apart=False), self.states[lane], last
+        return Lanes(token, self.places[lane], self.rows.tables[row]), self.states[lane], last
 
 
 def extend(rows: Rows, at: Tensor, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rorqual.engine.cache import BlockCache, Prompt, Step
@@ -10,17 +11,18 @@ from rorqual.engine.direct import direct_step
 from rorqual.kernels.linear import any_shape, linear
 from rorqual.model import Transformer
 
+TOGETHER = 512  # lanes a call: more of them read weights no more seldom, but take room
+
 
 @dataclass
 class Lanes:
     """N new tokens, each in its place of the sequence whose blocks its table lists; those of one sequence, if there
-    are several, side by side and its newest.
+    are several, side by side, in order, and its newest.
     """
 
     tokens: Tensor  # int64 [N]
     places: Tensor  # int64 [N]
     tables: Tensor  # int32 [N, ·]
-    apart: bool  # no two belong to one sequence
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -31,7 +33,7 @@ class Lanes:
         if more == 0:
             return self
         tokens, places = (torch.cat([x, x.new_zeros(more)]) for x in (self.tokens, self.places))
-        return Lanes(tokens, places, torch.cat([self.tables, self.tables.new_zeros(more, self.tables.shape[1])]), True)
+        return Lanes(tokens, places, torch.cat([self.tables, self.tables.new_zeros(more, self.tables.shape[1])]))
 
 
 @dataclass
@@ -48,7 +50,7 @@ class Piece:
 
 
 class Forward:
-    """Lanes take the same way whatever else there is to compute: what they say must not depend on their company."""
+    """What a lane says does not depend on its company: packed networks compute every row for itself (cpu/step.cpp)."""
 
     def __init__(self, model: Transformer, cache: BlockCache) -> None:
         self.model, self.cache = model, cache
@@ -57,20 +59,30 @@ class Forward:
     def __call__(self, lanes: Lanes, pieces: list[Piece]) -> tuple[Tensor, Tensor, Tensor]:
         """→ logits [N, V] of the lanes, hidden states [N, D] of the lanes and [M, D] of the pieces end to end."""
         n, head = len(lanes), self.model.head_weight
-        if self.direct is not None:
-            logits, hidden = self._directly(lanes)
-            return logits, hidden, self._states(_none(lanes), pieces)
-        states = self._states(lanes.padded(self._size(n)), pieces)
-        size = len(states) - sum(len(p.tokens) for p in pieces)
-        return linear(states[:n], head) if n else states[:0], states[:n], states[size:]
+        if self.direct is None:
+            states = self._states(lanes.padded(self._size(n)), pieces)
+            size = len(states) - sum(len(p.tokens) for p in pieces)
+            return linear(states[:n], head) if n else states[:0], states[:n], states[size:]
+        # Latent attention reads a prompt in its expanded form, which is less work for many tokens of a sequence.
+        if self.model.config.is_mla:
+            logits, states = self._directly(lanes, n)
+            return logits, states, self._states(_none(lanes), pieces)
+        logits, states = self._directly(_joined(lanes, pieces), n)
+        return logits, states[:n], states[n:]
 
-    def _directly(self, lanes: Lanes) -> tuple[Tensor, Tensor]:
+    def _directly(self, lanes: Lanes, wanted: int) -> tuple[Tensor, Tensor]:
+        """Logits of the first `wanted` lanes, states of all."""
         assert self.direct is not None
-        if not len(lanes):
-            return torch.empty(0), torch.empty(0)
         lengths = (lanes.places + 1).to(torch.int32)
-        logits, hidden = self.direct(lanes.tokens, lanes.tables, lengths, lanes.apart)
-        return logits, hidden.to(self.model.head_weight.dtype)
+        parts = []
+        for first in range(0, len(lanes), TOGETHER):
+            some = slice(first, first + TOGETHER)
+            count = min(max(0, wanted - first), TOGETHER)
+            parts.append(self.direct(lanes.tokens[some], lanes.tables[some], lengths[some], count))
+        if not parts:
+            return torch.empty(0), torch.empty(0)
+        logits, states = (x[0] if len(parts) == 1 else torch.cat(x) for x in zip(*parts, strict=True))
+        return logits, states.to(self.model.head_weight.dtype)
 
     def _states(self, lanes: Lanes, pieces: list[Piece]) -> Tensor:
         if not len(lanes) and not pieces:
@@ -91,4 +103,18 @@ class Forward:
 
 
 def _none(lanes: Lanes) -> Lanes:
-    return Lanes(lanes.tokens[:0], lanes.places[:0], lanes.tables[:0], True)
+    return Lanes(lanes.tokens[:0], lanes.places[:0], lanes.tables[:0])
+
+
+def _joined(lanes: Lanes, pieces: list[Piece]) -> Lanes:
+    """A prompt's tokens are lanes of one sequence too."""
+    if not pieces:
+        return lanes
+    width = max(lanes.tables.shape[1], *(len(p.blocks) for p in pieces))
+    tables = [F.pad(lanes.tables, (0, width - lanes.tables.shape[1]))]
+    for p in pieces:
+        table = torch.tensor(p.blocks, dtype=torch.int32)
+        tables.append(F.pad(table, (0, width - len(table))).expand(len(p.tokens), width))
+    places = [torch.arange(p.start, p.start + len(p.tokens)) for p in pieces]
+    tokens = torch.cat([lanes.tokens, *(p.tokens for p in pieces)])
+    return Lanes(tokens, torch.cat([lanes.places, *places]), torch.cat(tables))

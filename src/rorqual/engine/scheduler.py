@@ -121,7 +121,7 @@ class Scheduler:
         drafts = rows.drafts[:n]
         right = drafts >= 0
         if self.speculate is None or not right.any():
-            return Lanes(last, place, tables, apart=True), torch.ones(n, dtype=torch.long)
+            return Lanes(last, place, tables), torch.ones(n, dtype=torch.long)
         # No further than the answer and the blocks go.
         room = torch.minimum(rows.limit[:n] - rows.count[:n] - 1, rows.held[:n] * BLOCK - 1 - place)
         right &= torch.arange(drafts.shape[1]) < room.unsqueeze(1)
@@ -131,7 +131,7 @@ class Scheduler:
         there = torch.cat([torch.ones(n, 1, dtype=torch.bool), right], dim=1)
         places = place.unsqueeze(1) + torch.arange(all_of_them.shape[1])
         per_row = there.sum(1)
-        return Lanes(all_of_them[there], places[there], tables.repeat_interleave(per_row, 0), apart=False), per_row
+        return Lanes(all_of_them[there], places[there], tables.repeat_interleave(per_row, 0)), per_row
 
     def cancel(self, request: Request) -> None:
         """Stop a request's samples wherever they are; their blocks are free at once."""

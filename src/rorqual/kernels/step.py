@@ -86,17 +86,16 @@ class DecodeStep:
         self._network = torch.tensor(whole, dtype=torch.int64)
         self._numbers = torch.tensor([factor, scale, eps, latent_eps, routed_factor])
 
-    def __call__(self, tokens: Tensor, tables: Tensor, lengths: Tensor, apart: bool = True) -> tuple[Tensor, Tensor]:
-        """n tokens (int64), each number lengths[i] (int32) of the sequence in the blocks tables[i] (int32 [n, ·]) →
-        logits fp32 [n, V] and the hidden states [n, D] that they are made of; the cache gets what is new.
-
-        apart: no two of them belong to one sequence; else a sequence's are all its newest.
+    def __call__(self, tokens: Tensor, tables: Tensor, lengths: Tensor, wanted: int) -> tuple[Tensor, Tensor]:
+        """n tokens (int64), each number lengths[i] (int32) of the sequence in the blocks tables[i] (int32 [n, ·]);
+        those of one sequence side by side, in order, and its newest → logits fp32 [wanted, V] of the first `wanted` of
+        them, and the hidden states [n, D] that logits are made of; the cache gets what is new.
         """
         n = len(tokens)
-        logits, hidden = torch.empty(n, self.words), torch.empty(n, self.hidden)
+        logits, hidden = torch.empty(wanted, self.words), torch.empty(n, self.hidden)
         cpu.call(
             "decode_step", self.dtype, self._network, tokens.contiguous(), n, tables, tables.stride(0), self.block,
-            lengths, int(apart), self._numbers, hidden, logits,
+            lengths, self._numbers, hidden, wanted, logits,
         )  # fmt: skip
         return logits, hidden
 

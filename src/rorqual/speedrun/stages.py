@@ -57,9 +57,9 @@ MODEL = {
     "initializer_range": 0.02,
 }
 
-# Shares of the time for learning. About 0.15 more on two cores goes to documents, rejection sampling, reading the
-# test problems at every stage, and the report.
-PRETRAIN, RL = 0.42, 0.36
+# Shares of the time for learning. About 0.3 more on two cores goes to documents, rejection sampling, reading the test
+# problems at every stage, and the report.
+PRETRAIN, RL = 0.37, 0.3
 MAX_TOKENS = 224
 
 

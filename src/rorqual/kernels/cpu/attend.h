@@ -178,13 +178,14 @@ void by_heads(i64 heads, F call) {
     if (heads - done == 1) call(done, std::integral_constant<int, 1>());
 }
 
-// The `share` heads' queries [share, width + width2], scores being q·k + q2·k2, over k.count places → out [share,
-// value_width]. L keys are turned on their side at a time, so that the heads that share them multiply whole registers.
-// Room: keys for width + width2 lanes, weights for `stride` floats a head, at least k.count up to a multiple of L.
+// The `share` heads' queries [rows, share, width + width2] of one or several new tokens of a sequence, scores being
+// q·k + q2·k2; the last token sees all k.count places, each before it one less → out [rows, share, value_width]. L keys
+// are turned on their side at a time, so that the queries that share them multiply whole registers. Room: keys for
+// width + width2 lanes, weights for `stride` floats a query, at least k.count up to a multiple of L.
 template <class T, class O>
-void attend(const float *queries, const Places<T> &k, const Places<T> &k2, const Places<T> &v, i64 share, i64 width,
-            i64 width2, i64 value_width, float scale, lanes *keys, float *weights, i64 stride, O *out) {
-    const i64 both = width + width2;
+void attend(const float *queries, const Places<T> &k, const Places<T> &k2, const Places<T> &v, i64 rows, i64 share,
+            i64 width, i64 width2, i64 value_width, float scale, lanes *keys, float *weights, i64 stride, O *out) {
+    const i64 both = width + width2, all = rows * share;
     for (i64 s = 0; s < k.count; s += L) {
         const T *rows_of[L];
         k.some(s, width, rows_of);
@@ -193,12 +194,17 @@ void attend(const float *queries, const Places<T> &k, const Places<T> &k2, const
             k2.some(s, width2, rows_of);
             turn_rows(rows_of, width2, keys + width);
         }
-        by_heads(share, [&](i64 h, auto n) {
+        by_heads(all, [&](i64 h, auto n) {
             score<n>(queries + h * both, keys, both, scale, weights + h * stride + s, stride);
         });
     }
-    for (i64 h = 0; h < share; ++h) softmax(weights + h * stride, k.count);
-    by_heads(share, [&](i64 h, auto n) { mix<n>(weights + h * stride, stride, v, value_width, out + h * value_width); });
+    for (i64 h = 0; h < all; ++h) {
+        float *row = weights + h * stride;
+        const i64 seen = k.count - (rows - 1) + h / share;
+        softmax(row, seen);
+        for (i64 s = (seen + L - 1) / L * L; s < k.count; ++s) row[s] = 0.0f;
+    }
+    by_heads(all, [&](i64 h, auto n) { mix<n>(weights + h * stride, stride, v, value_width, out + h * value_width); });
 }
 
 }  // namespace

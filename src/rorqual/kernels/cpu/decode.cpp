@@ -34,7 +34,7 @@ void past_attention(const T *q, const T *q2, const T *k, i64 k_block, i64 k_plac
                 for (i64 j = 0; j < width; ++j) queries[h * both + j] = load(q[(first + h) * width + j]);
                 for (i64 j = 0; j < width2; ++j) queries[h * both + width + j] = load(q2[(first + h) * width2 + j]);
             }
-            attend(queries, here, here2, Places<T>{v + g * v_group, v_block, v_place, table, end, shift}, share, width,
+            attend(queries, here, here2, Places<T>{v + g * v_group, v_block, v_place, table, end, shift}, 1, share, width,
                    width2, value_width, scale, keys, weights, stride, out + first * value_width);
         }
         std::free(queries);

@@ -1,5 +1,5 @@
-// A whole decode step of a network with packed weights: some new tokens of a few sequences, from tokens to logits, in one
-// call. A step of PyTorch's operators spends as long between them as in them.
+// A whole step of a network with packed weights: some new tokens of a few sequences, from tokens to logits, in one call.
+// A step of PyTorch's operators spends as long between them as in them.
 //
 // All threads stay in it from beginning to end (team.h). What is to be done between two barriers is taken in small pieces
 // by whoever comes; of one or two rows, every thread makes the small functions for itself, which is quicker than waiting.
@@ -20,7 +20,6 @@ struct Pasts {
     const int32_t *tables;
     i64 table_row, block;
     const int32_t *lengths;  // with the new token
-    bool apart;              // no two rows belong to one sequence
 
     const int32_t *table(i64 r) const { return tables + r * table_row; }
     i64 shift() const { return std::countr_zero(uint64_t(block)); }
@@ -29,6 +28,11 @@ struct Pasts {
         return i64(table(r)[place >> shift()]) * block + (place & (block - 1));
     }
     i64 longest(i64 rows) const { return *std::max_element(lengths, lengths + rows); }
+    // Whether row r is the next token of the sequence of row r - 1. Sequences never share the block they write to.
+    bool goes_on(i64 r) const {
+        const i64 blocks = (lengths[r - 1] + block - 1) / block;
+        return lengths[r] == lengths[r - 1] + 1 && std::equal(table(r), table(r) + blocks, table(r - 1));
+    }
 };
 
 // Floats, and bytes for quantised rows, that are handed out once.
@@ -48,9 +52,20 @@ template <class T>
 class Decoding {
   public:
     Decoding(const Network<T> &net, const Numbers &numbers, const Pasts &pasts, i64 rows)
-        : net(net), numbers(numbers), pasts(pasts), rows(rows), alone(rows <= 2) {}
+        : net(net), numbers(numbers), pasts(pasts), rows(rows), alone(rows <= 2) {
+        // The rows of a sequence read the same keys, which some of them can share once they are turned on their side.
+        const i64 share = net.latent ? net.heads : net.heads / net.groups, most = std::max(i64(1), std::min(i64(8), 24 / share));
+        for (i64 r = 0; r < rows; ++r) {
+            const bool same = r > 0 && pasts.goes_on(r);
+            apart = apart && !same;
+            if (!same || r - runs.back() == most) runs.push_back(r);
+        }
+        longest_run = 1;
+        runs.push_back(rows);
+        for (size_t i = 1; i < runs.size(); ++i) longest_run = std::max(longest_run, runs[i] - runs[i - 1]);
+    }
 
-    void run(const i64 *tokens, float *hidden, float *logits) {
+    void run(const i64 *tokens, float *hidden, i64 wanted, float *logits) {
         const i64 R = rows, K = net.chosen;
         i64 wide = net.hidden, inner = 0, low = 0, out = 0;  // of all layers the widest
         for (i64 l = 0; l < net.depth; ++l) {
@@ -107,7 +122,11 @@ class Decoding {
                     me.feed_forward(layer);
             }
             const Quantised last = me.normed_rows(x, net.norm, net.hidden, numbers.eps, hidden);
-            me.multiply(last, {{&net.head, logits}}, false);
+            me.team.share(net.head.panels(), 2, [&](i64 p) {
+                net.head.times(p, last, {0, nullptr}, wanted, [&](i64 r, lanes y, i64 some) {
+                    store_some(logits + r * net.head.outputs + p * L, y, some);
+                });
+            });
         }
     }
 
@@ -137,11 +156,13 @@ class Decoding {
               stride((all.pasts.longest(all.rows) + L - 1) / L * L),
               heads_at_once(net.latent ? (rows >= size ? net.heads : (net.heads + size - 1) / size) : net.heads / net.groups),
               room(Room::bytes(all.alone ? rows : 0, wide) +
-                   4 * (wide + L * key_width() + heads_at_once * (key_width() + stride + net.latent))),
+                   4 * (wide + L * key_width() +
+                        all.longest_run * heads_at_once * (2 * key_width() + stride))),
               keys(reinterpret_cast<lanes *>(room.take(L * key_width()))), one(room.take(wide)),
               own(room.take_quantised(all.alone ? rows : 0, wide)),
-              queries(room.take(heads_at_once * key_width())), weights(room.take(heads_at_once * stride)),
-              outputs(room.take(heads_at_once * net.latent)) {}
+              queries(room.take(all.longest_run * heads_at_once * key_width())),
+              weights(room.take(all.longest_run * heads_at_once * stride)),
+              outputs(room.take(all.longest_run * heads_at_once * key_width())) {}
 
         i64 key_width() const { return net.latent + net.width; }
         void meet() { team.meet(size); }
@@ -202,20 +223,26 @@ class Decoding {
                     store(layer.b[at + j], all.v[task * W + j]);
                 }
             };
-            if (!all.pasts.apart) {  // a row reads what another writes
+            if (!all.apart) {  // a row reads what another writes
                 team.share(rows * G, 1, write);
                 meet();
             }
-            team.share(rows * G, 1, [&](i64 task) {
-                const i64 r = task / G, g = task % G, place = G * W, block = all.pasts.block * place;
-                if (all.pasts.apart) write(task);
-                for (i64 h = 0; h < share; ++h)
-                    turn_pairs(all.q + (task * share + h) * W, all.cos + r * half, all.sin + r * half, W, net.interleave,
-                               queries + h * W);
-                const Places<T> seen{layer.a + g * W, block, place, all.pasts.table(r), all.pasts.lengths[r], all.pasts.shift()};
+            team.share((i64(all.runs.size()) - 1) * G, 1, [&](i64 task) {
+                const i64 g = task % G, first = all.runs[task / G], end = all.runs[task / G + 1], count = end - first;
+                const i64 place = G * W, block = all.pasts.block * place;
+                if (all.apart) write(first * G + g);
+                for (i64 i = 0; i < count * share; ++i) {
+                    const i64 r = first + i / share, h = g * share + i % share;
+                    turn_pairs(all.q + (r * net.heads + h) * W, all.cos + r * half, all.sin + r * half, W, net.interleave,
+                               queries + i * W);
+                }
+                const Places<T> seen{layer.a + g * W, block, place, all.pasts.table(end - 1), all.pasts.lengths[end - 1],
+                                     all.pasts.shift()};
                 const Places<T> value{layer.b + g * W, block, place, seen.table, seen.count, seen.shift};
-                attend(queries, seen, seen, value, share, W, 0, W, all.numbers.scale, keys, weights, stride,
-                       all.o + task * share * W);
+                float *out = count == 1 ? all.o + (first * net.heads + g * share) * W : outputs;
+                attend(queries, seen, seen, value, count, share, W, 0, W, all.numbers.scale, keys, weights, stride, out);
+                for (i64 i = 0; out == outputs && i < count; ++i)
+                    std::copy_n(outputs + i * share * W, share * W, all.o + ((first + i) * net.heads + g * share) * W);
             });
             meet();
             add_heads(layer);
@@ -249,7 +276,7 @@ class Decoding {
                 }
                 const Places<T> a{layer.a, all.pasts.block * C, C, all.pasts.table(r), all.pasts.lengths[r], all.pasts.shift()};
                 const Places<T> b{layer.b, all.pasts.block * R, R, a.table, a.count, a.shift};
-                attend(queries, a, b, a, count, C, R, C, all.numbers.scale, keys, weights, stride, outputs);
+                attend(queries, a, b, a, 1, count, C, R, C, all.numbers.scale, keys, weights, stride, outputs);
                 for (i64 h = 0; h < count; ++h) {
                     const T *w = layer.up + ((first + h) * (N + V) + N) * C;
                     float *to = all.o + (r * H + first + h) * V;
@@ -370,24 +397,27 @@ class Decoding {
     const Pasts &pasts;
     const i64 rows;
     const bool alone;
+    bool apart = true;      // no two rows belong to one sequence
+    std::vector<i64> runs;  // first rows of stretches of one sequence, and the end
+    i64 longest_run;
     Team team;
     float *x, *qa, *q, *k, *v, *kv, *o, *gate, *up, *cos, *sin, *scores, *spare, *shares, *mixed;
     int32_t *chosen;
     uint8_t *shared, *shared_inner, *mixed_inner;
 };
 
-// tokens [rows], each the last of the lengths[i] places of its past → logits [rows, outputs of the head] and, where
-// asked for, what they are made of: hidden [rows, hidden]. apart: no two rows belong to one sequence.
+// tokens [rows], each the last of the lengths[i] places of its past → hidden [rows, hidden] after the last norm and, of
+// the first `wanted` rows, logits [wanted, outputs of the head]. Tokens of one sequence lie side by side, in order.
 template <class T>
 void decode_step(const Network<T> *network, const i64 *tokens, i64 rows, const int32_t *tables, i64 table_row, i64 block,
-                 const int32_t *lengths, i64 apart, const Numbers *numbers, float *hidden, float *logits) {
-    const Pasts pasts{tables, table_row, block, lengths, apart != 0};
-    Decoding<T>(*network, *numbers, pasts, rows).run(tokens, hidden, logits);
+                 const int32_t *lengths, const Numbers *numbers, float *hidden, i64 wanted, float *logits) {
+    const Pasts pasts{tables, table_row, block, lengths};
+    Decoding<T>(*network, *numbers, pasts, rows).run(tokens, hidden, wanted, logits);
 }
 
 }  // namespace
 
 #define P(T) (const Network<T> *network, const i64 *tokens, i64 rows, const int32_t *tables, i64 table_row, i64 block,        \
-              const int32_t *lengths, i64 apart, const Numbers *numbers, float *hidden, float *logits)
-BOTH(void, decode_step, P, (network, tokens, rows, tables, table_row, block, lengths, apart, numbers, hidden, logits))
+              const int32_t *lengths, const Numbers *numbers, float *hidden, i64 wanted, float *logits)
+BOTH(void, decode_step, P, (network, tokens, rows, tables, table_row, block, lengths, numbers, hidden, wanted, logits))
 #undef P

@@ -48,6 +48,7 @@ TARGET void tile(const uint8_t *record, const Quantised &x, Which which, lanes *
 template <int BITS, bool SCALES, bool MINS>
 TARGET void rows_against(const uint8_t *panel, const Quantised &x, Which which, i64 rows, lanes *sums) {
     i64 r = 0;
+    for (; r + 16 <= rows; r += 16) tile<BITS, SCALES, MINS, 16>(panel, x, which + r, sums + r);
     for (; r + 8 <= rows; r += 8) tile<BITS, SCALES, MINS, 8>(panel, x, which + r, sums + r);
     for (; r + 4 <= rows; r += 4) tile<BITS, SCALES, MINS, 4>(panel, x, which + r, sums + r);
     for (; r + 2 <= rows; r += 2) tile<BITS, SCALES, MINS, 2>(panel, x, which + r, sums + r);
