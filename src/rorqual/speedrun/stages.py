@@ -25,10 +25,10 @@ TEMPLATE = "plain"
 ENVIRONMENTS = [
     EnvironmentSection(
         name="countdown",
-        config={"min_numbers": 3, "max_numbers": 4, "min_value": 1, "max_value": 25,
+        config={"min_numbers": 3, "max_numbers": 3, "min_value": 1, "max_value": 25,
                 "min_target": 1, "max_target": 100, "operators": ["+", "-", "*"]},
         prompt="make {target} from {numbers}",
-        weight=4.0,
+        weight=2.0,
     ),
     EnvironmentSection(
         name="chain_sum",
@@ -57,9 +57,9 @@ MODEL = {
     "initializer_range": 0.02,
 }
 
-# Shares of the time for learning. About 0.3 more on two cores goes to documents, rejection sampling, reading the test
+# Shares of the time for learning. About 0.2 more on two cores goes to documents, rejection sampling, reading the test
 # problems at every stage, and the report.
-PRETRAIN, RL = 0.37, 0.3
+PRETRAIN, RL = 0.4, 0.3
 MAX_TOKENS = 224
 
 
