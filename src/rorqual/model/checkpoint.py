@@ -60,9 +60,12 @@ def _shared_copies(model: Transformer) -> dict[str, Tensor]:
 
 
 def meta_model(config: ModelConfig) -> Transformer:
-    """The network without its numbers: for counting and checking."""
-    with torch.device("meta"):
-        return Transformer(config)
+    """The network without its numbers: for counting and checking. Raises UserError for impossible sizes."""
+    try:
+        with torch.device("meta"):
+            return Transformer(config)
+    except (RuntimeError, TypeError) as e:  # more numbers than 64 bits can count
+        raise UserError(f"sizes in the configuration are too large ({str(e).splitlines()[0]}); correct them") from None
 
 
 def allocate(model: Transformer, dtype: torch.dtype, device: torch.device | str) -> None:
@@ -86,15 +89,20 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None, device: torch
     stored = stored_tensors(path)
     if not any(name.startswith(f"model.layers.{config.num_hidden_layers}.") for name in stored):
         config = config.replace(num_nextn_predict_layers=0)
-    last = f"model.layers.{config.num_hidden_layers - 1}.input_layernorm.weight"
-    if last not in stored:  # said before a network of that many layers is built
-        raise UserError(f"{path}: tensor {last} is missing, though config.json says {config.num_hidden_layers} layers")
-    block = block_size(json.loads((path / "config.json").read_text()), str(path / "config.json"))
+    raw = json.loads((path / "config.json").read_text())
+    if not isinstance(raw.get("quantization_config"), dict | None):
+        raise UserError(f"{path / 'config.json'}: quantization_config must be an object; restore the file")
+    block = block_size(raw, str(path / "config.json"))
+    _check(path, _telling_shapes(config), stored, set(), block)
     model = meta_model(config)
     optional = set(_shared_copies(model))
     if config.tie_word_embeddings:
         optional.add("lm_head.weight")
-    _check(path, release_tensors(model), stored, optional, block)
+    expected = {name: tuple(t.shape) for name, t in release_tensors(model).items()}
+    _check(path, expected, stored, optional, block)
+    for name, found in stored.items():
+        if name not in expected and name not in optional and name.removesuffix(SCALE_SUFFIX) not in expected:
+            raise UserError(f"{found.path}: tensor {name} is unexpected; config.json describes another network")
     if dtype is None:
         found = stored[EMBEDDING].dtype
         dtype = found if found in (torch.float32, torch.bfloat16, torch.float16) else torch.bfloat16
@@ -115,8 +123,10 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
         try:
             places = json.loads(index.read_text())["weight_map"]
             files = sorted(set(places.values()))
+            if not all(word.isprintable() and "/" not in word for word in (*files, *places)):
+                raise ValueError("a name in it is damaged")
             tensors = {name: t for file in files for name, t in read_header(path / file).items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
             raise UserError(f"{index} is not a valid index ({e}); restore the file from its source") from None
         for name, file in places.items():
             if name not in tensors or tensors[name].path.name != file:
@@ -134,37 +144,59 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
     return {name: t for name, t in tensors.items() if ".rotary_emb." not in name and 0 not in t.shape}
 
 
+def _telling_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of tensors whose presence bounds what building the network costs, however damaged config.json is."""
+    D, attention = config.hidden_size, "model.layers.0.self_attn"
+    layers = config.num_hidden_layers + config.num_nextn_predict_layers
+    shapes = {EMBEDDING: (config.vocab_size, D), f"model.layers.{layers - 1}.input_layernorm.weight": (D,)}
+    if config.is_mla:
+        shapes[f"{attention}.kv_a_proj_with_mqa.weight"] = (
+            config.kv_lora_rank + config.qk_rope_head_dim,
+            D,
+        )
+    else:
+        shapes[f"{attention}.k_proj.weight"] = (config.num_key_value_heads * config.head_dim, D)
+    first = -(-config.first_k_dense_replace // config.moe_layer_freq) * config.moe_layer_freq
+    if config.n_routed_experts and first < layers:
+        shapes[f"model.layers.{first}.mlp.gate.weight"] = (config.n_routed_experts, D)
+    return shapes
+
+
 def _check(
-    path: Path, expected: dict[str, Tensor], stored: dict[str, StoredTensor], optional: set[str], block: tuple[int, int]
+    path: Path,
+    expected: dict[str, tuple[int, ...]],
+    stored: dict[str, StoredTensor],
+    optional: set[str],
+    block: tuple[int, int],
 ) -> None:
-    for name, tensor in expected.items():
+    for name, shape in expected.items():
         if name not in stored:
             if name in optional:
                 continue
             raise UserError(f"{path}: tensor {name} is missing; the files are incomplete or config.json is another's")
         found = stored[name]
-        if found.shape != tensor.shape:
+        if found.shape != shape:
             raise UserError(
-                f"{found.path}: tensor {name} has shape {list(found.shape)}, but config.json makes it "
-                f"{list(tensor.shape)}; use the config.json that belongs to these weights"
+                f"{found.path}: tensor {name} has shape {list(found.shape)}, but config.json makes it {list(shape)}; "
+                "use the config.json that belongs to these weights"
             )
+        if not found.dtype.is_floating_point:
+            raise UserError(f"{found.path}: tensor {name} holds {found.dtype} numbers, not weights; fetch it again")
         scale = stored.get(name + SCALE_SUFFIX)
         if found.dtype == torch.float8_e4m3fn and scale is None:
             raise UserError(f"{found.path}: tensor {name} is FP8 but {name + SCALE_SUFFIX} is missing")
-        if scale is not None and (tensor.ndim != 2 or scale.shape != scale_shape(found.shape, block)):
+        if scale is not None and (len(shape) != 2 or scale.shape != scale_shape(found.shape, block)):
             raise UserError(
                 f"{scale.path}: tensor {scale.name} has shape {list(scale.shape)}, which does not fit blocks of "
                 f"{block[0]}×{block[1]} of {list(found.shape)}"
             )
-    for name, found in stored.items():
-        if name not in expected and name not in optional and name.removesuffix(SCALE_SUFFIX) not in expected:
-            raise UserError(f"{found.path}: tensor {name} is unexpected; config.json describes another network")
 
 
 def _copy(target: Tensor, stored: StoredTensor, file: Any, scale: StoredTensor | None, block: tuple[int, int]) -> None:
     rows = max(1, PIECE_BYTES // max(1, stored.row_bytes))
     scales = None
     if scale is not None:
+        block = min(block[0], stored.shape[0]), min(block[1], stored.shape[1])  # however large config.json says it is
         rows = -(-rows // block[0]) * block[0]
         with scale.path.open("rb") as other:
             scales = scale.read(other)

@@ -7,7 +7,8 @@ R1-Distill family, SmolLM2). Field names are those of the releases.
 import json
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin
 
 from rorqual.errors import UserError
 
@@ -17,8 +18,21 @@ ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
     "llama": "LlamaForCausalLM",
 }
+LARGEST, MOST = 1 << 31, 1e12  # what sizes are below; what other numbers are at most
+WORDS = {
+    int: "a whole number ≥ 0", float: "a number ≥ 0", bool: "true or false", str: "text", dict: "an object",
+    list: "a list of whole numbers", NoneType: "null",
+}  # fmt: skip
 MLA_FIELDS = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 MOE_FIELDS = ("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size")
+# Numbers above 0 without which a way of stretching the context cannot be computed, and those that may be left out.
+ROPE_FIELDS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings"),
+}
+ROPE_OPTIONS = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor")
 
 
 @dataclass(frozen=True)
@@ -67,6 +81,10 @@ class ModelConfig:
     pad_token_id: int | None = None
 
     def __post_init__(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if not _fits(value, f.type):
+                raise UserError(f"model.{f.name} = {value!r}: must be {_words(f.type)}")
         if self.model_type not in ARCHITECTURES:
             raise UserError(
                 f"model_type {self.model_type!r} is not supported; choose one of {', '.join(ARCHITECTURES)}"
@@ -92,13 +110,11 @@ class ModelConfig:
         self._check()
 
     def _check(self) -> None:
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if f.type in ("int", int) and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
-                raise UserError(f"model.{f.name} = {value!r}: must be a whole number ≥ 0")
-        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+                     "moe_layer_freq"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise UserError(f"model.{name} = {getattr(self, name)}: must be at least 1")
+        self._check_rope()
         if self.is_mla:
             missing = [n for n in MLA_FIELDS if not getattr(self, n)]
             if missing:
@@ -116,12 +132,28 @@ class ModelConfig:
         if self.n_routed_experts:
             self._check_experts()
 
+    def _check_rope(self) -> None:
+        if self.rope_theta <= 1:
+            raise UserError(f"model.rope_theta = {self.rope_theta}: must be above 1")
+        scaling = self.rope_scaling or {}
+        kind = scaling.get("rope_type", "default")
+        if not isinstance(kind, str) or kind not in ROPE_FIELDS:
+            raise UserError(f"model.rope_scaling.rope_type = {kind!r}: must be one of {', '.join(ROPE_FIELDS)}")
+        for name in ROPE_FIELDS[kind]:
+            if not _moderate(scaling.get(name)):
+                raise UserError(f"model.rope_scaling.{name} = {scaling.get(name)!r}: {kind} needs a number above 0")
+        for name in ROPE_OPTIONS:
+            if scaling.get(name) not in (None, 0) and not _moderate(scaling[name]):
+                raise UserError(f"model.rope_scaling.{name} = {scaling[name]!r}: must be a number ≥ 0")
+        if kind == "llama3" and scaling["low_freq_factor"] == scaling["high_freq_factor"]:
+            raise UserError("model.rope_scaling.low_freq_factor: must differ from high_freq_factor")
+
     def _check_experts(self) -> None:
         missing = [n for n in MOE_FIELDS if not getattr(self, n)]
         if missing:
             raise UserError(f"model.{missing[0]} is missing: a mixture of experts needs {', '.join(MOE_FIELDS)}")
         experts, groups = self.n_routed_experts, self.n_group
-        if experts % groups:
+        if groups < 1 or experts % groups:
             raise UserError(f"model.n_group = {groups}: must divide n_routed_experts = {experts}")
         if self.topk_group > groups:
             raise UserError(f"model.topk_group = {self.topk_group}: must be at most n_group = {groups}")
@@ -160,7 +192,7 @@ class ModelConfig:
         """Read a Hugging Face config; keys that do not shape the network are passed over."""
         raw = dict(raw)
         model_type = raw.get("model_type")
-        if model_type not in ARCHITECTURES:
+        if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
             raise UserError(
                 f"{source}: model_type {model_type!r} is not supported; choose one of {', '.join(ARCHITECTURES)}"
             )
@@ -184,12 +216,12 @@ class ModelConfig:
         if required:
             raise UserError(f"{source}: {required[0]} is missing")
         raw.setdefault("initializer_range", 0.02)
+        # Some releases write -1 for a token that there is not.
+        given = {k: None if k.endswith("_token_id") and v == -1 else v for k, v in raw.items() if k in names}
         try:
-            return cls(**{k: v for k, v in raw.items() if k in names})
+            return cls(**given)
         except UserError as e:
             raise UserError(f"{source}: {e}") from None
-        except TypeError as e:
-            raise UserError(f"{source}: a field has the wrong type ({e})") from None
 
     @classmethod
     def load(cls, directory: str | Path) -> "ModelConfig":
@@ -198,7 +230,7 @@ class ModelConfig:
             raw = json.loads(path.read_text())
         except FileNotFoundError:
             raise UserError(f"{path} does not exist; a model is a directory with config.json in it") from None
-        except (ValueError, UnicodeDecodeError) as e:
+        except (ValueError, RecursionError) as e:
             raise UserError(f"{path} is not valid JSON ({e}); restore the file from its source") from None
         if not isinstance(raw, dict):
             raise UserError(f"{path} must hold a JSON object, not a {type(raw).__name__}")
@@ -217,3 +249,27 @@ class ModelConfig:
             for name in ("n_shared_experts", "n_group", "topk_group", "scoring_func", "topk_method"):
                 out.pop(name, None)
         return out
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value may stand where a field is annotated `kind`."""
+    if isinstance(kind, UnionType):
+        return any(_fits(value, k) for k in get_args(kind))
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(_fits(v, get_args(kind)[0]) for v in value)
+    if kind is int:
+        return type(value) is int and 0 <= value < LARGEST
+    if kind is float:
+        return type(value) in (int, float) and 0 <= value <= MOST
+    return isinstance(value, get_origin(kind) or kind)
+
+
+def _moderate(value: Any) -> bool:
+    """A number above 0 whose logarithm and reciprocal can be had."""
+    return _fits(value, float) and value >= 1 / MOST
+
+
+def _words(kind: Any) -> str:
+    if isinstance(kind, UnionType):
+        return " or ".join(_words(k) for k in get_args(kind))
+    return WORDS[get_origin(kind) or kind]

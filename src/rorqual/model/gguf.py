@@ -115,14 +115,20 @@ def reading(path: str | Path) -> Iterator[None]:
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; give a .gguf file") from None
     except UserError as e:
-        raise UserError(f"{path}: {e}") from None
+        raise UserError(_plain(f"{path}: {e}")) from None
     except MemoryError:
         raise UserError(f"{path} does not fit into memory; take a smaller model or fewer bits") from None
     except Exception as e:  # tokenizers raises whatever a damaged byte leads it to
-        reason = " ".join(str(e).split()) or type(e).__name__
-        raise UserError(f"{path} is not a readable GGUF file ({reason}); fetch it again") from e
+        raise UserError(
+            _plain(f"{path} is not a readable GGUF file ({str(e) or type(e).__name__}); fetch it again")
+        ) from e
     finally:
         torch.set_num_threads(threads)
+
+
+def _plain(sentence: str) -> str:
+    """On one line, and without what a damaged name could do to a terminal."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(sentence.split()))
 
 
 def smollm2_file() -> Path:

@@ -66,7 +66,8 @@ class GGUFTensor:
     def expand(self, blocks: np.ndarray) -> Tensor:
         """The numbers in some rows, as llama.cpp computes them, fp32 [n, K]. Raises UserError if one isn't finite."""
         # As one row: the library takes rows by sixteens, which costs more than the arithmetic.
-        values = torch.from_numpy(dequantize(blocks.reshape(1, -1), self.kind)).view(len(blocks), -1)
+        with np.errstate(all="ignore"):  # what is not finite is refused below
+            values = torch.from_numpy(dequantize(blocks.reshape(1, -1), self.kind)).view(len(blocks), -1)
         if not values.isfinite().all():
             raise UserError(f"tensor {self.name} holds numbers that are not finite; fetch the file again")
         return values
@@ -158,6 +159,8 @@ class _Header:
     def tensor(self) -> tuple[str, GGMLQuantizationType, tuple[int, ...], int]:
         """Its name, type, shape and first byte after the header."""
         name, dimensions = self.string(), self.number(GGUFValueType.UINT32)
+        if not name.isprintable():
+            raise ValueError("a tensor's name is damaged")
         if not 1 <= dimensions <= 4:
             raise ValueError(f"tensor {name} has {dimensions} dimensions")
         shape = tuple(self.number(GGUFValueType.UINT64) for _ in range(dimensions))[::-1]

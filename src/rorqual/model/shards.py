@@ -18,6 +18,7 @@ from torch import Tensor
 from rorqual.errors import UserError
 
 PIECE_BYTES = 8 << 20
+HEADER_BYTES = 100_000_000  # at most, as in the safetensors library
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -64,8 +65,8 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         size = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > size - 8:
-                raise ValueError("its header is longer than the file")
+            if size < 8 or length > min(size - 8, HEADER_BYTES):
+                raise ValueError("its header is longer than it can be")
             entries = json.loads(file.read(length))
         entries.pop("__metadata__", None)
         tensors = {name: _stored(path, name, entry, 8 + length) for name, entry in entries.items()}
@@ -84,6 +85,8 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 def _stored(path: Path, name: str, entry: dict, data: int) -> StoredTensor:
     if entry["dtype"] not in DTYPES:
         raise ValueError(f"tensor {name} has the unknown dtype {entry['dtype']!r}")
+    if not name.isprintable():
+        raise ValueError("a tensor's name is damaged")
     shape, (first, last) = tuple(entry["shape"]), entry["data_offsets"]
     if not all(type(n) is int and n >= 0 for n in (*shape, first, last)):
         raise ValueError(f"tensor {name} has an impossible shape or place")
