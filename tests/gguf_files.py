@@ -60,7 +60,7 @@ def network(config=LLAMA):
     return model
 
 
-def header(config):
+def header(config, split):
     kind = "deepseek2" if config.is_mla else config.model_type
     fields = {
         "context_length": config.max_position_embeddings,
@@ -68,25 +68,25 @@ def header(config):
         "embedding_length": config.hidden_size,
         "feed_forward_length": config.intermediate_size,
         "attention.head_count": config.num_attention_heads,
-        "attention.head_count_kv": 1 if config.is_mla else config.num_key_value_heads,
+        "attention.head_count_kv": 1 if config.is_mla and split else config.num_key_value_heads,
         "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
         "rope.freq_base": config.rope_theta,
     }
     if not config.is_mla and config.head_dim * config.num_attention_heads != config.hidden_size:
         fields |= {"attention.key_length": config.head_dim, "attention.value_length": config.head_dim}
-    return {f"{kind}.{name}": v for name, v in (fields | (_latent(config) if config.is_mla else {})).items()}
+    return {f"{kind}.{name}": v for name, v in (fields | (_latent(config, split) if config.is_mla else {})).items()}
 
 
-def _latent(config):
-    fields = {
+def _latent(config, split):
+    widths = {"key_length": config.qk_nope_head_dim + config.qk_rope_head_dim, "value_length": config.v_head_dim}
+    if split:  # the heads' widths have other names; these are those of latents, which all heads share
+        latent = {"key_length": config.kv_lora_rank + config.qk_rope_head_dim, "value_length": config.kv_lora_rank}
+        widths = {f"{name}_mla": width for name, width in widths.items()} | latent
+    fields = {f"attention.{name}": width for name, width in widths.items()} | {
         "vocab_size": config.vocab_size,
         "rope.dimension_count": config.qk_rope_head_dim,
         "attention.q_lora_rank": config.q_lora_rank,
         "attention.kv_lora_rank": config.kv_lora_rank,
-        "attention.key_length": config.kv_lora_rank + config.qk_rope_head_dim,
-        "attention.value_length": config.kv_lora_rank,
-        "attention.key_length_mla": config.qk_nope_head_dim + config.qk_rope_head_dim,
-        "attention.value_length_mla": config.v_head_dim,
         "leading_dense_block_count": config.first_k_dense_replace,
         "expert_count": config.n_routed_experts,
         "expert_used_count": config.num_experts_per_tok,
@@ -185,7 +185,9 @@ def write(path, model, kind=None, split=True, extra=None, **fields):
     (None) leave out those of the header; `extra` tensors come on top."""
     architecture = "deepseek2" if model.config.is_mla else model.config.model_type
     writer = gguf.GGUFWriter(path, architecture)
-    values = header(model.config) | VOCABULARY | {name.replace("__", "."): value for name, value in fields.items()}
+    values = (
+        header(model.config, split) | VOCABULARY | {name.replace("__", "."): value for name, value in fields.items()}
+    )
     add = {
         bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string,
         list: writer.add_array,

@@ -238,3 +238,23 @@ def test_a_file_in_parts(tmp_path):
     second.unlink()
     with pytest.raises(UserError, match=re.escape(f"{second.name} is missing")):
         load_gguf(first)
+
+
+# llama.cpp tells V2-Lite from V2 by its 27 layers.
+LITE = V2_LITE.replace(num_hidden_layers=27, initializer_range=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("split", [True, False], ids=["split", "joined"])
+@pytest.mark.parametrize("config", [LITE, V3], ids=["v2-lite", "v3"])
+@torch.no_grad()
+def test_llama_cpp_computes_the_same(tmp_path, config, split):
+    llama_cpp = pytest.importorskip("llama_cpp")
+    file = write(tmp_path / "a.gguf", network(config), split=split)
+    import_gguf(file, tmp_path / "model")
+    peer = llama_cpp.Llama(model_path=str(file), verbose=False, n_ctx=128, logits_all=True)
+    peer.eval(TOKENS[0].tolist())
+    theirs, ours = torch.tensor(peer.scores[: TOKENS.shape[1]]), load_model(tmp_path / "model").logits(TOKENS)[0]
+    apart = (ours - theirs).norm(dim=-1) / ours.norm(dim=-1)
+    assert float(apart.median()) < 0.01  # its cache has 16 bits
+    assert float(apart.quantile(0.9)) < 0.05
