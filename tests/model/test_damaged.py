@@ -200,6 +200,29 @@ def test_config(model):
     assert 400 < count <= 700
 
 
+@pytest.mark.parametrize(
+    "name", ["num_hidden_layers", "num_nextn_predict_layers", "n_routed_experts", "qk_rope_head_dim", "vocab_size"]
+)
+def test_sizes_that_would_take_for_ever(model, name):
+    file = model / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {name: 2**31 - 8}))
+    assert refused(load_model, model)
+
+
+def test_lengths_that_no_file_has(model, tmp_path):
+    file = write(tmp_path / "a.gguf", network(LLAMA))
+    whole = bytearray(file.read_bytes())
+    types = whole.index(b"tokenizer.ggml.token_type") + len("tokenizer.ggml.token_type") + 4
+    whole[types + 4 + 6] = 1  # the array's length, 2^48 longer
+    file.write_bytes(whole)
+    assert refused(packed, file)
+    weights = model / "model.safetensors"
+    with weights.open("r+b") as opened:  # a file with a hole, and a header that reaches over it
+        opened.write((4 << 30).to_bytes(8, "little"))
+        opened.truncate(8 << 30)
+    assert refused(load_model, model)
+
+
 def test_tokenizer(model):
     file = model / "tokenizer.json"
     whole = file.read_bytes()
