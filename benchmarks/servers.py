@@ -1,0 +1,92 @@
+"""Servers as processes: how each is started, and how it stands still while others are asked."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+PATIENCE = 600  # seconds for a server to come up; vLLM compiles first
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A server in one of its formats. `command` lacks only the port."""
+
+    side: str
+    format: str
+    command: tuple[Any, ...]
+    environment: dict[str, str] = field(default_factory=dict, hash=False)
+
+    def __str__(self) -> str:
+        return f"{self.side} {self.format}"
+
+
+class Server:
+    """A contestant that runs, on `port` of loopback. Raises RuntimeError, with what it said last, if it does not."""
+
+    def __init__(self, contestant: Contestant) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the server)
+        self._process = subprocess.Popen(
+            [*map(str, contestant.command), "--host", "127.0.0.1", "--port", str(self.port)],
+            env=os.environ | contestant.environment, stdout=self._log, stderr=subprocess.STDOUT,
+            start_new_session=True,  # so that signals reach its workers too
+        )  # fmt: skip
+        try:
+            self._wait()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> "Server":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    @contextlib.contextmanager
+    def awake(self) -> Iterator[int]:
+        """Runs within, and stands still after; gives the port."""
+        self._signal(signal.SIGCONT)
+        try:
+            yield self.port
+        finally:
+            self._signal(signal.SIGSTOP)
+
+    def close(self) -> None:
+        """Idempotent."""
+        self._signal(signal.SIGCONT)
+        self._process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(20)
+        self._signal(signal.SIGKILL)
+        self._process.wait()
+
+    def _wait(self) -> None:
+        until = time.monotonic() + PATIENCE
+        while time.monotonic() < until:
+            if self._process.poll() is not None:
+                break
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5) as found:
+                    if found.status == 200:
+                        return
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.2)
+        self._log.seek(0)
+        said = self._log.read().decode(errors="replace").strip().splitlines() or ["it said nothing"]
+        raise RuntimeError("did not come up: " + ([line for line in said if "Error" in line] or said)[-1])
+
+    def _signal(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, number)
