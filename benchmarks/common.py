@@ -17,11 +17,14 @@ from rorqual.process import tune
 RESULTS = Path(__file__).parent / "results"
 
 
-def arguments(description: str) -> argparse.Namespace:
+def arguments(description: str, **more: str) -> argparse.Namespace:
+    """more: options of one's own, with their defaults."""
     tune()  # its second setting only, since torch is loaded; a peer in this process gets it too
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--json", action="store_true", help="end with one JSON object instead of a table")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that it runs, keeps no result")
+    for name, default in more.items():
+        parser.add_argument(f"--{name}", default=default, help=f"default: {default}")
     return parser.parse_args()
 
 

@@ -131,6 +131,7 @@ def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerFast":
         return PreTrainedTokenizerFast.from_pretrained(str(path), local_files_only=True)
     except Exception as e:  # tokenizers raises bare Exception for malformed files
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        reason = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in reason)  # the file's own bytes
         raise UserError(f"{file} or the files beside it cannot be read ({reason}); restore them from the source") from e
 
 

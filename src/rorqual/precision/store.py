@@ -116,6 +116,10 @@ def load_packed(path: Path, dtype: torch.dtype | None = None) -> Transformer:
     stored = stored_tensors(path)
     if not any(name.startswith(f"model.layers.{config.num_hidden_layers}.") for name in stored):
         config = config.replace(num_nextn_predict_layers=0)
+    # Looked for before a network of so many layers is built, which a damaged number could make endless.
+    last = f"model.layers.{config.num_hidden_layers + config.num_nextn_predict_layers - 1}.input_layernorm.weight"
+    if last not in stored:
+        raise UserError(f"{path}: tensor {last} is missing; the files are incomplete or config.json is another's")
     reader = _Reader(path, stored, bits)
     model = meta_model(config)
     dtype = dtype or reader.plain("model.embed_tokens.weight", None).dtype
