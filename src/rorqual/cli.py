@@ -30,7 +30,12 @@ AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object inst
 Temperature = Annotated[float | None, typer.Option(help="0 is greedy; default: the model's own, else 0.6")]
 TopP = Annotated[float | None, typer.Option(help="nucleus kept when sampling; default: the model's own, else 0.95")]
 MaxTokens = Annotated[int | None, typer.Option(help="tokens to make at most; default: the model's own, else 512")]
+ThinkingBudget = Annotated[int | None, typer.Option(help="close </think> after so many tokens")]
 Weights = Annotated[str | None, typer.Option(help="pack the weights into int4 or int8 while loading")]
+Speculate = Annotated[
+    str | None,
+    typer.Option(help="check guesses together: mtp (the model's multi-token module) or lookup (what came before)"),
+]
 ModelDir = Annotated[
     str, typer.Argument(metavar="MODEL", help="a Hugging Face directory, a run's folder or a .gguf file")
 ]
@@ -142,7 +147,7 @@ def evaluate(
     temperature: Annotated[float, typer.Option(help="of sampling")] = 0.6,
     top_p: Annotated[float, typer.Option(help="nucleus kept when sampling")] = 0.95,
     max_tokens: Annotated[int, typer.Option(help="tokens an answer at most")] = 1024,
-    thinking_budget: Annotated[int | None, typer.Option(help="close </think> after so many tokens")] = None,
+    thinking_budget: ThinkingBudget = None,
     seed: Annotated[int, typer.Option(help="of problems and sampling")] = 0,
     against: Annotated[str | None, typer.Option(help="another model: the gain over it, problem by problem")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16 instead of what the weights are in")] = None,
@@ -189,117 +194,59 @@ def generate(
     temperature: Temperature = None,
     top_p: TopP = None,
     max_tokens: MaxTokens = None,
-    thinking_budget: Annotated[int | None, typer.Option(help="close </think> after so many tokens")] = None,
+    thinking_budget: ThinkingBudget = None,
     seed: Annotated[int | None, typer.Option(help="the same seed gives the same text")] = None,
     weights: Weights = None,
+    speculate: Speculate = None,
     as_json: AsJson = False,
 ) -> None:
     """Continue a prompt once; --json adds tokens and timings."""
     from rorqual.engine import Engine
     from rorqual.engine.recommended import recommended
+    from rorqual.terminal import loading, read_prompt, templated, timed
 
     directory = _directory(model)
     params = recommended(
         directory, temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=seed,
         thinking_budget=thinking_budget,
     )  # fmt: skip
-    said = sys.stdin.read() if prompt == "-" else prompt
+    said = read_prompt(prompt)
     started = time.monotonic()
-    engine = Engine(directory, weights=_bits(weights))
+    with loading(directory):
+        engine = Engine(directory, weights=_bits(weights), speculate=_way(speculate))
     loaded = time.monotonic()
-    text = said if raw else _templated(engine, [{"role": "user", "content": said.rstrip("\n")}])
+    text = said if raw else templated(engine, [{"role": "user", "content": said.rstrip("\n")}])
     if as_json:
-        print(json.dumps(_timed(engine, text, params) | {"load_seconds": loaded - started}, ensure_ascii=False))
+        print(json.dumps(timed(engine, text, params) | {"load_seconds": loaded - started}, ensure_ascii=False))
         return
     for piece in engine.stream(text, params):
         print(piece, end="", flush=True)
     print()
 
 
-def _timed(engine: Any, text: str, params: Any) -> dict[str, Any]:
-    """One continuation, and how long it took."""
-    started = time.monotonic()
-    request = engine.submit(text, params)
-    (sample,) = request.samples
-    first = None
-    while sample.finish is None:
-        engine.step()
-        if first is None and sample.tokens:
-            first = time.monotonic()
-    ended = time.monotonic()
-    found = engine.completion(sample)
-    after_first = len(found.tokens) - 1
-    return {
-        "text": found.text,
-        "tokens": found.tokens,
-        "finish_reason": found.finish_reason,
-        "prompt_tokens": len(request.prompt),
-        "first_token_seconds": (first or ended) - started,
-        "seconds": ended - started,
-        "tokens_per_second": after_first / (ended - first) if first and after_first else None,
-    }
-
-
 @app.command()
 def chat(
     model: ModelDir,
+    system: Annotated[str | None, typer.Option(help="what to tell the model before the conversation")] = None,
     temperature: Temperature = None,
     top_p: TopP = None,
     max_tokens: MaxTokens = None,
+    thinking_budget: ThinkingBudget = None,
     weights: Weights = None,
+    speculate: Speculate = None,
 ) -> None:
-    """Talk to a model; Ctrl-C stops a reply, Ctrl-D (or an empty line) ends."""
-    import readline  # noqa: F401  (gives `input` its line editing and history)
-
-    from rich.console import Console
-
+    """Talk to a model; Ctrl-C stops a reply, Ctrl-D ends."""
     from rorqual.engine import Engine
     from rorqual.engine.recommended import recommended
+    from rorqual.terminal import loading, talk
 
     directory = _directory(model)
-    params = recommended(directory, temperature=temperature, top_p=top_p, max_tokens=max_tokens)
-    engine = Engine(directory, prefix_cache=True, weights=_bits(weights))  # a turn need not read the conversation again
-    console = Console(highlight=False)
-    console.print("Ctrl-C stops a reply, Ctrl-D ends.", style="dim")
-    messages: list[dict[str, str]] = []
-    while True:
-        try:
-            question = input("> ").strip()
-        except (EOFError, KeyboardInterrupt):
-            break
-        if not question:
-            break
-        messages.append({"role": "user", "content": question})
-        try:
-            reply = _reply(engine, messages, params, console)
-        except UserError as e:  # e.g. the conversation no longer fits the context
-            console.print(f"{e} — the conversation starts afresh", style="red")
-            messages = []
-            continue
-        messages.append({"role": "assistant", "content": reply.partition("</think>")[2] or reply})
-
-
-def _reply(engine: Any, messages: list[dict[str, str]], params: Any, console: Any) -> str:
-    """Print a reply as it comes, its thinking dimmed; gives its text."""
-    text = _templated(engine, messages)
-    thinking = text.rstrip().endswith("<think>")
-    reply = ""
-    try:
-        for piece in engine.stream(text, params):
-            reply += piece
-            thinking = thinking or reply.lstrip().startswith("<think>")
-            dim = thinking and "</think>" not in reply
-            console.print(piece, end="", style="dim" if dim else None, markup=False, soft_wrap=True)
-    except KeyboardInterrupt:
-        console.print(" [stopped]", style="yellow", markup=False, end="")
-    console.print()
-    return reply
-
-
-def _templated(engine: Any, messages: list[dict[str, str]]) -> str:
-    if getattr(engine.tokenizer, "chat_template", None) is None:
-        raise UserError("this model has no chat template (chat_template.jinja); use `rorqual generate --raw`")
-    return engine.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    params = recommended(
+        directory, temperature=temperature, top_p=top_p, max_tokens=max_tokens, thinking_budget=thinking_budget
+    )
+    with loading(directory):  # a turn need not read the conversation again, and Ctrl-C waits for a piece of it only
+        engine = Engine(directory, prefix_cache=True, chunk=512, weights=_bits(weights), speculate=_way(speculate))
+    talk(engine, params, system)
 
 
 @app.command()
@@ -316,6 +263,7 @@ def serve(
     timeout: Annotated[float, typer.Option(help="seconds a request may take")] = 600.0,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16 instead of what the weights are in")] = None,
     weights: Weights = None,
+    speculate: Speculate = None,
     page: Annotated[bool, typer.Option(help="a chat page at /")] = True,
 ) -> None:
     """Serve a model behind OpenAI's API (and DeepSeek's reasoning_content); SIGTERM finishes what was accepted."""
@@ -325,6 +273,7 @@ def serve(
     from rorqual.serve.run import bind, check_address, read_keys
     from rorqual.serve.run import serve as run
     from rorqual.serve.service import Options
+    from rorqual.terminal import loading
 
     for option, value in (("--slots", slots), ("--cache-gb", cache_gb), ("--timeout", timeout)):
         if value <= 0:
@@ -335,10 +284,11 @@ def serve(
     check_address(host, keys, anonymous)
     directory = _directory(model)
     listening = bind(host, port)
-    engine = Engine(
-        directory, slots=slots, cache_bytes=int(cache_gb * 2**30), prefix_cache=True,
-        dtype=dtype and getattr(torch, dtype), weights=_bits(weights), chunk=512,
-    )  # fmt: skip
+    with loading(directory):
+        engine = Engine(
+            directory, slots=slots, cache_bytes=int(cache_gb * 2**30), prefix_cache=True,
+            dtype=dtype and getattr(torch, dtype), weights=_bits(weights), chunk=512, speculate=_way(speculate),
+        )  # fmt: skip
     called = name or (directory.parent if directory.name == "model" else directory).resolve().name.removesuffix(".gguf")
     run(directory, engine, Options(called, keys, waiting, timeout), listening, page)
 
@@ -415,6 +365,12 @@ def _bits(weights: str | None) -> Any:
     if weights is not None:
         _choice("--weights", weights, ("int4", "int8"))
     return weights
+
+
+def _way(speculate: str | None) -> Any:
+    if speculate is not None:
+        _choice("--speculate", speculate, ("mtp", "lookup"))
+    return speculate
 
 
 def _choice(option: str, value: str, allowed: tuple[str, ...]) -> None:
