@@ -1,55 +1,47 @@
-"""A tiny reasoning model of random weights, served on a port of this machine."""
+"""A tiny reasoning model, served on a port of this machine."""
 
 import asyncio
+import os
+import re
+import subprocess
+import sys
 import threading
 import time
 
+import httpx
 import openai
 import pytest
 import torch
 import uvicorn
 
-from rorqual.data.tokenizer import save_tokenizer, train_tokenizer
+from reasoner import save_reasoner
 from rorqual.engine import Engine, SamplingParams
-from rorqual.model import ModelConfig, Transformer
-from rorqual.model.checkpoint import save_model
-from rorqual.recipe import TokenizerSection
 from rorqual.serve.app import build_app
 from rorqual.serve.run import bind
 from rorqual.serve.service import Options, Service
 
-TEMPLATE = (
-    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% if think is not defined or think %}<think>{% endif %}{% endif %}"
-)
-
 
 @pytest.fixture(scope="session")
 def directory(tmp_path_factory):
-    section = TokenizerSection(
-        vocab_size=300, special_tokens=["<|user|>", "<|assistant|>", "<|system|>", "<think>", "</think>"]
-    )
-    tokenizer = train_tokenizer(["what is 12 and 7, or the sum of both? é 🐋"] * 3, section)
-    tokenizer.chat_template = TEMPLATE
-    config = ModelConfig(
-        model_type="deepseek_v3", vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, q_lora_rank=None, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8,
-        n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2, moe_intermediate_size=16,
-        first_k_dense_replace=1, initializer_range=0.2, max_position_embeddings=2048, eos_token_id=0,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("served") / "tiny"
-    save_model(Transformer(config), path, tokenizer)
-    save_tokenizer(tokenizer, path)
-    return path
+    return save_reasoner(tmp_path_factory.mktemp("served") / "tiny")
+
+
+class OneThread(Engine):
+    """Two threads make so small a model no faster, and wait for one another where another program has a core."""
+
+    def submit(self, *args, **kwargs):
+        torch.set_num_threads(1)  # of the calling thread
+        return super().submit(*args, **kwargs)
 
 
 class Server:
     """A running service: `url`, `service`, and `stop`, which ends it as SIGTERM does."""
 
-    def __init__(self, directory, slots=8, cache_bytes=1 << 20, page=None, **options):
-        engine = Engine(directory, slots=slots, cache_bytes=cache_bytes, prefix_cache=True)
-        self.service = Service(engine, SamplingParams(), Options("tiny", **options))
+    def __init__(
+        self, directory, slots=8, cache_bytes=1 << 20, page=None, recommended=SamplingParams(), **options
+    ):  # fmt: skip
+        engine = OneThread(directory, slots=slots, cache_bytes=cache_bytes, prefix_cache=True)
+        self.service = Service(engine, recommended, Options("tiny", **options))
         app = build_app(self.service)
         if page is not None:
             page(app, self.service)
@@ -80,10 +72,67 @@ class Server:
         assert not self.thread.is_alive()
 
 
+class Process:
+    """`rorqual serve` as a user starts it: `url`, what it has logged, and `end`, which waits for its exit status."""
+
+    def __init__(self, directory, log, *options):
+        self.log = log
+        with log.open("a") as out:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", "from rorqual.cli import main; main()", "serve", str(directory), *options],
+                stdout=out, stderr=out, env=os.environ | {"OMP_NUM_THREADS": "1"},
+            )  # fmt: skip
+        while not (found := re.findall(r"(http://[\d.]+:\d+)/v1", log.read_text())):
+            assert self.process.poll() is None, log.read_text()
+            time.sleep(0.05)
+        self.url = found[-1]
+        assert httpx.get(self.url + "/health", timeout=60).status_code == 200
+
+    def figures(self):
+        """/metrics, by name."""
+        lines = httpx.get(self.url + "/metrics", timeout=60).text.splitlines()
+        return {name: float(value) for name, value in (x.rsplit(" ", 1) for x in lines if not x.startswith("#"))}
+
+    def wait_for(self, name, fits, seconds=60.0):
+        until = time.monotonic() + seconds
+        while not fits(value := self.figures()[name]):
+            assert time.monotonic() < until, f"{name} is still {value}"
+            time.sleep(0.02)
+
+    def end(self, number):
+        self.process.send_signal(number)
+        return self.process.wait(60)
+
+
+@pytest.fixture
+def serve(directory, tmp_path):
+    """Start such processes."""
+    running = []
+
+    def begin(*options):
+        running.append(Process(directory, tmp_path / f"log-{len(running)}", *options))
+        return running[-1]
+
+    yield begin
+    for one in running:
+        one.process.kill()
+        one.process.wait()
+
+
 @pytest.fixture(scope="session")
 def server(directory):
     running = Server(directory)
     yield running
+    running.stop()
+
+
+@pytest.fixture(scope="session")
+def small(directory):
+    """Its cache has room for few tokens, so that nothing takes long whatever is asked for."""
+    running = Server(directory, cache_bytes=1 << 14)
+    assert running.service.context < 128
+    yield running
+    assert running.settled() == 0
     running.stop()
 
 

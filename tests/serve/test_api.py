@@ -70,6 +70,44 @@ def test_log_probabilities_of_a_chat(client):
         assert sorted(entry.top_logprobs, key=lambda t: -t.logprob) == entry.top_logprobs
 
 
+def test_log_probabilities_of_thoughts_and_of_what_a_grammar_forbids(client):
+    answer = client.chat.completions.create(
+        model="tiny", messages=ASK, max_tokens=30, logprobs=True, top_logprobs=3, seed=1,
+        extra_body={"thinking_budget": 5, "structured_outputs": {"choice": ["yes"]}},
+    ).choices[0]  # fmt: skip
+    assert len(answer.logprobs.reasoning_content) == 5
+    said = answer.logprobs.content
+    assert b"".join(bytes(e.bytes) for e in said) == b"yes"
+    assert min(t.logprob for e in said for t in e.top_logprobs) == -9999  # JSON has no infinity
+
+
+def test_three_answers_at_once(client):
+    settings = {"model": "tiny", "messages": ASK, "max_tokens": 20, "n": 3, "seed": 4,
+                "extra_body": {"thinking_budget": 6}}  # fmt: skip
+    whole = client.chat.completions.create(**settings)
+    said, thought, ends = [""] * 3, [""] * 3, [None] * 3
+    for chunk in client.chat.completions.create(**settings, stream=True):
+        for c in chunk.choices:
+            said[c.index] += c.delta.content or ""
+            thought[c.index] += getattr(c.delta, "reasoning_content", None) or ""
+            ends[c.index] = c.finish_reason
+    assert said == [c.message.content for c in whole.choices]
+    assert thought == [c.message.reasoning_content for c in whole.choices]
+    assert ends == [c.finish_reason for c in whole.choices]
+    assert len(set(thought)) == 3
+    assert 3 < whole.usage.completion_tokens_details.reasoning_tokens <= 18
+
+
+def test_whoever_closes_a_stream_frees_its_blocks(server, client):
+    stream = client.chat.completions.create(model="tiny", messages=ASK, n=4, stream=True, extra_body={
+        "ignore_eos": True})  # fmt: skip
+    for _ in zip(range(20), stream, strict=False):
+        pass
+    assert server.service.engine.status().blocks_held > 0
+    stream.close()
+    assert server.settled() == 0
+
+
 def test_log_probabilities_of_a_text_and_its_prompt(server, client):
     answer = client.completions.create(
         model="tiny", prompt="what is 12", max_tokens=4, temperature=0, logprobs=2, echo=True
@@ -142,7 +180,7 @@ TOOLS = [
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_tool_that_must_be_called_is_called(client, stream):
-    settings = {**PLAIN, "tools": TOOLS, "max_tokens": 100, "stream": stream}
+    settings = {**PLAIN, "tools": TOOLS, "max_tokens": 100, "stream": stream, "seed": 1}
     choice = {"type": "function", "function": {"name": "take"}}
     found = client.chat.completions.create(**settings, tool_choice=choice)
     if stream:
@@ -182,12 +220,39 @@ def test_stop_strings_end_the_answer_and_not_the_thoughts(client):
         ({"extra_body": {"structured_outputs": {"regex": "("}}}, "regex"),
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": 1}}}}, "schema"),
         ({"tool_choice": {"type": "function", "function": {"name": "none"}}, "tools": TOOLS}, "tool_choice"),
+        ({"tool_choice": "required"}, "tools is empty"),
+        ({"top_logprobs": 3}, "logprobs: true"),
+        ({"extra_body": {"chat_template_kwargs": {"chat_template": "{{ 1 }}"}}}, "chat_template_kwargs"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+         r"messages\.0\.content\.0\.type"),
+        ({"stop": 5}, "^(?!.*stop.str).*stop: .*string; or .*list"),
+        ({"stop": ["a"] * 100}, "stop"),
+        ({"extra_body": {"stop_token_ids": [1 << 70]}}, "stop_token_ids"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused_in_words(client, change, says):
     with pytest.raises(openai.BadRequestError, match=says) as refused:
         client.chat.completions.create(**{"model": "tiny", "messages": ASK} | change)
     assert set(refused.value.response.json()["error"]) == {"message", "type", "param", "code"}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/v1/completions", b'{"prompt": [-1], "echo": true}', "prompt.0"),
+        ("/v1/completions", b'{"prompt": [300000], "echo": true, "max_tokens": 0}', "prompt"),
+        ("/v1/completions", b'{"prompt": ["a", "a", "a"], "n": 128}', "n"),
+        ("/v1/completions", b'{"prompt": "\\ud800"}', "prompt"),
+        ("/v1/completions", b'{"prompt": "a", "logit_bias": {"\\ud800": 1}}', "logit_bias"),
+        ("/tokenize", b'{"messages": [{"role": "user", "content": "a"}], "tools": [{"type": "function", "function":'
+         b'{"name": "f", "parameters": {"\\ud800": 1}}}]}', "messages"),
+        ("/detokenize", b'{"tokens": [99999999999999]}', "tokens.0"),
+    ],
+)  # fmt: skip
+def test_what_no_client_library_would_send(server, path, body, param):
+    answer = httpx.post(server.url + path, content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == param
 
 
 def test_other_mistakes_have_their_status(server, client):

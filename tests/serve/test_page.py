@@ -1,39 +1,29 @@
-"""The chat page: what it is made of, and what a reply becomes."""
+"""The chat page: what a reply becomes, and the page itself in a browser."""
 
-import asyncio
-import os
+import re
 import shutil
+import signal
+import time
 
 import httpx
 import pytest
 
-from rorqual.serve.page import add_page, answer
-from rorqual.serve.protocol import ChatRequest
+from rorqual.engine import SamplingParams
+from rorqual.serve.page import add_page
 
-
-def test_a_reply_is_a_fold_of_thoughts_an_answer_and_figures(server):
-    body = ChatRequest(messages=[{"role": "user", "content": "what is 12?"}], max_tokens=30, thinking_budget=8, seed=2)
-
-    async def read():
-        return [shown async for shown in answer(server.service, body)]
-
-    steps = asyncio.run(read())
-    folds = [shown[0]["metadata"] for shown, _ in steps if "metadata" in shown[0]]
-    assert folds[0]["status"] == "pending"
-    assert folds[0]["title"].startswith("Thinking")
-    assert folds[-1]["status"] == "done"
-    assert "8 tokens" in folds[-1]["title"]
-    shown, figures = steps[-1]
-    assert len(shown) == 2
-    assert "think>" not in shown[1]["content"]
-    assert "30 tokens" in figures or steps[-1][0][1]["content"]
-    assert "prompt tokens from the cache" in figures
-    assert server.settled() == 0
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+FLAGS = [
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+]  # fmt: skip
+in_a_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
 
 
 @pytest.fixture
 def paged(start):
-    return start(page=add_page)
+    server = start(page=add_page, recommended=SamplingParams(max_tokens=120))
+    server.service.engine.eos = ()  # replies are as long as they may be
+    return server
 
 
 def test_the_page_and_the_api_share_an_address(paged):
@@ -42,6 +32,15 @@ def test_the_page_and_the_api_share_an_address(paged):
     assert "Rorqual" in page.text
     assert httpx.get(paged.url + "/v1/models").json()["data"][0]["id"] == "tiny"
     assert httpx.get(paged.url + "/health").status_code == 200
+    assert httpx.get(paged.url + "/v1/nothing").json()["error"]["type"] == "not_found_error"
+    assert httpx.get(paged.url + "/v1/chat/completions").status_code == 405
+
+
+def test_nothing_of_gradio_but_the_page_can_be_reached(paged):
+    upload = httpx.post(paged.url + "/gradio_api/upload", files={"files": b"x" * 100})
+    assert upload.status_code == 404
+    for path in ("/gradio_api/file=/etc/hostname", "/gradio_api/openapi.json", "/monitoring", "/login"):
+        assert httpx.get(paged.url + path).status_code == 404
 
 
 def test_a_page_with_keys_wants_one(start):
@@ -52,21 +51,178 @@ def test_a_page_with_keys_wants_one(start):
     assert "kittiwake-4711" not in page.text
 
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
-def test_somebody_talks_through_the_page(paged, tmp_path):
+@pytest.fixture(scope="module")
+def browser():
     playwright = pytest.importorskip("playwright.sync_api")
     with playwright.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 390, "height": 800})  # a phone
-        page.goto(paged.url)
-        box = page.get_by_role("textbox").last
-        box.fill("what is 12 and 7?")
-        box.press("Enter")
-        page.get_by_text("prompt tokens from the cache").wait_for(timeout=60_000)
-        page.get_by_text("Thought").first.wait_for(timeout=60_000)
-        page.screenshot(path=os.environ.get("RORQUAL_SCREENSHOT", str(tmp_path / "page.png")))
-        assert page.evaluate("document.documentElement.scrollWidth") <= 390, "nothing to scroll sideways for"
-        browser.close()
+        running = p.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield running
+        running.close()
+
+
+class Visitor:
+    """Somebody at the page; `elsewhere`: what the page asked of other servers, `errors`: of what it complained."""
+
+    def __init__(self, browser, url, **options):
+        self.context = browser.new_context(**{"viewport": {"width": 1200, "height": 800}} | options)
+        self.page, self.elsewhere, self.errors = self.context.new_page(), [], []
+        self.page.on("request", lambda r: r.url.startswith((url, "data:", "blob:")) or self.elsewhere.append(r.url))
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.on("response", lambda r: r.ok or self.errors.append(f"{r.status} {r.url}"))
+        self.page.goto(url)
+        self.box.wait_for()
+
+    @property
+    def box(self):
+        return self.page.get_by_placeholder("Ask something")
+
+    @property
+    def figures(self):
+        return self.page.locator(".figures.prose").inner_text()
+
+    @property
+    def questions(self):
+        return [q.strip() for q in self.page.get_by_test_id("user").all_inner_texts()]
+
+    def button(self, name):
+        return self.page.get_by_role("button", name=name, exact=True)
+
+    def ask(self, question):
+        self.box.fill(question)
+        self.box.press("Enter")
+
+    def answered(self):
+        """Wait for the end of a reply."""
+        self.page.get_by_text("prompt tokens from the cache").wait_for()
+        self.button("Send").wait_for()
+        assert not self.elsewhere
+        assert not self.errors
+
+
+@pytest.fixture
+def visit(browser, paged):
+    visitors = []
+
+    def open_page(**options):
+        visitors.append(Visitor(browser, paged.url, **options))
+        return visitors[-1]
+
+    yield open_page
+    for visitor in visitors:
+        visitor.context.close()
+
+
+@in_a_browser
+def test_somebody_asks_and_reads(visit):
+    visitor = visit()
+    visitor.ask("what is the sum of both, or of 12 and 7, and what of both?")
+    visitor.answered()
+    assert visitor.questions == ["what is the sum of both, or of 12 and 7, and what of both?"]
+    title = visitor.page.get_by_text("Thought · ").inner_text()
+    assert re.search(r"Thought · [\d.]+ s · \d+ tokens", title)
+    assert visitor.figures.startswith("120 tokens · ")
+    visitor.ask("and the sum?")
+    visitor.page.get_by_text("Thought · ").nth(1).wait_for()
+    visitor.answered()
+    assert re.search(r" (1[6-9]|[2-9]\d|\d{3}) of \d+ prompt tokens from the cache", visitor.figures), visitor.figures
+
+
+@in_a_browser
+def test_a_reply_can_be_stopped_and_made_again_and_its_question_edited(visit, paged, monkeypatch):
+    step, pause = paged.service.engine.step, [0.02]
+    monkeypatch.setattr(paged.service.engine, "step", lambda: (time.sleep(pause[0]), step())[1])
+    visitor = visit()
+    visitor.ask("what is 12 and 7?")
+    visitor.page.get_by_text("Thinking · ").wait_for()
+    visitor.button("Stop").click()
+    visitor.answered()
+    assert visitor.figures.endswith("stopped")
+    assert paged.settled() == 0
+    assert int(visitor.figures.split()[0]) < 120
+    pause[0] = 0.0
+
+    visitor.page.get_by_label("Retry").last.click()
+    visitor.page.get_by_text("120 tokens · ").wait_for()
+    visitor.answered()
+    assert visitor.questions == ["what is 12 and 7?"]
+
+    visitor.page.get_by_label("Edit").first.click()
+    visitor.page.locator(".edit-textarea").fill("or the sum of both?")
+    visitor.page.get_by_label("Submit").first.click()
+    visitor.page.get_by_text("or the sum of both?").last.wait_for()
+    visitor.answered()
+    assert visitor.questions == ["or the sum of both?"]
+
+
+@in_a_browser
+def test_conversations_outlive_the_page_and_can_be_left_and_deleted(visit):
+    visitor = visit()
+    for question in ("what is 12?", "is it 7?"):
+        visitor.button("New conversation").click()
+        visitor.ask(question)
+        visitor.page.get_by_role("radio", name=question).wait_for()
+        visitor.answered()
+    visitor.page.reload()
+    visitor.box.wait_for()
+    visitor.page.get_by_role("radio", name="what is 12?").click()
+    visitor.page.locator(".message").first.wait_for()
+    assert visitor.questions == ["what is 12?"]
+    visitor.ask("and 7?")
+    visitor.answered()
+    assert visitor.questions == ["what is 12?", "and 7?"]
+    visitor.page.get_by_label("Clear").click()
+    visitor.page.get_by_role("radio", name="what is 12?").wait_for(state="detached")
+    assert visitor.page.get_by_role("radio").count() == 1
+    visitor.page.reload()
+    visitor.page.get_by_role("radio", name="is it 7?").wait_for()
+    assert visitor.page.get_by_role("radio").count() == 1
+
+
+@in_a_browser
+def test_whoever_closes_the_page_frees_what_it_held(visit, paged, monkeypatch):
+    step = paged.service.engine.step
+    monkeypatch.setattr(paged.service.engine, "step", lambda: (time.sleep(0.2), step())[1])
+    visitor = visit()
+    visitor.ask("what?")
+    visitor.page.get_by_text("Thinking · ").wait_for()
+    visitor.context.close()
+    assert paged.settled() == 0
+    assert paged.service.engine.status().counts.made_tokens < 110
+
+
+@in_a_browser
+def test_a_full_queue_is_said_and_the_question_kept(visit, paged):
+    paged.service.worker.limit = 0
+    visitor = visit()
+    visitor.ask("what?")
+    visitor.page.get_by_text("the server is busy").wait_for()
+    visitor.button("Send").wait_for()
+    paged.service.worker.limit = 8
+    visitor.page.get_by_label("Retry").last.click()
+    visitor.answered()
+    assert visitor.questions == ["what?"]
+
+
+@in_a_browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_on_a_phone_by_day_and_by_night(visit, scheme):
+    visitor = visit(viewport={"width": 390, "height": 844}, color_scheme=scheme)
+    visitor.ask("what is 12 and 7?")
+    visitor.answered()
+    sizes = "[document.documentElement.scrollWidth, document.querySelector('.gradio-container').scrollWidth]"
+    assert visitor.page.evaluate(sizes) == [390, 390], "there is something to scroll sideways for"
+    send = visitor.button("Send").bounding_box()
+    assert send["x"] + send["width"] <= 390
+    shade = visitor.page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (sum(map(int, re.findall(r"\d+", shade)[:3])) < 3 * 128) == (scheme == "dark")
+
+
+@in_a_browser
+def test_an_open_page_does_not_keep_the_server_from_ending(browser, serve):
+    server = serve("--port", "0")
+    visitor = Visitor(browser, server.url)
+    visitor.ask("what is 12 and 7?")
+    visitor.answered()
+    assert server.end(signal.SIGTERM) == 0
+    visitor.context.close()
+    assert "Traceback" not in server.log.read_text()

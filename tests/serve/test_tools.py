@@ -34,6 +34,8 @@ def test_a_call_is_found_and_not_shown(marker, said, step):
 def test_several_calls_have_their_own_names():
     _, calls = CallReader(HERMES, forced=False).feed(HERMES_SAID + HERMES_SAID, last=True)
     assert len(calls) == len({c.id for c in calls}) == 2
+    _, calls = CallReader(HERMES, forced=False, several=False).feed(HERMES_SAID + HERMES_SAID, last=True)
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize("said", ["a < b <tool", "<tool_call>{not json}</tool_call>", '<tool_call>{"name": "x"'])

@@ -9,6 +9,8 @@ from rorqual.engine import Engine
 from rorqual.serve.tools import Call, CallReader
 from rorqual.serve.worker import Piece
 
+IMPOSSIBLE = -9999.0  # OpenAI's log-probability of what cannot be, such as what a grammar forbids; JSON has no infinity
+
 
 class Vocabulary:
     """What single tokens stand for."""
@@ -32,7 +34,7 @@ class Vocabulary:
 
     def logprob(self, token: int, logprob: float) -> dict[str, Any]:
         raw = self.bytes(token)
-        return {"token": raw.decode(errors="replace"), "logprob": logprob, "bytes": list(raw)}
+        return {"token": raw.decode(errors="replace"), "logprob": max(logprob, IMPOSSIBLE), "bytes": list(raw)}
 
 
 @dataclass
@@ -129,7 +131,6 @@ class ChatChoice:
         """Log-probabilities of a piece, those of thoughts apart; tokens that no text shows are left out."""
         if not self.logprobs:
             return None
-        thoughts = piece.reasoning_tokens - self.reasoning_tokens
         found: dict[str, list[dict[str, Any]]] = {"content": [], "reasoning_content": []}
         for i, (token, logprob) in enumerate(zip(piece.tokens, piece.logprobs, strict=True)):
             if token in self.vocabulary.hidden:
@@ -137,7 +138,7 @@ class ChatChoice:
             entry = self.vocabulary.logprob(token, logprob)
             ranked = piece.top[i][: self.top] if piece.top else []
             entry["top_logprobs"] = [self.vocabulary.logprob(*pair) for pair in ranked]
-            found["reasoning_content" if i < thoughts else "content"].append(entry)
+            found["reasoning_content" if i < piece.thoughts else "content"].append(entry)
         for name, entries in found.items():
             self.likely[name] += entries
         return found
@@ -188,8 +189,8 @@ class TextChoice:
         for i, (token, logprob) in enumerate(zip(tokens, logprobs, strict=True)):
             text = self.vocabulary.text(token)
             self.likely["tokens"].append(text)
-            self.likely["token_logprobs"].append(logprob)
-            ranked = top[i][: self.top] if top else []
-            self.likely["top_logprobs"].append({self.vocabulary.text(t): p for t, p in ranked} if ranked else None)
+            self.likely["token_logprobs"].append(None if logprob is None else max(logprob, IMPOSSIBLE))
+            ranked = {self.vocabulary.text(t): max(p, IMPOSSIBLE) for t, p in (top[i][: self.top] if top else [])}
+            self.likely["top_logprobs"].append(ranked or None)
             self.likely["text_offset"].append(self._length)
             self._length += len(text)

@@ -4,19 +4,21 @@ import contextlib
 import json
 import time
 from collections.abc import AsyncIterator
+from importlib.metadata import version
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
-from rorqual.engine import SamplingParams
+from rorqual.engine import Grammar, SamplingParams
 from rorqual.engine.grammar import json_grammar
-from rorqual.engine.score import score
-from rorqual.errors import UserError
+from rorqual.serve import shapes
 from rorqual.serve.answers import ChatChoice, Head, TextChoice, Usage
-from rorqual.serve.errors import ApiError, on_api_error, on_http, on_invalid
+from rorqual.serve.errors import ApiError, on_api_error, on_bug, on_http, on_invalid
 from rorqual.serve.guard import Guard
 from rorqual.serve.protocol import (
     ChatRequest,
@@ -41,62 +43,69 @@ def build_app(service: Service) -> FastAPI:
         yield
         await service.worker.stop()
 
-    app = FastAPI(title="Rorqual", lifespan=lifespan, docs_url="/docs", redoc_url=None)
+    options = service.options
+    app = FastAPI(
+        title="Rorqual", version=version("rorqual"), lifespan=lifespan, docs_url=None, redoc_url=None,
+        dependencies=[Depends(HTTPBearer(auto_error=False))] if options.keys else [],  # described; the guard checks it
+    )  # fmt: skip
+    app.state.leaving = []  # what to call so that connections end which no answer ends
     app.add_exception_handler(ApiError, on_api_error)
     app.add_exception_handler(RequestValidationError, on_invalid)
     app.add_exception_handler(HTTPException, on_http)
-    options = service.options
+    app.add_exception_handler(Exception, on_bug)
 
     def counted(scope: dict[str, Any], status: int) -> None:
         route = scope.get("route")
         path = getattr(route, "path", None) or "other"  # a client's own words would make figures without end
         service.metrics.requests.labels(path, str(status or 499)).inc()
 
-    app.add_middleware(Guard, keys=options.keys, max_body=options.max_body, counted=counted)
+    app.add_middleware(Guard, keys=options.keys, max_body=options.max_body, timeout=options.timeout, counted=counted)
 
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", responses=shapes.streamed(shapes.ChatAnswer))
     async def chat(body: ChatRequest, request: Request) -> Response:
+        """Answer a conversation. Thoughts come as `reasoning_content`, as in DeepSeek's API."""
         started = time.monotonic()
         service.check_model(body.model)
+        service.check_count(body.n)
         tools = body.tools if body.tool_choice != "none" else None
         prompt = await service.chat_prompt(body.messages, tools, extra=body.chat_template_kwargs)
         wanted = body.max_completion_tokens or body.max_tokens
         service.check_prompt(prompt, "messages", wanted)
-        grammar = forced(body) or response_grammar(body)
-        top = max(body.top_logprobs, int(body.logprobs and body.top_logprobs > 0))
-        params = service.sampling(body, wanted, top if body.logprobs else 0, grammar)
+        params = service.sampling(body, [prompt], wanted, body.top_logprobs, forced(body) or response_grammar(body))
         must = body.tool_choice == "required" or isinstance(body.tool_choice, ToolChoice)
 
         def choice(index: int) -> ChatChoice:
-            reader = CallReader(marker_of(service.template), must) if tools else None
-            return ChatChoice(index, service.vocabulary, reader, body.logprobs, top)
+            reader = CallReader(marker_of(service.template), must, body.parallel_tool_calls) if tools else None
+            return ChatChoice(index, service.vocabulary, reader, body.logprobs, body.top_logprobs)
 
         head = Head("chat.completion", options.name, "chatcmpl")
         choices = [choice(i) for i in range(params.n)]
         return await answer(service, request, body, head, choices, [prompt], params, started, raw=False)
 
-    @app.post("/v1/completions")
+    @app.post("/v1/completions", responses=shapes.streamed(shapes.TextAnswer))
     async def completions(body: CompletionRequest, request: Request) -> Response:
+        """Continue texts, or token ids, as they are."""
         started = time.monotonic()
         service.check_model(body.model)
         given = body.prompts()
         if not given:
             raise ApiError(400, "prompt is empty; give at least one token", "prompt")
-        prompts = [await service.encode(p) if isinstance(p, str) else p for p in given]
         if body.max_tokens == 0 and not body.echo:
             raise ApiError(400, "max_tokens: 0 makes sense only with echo", "max_tokens")
+        service.check_count(len(given) * body.n)
+        prompts = [await service.encode(p, body.add_special_tokens) if isinstance(p, str) else p for p in given]
         for prompt in prompts:
             service.check_prompt(prompt, "prompt", body.max_tokens)
-        params = service.sampling(body, body.max_tokens, body.logprobs or 0, None)
+            service.check_tokens(prompt, "prompt")
+        params = service.sampling(body, prompts, body.max_tokens, body.logprobs or 0, None)
         choices = []
         for i, prompt in enumerate(prompts):
             echo = service.engine.tokenizer.decode(prompt) if body.echo else ""
             made = [TextChoice(i * params.n + j, service.vocabulary, body.logprobs, echo) for j in range(params.n)]
             if body.echo and body.logprobs is not None:
-                try:
-                    found = await service.worker.ask(lambda e, p=prompt: score(e.model, p, body.logprobs or 0))
-                except UserError as e:
-                    raise ApiError(400, str(e), "prompt") from e
+                found = await unless_gone(request.receive, service.score(prompt, body.logprobs, started))
+                if isinstance(found, Response):  # nobody is there any more
+                    return found
                 for c in made:
                     c.prompt(prompt, *found)
             choices += made
@@ -107,51 +116,61 @@ def build_app(service: Service) -> FastAPI:
             return JSONResponse(head.wrap([c.whole() for c in choices], Usage(sum(map(len, prompts))), chunk=False))
         return await answer(service, request, body, head, choices, prompts, params, started, raw=True)
 
-    @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
+    @app.get("/v1/models", response_model=shapes.ModelList, responses=shapes.problems(401))
+    async def models() -> Any:
+        """The one model served."""
         return {"object": "list", "data": [model_card(service)]}
 
-    @app.get("/v1/models/{name:path}")
-    async def model(name: str) -> dict[str, Any]:
+    @app.get("/v1/models/{name:path}", response_model=shapes.ModelCard, responses=shapes.problems(400, 401, 404))
+    async def model(name: str) -> Any:
         service.check_model(name)
         return model_card(service)
 
-    @app.post("/tokenize")
-    async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
+    bodies = shapes.problems(400, 401, 404, 408, 413)
+
+    @app.post("/tokenize", response_model=shapes.Tokens, responses=bodies)
+    async def tokenize(body: TokenizeRequest) -> Any:
+        """A text's tokens, or a conversation's."""
         service.check_model(body.model)
         if body.prompt is not None:
-            tokens = await service.encode(body.prompt)
+            tokens = await service.encode(body.prompt, body.add_special_tokens)
         else:
             tokens = await service.chat_prompt(body.messages or [], body.tools, body.add_generation_prompt)
         return {"count": len(tokens), "max_model_len": service.context, "tokens": tokens}
 
-    @app.post("/detokenize")
-    async def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
+    @app.post("/detokenize", response_model=shapes.Text, responses=bodies)
+    async def detokenize(body: DetokenizeRequest) -> Any:
+        """The text of tokens."""
         service.check_model(body.model)
-        size = service.engine.model.config.vocab_size
-        if not all(0 <= t < size for t in body.tokens):
-            raise ApiError(400, f"tokens: ids must be from 0 to {size - 1}", "tokens")
+        service.check_tokens(body.tokens, "tokens")
         return {"prompt": service.engine.tokenizer.decode(body.tokens)}
 
-    @app.get("/health")
+    @app.get("/health", responses={200: {"model": shapes.Health}, 503: {"model": shapes.Health}})
     async def health() -> Response:
+        """Whether the engine runs; needs no key."""
         well = service.worker.alive
         return JSONResponse({"status": "ok" if well else "the engine has stopped"}, 200 if well else 503)
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse, responses=shapes.problems(401))
     async def metrics() -> Response:
+        """Figures for Prometheus."""
         return PlainTextResponse(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.api_route("/v1/{rest:path}", methods=["GET", "POST", "PUT", "PATCH", "DELETE"], include_in_schema=False)
+    async def nothing(request: Request) -> None:
+        """Before the page, which is mounted at the root and would answer in its own way."""
+        known = [r for r in app.routes if r.matches(request.scope)[0] is Match.PARTIAL]
+        raise ApiError(405, "this path takes another method") if known else ApiError(404, "there is no such path")
 
     return app
 
 
-def response_grammar(body: ChatRequest) -> Any:
+def response_grammar(body: ChatRequest) -> Grammar | None:
     """What response_format asks for."""
     wanted = body.response_format
     if wanted is None or wanted.type == "text":
         return None
-    schema = wanted.json_schema.schema_ if wanted.json_schema is not None else None
-    return json_grammar(schema if isinstance(schema, dict) else None)
+    return json_grammar(None if wanted.json_schema is None else wanted.json_schema.schema_)
 
 
 def model_card(service: Service) -> dict[str, Any]:
@@ -208,4 +227,4 @@ async def answer(
             yield json.dumps(e.body())
         yield "[DONE]"
 
-    return EventStream(chunks(), lambda: service.worker.close(ticket))
+    return EventStream(chunks(), service.left(started), lambda: service.worker.close(ticket))

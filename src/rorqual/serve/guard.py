@@ -1,5 +1,6 @@
 """What stands before every route: who may ask, and how large a request may be."""
 
+import asyncio
 import hmac
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -9,14 +10,17 @@ from rorqual.serve.errors import ApiError
 Receive = Callable[[], Awaitable[dict[str, Any]]]
 Send = Callable[[dict[str, Any]], Awaitable[None]]
 # What needs a key. Open are /health, which a load balancer asks, and the page, which asks for a key itself.
-CLOSED = ("/v1", "/tokenize", "/detokenize", "/metrics", "/docs", "/openapi.json")
+CLOSED = ("/v1", "/tokenize", "/detokenize", "/metrics", "/openapi.json")
 
 
 class Guard:
-    """ASGI middleware. `keys`: of these one must come as `Authorization: Bearer …`; none: everybody may ask."""
+    """ASGI middleware. `keys`: of these one must come as `Authorization: Bearer …`; none: everybody may ask.
 
-    def __init__(self, app: Any, keys: tuple[str, ...], max_body: int, counted: Any) -> None:
-        self.app, self.max_body, self.counted = app, max_body, counted
+    A request may have `max_body` bytes, and must have come to its end after `timeout` seconds.
+    """
+
+    def __init__(self, app: Any, keys: tuple[str, ...], max_body: int, timeout: float, counted: Any) -> None:
+        self.app, self.max_body, self.timeout, self.counted = app, max_body, timeout, counted
         self.keys = [key.encode() for key in keys]
 
     async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
@@ -58,12 +62,20 @@ class Guard:
         return any(found) and kind.lower() == b"bearer"
 
     def _limited(self, receive: Receive) -> Receive:
-        size = 0
+        size, whole = 0, False
+        end = asyncio.get_running_loop().time() + self.timeout
 
         async def receiving() -> dict[str, Any]:
-            nonlocal size
-            message = await receive()
+            nonlocal size, whole
+            if whole:  # what still comes is that the client leaves
+                return await receive()
+            try:
+                async with asyncio.timeout_at(end):
+                    message = await receive()
+            except TimeoutError:
+                raise ApiError(408, f"the request did not come to its end in {self.timeout:g} seconds") from None
             size += len(message.get("body", b""))
+            whole = not message.get("more_body", False)
             if size > self.max_body:
                 raise self._too_large()
             return message

@@ -41,6 +41,8 @@ class Metrics:
         yield CounterMetricFamily("rorqual_prompt_tokens", "Prompt tokens computed", counts.prompt_tokens)
         yield CounterMetricFamily("rorqual_cached_tokens", "Prompt tokens found in the cache", counts.cached_tokens)
         yield CounterMetricFamily("rorqual_generated_tokens", "Tokens made", counts.made_tokens)
+        yield CounterMetricFamily("rorqual_drafted_tokens", "Guesses at tokens that were checked", counts.drafted)
+        yield CounterMetricFamily("rorqual_accepted_tokens", "Guesses that were right", counts.accepted)
         yield CounterMetricFamily("rorqual_preemptions", "Samples that gave their blocks back", counts.preempted)
 
     def text(self) -> bytes:

@@ -11,6 +11,10 @@ from rorqual.engine.grammar import json_grammar
 
 N_MOST = 128  # answers to one request
 LOGPROBS_MOST = 20
+# Every one of these costs time at every token, of all that run.
+STOPS_MOST, BIASES_MOST = 32, 1024
+
+TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
 
 
 class Part(BaseModel):
@@ -32,8 +36,6 @@ class ToolCall(BaseModel):
 
 
 class Message(BaseModel):
-    model_config = ConfigDict(extra="allow")
-
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[Part] | None = None
     tool_calls: list[ToolCall] | None = None
@@ -81,7 +83,7 @@ class JsonSchema(BaseModel):
     model_config = ConfigDict(populate_by_name=True)
 
     name: str = "answer"
-    schema_: dict[str, Any] | bool = Field(alias="schema", default_factory=lambda: {"type": "object"})
+    schema_: dict[str, Any] = Field(alias="schema", default_factory=lambda: {"type": "object"})
 
 
 class ResponseFormat(BaseModel):
@@ -102,7 +104,7 @@ class StructuredOutputs(BaseModel):
 
     json_: dict[str, Any] | None = Field(alias="json", default=None)
     regex: str | None = None
-    choice: list[str] | None = None
+    choice: Annotated[list[str], Field(min_length=1)] | None = None
     grammar: str | None = None
 
     @model_validator(mode="after")
@@ -143,11 +145,13 @@ class Sampling(BaseModel):
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] = 1.0
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
-    logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    logit_bias: (
+        Annotated[dict[TokenId, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=BIASES_MOST)] | None
+    ) = None
     n: Annotated[int, Field(ge=1, le=N_MOST)] = 1
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] = Field(default_factory=list)
+    stop: str | Annotated[list[str], Field(max_length=STOPS_MOST)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=STOPS_MOST)] = Field(default_factory=list)
     ignore_eos: bool = False
     thinking_budget: Annotated[int, Field(ge=0, le=1 << 40)] | None = None
     structured_outputs: StructuredOutputs | None = None
@@ -198,7 +202,9 @@ class ChatRequest(Sampling):
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")
-    def _choice(self) -> "ChatRequest":
+    def _fits_together(self) -> "ChatRequest":
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs: true")
         names = [t.function.name for t in self.tools or []]
         if isinstance(self.tool_choice, ToolChoice) and self.tool_choice.function.name not in names:
             raise ValueError(f"tool_choice names {self.tool_choice.function.name!r}, which is not among tools")
@@ -208,11 +214,11 @@ class ChatRequest(Sampling):
 
 
 class CompletionRequest(Sampling):
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
+    add_special_tokens: bool = True  # to a prompt given as text, those that the tokenizer puts before one
     max_tokens: Annotated[int, Field(ge=0)] | None = 16
     logprobs: Annotated[int, Field(ge=0, le=LOGPROBS_MOST)] | None = None
     echo: bool = False
-    suffix: None = None
 
     def prompts(self) -> list[str | list[int]]:
         if isinstance(self.prompt, str):
@@ -228,6 +234,7 @@ class TokenizeRequest(BaseModel):
     messages: list[Message] | None = None
     tools: list[Tool] | None = None
     add_generation_prompt: bool = True
+    add_special_tokens: bool = True
 
     @model_validator(mode="after")
     def _one(self) -> "TokenizeRequest":
@@ -238,4 +245,4 @@ class TokenizeRequest(BaseModel):
 
 class DetokenizeRequest(BaseModel):
     model: str | None = None
-    tokens: list[int]
+    tokens: list[TokenId]

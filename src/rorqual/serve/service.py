@@ -2,12 +2,16 @@
 
 import asyncio
 import contextlib
+import inspect
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rorqual.engine import Engine, SamplingParams
+from rorqual.engine import Engine, Grammar, SamplingParams
+from rorqual.engine.blocks import BLOCK
+from rorqual.engine.cache import block_bytes
+from rorqual.engine.score import Ranked, score
 from rorqual.errors import UserError
 from rorqual.serve.answers import Vocabulary
 from rorqual.serve.errors import ApiError
@@ -33,7 +37,7 @@ class Service:
 
     def __init__(self, engine: Engine, recommended: SamplingParams, options: Options) -> None:
         self.engine, self.recommended, self.options = engine, recommended, options
-        self.context = engine.model.config.max_position_embeddings
+        self.context = context_of(engine)
         self.worker = Worker(engine, options.waiting)
         self.metrics = Metrics(engine)
         self.vocabulary = Vocabulary(engine)
@@ -48,14 +52,19 @@ class Service:
         if not self.template:
             raise ApiError(400, "this model has no chat template; use /v1/completions")
         said = [m.for_template() for m in messages]
-        described = None
+        described, extra = None, extra or {}
+        # These are the server's own to give: with a template of its own, a request could run for ever.
+        reserved = inspect.signature(self.engine.tokenizer.apply_chat_template).parameters.keys() & extra.keys()
+        if reserved:
+            name = "chat_template_kwargs"
+            raise ApiError(400, f"{name}: {min(reserved)!r} is not for a template; leave it out", name)
         if tools:
             said = told(said, tools, self.template)
             described = [t.model_dump(exclude_none=True) for t in tools]
 
         def render() -> list[int]:
             text = self.engine.tokenizer.apply_chat_template(
-                said, tools=described, tokenize=False, add_generation_prompt=add, **(extra or {})
+                said, tools=described, tokenize=False, add_generation_prompt=add, **extra
             )
             return self.engine.tokenizer(text, add_special_tokens=False).input_ids
 
@@ -64,8 +73,16 @@ class Service:
         except Exception as e:  # a template raises what it likes about messages that it does not expect
             raise ApiError(400, f"the model's chat template refuses these messages: {e}", param="messages") from e
 
-    async def encode(self, text: str) -> list[int]:
-        return await self._aside(lambda: self.engine.tokenizer(text, add_special_tokens=False).input_ids)
+    async def encode(self, text: str, special: bool) -> list[int]:
+        """special: with what the tokenizer puts before (or behind) a text."""
+        if any("\ud800" <= c <= "\udfff" for c in text):
+            raise ApiError(400, "prompt holds half a character (a lone surrogate); send whole ones", "prompt")
+        return await self._aside(lambda: self.engine.tokenizer(text, add_special_tokens=special).input_ids)
+
+    def check_tokens(self, tokens: Sequence[int], param: str) -> None:
+        size = self.engine.model.config.vocab_size
+        if not all(0 <= t < size for t in tokens):
+            raise ApiError(400, f"{param}: token ids must be from 0 to {size - 1}", param)
 
     async def _aside(self, work: Callable[[], Any]) -> Any:
         """In a thread: a long prompt takes the tokenizer a while. One at a time, since it is not made for more."""
@@ -79,19 +96,28 @@ class Service:
             message = f"the model {name!r} does not exist; this server has {self.options.name!r}"
             raise ApiError(404, message, "model", "model_not_found")
 
+    def check_count(self, samples: int) -> None:
+        """Before anything is done about so many answers."""
+        if samples > self.worker.limit:
+            raise ApiError(
+                400, f"{samples} answers are more than the {self.worker.limit} this server takes at once", "n"
+            )
+
     def check_prompt(self, prompt: list[int], param: str, wanted: int | None) -> None:
         if not prompt:
             raise ApiError(400, f"{param} is empty; give at least one token", param)
         if len(prompt) >= self.context or len(prompt) + (wanted or 0) > self.context:
             asked = f" and asks for {wanted} more" if wanted else ""
-            message = (
-                f"{param} has {len(prompt)} tokens{asked}, but the model's context holds {self.context}; shorten it"
-            )
+            message = f"{param} has {len(prompt)} tokens{asked}, but the context holds {self.context}; shorten it"
             raise ApiError(400, message, param, "context_length_exceeded")
 
-    def sampling(self, body: Sampling, max_tokens: int | None, logprobs: int, grammar: Any) -> SamplingParams:
+    def sampling(
+        self, body: Sampling, prompts: list[list[int]], wanted: int | None, logprobs: int, grammar: Grammar | None
+    ) -> SamplingParams:
+        """`wanted`: tokens an answer may have; None: as many as there is room for."""
+        room = self.context - max(map(len, prompts))
         try:
-            return body.params(self.recommended, max_tokens or self.context, logprobs, grammar)
+            return body.params(self.recommended, wanted or room, logprobs, grammar)
         except UserError as e:
             raise ApiError(400, str(e)) from e
 
@@ -108,42 +134,69 @@ class Service:
         try:
             ticket = self.worker.open(prompts, params, raw)
         except Busy:
-            if len(prompts) * params.n > self.worker.limit:
-                raise ApiError(
-                    400, f"{len(prompts) * params.n} answers are more than this server takes at once"
-                ) from None
-            raise ApiError(
-                429, "the server is busy and its queue is full; try again soon", code="queue_full", Retry_After="1"
-            ) from None
+            raise busy() from None
         try:
             await ticket.accepted
-        except UserError as e:
+        except BaseException as e:
             self.worker.close(ticket)
-            raise ApiError(400, str(e)) from e
-        except BaseException:
-            self.worker.close(ticket)
+            if isinstance(e, UserError):
+                raise ApiError(400, str(e)) from e
+            if isinstance(e, Failed):
+                raise failed(e) from e
             raise
         return ticket
 
     async def pieces(self, ticket: Ticket, started: float) -> AsyncIterator[Piece]:
         """A ticket's pieces, timed; raises ApiError where it takes too long or the engine fails."""
         before: float | None = None
-        iterator = aiter(ticket)
-        while True:
-            left = started + self.options.timeout - time.monotonic()
-            try:
-                piece = await asyncio.wait_for(anext(iterator), max(0.0, left))
-            except StopAsyncIteration:
-                break
-            except TimeoutError:
-                raise ApiError(504, f"the answer took longer than {self.options.timeout:g} seconds") from None
-            except Failed as e:
-                raise ApiError(500, f"the engine failed ({e}); send the request again") from e
-            now = time.monotonic()
-            if before is None:
-                self.metrics.first.observe(now - started)
-            elif ticket.samples == 1:
-                self.metrics.between.observe(now - before)
-            before = now
-            yield piece
+        alarm = ticket.loop.call_later(self.left(started), ticket.pieces.put_nowait, self._late())
+        try:
+            async for piece in ticket:
+                now = time.monotonic()
+                if before is None:
+                    self.metrics.first.observe(now - started)
+                elif ticket.samples == 1:
+                    self.metrics.between.observe(now - before)
+                before = now
+                yield piece
+        except Failed as e:
+            raise failed(e) from e
+        finally:
+            alarm.cancel()
         self.metrics.whole.observe(time.monotonic() - started)
+
+    async def score(self, prompt: list[int], top: int, started: float) -> tuple[list[float | None], list[Ranked]]:
+        """A prompt's own log-probabilities."""
+        try:
+            async with asyncio.timeout(self.left(started)):
+                return await self.worker.ask(lambda engine: score(engine.model, prompt, top))
+        except Busy:
+            raise busy() from None
+        except TimeoutError:
+            raise self._late() from None
+        except UserError as e:
+            raise ApiError(400, str(e), "prompt") from e
+
+    def left(self, started: float) -> float:
+        """Seconds that a request which came then may still take."""
+        return max(0.0, started + self.options.timeout - time.monotonic())
+
+    def _late(self) -> ApiError:
+        return ApiError(504, f"the answer took longer than {self.options.timeout:g} seconds")
+
+
+def context_of(engine: Engine) -> int:
+    """Tokens a prompt and its answer may have: as many as the model knows places for and the cache has room for."""
+    config = engine.model.config
+    if engine.cache_bytes is None:
+        return config.max_position_embeddings
+    blocks = engine.cache_bytes // block_bytes(config, engine.model.head_weight.dtype)
+    return min(config.max_position_embeddings, max(0, blocks - 2) * BLOCK)
+
+
+def busy() -> ApiError:
+    return ApiError(429, "the server is busy and its queue is full; try again soon", code="queue_full", Retry_After="1")
+
+
+def failed(error: Failed) -> ApiError:
+    return ApiError(500, f"the engine failed ({error}); send the request again")

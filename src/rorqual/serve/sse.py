@@ -7,6 +7,7 @@ from typing import Any
 from starlette.responses import Response
 
 Receive = Callable[[], Awaitable[Any]]
+READING = 10.0  # seconds for a client to read the end of an answer
 
 
 class Gone(Exception):
@@ -40,19 +41,23 @@ async def _gone(receive: Receive) -> None:
 
 
 class EventStream(Response):
-    """One event for every text; `closed` is called in any case, once."""
+    """One event for every text; `closed` is called in any case, once.
+
+    The events take `seconds` at most; who has not read them READING seconds later is left alone.
+    """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[str], closed: Callable[[], None]) -> None:
+    def __init__(self, events: AsyncIterator[str], seconds: float, closed: Callable[[], None]) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
-        self._events, self._closed = events, closed
+        self._events, self._seconds, self._closed = events, seconds + READING, closed
 
     async def __call__(self, scope: Any, receive: Receive, send: Callable[[Any], Awaitable[None]]) -> None:
         try:
-            await _race(receive, self._send(send))
-        except (Gone, OSError):
+            async with asyncio.timeout(self._seconds):
+                await _race(receive, self._send(send))
+        except (Gone, OSError, TimeoutError):
             pass
         finally:
             self._closed()

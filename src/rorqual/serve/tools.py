@@ -82,11 +82,11 @@ def forced(request: ChatRequest) -> Grammar | None:
 class CallReader:
     """Takes an answer's text as it comes and gives what is to be shown, and the calls.
 
-    forced: all of it is one call.
+    forced: all of it is one call. several: there may be more than one.
     """
 
-    def __init__(self, marker: str, forced: bool) -> None:
-        self._marker, self._forced = marker, forced
+    def __init__(self, marker: str, forced: bool, several: bool = True) -> None:
+        self._marker, self._forced, self._several = marker, forced, several
         self._held = ""
 
     def feed(self, piece: str, last: bool) -> tuple[str, list[Call]]:
@@ -102,7 +102,7 @@ class CallReader:
         shown, self._held = self._held[:at], self._held[at:]
         if not last or not self._held:
             return shown, []
-        calls = self._calls()
+        calls = self._calls()[: None if self._several else 1]
         return (shown, calls) if calls else (shown + self._held, [])
 
     def _calls(self) -> list[Call]:

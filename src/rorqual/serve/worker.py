@@ -34,7 +34,8 @@ class Piece:
     logprobs: list[float]
     top: list[list[tuple[int, float]]]
     finish: str | None
-    reasoning_tokens: int  # so far
+    thoughts: int  # of the tokens, from the first on, that belong to the thinking
+    reasoning_tokens: int  # so far, as far as there is text of them
 
 
 class Ticket:
@@ -106,19 +107,27 @@ class Worker:
         self._inbox.put(lambda: self._cancel(ticket))
 
     async def ask(self, work: Callable[[Engine], Any]) -> Any:
-        """Let the engine's thread do something between two steps."""
+        """Let the engine's thread do something between two steps; it takes a place as a sample does."""
+        if self.count >= self.limit:
+            raise Busy
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[Any] = loop.create_future()
 
         def do() -> None:
+            if answer.cancelled():
+                return
             try:
                 result, error = work(self.engine), None
             except Exception as e:
                 result, error = None, e
             _call(loop, lambda: _settle(answer, result, error))
 
-        self._inbox.put(do)
-        return await answer
+        self.count += 1
+        try:
+            self._inbox.put(do)
+            return await answer
+        finally:
+            self.count -= 1
 
     # -- in the engine's thread
 
@@ -126,11 +135,11 @@ class Worker:
         while not self._stopping:
             try:
                 self._work()
-            except Exception as e:
+            except BaseException as e:  # what Rust panics with is no Exception
                 log.exception("the engine failed; what was under way is lost")
                 self.engine.reset()
                 for ticket in set(self._tickets.values()):
-                    _hand(ticket, [Failed(f"{type(e).__name__}: {e}")])
+                    _hand(ticket, [_failed(e)])
                 self._tickets.clear()
 
     def _work(self) -> None:
@@ -159,8 +168,12 @@ class Worker:
                 ticket.requests.append(request)
                 self._tickets[request] = ticket
         except UserError as e:
-            self._cancel(ticket)
             error = e
+        except BaseException as e:  # its own trouble: the others go on
+            log.exception("the engine could not take a request in")
+            error = _failed(e)
+        if error is not None:
+            self._cancel(ticket)
         _call(ticket.loop, lambda: _settle(ticket.accepted, None, error))
 
     def _cancel(self, ticket: Ticket) -> None:
@@ -173,11 +186,18 @@ class Worker:
         reasoning, content = ("", text.text) if ticket.raw else (text.reasoning, text.content)
         thought, answered, made = ticket.said.get(sample, (0, 0, 0))
         ticket.said[sample] = len(reasoning), len(content), len(sample.tokens)
+        # A token without text yet, part of a character, is a thought while thinking goes on.
+        began = self.engine.think is not None and sample.tokens[:1] == [self.engine.think[0]]
+        end = len(sample.tokens) if text.thinking else text.reasoning_tokens + began
         index = ticket.requests.index(sample.request) * ticket.params.n + sample.number
         return Piece(
             index, reasoning[thought:], content[answered:], sample.tokens[made:], sample.logprobs[made:],
-            sample.top[made:], sample.finish, text.reasoning_tokens,
+            sample.top[made:], sample.finish, max(0, end - made), text.reasoning_tokens,
         )  # fmt: skip
+
+
+def _failed(error: BaseException) -> Failed:
+    return Failed(f"{type(error).__name__}: {error}")
 
 
 def _settle(answer: "asyncio.Future[Any]", result: Any, error: Exception | None) -> None:
