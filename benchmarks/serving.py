@@ -24,9 +24,9 @@ from rorqual.model.gguf import import_model, smollm2_file
 from rorqual.precision.store import quantize
 from servers import Contestant, Server
 
-REQUESTS = {1: 8, 8: 40, 32: 128}  # by how many clients there are at a time
+REQUESTS = {1: 8, 8: 40, 32: 96}  # by how many clients there are at a time
 RATE = 0.7  # of what the slowest side can do, for requests that come by chance
-ROUNDS = 3
+ROUNDS = 2
 US = "rorqual"
 COLUMNS = {
     "tokens/s": "tokens_per_second",
@@ -61,8 +61,9 @@ def theirs(folder: Path) -> list[Contestant]:
     environment = {"VLLM_CPU_OMP_THREADS_BIND": "0-1", "VLLM_CPU_KVCACHE_SPACE": "1"}
     found = []
     for format, name in (("bf16", "smollm2"), ("w8a8", "w8a8"), ("w4a16", "w4a16")):
-        command = (peers.vllm(), "serve", folder / name, "--served-model-name", MODEL, "--dtype", "bfloat16")
-        found.append(Contestant("vllm", format, command, environment))
+        command = (peers.vllm(), "-m", "vllm.entrypoints.openai.api_server", "--model", folder / name)
+        settings = ("--served-model-name", MODEL, "--dtype", "bfloat16")
+        found.append(Contestant("vllm", format, command + settings, environment))
     for kind in ("Q4_1", "Q4_0", "Q8_0"):
         file = smollm2_file()
         if kind != "Q4_1":
@@ -166,7 +167,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # or servers that stand still would stay
     requests, rounds = ({1: 2, 8: 12}, 1) if args.quick else (REQUESTS, ROUNDS)
     with contextlib.ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) if args.quick else peers.models()
         contestants = ours(folder) + ([] if args.quick else theirs(folder))
         field = Field(contestants, stack, requests)
         found = run(field, requests, rounds)

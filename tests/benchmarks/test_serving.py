@@ -2,6 +2,8 @@
 
 import asyncio
 import importlib
+import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -195,3 +197,13 @@ def test_our_server_is_measured(module, servers, load, tmp_path):
     assert found["tokens_per_second"] > 0
     assert 0 < found["ttft_ms_p50"] <= found["ttft_ms_p95"]
     assert 0 < found["events_per_token"] <= 1
+
+
+@pytest.mark.slow
+def test_quick_run_measures_our_formats():
+    command = [sys.executable, str(FOLDER / "serving.py"), "--quick", "--json"]
+    found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+    assert set(found["figures"]["loads"]) == {"c1", "c8", "poisson", "c8-openai"}
+    assert set(found["figures"]["tried_tokens_per_second"]) == {"rorqual int4", "rorqual int8", "rorqual Q4_1"}
+    for load in found["figures"]["loads"].values():
+        assert load["rorqual"]["tokens_per_second"] > 0
