@@ -8,6 +8,7 @@ import platform
 from setuptools import Extension, setup
 
 FOLDER = "src/rorqual/kernels/cpu"
+HEADERS = ("numbers", "lanes", "attend", "lowbit", "tile", "team", "network")
 X86 = {"avx512": ["-march=x86-64-v4", "-mprefer-vector-width=512"], "avx2": ["-march=x86-64-v3"]}
 LEVELS = {"portable": []} | (X86 if platform.machine() in ("x86_64", "AMD64") else {})
 # No flag here lets the compiler assume that numbers are finite: a NaN must stay one, so that its step is skipped.
@@ -18,7 +19,7 @@ setup(
         Extension(
             f"rorqual.kernels.cpu.compiled_{level}",
             [f"{FOLDER}/{name}.cpp" for name in ("rows", "decode", "product", "lowbit", "step")],
-            depends=[f"{FOLDER}/{name}.h" for name in ("numbers", "lanes", "attend", "lowbit", "tile", "team", "network")],
+            depends=[f"{FOLDER}/{name}.h" for name in HEADERS],
             extra_compile_args=FLAGS + flags,
             extra_link_args=["-fopenmp"],
             optional=True,

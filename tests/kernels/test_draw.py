@@ -16,6 +16,18 @@ def test_words_and_logprobs_match_the_reference(dtype, words):
     torch.testing.assert_close(logprob[same], expected[same], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("words", [3, 256, 700])
+def test_without_temperature_the_first_of_the_most_probable(dtype, words):
+    torch.manual_seed(0)
+    logits, uniform = torch.randn(50, words).to(dtype), torch.rand(50)
+    found, logprob = draw(logits, 0.0, uniform)
+    right, expected = draw_reference(logits, 0.0, uniform)
+    assert found.tolist() == right.tolist()
+    torch.testing.assert_close(logprob, expected, rtol=1e-4, atol=1e-5)
+    assert draw(torch.zeros(1, words, dtype=dtype), 0.0, uniform[:1])[0].tolist() == [0]
+
+
 def test_the_ends_of_the_range():
     logits = torch.full((2, 600), -50.0)
     logits[:, 0], logits[:, 599] = 0.0, 0.0

@@ -20,6 +20,7 @@ def open_model(
 ) -> tuple[Transformer, "PreTrainedTokenizerFast"]:
     """A Hugging Face directory, its `weights` packed into so many bits; packed ones and .gguf files stay as they are.
 
+    What is not packed, and so the cache, is BF16 then, if nothing else is said: FP32 beside such weights buys nothing.
     Raises UserError for what cannot be read.
     """
     if Path(path).suffix == ".gguf":
@@ -29,5 +30,5 @@ def open_model(
     tokenizer = load_tokenizer(path)
     if packed_already(Path(path)):
         return load_packed(Path(path), dtype), tokenizer
-    model = load_model(path, dtype, device)
+    model = load_model(path, dtype or (torch.bfloat16 if weights else None), device)
     return (model if weights is None else convert(model, weights)), tokenizer

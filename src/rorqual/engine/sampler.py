@@ -88,11 +88,7 @@ def sample(logits: Tensor, cut: Cut, uniform: Tensor) -> tuple[Tensor, Tensor]:
     Log-probabilities are of the distribution at this temperature (1 when greedy) before the cut. Drawing by one uniform
     number a row through the cumulative sum makes a row's token independent of its neighbours.
     """
-    if cut.temperature == 0:
-        logits = logits.float()
-        tokens = logits.argmax(-1)
-        return tokens, (logits.gather(1, tokens[:, None]) - logits.logsumexp(-1, keepdim=True)).squeeze(1)
-    if cut.top_p == 1 and cut.top_k == 0 and cut.min_p == 0:
+    if cut.temperature == 0 or (cut.top_p == 1 and cut.top_k == 0 and cut.min_p == 0):
         return draw(logits, cut.temperature, uniform)
     probs = (logits.float() / cut.temperature).softmax(-1)
     tokens = first_above(_kept(probs, cut), uniform)

@@ -11,7 +11,8 @@ def draw(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, T
     """logits [n, V], uniform [n] in [0, 1) → words [n] of softmax(logits/temperature), their log-probabilities [n].
 
     A row's word is the first whose probability, added to those before it, exceeds the row's number: it does not
-    depend on the other rows.
+    depend on the other rows. At temperature 0 it is the most probable one, and log-probabilities
+    are those of softmax(logits).
     """
     if not cpu.usable(logits):
         return draw_reference(logits, temperature, uniform)
@@ -23,8 +24,8 @@ def draw(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, T
 
 
 def draw_reference(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    probs = (logits.float() / temperature).softmax(-1)
-    words = first_above(probs, uniform)
+    probs = (logits.float() / (temperature or 1.0)).softmax(-1)
+    words = first_above(probs, uniform) if temperature else logits.argmax(-1)
     return words, probs.gather(1, words[:, None]).squeeze(1).log()
 
 

@@ -124,7 +124,7 @@ def lowbit_linear(x: Tensor, packed: Packed, bias: Tensor | None = None, ends: T
     if not fits or torch.is_grad_enabled():
         return lowbit_linear_reference(x, packed, bias, ends)
     G = packed.data.shape[2]
-    room = torch.empty(len(x) * G * (GROUP + 8), dtype=torch.uint8)
+    room = torch.empty(len(x) * G * (GROUP + 16), dtype=torch.uint8)
     out = x.new_empty(len(x), packed.N)
     cpu.call(
         "lowbit_product", x.dtype, x, x.stride(0), packed.data, FORMATS.index(packed.format), packed.channels, bias,

@@ -10,7 +10,7 @@
 
 namespace {
 
-constexpr i64 AHEAD = 32;  // places after which what is asked for now has come from memory
+constexpr i64 AHEAD = 16;  // places after which what is asked for now has come from memory
 
 // The processor's own prefetching does not see places this far apart.
 template <class T>
@@ -158,13 +158,13 @@ inline void softmax(float *weights, i64 places) {
         const lanes x = load_lanes(weights + s);
         top = x > top ? x : top;
     }
-    const float highest = fold(top, [](float a, float b) { return b > a ? b : a; });
+    const float highest = fold(top, [](auto a, auto b) { return b > a ? b : a; });
     for (i64 s = 0; s < places; s += L) {
         const lanes x = load_lanes(weights + s), e = x == -INFINITY ? lanes{} : exponential(x - highest);
         store_lanes(weights + s, e);
         sum += e;
     }
-    const float all = fold(sum, [](float a, float b) { return a + b; });
+    const float all = fold(sum, [](auto a, auto b) { return a + b; });
     for (i64 s = 0; s < places; s += L) store_lanes(weights + s, load_lanes(weights + s) / all);
 }
 

@@ -42,13 +42,22 @@ void past_attention(const T *q, const T *q2, const T *k, i64 k_block, i64 k_plac
     }
 }
 
+template <class T>
+bool holds(const T *row, i64 count, float x) {
+    int found = 0;
+#pragma omp simd reduction(| : found)
+    for (i64 j = 0; j < count; ++j) found |= load(row[j]) == x;
+    return found != 0;
+}
+
 // A word a row from softmax(logits/temperature) by one uniform number: the first whose probability, added to those of
-// the words before it, exceeds it. Sums of blocks first and then within one of them, so that the improbable words of a
+// the words before it, exceeds it. At temperature 0 the first of the most probable, of softmax(logits). Sums of blocks first and then within one of them, so that the improbable words of a
 // large vocabulary are not lost beside the sum of all.
 template <class T>
 void draw(const T *logits, i64 rows, i64 words, float temperature, const float *uniform, i64 *token, float *logprob) {
     constexpr i64 block = 256;
-    const float sharpness = 1.0f / temperature;
+    const bool greedy = temperature == 0.0f;
+    const float sharpness = greedy ? 1.0f : 1.0f / temperature;
 #pragma omp parallel for schedule(static)
     for (i64 i = 0; i < rows; ++i) {
         const T *row = logits + i * words;
@@ -69,14 +78,14 @@ void draw(const T *logits, i64 rows, i64 words, float temperature, const float *
         }
         double wanted = uniform[i] * sum;
         i64 start = 0;
-        while (start + block < words && sums[start / block] <= wanted) {
+        while (start + block < words && (greedy ? !holds(row + start, block, top) : sums[start / block] <= wanted)) {
             wanted -= sums[start / block];
             start += block;
         }
         const i64 end = start + block < words ? start + block : words;
         i64 chosen = start;
         double passed = 0;
-        for (i64 j = start; j < end && passed <= wanted; ++j) {
+        for (i64 j = start; j < end && (greedy ? load(row[chosen]) != top : passed <= wanted); ++j) {
             passed += exponential((load(row[j]) - top) * sharpness);
             chosen = j;  // past the end by rounding: the block's last word
         }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
 #include "numbers.h"
@@ -78,12 +79,16 @@ inline lanes exponential(lanes x) {  // see numbers.h
     return p * std::bit_cast<lanes>((__builtin_convertvector(n, integers) + 127) << 23);
 }
 
-// f of the first two lanes, of that and the third, and so on.
-template <class F>
-inline float fold(lanes x, F f) {
-    float result = x[0];
-    for (i64 t = 1; t < L; ++t) result = f(result, x[t]);
-    return result;
+// All lanes by f, which is commutative, half with half and so on.
+template <class V, class F>
+inline auto fold(V x, F f) {
+    typedef std::remove_reference_t<decltype(x[0])> one;
+    typedef one eight __attribute__((vector_size(32)));
+    typedef one four __attribute__((vector_size(16)));
+    struct Eights { eight a, b; } e = std::bit_cast<Eights>(x);
+    struct Fours { four a, b; } o = std::bit_cast<Fours>(f(e.a, e.b));
+    const four y = f(o.a, o.b);
+    return f(f(y[0], y[2]), f(y[1], y[3]));
 }
 
 // Swaps bit D of the row's number and of the column's: done for every bit, it turns L rows on their side.

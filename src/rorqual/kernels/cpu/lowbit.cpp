@@ -12,10 +12,12 @@
 #include <immintrin.h>
 #endif
 
+#define UNROLL _Pragma("GCC unroll 16")
 #if defined(__AVX512F__)
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni")))
 namespace vnni {
 constexpr bool SIGNED = false;
+constexpr int MOST = 12;
 TARGET inline lanes halves_at(const uint8_t *from) {
     return (lanes)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(from)));
 }
@@ -30,6 +32,7 @@ TARGET inline integers dot(integers sum, bytes weights, int32_t four) {
 
 #define TARGET
 namespace plain {
+constexpr int MOST = 4;
 #if defined(__AVX2__)
 constexpr bool SIGNED = true;  // 8-bit weights moved up would not fit the 16 bits of a pair's sum
 inline lanes halves_at(const uint8_t *from) {
@@ -94,19 +97,19 @@ void lowbit_product(const T *x, i64 x_row, const uint8_t *data, i64 format, cons
                     const int32_t *ends, i64 experts, i64 outputs, i64 width, uint8_t *room, T *out) {
     const Weights<T> weights{data, channels, bias, format, outputs, width};
     const i64 rows = ends[experts - 1], panels = weights.panels();
-    const Quantised q(room, rows, weights.groups());
-    const i64 work = rows * outputs * width;
+    const Quantised q(room, weights.groups());
+    const i64 work = rows * outputs * width, pieces = (panels + PANELS - 1) / PANELS;
 #pragma omp parallel if (work > 1 << 15)
     {
 #pragma omp for schedule(static)
         for (i64 r = 0; r < rows; ++r) quantise_row(x + r * x_row, width, q, r);
         // In pieces handed out as threads come: where another program takes a core, the other does more.
-#pragma omp for schedule(dynamic, 4)
-        for (i64 p = 0; p < experts * panels; ++p) {
-            const i64 e = p / panels, start = e ? ends[e - 1] : 0;
-            T *to = out + start * outputs + p % panels * L;
-            weights.times(p, q, {start, nullptr}, ends[e] - start,
-                          [&](i64 r, lanes y, i64 some) { store_some(to + r * outputs, y, some); });
+#pragma omp for schedule(dynamic, 1)
+        for (i64 piece = 0; piece < experts * pieces; ++piece) {
+            const i64 e = piece / pieces, start = e ? ends[e - 1] : 0, p = piece % pieces * PANELS;
+            T *to = out + start * outputs;
+            weights.times(e * panels + p, e * panels + std::min(panels, p + PANELS), q, {start, nullptr}, ends[e] - start,
+                          [&](i64 p, i64 r, lanes y, i64 some) { store_some(to + r * outputs + p % panels * L, y, some); });
         }
     }
 }

@@ -10,23 +10,30 @@
 
 #include "lanes.h"
 
-constexpr i64 GROUP = 32;
+constexpr i64 GROUP = 32;    // columns that share a scale
+constexpr i64 TOGETHER = 24;  // rows that meet panels together
+constexpr i64 PANELS = 3;     // that a thread takes at a time
 enum Format { INT4, INT4_MINS, INT8, INT8_GROUPS };
 constexpr i64 RECORD[] = {288, 320, 512, 544};  // bytes
 
 typedef uint8_t bytes __attribute__((vector_size(64)));
 
-// Rows of activations: numbers [rows, groups·32], scales and sums of the numbers [rows, groups].
+// 32 activations: bytes, their scale, minus eight times their sum, and their sum times the scale. One lies beside the
+// other, and so does one group beside the next, so that a product reads a row from one address.
+struct Group {
+    int8_t numbers[GROUP];
+    float scale;
+    int32_t less;
+    float scaled_sum;
+    int32_t unused;  // up to a multiple of 16 bytes
+};
+
+// Rows of activations [rows, groups].
 struct Quantised {
-    int8_t *numbers;
-    float *scales;
-    int32_t *sums;
+    Group *data;
     i64 groups;
 
-    // In `room`, which has 40 bytes for every group.
-    Quantised(uint8_t *room, i64 rows, i64 groups)
-        : numbers(reinterpret_cast<int8_t *>(room + 8 * rows * groups)), scales(reinterpret_cast<float *>(room)),
-          sums(reinterpret_cast<int32_t *>(room + 4 * rows * groups)), groups(groups) {}
+    Quantised(uint8_t *room, i64 groups) : data(reinterpret_cast<Group *>(room)), groups(groups) {}
 };
 
 // Numbers of rows: those from `first` on or, where there is a list, those it holds.
@@ -58,18 +65,20 @@ struct Weights {
     i64 groups() const { return (width + GROUP - 1) / GROUP; }
     const uint8_t *panel(i64 p) const { return data + p * groups() * RECORD[format]; }
 
-    // Rows against a panel: f(i, y, some) gets the outputs y of the i-th of them, `some` of which there are.
+    // Rows against panels: f(p, i, y, some) gets the outputs y of panel p, `some` of which there are, for the i-th row. As
+    // many rows as the nearest cache holds meet all the panels before others come.
     template <class F>
-    void times(i64 p, const Quantised &x, Which which, i64 rows, F f) const {
-        const i64 within = p % panels() * L, some = std::min(L, outputs - within);
-        lanes more = {};
-        for (i64 t = 0; bias && t < some; ++t) more[t] = load(bias[within + t]);
-        for (i64 first = 0; first < rows; first += 64) {
-            lanes sums[64];
-            const i64 count = std::min(i64(64), rows - first);
-            against(format, panel(p), x, which + first, count, sums);
-            for (i64 r = 0; r < count; ++r)
-                f(first + r, (channels ? sums[r] * load_lanes(channels + p * L) : sums[r]) + more, some);
+    void times(i64 start, i64 end, const Quantised &x, Which which, i64 rows, F f) const {
+        for (i64 first = 0; first < rows; first += TOGETHER) {
+            for (i64 p = start; p < end; ++p) {
+                const i64 within = p % panels() * L, some = std::min(L, outputs - within);
+                const i64 count = std::min(TOGETHER, rows - first);
+                lanes sums[TOGETHER], more = {};
+                for (i64 t = 0; bias && t < some; ++t) more[t] = load(bias[within + t]);
+                against(format, panel(p), x, which + first, count, sums);
+                for (i64 r = 0; r < count; ++r)
+                    f(p, first + r, (channels ? sums[r] * load_lanes(channels + p * L) : sums[r]) + more, some);
+            }
         }
     }
 };
@@ -94,22 +103,21 @@ inline lanes halves_plain(const uint8_t *from) {
 inline void quantise(lanes a, lanes b, const Quantised &to, i64 at) {
     typedef int8_t small __attribute__((vector_size(16)));
     const words ua = std::bit_cast<words>(a) & 0x7fffffffu, ub = std::bit_cast<words>(b) & 0x7fffffffu;
-    const words greater = ua > ub ? ua : ub;  // sizes, in the order of their bits; above them infinity and NaN
-    uint32_t bits = 0;
-    for (i64 t = 0; t < L; ++t) bits = std::max(bits, greater[t]);
+    const auto greater = [](auto a, auto b) { return a > b ? a : b; };
+    const uint32_t bits = fold(greater(ua, ub), greater);  // sizes order as their bits do; above are infinity and NaN
     const float most = std::bit_cast<float>(bits);
     if (bits == 0 || bits >= 0x7f800000u) a = b = lanes{};
     const float up = bits == 0 || bits >= 0x7f800000u ? 0.0f : 127.0f / most;
     const integers na = __builtin_convertvector((a * up + 12582912.0f) - 12582912.0f, integers);  // to the nearest
     const integers nb = __builtin_convertvector((b * up + 12582912.0f) - 12582912.0f, integers);
     const small sa = __builtin_convertvector(na, small), sb = __builtin_convertvector(nb, small);
-    std::memcpy(to.numbers + at * GROUP, &sa, sizeof sa);
-    std::memcpy(to.numbers + at * GROUP + L, &sb, sizeof sb);
-    const integers both = na + nb;
-    int32_t sum = 0;
-    for (i64 t = 0; t < L; ++t) sum += both[t];
-    to.scales[at] = bits >= 0x7f800000u ? std::bit_cast<float>(0x7fc00000u) : most / 127.0f;
-    to.sums[at] = sum;
+    Group &group = to.data[at];
+    std::memcpy(group.numbers, &sa, sizeof sa);
+    std::memcpy(group.numbers + L, &sb, sizeof sb);
+    const int32_t sum = fold(na + nb, [](auto a, auto b) { return a + b; });
+    group.scale = bits >= 0x7f800000u ? std::bit_cast<float>(0x7fc00000u) : most / 127.0f;
+    group.less = -8 * sum;
+    group.scaled_sum = group.scale * float(sum);
 }
 
 // One row of `width` numbers, with zeros up to a multiple of 32.

@@ -49,7 +49,7 @@ void normed(const float *x, const T *weight, i64 width, float eps, float *out) {
         const lanes a = load_lanes(x + j);
         sum += a * a;
     }
-    float all = fold(sum, [](float a, float b) { return a + b; });
+    float all = fold(sum, [](auto a, auto b) { return a + b; });
     for (; j < width; ++j) all += x[j] * x[j];
     const float scale = 1.0f / std::sqrt(all / float(width) + eps);
     for (j = 0; j + L <= width; j += L) store_lanes(out + j, load_lanes(x + j) * scale * load_lanes(weight + j));

@@ -189,14 +189,14 @@ void masked_softmax(T *scores, i64 rows, i64 places, const bool *mask, i64 mask_
                 const lanes here = load_mask(seen + s) ? load_lanes(x + s) : lanes{} - INFINITY;
                 top = here > top ? here : top;
             }
-            const float highest = fold(top, [](float a, float b) { return b > a ? b : a; });
+            const float highest = fold(top, [](auto a, auto b) { return b > a ? b : a; });
             for (i64 s = first; s < end; s += L) {
                 const lanes e = exponential((load_lanes(x + s) - highest) * scale);
                 const lanes here = load_mask(seen + s) ? e : lanes{};
                 store_lanes(x + s, here);
                 sum += here;
             }
-            const float all = fold(sum, [](float a, float b) { return a + b; });
+            const float all = fold(sum, [](auto a, auto b) { return a + b; });
             const float share = all == 0.0f ? 0.0f : 1.0f / all;
             if (first) std::memset(static_cast<void *>(row), 0, sizeof(T) * first);
             for (i64 s = first; s < end; s += L) {

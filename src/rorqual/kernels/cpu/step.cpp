@@ -41,7 +41,7 @@ class Room {
     explicit Room(i64 size) : owner(static_cast<float *>(std::aligned_alloc(64, (size + 63) / 64 * 64)), std::free) {}
     float *take(i64 count) { return owner.get() + std::exchange(taken, taken + count); }
     uint8_t *take_quantised(i64 rows, i64 width) { return reinterpret_cast<uint8_t *>(take(bytes(rows, width) / 4)); }
-    static i64 bytes(i64 rows, i64 width) { return 40 * rows * ((width + GROUP - 1) / GROUP); }
+    static i64 bytes(i64 rows, i64 width) { return i64(sizeof(Group)) * rows * ((width + GROUP - 1) / GROUP); }
 
   private:
     std::unique_ptr<float, decltype(&std::free)> owner;
@@ -101,7 +101,7 @@ class Decoding {
 #pragma omp parallel
         {
             Thread me(*this, wide);
-            me.team.share(R, 1, [&](i64 r) {
+            me.team.share(R, [&](i64 r) {
                 unpack_row(net.embedding, tokens[r], x + r * net.hidden);
                 for (i64 j = 0; j < net.width / 2; ++j) {
                     const float angle = float(pasts.lengths[r] - 1) * net.frequencies[j];
@@ -122,8 +122,8 @@ class Decoding {
                     me.feed_forward(layer);
             }
             const Quantised last = me.normed_rows(x, net.norm, net.hidden, numbers.eps, hidden);
-            me.team.share(net.head.panels(), 2, [&](i64 p) {
-                net.head.times(p, last, {0, nullptr}, wanted, [&](i64 r, lanes y, i64 some) {
+            me.team.share_some(net.head.panels(), PANELS, [&](i64 start, i64 end) {
+                net.head.times(start, end, last, {0, nullptr}, wanted, [&](i64 p, i64 r, lanes y, i64 some) {
                     store_some(logits + r * net.head.outputs + p * L, y, some);
                 });
             });
@@ -170,11 +170,11 @@ class Decoding {
         // Rows made ready by f(row's numbers, where to, row): `shared` by all, or by each thread for itself.
         template <class F>
         Quantised ready(i64 width, F f) {
-            const Quantised to(all.alone ? own : all.shared, rows, (width + GROUP - 1) / GROUP);
+            const Quantised to(all.alone ? own : all.shared, (width + GROUP - 1) / GROUP);
             if (all.alone) {
                 for (i64 r = 0; r < rows; ++r) f(to, r);
             } else {
-                team.share(rows, 1, [&](i64 r) { f(to, r); });
+                team.share(rows, [&](i64 r) { f(to, r); });
                 meet();
             }
             return to;
@@ -193,22 +193,26 @@ class Decoding {
         void multiply(const Quantised &from, std::initializer_list<Part> parts, bool add) {
             i64 panels = 0;
             for (const Part &part : parts) panels += part.weights->panels();
-            team.share(panels, 2, [&](i64 p) { panel(from, parts, p, add); });
+            team.share_some(panels, PANELS, [&](i64 start, i64 end) { products(from, parts, start, end, add); });
             meet();
         }
 
-        void panel(const Quantised &from, std::initializer_list<Part> parts, i64 p, bool add) {
-            const Part *part = parts.begin();
-            for (; p >= part->weights->panels(); ++part) p -= part->weights->panels();
-            float *to = part->to + p * L;
-            const i64 row = part->weights->outputs;
-            part->weights->times(p, from, {0, nullptr}, rows, [&](i64 r, lanes y, i64 some) {
-                if (add && some == L)
-                    y += load_lanes(to + r * row);
-                else if (add)
-                    for (i64 t = 0; t < some; ++t) y[t] += to[r * row + t];
-                store_some(to + r * row, y, some);
-            });
+        // Panels start to end of all the parts' one after the other.
+        void products(const Quantised &from, std::initializer_list<Part> parts, i64 start, i64 end, bool add) {
+            for (const Part &part : parts) {
+                const i64 panels = part.weights->panels(), row = part.weights->outputs;
+                if (start < panels && end > 0)
+                    part.weights->times(std::max(i64(0), start), std::min(end, panels), from, {0, nullptr}, rows,
+                                        [&](i64 p, i64 r, lanes y, i64 some) {
+                                            float *to = part.to + r * row + p * L;
+                                            if (add)
+                                                add_some(to, y, some);
+                                            else
+                                                store_some(to, y, some);
+                                        });
+                start -= panels;
+                end -= panels;
+            }
         }
 
         void grouped_attention(const Layer<T> &layer) {
@@ -224,10 +228,10 @@ class Decoding {
                 }
             };
             if (!all.apart) {  // a row reads what another writes
-                team.share(rows * G, 1, write);
+                team.share(rows * G, write);
                 meet();
             }
-            team.share((i64(all.runs.size()) - 1) * G, 1, [&](i64 task) {
+            const auto one_group = [&](i64 task) {
                 const i64 g = task % G, first = all.runs[task / G], end = all.runs[task / G + 1], count = end - first;
                 const i64 place = G * W, block = all.pasts.block * place;
                 if (all.apart) write(first * G + g);
@@ -243,6 +247,11 @@ class Decoding {
                 attend(queries, seen, seen, value, count, share, W, 0, W, all.numbers.scale, keys, weights, stride, out);
                 for (i64 i = 0; out == outputs && i < count; ++i)
                     std::copy_n(outputs + i * share * W, share * W, all.o + ((first + i) * net.heads + g * share) * W);
+            };
+            // A sequence's groups lie side by side in memory: the thread that reads one has half of the next.
+            const i64 tasks = (i64(all.runs.size()) - 1) * G;
+            team.share_some(tasks, tasks >= 8 * G ? G : 1, [&](i64 start, i64 end) {
+                for (i64 task = start; task < end; ++task) one_group(task);
             });
             meet();
             add_heads(layer);
@@ -253,7 +262,7 @@ class Decoding {
             const i64 H = net.heads, C = net.latent, N = net.nope, R = net.width, V = net.value, half = R / 2;
             const Quantised from = normed_rows(all.x, layer.norm, net.hidden, all.numbers.eps);
             multiply(from, {{layer.q_a ? &layer.q_a : &layer.q, layer.q_a ? all.qa : all.q}, {&layer.kv_a, all.kv}}, false);
-            team.share(rows, 1, [&](i64 r) {
+            team.share(rows, [&](i64 r) {
                 const float *kv = all.kv + r * (C + R);
                 const i64 at = all.pasts.last(r);
                 normed(kv, layer.kv_a_norm, C, all.numbers.latent_eps, queries);
@@ -266,7 +275,7 @@ class Decoding {
                 multiply(normed_rows(all.qa, layer.q_a_norm, layer.q_a.outputs, all.numbers.latent_eps), {{&layer.q, all.q}},
                          false);
             const i64 pieces = (H + heads_at_once - 1) / heads_at_once;
-            team.share(rows * pieces, 1, [&](i64 task) {
+            team.share(rows * pieces, [&](i64 task) {
                 const i64 r = task / pieces, first = task % pieces * heads_at_once, count = std::min(heads_at_once, H - first);
                 for (i64 h = 0; h < count; ++h) {
                     const float *query = all.q + (r * H + first + h) * (N + R);
@@ -314,9 +323,9 @@ class Decoding {
             });
             // The router, in 16 experts at a time, and what does not wait for it.
             const i64 lots = (E + L - 1) / L, panels = 2 * (layer.gate ? layer.gate.panels() : 0);
-            team.share(rows * lots + panels, 1, [&](i64 task) {
-                if (task >= rows * lots) {
-                    panel(from, {{&layer.gate, all.gate}, {&layer.up_proj, all.up}}, task - rows * lots, false);
+            team.share(rows * lots + panels, [&](i64 task) {
+                if (const i64 p = task - rows * lots; p >= 0) {
+                    products(from, {{&layer.gate, all.gate}, {&layer.up_proj, all.up}}, p, p + 1, false);
                     return;
                 }
                 const i64 r = task / lots, e = task % lots * L, some = std::min(L, E - e);
@@ -324,7 +333,7 @@ class Decoding {
                 store_some(all.scores + r * E + e, rows_times(layer.router + e * D, some, D, one), some);
             });
             meet();
-            team.share(rows, 1, [&](i64 r) {
+            team.share(rows, [&](i64 r) {
                 choose(net, layer.correction, all.numbers.routed_factor, all.scores + r * E, all.spare + r * E,
                        all.chosen + r * K, all.shares + r * K);
             });
@@ -333,17 +342,17 @@ class Decoding {
             const i64 busy = i64(active.size()), in_panels = layer.experts_in.panels(), out_panels = layer.experts_out.panels();
             const auto begin = [&](i64 e) { return e ? ends[e - 1] : 0; };
             const int32_t *row_of = sorted.data() + rows * K;
-            team.share(busy * in_panels, 2, [&](i64 task) {
-                const i64 e = active[task / in_panels], p = task % in_panels, first = begin(e);
-                layer.experts_in.times(e * in_panels + p, from, {0, row_of + first}, ends[e] - first,
-                                       [&](i64 i, lanes y, i64 some) {
+            team.share(busy * in_panels, [&](i64 task) {
+                const i64 e = active[task / in_panels], p = task % in_panels, at = e * in_panels + p, first = begin(e);
+                layer.experts_in.times(at, at + 1, from, {0, row_of + first}, ends[e] - first,
+                                       [&](i64, i64 i, lanes y, i64 some) {
                                            store_some(all.mixed + (first + i) * 2 * F + p * L, y, some);
                                        });
             });
             meet();
-            const Quantised inner(all.mixed_inner, rows * K, layer.experts_out.groups());
-            const Quantised shared(all.shared_inner, rows, (shared_width + GROUP - 1) / GROUP);
-            team.share(rows * K + (layer.gate ? rows : 0), 1, [&](i64 i) {
+            const Quantised inner(all.mixed_inner, layer.experts_out.groups());
+            const Quantised shared(all.shared_inner, (shared_width + GROUP - 1) / GROUP);
+            team.share(rows * K + (layer.gate ? rows : 0), [&](i64 i) {
                 const float *two = all.mixed + i * 2 * F;
                 if (const i64 r = i - rows * K; r < 0)
                     quantise_gated(two, two + F, F, inner, i);
@@ -351,18 +360,18 @@ class Decoding {
                     quantise_gated(all.gate + r * shared_width, all.up + r * shared_width, shared_width, shared, r);
             });
             meet();
-            team.share(out_panels, 1, [&](i64 p) {  // all that is added to a place, one after the other
+            team.share(out_panels, [&](i64 p) {  // all that is added to a place, one after the other
                 for (i64 e : active) {
-                    const i64 first = begin(e);
-                    layer.experts_out.times(e * out_panels + p, inner, {first, nullptr}, ends[e] - first,
-                                            [&](i64 i, lanes y, i64 some) {
+                    const i64 first = begin(e), at = e * out_panels + p;
+                    layer.experts_out.times(at, at + 1, inner, {first, nullptr}, ends[e] - first,
+                                            [&](i64, i64 i, lanes y, i64 some) {
                                                 const i64 entry = sorted[first + i];
                                                 add_some(all.x + entry / K * D + p * L, y * all.shares[entry], some);
                                             });
                 }
                 if (layer.gate)
-                    layer.down.times(p, shared, {0, nullptr}, rows,
-                                     [&](i64 r, lanes y, i64 some) { add_some(all.x + r * D + p * L, y, some); });
+                    layer.down.times(p, p + 1, shared, {0, nullptr}, rows,
+                                     [&](i64, i64 r, lanes y, i64 some) { add_some(all.x + r * D + p * L, y, some); });
             });
             meet();
         }

@@ -32,11 +32,17 @@ class Team {
         }
     }
 
-    // Calls f with every number below `count` that nobody else has taken, `some` at a time.
+    // Calls f(start, end) for stretches of the numbers below `count` that nobody else has taken, `some` at a time.
     template <class F>
-    void share(i64 count, i64 some, F f) {
+    void share_some(i64 count, i64 some, F f) {
         for (i64 start; (start = next.fetch_add(some, std::memory_order_relaxed)) < count;)
-            for (i64 i = start; i < std::min(count, start + some); ++i) f(i);
+            f(start, std::min(count, start + some));
+    }
+
+    // Calls f with every number below `count` that nobody else has taken.
+    template <class F>
+    void share(i64 count, F f) {
+        share_some(count, 1, [&](i64 start, i64) { f(start); });
     }
 
   private:
