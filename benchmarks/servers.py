@@ -1,4 +1,4 @@
-"""Servers as processes: how each is started, and how it stands still while others are asked."""
+"""Servers as processes: how each is started and ended."""
 
 import contextlib
 import os
@@ -9,7 +9,6 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,18 +53,8 @@ class Server:
     def __exit__(self, *_: Any) -> None:
         self.close()
 
-    @contextlib.contextmanager
-    def awake(self) -> Iterator[int]:
-        """Runs within, and stands still after; gives the port."""
-        self._signal(signal.SIGCONT)
-        try:
-            yield self.port
-        finally:
-            self._signal(signal.SIGSTOP)
-
     def close(self) -> None:
         """Idempotent."""
-        self._signal(signal.SIGCONT)
         self._process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(20)

@@ -1,7 +1,8 @@
 """Tokens/s and latencies of `rorqual serve`, vLLM's and llama.cpp's server: same weights, cores, requests and client.
 
-All servers run on this machine, one at a time while the others stand still. Each side first tries its formats, briefly,
-and goes on with the fastest for so many clients; the sides then take turns. The first run makes the peers (peers.py).
+All servers run on this machine, one at a time asked while the others idle (stopped by a signal, vLLM does not wake up).
+Each side first tries its formats, briefly, and goes on with the fastest for so many clients; the sides then take turns.
+The first run makes the peers (peers.py).
 """
 
 import asyncio
@@ -24,7 +25,7 @@ from rorqual.model.gguf import import_model, smollm2_file
 from rorqual.precision.store import quantize
 from servers import Contestant, Server
 
-REQUESTS = {1: 8, 8: 40, 32: 96}  # by how many clients there are at a time
+REQUESTS = {1: 6, 8: 24, 32: 96}  # by how many clients there are at a time
 RATE = 0.7  # of what the slowest side can do, for requests that come by chance
 ROUNDS = 2
 US = "rorqual"
@@ -86,12 +87,11 @@ def by_chance(rate: float, count: int, seed: str) -> Work:
 
 
 def measure(server: Server, work: Work) -> Figures:
-    """Wake a server, warm it up, measure, and let it stand still again; also the client's share of a core."""
-    with server.awake() as port:
-        asyncio.run(load.closed_loop(port, load.asks(2, "warm", (32, 8)), 2))
-        before = time.process_time()
-        found = load.summary(asyncio.run(work(port)))
-        return found | {"client_cores": (time.process_time() - before) / found["seconds"]}
+    """Warm a server up and measure; also the client's share of a core."""
+    asyncio.run(load.closed_loop(server.port, load.asks(2, "warm", (32, 8)), 2))
+    before = time.process_time()
+    found = load.summary(asyncio.run(work(server.port)))
+    return found | {"client_cores": (time.process_time() - before) / found["seconds"]}
 
 
 class Field:
@@ -141,7 +141,7 @@ def run(field: Field, requests: dict[int, int], rounds: int) -> dict[str, Any]:
         best = field.best(clients)
         found[f"c{clients}"] = field.rounds(best, partial(closed, clients, count), rounds)
     rate = RATE * min(side["requests_per_second"] for side in found[f"c{clients}"].values())
-    found["poisson"] = field.rounds(best, partial(by_chance, rate, count // 2), rounds)
+    found["poisson"] = field.rounds(best, partial(by_chance, rate, count // 3), rounds)
     # The client that people use costs the servers time; once, to see that it changes nothing else.
     found["c8-openai"] = field.rounds(field.best(8), lambda seed: closed(8, requests[8], seed, load.official()), 1)
     return found
@@ -164,7 +164,7 @@ def ratios_of(found: dict[str, Any]) -> tuple[dict[str, float], dict[str, Any]]:
 
 def main() -> None:
     args = arguments(__doc__)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # or servers that stand still would stay
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # or the servers would stay
     requests, rounds = ({1: 2, 8: 12}, 1) if args.quick else (REQUESTS, ROUNDS)
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) if args.quick else peers.models()

@@ -9,7 +9,7 @@ from tiny import GROUPED, LATENT
 from rorqual.engine import Engine, SamplingParams
 from rorqual.engine.blocks import BLOCK
 from rorqual.engine.cache import BlockCache, Prompt, Step
-from rorqual.engine.direct import direct_step
+from rorqual.engine.direct import direct_module, direct_step
 from rorqual.kernels import cpu
 from rorqual.kernels.linear import linear
 from rorqual.model import Transformer
@@ -90,6 +90,29 @@ def test_logits_are_the_networks(shape, bits, rows, dtype):
         assert sum(e > 0.2 for e in errors) <= rows / 20
     else:  # it keeps more digits between its products than the network does; a router may choose another expert in both
         assert median(errors) < 1.2 * median(errors_of([last_logits(model, s) for s in sequences], exact, sequences))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 20])
+@pytest.mark.parametrize("shape", ["grouped", "latent", "groups of experts"])
+@torch.no_grad()
+def test_a_multi_token_module_says_what_it_says(shape, rows):
+    model = packed(SHAPES[shape].replace(num_nextn_predict_layers=1), "int8")
+    places = [i % 3 for i in range(rows)]
+    caches = [BlockCache(model.config, rows + 1, torch.float32, torch.device("cpu"), 1) for _ in range(2)]
+    tables = torch.arange(1, rows + 1, dtype=torch.int32).view(rows, 1)
+    compiled = direct_module(model, caches[0])
+    for place in range(3):
+        at = torch.tensor([r for r in range(rows) if places[r] >= place])
+        if not len(at):
+            break
+        states, following = torch.randn(len(at), model.config.hidden_size), at % 50 + place
+        where = torch.full((len(at),), place)
+        ours, hidden = compiled(following, tables[at], (where + 1).to(torch.int32), len(at), states)
+        step = Step(caches[1], tables[at], where, [])
+        theirs = model.ahead(states.unsqueeze(0), following.unsqueeze(0), step.positions, step)[0]
+        errors = (hidden - theirs).norm(dim=1) / theirs.norm(dim=1)
+        assert errors.median() < 1e-3, "the rest are activations rounded the other way, and other experts chosen"
+        assert torch.allclose(ours, linear(hidden, model.head_weight), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("shape", ["grouped", "latent"])

@@ -7,7 +7,7 @@ from torch import Tensor
 from rorqual.engine.cache import BlockCache
 from rorqual.kernels import cpu
 from rorqual.kernels.lowbit import Packed
-from rorqual.kernels.step import DecodeStep, LayerWeights, Sizes, Weights
+from rorqual.kernels.step import DecodeStep, Join, LayerWeights, Sizes, Weights
 from rorqual.model import ModelConfig, Transformer
 from rorqual.model.attention import LATENT_NORM_EPS, MultiHeadLatentAttention
 from rorqual.model.layers import Linear, SwiGLU
@@ -17,6 +17,20 @@ from rorqual.model.rope import softmax_scale
 
 def direct_step(model: Transformer, cache: BlockCache) -> DecodeStep | None:
     """For networks with packed weights, where the compiled functions are; else None."""
+    return _step(model, cache, slice(model.config.num_hidden_layers), model.model.norm.weight)
+
+
+def direct_module(model: Transformer, cache: BlockCache) -> DecodeStep | None:
+    """The same of the first multi-token module."""
+    depth = model.config.num_hidden_layers
+    module = model.model.layers[depth]
+    join = Join(module.enorm.weight, module.hnorm.weight, _of(module.eh_proj))
+    return _step(model, cache, slice(depth, depth + 1), module.shared_head["norm"].weight, join)
+
+
+def _step(
+    model: Transformer, cache: BlockCache, which: slice, norm: Tensor, join: Join | None = None
+) -> DecodeStep | None:
     config = model.config
     if not isinstance(model.head_weight, Packed) or cpu.capability() is None:
         return None
@@ -25,12 +39,12 @@ def direct_step(model: Transformer, cache: BlockCache) -> DecodeStep | None:
             norm=layer.input_layernorm.weight, norm2=layer.post_attention_layernorm.weight, a=a, b=b,
             **_attention(layer.self_attn), **_feed_forward(layer.mlp),
         )
-        for layer, (a, b) in zip(model.model.layers[: config.num_hidden_layers], cache.layers, strict=False)
+        for layer, (a, b) in zip(model.model.layers[which], cache.layers[which], strict=True)
     ]  # fmt: skip
     frequencies, factor = model.rope
     return DecodeStep(
-        layers, _sizes(config), model.model.embed_tokens.weight, model.model.norm.weight, model.head_weight,
-        frequencies, factor, softmax_scale(config), config.rms_norm_eps, LATENT_NORM_EPS, config.routed_scaling_factor,
+        layers, _sizes(config), model.model.embed_tokens.weight, norm, model.head_weight, frequencies, factor,
+        softmax_scale(config), config.rms_norm_eps, LATENT_NORM_EPS, config.routed_scaling_factor, join,
     )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rorqual.engine.cache import BlockCache, Prompt, Step
 from rorqual.engine.choose import draw_at
+from rorqual.engine.direct import direct_module
 from rorqual.engine.forward import Lanes, Piece
 from rorqual.engine.rows import DRAFTS, Rows, Sample
 from rorqual.kernels.linear import linear
@@ -32,6 +33,7 @@ class Module:
 
     def __init__(self, model: Transformer, cache: BlockCache) -> None:
         self.model, self.cache = model, cache
+        self.direct = direct_module(model, cache)
 
     def read(self, pieces: list[Piece], states: Tensor) -> None:
         """Pieces of prompts, with the network's states [M, D] of all their tokens."""
@@ -50,9 +52,14 @@ class Module:
         """lanes: the tokens that the rows `at` [m] have made, each in the place before its own, with the network's
         states [N, D] there; `last` [m]: each row's newest.
         """
-        step = Step(self.cache, lanes.tables, lanes.places, [])
-        out = self._run(states, lanes.tokens, step)
-        tokens, _ = draw_at(rows, at, linear(out[last.to(out.device)], self.model.head_weight))
+        if self.direct is not None:
+            lengths = (lanes.places + 1).to(torch.int32)
+            logits = self.direct(lanes.tokens, lanes.tables, lengths, len(lanes), states)[0]
+            logits = logits if len(last) == len(logits) else logits[last]
+        else:
+            out = self._run(states, lanes.tokens, Step(self.cache, lanes.tables, lanes.places, []))
+            logits = linear(out[last.to(out.device)], self.model.head_weight)
+        tokens, _ = draw_at(rows, at, logits)
         rows.drafts[at, 0] = tokens
 
     def _run(self, states: Tensor, following: Tensor, step: Step) -> Tensor:

@@ -65,16 +65,25 @@ class Sizes:
     normalise: bool = False
 
 
+@dataclass
+class Join:
+    """How a multi-token module begins: the embedding and another network's state, each normed, multiplied as one."""
+
+    embedding_norm: Tensor
+    state_norm: Tensor
+    weights: Weights
+
+
 class DecodeStep:
     """Raises ValueError for tensors that it would misread."""
 
     def __init__(
         self, layers: list[LayerWeights], sizes: Sizes, embedding: Packed, norm: Tensor, head: Packed,
         frequencies: Tensor, factor: float, scale: float, eps: float, latent_eps: float = 0.0,
-        routed_factor: float = 1.0,
+        routed_factor: float = 1.0, join: Join | None = None,
     ) -> None:  # fmt: skip
         """frequencies fp32 [F] and the factor of cos and sin: model/rope.py."""
-        self._kept = (layers, embedding, norm, head, frequencies)  # what the numbers below point to
+        self._kept = (layers, embedding, norm, head, frequencies, join)  # what the numbers below point to
         self.dtype, self.block, self.words = layers[0].a.dtype, layers[0].a.shape[1], head.N
         self.hidden = sizes.hidden
         self._layers = torch.tensor([n for layer in layers for n in self._layer(layer)], dtype=torch.int64)
@@ -83,19 +92,27 @@ class DecodeStep:
             self._address(norm), *self._weights((embedding, None)), *self._weights((head, None)),
             self._address(frequencies, torch.float32),
         ]  # fmt: skip
+        if join is None:
+            whole += [0] * 8
+        else:
+            whole += [self._address(join.embedding_norm), self._address(join.state_norm), *self._weights(join.weights)]
         self._network = torch.tensor(whole, dtype=torch.int64)
         self._numbers = torch.tensor([factor, scale, eps, latent_eps, routed_factor])
 
-    def __call__(self, tokens: Tensor, tables: Tensor, lengths: Tensor, wanted: int) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, tokens: Tensor, tables: Tensor, lengths: Tensor, wanted: int, states: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """n tokens (int64), each number lengths[i] (int32) of the sequence in the blocks tables[i] (int32 [n, ·]);
         those of one sequence side by side, in order, and its newest → logits fp32 [wanted, V] of the first `wanted` of
-        them, and the hidden states [n, D] that logits are made of; the cache gets what is new.
+        them, and the hidden states [n, D] that logits are made of; the cache gets what is new. A multi-token module
+        reads them with the states [n, D] before them.
         """
         n = len(tokens)
         logits, hidden = torch.empty(wanted, self.words), torch.empty(n, self.hidden)
         cpu.call(
-            "decode_step", self.dtype, self._network, tokens.contiguous(), n, tables, tables.stride(0), self.block,
-            lengths, self._numbers, hidden, wanted, logits,
+            "decode_step", self.dtype, self._network, tokens.contiguous(),
+            None if states is None else states.float().contiguous(), n, tables, tables.stride(0), self.block, lengths,
+            self._numbers, hidden, wanted, logits,
         )  # fmt: skip
         return logits, hidden
 

@@ -34,6 +34,10 @@ struct Network {
     const T *norm;
     Weights<T> embedding, head;
     const float *frequencies;  // [width / 2]
+    // Of a multi-token module, which begins with another network's states: norms of embedding and state, and what makes
+    // a row of both.
+    const T *embedding_norm, *state_norm;
+    Weights<T> join;
 };
 
 struct Numbers {

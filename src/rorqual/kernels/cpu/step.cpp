@@ -65,9 +65,9 @@ class Decoding {
         for (size_t i = 1; i < runs.size(); ++i) longest_run = std::max(longest_run, runs[i] - runs[i - 1]);
     }
 
-    void run(const i64 *tokens, float *hidden, i64 wanted, float *logits) {
+    void run(const i64 *tokens, const float *states, float *hidden, i64 wanted, float *logits) {
         const i64 R = rows, K = net.chosen;
-        i64 wide = net.hidden, inner = 0, low = 0, out = 0;  // of all layers the widest
+        i64 wide = net.hidden * (net.join ? 2 : 1), inner = 0, low = 0, out = 0;  // of all layers the widest
         for (i64 l = 0; l < net.depth; ++l) {
             const Layer<T> &layer = net.layers[l];
             inner = std::max({inner, layer.gate.outputs, layer.experts_out.width});
@@ -102,7 +102,7 @@ class Decoding {
         {
             Thread me(*this, wide);
             me.team.share(R, [&](i64 r) {
-                unpack_row(net.embedding, tokens[r], x + r * net.hidden);
+                if (!net.join) unpack_row(net.embedding, tokens[r], x + r * net.hidden);
                 for (i64 j = 0; j < net.width / 2; ++j) {
                     const float angle = float(pasts.lengths[r] - 1) * net.frequencies[j];
                     cos[r * (net.width / 2) + j] = std::cos(angle) * numbers.rope_factor;
@@ -110,6 +110,7 @@ class Decoding {
                 }
             });
             me.meet();
+            if (net.join) me.join(tokens, states);
             for (i64 l = 0; l < net.depth; ++l) {
                 const Layer<T> &layer = net.layers[l];
                 if (layer.kv_a)
@@ -213,6 +214,18 @@ class Decoding {
                 start -= panels;
                 end -= panels;
             }
+        }
+
+        // What a multi-token module begins with (V3 eq. 21).
+        void join(const i64 *tokens, const float *states) {
+            const i64 D = net.hidden;
+            const auto both = [&](const Quantised &to, i64 r) {
+                unpack_row(net.embedding, tokens[r], one);
+                normed(one, net.embedding_norm, D, all.numbers.eps, one);
+                normed(states + r * D, net.state_norm, D, all.numbers.eps, one + D);
+                quantise_row(one, 2 * D, to, r);
+            };
+            multiply(ready(2 * D, both), {{&net.join, all.x}}, false);
         }
 
         void grouped_attention(const Layer<T> &layer) {
@@ -415,18 +428,22 @@ class Decoding {
     uint8_t *shared, *shared_inner, *mixed_inner;
 };
 
-// tokens [rows], each the last of the lengths[i] places of its past → hidden [rows, hidden] after the last norm and, of
-// the first `wanted` rows, logits [wanted, outputs of the head]. Tokens of one sequence lie side by side, in order.
+// tokens [rows], each the last of the lengths[i] places of its past (a multi-token module reads them with the `states`
+// [rows, hidden] before them) → hidden [rows, hidden] after the last norm and, of the first `wanted` rows, logits
+// [wanted, outputs of the head]. Tokens of one sequence lie side by side, in order.
 template <class T>
-void decode_step(const Network<T> *network, const i64 *tokens, i64 rows, const int32_t *tables, i64 table_row, i64 block,
-                 const int32_t *lengths, const Numbers *numbers, float *hidden, i64 wanted, float *logits) {
+void decode_step(const Network<T> *network, const i64 *tokens, const float *states, i64 rows, const int32_t *tables,
+                 i64 table_row, i64 block, const int32_t *lengths, const Numbers *numbers, float *hidden, i64 wanted,
+                 float *logits) {
     const Pasts pasts{tables, table_row, block, lengths};
-    Decoding<T>(*network, *numbers, pasts, rows).run(tokens, hidden, wanted, logits);
+    Decoding<T>(*network, *numbers, pasts, rows).run(tokens, states, hidden, wanted, logits);
 }
 
 }  // namespace
 
-#define P(T) (const Network<T> *network, const i64 *tokens, i64 rows, const int32_t *tables, i64 table_row, i64 block,        \
-              const int32_t *lengths, const Numbers *numbers, float *hidden, i64 wanted, float *logits)
-BOTH(void, decode_step, P, (network, tokens, rows, tables, table_row, block, lengths, numbers, hidden, wanted, logits))
+#define P(T) (const Network<T> *network, const i64 *tokens, const float *states, i64 rows, const int32_t *tables,             \
+              i64 table_row, i64 block, const int32_t *lengths, const Numbers *numbers, float *hidden, i64 wanted,            \
+              float *logits)
+BOTH(void, decode_step, P,
+     (network, tokens, states, rows, tables, table_row, block, lengths, numbers, hidden, wanted, logits))
 #undef P
