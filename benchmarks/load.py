@@ -118,7 +118,8 @@ def official() -> Send:
 
     @functools.cache
     def client(port: int) -> AsyncOpenAI:
-        return AsyncOpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+        # It tries again, as it does by itself, where a server closes a connection that has long been idle.
+        return AsyncOpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
 
     async def send(port: int, ask: Ask) -> Answer:
         said: Any = [{"role": "user", "content": ask.prompt}]
