@@ -199,6 +199,6 @@ def test_blocks_are_printed_for_good_only_when_they_are_whole():
     assert "with more" in pieces[2]
 
 
-def test_formulas_keep_their_backslashes():
-    shown = markdown(r"\(x\) and `\n` in" + "\n```\na\\b\n```").markup
-    assert shown == "\\\\(x\\\\) and `\\n` in\n```\na\\b\n```"
+def test_formulas_and_products_are_what_they_were():
+    shown = markdown(r"\(x\) *and* 3*4 or `\n*2`" + "\n```\na\\b*c*d\n```").markup
+    assert shown == r"\\(x\\) *and* 3\*4 or `\n*2`" + "\n```\na\\b*c*d\n```"

@@ -257,9 +257,10 @@ class Screen:
 
 
 def markdown(text: str) -> Markdown:
-    r"""A backslash stands for itself outside of code: in what models write it begins \( and \frac, hardly ever \*."""
+    r"""Outside of code a backslash stands for itself, as does 3*4: models write \( and \frac, hardly ever \*."""
     parts = re.split(r"(```.*?(?:```|\Z)|`[^`\n]*`)", text, flags=re.DOTALL)
-    return Markdown("".join(part if i % 2 else part.replace("\\", "\\\\") for i, part in enumerate(parts)))
+    parts[::2] = [re.sub(r"(?<=\w)\*(?=\w)", r"\\*", part.replace("\\", "\\\\")) for part in parts[::2]]
+    return Markdown("".join(parts))
 
 
 def complete_blocks(text: str) -> int:

@@ -9,6 +9,8 @@ import httpx
 import pytest
 
 from rorqual.engine import SamplingParams
+from rorqual.serve.conversation import fold, markdown
+from rorqual.serve.conversation import said as spoken
 from rorqual.serve.page import add_page
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -24,6 +26,23 @@ def paged(start):
     server = start(page=add_page, recommended=SamplingParams(max_tokens=120))
     server.service.engine.eos = ()  # replies are as long as they may be
     return server
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        ("the $n$ of $x_1 + y$.", r"the \(n\) of \(x_1 + y\)."),
+        ("from $5 to $6, or $7-$8", "from $5 to $6, or $7-$8"),
+        ("*so* 3*4*5 is `3*4*$5$`", r"*so* 3\*4\*5 is `3*4*$5$`"),
+        ("```\n$x$*y\n``` $a*b$", "```\n$x$*y\n``` \\(a*b\\)"),
+        (r"$$a*b$$ and \[a*b\]", r"$$a*b$$ and \[a*b\]"),
+        ("```\nunfinished $x$", "```\nunfinished $x$"),
+    ],
+)
+def test_formulas_and_products_are_no_markdown(said, shown):
+    assert markdown(said) == shown
+    told = spoken([{"role": "assistant", "content": markdown("3*4")}, fold("Thought", "hm")], " ")
+    assert told == [{"role": "assistant", "content": "3*4"}], "and the model is told what it had said"
 
 
 def test_the_page_and_the_api_share_an_address(paged):

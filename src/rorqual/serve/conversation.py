@@ -80,9 +80,9 @@ class Reply:
             took = (self.thought_until or self.now) - self.started
             title = "Thinking" if self.thought_until is None else "Thought"
             title = f"{title} · {took:.1f} s · {self.reasoning_tokens} tokens"
-            shown.append(fold(title, mathematics(self.thought), "pending" if self.thought_until is None else "done"))
+            shown.append(fold(title, markdown(self.thought), "pending" if self.thought_until is None else "done"))
         if self.said or not shown or self.why:
-            shown.append({"role": "assistant", "content": mathematics(self.said)})
+            shown.append({"role": "assistant", "content": markdown(self.said)})
         return shown
 
     def figures(self) -> str:
@@ -98,13 +98,20 @@ class Reply:
         return " · ".join([*found, self.why] if self.why else found)
 
 
-def mathematics(text: str) -> str:
-    r"""$…$ as \(…\), outside of code and where it is no money: pandoc's rule, no space inside next to a dollar sign and
-    no digit behind the second. To the page's renderer, "$5 or $6" would be a formula.
-    """
-    parts = re.split(r"(```.*?(?:```|\Z)|`[^`\n]*`)", text, flags=re.DOTALL)
-    formula = re.compile(r"(?<![\\$])\$(?![\s$])([^$\n]*[^\s$\\])\$(?![\d$])")
-    return "".join(part if i % 2 else formula.sub(r"\\(\1\\)", part) for i, part in enumerate(parts))
+# Code, and formulas that need no help.
+LITERAL = re.compile(r"(```.*?(?:```|\Z)|`[^`\n]*`|\$\$.*?\$\$|\\\[.*?\\\]|\\\(.*?\\\))", re.DOTALL)
+# Pandoc's rule: no space inside next to a dollar sign, no digit behind the second. "$5 or $6" is money.
+FORMULA = re.compile(r"(?<![\\$])\$(?![\s$])([^$\n]*[^\s$\\])\$(?![\d$])")
+TIMES = re.compile(r"(?<=\w)\*(?=\w)")
+
+
+def markdown(text: str) -> str:
+    r"""A model's words as the page's Markdown: $…$ becomes \(…\), and 3*4 stays what it is."""
+    parts = LITERAL.split(text)
+    parts[::2] = [FORMULA.sub(r"\\(\1\\)", part) for part in parts[::2]]
+    parts = LITERAL.split("".join(parts))
+    parts[::2] = [TIMES.sub(r"\\*", part) for part in parts[::2]]
+    return "".join(parts)
 
 
 def fold(title: str, content: str, status: str = "done") -> Message:
@@ -126,7 +133,7 @@ def plain(content: Any) -> str:
 def said(history: list[Message], system: str | None) -> list[Message]:
     """What a model is told: thoughts are not said again (R1's chat template drops them too)."""
     first = [{"role": "system", "content": system}] if (system or "").strip() else []
-    spoken = [{"role": m["role"], "content": plain(m["content"])} for m in history if not titled(m)]
+    spoken = [{"role": m["role"], "content": plain(m["content"]).replace("\\*", "*")} for m in history if not titled(m)]
     return first + [m for m in spoken if m["content"] or m["role"] == "user"]
 
 
