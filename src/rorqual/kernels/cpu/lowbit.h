@@ -3,7 +3,7 @@
 // Weights lie in panels of 16 outputs, a panel in records of 32 inputs: for every four inputs 16 outputs' weights side by
 // side (at 4 bits inputs 4j… in the lower and 4j+16… in the upper halves of bytes), then 16 FP16 scales and, where there
 // are minima, 16 of those. Activations become bytes with a scale for every 32: one for a whole token costs 5 % of
-// accuracy where one channel is a hundred times the rest, one for 32 costs 1 % (docs/measured.md).
+// accuracy where one channel is a hundred times the rest, one for 32 costs 1 % (of a whole network: docs/measured.md).
 #pragma once
 
 #include <algorithm>
