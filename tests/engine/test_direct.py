@@ -59,6 +59,10 @@ def packed(config, bits="int4", dtype=torch.float32):
     return convert(model.bfloat16().to(dtype), bits)  # the same weights, whatever it computes in
 
 
+def random_tokens(count, seed):
+    return torch.randint(0, 60, (count,), generator=torch.Generator().manual_seed(seed))
+
+
 @pytest.mark.parametrize("bits", ["int4", "int8"])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(
@@ -67,29 +71,32 @@ def packed(config, bits="int4", dtype=torch.float32):
 )
 @torch.no_grad()
 def test_logits_are_the_networks(shape, bits, rows, dtype):
-    model = packed(SHAPES[shape], bits, dtype)
-    lengths = [(7 * i) % 33 + 1 for i in range(rows)]
-    cache = BlockCache(model.config, 3 * rows + 1, dtype, torch.device("cpu"))
-    step = direct_step(model, cache)
-    tables = torch.arange(1, 3 * rows + 1, dtype=torch.int32).view(rows, 3)
-    sequences = [torch.randint(0, 60, (n,), generator=torch.Generator().manual_seed(i)) for i, n in enumerate(lengths)]
-    before = [Prompt(0, n - 1, tables[i].tolist()) for i, n in enumerate(lengths) if n > 1]
-    if before:
-        everything = torch.cat([s[:-1] for s in sequences]).unsqueeze(0)
-        first = Step(cache, tables[:0], torch.zeros(0, dtype=torch.long), before)
-        model(everything, first.positions, cache=first)
-    ours, hidden = step(torch.stack([s[-1] for s in sequences]), tables, torch.tensor(lengths, dtype=torch.int32), rows)
-    assert max(lengths) <= BLOCK * 3
-    assert torch.allclose(linear(hidden, packed(SHAPES[shape], bits).head_weight), ours, rtol=1e-4, atol=1e-4)
-    exact = packed(SHAPES[shape], bits)
-    errors = errors_of(ours, exact, sequences)
+    model, exact = packed(SHAPES[shape], bits, dtype), packed(SHAPES[shape], bits)
+    errors, own_errors = [], []
+    for start in range(0, max(24, rows), rows):  # enough sequences for a median, `rows` of them at a time
+        sequences = [random_tokens((7 * i) % 33 + 1, i) for i in range(start, start + rows)]
+        cache = BlockCache(model.config, 3 * rows + 1, dtype, torch.device("cpu"))
+        step = direct_step(model, cache)
+        tables = torch.arange(1, 3 * rows + 1, dtype=torch.int32).view(rows, 3)
+        before = [Prompt(0, len(s) - 1, tables[i].tolist()) for i, s in enumerate(sequences) if len(s) > 1]
+        if before:
+            everything = torch.cat([s[:-1] for s in sequences]).unsqueeze(0)
+            first = Step(cache, tables[:0], torch.zeros(0, dtype=torch.long), before)
+            model(everything, first.positions, cache=first)
+        lengths = torch.tensor([len(s) for s in sequences], dtype=torch.int32)
+        assert lengths.max() <= BLOCK * 3
+        ours, hidden = step(torch.stack([s[-1] for s in sequences]), tables, lengths, rows)
+        assert torch.allclose(linear(hidden, exact.head_weight), ours, rtol=1e-4, atol=1e-4)
+        errors += errors_of(ours, exact, sequences)
+        if dtype != torch.float32:
+            own_errors += errors_of([last_logits(model, s) for s in sequences], exact, sequences)
     if dtype == torch.float32:
         # Where an activation is rounded the other way, what follows differs by a percent or so in so small a network; a
-        # router may then even choose another expert.
-        assert sorted(errors)[rows // 4] < 1e-4
-        assert sum(e > 0.2 for e in errors) <= rows / 20
+        # router may then choose another expert.
+        assert median(errors) < 1e-4
+        assert sum(e > 0.2 for e in errors) <= (len(errors) / 20 if model.moe_layers() else 0)
     else:  # it keeps more digits between its products than the network does; a router may choose another expert in both
-        assert median(errors) < 1.2 * median(errors_of([last_logits(model, s) for s in sequences], exact, sequences))
+        assert median(errors) < 1.2 * median(own_errors)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 20])

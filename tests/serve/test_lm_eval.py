@@ -13,28 +13,32 @@ QUESTIONS = [
     {"question": "what is the sum of both?", "choices": ["12", "7 or 12"], "answer": 1},
     {"question": "or the sum?", "choices": ["what", "is 7"], "answer": 0},
 ]
-CHOOSE = """
-task: rorqual_choose
+BOTH = """
 dataset_path: json
 dataset_kwargs: {{data_files: {{test: {data}}}}}
 test_split: test
-output_type: multiple_choice
 doc_to_text: "{{{{question}}}}"
+"""
+CHOOSE = (
+    BOTH
+    + """
+task: rorqual_choose
+output_type: multiple_choice
 doc_to_choice: choices
 doc_to_target: answer
 metric_list: [{{metric: acc}}]
 """
-SAY = """
+)
+SAY = (
+    BOTH
+    + """
 task: rorqual_say
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {data}}}}}
-test_split: test
 output_type: generate_until
-doc_to_text: "{{{{question}}}}"
 doc_to_target: "{{{{choices[answer]}}}}"
 generation_kwargs: {{until: ["?"], max_gen_toks: 12, temperature: 0.0}}
 metric_list: [{{metric: exact_match}}]
 """
+)
 
 
 @pytest.fixture

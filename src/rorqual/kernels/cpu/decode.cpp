@@ -51,8 +51,8 @@ bool holds(const T *row, i64 count, float x) {
 }
 
 // A word a row from softmax(logits/temperature) by one uniform number: the first whose probability, added to those of
-// the words before it, exceeds it. At temperature 0 the first of the most probable, of softmax(logits). Sums of blocks first and then within one of them, so that the improbable words of a
-// large vocabulary are not lost beside the sum of all.
+// the words before it, exceeds it. Sums of blocks first and then within one of them, so that the improbable words of a
+// large vocabulary are not lost beside the sum of all. At temperature 0 the first of the most probable.
 template <class T>
 void draw(const T *logits, i64 rows, i64 words, float temperature, const float *uniform, i64 *token, float *logprob) {
     constexpr i64 block = 256;

@@ -10,7 +10,7 @@
 
 #include "lanes.h"
 
-constexpr i64 GROUP = 32;    // columns that share a scale
+constexpr i64 GROUP = 32;     // columns that share a scale
 constexpr i64 TOGETHER = 24;  // rows that meet panels together
 constexpr i64 PANELS = 3;     // that a thread takes at a time
 enum Format { INT4, INT4_MINS, INT8, INT8_GROUPS };

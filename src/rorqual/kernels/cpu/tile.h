@@ -12,7 +12,7 @@ TARGET void tile(const uint8_t *record, const Quantised &x, Which which, lanes *
     const Group *row[R];
     for (int r = 0; r < R; ++r) row[r] = x.data + which[r] * x.groups;
     for (i64 g = 0; g < x.groups; ++g, record += SIZE) {
-        // What comes from memory is read once, in order: asking for it in time bought 6 % with 32 rows, more with one.
+        // What comes from memory is read once, in order: asking for it in time bought 6 % with 32 rows.
         for (i64 line = 0; line < SIZE; line += 64) __builtin_prefetch(record + 2048 + line);
         integers part[R][APART] = {};
         if constexpr (!MINS && (BITS == 4 || !SIGNED))  // weights lie 8 or 128 too high
