@@ -41,10 +41,11 @@ Work = Callable[[int], Awaitable[list[Answer]]]  # asks the server at a port
 
 
 def ours(folder: Path) -> list[Contestant]:
+    """In 4 and in 8 bits."""
     import_model("smollm2", folder / "smollm2")
     program = Path(sys.executable).parent / "rorqual"
-    command = (program, "serve", folder / "smollm2", "--weights", "int4", "--name", MODEL)
-    return [Contestant(US, "int4", command)]
+    command = (program, "serve", folder / "smollm2", "--name", MODEL, "--weights")
+    return [Contestant(US, format, (*command, format)) for format in ("int4", "int8")]
 
 
 def theirs(folder: Path) -> list[Contestant]:

@@ -138,8 +138,7 @@ class Worker:
             except BaseException as e:  # what Rust panics with is no Exception
                 log.exception("the engine failed; what was under way is lost")
                 self.engine.reset()
-                for ticket in set(self._tickets.values()):
-                    _hand(ticket, [_failed(e)])
+                _hand({ticket: [_failed(e)] for ticket in self._tickets.values()})
                 self._tickets.clear()
 
     def _work(self) -> None:
@@ -153,12 +152,12 @@ class Worker:
         for sample in self.engine.step():
             if (ticket := self._tickets.get(sample.request)) is not None:
                 grown.setdefault(ticket, []).append(self._piece(ticket, sample))
-        for ticket, pieces in grown.items():
+        for ticket in grown:
             ticket.cached = sum(r.cached for r in ticket.requests)
             for request in [r for r in ticket.requests if r.done and r in self._tickets]:
                 del self._tickets[request]
                 self.engine.release(request)
-            _hand(ticket, pieces)
+        _hand(grown)
 
     def _submit(self, ticket: Ticket) -> None:
         error: Exception | None = None
@@ -209,12 +208,17 @@ def _settle(answer: "asyncio.Future[Any]", result: Any, error: Exception | None)
         answer.set_exception(error)
 
 
-def _hand(ticket: Ticket, pieces: "list[Piece | Exception]") -> None:
-    def put() -> None:
-        for piece in pieces:
-            ticket.pieces.put_nowait(piece)
+def _hand(grown: "dict[Ticket, list[Piece | Exception]]") -> None:
+    """All that a step has made at once: to wake a loop costs a system call."""
+    for loop in {ticket.loop for ticket in grown}:
 
-    _call(ticket.loop, put)
+        def put(loop: asyncio.AbstractEventLoop = loop) -> None:
+            for ticket, pieces in grown.items():
+                if ticket.loop is loop:
+                    for piece in pieces:
+                        ticket.pieces.put_nowait(piece)
+
+        _call(loop, put)
 
 
 def _call(loop: asyncio.AbstractEventLoop, do: Callable[[], None]) -> None:

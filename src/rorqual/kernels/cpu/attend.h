@@ -114,10 +114,7 @@ void mix_some(const float *weights, i64 stride, const Places<T> &values, i64 wid
             if constexpr (std::is_same_v<T, O>) {
                 store_two(to, sum[c][n], other[c][n]);
             } else {  // BF16 values came even and odd
-                for (i64 t = 0; t < L; ++t) {
-                    store(to[2 * t], sum[c][n][t]);
-                    store(to[2 * t + 1], other[c][n][t]);
-                }
+                store_in_turn(to, sum[c][n], other[c][n], std::make_index_sequence<L>());
             }
         }
 }

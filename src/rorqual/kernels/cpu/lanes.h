@@ -107,6 +107,18 @@ inline void swap_bit(lanes *rows, std::index_sequence<C...>) {
     }
 }
 
+// What load_two took apart, in order again.
+template <size_t... C>
+inline void store_in_turn(float *to, lanes even, lanes odd, std::index_sequence<C...>) {
+#if __has_builtin(__builtin_shufflevector)
+    store_lanes(to, __builtin_shufflevector(even, odd, (C % 2 ? L + C / 2 : C / 2)...));
+    store_lanes(to + L, __builtin_shufflevector(even, odd, (C % 2 ? L + L / 2 + C / 2 : L / 2 + C / 2)...));
+#else  // GCC 11
+    store_lanes(to, __builtin_shuffle(even, odd, integers{int32_t(C % 2 ? L + C / 2 : C / 2)...}));
+    store_lanes(to + L, __builtin_shuffle(even, odd, integers{int32_t(C % 2 ? L + L / 2 + C / 2 : L / 2 + C / 2)...}));
+#endif
+}
+
 inline void turn(lanes *rows) {
     constexpr std::make_index_sequence<L> columns;
     swap_bit<1>(rows, columns);

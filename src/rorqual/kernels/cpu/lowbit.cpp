@@ -17,7 +17,10 @@
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni")))
 namespace vnni {
 constexpr bool SIGNED = false;
-constexpr int MOST = 12;
+template <int BITS>
+constexpr int MOST = BITS == 4 ? 12 : 8;
+template <int BITS>
+constexpr int WIDE = BITS == 4 ? 1 : BESIDE;
 TARGET inline lanes halves_at(const uint8_t *from) {
     return (lanes)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(from)));
 }
@@ -32,7 +35,10 @@ TARGET inline integers dot(integers sum, bytes weights, int32_t four) {
 
 #define TARGET
 namespace plain {
+template <int>
 constexpr int MOST = 4;
+template <int>
+constexpr int WIDE = 1;
 #if defined(__AVX2__)
 constexpr bool SIGNED = true;  // 8-bit weights moved up would not fit the 16 bits of a pair's sum
 inline lanes halves_at(const uint8_t *from) {
@@ -97,7 +103,7 @@ void lowbit_product(const T *x, i64 x_row, const uint8_t *data, i64 format, cons
                     const int32_t *ends, i64 experts, i64 outputs, i64 width, uint8_t *room, T *out) {
     const Weights<T> weights{data, channels, bias, format, outputs, width};
     const i64 rows = ends[experts - 1], panels = weights.panels();
-    const Quantised q(room, weights.groups());
+    const Quantised q(room, width, format);
     const i64 work = rows * outputs * width, pieces = (panels + PANELS - 1) / PANELS;
 #pragma omp parallel if (work > 1 << 15)
     {
@@ -108,8 +114,8 @@ void lowbit_product(const T *x, i64 x_row, const uint8_t *data, i64 format, cons
         for (i64 piece = 0; piece < experts * pieces; ++piece) {
             const i64 e = piece / pieces, start = e ? ends[e - 1] : 0, p = piece % pieces * PANELS;
             T *to = out + start * outputs;
-            weights.times(e * panels + p, e * panels + std::min(panels, p + PANELS), q, {start, nullptr}, ends[e] - start,
-                          [&](i64 p, i64 r, lanes y, i64 some) { store_some(to + r * outputs + p % panels * L, y, some); });
+            weights.times(e * panels + p, e * panels + std::min(panels, p + PANELS), -1, q, {start, nullptr},
+                          ends[e] - start, [&](i64 p, i64 r, lanes y, i64 some) { store_some(to + r * outputs + p % panels * L, y, some); });
         }
     }
 }

@@ -40,8 +40,7 @@ class Room {
   public:
     explicit Room(i64 size) : owner(static_cast<float *>(std::aligned_alloc(64, (size + 63) / 64 * 64)), std::free) {}
     float *take(i64 count) { return owner.get() + std::exchange(taken, taken + count); }
-    uint8_t *take_quantised(i64 rows, i64 width) { return reinterpret_cast<uint8_t *>(take(bytes(rows, width) / 4)); }
-    static i64 bytes(i64 rows, i64 width) { return i64(sizeof(Group)) * rows * ((width + GROUP - 1) / GROUP); }
+    uint8_t *take_quantised(i64 rows, i64 width) { return reinterpret_cast<uint8_t *>(take(Quantised::bytes(rows, width) / 4)); }
 
   private:
     std::unique_ptr<float, decltype(&std::free)> owner;
@@ -78,7 +77,7 @@ class Decoding {
         wide = std::max({wide, inner, low, out});
         const i64 each = net.hidden + low + queries + 2 * keys + latents + out + 2 * inner + net.width + 2 * net.experts +
                          2 * K + 2 * K * inner;
-        Room room(4 * R * each + 2 * Room::bytes(R, wide) + Room::bytes(R * K, inner));
+        Room room(4 * R * each + 2 * Quantised::bytes(R, wide) + Quantised::bytes(R * K, inner));
         x = room.take(R * net.hidden);
         qa = room.take(R * low);
         q = room.take(R * queries);
@@ -122,11 +121,14 @@ class Decoding {
                 else
                     me.feed_forward(layer);
             }
-            const Quantised last = me.normed_rows(x, net.norm, net.hidden, numbers.eps, hidden);
-            me.team.share_some(net.head.panels(), PANELS, [&](i64 start, i64 end) {
-                net.head.times(start, end, last, {0, nullptr}, wanted, [&](i64 p, i64 r, lanes y, i64 some) {
-                    store_some(logits + r * net.head.outputs + p * L, y, some);
-                });
+            const Quantised last = me.normed_rows(x, net.norm, net.head, numbers.eps, hidden);
+            const i64 panels = net.head.panels();
+            me.team.share_some(panels, PANELS, [&](i64 start, i64 end) {
+                const i64 next = start + PANELS * me.size;
+                net.head.times(start, end, next < panels ? next : -1, last, {0, nullptr}, wanted,
+                               [&](i64 p, i64 r, lanes y, i64 some) {
+                                   store_some(logits + r * net.head.outputs + p * L, y, some);
+                               });
             });
         }
     }
@@ -156,7 +158,7 @@ class Decoding {
             : all(all), net(all.net), rows(all.rows), team(all.team),
               stride((all.pasts.longest(all.rows) + L - 1) / L * L),
               heads_at_once(net.latent ? (rows >= size ? net.heads : (net.heads + size - 1) / size) : net.heads / net.groups),
-              room(Room::bytes(all.alone ? rows : 0, wide) +
+              room(Quantised::bytes(all.alone ? rows : 0, wide) +
                    4 * (wide + L * key_width() +
                         all.longest_run * heads_at_once * (2 * key_width() + stride))),
               keys(reinterpret_cast<lanes *>(room.take(L * key_width()))), one(room.take(wide)),
@@ -170,8 +172,8 @@ class Decoding {
 
         // Rows made ready by f(row's numbers, where to, row): `shared` by all, or by each thread for itself.
         template <class F>
-        Quantised ready(i64 width, F f) {
-            const Quantised to(all.alone ? own : all.shared, (width + GROUP - 1) / GROUP);
+        Quantised ready(i64 width, i64 format, F f) {
+            const Quantised to(all.alone ? own : all.shared, width, format);
             if (all.alone) {
                 for (i64 r = 0; r < rows; ++r) f(to, r);
             } else {
@@ -181,9 +183,11 @@ class Decoding {
             return to;
         }
 
-        // kept: where the normed numbers go too [rows, width], if anywhere.
-        Quantised normed_rows(const float *from, const T *weight, i64 width, float eps, float *kept = nullptr) {
-            return ready(width, [&](const Quantised &to, i64 r) {
+        // then: what they are to be multiplied with. kept: where the normed numbers go too [rows, width], if anywhere.
+        Quantised normed_rows(const float *from, const T *weight, const Weights<T> &then, float eps,
+                              float *kept = nullptr) {
+            const i64 width = then.width;
+            return ready(width, then.format, [&](const Quantised &to, i64 r) {
                 float *y = kept ? kept + r * width : one;
                 normed(from + r * width, weight, width, eps, y);
                 quantise_row(y, width, to, r);
@@ -194,16 +198,19 @@ class Decoding {
         void multiply(const Quantised &from, std::initializer_list<Part> parts, bool add) {
             i64 panels = 0;
             for (const Part &part : parts) panels += part.weights->panels();
-            team.share_some(panels, PANELS, [&](i64 start, i64 end) { products(from, parts, start, end, add); });
+            team.share_some(panels, PANELS, [&](i64 start, i64 end) {
+                products(from, parts, start, end, start + PANELS * size, add);
+            });
             meet();
         }
 
-        // Panels start to end of all the parts' one after the other.
-        void products(const Quantised &from, std::initializer_list<Part> parts, i64 start, i64 end, bool add) {
+        // Panels start to end of all the parts' one after the other; the thread will probably go on with those from next on.
+        void products(const Quantised &from, std::initializer_list<Part> parts, i64 start, i64 end, i64 next, bool add) {
             for (const Part &part : parts) {
                 const i64 panels = part.weights->panels(), row = part.weights->outputs;
                 if (start < panels && end > 0)
-                    part.weights->times(std::max(i64(0), start), std::min(end, panels), from, {0, nullptr}, rows,
+                    part.weights->times(std::max(i64(0), start), std::min(end, panels), next < panels ? next : -1, from,
+                                        {0, nullptr}, rows,
                                         [&](i64 p, i64 r, lanes y, i64 some) {
                                             float *to = part.to + r * row + p * L;
                                             if (add)
@@ -213,6 +220,7 @@ class Decoding {
                                         });
                 start -= panels;
                 end -= panels;
+                next -= panels;
             }
         }
 
@@ -225,12 +233,12 @@ class Decoding {
                 normed(states + r * D, net.state_norm, D, all.numbers.eps, one + D);
                 quantise_row(one, 2 * D, to, r);
             };
-            multiply(ready(2 * D, both), {{&net.join, all.x}}, false);
+            multiply(ready(2 * D, net.join.format, both), {{&net.join, all.x}}, false);
         }
 
         void grouped_attention(const Layer<T> &layer) {
             const i64 G = net.groups, W = net.width, share = net.heads / G, half = W / 2;
-            multiply(normed_rows(all.x, layer.norm, net.hidden, all.numbers.eps),
+            multiply(normed_rows(all.x, layer.norm, layer.q, all.numbers.eps),
                      {{&layer.q, all.q}, {&layer.k, all.k}, {&layer.v, all.v}}, false);
             const auto write = [&](i64 task) {
                 const i64 r = task / G, g = task % G, at = (all.pasts.last(r) * G + g) * W;
@@ -273,7 +281,7 @@ class Decoding {
         // The absorbed form of model/attention.py.
         void latent_attention(const Layer<T> &layer) {
             const i64 H = net.heads, C = net.latent, N = net.nope, R = net.width, V = net.value, half = R / 2;
-            const Quantised from = normed_rows(all.x, layer.norm, net.hidden, all.numbers.eps);
+            const Quantised from = normed_rows(all.x, layer.norm, layer.kv_a, all.numbers.eps);
             multiply(from, {{layer.q_a ? &layer.q_a : &layer.q, layer.q_a ? all.qa : all.q}, {&layer.kv_a, all.kv}}, false);
             team.share(rows, [&](i64 r) {
                 const float *kv = all.kv + r * (C + R);
@@ -285,8 +293,7 @@ class Decoding {
             });
             meet();
             if (layer.q_a)
-                multiply(normed_rows(all.qa, layer.q_a_norm, layer.q_a.outputs, all.numbers.latent_eps), {{&layer.q, all.q}},
-                         false);
+                multiply(normed_rows(all.qa, layer.q_a_norm, layer.q, all.numbers.latent_eps), {{&layer.q, all.q}}, false);
             const i64 pieces = (H + heads_at_once - 1) / heads_at_once;
             team.share(rows * pieces, [&](i64 task) {
                 const i64 r = task / pieces, first = task % pieces * heads_at_once, count = std::min(heads_at_once, H - first);
@@ -313,24 +320,24 @@ class Decoding {
         void add_heads(const Layer<T> &layer) {
             const i64 width = layer.o.width;
             const auto quantised = [&](const Quantised &to, i64 r) { quantise_row(all.o + r * width, width, to, r); };
-            multiply(ready(width, quantised), {{&layer.o, all.x}}, true);
+            multiply(ready(width, layer.o.format, quantised), {{&layer.o, all.x}}, true);
         }
 
         void feed_forward(const Layer<T> &layer) {
             const i64 inner = layer.gate.outputs;
-            multiply(normed_rows(all.x, layer.norm2, net.hidden, all.numbers.eps),
+            multiply(normed_rows(all.x, layer.norm2, layer.gate, all.numbers.eps),
                      {{&layer.gate, all.gate}, {&layer.up_proj, all.up}}, false);
             const auto gated = [&](const Quantised &to, i64 r) {
                 quantise_gated(all.gate + r * inner, all.up + r * inner, inner, to, r);
             };
-            multiply(ready(inner, gated), {{&layer.down, all.x}}, true);
+            multiply(ready(inner, layer.down.format, gated), {{&layer.down, all.x}}, true);
         }
 
         // Experts read their own rows only, so a step costs the weights of those that were chosen.
         void mixture(const Layer<T> &layer) {
             const i64 E = net.experts, K = net.chosen, D = net.hidden, F = layer.experts_out.width;
             const i64 shared_width = layer.gate ? layer.gate.outputs : 0;
-            const Quantised from = ready(D, [&](const Quantised &to, i64 r) {
+            const Quantised from = ready(D, layer.experts_in.format, [&](const Quantised &to, i64 r) {
                 normed(all.x + r * D, layer.norm2, D, all.numbers.eps, one);
                 quantise_row(one, D, to, r);
             });
@@ -338,7 +345,7 @@ class Decoding {
             const i64 lots = (E + L - 1) / L, panels = 2 * (layer.gate ? layer.gate.panels() : 0);
             team.share(rows * lots + panels, [&](i64 task) {
                 if (const i64 p = task - rows * lots; p >= 0) {
-                    products(from, {{&layer.gate, all.gate}, {&layer.up_proj, all.up}}, p, p + 1, false);
+                    products(from, {{&layer.gate, all.gate}, {&layer.up_proj, all.up}}, p, p + 1, p + size, false);
                     return;
                 }
                 const i64 r = task / lots, e = task % lots * L, some = std::min(L, E - e);
@@ -357,14 +364,14 @@ class Decoding {
             const int32_t *row_of = sorted.data() + rows * K;
             team.share(busy * in_panels, [&](i64 task) {
                 const i64 e = active[task / in_panels], p = task % in_panels, at = e * in_panels + p, first = begin(e);
-                layer.experts_in.times(at, at + 1, from, {0, row_of + first}, ends[e] - first,
-                                       [&](i64, i64 i, lanes y, i64 some) {
+                layer.experts_in.times(at, at + 1, p + size < in_panels ? at + size : -1, from, {0, row_of + first},
+                                       ends[e] - first, [&](i64, i64 i, lanes y, i64 some) {
                                            store_some(all.mixed + (first + i) * 2 * F + p * L, y, some);
                                        });
             });
             meet();
-            const Quantised inner(all.mixed_inner, layer.experts_out.groups());
-            const Quantised shared(all.shared_inner, (shared_width + GROUP - 1) / GROUP);
+            const Quantised inner(all.mixed_inner, F, layer.experts_out.format);
+            const Quantised shared(all.shared_inner, shared_width, layer.down.format);
             team.share(rows * K + (layer.gate ? rows : 0), [&](i64 i) {
                 const float *two = all.mixed + i * 2 * F;
                 if (const i64 r = i - rows * K; r < 0)
@@ -376,14 +383,14 @@ class Decoding {
             team.share(out_panels, [&](i64 p) {  // all that is added to a place, one after the other
                 for (i64 e : active) {
                     const i64 first = begin(e), at = e * out_panels + p;
-                    layer.experts_out.times(at, at + 1, inner, {first, nullptr}, ends[e] - first,
+                    layer.experts_out.times(at, at + 1, -1, inner, {first, nullptr}, ends[e] - first,
                                             [&](i64, i64 i, lanes y, i64 some) {
                                                 const i64 entry = sorted[first + i];
                                                 add_some(all.x + entry / K * D + p * L, y * all.shares[entry], some);
                                             });
                 }
                 if (layer.gate)
-                    layer.down.times(p, p + 1, shared, {0, nullptr}, rows,
+                    layer.down.times(p, p + 1, -1, shared, {0, nullptr}, rows,
                                      [&](i64, i64 r, lanes y, i64 some) { add_some(all.x + r * D + p * L, y, some); });
             });
             meet();
