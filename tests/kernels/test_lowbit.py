@@ -62,15 +62,14 @@ def test_compiled_products_are_the_reference(format, shape, dtype, rows):
     assert ((ours.float() - theirs.float()).abs().mean() / scale) < 2e-3
 
 
-@pytest.mark.parametrize(("format", "cost"), [("int4", 0.015), ("int8_groups", 0.015), ("int8", 0.03)])
 @torch.no_grad()
-def test_rounding_of_activations_costs_a_hundredth_or_three(format, cost):
-    packed, weights = made(format, 1, 64, 512)
+def test_rounding_of_activations_costs_a_hundredth():
+    packed, weights = made("int8", 1, 64, 512)
     x = torch.randn(40, 512, generator=torch.Generator().manual_seed(0))
     x[:, 3] *= 100
     exact = x @ weights[0].T
     error = (lowbit_linear(x, packed) - exact).square().mean().sqrt() / exact.square().mean().sqrt()
-    assert error < cost
+    assert error < 0.015
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

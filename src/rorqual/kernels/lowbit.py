@@ -41,11 +41,6 @@ class Packed:
         return 4 if self.format.startswith("int4") else 8
 
     @property
-    def span(self) -> int:
-        """Inputs whose activations share a scale."""
-        return 4 * GROUP if self.format == "int8" else GROUP
-
-    @property
     def middle(self) -> int:
         return 0 if self.format == "int4_mins" else 1 << (self.bits - 1)
 
@@ -128,7 +123,8 @@ def lowbit_linear(x: Tensor, packed: Packed, bias: Tensor | None = None, ends: T
     fits = packed.data.is_cpu and cpu.usable(x, *([] if bias is None else [bias]))
     if not fits or torch.is_grad_enabled():
         return lowbit_linear_reference(x, packed, bias, ends)
-    room = torch.empty(len(x) * packed.data.shape[2] * (GROUP + 16), dtype=torch.uint8)
+    G = packed.data.shape[2]
+    room = torch.empty(len(x) * G * (GROUP + 16), dtype=torch.uint8)
     out = x.new_empty(len(x), packed.N)
     cpu.call(
         "lowbit_product", x.dtype, x, x.stride(0), packed.data, FORMATS.index(packed.format), packed.channels, bias,
@@ -138,7 +134,7 @@ def lowbit_linear(x: Tensor, packed: Packed, bias: Tensor | None = None, ends: T
 
 
 def lowbit_linear_reference(x: Tensor, packed: Packed, bias: Tensor | None, ends: Tensor) -> Tensor:
-    numbers = rounded(x, packed.span)
+    numbers = rounded(x)
     starts = [0, *ends.tolist()]
     parts = [
         numbers[start:end] @ unpack(packed, e).T if end > start else numbers.new_zeros(0, packed.N)
@@ -148,10 +144,10 @@ def lowbit_linear_reference(x: Tensor, packed: Packed, bias: Tensor | None, ends
     return (out if bias is None else out + bias).to(x.dtype)
 
 
-def rounded(x: Tensor, span: int) -> Tensor:
-    """x [M, K] as 8 bits and a scale for `span` of them can say it, in FP32."""
+def rounded(x: Tensor) -> Tensor:
+    """x [M, K] as 8 bits and a scale a group of 32 can say it, in FP32."""
     M, K = x.shape
-    spans = F.pad(x.float(), (0, -K % span)).view(M, -1, span)
-    scale = spans.abs().amax(-1, keepdim=True) / 127
-    numbers = torch.where(scale > 0, spans / scale, 0.0 * spans).round()
+    groups = F.pad(x.float(), (0, -K % GROUP)).view(M, -1, GROUP)
+    scale = groups.abs().amax(-1, keepdim=True) / 127
+    numbers = torch.where(scale > 0, groups / scale, 0.0 * groups).round()
     return (numbers * scale).view(M, -1)[:, :K]

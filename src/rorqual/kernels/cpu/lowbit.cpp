@@ -103,8 +103,9 @@ void lowbit_product(const T *x, i64 x_row, const uint8_t *data, i64 format, cons
                     const int32_t *ends, i64 experts, i64 outputs, i64 width, uint8_t *room, T *out) {
     const Weights<T> weights{data, channels, bias, format, outputs, width};
     const i64 rows = ends[experts - 1], panels = weights.panels();
-    const Quantised q(room, width, format);
-    const i64 work = rows * outputs * width, pieces = (panels + PANELS - 1) / PANELS;
+    const Quantised q(room, width);
+    const i64 work = rows * outputs * width, some = panels_at_once(panels, omp_get_max_threads());
+    const i64 pieces = (panels + some - 1) / some;
 #pragma omp parallel if (work > 1 << 15)
     {
 #pragma omp for schedule(static)
@@ -112,10 +113,10 @@ void lowbit_product(const T *x, i64 x_row, const uint8_t *data, i64 format, cons
         // In pieces handed out as threads come: where another program takes a core, the other does more.
 #pragma omp for schedule(dynamic, 1)
         for (i64 piece = 0; piece < experts * pieces; ++piece) {
-            const i64 e = piece / pieces, start = e ? ends[e - 1] : 0, p = piece % pieces * PANELS;
+            const i64 e = piece / pieces, start = e ? ends[e - 1] : 0, p = piece % pieces * some;
             T *to = out + start * outputs;
-            weights.times(e * panels + p, e * panels + std::min(panels, p + PANELS), -1, q, {start, nullptr},
-                          ends[e] - start, [&](i64 p, i64 r, lanes y, i64 some) { store_some(to + r * outputs + p % panels * L, y, some); });
+            weights.times(e * panels + p, e * panels + std::min(panels, p + some), -1, q, {start, nullptr}, ends[e] - start,
+                          [&](i64 p, i64 r, lanes y, i64 some) { store_some(to + r * outputs + p % panels * L, y, some); });
         }
     }
 }

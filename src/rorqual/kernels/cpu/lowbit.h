@@ -2,44 +2,41 @@
 //
 // Weights lie in panels of 16 outputs, a panel in records of 32 inputs: for every four inputs 16 outputs' weights side by
 // side (at 4 bits inputs 4j… in the lower and 4j+16… in the upper halves of bytes), then 16 FP16 scales and, where there
-// are minima, 16 of those. Activations become bytes with a scale for every 32 too; for every 128 where weights of 8 bits
-// have one scale an output, so that products are added up as integers that far: prompts are read a sixth faster than with
-// scales for 32 (what both cost: docs/measured.md).
+// are minima, 16 of those. Activations become bytes with a scale for every 32: one for a whole token costs 5 % of
+// accuracy where one channel is a hundred times the rest, one for 32 costs 1 % (of a whole network: docs/measured.md).
 #pragma once
 
 #include <algorithm>
 
 #include "lanes.h"
 
-constexpr i64 GROUP = 32;     // inputs that share a weight's scale
-constexpr i64 SPAN = 4;       // groups that share an activation's, where weights have one an output
+constexpr i64 GROUP = 32;     // inputs that share a scale
 constexpr i64 TOGETHER = 24;  // of many rows those that meet panels together
-constexpr i64 PANELS = 6;     // that a thread takes at a time
+constexpr i64 PANELS = 6;     // that a thread takes at a time, most
 constexpr i64 BESIDE = 2;     // panels that rows meet side by side
 enum Format { INT4, INT4_MINS, INT8, INT8_GROUPS };
 constexpr i64 RECORD[] = {288, 320, 512, 544};  // bytes
 
 typedef uint8_t bytes __attribute__((vector_size(64)));
 
-// 32 activations: bytes, the scale of their span, minus eight times their sum, and their sum times the scale; minus 128
-// times the sum of the span that begins here. One lies beside the other, and so does one group beside the next, so that a
-// product reads a row from one address.
+// 32 activations: bytes, their scale, minus eight times their sum, and their sum times the scale. One lies beside the
+// other, and so does one group beside the next, so that a product reads a row from one address.
 struct Group {
     int8_t numbers[GROUP];
     float scale;
     int32_t less;
     float scaled_sum;
-    int32_t span_less;
+    int32_t unused;  // up to a multiple of 16 bytes
 };
 
-// Rows of activations [rows, groups] for weights of a format.
+// Rows of activations [rows, groups].
 struct Quantised {
     Group *data;
-    i64 groups, span;  // groups that share a scale
+    i64 groups;
 
-    Quantised(uint8_t *room, i64 width, i64 format)
-        : data(reinterpret_cast<Group *>(room)), groups((width + GROUP - 1) / GROUP), span(format == INT8 ? SPAN : 1) {}
-    static i64 bytes(i64 rows, i64 width) { return i64(sizeof(Group)) * rows * ((width + GROUP - 1) / GROUP); }
+    Quantised(uint8_t *room, i64 width) : data(reinterpret_cast<Group *>(room)), groups(groups_of(width)) {}
+    static i64 groups_of(i64 width) { return (width + GROUP - 1) / GROUP; }
+    static i64 bytes(i64 rows, i64 width) { return i64(sizeof(Group)) * rows * groups_of(width); }
 };
 
 // Numbers of rows: those from `first` on or, where there is a list, those it holds.
@@ -82,12 +79,12 @@ struct Weights {
 
     explicit operator bool() const { return data != nullptr; }
     i64 panels() const { return (outputs + L - 1) / L; }
-    i64 groups() const { return (width + GROUP - 1) / GROUP; }
+    i64 groups() const { return Quantised::groups_of(width); }
     const uint8_t *panel(i64 p) const { return data + p * groups() * RECORD[format]; }
 
     // Rows against panels: f(p, i, y, some) gets the outputs y of panel p, `some` of which there are, for the i-th row. As
     // many rows as the nearest cache holds meet all the panels before others come. While the first do, the panels after
-    // them are asked for from memory, which bought 15 to 20 % with up to 32 rows; then those from `next` on (if it is not
+    // them are asked for from memory, which bought 10 % with 32 rows and 8 bits; then those from `next` on (if it is not
     // negative), where the thread will probably go on.
     template <class F>
     void times(i64 start, i64 end, i64 next, const Quantised &x, Which which, i64 rows, F f) const {
@@ -114,6 +111,11 @@ struct Weights {
     }
 };
 
+// Panels that a thread takes at a time: as many as leave every thread three times some, an even number.
+inline i64 panels_at_once(i64 panels, i64 threads) {
+    return std::clamp(panels / (3 * threads) / BESIDE * BESIDE, BESIDE, PANELS);
+}
+
 // The first `some` of the lanes.
 template <class T>
 inline void store_some(T *to, lanes x, i64 some) {
@@ -130,63 +132,40 @@ inline lanes halves_plain(const uint8_t *from) {
     return std::bit_cast<lanes>(std::bit_cast<words>(size) | (u & 0x8000) << 16);
 }
 
-// A span's numbers → `groups` groups. One with a NaN or an infinity becomes zeros with a scale that is none.
-inline void quantise(const lanes *x, Group *to, i64 groups) {
+// 32 numbers → group `at`. A group with a NaN or an infinity becomes zeros with a scale that is none.
+inline void quantise(lanes a, lanes b, const Quantised &to, i64 at) {
     typedef int8_t small __attribute__((vector_size(16)));
+    const words ua = std::bit_cast<words>(a) & 0x7fffffffu, ub = std::bit_cast<words>(b) & 0x7fffffffu;
     const auto greater = [](auto a, auto b) { return a > b ? a : b; };
-    words most_of = {};
-    for (i64 i = 0; i < 2 * groups; ++i) most_of = greater(most_of, std::bit_cast<words>(x[i]) & 0x7fffffffu);
-    const uint32_t bits = fold(most_of, greater);  // sizes order as their bits do; above are infinity and NaN
-    const bool none = bits >= 0x7f800000u;
-    const float most = std::bit_cast<float>(bits), up = bits == 0 || none ? 0.0f : 127.0f / most;
-    const float scale = none ? std::bit_cast<float>(0x7fc00000u) : most / 127.0f;
-    int32_t all = 0;
-    for (i64 g = 0; g < groups; ++g) {
-        integers n[2];
-        for (i64 half = 0; half < 2; ++half) {
-            const lanes y = none ? lanes{} : (x[2 * g + half] * up + 12582912.0f) - 12582912.0f;  // to the nearest
-            n[half] = __builtin_convertvector(y, integers);
-            const small few = __builtin_convertvector(n[half], small);
-            std::memcpy(to[g].numbers + half * L, &few, sizeof few);
-        }
-        const int32_t sum = fold(n[0] + n[1], [](auto a, auto b) { return a + b; });
-        to[g].scale = scale;
-        to[g].less = -8 * sum;
-        to[g].scaled_sum = scale * float(sum);
-        all += sum;
-    }
-    to->span_less = -128 * all;
+    const uint32_t bits = fold(greater(ua, ub), greater);  // sizes order as their bits do; above are infinity and NaN
+    const float most = std::bit_cast<float>(bits);
+    if (bits == 0 || bits >= 0x7f800000u) a = b = lanes{};
+    const float up = bits == 0 || bits >= 0x7f800000u ? 0.0f : 127.0f / most;
+    const integers na = __builtin_convertvector((a * up + 12582912.0f) - 12582912.0f, integers);  // to the nearest
+    const integers nb = __builtin_convertvector((b * up + 12582912.0f) - 12582912.0f, integers);
+    const small sa = __builtin_convertvector(na, small), sb = __builtin_convertvector(nb, small);
+    Group &group = to.data[at];
+    std::memcpy(group.numbers, &sa, sizeof sa);
+    std::memcpy(group.numbers + L, &sb, sizeof sb);
+    const int32_t sum = fold(na + nb, [](auto a, auto b) { return a + b; });
+    group.scale = bits >= 0x7f800000u ? std::bit_cast<float>(0x7fc00000u) : most / 127.0f;
+    group.less = -8 * sum;
+    group.scaled_sum = group.scale * float(sum);
 }
 
-// A row of `width` numbers, given 16 at a time by f(j, lanes) or, the last few, one by one by f(j, float); zeros follow.
-template <class F>
-inline void quantise_by(F f, i64 width, const Quantised &to, i64 row) {
-    for (i64 g = 0; g < to.groups; g += to.span) {
-        const i64 groups = std::min(to.span, to.groups - g);
-        lanes x[SPAN * GROUP / L];
-        for (i64 i = 0; i < 2 * groups; ++i) {
-            const i64 j = g * GROUP + i * L;
-            if (width - j >= L) {
-                x[i] = f(j, lanes{});
-            } else {
-                x[i] = lanes{};
-                for (i64 t = 0; t < width - j; ++t) x[i][t] = f(j + t, 0.0f);
-            }
-        }
-        quantise(x, to.data + row * to.groups + g, groups);
-    }
-}
-
+// One row of `width` numbers, with zeros up to a multiple of 32.
 template <class T>
 inline void quantise_row(const T *from, i64 width, const Quantised &to, i64 row) {
-    quantise_by(
-        [&](i64 j, auto one) {
-            if constexpr (sizeof one == sizeof(float))
-                return load(from[j]);
-            else
-                return load_lanes(from + j);
-        },
-        width, to, row);
+    for (i64 g = 0; g < to.groups; ++g) {
+        const i64 some = std::min(GROUP, width - g * GROUP);
+        if (some == GROUP) {
+            quantise(load_lanes(from + g * GROUP), load_lanes(from + g * GROUP + L), to, row * to.groups + g);
+        } else {
+            float x[GROUP] = {};
+            for (i64 j = 0; j < some; ++j) x[j] = load(from[g * GROUP + j]);
+            quantise(load_lanes(x), load_lanes(x + L), to, row * to.groups + g);
+        }
+    }
 }
 
 }  // namespace

@@ -60,17 +60,19 @@ void normed(const float *x, const T *weight, i64 width, float eps, float *out) {
     for (; j < width; ++j) out[j] = x[j] * scale * load(weight[j]);
 }
 
-// silu(gate) · up, as bytes.
+// silu(gate) · up → group by group.
 inline void quantise_gated(const float *gate, const float *up, i64 width, const Quantised &to, i64 row) {
     const auto gated = [](auto a, auto b) { return a / (1.0f + exponential(-a)) * b; };
-    quantise_by(
-        [&](i64 j, auto one) {
-            if constexpr (sizeof one == sizeof(float))
-                return gated(gate[j], up[j]);
-            else
-                return gated(load_lanes(gate + j), load_lanes(up + j));
-        },
-        width, to, row);
+    for (i64 g = 0; g < to.groups; ++g, gate += GROUP, up += GROUP) {
+        if (width - g * GROUP >= GROUP) {
+            quantise(gated(load_lanes(gate), load_lanes(up)), gated(load_lanes(gate + L), load_lanes(up + L)), to,
+                     row * to.groups + g);
+        } else {
+            float y[GROUP] = {};
+            for (i64 j = 0; j < width - g * GROUP; ++j) y[j] = gated(gate[j], up[j]);
+            quantise(load_lanes(y), load_lanes(y + L), to, row * to.groups + g);
+        }
+    }
 }
 
 // Row r of packed weights, as numbers.

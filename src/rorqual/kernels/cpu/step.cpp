@@ -40,7 +40,9 @@ class Room {
   public:
     explicit Room(i64 size) : owner(static_cast<float *>(std::aligned_alloc(64, (size + 63) / 64 * 64)), std::free) {}
     float *take(i64 count) { return owner.get() + std::exchange(taken, taken + count); }
-    uint8_t *take_quantised(i64 rows, i64 width) { return reinterpret_cast<uint8_t *>(take(Quantised::bytes(rows, width) / 4)); }
+    uint8_t *take_quantised(i64 rows, i64 width) {
+        return reinterpret_cast<uint8_t *>(take(Quantised::bytes(rows, width) / 4));
+    }
 
   private:
     std::unique_ptr<float, decltype(&std::free)> owner;
@@ -121,10 +123,10 @@ class Decoding {
                 else
                     me.feed_forward(layer);
             }
-            const Quantised last = me.normed_rows(x, net.norm, net.head, numbers.eps, hidden);
-            const i64 panels = net.head.panels();
-            me.team.share_some(panels, PANELS, [&](i64 start, i64 end) {
-                const i64 next = start + PANELS * me.size;
+            const Quantised last = me.normed_rows(x, net.norm, net.hidden, numbers.eps, hidden);
+            const i64 panels = net.head.panels(), some = panels_at_once(panels, me.size);
+            me.team.share_some(panels, some, [&](i64 start, i64 end) {
+                const i64 next = start + some * me.size;
                 net.head.times(start, end, next < panels ? next : -1, last, {0, nullptr}, wanted,
                                [&](i64 p, i64 r, lanes y, i64 some) {
                                    store_some(logits + r * net.head.outputs + p * L, y, some);
@@ -172,8 +174,8 @@ class Decoding {
 
         // Rows made ready by f(row's numbers, where to, row): `shared` by all, or by each thread for itself.
         template <class F>
-        Quantised ready(i64 width, i64 format, F f) {
-            const Quantised to(all.alone ? own : all.shared, width, format);
+        Quantised ready(i64 width, F f) {
+            const Quantised to(all.alone ? own : all.shared, width);
             if (all.alone) {
                 for (i64 r = 0; r < rows; ++r) f(to, r);
             } else {
@@ -183,11 +185,9 @@ class Decoding {
             return to;
         }
 
-        // then: what they are to be multiplied with. kept: where the normed numbers go too [rows, width], if anywhere.
-        Quantised normed_rows(const float *from, const T *weight, const Weights<T> &then, float eps,
-                              float *kept = nullptr) {
-            const i64 width = then.width;
-            return ready(width, then.format, [&](const Quantised &to, i64 r) {
+        // kept: where the normed numbers go too [rows, width], if anywhere.
+        Quantised normed_rows(const float *from, const T *weight, i64 width, float eps, float *kept = nullptr) {
+            return ready(width, [&](const Quantised &to, i64 r) {
                 float *y = kept ? kept + r * width : one;
                 normed(from + r * width, weight, width, eps, y);
                 quantise_row(y, width, to, r);
@@ -198,13 +198,14 @@ class Decoding {
         void multiply(const Quantised &from, std::initializer_list<Part> parts, bool add) {
             i64 panels = 0;
             for (const Part &part : parts) panels += part.weights->panels();
-            team.share_some(panels, PANELS, [&](i64 start, i64 end) {
-                products(from, parts, start, end, start + PANELS * size, add);
+            const i64 some = panels_at_once(panels, size);
+            team.share_some(panels, some, [&](i64 start, i64 end) {
+                products(from, parts, start, end, start + some * size, add);
             });
             meet();
         }
 
-        // Panels start to end of all the parts' one after the other; the thread will probably go on with those from next on.
+        // Panels start to end of all the parts' one after the other; the thread will probably go on from `next`.
         void products(const Quantised &from, std::initializer_list<Part> parts, i64 start, i64 end, i64 next, bool add) {
             for (const Part &part : parts) {
                 const i64 panels = part.weights->panels(), row = part.weights->outputs;
@@ -233,12 +234,12 @@ class Decoding {
                 normed(states + r * D, net.state_norm, D, all.numbers.eps, one + D);
                 quantise_row(one, 2 * D, to, r);
             };
-            multiply(ready(2 * D, net.join.format, both), {{&net.join, all.x}}, false);
+            multiply(ready(2 * D, both), {{&net.join, all.x}}, false);
         }
 
         void grouped_attention(const Layer<T> &layer) {
             const i64 G = net.groups, W = net.width, share = net.heads / G, half = W / 2;
-            multiply(normed_rows(all.x, layer.norm, layer.q, all.numbers.eps),
+            multiply(normed_rows(all.x, layer.norm, net.hidden, all.numbers.eps),
                      {{&layer.q, all.q}, {&layer.k, all.k}, {&layer.v, all.v}}, false);
             const auto write = [&](i64 task) {
                 const i64 r = task / G, g = task % G, at = (all.pasts.last(r) * G + g) * W;
@@ -281,7 +282,7 @@ class Decoding {
         // The absorbed form of model/attention.py.
         void latent_attention(const Layer<T> &layer) {
             const i64 H = net.heads, C = net.latent, N = net.nope, R = net.width, V = net.value, half = R / 2;
-            const Quantised from = normed_rows(all.x, layer.norm, layer.kv_a, all.numbers.eps);
+            const Quantised from = normed_rows(all.x, layer.norm, net.hidden, all.numbers.eps);
             multiply(from, {{layer.q_a ? &layer.q_a : &layer.q, layer.q_a ? all.qa : all.q}, {&layer.kv_a, all.kv}}, false);
             team.share(rows, [&](i64 r) {
                 const float *kv = all.kv + r * (C + R);
@@ -293,7 +294,8 @@ class Decoding {
             });
             meet();
             if (layer.q_a)
-                multiply(normed_rows(all.qa, layer.q_a_norm, layer.q, all.numbers.latent_eps), {{&layer.q, all.q}}, false);
+                multiply(normed_rows(all.qa, layer.q_a_norm, layer.q_a.outputs, all.numbers.latent_eps), {{&layer.q, all.q}},
+                         false);
             const i64 pieces = (H + heads_at_once - 1) / heads_at_once;
             team.share(rows * pieces, [&](i64 task) {
                 const i64 r = task / pieces, first = task % pieces * heads_at_once, count = std::min(heads_at_once, H - first);
@@ -320,24 +322,24 @@ class Decoding {
         void add_heads(const Layer<T> &layer) {
             const i64 width = layer.o.width;
             const auto quantised = [&](const Quantised &to, i64 r) { quantise_row(all.o + r * width, width, to, r); };
-            multiply(ready(width, layer.o.format, quantised), {{&layer.o, all.x}}, true);
+            multiply(ready(width, quantised), {{&layer.o, all.x}}, true);
         }
 
         void feed_forward(const Layer<T> &layer) {
             const i64 inner = layer.gate.outputs;
-            multiply(normed_rows(all.x, layer.norm2, layer.gate, all.numbers.eps),
+            multiply(normed_rows(all.x, layer.norm2, net.hidden, all.numbers.eps),
                      {{&layer.gate, all.gate}, {&layer.up_proj, all.up}}, false);
             const auto gated = [&](const Quantised &to, i64 r) {
                 quantise_gated(all.gate + r * inner, all.up + r * inner, inner, to, r);
             };
-            multiply(ready(inner, layer.down.format, gated), {{&layer.down, all.x}}, true);
+            multiply(ready(inner, gated), {{&layer.down, all.x}}, true);
         }
 
         // Experts read their own rows only, so a step costs the weights of those that were chosen.
         void mixture(const Layer<T> &layer) {
             const i64 E = net.experts, K = net.chosen, D = net.hidden, F = layer.experts_out.width;
             const i64 shared_width = layer.gate ? layer.gate.outputs : 0;
-            const Quantised from = ready(D, layer.experts_in.format, [&](const Quantised &to, i64 r) {
+            const Quantised from = ready(D, [&](const Quantised &to, i64 r) {
                 normed(all.x + r * D, layer.norm2, D, all.numbers.eps, one);
                 quantise_row(one, D, to, r);
             });
@@ -370,8 +372,8 @@ class Decoding {
                                        });
             });
             meet();
-            const Quantised inner(all.mixed_inner, F, layer.experts_out.format);
-            const Quantised shared(all.shared_inner, shared_width, layer.down.format);
+            const Quantised inner(all.mixed_inner, F);
+            const Quantised shared(all.shared_inner, shared_width);
             team.share(rows * K + (layer.gate ? rows : 0), [&](i64 i) {
                 const float *two = all.mixed + i * 2 * F;
                 if (const i64 r = i - rows * K; r < 0)

@@ -8,59 +8,55 @@
 template <int BITS, bool SCALES, bool MINS, int R, int P>
 TARGET void tile(const uint8_t *record, const Quantised &x, Which which, lanes *sums, Ahead ahead) {
     constexpr i64 WEIGHTS = BITS * 64, SIZE = WEIGHTS + 32 * SCALES + 32 * MINS;
-    constexpr i64 WHOLE = SCALES || BITS == 4 ? 1 : SPAN;  // groups that are added up as integers
-    constexpr int APART = R * P < 4 ? 2 : 1;                       // sums a row, where there are few of them
+    constexpr int APART = R * P < 4 ? 2 : 1;  // sums a row, where there are few of them
     const i64 panel = x.groups * SIZE;
     lanes sum[R][P] = {};
     const Group *row[R];
     for (int r = 0; r < R; ++r) row[r] = x.data + which[r] * x.groups;
     const i64 lines = (ahead.lines + x.groups - 1) / x.groups;
-    for (i64 left = x.groups; left > 0; left -= WHOLE) {
+    for (i64 g = 0; g < x.groups; ++g, record += SIZE) {
+        ahead.ask(lines);
+        // From the second-nearest cache, when rows meet a panel again: 3 to 5 % in prompts.
+        UNROLL for (int p = 0; p < P; ++p)
+            for (i64 line = 0; line < SIZE; line += 64) __builtin_prefetch(record + p * panel + 1024 + line);
         integers part[R][P][APART] = {};
-        UNROLL for (int r = 0; r < R; ++r) {  // weights lie 8 or 128 too high
-            int32_t less = 0;
-            if constexpr (!MINS && (BITS == 4 || !SIGNED)) less = BITS == 4 ? row[r]->less : row[r]->span_less;
-            UNROLL for (int p = 0; p < P; ++p) part[r][p][0] = integers{} + less;
-        }
-        for (i64 g = std::min(left, WHOLE); g > 0; --g, record += SIZE) {
-            ahead.ask(lines);
-            // From the second-nearest cache, when rows meet a panel again: 3 to 5 % in prompts.
-            UNROLL for (int p = 0; p < P; ++p)
-                for (i64 line = 0; line < SIZE; line += 64) __builtin_prefetch(record + p * panel + 1024 + line);
-            UNROLL for (int j = 0; j < BITS; ++j) {
-                bytes both[P];
-                UNROLL for (int p = 0; p < P; ++p) std::memcpy(&both[p], record + p * panel + 64 * j, sizeof(bytes));
-                UNROLL for (int half = 0; half < 8 / BITS; ++half) {  // inputs 4j to 4j+3 and, at 4 bits, 16 further on
-                    bytes weights[P];
-                    UNROLL for (int p = 0; p < P; ++p)
-                        weights[p] = BITS == 8 ? both[p] : half ? both[p] >> 4 : both[p] & 15;
-                    UNROLL for (int r = 0; r < R; ++r) {
-                        int32_t four;
-                        std::memcpy(&four, row[r]->numbers + 4 * j + 16 * half, sizeof four);
-                        UNROLL for (int p = 0; p < P; ++p) {
-                            integers &to = part[r][p][(BITS == 8 ? j : half) % APART];
-                            to = dot<BITS>(to, weights[p], four);
-                        }
+        if constexpr (!MINS && (BITS == 4 || !SIGNED))  // weights lie 8 or 128 too high
+            UNROLL for (int r = 0; r < R; ++r)
+                UNROLL for (int p = 0; p < P; ++p) part[r][p][0] = (integers{} + row[r]->less) << (BITS == 4 ? 0 : 4);
+        UNROLL for (int j = 0; j < BITS; ++j) {
+            bytes both[P];
+            UNROLL for (int p = 0; p < P; ++p) std::memcpy(&both[p], record + p * panel + 64 * j, sizeof(bytes));
+            UNROLL for (int half = 0; half < 8 / BITS; ++half) {  // inputs 4j to 4j+3 and, at 4 bits, 16 further on
+                bytes weights[P];
+                UNROLL for (int p = 0; p < P; ++p)
+                    weights[p] = BITS == 8 ? both[p] : half ? both[p] >> 4 : both[p] & 15;
+                UNROLL for (int r = 0; r < R; ++r) {
+                    int32_t four;
+                    std::memcpy(&four, row[r]->numbers + 4 * j + 16 * half, sizeof four);
+                    UNROLL for (int p = 0; p < P; ++p) {
+                        integers &to = part[r][p][(BITS == 8 ? j : half) % APART];
+                        to = dot<BITS>(to, weights[p], four);
                     }
                 }
             }
-            for (int r = 0; r < R; ++r) ++row[r];
         }
         lanes scale[P], least[P];
         UNROLL for (int p = 0; p < P; ++p) {
-            if constexpr (SCALES) scale[p] = halves_at(record + p * panel + WEIGHTS - SIZE);
-            if constexpr (MINS) least[p] = halves_at(record + p * panel + WEIGHTS + 32 - SIZE);
+            if constexpr (SCALES) scale[p] = halves_at(record + p * panel + WEIGHTS);
+            if constexpr (MINS) least[p] = halves_at(record + p * panel + WEIGHTS + 32);
         }
-        UNROLL for (int r = 0; r < R; ++r)
+        UNROLL for (int r = 0; r < R; ++r) {
             UNROLL for (int p = 0; p < P; ++p) {
                 if constexpr (APART == 2) part[r][p][0] += part[r][p][1];
                 const lanes product = __builtin_convertvector(part[r][p][0], lanes);
                 if constexpr (SCALES)
-                    sum[r][p] += product * (scale[p] * row[r][-1].scale);
+                    sum[r][p] += product * (scale[p] * row[r]->scale);
                 else
-                    sum[r][p] += product * row[r][-1].scale;
-                if constexpr (MINS) sum[r][p] += least[p] * row[r][-1].scaled_sum;
+                    sum[r][p] += product * row[r]->scale;
+                if constexpr (MINS) sum[r][p] += least[p] * row[r]->scaled_sum;
             }
+            ++row[r];
+        }
     }
     for (int r = 0; r < R; ++r)
         for (int p = 0; p < P; ++p) sums[r * BESIDE + p] = sum[r][p];
