@@ -1,6 +1,8 @@
 """Packed weights on disk: what comes back, who else reads it, what is said of a broken one."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from rorqual.engine import Engine, SamplingParams
 from rorqual.errors import UserError
 from rorqual.model import ModelConfig, Transformer
 from rorqual.model.checkpoint import load_model, save_model
+from rorqual.precision import lowbit
 from rorqual.precision.lowbit import convert
 from rorqual.precision.store import load_packed, quantize
 from rorqual.recipe import TokenizerSection
@@ -55,6 +58,46 @@ def test_what_is_read_is_what_packing_in_memory_gives(source, tmp_path, bits):
     assert answers[0] == answers[1]
     with pytest.raises(UserError, match="packed already"):
         quantize(tmp_path / "packed", tmp_path / "again", bits)
+
+
+@pytest.mark.parametrize("bits", ["int4", "int8"])
+@torch.no_grad()
+def test_slices_change_nothing(source, tmp_path, bits, monkeypatch):
+    quantize(source, tmp_path / "packed", bits)
+    tokens = torch.arange(1, 30).unsqueeze(0)
+    expected = load_packed(tmp_path / "packed").logits(tokens)
+    monkeypatch.setattr(lowbit, "SLICE", 1)
+    assert torch.equal(load_packed(tmp_path / "packed").logits(tokens), expected)
+    assert torch.equal(convert(load_model(source), bits).logits(tokens), expected)
+
+
+PEAK = r"""
+import re, sys
+from pathlib import Path
+from rorqual.kernels.lowbit import Packed
+from rorqual.precision.store import load_packed
+memory = lambda field: 1024 * int(re.search(field + r":\s+(\d+)", Path("/proc/self/status").read_text())[1])
+load_packed(Path(sys.argv[2]))  # libraries load their code at first use
+before = memory("VmRSS")
+model = load_packed(Path(sys.argv[1]))
+size = sum(p.nbytes for p in model.parameters())
+size += sum(v.data.nbytes for m in model.modules() for v in vars(m).values() if isinstance(v, Packed))
+print((memory("VmHWM") - before) / size, size)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("bits", ["int4", "int8"])
+def test_loading_peaks_under_size_plus_a_fifth(tmp_path, bits):
+    large = GROUPED.replace(hidden_size=512, intermediate_size=2048, num_hidden_layers=12, vocab_size=50_000)
+    for name, config in (("large", large), ("small", GROUPED)):
+        save_model(Transformer(config), tmp_path / "whole" / name)
+        quantize(tmp_path / "whole" / name, tmp_path / name, bits)
+    command = [sys.executable, "-c", PEAK, str(tmp_path / "large"), str(tmp_path / "small")]
+    out = subprocess.run(command, capture_output=True, text=True, check=True)
+    ratio, size = out.stdout.split()
+    assert float(size) > 30e6
+    assert 0.9 < float(ratio) < 1.2
 
 
 @pytest.mark.parametrize("bits", ["int4", "int8"])

@@ -10,6 +10,7 @@ from rorqual.model import Transformer
 from rorqual.model.checkpoint import load_model
 from rorqual.precision.lowbit import Bits, convert
 from rorqual.precision.store import load_packed, packed_already
+from rorqual.process import release_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -28,6 +29,7 @@ def open_model(
 
         return load_gguf(path, dtype or torch.bfloat16)
     tokenizer = load_tokenizer(path)
+    release_memory()
     if packed_already(Path(path)):
         return load_packed(Path(path), dtype), tokenizer
     model = load_model(path, dtype or (torch.bfloat16 if weights else None), device)

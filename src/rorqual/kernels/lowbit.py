@@ -4,7 +4,8 @@ M rows, K in, N out, E experts, G = ⌈K/32⌉ groups of inputs. How weights lie
 """
 
 import itertools
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -67,11 +68,22 @@ def pack(format: Format, q: Tensor, scales: Tensor, minima: Tensor | None = None
     return packed
 
 
-def join(parts: list[Packed]) -> Packed:
-    """Outputs one after the other; all parts but the last have a multiple of 16."""
-    first = parts[0]
-    channels = None if first.channels is None else torch.cat([p.channels for p in parts], dim=1)
-    return Packed(first.format, torch.cat([p.data for p in parts], dim=1), channels, sum(p.N for p in parts), first.K)
+def gather(pieces: Iterable[Packed], E: int, N: int) -> Packed:
+    """Pieces [1, n, K] → [E, N, K]: outputs one after the other, expert by expert; n is a multiple of 16 or an expert's
+    end. Of pieces that are made as they are asked for, one exists at a time."""
+    panels, at = -(-N // PANEL), 0
+    for piece in pieces:
+        if at == 0:
+            data = piece.data.new_empty(E * panels, *piece.data.shape[2:])
+            channels = None if piece.channels is None else piece.channels.new_empty(E * panels, PANEL)
+        end = at + piece.data.shape[1]
+        data[at:end] = piece.data[0]
+        if channels is not None:
+            channels[at:end] = piece.channels.view(-1, PANEL)
+        at = end
+    return replace(
+        piece, data=data.unflatten(0, (E, panels)), channels=None if channels is None else channels.view(E, -1), N=N
+    )
 
 
 def unpack_numbers(packed: Packed) -> tuple[Tensor, Tensor]:

@@ -97,13 +97,23 @@ def tokenizer_of(fields: Fields, config: ModelConfig) -> "PreTrainedTokenizerFas
     if not isinstance(template, str | None):
         raise UserError("tokenizer.chat_template is no text; fetch the file again")
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
+        tokenizer_object=_AsItIs(tokenizer),
         model_max_length=config.max_position_embeddings,
         clean_up_tokenization_spaces=False,
         **named,
     )
     fast.chat_template = template
     return fast
+
+
+class _AsItIs:
+    """transformers copies a tokenizer that it is given, which takes as much memory and time as to make it."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+    def __deepcopy__(self, _: Any) -> Any:
+        return self.tokenizer
 
 
 def _list(fields: Fields, name: str, kind: type) -> list[Any]:

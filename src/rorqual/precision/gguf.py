@@ -6,7 +6,6 @@ E experts, n rows, K in, G groups of 32 inputs.
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,13 +17,14 @@ from gguf.quants import Q4_K
 from torch import Tensor, nn
 
 from rorqual.errors import UserError
-from rorqual.kernels.lowbit import GROUP, PANEL, Format, Packed, pack
+from rorqual.kernels.lowbit import GROUP, PANEL, Format, Packed, gather, pack
 from rorqual.model import Transformer
 from rorqual.model.gguf import fill, outline, part, reading, reordered_head, slice_rows, unpermute
 from rorqual.model.gguf_file import GGUFTensor, open_gguf
 from rorqual.model.gguf_tokenizer import tokenizer_of
 from rorqual.model.moe import Router
 from rorqual.precision.lowbit import PackedEmbedding, packable
+from rorqual.process import release_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -50,7 +50,9 @@ def load_gguf(path: str | Path, dtype: torch.dtype = torch.bfloat16) -> tuple[Tr
         fields, stored = open_gguf(path)
         model, places = outline(fields, stored)
         tokenizer = tokenizer_of(fields, model.config)
+        fields.clear()
         for place, names in places.items():
+            release_memory()  # what unpacking the one before took
             module_name, _, own = place.rpartition(".")
             module, head = model.get_submodule(module_name), reordered_head(names[0], model.config)
             if isinstance(module, nn.Embedding) or (packable(module) and own != "bias"):
@@ -77,16 +79,14 @@ def pack_stored(tensors: list[GGUFTensor], head: int | None = None) -> Packed:
     *experts, _, K = tensors[0].shape
     E, N = math.prod(experts), sum(t.shape[-2] for t in tensors)
     step = slice_rows(K, math.lcm(PANEL, head or 1))
-    whole = None
-    for e, first in itertools.product(range(E), range(0, N, step)):
-        slices = [_numbers(t, a, b, format, head) for t, a, b in _rows(tensors, e, first, min(first + step, N))]
-        q, scales, minima = (None if some[0] is None else torch.cat(some) for some in zip(*slices, strict=True))
-        piece = pack(format, q[None], scales[None], None if minima is None else minima[None])
-        if whole is None:
-            whole = replace(piece, data=piece.data.new_empty(E, -(-N // PANEL), *piece.data.shape[2:]), N=N)
-        panel = first // PANEL
-        whole.data[e, panel : panel + piece.data.shape[1]] = piece.data[0]
-    return whole
+
+    def pieces() -> Iterator[Packed]:
+        for e, first in itertools.product(range(E), range(0, N, step)):
+            slices = [_numbers(t, a, b, format, head) for t, a, b in _rows(tensors, e, first, min(first + step, N))]
+            q, scales, minima = (None if some[0] is None else torch.cat(some) for some in zip(*slices, strict=True))
+            yield pack(format, q[None], scales[None], None if minima is None else minima[None])
+
+    return gather(pieces(), E, N)
 
 
 def _rows(tensors: list[GGUFTensor], e: int, first: int, last: int) -> Iterator[tuple[GGUFTensor, int, int]]:

@@ -3,6 +3,7 @@
 N out, K in, G groups of 32 inputs.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import Literal
 
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rorqual.errors import UserError
-from rorqual.kernels.lowbit import GROUP, Packed, pack, unpack
+from rorqual.kernels.lowbit import GROUP, PANEL, Packed, gather, pack, unpack
 from rorqual.model import Transformer
 from rorqual.model.attention import UpProjection
 from rorqual.model.layers import Linear
@@ -19,6 +20,7 @@ from rorqual.model.moe import Experts
 
 Bits = Literal["int4", "int8"]
 TRIALS = 16  # scales tried for a group of 4-bit weights
+SLICE = 1 << 18  # weights rounded at a time
 
 
 def round_int8(weight: Tensor) -> Packed:
@@ -95,6 +97,16 @@ def pack_module(module: nn.Module, bits: Bits) -> None:
 
 
 def _packed(weight: Tensor, bits: Bits) -> Packed:
-    packed = ROUNDINGS[bits](weight.detach().view(-1, *weight.shape[-2:]))
+    weight = weight.detach().view(-1, *weight.shape[-2:])
+    packed = round_in_slices(lambda e, first, last: weight[e, first:last], tuple(weight.shape), bits)
     packed.dtype = weight.dtype
     return packed
+
+
+def round_in_slices(rows: Callable[[int, int, int], Tensor], shape: tuple[int, int, int], bits: Bits) -> Packed:
+    """Weights [E, N, K], of which `rows` gives an expert's from one row to another: what is tried out on the way takes
+    several times what it is tried on."""
+    E, N, K = shape
+    step = max(1, SLICE // K // PANEL) * PANEL
+    places = itertools.product(range(E), range(0, N, step))
+    return gather((ROUNDINGS[bits](rows(e, at, min(at + step, N)).unsqueeze(0)) for e, at in places), E, N)

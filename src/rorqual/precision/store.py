@@ -1,7 +1,7 @@
 """`rorqual quantize`: packed weights in a Hugging Face directory, in the layout of compressed-tensors.
 
 That layout (`pack-quantized`: four or eight numbers to an int32, a scale for an output or for 32 inputs) is what
-transformers and vLLM read too. Embedding and head stay in 16 bits there; we pack them when we load.
+transformers and vLLM read too. Embedding and head stay as they are there; we pack them when we load.
 """
 
 import json
@@ -28,7 +28,8 @@ from rorqual.model.checkpoint import (
 from rorqual.model.layers import Linear
 from rorqual.model.moe import Experts
 from rorqual.model.shards import StoredTensor
-from rorqual.precision.lowbit import ROUNDINGS, Bits, PackedEmbedding, pack_module, packable
+from rorqual.precision.lowbit import ROUNDINGS, Bits, PackedEmbedding, packable, round_in_slices
+from rorqual.process import release_memory
 
 METHOD = "compressed-tensors"
 
@@ -122,12 +123,18 @@ def load_packed(path: Path, dtype: torch.dtype | None = None) -> Transformer:
         raise UserError(f"{path}: tensor {last} is missing; the files are incomplete or config.json is another's")
     reader = _Reader(path, stored, bits)
     model = meta_model(config)
-    dtype = dtype or reader.plain("model.embed_tokens.weight", None).dtype
+    dtype = dtype or reader.find("model.embed_tokens.weight").dtype
     for name, module in list(model.named_modules()):
+        release_memory()  # what unpacking the one before took
         if isinstance(module, Experts):
             _load_experts(module, name, reader, dtype)
-        elif isinstance(module, Linear) and packable(module) and name != "lm_head":
-            packed = pack_numbers([reader.packed(name, module.weight)], bits, dtype)
+        elif isinstance(module, nn.Embedding):
+            model.model.embed_tokens = PackedEmbedding(reader.rounded(f"{name}.weight", module.weight, dtype))
+        elif isinstance(module, Linear) and packable(module):
+            if name == "lm_head":
+                packed = reader.rounded(f"{name}.weight", module.weight, dtype)
+            else:
+                packed = pack_numbers([reader.packed(name, module.weight)], bits, dtype)
             bias = None if module.bias is None else reader.plain(f"{name}.bias", module.bias).to(dtype)
             del module.weight
             module.weight = packed
@@ -137,11 +144,6 @@ def load_packed(path: Path, dtype: torch.dtype | None = None) -> Transformer:
                 setattr(module, own, nn.Parameter(reader.plain(f"{name}.{own}", p).to(dtype)))
             for own, b in list(module.named_buffers(recurse=False)):
                 setattr(module, own, reader.plain(f"{name}.{own}", b).to(b.dtype))
-    if not config.tie_word_embeddings:
-        pack_module(model.lm_head, bits)
-    packed = ROUNDINGS[bits](model.model.embed_tokens.weight.detach().unsqueeze(0))
-    packed.dtype = dtype
-    model.model.embed_tokens = PackedEmbedding(packed)
     return model
 
 
@@ -172,7 +174,7 @@ class _Reader:
     def __init__(self, path: Path, stored: dict[str, StoredTensor], bits: Bits) -> None:
         self.path, self.stored, self.bits = path, stored, bits
 
-    def plain(self, name: str, like: Tensor | None) -> Tensor:
+    def find(self, name: str, like: Tensor | None = None) -> StoredTensor:
         found = self.stored.get(name)
         if found is None:
             raise UserError(f"{self.path}: tensor {name} is missing; the files are incomplete")
@@ -181,8 +183,22 @@ class _Reader:
                 f"{found.path}: tensor {name} has shape {list(found.shape)}, but config.json makes it "
                 f"{list(like.shape)}; use the config.json that belongs to these weights"
             )
+        return found
+
+    def plain(self, name: str, like: Tensor) -> Tensor:
+        found = self.find(name, like)
         with found.path.open("rb", buffering=0) as file:
             return found.read(file)
+
+    def rounded(self, name: str, like: Tensor, dtype: torch.dtype) -> Packed:
+        """What is stored with all its bits, packed."""
+        found = self.find(name, like)
+        with found.path.open("rb", buffering=0) as file:
+            packed = round_in_slices(
+                lambda _, first, last: found.read(file, first, last).to(dtype), (1, *found.shape), self.bits
+            )
+        packed.dtype = dtype
+        return packed
 
     def packed(self, name: str, like: Tensor) -> tuple[Tensor, Tensor]:
         """A linear's numbers uint8 [N, K] and scales [N, ·]."""
