@@ -26,7 +26,7 @@ from servers import Contestant, Server
 
 REQUESTS = {1: 6, 8: 24, 32: 96}  # by how many clients there are at a time
 RATE = 0.7  # of what the slowest side can do, for requests that come by chance
-ROUNDS = 2
+ROUNDS = 3
 US = "rorqual"
 COLUMNS = {
     "tokens/s": "tokens_per_second",

@@ -94,6 +94,10 @@ class ThinkTokenizer:
 
     eos_token_id = 0
 
+    @property
+    def backend_tokenizer(self):
+        return self
+
     def get_vocab(self):
         return {"</think>": 42}
 

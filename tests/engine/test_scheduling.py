@@ -196,6 +196,10 @@ class Letters:
 
     eos_token_id = 0
 
+    @property
+    def backend_tokenizer(self):
+        return self
+
     def get_vocab(self):
         return {}
 

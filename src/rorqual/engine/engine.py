@@ -89,11 +89,14 @@ class Engine:
         self._add(scheduler, request)
         return request
 
-    def step(self) -> list[Sample]:
-        """Make a token for every running sequence; returns the samples that ended, and watched ones, which grew."""
+    def step(self, begins: Callable[[], None] | None = None) -> list[Sample]:
+        """Make a token for every running sequence; returns the samples that ended, and watched ones, which grew.
+
+        begins: called when the network is about to compute, which takes most of a step and leaves the interpreter free.
+        """
         if self._scheduler is None:
             return []
-        found = self._scheduler.step()
+        found = self._scheduler.step(begins)
         for sample in found:
             if (text := self._texts.get(sample)) is None:
                 continue

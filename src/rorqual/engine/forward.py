@@ -11,7 +11,9 @@ from rorqual.engine.direct import direct_step
 from rorqual.kernels.linear import any_shape, linear
 from rorqual.model import Transformer
 
-TOGETHER = 512  # lanes a call: more of them read weights no more seldom, but take room
+TOGETHER = (
+    192  # lanes a call: more read weights no more seldom, but what they leave between layers outgrows the cache (3 %)
+)
 
 
 @dataclass

@@ -5,6 +5,7 @@ gives its blocks back and is computed again later; nothing that was made is lost
 """
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -80,12 +81,14 @@ class Scheduler:
         self.waiting.append(Job(request, request.prompt, list(request.samples)))
 
     @torch.inference_mode()
-    def step(self) -> list[Sample]:
+    def step(self, begins: Callable[[], None] | None = None) -> list[Sample]:
         """One step; returns the samples that ended, and those whose request is watched."""
         self._admit()
         jobs = self._pieces()
         pieces = [job.piece(length) for job, length in jobs]
         lanes, per_row = self._lanes()
+        if begins:
+            begins()
         logits, states, read = self.forward(lanes, pieces)
         if self.module is not None and pieces:
             self.module.read(pieces, read)

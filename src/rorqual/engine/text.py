@@ -17,7 +17,8 @@ class TextStream:
     def __init__(
         self, tokenizer: Any, stop: tuple[str, ...], think: tuple[int, int] | None = None, thinking: bool = False
     ) -> None:
-        self._tokenizer, self._stop, self._think = tokenizer, stop, think
+        # Not the tokenizer's own decode, which takes several times as long around this one.
+        self._tokenizer, self._stop, self._think = tokenizer.backend_tokenizer, stop, think
         self._read = 0  # tokens that are in _whole
         self._whole = ""  # decoded, shown or held back
         self.text = ""
@@ -86,4 +87,4 @@ class TextStream:
         return 0
 
     def _decode(self, tokens: list[int]) -> str:
-        return self._tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return self._tokenizer.decode(tokens, skip_special_tokens=False)

@@ -75,6 +75,7 @@ class Worker:
         self.count = 0  # samples under way
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._tickets: dict[Request, Ticket] = {}
+        self._grown: dict[Ticket, list[Piece | Exception]] = {}  # by the last step, not handed on yet
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._stopping = False
 
@@ -138,18 +139,23 @@ class Worker:
             except BaseException as e:  # what Rust panics with is no Exception
                 log.exception("the engine failed; what was under way is lost")
                 self.engine.reset()
+                self._hand_on()
                 _hand({ticket: [_failed(e)] for ticket in self._tickets.values()})
                 self._tickets.clear()
+        self._hand_on()
 
     def _work(self) -> None:
         wait = self.engine.idle
+        if wait:
+            self._hand_on()
         while wait or not self._inbox.empty():
             self._inbox.get()()
             wait = False
         if self.engine.idle:
             return
+        # The loop sends a step's tokens while the next is computed: before, both threads would want the interpreter.
         grown: dict[Ticket, list[Piece | Exception]] = {}
-        for sample in self.engine.step():
+        for sample in self.engine.step(self._hand_on):
             if (ticket := self._tickets.get(sample.request)) is not None:
                 grown.setdefault(ticket, []).append(self._piece(ticket, sample))
         for ticket in grown:
@@ -157,7 +163,11 @@ class Worker:
             for request in [r for r in ticket.requests if r.done and r in self._tickets]:
                 del self._tickets[request]
                 self.engine.release(request)
-        _hand(grown)
+        self._grown = grown
+
+    def _hand_on(self) -> None:
+        _hand(self._grown)
+        self._grown = {}
 
     def _submit(self, ticket: Ticket) -> None:
         error: Exception | None = None

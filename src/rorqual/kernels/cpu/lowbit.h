@@ -19,14 +19,13 @@ constexpr i64 RECORD[] = {288, 320, 512, 544};  // bytes
 
 typedef uint8_t bytes __attribute__((vector_size(64)));
 
-// 32 activations: bytes, their scale, minus eight times their sum, and their sum times the scale. One lies beside the
-// other, and so does one group beside the next, so that a product reads a row from one address.
+// 32 activations: bytes, their scale, their sum times -8 and -128 (by how much weights lie too high), and times the scale.
+// One lies beside the other, and so does one group beside the next, so that a product reads a row from one address.
 struct Group {
     int8_t numbers[GROUP];
     float scale;
-    int32_t less;
+    int32_t less_by_8, less_by_128;
     float scaled_sum;
-    int32_t unused;  // up to a multiple of 16 bytes
 };
 
 // Rows of activations [rows, groups].
@@ -149,7 +148,8 @@ inline void quantise(lanes a, lanes b, const Quantised &to, i64 at) {
     std::memcpy(group.numbers + L, &sb, sizeof sb);
     const int32_t sum = fold(na + nb, [](auto a, auto b) { return a + b; });
     group.scale = bits >= 0x7f800000u ? std::bit_cast<float>(0x7fc00000u) : most / 127.0f;
-    group.less = -8 * sum;
+    group.less_by_8 = -8 * sum;
+    group.less_by_128 = -128 * sum;
     group.scaled_sum = group.scale * float(sum);
 }
 

@@ -96,12 +96,26 @@ void unpack_row(const Weights<T> &w, i64 r, float *out) {
 // kernels/rotate.py leaves it.
 inline void turn_pairs(const float *x, const float *cos, const float *sin, i64 width, bool interleave, float *out) {
     const i64 half = width / 2;
-    for (i64 j = 0; j < half; ++j) {
+    const auto turn = [&](i64 j, auto a, auto b, auto c, auto s, auto put) {
+        put(out + j, a * c - b * s);
+        put(out + half + j, b * c + a * s);
+    };
+    i64 j = 0;
+    for (; !interleave && j + L <= half; j += L)
+        turn(j, load_lanes(x + j), load_lanes(x + half + j), load_lanes(cos + j), load_lanes(sin + j),
+             [](float *to, lanes y) { store_lanes(to, y); });
+    for (; j < half; ++j) {
         const i64 first = interleave ? 2 * j : j, second = interleave ? 2 * j + 1 : half + j;
-        const float a = x[first], b = x[second];
-        out[j] = a * cos[j] - b * sin[j];
-        out[half + j] = b * cos[j] + a * sin[j];
+        turn(j, x[first], x[second], cos[j], sin[j], [](float *to, float y) { *to = y; });
     }
+}
+
+// A row of the cache.
+template <class T>
+void keep_row(const float *x, i64 width, T *to) {
+    i64 j = 0;
+    for (; j + L <= width; j += L) store_lanes(to + j, load_lanes(x + j));
+    for (; j < width; ++j) store(to[j], x[j]);
 }
 
 // Up to L rows [count, width] times x.

@@ -244,10 +244,8 @@ class Decoding {
             const auto write = [&](i64 task) {
                 const i64 r = task / G, g = task % G, at = (all.pasts.last(r) * G + g) * W;
                 turn_pairs(all.k + task * W, all.cos + r * half, all.sin + r * half, W, net.interleave, one);
-                for (i64 j = 0; j < W; ++j) {
-                    store(layer.a[at + j], one[j]);
-                    store(layer.b[at + j], all.v[task * W + j]);
-                }
+                keep_row(one, W, layer.a + at);
+                keep_row(all.v + task * W, W, layer.b + at);
             };
             if (!all.apart) {  // a row reads what another writes
                 team.share(rows * G, write);
@@ -288,9 +286,9 @@ class Decoding {
                 const float *kv = all.kv + r * (C + R);
                 const i64 at = all.pasts.last(r);
                 normed(kv, layer.kv_a_norm, C, all.numbers.latent_eps, queries);
-                for (i64 j = 0; j < C; ++j) store(layer.a[at * C + j], queries[j]);
+                keep_row(queries, C, layer.a + at * C);
                 turn_pairs(kv + C, all.cos + r * half, all.sin + r * half, R, net.interleave, queries);
-                for (i64 j = 0; j < R; ++j) store(layer.b[at * R + j], queries[j]);
+                keep_row(queries, R, layer.b + at * R);
             });
             meet();
             if (layer.q_a)
