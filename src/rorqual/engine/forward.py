@@ -11,9 +11,9 @@ from rorqual.engine.direct import direct_step
 from rorqual.kernels.linear import any_shape, linear
 from rorqual.model import Transformer
 
-TOGETHER = (
-    192  # lanes a call: more read weights no more seldom, but what they leave between layers outgrows the cache (3 %)
-)
+# Lanes a call: more read weights no more seldom, but what a layer leaves for the next outgrows the cache (3 % with
+# prompts of 512).
+TOGETHER = 192
 
 
 @dataclass

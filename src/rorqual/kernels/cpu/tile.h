@@ -22,7 +22,8 @@ TARGET void tile(const uint8_t *record, const Quantised &x, Which which, lanes *
         integers part[R][P][APART] = {};
         if constexpr (!MINS && (BITS == 4 || !SIGNED))  // weights lie 8 or 128 too high
             UNROLL for (int r = 0; r < R; ++r)
-                UNROLL for (int p = 0; p < P; ++p) part[r][p][0] = integers{} + (BITS == 4 ? row[r]->less_by_8 : row[r]->less_by_128);
+                UNROLL for (int p = 0; p < P; ++p)
+                    part[r][p][0] = integers{} + (BITS == 4 ? row[r]->less_by_8 : row[r]->less_by_128);
         UNROLL for (int j = 0; j < BITS; ++j) {
             bytes both[P];
             UNROLL for (int p = 0; p < P; ++p) std::memcpy(&both[p], record + p * panel + 64 * j, sizeof(bytes));
