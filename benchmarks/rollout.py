@@ -20,7 +20,7 @@ from common import arguments, ratio_of_rounds, report
 from peers import CACHE, once
 from rorqual.errors import UserError
 
-BEFORE = "3f39c286cb19^"  # "Engine: a cache in blocks"
+BEFORE = "3f39c28cc1cf^"  # "Engine: a cache in blocks"
 ROOT = Path(__file__).parents[1]
 
 
