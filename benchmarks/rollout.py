@@ -95,7 +95,7 @@ def main() -> None:
     recipe = Path(args.run) / "rl" / "recipe.toml"
     if not recipe.exists():
         raise UserError(f"--run {args.run}: no {recipe}; run `rorqual speedrun` first, or name the folder of a run")
-    rounds, problems = (1, 4) if args.quick else (10, 200)
+    rounds, problems = (1, 4) if args.quick else (30, 200)
     sides = {"before": Side(source_before(), recipe), "now": Side(ROOT / "src", recipe)}
     steps: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
     readings: dict[str, list[float]] = {side: [] for side in sides}
