@@ -63,17 +63,17 @@ def extend(rows: Rows, at: Tensor, logits: Tensor) -> tuple[Tensor, Tensor, Tens
     """Sample a token for the rows `at` [m] from logits [m, V] and record it → the tokens, which of the rows it stops,
     and which have ended, by it or by their length.
     """
-    special = rows.special[at].nonzero().flatten().tolist()
-    if special:
+    if rows.any_special and (special := rows.special[at].nonzero().flatten().tolist()):
         logits = logits.float()
         for i in special:
             _adjust(rows, int(at[i]), logits[i])
     tokens, logprobs = draw_at(rows, at, logits)
-    forced = (rows.closed[at] == 0) & (rows.count[at] >= rows.budget[at])
-    tokens = torch.where(forced, rows.think_end[at], tokens)
-    rows.closed[at] |= tokens == rows.think_end[at]
+    if rows.any_budget:
+        forced = (rows.closed[at] == 0) & (rows.count[at] >= rows.budget[at])
+        tokens = torch.where(forced, rows.think_end[at], tokens)
+        rows.closed[at] |= tokens == rows.think_end[at]
     rows.record(at, tokens, logprobs)
-    for i in rows.watched[at].nonzero().flatten().tolist():
+    for i in rows.watched[at].nonzero().flatten().tolist() if rows.any_watched else ():
         reader = rows.samples[int(at[i])]
         reader.tokens.append(int(tokens[i]))
         reader.logprobs.append(float(logprobs[i]))

@@ -75,6 +75,8 @@ class Rows:
         )
         # Flags: the thinking has ended; logits are to be adjusted or reported; somebody reads along.
         self.closed, self.special, self.watched = self.numbers.unbind(1)[8:]
+        # Whether any row may have a budget for thinking, be special, or be watched: to look costs 2 % of a small step.
+        self.any_budget = self.any_special = self.any_watched = False
         self.uniform = torch.zeros(count, WINDOW)
         self.stops = torch.full((count, 1), -1)
         self.tables = torch.full((count, 8), SPARE, dtype=torch.int32)
@@ -85,7 +87,10 @@ class Rows:
 
     def cuts(self, at: Tensor) -> list[tuple[Cut, Tensor]]:
         """The ways to sample, and to which of the rows `at` each applies."""
-        kinds, by_number = self.cut[at], list(self._cuts)
+        by_number = list(self._cuts)
+        if len(by_number) == 1:
+            return [(by_number[0], torch.arange(len(at)))]
+        kinds = self.cut[at]
         return [(by_number[k], (kinds == k).nonzero().flatten()) for k in kinds.unique().tolist()]
 
     def add(self, sample: Sample, place: int) -> None:
@@ -104,6 +109,9 @@ class Rows:
         self.cut[row] = self._cuts.setdefault(params.cut, len(self._cuts))
         self.special[row] = params.adjusts or params.logprobs > 0 or sample.guide is not None
         self.watched[row] = request.watched
+        self.any_budget |= request.think_end is not None
+        self.any_special |= bool(self.special[row])
+        self.any_watched |= request.watched
         self.drafts[row] = -1
         self._widen("stops", len(request.stop_ids), -1)
         self.stops[row] = -1
@@ -182,6 +190,8 @@ class Rows:
                 self.samples[hole] = self.samples[mover]
         del self.samples[left:]
         self.n = left
+        if left == 0:
+            self.any_budget = self.any_special = self.any_watched = False
 
     def _widen(self, name: str, width: int, empty: int) -> None:
         old = getattr(self, name)

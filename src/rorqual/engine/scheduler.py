@@ -306,9 +306,8 @@ class Scheduler:
     def _finish(self, turn: Turn) -> list[Sample]:
         """Let go what has ended, and guess further for what goes on."""
         rows, finished = self.rows, turn.finished
-        grown = [
-            rows.samples[row] for row in rows.watched[: rows.n].nonzero().flatten().tolist() if row not in finished
-        ]
+        watched = rows.watched[: rows.n].nonzero().flatten().tolist() if rows.any_watched else []
+        grown = [rows.samples[row] for row in watched if row not in finished]
         if self.speculate is not None and rows.n <= MOST:
             self._draft(turn)
         ended = []
