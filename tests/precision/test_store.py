@@ -89,7 +89,7 @@ print((memory("VmHWM") - before) / size, size)
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("bits", ["int4", "int8"])
 def test_loading_peaks_under_size_plus_a_fifth(tmp_path, bits):
-    large = GROUPED.replace(hidden_size=512, intermediate_size=2048, num_hidden_layers=12, vocab_size=50_000)
+    large = GROUPED.replace(hidden_size=512, intermediate_size=2048, num_hidden_layers=24, vocab_size=50_000)
     for name, config in (("large", large), ("small", GROUPED)):
         save_model(Transformer(config), tmp_path / "whole" / name)
         quantize(tmp_path / "whole" / name, tmp_path / name, bits)
