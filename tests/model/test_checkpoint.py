@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from peak import loading_peak
 from rorqual import ModelConfig, load_model, save_model
 from rorqual.errors import UserError
 from rorqual.model import checkpoint
@@ -306,28 +307,14 @@ def test_any_damage_to_a_header_is_one_sentence(saved):
     assert refused > 250
 
 
-PEAK = r"""
-import re, sys
-from pathlib import Path
-from rorqual import load_model
-# Not getrusage, whose peak survives exec and so begins with the parent's.
-memory = lambda field: 1024 * int(re.search(field + r":\s+(\d+)", Path("/proc/self/status").read_text())[1])
-load_model(sys.argv[2])  # libraries load their code at first use
-before = memory("VmRSS")
-model = load_model(sys.argv[1])
-print((memory("VmHWM") - before) / sum(p.nbytes for p in model.parameters()))
-"""
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_loading_peaks_under_size_plus_a_fifth(tmp_path):
     # 200 MB, half of it one tensor, which must not be held twice
     config = SMALL.replace(hidden_size=512, vocab_size=50_000, tie_word_embeddings=True, num_nextn_predict_layers=0)
     save_model(small(config.replace(moe_intermediate_size=4096, n_routed_experts=4)), tmp_path / "large")
     save_model(small(), tmp_path / "small")
-    command = [sys.executable, "-c", PEAK, str(tmp_path / "large"), str(tmp_path / "small")]
-    out = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert 0.9 < float(out.stdout) < 1.2
+    ratio, _ = loading_peak("from rorqual import load_model as load", tmp_path / "large", tmp_path / "small")
+    assert 0.9 < ratio < 1.2
 
 
 def test_import_is_quick():

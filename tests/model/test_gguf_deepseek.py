@@ -1,7 +1,6 @@
 """deepseek2 files: the networks of V2-Lite and V3 come back, whole or packed."""
 
 import re
-import subprocess
 import sys
 
 import gguf
@@ -10,6 +9,7 @@ import pytest
 import torch
 
 from gguf_files import KINDS, LATENT_OF_256, LLAMA, LLAMA_OF_256, QWEN2, V2_LITE, V3, network, tensors, write
+from peak import loading_peak
 from rorqual import load_model
 from rorqual.engine import Engine, SamplingParams
 from rorqual.errors import UserError
@@ -195,31 +195,15 @@ def test_gate_and_up_of_different_types(tmp_path, monkeypatch):
     same_numbers(packed, load_model(tmp_path / "model"), 5e-3)
 
 
-PEAK = r"""
-import re, sys
-from pathlib import Path
-from rorqual.kernels.lowbit import Packed
-from rorqual.precision.gguf import load_gguf
-memory = lambda field: 1024 * int(re.search(field + r":\s+(\d+)", Path("/proc/self/status").read_text())[1])
-load_gguf(sys.argv[2])  # libraries load their code at first use
-before = memory("VmRSS")
-model, _ = load_gguf(sys.argv[1])
-size = sum(p.nbytes for p in model.parameters())
-size += sum(v.data.nbytes for m in model.modules() for v in vars(m).values() if isinstance(v, Packed))
-print((memory("VmHWM") - before) / size, size)
-"""
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_loading_peaks_under_size_plus_a_fifth(tmp_path):
     large = V3.replace(hidden_size=512, moe_intermediate_size=2048, num_hidden_layers=5, n_routed_experts=8)
     write(tmp_path / "large.gguf", network(large), KINDS.Q4_0)
     write(tmp_path / "small.gguf", network(V3), KINDS.Q4_0)
-    command = [sys.executable, "-c", PEAK, str(tmp_path / "large.gguf"), str(tmp_path / "small.gguf")]
-    out = subprocess.run(command, capture_output=True, text=True, check=True)
-    ratio, size = out.stdout.split()
-    assert float(size) > 50e6
-    assert 0.9 < float(ratio) < 1.2
+    load = "from rorqual.precision.gguf import load_gguf\nload = lambda path: load_gguf(path)[0]"
+    ratio, size = loading_peak(load, tmp_path / "large.gguf", tmp_path / "small.gguf")
+    assert size > 50e6
+    assert 0.9 < ratio < 1.2
 
 
 def test_a_file_in_parts(tmp_path):

@@ -1,13 +1,13 @@
 """Packed weights on disk: what comes back, who else reads it, what is said of a broken one."""
 
 import json
-import subprocess
 import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from peak import loading_peak
 from rorqual.data.tokenizer import save_tokenizer, train_tokenizer
 from rorqual.engine import Engine, SamplingParams
 from rorqual.errors import UserError
@@ -71,21 +71,6 @@ def test_slices_change_nothing(source, tmp_path, bits, monkeypatch):
     assert torch.equal(convert(load_model(source), bits).logits(tokens), expected)
 
 
-PEAK = r"""
-import re, sys
-from pathlib import Path
-from rorqual.kernels.lowbit import Packed
-from rorqual.precision.store import load_packed
-memory = lambda field: 1024 * int(re.search(field + r":\s+(\d+)", Path("/proc/self/status").read_text())[1])
-load_packed(Path(sys.argv[2]))  # libraries load their code at first use
-before = memory("VmRSS")
-model = load_packed(Path(sys.argv[1]))
-size = sum(p.nbytes for p in model.parameters())
-size += sum(v.data.nbytes for m in model.modules() for v in vars(m).values() if isinstance(v, Packed))
-print((memory("VmHWM") - before) / size, size)
-"""
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("bits", ["int4", "int8"])
 def test_loading_peaks_under_size_plus_a_fifth(tmp_path, bits):
@@ -93,11 +78,11 @@ def test_loading_peaks_under_size_plus_a_fifth(tmp_path, bits):
     for name, config in (("large", large), ("small", GROUPED)):
         save_model(Transformer(config), tmp_path / "whole" / name)
         quantize(tmp_path / "whole" / name, tmp_path / name, bits)
-    command = [sys.executable, "-c", PEAK, str(tmp_path / "large"), str(tmp_path / "small")]
-    out = subprocess.run(command, capture_output=True, text=True, check=True)
-    ratio, size = out.stdout.split()
-    assert float(size) > 30e6
-    assert 0.9 < float(ratio) < 1.2
+    load = "from pathlib import Path\nfrom rorqual.precision.store import load_packed\n"
+    load += "load = lambda path: load_packed(Path(path))"
+    ratio, size = loading_peak(load, tmp_path / "large", tmp_path / "small")
+    assert size > 30e6
+    assert 0.9 < ratio < 1.2
 
 
 @pytest.mark.parametrize("bits", ["int4", "int8"])

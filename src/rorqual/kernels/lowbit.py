@@ -1,6 +1,6 @@
 """Products with weights of 4 or 8 bits that stay packed, by activations of 8 bits.
 
-M rows, K in, N out, E experts, G = ⌈K/32⌉ groups of inputs. How weights lie in memory is told in cpu/lowbit.cpp.
+M rows, K in, N out, E experts, G = ⌈K/32⌉ groups of inputs. How weights lie in memory is told in cpu/lowbit.h.
 """
 
 import itertools

@@ -1,0 +1,28 @@
+"""How much memory loading takes at its peak, in a process of its own."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+# Not getrusage, whose peak survives exec and so begins with the parent's.
+MEASURE = r"""
+import re, sys
+from pathlib import Path
+from rorqual.kernels.lowbit import Packed
+memory = lambda field: 1024 * int(re.search(field + r":\s+(\d+)", Path("/proc/self/status").read_text())[1])
+load(sys.argv[2])  # libraries load their code at first use
+before = memory("VmRSS")
+model = load(sys.argv[1])
+size = sum(p.nbytes for p in model.parameters())
+size += sum(v.data.nbytes for m in model.modules() for v in vars(m).values() if isinstance(v, Packed))
+print((memory("VmHWM") - before) / size, size)
+"""
+
+
+def loading_peak(load: str, large: Path, small: Path) -> tuple[float, float]:
+    """`load`: code that defines a function of that name, from a path to a model. → the peak over the model's bytes, and
+    these; `small` is loaded before. Linux only.
+    """
+    command = [sys.executable, "-c", load + MEASURE, str(large), str(small)]
+    ratio, size = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    return float(ratio), float(size)
