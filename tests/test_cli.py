@@ -197,6 +197,13 @@ def test_eval_in_an_unknown_precision(rorqual, tmp_path):
     assert "bfloat16" in err
 
 
+def test_serving_with_an_unknown_cache(rorqual, tmp_path):
+    status, _, err = rorqual("serve", tmp_path, "--cache-format", "int3")
+    assert status != 0
+    assert "int3" in err
+    assert "int8" in err
+
+
 def test_eval_against_another_model_gives_the_gain(rorqual, recipe, tmp_path):
     rorqual("pretrain", recipe())
     tasks = tmp_path / "tasks.toml"

@@ -263,6 +263,9 @@ def serve(
     timeout: Annotated[float, typer.Option(help="seconds a request may take")] = 600.0,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16 instead of what the weights are in")] = None,
     weights: Weights = None,
+    cache_format: Annotated[
+        str | None, typer.Option(help="int8: half the memory for the past, and less to read; default: as computed")
+    ] = None,
     speculate: Speculate = None,
     page: Annotated[bool, typer.Option(help="a chat page at /")] = True,
 ) -> None:
@@ -280,6 +283,8 @@ def serve(
             raise UserError(f"{option} {value:g}: must be above 0")
     if dtype is not None:
         _choice("--dtype", dtype, ("float32", "bfloat16"))
+    if cache_format is not None:
+        _choice("--cache-format", cache_format, ("int8",))
     keys = read_keys(api_keys)
     check_address(host, keys, anonymous)
     directory = _directory(model)
@@ -288,6 +293,7 @@ def serve(
         engine = Engine(
             directory, slots=slots, cache_bytes=int(cache_gb * 2**30), prefix_cache=True,
             dtype=dtype and getattr(torch, dtype), weights=_bits(weights), chunk=512, speculate=_way(speculate),
+            cache_dtype=cache_format and getattr(torch, cache_format),
         )  # fmt: skip
     called = name or (directory.parent if directory.name == "model" else directory).resolve().name.removesuffix(".gguf")
     run(directory, engine, Options(called, keys, waiting, timeout), listening, page)

@@ -10,7 +10,7 @@ from rorqual.engine import Engine, SamplingParams
 from rorqual.engine.blocks import BLOCK
 from rorqual.engine.cache import BlockCache, Prompt, Step
 from rorqual.engine.direct import direct_module, direct_step
-from rorqual.kernels import cpu
+from rorqual.kernels import cpu, past8
 from rorqual.kernels.linear import linear
 from rorqual.model import Transformer
 from rorqual.precision.lowbit import convert
@@ -46,6 +46,7 @@ SHAPES = {
         n_shared_experts=0,
         attention_bias=True,
     ),
+    "shared by many": GROUPED.replace(num_attention_heads=26, num_key_value_heads=1, head_dim=48),
     "odd": GROUPED.replace(hidden_size=40, intermediate_size=50, num_attention_heads=5, num_key_value_heads=1),
 }
 
@@ -170,11 +171,47 @@ def errors_of(logits, exact, sequences):
     return [float((a - b).norm() / b.norm()) for a, b in zip(logits, wanted, strict=True)]
 
 
-def test_greedy_answers_do_not_depend_on_company():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", ["grouped", "biases", "interleaved", "wide", "odd", "shared by many"])
+@torch.no_grad()
+def test_a_cache_of_8_bits_keeps_and_says_what_the_reference_does(shape, dtype):
+    model = packed(SHAPES[shape], "int8", dtype)
+    sequences = [random_tokens(n, n) for n in (1, 15, 16, 17, 33, 40, 3, 26)]
+    rows, own, errors = len(sequences), [], []
+    caches = [BlockCache(model.config, 3 * rows + 1, torch.int8, torch.device("cpu")) for _ in range(2)]
+    tables = torch.arange(1, 3 * rows + 1, dtype=torch.int32).view(rows, 3)
+    compiled = direct_step(model, caches[0])
+    for table, sequence in zip(tables, sequences, strict=True):
+        n = len(sequence)
+        half = n // 2  # in two pieces, the second of which reads what the first left
+        for first, end in ((0, half), (half, n)):
+            if first == end:
+                continue
+            lengths = torch.arange(first + 1, end + 1, dtype=torch.int32)
+            some = table.repeat(end - first, 1)
+            ours = compiled(sequence[first:end], some, lengths, end - first)[0][-1]
+            step = Step(caches[1], tables[:0], lengths[:0].long(), [Prompt(first, end - first, table.tolist())])
+            hidden = model(sequence[None, first:end], step.positions, cache=step)[0]
+        theirs, exact = linear(hidden[-1:], model.head_weight)[0].float(), last_logits(model, sequence)
+        errors.append(float((ours - theirs).norm() / exact.norm()))
+        own.append(float((theirs - exact).norm() / exact.norm()))
+    width = model.config.head_dim
+    for i, unpack in enumerate((past8.unpack_keys, past8.unpack_values)):
+        ours, theirs = (unpack(cache.layers[0][i], width) for cache in caches)
+        assert (ours - theirs).abs().max() <= 2.1 * theirs.abs().max() / 127, "one step, where rounded the other way"
+        assert (ours - theirs).norm() < 0.01 * theirs.norm()
+    # The compiled step rounds queries too; the reference's own error is that of the keys, the values and the dtype.
+    assert median(errors) < 1.8 * median(own)
+    assert max(errors) < 0.12
+
+
+@pytest.mark.parametrize("cache_dtype", [None, torch.int8])
+def test_greedy_answers_do_not_depend_on_company(cache_dtype):
     model = packed(SHAPES["grouped"])
     prompts = [[(5 * i + j) % 59 + 1 for j in range(1 + i % 20)] for i in range(20)]
     params = SamplingParams(temperature=0, max_tokens=15)
-    together = Engine(model, slots=32).generate(prompts, params)
-    few = Engine(model, slots=3, cache_bytes=1 << 16, prefix_cache=True, chunk=5).generate(prompts, params)
-    alone = [Engine(model).generate([p], params)[0] for p in prompts]
+    options = {"cache_dtype": cache_dtype}
+    together = Engine(model, slots=32, **options).generate(prompts, params)
+    few = Engine(model, slots=3, cache_bytes=1 << 16, prefix_cache=True, chunk=5, **options).generate(prompts, params)
+    alone = [Engine(model, **options).generate([p], params)[0] for p in prompts]
     assert [c.tokens for c in together] == [c.tokens for c in alone] == [c.tokens for c in few]

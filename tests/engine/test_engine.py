@@ -118,6 +118,25 @@ def test_thinking_budget_closes_the_thinking(model, prompts):
         assert any(len(c.tokens) > budget + 1 for c in found), "the answer goes on after the thinking"
 
 
+def test_a_cache_of_8_bits_takes_half_the_memory_and_hardly_changes_an_answer(prompts):
+    torch.manual_seed(3)
+    model = Transformer(GROUPED.replace(head_dim=32)).eval()
+    params = SamplingParams(temperature=0, max_tokens=20)
+    exact, small = (Engine(model, cache_dtype=dtype, chunk=4) for dtype in (None, torch.int8))
+    assert small.block_bytes / exact.block_bytes == 34 / 32 / 4, "FP32 here"
+    differences = []
+    for a, b in zip(exact.generate(prompts, params), small.generate(prompts, params), strict=True):
+        same = next((i for i, (x, y) in enumerate(zip(a.tokens, b.tokens, strict=False)) if x != y), len(a.tokens))
+        differences += [abs(x - y) for x, y in zip(a.logprobs[:same], b.logprobs[:same], strict=True)]
+    assert len(differences) > 60
+    assert 0 < max(differences) < 0.05
+
+
+def test_latent_attention_has_no_cache_of_8_bits():
+    with pytest.raises(UserError, match="grouped-query attention"):
+        Engine(Transformer(LATENT), cache_dtype=torch.int8)
+
+
 def test_stream_says_what_generate_says(model):
     engine = Engine(model, ThinkTokenizer())
     params = SamplingParams(max_tokens=9, seed=4, ignore_eos=True)

@@ -2,6 +2,7 @@
 
 A layer keeps two numbers' worth of past a token: for latent attention the latent [C] and the rotated key [R]
 (V2 §2.1.2), for grouped-query attention keys and values [G, W]. A sequence's table says in which blocks it lies.
+Keys and values can be kept in 8 bits, with a scale for every 32 of them (kernels/past8.py).
 """
 
 from dataclasses import dataclass
@@ -10,6 +11,9 @@ import torch
 from torch import Tensor
 
 from rorqual.engine.blocks import BLOCK
+from rorqual.errors import UserError
+from rorqual.kernels import past8
+from rorqual.kernels.lowbit import GROUP
 from rorqual.model import ModelConfig
 from rorqual.model.past import Chunk, Past, Singles
 
@@ -23,20 +27,37 @@ def token_shapes(config: ModelConfig) -> list[tuple[int, ...]]:
 
 def block_bytes(config: ModelConfig, dtype: torch.dtype, more_layers: int = 0) -> int:
     """What a block takes in all layers, and in those of multi-token modules that are used."""
-    numbers = sum(torch.Size(shape).numel() for shape in token_shapes(config))
-    return BLOCK * numbers * (config.num_hidden_layers + more_layers) * dtype.itemsize
+    stored = [torch.Size(shape).numel() for shape in _block_shapes(config, dtype)]
+    return sum(stored) * (config.num_hidden_layers + more_layers) * dtype.itemsize
+
+
+def _block_shapes(config: ModelConfig, dtype: torch.dtype) -> list[tuple[int, ...]]:
+    """How what a layer keeps of a block's tokens lies."""
+    shapes = token_shapes(config)
+    if dtype is not torch.int8:
+        return [(BLOCK, *shape) for shape in shapes]
+    if config.is_mla:
+        raise UserError(
+            "a cache of 8 bits is for grouped-query attention; this model's latent attention keeps few numbers a token "
+            "already: leave the cache as the model computes"
+        )
+    return [(heads, -(-width // GROUP), past8.RECORD) for heads, width in shapes]
 
 
 class BlockCache:
-    """Room for `count` blocks in every layer."""
+    """Room for `count` blocks in every layer, of numbers as the network computes them or (dtype int8) of 8 bits."""
 
     def __init__(
         self, config: ModelConfig, count: int, dtype: torch.dtype, device: torch.device, more_layers: int = 0
     ) -> None:
+        self.eight = dtype is torch.int8
         # Zeros, not whatever was in memory: a hidden place has weight 0, but 0 times a stray NaN is NaN. They cost no
         # memory before they are written to.
         self.layers = [
-            tuple(torch.zeros(count, BLOCK, *shape, dtype=dtype, device=device) for shape in token_shapes(config))
+            tuple(
+                torch.zeros(count, *shape, dtype=torch.uint8 if self.eight else dtype, device=device)
+                for shape in _block_shapes(config, dtype)
+            )
             for _ in range(config.num_hidden_layers + more_layers)
         ]
         self.places = [tuple(store.flatten(0, 1) for store in layer) for layer in self.layers]  # the same, by place
@@ -84,18 +105,33 @@ class Step:
 
     def append(self, layer: int, a: Tensor, b: Tensor) -> list[Past]:
         stores = self.cache.layers[layer]
-        for places, new in zip(self.cache.places[layer], (a, b), strict=True):
-            places.index_copy_(0, self.index, new[0])
+        if self.cache.eight:
+            past8.keep(*stores, self.index, a[0], b[0])
+        else:
+            for places, new in zip(self.cache.places[layer], (a, b), strict=True):
+                places.index_copy_(0, self.index, new[0])
         pasts: list[Past] = []
         if self.rows:
-            pasts.append(Singles(slice(0, self.rows), *stores, self.row_tables, self.lengths))
+            tables = self.row_tables
+            if self.cache.eight:  # the blocks there are, one after the other
+                stores = self._unpacked(stores, tables.flatten(), a)
+                tables = torch.arange(tables.numel(), dtype=torch.int32, device=tables.device).view_as(tables)
+            pasts.append(Singles(slice(0, self.rows), *stores, tables, self.lengths))
         first = self.rows
         for p, table in zip(self.prompts, self.tables, strict=True):
             tokens, end = slice(first, first + p.length), p.start + p.length
             first += p.length
-            if p.start == 0:
+            blocks = table[: -(-end // BLOCK)]
+            if self.cache.eight:
+                past = [s.flatten(0, 1)[None, :end] for s in self._unpacked(self.cache.layers[layer], blocks, a)]
+            elif p.start == 0:
                 past = [x[:, tokens] for x in (a, b)]
             else:
-                past = [s.index_select(0, table[: -(-end // BLOCK)]).flatten(0, 1)[None, :end] for s in stores]
+                past = [s.index_select(0, blocks).flatten(0, 1)[None, :end] for s in stores]
             pasts.append(Chunk(tokens, *past))
         return pasts
+
+    def _unpacked(self, stores: tuple[Tensor, ...], blocks: Tensor, like: Tensor) -> tuple[Tensor, ...]:
+        """Blocks [n] of both stores → [n, BLOCK, G, W]."""
+        unpack = (past8.unpack_keys, past8.unpack_values)
+        return tuple(f(s[blocks.long()], like.shape[-1]).to(like.dtype) for f, s in zip(unpack, stores, strict=True))

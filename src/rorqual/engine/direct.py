@@ -43,12 +43,12 @@ def _step(
     ]  # fmt: skip
     frequencies, factor = model.rope
     return DecodeStep(
-        layers, _sizes(config), model.model.embed_tokens.weight, norm, model.head_weight, frequencies, factor,
-        softmax_scale(config), config.rms_norm_eps, LATENT_NORM_EPS, config.routed_scaling_factor, join,
+        layers, _sizes(config, cache.eight), model.model.embed_tokens.weight, norm, model.head_weight, frequencies,
+        factor, softmax_scale(config), config.rms_norm_eps, LATENT_NORM_EPS, config.routed_scaling_factor, join,
     )  # fmt: skip
 
 
-def _sizes(config: ModelConfig) -> Sizes:
+def _sizes(config: ModelConfig, eight: bool) -> Sizes:
     latent, experts = {}, {}
     if config.is_mla:
         latent = {"latent": config.kv_lora_rank, "nope": config.qk_nope_head_dim, "value": config.v_head_dim}
@@ -69,6 +69,7 @@ def _sizes(config: ModelConfig) -> Sizes:
         groups=config.num_key_value_heads,
         width=config.qk_rope_head_dim if config.is_mla else config.head_dim,
         interleave=config.rope_interleave,
+        eight=eight,
         **latent,
         **experts,
     )

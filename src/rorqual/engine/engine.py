@@ -53,14 +53,15 @@ class Engine:
     `generate` needs for what it is asked. `prefix_cache`: keep the past of finished sequences for prompts that begin
     the same way; where weights change, call `forget`. `chunk`: prompt tokens a step. `speculate`: guess at tokens that
     are then checked together, by the model's own multi-token module ("mtp") or by what followed the same tokens before
-    ("lookup"); it changes the time an answer takes, never the answer. What else is given goes to `open_model`: dtype,
-    device, weights ("int4" or "int8").
+    ("lookup"); it changes the time an answer takes, never the answer. `cache_dtype`: of the past, by default the dtype
+    that the model computes in; int8 halves BF16's memory and is quick where weights are packed. What else is given goes
+    to `open_model`: dtype, device, weights ("int4" or "int8").
     """
 
     def __init__(
         self, model: str | Path | Transformer, tokenizer: Any = None, slots: int = 256,
         cache_bytes: int | None = None, prefix_cache: bool = False, chunk: int = CHUNK,
-        speculate: Way | None = None, **load: Any,
+        speculate: Way | None = None, cache_dtype: torch.dtype | None = None, **load: Any,
     ) -> None:  # fmt: skip
         if not isinstance(model, Transformer):
             model, own = open_model(model, **load)
@@ -70,6 +71,8 @@ class Engine:
         if speculate == "mtp" and not model.config.num_nextn_predict_layers:
             raise UserError('this model has no multi-token module (num_nextn_predict_layers); use "lookup"')
         self.speculate = speculate
+        self.cache_dtype = cache_dtype or model.head_weight.dtype
+        self.block_bytes = block_bytes(model.config, self.cache_dtype, int(speculate == "mtp"))
         eos = set(model.config.eos_token_ids)
         if tokenizer is not None and tokenizer.eos_token_id is not None:
             eos.add(tokenizer.eos_token_id)
@@ -253,18 +256,15 @@ class Engine:
             count = max(count, self._count(at_least))
         if scheduler is None or (scheduler.idle and scheduler.blocks.count < count):
             weight = self.model.head_weight
-            cache = BlockCache(self.model.config, count, weight.dtype, weight.device, self._more_layers)
+            more = int(self.speculate == "mtp")
+            cache = BlockCache(self.model.config, count, self.cache_dtype, weight.device, more)
             self._scheduler = scheduler = Scheduler(
                 self.model, self.slots, cache, Blocks(count), self.prefix_cache, self.chunk, self.speculate
             )
         return scheduler
 
     def _count(self, cache_bytes: int) -> int:
-        return cache_bytes // block_bytes(self.model.config, self.model.head_weight.dtype, self._more_layers)
-
-    @property
-    def _more_layers(self) -> int:
-        return int(self.speculate == "mtp")
+        return cache_bytes // self.block_bytes
 
     def _encode(self, text: str) -> list[int]:
         if self.tokenizer is None:

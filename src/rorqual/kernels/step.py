@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rorqual.kernels import cpu
-from rorqual.kernels.lowbit import FORMATS, Packed
+from rorqual.kernels.lowbit import FORMATS, PANEL, Packed
 
 Weights = tuple[Packed, Tensor | None]  # with a bias
 
@@ -36,7 +36,9 @@ class LayerWeights:
     correction: Tensor | None = None
     experts_in: Weights | None = None
     experts_out: Weights | None = None
-    a: Tensor  # of the cache: keys and values [blocks, block, G, W], or latents [·, ·, C] and rotated keys [·, ·, R]
+    # Of the cache: keys and values [blocks, block, G, W], or latents [·, ·, C] and rotated keys [·, ·, R]; in 8 bits
+    # keys and values [blocks, G, ⌈W/32⌉, bytes of a record] (kernels/past8.py).
+    a: Tensor
     b: Tensor
 
 
@@ -63,6 +65,7 @@ class Sizes:
     biased: bool = False  # a correction bias takes part in the choice
     within_groups: bool = False  # experts of the best groups only
     normalise: bool = False
+    eight: bool = False  # the cache has 8 bits
 
 
 @dataclass
@@ -84,8 +87,8 @@ class DecodeStep:
     ) -> None:  # fmt: skip
         """frequencies fp32 [F] and the factor of cos and sin: model/rope.py."""
         self._kept = (layers, embedding, norm, head, frequencies, join)  # what the numbers below point to
-        self.dtype, self.block, self.words = layers[0].a.dtype, layers[0].a.shape[1], head.N
-        self.hidden = sizes.hidden
+        self.dtype, self.words, self.hidden, self.eight = norm.dtype, head.N, sizes.hidden, sizes.eight
+        self.block = PANEL if sizes.eight else layers[0].a.shape[1]
         self._layers = torch.tensor([n for layer in layers for n in self._layer(layer)], dtype=torch.int64)
         whole = [
             self._layers.data_ptr(), len(layers), *(int(getattr(sizes, f.name)) for f in fields(sizes)),
@@ -117,14 +120,14 @@ class DecodeStep:
         return logits, hidden
 
     def _layer(self, layer: LayerWeights) -> list[int]:
-        numbers = []
+        numbers, cache = [], torch.uint8 if self.eight else self.dtype
+        own = {"router": torch.float32, "correction": torch.float32, "a": cache, "b": cache}
         for f in fields(layer):
             value = getattr(layer, f.name)
             if f.name in PACKED:
                 numbers += [0] * 6 if value is None else self._weights(value)
             else:
-                dtype = torch.float32 if f.name in ("router", "correction") else self.dtype
-                numbers.append(0 if value is None else self._address(value, dtype))
+                numbers.append(0 if value is None else self._address(value, own.get(f.name)))
         return numbers
 
     def _weights(self, weights: Weights) -> list[int]:

@@ -10,7 +10,6 @@ from typing import Any
 
 from rorqual.engine import Engine, Grammar, SamplingParams
 from rorqual.engine.blocks import BLOCK
-from rorqual.engine.cache import block_bytes
 from rorqual.engine.score import Ranked, score
 from rorqual.errors import UserError
 from rorqual.serve.answers import Vocabulary
@@ -190,7 +189,7 @@ def context_of(engine: Engine) -> int:
     config = engine.model.config
     if engine.cache_bytes is None:
         return config.max_position_embeddings
-    blocks = engine.cache_bytes // block_bytes(config, engine.model.head_weight.dtype)
+    blocks = engine.cache_bytes // engine.block_bytes
     return min(config.max_position_embeddings, max(0, blocks - 2) * BLOCK)
 
 

@@ -165,6 +165,16 @@ inline void softmax(float *weights, i64 places) {
     for (i64 s = 0; s < places; s += L) store_lanes(weights + s, load_lanes(weights + s) / all);
 }
 
+// The weights of `rows` tokens' queries, the last of which sees all `places`, each before it one less.
+inline void softmax(float *weights, i64 stride, i64 places, i64 rows, i64 share) {
+    for (i64 h = 0; h < rows * share; ++h) {
+        float *row = weights + h * stride;
+        const i64 seen = places - (rows - 1) + h / share;
+        softmax(row, seen);
+        for (i64 s = (seen + L - 1) / L * L; s < places; ++s) row[s] = 0.0f;
+    }
+}
+
 // Calls what it is given with the number of heads, four at most, as a constant.
 template <class F>
 void by_heads(i64 heads, F call) {
@@ -195,12 +205,7 @@ void attend(const float *queries, const Places<T> &k, const Places<T> &k2, const
             score<n>(queries + h * both, keys, both, scale, weights + h * stride + s, stride);
         });
     }
-    for (i64 h = 0; h < all; ++h) {
-        float *row = weights + h * stride;
-        const i64 seen = k.count - (rows - 1) + h / share;
-        softmax(row, seen);
-        for (i64 s = (seen + L - 1) / L * L; s < k.count; ++s) row[s] = 0.0f;
-    }
+    softmax(weights, stride, k.count, rows, share);
     by_heads(all, [&](i64 h, auto n) { mix<n>(weights + h * stride, stride, v, value_width, out + h * value_width); });
 }
 

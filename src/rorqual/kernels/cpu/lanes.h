@@ -7,6 +7,10 @@
 
 #include "numbers.h"
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 namespace {
 
 typedef float lanes __attribute__((vector_size(64)));
@@ -27,11 +31,25 @@ inline lanes load_lanes(const bf16 *from) {
     return std::bit_cast<lanes>(__builtin_convertvector(x, words) << 16);
 }
 
-inline integers load_mask(const bool *from) {  // -1 where true, 0 elsewhere
-    typedef int8_t bytes __attribute__((vector_size(16)));
-    bytes x;
+// GCC 12 widens bytes one by one.
+inline integers load_integers(const int8_t *from) {
+#if defined(__AVX512F__)
+    return (integers)_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(from)));
+#elif defined(__AVX2__)
+    struct { __m256i low, high; } x;
+    x.low = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(from)));
+    x.high = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(from + 8)));
+    return std::bit_cast<integers>(x);
+#else
+    typedef int8_t small __attribute__((vector_size(16)));
+    small x;
     std::memcpy(&x, from, sizeof x);
-    return -__builtin_convertvector(x, integers);
+    return __builtin_convertvector(x, integers);
+#endif
+}
+
+inline integers load_mask(const bool *from) {  // -1 where true, 0 elsewhere
+    return -load_integers(reinterpret_cast<const int8_t *>(from));
 }
 
 inline void store_lanes(float *to, lanes x) { std::memcpy(to, &x, sizeof x); }

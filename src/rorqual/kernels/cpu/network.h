@@ -22,7 +22,7 @@ struct Layer {
     Weights<T> gate, up_proj, down;    // of a dense layer, or of the shared experts
     const float *router, *correction;  // [experts, hidden], [experts]
     Weights<T> experts_in, experts_out;
-    T *a, *b;  // of the cache: keys and values [blocks, block, groups, width], or latents and rotated keys
+    T *a, *b;  // of the cache: keys and values [blocks, block, groups, width] (in 8 bits: cache8.h), or latents and rotated keys
 };
 
 template <class T>
@@ -30,7 +30,7 @@ struct Network {
     const Layer<T> *layers;
     i64 depth, hidden, heads, groups, width, interleave;  // `width` is what is rotated of a head: all, or `rope`
     i64 latent, nope, value;
-    i64 experts, chosen, expert_groups, groups_kept, softmax, biased, within_groups, normalise;
+    i64 experts, chosen, expert_groups, groups_kept, softmax, biased, within_groups, normalise, eight;
     const T *norm;
     Weights<T> embedding, head;
     const float *frequencies;  // [width / 2]

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "attend.h"
+#include "cache8.h"
 #include "network.h"
 #include "team.h"
 
@@ -153,6 +154,7 @@ class Decoding {
         lanes *const keys;
         float *const one;  // a row of numbers
         uint8_t *const own;
+        const Quantised few;  // queries, for a cache of 8 bits
         float *const queries, *const weights, *const outputs;
         std::vector<int32_t> sorted, ends, active;
 
@@ -160,16 +162,18 @@ class Decoding {
             : all(all), net(all.net), rows(all.rows), team(all.team),
               stride((all.pasts.longest(all.rows) + L - 1) / L * L),
               heads_at_once(net.latent ? (rows >= size ? net.heads : (net.heads + size - 1) / size) : net.heads / net.groups),
-              room(Quantised::bytes(all.alone ? rows : 0, wide) +
+              room(Quantised::bytes(all.alone ? rows : 0, wide) + Quantised::bytes(queries_at_once(), net.width) +
                    4 * (wide + L * key_width() +
                         all.longest_run * heads_at_once * (2 * key_width() + stride))),
               keys(reinterpret_cast<lanes *>(room.take(L * key_width()))), one(room.take(wide)),
               own(room.take_quantised(all.alone ? rows : 0, wide)),
+              few(room.take_quantised(queries_at_once(), net.width), net.width),
               queries(room.take(all.longest_run * heads_at_once * key_width())),
               weights(room.take(all.longest_run * heads_at_once * stride)),
               outputs(room.take(all.longest_run * heads_at_once * key_width())) {}
 
         i64 key_width() const { return net.latent + net.width; }
+        i64 queries_at_once() const { return net.eight ? all.longest_run * heads_at_once : 0; }
         void meet() { team.meet(size); }
 
         // Rows made ready by f(row's numbers, where to, row): `shared` by all, or by each thread for itself.
@@ -241,11 +245,20 @@ class Decoding {
             const i64 G = net.groups, W = net.width, share = net.heads / G, half = W / 2;
             multiply(normed_rows(all.x, layer.norm, net.hidden, all.numbers.eps),
                      {{&layer.q, all.q}, {&layer.k, all.k}, {&layer.v, all.v}}, false);
+            const i64 head8 = Quantised::groups_of(W) * RECORD8;  // bytes of a head in a block of 8 bits
             const auto write = [&](i64 task) {
-                const i64 r = task / G, g = task % G, at = (all.pasts.last(r) * G + g) * W;
+                const i64 r = task / G, g = task % G, at = all.pasts.last(r);
                 turn_pairs(all.k + task * W, all.cos + r * half, all.sin + r * half, W, net.interleave, one);
-                keep_row(one, W, layer.a + at);
-                keep_row(all.v + task * W, W, layer.b + at);
+                if (net.eight) {
+                    const i64 to = (at / L * G + g) * head8;
+                    quantise_row(one, W, few, 0);
+                    keep_key(few, at % L, reinterpret_cast<uint8_t *>(layer.a) + to);
+                    quantise_row(all.v + task * W, W, few, 0);
+                    keep_value(few, at % L, reinterpret_cast<uint8_t *>(layer.b) + to);
+                } else {
+                    keep_row(one, W, layer.a + (at * G + g) * W);
+                    keep_row(all.v + task * W, W, layer.b + (at * G + g) * W);
+                }
             };
             if (!all.apart) {  // a row reads what another writes
                 team.share(rows * G, write);
@@ -253,18 +266,28 @@ class Decoding {
             }
             const auto one_group = [&](i64 task) {
                 const i64 g = task % G, first = all.runs[task / G], end = all.runs[task / G + 1], count = end - first;
-                const i64 place = G * W, block = all.pasts.block * place;
+                const i64 place = G * W, block = all.pasts.block * place, places = all.pasts.lengths[end - 1];
+                const int32_t *table = all.pasts.table(end - 1);
                 if (all.apart) write(first * G + g);
                 for (i64 i = 0; i < count * share; ++i) {
                     const i64 r = first + i / share, h = g * share + i % share;
+                    float *query = net.eight ? one : queries + i * W;
                     turn_pairs(all.q + (r * net.heads + h) * W, all.cos + r * half, all.sin + r * half, W, net.interleave,
-                               queries + i * W);
+                               query);
+                    if (net.eight) quantise_row(query, W, few, i);
                 }
-                const Places<T> seen{layer.a + g * W, block, place, all.pasts.table(end - 1), all.pasts.lengths[end - 1],
-                                     all.pasts.shift()};
-                const Places<T> value{layer.b + g * W, block, place, seen.table, seen.count, seen.shift};
                 float *out = count == 1 ? all.o + (first * net.heads + g * share) * W : outputs;
-                attend(queries, seen, seen, value, count, share, W, 0, W, all.numbers.scale, keys, weights, stride, out);
+                if (net.eight) {
+                    const auto blocks = [&](const T *store) {
+                        return Blocks8{reinterpret_cast<const uint8_t *>(store) + g * head8, G * head8, table, (places + L - 1) / L};
+                    };
+                    attend8(few, blocks(layer.a), blocks(layer.b), places, count, share, W, all.numbers.scale, weights, stride,
+                            out);
+                } else {
+                    const Places<T> k{layer.a + g * W, block, place, table, places, all.pasts.shift()};
+                    const Places<T> v{layer.b + g * W, block, place, table, places, k.shift};
+                    attend(queries, k, k, v, count, share, W, 0, W, all.numbers.scale, keys, weights, stride, out);
+                }
                 for (i64 i = 0; out == outputs && i < count; ++i)
                     std::copy_n(outputs + i * share * W, share * W, all.o + ((first + i) * net.heads + g * share) * W);
             };
