@@ -41,15 +41,20 @@ Work = Callable[[int], Awaitable[list[Answer]]]  # asks the server at a port
 
 
 def ours(folder: Path) -> list[Contestant]:
-    """In 4 and in 8 bits."""
+    """Weights of 4 and of 8 bits, with a cache of 8 bits; and of 8 with one of 16."""
     import_model("smollm2", folder / "smollm2")
     program = Path(sys.executable).parent / "rorqual"
     command = (program, "serve", folder / "smollm2", "--name", MODEL, "--weights")
-    return [Contestant(US, format, (*command, format)) for format in ("int4", "int8")]
+    small = ("--cache-format", "int8")
+    return [
+        Contestant(US, "int4, cache int8", (*command, "int4", *small)),
+        Contestant(US, "int8, cache int8", (*command, "int8", *small)),
+        Contestant(US, "int8, cache bf16", (*command, "int8")),
+    ]
 
 
 def theirs(folder: Path) -> list[Contestant]:
-    """vLLM in BF16 and with products in 8 bits; llama.cpp in the two formats it repacks. Each on both cores.
+    """vLLM in BF16, with products in 8 bits, and a cache of 8; llama.cpp in the two formats it repacks. On both cores each.
 
     Others were slower: vLLM with weights of 4 bits, llama.cpp with Q4_1 (decode.py has that by itself).
     """
@@ -59,9 +64,13 @@ def theirs(folder: Path) -> list[Contestant]:
     # By itself it leaves a core to its front, and computes on the other only.
     environment = {"VLLM_CPU_OMP_THREADS_BIND": "0-1", "VLLM_CPU_KVCACHE_SPACE": "1"}
     found = []
-    for format, name in (("bf16", "smollm2"), ("w8a8", "w8a8")):
+    for format, name, cache in (
+        ("bf16", "smollm2", "auto"),
+        ("w8a8", "w8a8", "auto"),
+        ("w8a8, cache fp8", "w8a8", "fp8"),
+    ):
         command = (peers.vllm(), "-m", "vllm.entrypoints.openai.api_server", "--model", folder / name)
-        settings = ("--served-model-name", MODEL, "--dtype", "bfloat16")
+        settings = ("--served-model-name", MODEL, "--dtype", "bfloat16", "--kv-cache-dtype", cache)
         found.append(Contestant("vllm", format, command + settings, environment))
     for kind in ("Q4_0", "Q8_0"):
         file = folder / f"{kind}.gguf"
