@@ -54,9 +54,10 @@ def ours(folder: Path) -> list[Contestant]:
 
 
 def theirs(folder: Path) -> list[Contestant]:
-    """vLLM in BF16, with products in 8 bits, and a cache of 8; llama.cpp in the two formats it repacks. On both cores each.
+    """vLLM in BF16, with products in 8 bits and a cache of 8; llama.cpp in the formats it repacks.
 
-    Others were slower: vLLM with weights of 4 bits, llama.cpp with Q4_1 (decode.py has that by itself).
+    Each on both cores. Others were slower: vLLM with weights of 4 bits, llama.cpp with Q4_1 (decode.py
+    has that by itself).
     """
     from llama import requantise
 
