@@ -2,11 +2,13 @@
 
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
+from torch import Tensor, from_numpy
 
 from rorqual.engine.forward import Lanes
-from rorqual.engine.rows import Rows
+from rorqual.engine.rows import Floats, Integers, Rows
 from rorqual.engine.sampler import adjust, sample
 
 
@@ -17,81 +19,82 @@ class Turn:
     """
 
     rows: Rows
-    per_row: Tensor
-    places: Tensor
+    per_row: Integers
+    places: Integers
     logits: Tensor
     states: Tensor
     finished: dict[int, bool] = field(default_factory=dict)  # rows that ended: whether a token stopped them
     made: int = 0
-    _known: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)  # rows, lanes, the tokens after them
+    _known: list[tuple[Integers, Integers, Integers]] = field(default_factory=list)  # rows, lanes, tokens after them
 
     def take(self) -> None:
         """Sample every row's next tokens, as long as its drafts are right."""
         rows, n = self.rows, self.rows.n
-        drafts = rows.drafts[:n].clone()
+        drafts = rows.drafts[:n].copy()
         rows.drafts[:n] = -1
         first = self.per_row.cumsum(0) - self.per_row
-        at, depth = torch.arange(n), 0
+        at, depth = np.arange(n), 0
         while len(at):
             lane = first[at] + depth
-            tokens, stopped, ended = extend(
-                rows, at, self.logits if len(lane) == len(self.logits) else self.logits[lane]
-            )
+            logits = self.logits if len(lane) == len(self.logits) else self.logits[from_numpy(lane)]
+            tokens, stopped, ended = extend(rows, at, logits)
             self._known.append((at, lane, tokens))
             self.made += len(at)
             rows.place[at] += 1
-            self.finished |= zip(at[ended].tolist(), stopped[ended].tolist(), strict=True)
+            if ended.any():
+                self.finished |= zip(at[ended].tolist(), stopped[ended].tolist(), strict=True)
             more = ~ended & (self.per_row[at] > depth + 1)
             if not more.any():
                 break
             at, tokens = at[more], tokens[more]
             at, depth = at[drafts[at, depth] == tokens], depth + 1
 
-    def read(self, which: Tensor) -> tuple[Lanes, Tensor, Tensor]:
+    def read(self, which: NDArray[np.bool_]) -> tuple[Lanes, Tensor, Integers]:
         """Of the rows `which` (bool [n]): the tokens made, each in the place of the one before it; the states there;
         and which of these lanes is each row's last.
         """
-        row, lane, token = (torch.cat(parts) for parts in zip(*self._known, strict=True))
-        lane, order = torch.where(which[row], lane, len(self.logits)).sort()  # a row's side by side, the others last
-        order = order[lane < len(self.logits)]
-        row, token, lane = row[order], token[order], lane[: len(order)]
-        last = torch.bincount(row, minlength=self.rows.n).cumsum(0)[which] - 1
-        return Lanes(token, self.places[lane], self.rows.tables[row]), self.states[lane], last
+        row, lane, token = (np.concatenate(parts) for parts in zip(*self._known, strict=True))
+        order = lane.argsort()  # a row's side by side
+        order = order[which[row[order]]]
+        row, token, lane = row[order], token[order], lane[order]
+        last = np.bincount(row, minlength=self.rows.n).cumsum()[which] - 1
+        lanes = Lanes(from_numpy(token), from_numpy(self.places[lane]), from_numpy(self.rows.tables[row]))
+        return lanes, self.states[from_numpy(lane)], last
 
 
-def extend(rows: Rows, at: Tensor, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def extend(rows: Rows, at: Integers, logits: Tensor) -> tuple[Integers, NDArray[np.bool_], NDArray[np.bool_]]:
     """Sample a token for the rows `at` [m] from logits [m, V] and record it → the tokens, which of the rows it stops,
     and which have ended, by it or by their length.
     """
-    if rows.any_special and (special := rows.special[at].nonzero().flatten().tolist()):
+    if rows.any_special and (special := rows.special[at].nonzero()[0].tolist()):
         logits = logits.float()
         for i in special:
             _adjust(rows, int(at[i]), logits[i])
     tokens, logprobs = draw_at(rows, at, logits)
     if rows.any_budget:
         forced = (rows.closed[at] == 0) & (rows.count[at] >= rows.budget[at])
-        tokens = torch.where(forced, rows.think_end[at], tokens)
+        tokens = np.where(forced, rows.think_end[at], tokens)
         rows.closed[at] |= tokens == rows.think_end[at]
     rows.record(at, tokens, logprobs)
-    for i in rows.watched[at].nonzero().flatten().tolist() if rows.any_watched else ():
+    for i in rows.watched[at].nonzero()[0].tolist() if rows.any_watched else ():
         reader = rows.samples[int(at[i])]
         reader.tokens.append(int(tokens[i]))
         reader.logprobs.append(float(logprobs[i]))
-    stopped = (tokens.unsqueeze(1) == rows.stops[at]).any(1)
+    stopped = (tokens[:, None] == rows.stops[at]).any(1)
     return tokens, stopped, stopped | (rows.count[at] >= rows.limit[at])
 
 
-def draw_at(rows: Rows, at: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+def draw_at(rows: Rows, at: Integers, logits: Tensor) -> tuple[Integers, Floats]:
     """Tokens [m] of the rows `at` and their log-probabilities, by each row's own next random number."""
-    uniform = rows.draws(at).to(logits.device)
+    uniform = from_numpy(rows.draws(at)).to(logits.device)
     cuts = rows.cuts(at)
     if len(cuts) == 1:
-        tokens, logprobs = sample(logits, cuts[0][0], uniform)
-        return tokens.cpu(), logprobs.cpu()
-    tokens, logprobs = torch.zeros(len(at), dtype=torch.long), torch.zeros(len(at))
+        found = sample(logits, cuts[0][0], uniform)
+        return found[0].numpy(force=True), found[1].numpy(force=True)
+    tokens, logprobs = np.zeros(len(at), dtype=np.int64), np.zeros(len(at), dtype=np.float32)
     for cut, where in cuts:
-        here = where.to(logits.device)
-        tokens[where], logprobs[where] = (t.cpu() for t in sample(logits[here], cut, uniform[here]))
+        here = from_numpy(where).to(logits.device)
+        tokens[where], logprobs[where] = (t.numpy(force=True) for t in sample(logits[here], cut, uniform[here]))
     return tokens, logprobs
 
 
@@ -101,7 +104,7 @@ def _adjust(rows: Rows, row: int, logits: Tensor) -> None:
     params = running.request.params
     made = rows.tokens[row, : rows.count[row]]
     if params.adjusts:
-        logits.copy_(adjust(logits, params, torch.tensor(running.request.prompt), made))
+        logits.copy_(adjust(logits, params, torch.tensor(running.request.prompt), from_numpy(made)))
     if running.guide is not None and (forbidden := running.guide.forbidden(made.tolist())) is not None:
         logits.masked_fill_(forbidden.to(logits.device), float("-inf"))
     if params.logprobs:

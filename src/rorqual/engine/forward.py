@@ -27,7 +27,7 @@ class Lanes:
     tables: Tensor  # int32 [N, ·]
 
     def __len__(self) -> int:
-        return len(self.tokens)
+        return self.tokens.shape[0]
 
     def padded(self, size: int) -> "Lanes":
         """With idle lanes, which read and write the spare block, up to `size`."""
@@ -60,8 +60,9 @@ class Forward:
 
     def __call__(self, lanes: Lanes, pieces: list[Piece]) -> tuple[Tensor, Tensor, Tensor]:
         """→ logits [N, V] of the lanes, hidden states [N, D] of the lanes and [M, D] of the pieces end to end."""
-        n, head = len(lanes), self.model.head_weight
+        n = len(lanes)
         if self.direct is None:
+            head = self.model.head_weight
             states = self._states(lanes.padded(self._size(n)), pieces)
             size = len(states) - sum(len(p.tokens) for p in pieces)
             return linear(states[:n], head) if n else states[:0], states[:n], states[size:]
@@ -76,6 +77,8 @@ class Forward:
         """Logits of the first `wanted` lanes, states of all."""
         assert self.direct is not None
         lengths = (lanes.places + 1).to(torch.int32)
+        if 0 < len(lanes) <= TOGETHER:
+            return self.direct(lanes.tokens, lanes.tables, lengths, wanted)
         parts = []
         for first in range(0, len(lanes), TOGETHER):
             some = slice(first, first + TOGETHER)
@@ -83,8 +86,8 @@ class Forward:
             parts.append(self.direct(lanes.tokens[some], lanes.tables[some], lengths[some], count))
         if not parts:
             return torch.empty(0), torch.empty(0)
-        logits, states = (x[0] if len(parts) == 1 else torch.cat(x) for x in zip(*parts, strict=True))
-        return logits, states.to(self.model.head_weight.dtype)
+        logits, states = (torch.cat(x) for x in zip(*parts, strict=True))
+        return logits, states
 
     def _states(self, lanes: Lanes, pieces: list[Piece]) -> Tensor:
         if not len(lanes) and not pieces:

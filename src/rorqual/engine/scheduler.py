@@ -8,14 +8,15 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, from_numpy
 
 from rorqual.engine.blocks import BLOCK, Blocks, block_key
 from rorqual.engine.cache import BlockCache
 from rorqual.engine.choose import Turn
 from rorqual.engine.forward import Forward, Lanes, Piece
-from rorqual.engine.rows import Request, Rows, Sample
+from rorqual.engine.rows import Integers, Request, Rows, Sample
 from rorqual.engine.speculate import MOST, Module, Way, look_up
 from rorqual.kernels.linear import linear
 from rorqual.model import Transformer
@@ -90,17 +91,8 @@ class Scheduler:
         if begins:
             begins()
         logits, states, read = self.forward(lanes, pieces)
-        if self.module is not None and pieces:
-            self.module.read(pieces, read)
-        self.counts.prompt_tokens += len(read)
-        for (job, length), part in zip(jobs, read.split([len(p.tokens) for p in pieces]), strict=True):
-            job.done += length
-            if self.keep:
-                self._remember(job.tokens[: job.done], job.blocks)
-            if job.done == len(job.tokens):
-                job.state = part[-1:].clone()
-                self.jobs.remove(job)
-                self.ready.append(job)
+        if pieces:
+            self._read(jobs, pieces, read)
         started = self._start()
         rows, n = self.rows, len(per_row)
         if rows.n == 0:
@@ -110,31 +102,30 @@ class Scheduler:
             more = linear(fresh, self.model.head_weight)
             logits = torch.cat([logits.float(), more.float()]) if n else more
             states = torch.cat([states, fresh]) if n else fresh
-            per_row = torch.cat([per_row, per_row.new_ones(len(started))])
-        turn = Turn(rows, per_row, torch.cat([lanes.places, rows.place[n : rows.n]]), logits, states)
+            per_row = np.concatenate([per_row, np.ones(len(started), dtype=np.int64)])
+        turn = Turn(rows, per_row, np.concatenate([lanes.places.numpy(), rows.place[n : rows.n]]), logits, states)
         turn.take()
         self.counts.made_tokens += turn.made
         self.counts.accepted += turn.made - rows.n
         return self._finish(turn)
 
-    def _lanes(self) -> tuple[Lanes, Tensor]:
+    def _lanes(self) -> tuple[Lanes, Integers]:
         """What every row has to read: its newest token and the drafts after it; and how many these are a row."""
         rows, n = self.rows, self.rows.n
-        last, place, tables = rows.last[:n], rows.place[:n], rows.tables[:n]
-        drafts = rows.drafts[:n]
-        right = drafts >= 0
-        if self.speculate is None or not right.any():
-            return Lanes(last, place, tables), torch.ones(n, dtype=torch.long)
+        last, place, tables, drafts = rows.last[:n], rows.place[:n], rows.tables[:n], rows.drafts[:n]
+        if self.speculate is None or not (right := drafts >= 0).any():
+            return Lanes(from_numpy(last), from_numpy(place), from_numpy(tables)), np.ones(n, dtype=np.int64)
         # No further than the answer and the blocks go.
-        room = torch.minimum(rows.limit[:n] - rows.count[:n] - 1, rows.held[:n] * BLOCK - 1 - place)
-        right &= torch.arange(drafts.shape[1]) < room.unsqueeze(1)
+        room = np.minimum(rows.limit[:n] - rows.count[:n] - 1, rows.held[:n] * BLOCK - 1 - place)
+        right &= np.arange(drafts.shape[1]) < room[:, None]
         drafts[~right] = -1
         self.counts.drafted += int(right.sum())
-        all_of_them = torch.cat([last.unsqueeze(1), drafts], dim=1)
-        there = torch.cat([torch.ones(n, 1, dtype=torch.bool), right], dim=1)
-        places = place.unsqueeze(1) + torch.arange(all_of_them.shape[1])
+        tokens = np.concatenate([last[:, None], drafts], axis=1)
+        there = np.concatenate([np.ones((n, 1), dtype=bool), right], axis=1)
+        places = place[:, None] + np.arange(tokens.shape[1])
         per_row = there.sum(1)
-        return Lanes(all_of_them[there], places[there], tables.repeat_interleave(per_row, 0)), per_row
+        parts = tokens[there], places[there], tables.repeat(per_row, 0)
+        return Lanes(*(from_numpy(part) for part in parts)), per_row
 
     def cancel(self, request: Request) -> None:
         """Stop a request's samples wherever they are; their blocks are free at once."""
@@ -194,7 +185,7 @@ class Scheduler:
     def _pieces(self) -> list[tuple[Job, int]]:
         """Blocks for the next token of every row; then pieces of prompts, as far as blocks and chunk go."""
         rows = self.rows
-        lacking = (rows.place[: rows.n] >= rows.held[: rows.n] * BLOCK).nonzero().flatten().tolist()
+        lacking = (rows.place[: rows.n] >= rows.held[: rows.n] * BLOCK).nonzero()[0].tolist()
         if len(lacking) <= self.blocks.free:
             if lacking:
                 rows.add_blocks(lacking, [self.blocks.take() for _ in lacking])
@@ -258,6 +249,20 @@ class Scheduler:
             key = block_key(key, tokens[start : start + BLOCK])
             self.blocks.remember(block, key)
 
+    def _read(self, jobs: list[tuple[Job, int]], pieces: list[Piece], states: Tensor) -> None:
+        """Note that pieces are in the cache, with the states [M, D] of all their tokens."""
+        if self.module is not None:
+            self.module.read(pieces, states)
+        self.counts.prompt_tokens += len(states)
+        for (job, length), part in zip(jobs, states.split([length for _, length in jobs]), strict=True):
+            job.done += length
+            if self.keep:
+                self._remember(job.tokens[: job.done], job.blocks)
+            if job.done == len(job.tokens):
+                job.state = part[-1:].clone()
+                self.jobs.remove(job)
+                self.ready.append(job)
+
     # -- tokens
 
     def _start(self) -> list[Tensor]:
@@ -306,7 +311,7 @@ class Scheduler:
     def _finish(self, turn: Turn) -> list[Sample]:
         """Let go what has ended, and guess further for what goes on."""
         rows, finished = self.rows, turn.finished
-        watched = rows.watched[: rows.n].nonzero().flatten().tolist() if rows.any_watched else []
+        watched = rows.watched[: rows.n].nonzero()[0].tolist() if rows.any_watched else []
         grown = [rows.samples[row] for row in watched if row not in finished]
         if self.speculate is not None and rows.n <= MOST:
             self._draft(turn)
@@ -325,8 +330,8 @@ class Scheduler:
         alive = [r not in turn.finished and not s.request.params.stop for r, s in enumerate(self.rows.samples)]
         if not any(alive):
             return
-        which = torch.tensor(alive)
+        which = np.array(alive)
         if self.module is None:
-            look_up(self.rows, which.nonzero().flatten())
+            look_up(self.rows, which.nonzero()[0])
         else:
-            self.module.draft(self.rows, which.nonzero().flatten(), *turn.read(which))
+            self.module.draft(self.rows, which.nonzero()[0], *turn.read(which))

@@ -8,13 +8,13 @@ and the same seed gives the same text with drafts and without.
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, from_numpy
 
 from rorqual.engine.cache import BlockCache, Prompt, Step
 from rorqual.engine.choose import draw_at
 from rorqual.engine.direct import direct_module
 from rorqual.engine.forward import Lanes, Piece
-from rorqual.engine.rows import DRAFTS, Rows, Sample
+from rorqual.engine.rows import DRAFTS, Integers, Rows, Sample
 from rorqual.kernels.linear import linear
 from rorqual.model import Transformer
 
@@ -48,17 +48,17 @@ class Module:
             torch.cat([p.following for p in pieces]), step,
         )  # fmt: skip
 
-    def draft(self, rows: Rows, at: Tensor, lanes: Lanes, states: Tensor, last: Tensor) -> None:
+    def draft(self, rows: Rows, at: Integers, lanes: Lanes, states: Tensor, last: Integers) -> None:
         """lanes: the tokens that the rows `at` [m] have made, each in the place before its own, with the network's
         states [N, D] there; `last` [m]: each row's newest.
         """
         if self.direct is not None:
             lengths = (lanes.places + 1).to(torch.int32)
             logits = self.direct(lanes.tokens, lanes.tables, lengths, len(lanes), states)[0]
-            logits = logits if len(last) == len(logits) else logits[last]
+            logits = logits if len(last) == len(logits) else logits[from_numpy(last)]
         else:
             out = self._run(states, lanes.tokens, Step(self.cache, lanes.tables, lanes.places, []))
-            logits = linear(out[last.to(out.device)], self.model.head_weight)
+            logits = linear(out[from_numpy(last).to(out.device)], self.model.head_weight)
         tokens, _ = draw_at(rows, at, logits)
         rows.drafts[at, 0] = tokens
 
@@ -90,7 +90,7 @@ class Lookup:
         return []
 
 
-def look_up(rows: Rows, at: Tensor) -> None:
+def look_up(rows: Rows, at: Integers) -> None:
     """Drafts for the rows `at` from their own past."""
     for row in at.tolist():
         sample = rows.samples[row]
@@ -98,7 +98,7 @@ def look_up(rows: Rows, at: Tensor) -> None:
         lookup = _lookup(sample)
         lookup.add(made[len(lookup.tokens) - len(sample.request.prompt) :])
         guess = lookup.guess()
-        rows.drafts[row, : len(guess)] = torch.tensor(guess, dtype=torch.long)
+        rows.drafts[row, : len(guess)] = guess
 
 
 def _lookup(sample: Sample) -> Lookup:

@@ -58,7 +58,7 @@ void draw(const T *logits, i64 rows, i64 words, float temperature, const float *
     constexpr i64 block = 256;
     const bool greedy = temperature == 0.0f;
     const float sharpness = greedy ? 1.0f : 1.0f / temperature;
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (rows > 1)
     for (i64 i = 0; i < rows; ++i) {
         const T *row = logits + i * words;
         float top = -INFINITY;
