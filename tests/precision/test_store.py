@@ -14,7 +14,7 @@ from rorqual.errors import UserError
 from rorqual.model import ModelConfig, Transformer
 from rorqual.model.checkpoint import load_model, save_model
 from rorqual.precision import lowbit
-from rorqual.precision.lowbit import convert
+from rorqual.precision.lowbit import convert, load_converted
 from rorqual.precision.store import load_packed, quantize
 from rorqual.recipe import TokenizerSection
 
@@ -69,18 +69,25 @@ def test_slices_change_nothing(source, tmp_path, bits, monkeypatch):
     monkeypatch.setattr(lowbit, "SLICE", 1)
     assert torch.equal(load_packed(tmp_path / "packed").logits(tokens), expected)
     assert torch.equal(convert(load_model(source), bits).logits(tokens), expected)
+    assert torch.equal(load_converted(source, bits, torch.float32).logits(tokens), expected)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("bits", ["int4", "int8"])
-def test_loading_peaks_under_size_plus_a_fifth(tmp_path, bits):
+@pytest.mark.parametrize("stored", ["packed", "whole"])
+def test_loading_peaks_under_size_plus_a_fifth(tmp_path, bits, stored):
     large = GROUPED.replace(hidden_size=512, intermediate_size=2048, num_hidden_layers=24, vocab_size=50_000)
     for name, config in (("large", large), ("small", GROUPED)):
         save_model(Transformer(config), tmp_path / "whole" / name)
-        quantize(tmp_path / "whole" / name, tmp_path / name, bits)
-    load = "from pathlib import Path\nfrom rorqual.precision.store import load_packed\n"
-    load += "load = lambda path: load_packed(Path(path))"
-    ratio, size = loading_peak(load, tmp_path / "large", tmp_path / "small")
+        if stored == "packed":
+            quantize(tmp_path / "whole" / name, tmp_path / "packed" / name, bits)
+    load = "import torch\nfrom pathlib import Path\n"
+    if stored == "packed":
+        load += "from rorqual.precision.store import load_packed\nload = lambda path: load_packed(Path(path))"
+    else:
+        load += "from rorqual.precision.lowbit import load_converted\n"
+        load += f"load = lambda path: load_converted(Path(path), '{bits}', torch.bfloat16)"
+    ratio, size = loading_peak(load, tmp_path / stored / "large", tmp_path / stored / "small")
     assert size > 30e6
     assert 0.9 < ratio < 1.2
 

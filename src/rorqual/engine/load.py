@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from rorqual.data.tokenizer import load_tokenizer
+from rorqual.errors import UserError
 from rorqual.model import Transformer
 from rorqual.model.checkpoint import load_model
-from rorqual.precision.lowbit import Bits, convert
+from rorqual.precision.lowbit import Bits, load_converted
 from rorqual.precision.store import load_packed, packed_already
 from rorqual.process import release_memory
 
@@ -32,5 +33,8 @@ def open_model(
     release_memory()
     if packed_already(Path(path)):
         return load_packed(Path(path), dtype), tokenizer
-    model = load_model(path, dtype or (torch.bfloat16 if weights else None), device)
-    return (model if weights is None else convert(model, weights)), tokenizer
+    if weights is None:
+        return load_model(path, dtype, device), tokenizer
+    if torch.device(device).type != "cpu":
+        raise UserError("packed weights are for a CPU; load the model there")
+    return load_converted(Path(path), weights, dtype or torch.bfloat16), tokenizer

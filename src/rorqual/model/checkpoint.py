@@ -7,6 +7,7 @@ share embedding and head with the main model; on disk every expert has its own t
 import json
 import os
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,14 +78,29 @@ def allocate(model: Transformer, dtype: torch.dtype, device: torch.device | str)
             setattr(module, name, torch.empty_like(b, device=device))
 
 
-def load_model(path: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Transformer:
-    """Read a Hugging Face directory of a supported architecture, one piece of a tensor at a time.
+@dataclass
+class Release:
+    """A directory whose files hold the network that its config.json describes."""
 
-    `dtype` defaults to that of the stored embedding. Block-scaled FP8 weights are expanded. Multi-token modules
-    that config.json announces but the files lack (transformers drops them when it saves) are left out. Raises
-    UserError naming the file and the tensor that is missing, unexpected, misshapen or cut short.
-    """
-    path = Path(path)
+    outline: Transformer  # on the meta device
+    stored: dict[str, StoredTensor]
+    wanted: list[str]  # all that make the network, each once
+    block: tuple[int, int]  # of FP8 weights with a scale
+
+    def rows(self, name: str, first: int = 0, last: int | None = None) -> Tensor:
+        """Rows [first, last) of a tensor as stored; FP8 weights expanded."""
+        found, scale = self.stored[name], self.stored.get(name + SCALE_SUFFIX)
+        last = found.shape[0] if last is None else min(last, found.shape[0])
+        if scale is None:
+            return found.rows(first, last)
+        block = min(self.block[0], found.shape[0]), min(self.block[1], found.shape[1])  # however large config.json says
+        begin = first // block[0]
+        scales = scale.rows(begin, -(-last // block[0]))
+        return expand(found.rows(begin * block[0], last), scales, block)[first - begin * block[0] :]
+
+
+def open_release(path: Path) -> Release:
+    """Check a directory, before anything large is read. Raises UserError."""
     config = ModelConfig.load(path)
     stored = stored_tensors(path)
     if not any(name.startswith(f"model.layers.{config.num_hidden_layers}.") for name in stored):
@@ -103,16 +119,27 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None, device: torch
     for name, found in stored.items():
         if name not in expected and name not in optional and name.removesuffix(SCALE_SUFFIX) not in expected:
             raise UserError(f"{found.path}: tensor {name} is unexpected; config.json describes another network")
+    return Release(model, stored, [name for name in expected if name not in optional], block)
+
+
+def load_model(path: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Transformer:
+    """Read a Hugging Face directory of a supported architecture, one piece of a tensor at a time.
+
+    `dtype` defaults to that of the stored embedding. Block-scaled FP8 weights are expanded. Multi-token modules
+    that config.json announces but the files lack (transformers drops them when it saves) are left out. Raises
+    UserError naming the file and the tensor that is missing, unexpected, misshapen or cut short.
+    """
+    release = open_release(Path(path))
+    model, stored = release.outline, release.stored
     if dtype is None:
         found = stored[EMBEDDING].dtype
         dtype = found if found in (torch.float32, torch.bfloat16, torch.float16) else torch.bfloat16
     allocate(model, dtype, device)
-    wanted = {name: t for name, t in release_tensors(model).items() if name not in optional}
-    for file in sorted({stored[name].path for name in wanted}):
-        with file.open("rb", buffering=0) as opened:
-            for name, target in wanted.items():
-                if stored[name].path == file:
-                    _copy(target, stored[name], opened, stored.get(name + SCALE_SUFFIX), block)
+    tensors = release_tensors(model)
+    for name in sorted(release.wanted, key=lambda name: stored[name].path):
+        rows = max(1, PIECE_BYTES // max(1, stored[name].row_bytes))
+        for first in range(0, stored[name].shape[0], rows):
+            tensors[name][first : first + rows].copy_(release.rows(name, first, first + rows))
     return model
 
 
@@ -190,21 +217,6 @@ def _check(
                 f"{scale.path}: tensor {scale.name} has shape {list(scale.shape)}, which does not fit blocks of "
                 f"{block[0]}×{block[1]} of {list(found.shape)}"
             )
-
-
-def _copy(target: Tensor, stored: StoredTensor, file: Any, scale: StoredTensor | None, block: tuple[int, int]) -> None:
-    rows = max(1, PIECE_BYTES // max(1, stored.row_bytes))
-    scales = None
-    if scale is not None:
-        block = min(block[0], stored.shape[0]), min(block[1], stored.shape[1])  # however large config.json says it is
-        rows = -(-rows // block[0]) * block[0]
-        with scale.path.open("rb") as other:
-            scales = scale.read(other)
-    for first in range(0, stored.shape[0], rows):
-        piece = stored.read(file, first, first + rows)
-        if scales is not None:
-            piece = expand(piece, scales[first // block[0] : -(-(first + rows) // block[0])], block)
-        target[first : first + rows].copy_(piece)
 
 
 def save_model(

@@ -10,7 +10,6 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -48,12 +47,14 @@ class StoredTensor:
     def row_bytes(self) -> int:
         return math.prod(self.shape[1:]) * self.dtype.itemsize
 
-    def read(self, file: BinaryIO, first: int = 0, last: int | None = None) -> Tensor:
-        """Rows [first, last) of the tensor, from its opened file. Raises UserError when they are not there."""
+    def rows(self, first: int = 0, last: int | None = None) -> Tensor:
+        """Rows [first, last) of the tensor. Raises UserError when they are not there."""
         last = self.shape[0] if last is None else min(last, self.shape[0])
         buffer = bytearray((last - first) * self.row_bytes)
-        file.seek(self.start + first * self.row_bytes)
-        if file.readinto(buffer) != len(buffer):
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(self.start + first * self.row_bytes)
+            length = file.readinto(buffer)
+        if length != len(buffer):
             raise UserError(f"{self.path} ends inside tensor {self.name}; the file is truncated, fetch it again")
         flat = torch.frombuffer(buffer, dtype=self.dtype) if buffer else torch.empty(0, dtype=self.dtype)
         return flat.view(last - first, *self.shape[1:])

@@ -5,6 +5,7 @@ N out, K in, G groups of 32 inputs.
 
 import itertools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -15,12 +16,14 @@ from rorqual.errors import UserError
 from rorqual.kernels.lowbit import GROUP, PANEL, Packed, gather, pack, unpack
 from rorqual.model import Transformer
 from rorqual.model.attention import UpProjection
+from rorqual.model.checkpoint import open_release
 from rorqual.model.layers import Linear
 from rorqual.model.moe import Experts
+from rorqual.process import release_memory
 
 Bits = Literal["int4", "int8"]
 TRIALS = 16  # scales tried for a group of 4-bit weights
-SLICE = 1 << 18  # weights rounded at a time
+SLICE = 1 << 17  # weights rounded at a time
 
 
 def round_int8(weight: Tensor) -> Packed:
@@ -81,6 +84,52 @@ def convert(model: Transformer, bits: Bits) -> Transformer:
         if packable(module):
             pack_module(module, bits)
     model.model.embed_tokens = PackedEmbedding(_packed(model.model.embed_tokens.weight, bits))
+    return model
+
+
+@torch.no_grad()
+def load_converted(path: Path, bits: Bits, dtype: torch.dtype) -> Transformer:
+    """What `convert` makes of a directory's network in `dtype`, a few rows at a time.
+
+    Raises UserError as load_model does.
+    """
+    release = open_release(path)
+    model = release.outline
+
+    def rounded(names: list[list[str]]) -> Packed:
+        """Weights [E, N, K], an expert's outputs from several tensors one after the other."""
+
+        def rows(e: int, first: int, last: int) -> Tensor:
+            pieces = []
+            for name in names[e]:
+                n = release.stored[name].shape[0]
+                if first < n and last > 0:
+                    pieces.append(release.rows(name, max(0, first), min(n, last)).to(dtype))
+                first, last = first - n, last - n
+            return torch.cat(pieces)
+
+        shapes = [release.stored[name].shape for name in names[0]]
+        packed = round_in_slices(rows, (len(names), sum(n for n, _ in shapes), shapes[0][1]), bits)
+        packed.dtype = dtype
+        return packed
+
+    for name, module in list(model.named_modules()):
+        release_memory()  # what rounding the one before took
+        if isinstance(module, Experts):
+            for own, parts in (("gate_up_proj", ("gate_proj", "up_proj")), ("down_proj", ("down_proj",))):
+                names = [[f"{name}.{e}.{part}.weight" for part in parts] for e in range(len(getattr(module, own)))]
+                delattr(module, own)
+                setattr(module, own, rounded(names))
+        elif isinstance(module, nn.Embedding):
+            model.model.embed_tokens = PackedEmbedding(rounded([[f"{name}.weight"]]))
+        else:
+            if packable(module):
+                del module.weight
+                module.weight = rounded([[f"{name}.weight"]])
+            for own, _ in list(module.named_parameters(recurse=False)):
+                setattr(module, own, nn.Parameter(release.rows(f"{name}.{own}").to(dtype)))
+            for own, buffer in list(module.named_buffers(recurse=False)):
+                setattr(module, own, release.rows(f"{name}.{own}").to(buffer.dtype))
     return model
 
 

@@ -186,17 +186,12 @@ class _Reader:
         return found
 
     def plain(self, name: str, like: Tensor) -> Tensor:
-        found = self.find(name, like)
-        with found.path.open("rb", buffering=0) as file:
-            return found.read(file)
+        return self.find(name, like).rows()
 
     def rounded(self, name: str, like: Tensor, dtype: torch.dtype) -> Packed:
         """What is stored with all its bits, packed."""
         found = self.find(name, like)
-        with found.path.open("rb", buffering=0) as file:
-            packed = round_in_slices(
-                lambda _, first, last: found.read(file, first, last).to(dtype), (1, *found.shape), self.bits
-            )
+        packed = round_in_slices(lambda _, first, last: found.rows(first, last).to(dtype), (1, *found.shape), self.bits)
         packed.dtype = dtype
         return packed
 
