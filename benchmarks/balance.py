@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from common import arguments, report, take_turns
+from common import arguments, program, report, take_turns
 from rorqual.data.loader import Heldout
 from rorqual.data.open import open_pretrain_data, open_tokenizer
 from rorqual.model import ModelConfig, Transformer
@@ -210,4 +210,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    program(main)

@@ -5,12 +5,14 @@ import gc
 import json
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from rorqual.errors import UserError
 from rorqual.plan.machine import describe_machine
 from rorqual.process import tune
 
@@ -26,6 +28,14 @@ def arguments(description: str, **more: str) -> argparse.Namespace:
     for name, default in more.items():
         parser.add_argument(f"--{name}", default=default, help=f"default: {default}")
     return parser.parse_args()
+
+
+def program(main: Callable[[], None]) -> None:
+    """A benchmark as a program: a mistake of the user's ends it with one sentence."""
+    try:
+        main()
+    except UserError as e:
+        sys.exit(f"{Path(sys.argv[0]).name}: {e}")
 
 
 def take_turns(works: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:

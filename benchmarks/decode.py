@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from common import arguments, ratio_of_rounds, report, take_turns
+from common import arguments, program, ratio_of_rounds, report, take_turns
 from llama import Llama, requantise
 from rorqual.engine import Engine, SamplingParams
 from rorqual.engine.score import score
@@ -262,4 +262,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    program(main)

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from common import arguments, ratio_of_rounds, report
+from common import arguments, program, ratio_of_rounds, report
 from rorqual.data.tokenizer import load_tokenizer
 from rorqual.model.checkpoint import load_model
 from rorqual.model.gguf import import_model
@@ -224,4 +224,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    program(main)

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import arguments, ratio_of_rounds, report
+from common import arguments, program, ratio_of_rounds, report
 from peers import CACHE, once
 from rorqual.errors import UserError
 
@@ -133,4 +133,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    program(main)

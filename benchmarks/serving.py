@@ -19,7 +19,7 @@ from typing import Any
 
 import load
 import peers
-from common import arguments, ratio_of_rounds, report
+from common import arguments, program, ratio_of_rounds, report
 from load import MODEL, Answer
 from rorqual.model.gguf import import_model, smollm2_file
 from servers import Contestant, Server
@@ -212,4 +212,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    program(main)

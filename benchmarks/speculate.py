@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from common import arguments, ratio_of_rounds, report
+from common import arguments, program, ratio_of_rounds, report
 from rorqual.engine import Engine, SamplingParams
 from rorqual.errors import UserError
 from rorqual.model.gguf import import_model
@@ -98,4 +98,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    program(main)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from common import arguments, ratio_of_rounds, report, take_turns
+from common import arguments, program, ratio_of_rounds, report, take_turns
 from rorqual.data.loader import Batch
 from rorqual.model import ModelConfig, Transformer
 from rorqual.model.checkpoint import load_model, save_model
@@ -207,4 +207,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    program(main)
