@@ -60,9 +60,14 @@ void normed(const float *x, const T *weight, i64 width, float eps, float *out) {
     for (; j < width; ++j) out[j] = x[j] * scale * load(weight[j]);
 }
 
+template <class V>
+inline V silu(V x) {
+    return x / (1.0f + exponential(-x));
+}
+
 // silu(gate) · up → group by group.
 inline void quantise_gated(const float *gate, const float *up, i64 width, const Quantised &to, i64 row) {
-    const auto gated = [](auto a, auto b) { return a / (1.0f + exponential(-a)) * b; };
+    const auto gated = [](auto a, auto b) { return silu(a) * b; };
     for (i64 g = 0; g < to.groups; ++g, gate += GROUP, up += GROUP) {
         if (width - g * GROUP >= GROUP) {
             quantise(gated(load_lanes(gate), load_lanes(up)), gated(load_lanes(gate + L), load_lanes(up + L)), to,

@@ -78,7 +78,7 @@ class Decoding {
         }
         const i64 queries = net.layers[0].q.outputs, keys = net.layers[0].k.outputs, latents = net.latent + net.width;
         wide = std::max({wide, inner, low, out});
-        const i64 each = net.hidden + low + queries + 2 * keys + latents + out + 2 * inner + net.width + 2 * net.experts +
+        const i64 each = net.hidden + low + queries + 2 * keys + latents + out + net.width + 2 * net.experts +
                          2 * K + 2 * K * inner;
         Room room(4 * R * each + 2 * Quantised::bytes(R, wide) + Quantised::bytes(R * K, inner));
         x = room.take(R * net.hidden);
@@ -88,8 +88,6 @@ class Decoding {
         v = room.take(R * keys);
         kv = room.take(R * latents);
         o = room.take(R * out);
-        gate = room.take(R * inner);
-        up = room.take(R * inner);
         cos = room.take(R * net.width / 2);
         sin = room.take(R * net.width / 2);
         scores = room.take(R * net.experts);
@@ -347,13 +345,41 @@ class Decoding {
         }
 
         void feed_forward(const Layer<T> &layer) {
-            const i64 inner = layer.gate.outputs;
-            multiply(normed_rows(all.x, layer.norm2, net.hidden, all.numbers.eps),
-                     {{&layer.gate, all.gate}, {&layer.up_proj, all.up}}, false);
-            const auto gated = [&](const Quantised &to, i64 r) {
-                quantise_gated(all.gate + r * inner, all.up + r * inner, inner, to, r);
-            };
-            multiply(ready(inner, gated), {{&layer.down, all.x}}, true);
+            const Quantised from = normed_rows(all.x, layer.norm2, net.hidden, all.numbers.eps);
+            const Quantised inner(all.shared_inner, layer.gate.outputs);
+            const i64 panels = layer.gate.panels(), some = panels_at_once(panels, size);
+            team.share_some(panels, some, [&](i64 start, i64 end) {
+                gated(layer, from, start, end, start + some * size, inner);
+            });
+            meet();
+            multiply(inner, {{&layer.down, all.x}}, true);
+        }
+
+        // silu(gate) · up of panels start to end, the first an even one, made bytes at once: as floats they would outgrow
+        // the near caches.
+        void gated(const Layer<T> &layer, const Quantised &from, i64 start, i64 end, i64 next, const Quantised &to) {
+            const i64 panels = layer.gate.panels(), at_once = rows <= 2 * TOGETHER ? rows : TOGETHER;
+            lanes both[2 * TOGETHER * BESIDE];
+            if (next >= panels) next = -1;
+            for (i64 first = 0; first < rows; first += at_once) {
+                const i64 count = std::min(at_once, rows - first);
+                for (i64 p = start; p < end; p += BESIDE) {
+                    const i64 last = std::min(end, p + BESIDE);
+                    const bool asks = last < end ? first == 0 : first + at_once >= rows;
+                    const i64 after = !asks ? -1 : last < end ? last : next;
+                    const Which which{first, nullptr};
+                    layer.gate.times(p, last, after, from, which, count,
+                                     [&](i64 q, i64 r, lanes y, i64) { both[r * BESIDE + q - p] = y; });
+                    layer.up_proj.times(p, last, after, from, which, count, [&](i64 q, i64 r, lanes y, i64 some) {
+                        lanes &x = both[r * BESIDE + q - p];
+                        x = silu(x) * y;
+                        for (i64 t = some; t < L; ++t) x[t] = 0;
+                    });
+                    for (i64 r = 0; r < count; ++r)
+                        quantise(both[r * BESIDE], last - p == BESIDE ? both[r * BESIDE + 1] : lanes{}, to,
+                                 (first + r) * to.groups + p / BESIDE);
+                }
+            }
         }
 
         // Experts read their own rows only, so a step costs the weights of those that were chosen.
@@ -365,12 +391,11 @@ class Decoding {
                 quantise_row(one, D, to, r);
             });
             // The router, in 16 experts at a time, and what does not wait for it.
-            const i64 lots = (E + L - 1) / L, panels = 2 * (layer.gate ? layer.gate.panels() : 0);
-            team.share(rows * lots + panels, [&](i64 task) {
-                if (const i64 p = task - rows * lots; p >= 0) {
-                    products(from, {{&layer.gate, all.gate}, {&layer.up_proj, all.up}}, p, p + 1, p + size, false);
-                    return;
-                }
+            const i64 lots = (E + L - 1) / L, pairs = layer.gate ? (layer.gate.panels() + 1) / 2 : 0;
+            const Quantised shared(all.shared_inner, shared_width);
+            team.share(rows * lots + pairs, [&](i64 task) {
+                if (const i64 p = 2 * (task - rows * lots); p >= 0)
+                    return gated(layer, from, p, std::min(p + 2, layer.gate.panels()), p + 2 * size, shared);
                 const i64 r = task / lots, e = task % lots * L, some = std::min(L, E - e);
                 normed(all.x + r * D, layer.norm2, D, all.numbers.eps, one);
                 store_some(all.scores + r * E + e, rows_times(layer.router + e * D, some, D, one), some);
@@ -394,13 +419,9 @@ class Decoding {
             });
             meet();
             const Quantised inner(all.mixed_inner, F);
-            const Quantised shared(all.shared_inner, shared_width);
-            team.share(rows * K + (layer.gate ? rows : 0), [&](i64 i) {
+            team.share(rows * K, [&](i64 i) {
                 const float *two = all.mixed + i * 2 * F;
-                if (const i64 r = i - rows * K; r < 0)
-                    quantise_gated(two, two + F, F, inner, i);
-                else
-                    quantise_gated(all.gate + r * shared_width, all.up + r * shared_width, shared_width, shared, r);
+                quantise_gated(two, two + F, F, inner, i);
             });
             meet();
             team.share(out_panels, [&](i64 p) {  // all that is added to a place, one after the other
@@ -453,7 +474,7 @@ class Decoding {
     std::vector<i64> runs;  // first rows of stretches of one sequence, and the end
     i64 longest_run;
     Team team;
-    float *x, *qa, *q, *k, *v, *kv, *o, *gate, *up, *cos, *sin, *scores, *spare, *shares, *mixed;
+    float *x, *qa, *q, *k, *v, *kv, *o, *cos, *sin, *scores, *spare, *shares, *mixed;
     int32_t *chosen;
     uint8_t *shared, *shared_inner, *mixed_inner;
 };
