@@ -10,9 +10,12 @@ TARGET void tile(const uint8_t *record, const Quantised &x, Which which, lanes *
     constexpr i64 WEIGHTS = BITS * 64, SIZE = WEIGHTS + 32 * SCALES + 32 * MINS;
     constexpr int APART = R * P < 4 ? 2 : 1;  // sums a row, where there are few of them
     const i64 panel = x.groups * SIZE;
-    lanes sum[R][P] = {};
+    lanes sum[R][P];
     const Group *row[R];
-    for (int r = 0; r < R; ++r) row[r] = x.data + which[r] * x.groups;
+    UNROLL for (int r = 0; r < R; ++r) {
+        row[r] = x.data + which[r] * x.groups;
+        UNROLL for (int p = 0; p < P; ++p) sum[r][p] = lanes{};
+    }
     const i64 lines = (ahead.lines + x.groups - 1) / x.groups;
     for (i64 g = 0; g < x.groups; ++g, record += SIZE) {
         ahead.ask(lines);
@@ -59,8 +62,8 @@ TARGET void tile(const uint8_t *record, const Quantised &x, Which which, lanes *
             ++row[r];
         }
     }
-    for (int r = 0; r < R; ++r)
-        for (int p = 0; p < P; ++p) sums[r * BESIDE + p] = sum[r][p];
+    UNROLL for (int r = 0; r < R; ++r)
+        UNROLL for (int p = 0; p < P; ++p) sums[r * BESIDE + p] = sum[r][p];
 }
 
 using Tile = void (*)(const uint8_t *, const Quantised &, Which, lanes *, Ahead);
