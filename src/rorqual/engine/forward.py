@@ -14,6 +14,7 @@ from rorqual.model import Transformer
 # Lanes a call: more read weights no more seldom, but what a layer leaves for the next outgrows the cache (3 % with
 # prompts of 512).
 TOGETHER = 192
+ROWS = 24  # in whose multiples the compiled products take lanes (cpu/lowbit.h)
 
 
 @dataclass
@@ -76,16 +77,19 @@ class Forward:
     def _directly(self, lanes: Lanes, wanted: int) -> tuple[Tensor, Tensor]:
         """Logits of the first `wanted` lanes, states of all."""
         assert self.direct is not None
-        lengths = (lanes.places + 1).to(torch.int32)
-        if 0 < len(lanes) <= TOGETHER:
-            return self.direct(lanes.tokens, lanes.tables, lengths, wanted)
-        parts = []
-        for first in range(0, len(lanes), TOGETHER):
-            some = slice(first, first + TOGETHER)
-            count = min(max(0, wanted - first), TOGETHER)
-            parts.append(self.direct(lanes.tokens[some], lanes.tables[some], lengths[some], count))
-        if not parts:
+        if not len(lanes):
             return torch.empty(0), torch.empty(0)
+        lengths = (lanes.places + 1).to(torch.int32)
+        if len(lanes) <= TOGETHER:
+            return self.direct(lanes.tokens, lanes.tables, lengths, wanted)
+        # As even as can be: a call for the few that are left over would read all the weights for them.
+        calls = -(-len(lanes) // TOGETHER)
+        size = -(-len(lanes) // (calls * ROWS)) * ROWS
+        parts = []
+        for first in range(0, len(lanes), size):
+            some = slice(first, first + size)
+            count = min(max(0, wanted - first), size)
+            parts.append(self.direct(lanes.tokens[some], lanes.tables[some], lengths[some], count))
         logits, states = (torch.cat(x) for x in zip(*parts, strict=True))
         return logits, states
 
