@@ -75,9 +75,8 @@ class Rows:
         self.samples: list[Sample] = []
         self.numbers = np.zeros((11, count), dtype=np.int64)  # one array, so that a row moves at once
         # The place in the sequence of the token that the next step reads; tokens made; how many may be; …
-        self.place, self.count, self.limit, self.last, self.held, self.budget, self.think_end, self.cut = self.numbers[
-            :8
-        ]
+        self.place, self.count, self.limit, self.last = self.numbers[:4]
+        self.held, self.budget, self.think_end, self.cut = self.numbers[4:8]
         # Flags: the thinking has ended; logits are to be adjusted or reported; somebody reads along.
         self.closed, self.special, self.watched = self.numbers[8:]
         # Whether any row may have a budget for thinking, be special, or be watched: to look costs 2 % of a small step.
