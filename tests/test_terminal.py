@@ -51,6 +51,7 @@ class Terminal:
         code = "from rorqual.cli import main; main()"
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # what a shell starts with "&" ignores it, and so would this
             env = os.environ | {"TERM": "xterm-256color", "XDG_STATE_HOME": str(home), "OMP_NUM_THREADS": "1",
                                 "COLUMNS": "80", "LINES": "24"}  # fmt: skip
             os.execve(sys.executable, [sys.executable, "-c", code, *map(str, words)], env)

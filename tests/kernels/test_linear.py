@@ -50,6 +50,7 @@ def test_grouped_and_its_derivatives(width, outputs, monkeypatch):
     expert = torch.bucketize(torch.arange(50), ends, right=True)
     right = torch.einsum("mk,mnk->mn", exact[0], exact[1][expert])
     monkeypatch.setattr(linear, "grouped_linear_reference", None)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)  # where there is, oneDNN's would be taken
     found = linear.grouped_linear(x.requires_grad_(), weight.requires_grad_(), ends)
     close(found, right)
     grads = torch.autograd.grad(found, (x, weight), slope)
@@ -87,6 +88,15 @@ def test_no_rows_and_shapes_that_do_not_fit():
         linear.linear(torch.ones(3, 8, dtype=torch.bfloat16), weight, torch.ones(2, dtype=torch.bfloat16))
     with pytest.raises(RuntimeError):
         linear.grouped_linear(torch.ones(3, 8, dtype=torch.bfloat16), weight[None], torch.tensor([1, 3]).int())
+
+
+@pytest.mark.parametrize(("width", "outputs"), [(48, 40), (34, 66)])
+def test_the_reference_takes_every_width(width, outputs):
+    ends = torch.tensor([3, 3, 7], dtype=torch.int32)
+    x, weight = torch.randn(7, width).bfloat16(), torch.randn(3, outputs, width).bfloat16()
+    expert = torch.bucketize(torch.arange(7), ends, right=True)
+    exact = torch.einsum("mk,mnk->mn", x.float(), weight.float()[expert])
+    close(linear.grouped_linear_reference(x, weight, ends), exact)
 
 
 def test_frozen_experts_get_no_gradient():

@@ -62,14 +62,25 @@ def test_compiled_products_are_the_reference(format, shape, dtype, rows):
     assert ((ours.float() - theirs.float()).abs().mean() / scale) < 2e-3
 
 
+@pytest.mark.parametrize("format", ["int8", "int8_groups"])
 @torch.no_grad()
-def test_rounding_of_activations_costs_a_hundredth():
-    packed, weights = made("int8", 1, 64, 512)
+def test_rounding_of_activations_costs_a_hundredth(format):
+    packed, weights = made(format, 1, 64, 512)
     x = torch.randn(40, 512, generator=torch.Generator().manual_seed(0))
     x[:, 3] *= 100
     exact = x @ weights[0].T
     error = (lowbit_linear(x, packed) - exact).square().mean().sqrt() / exact.square().mean().sqrt()
-    assert error < 0.015
+    assert error < (1e-3 if format == "int8" and cpu.has_matrix_unit() else 0.015)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@torch.no_grad()
+def test_a_row_does_not_depend_on_its_neighbours(format):
+    packed, _ = made(format, 1, 112, 160)
+    x = torch.randn(203, 160, generator=torch.Generator().manual_seed(0))
+    alone = torch.cat([lowbit_linear(row, packed) for row in x.split(1)])
+    assert torch.equal(lowbit_linear(x, packed), alone)
+    assert torch.equal(torch.cat([lowbit_linear(some, packed) for some in x.split(9)]), alone)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -135,8 +135,7 @@ def lowbit_linear(x: Tensor, packed: Packed, bias: Tensor | None = None, ends: T
     fits = packed.data.is_cpu and cpu.usable(x, *([] if bias is None else [bias]))
     if not fits or torch.is_grad_enabled():
         return lowbit_linear_reference(x, packed, bias, ends)
-    G = packed.data.shape[2]
-    room = torch.empty(len(x) * G * (GROUP + 16), dtype=torch.uint8)
+    room = torch.empty((len(x) + 7) * 2 * (-(-packed.K // 64) * 64 + 64), dtype=torch.uint8)  # in either form (lowbit.h)
     out = x.new_empty(len(x), packed.N)
     cpu.call(
         "lowbit_product", x.dtype, x, x.stride(0), packed.data, FORMATS.index(packed.format), packed.channels, bias,
@@ -146,7 +145,7 @@ def lowbit_linear(x: Tensor, packed: Packed, bias: Tensor | None = None, ends: T
 
 
 def lowbit_linear_reference(x: Tensor, packed: Packed, bias: Tensor | None, ends: Tensor) -> Tensor:
-    numbers = rounded(x)
+    numbers = rounded(x, packed.format)
     starts = [0, *ends.tolist()]
     parts = [
         numbers[start:end] @ unpack(packed, e).T if end > start else numbers.new_zeros(0, packed.N)
@@ -156,10 +155,11 @@ def lowbit_linear_reference(x: Tensor, packed: Packed, bias: Tensor | None, ends
     return (out if bias is None else out + bias).to(x.dtype)
 
 
-def rounded(x: Tensor) -> Tensor:
-    """x [M, K] as 8 bits and a scale a group of 32 can say it, in FP32."""
+def rounded(x: Tensor, format: Format) -> Tensor:
+    """x [M, K] as 8 bits and a scale a group of 32 can say it, in FP32; for a matrix unit as 16 bits and a scale a row."""
     M, K = x.shape
-    groups = F.pad(x.float(), (0, -K % GROUP)).view(M, -1, GROUP)
-    scale = groups.abs().amax(-1, keepdim=True) / 127
+    wide = format == "int8" and cpu.has_matrix_unit()
+    groups = F.pad(x.float(), (0, -K % GROUP)).view(M, -1, -(-K // GROUP) * GROUP if wide else GROUP)
+    scale = groups.abs().amax(-1, keepdim=True) / (32512 if wide else 127)
     numbers = torch.where(scale > 0, groups / scale, 0.0 * groups).round()
     return (numbers * scale).view(M, -1)[:, :K]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
-INTERFACE = 12  # as in numbers.h: a build left over from other sources is not used
+INTERFACE = 13  # as in numbers.h: a build left over from other sources is not used
 # Arguments: T a tensor of the function's own dtype, F of FP32, I of int64, J of int32, U of uint8, B of bool; n an
 # integer, x a number.
 SIGNATURES = {
@@ -58,6 +58,13 @@ def has_dot_products() -> bool:
     """Whether the processor multiplies pairs of BF16 numbers and a build was made for it."""
     found = _library()
     return found is not None and bool(ctypes.c_int64.in_dll(found[1], "dot_products").value)
+
+
+@functools.cache
+def has_matrix_unit() -> bool:
+    """Whether products with weights of 8 bits and a scale an output run on the processor's matrix unit (matrix.h)."""
+    found = _library()
+    return found is not None and bool(ctypes.c_int64.in_dll(found[1], "matrix_unit").value)
 
 
 def call(name: str, dtype: torch.dtype, *arguments: Tensor | int | float | None) -> None:

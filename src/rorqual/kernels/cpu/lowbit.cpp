@@ -89,11 +89,26 @@ Against best() {
 #endif
     return plain::against;
 }
+
 }  // namespace
 
 extern "C" {
 extern const Against against;
+extern const i64 matrix_unit;
 const Against against = best();
+#if defined(__AVX512F__)
+const i64 matrix_unit = matrix::usable();
+void begin_products() {
+    if (matrix_unit) matrix::begin();
+}
+void end_products() {
+    if (matrix_unit) matrix::end();
+}
+#else
+const i64 matrix_unit = 0;
+void begin_products() {}
+void end_products() {}
+#endif
 }
 
 namespace {
@@ -103,11 +118,12 @@ void lowbit_product(const T *x, i64 x_row, const uint8_t *data, i64 format, cons
                     const int32_t *ends, i64 experts, i64 outputs, i64 width, uint8_t *room, T *out) {
     const Weights<T> weights{data, channels, bias, format, outputs, width};
     const i64 rows = ends[experts - 1], panels = weights.panels();
-    const Quantised q(room, width);
+    const Quantised q(room, width, format);
     const i64 work = rows * outputs * width, some = panels_at_once(panels, omp_get_max_threads());
     const i64 pieces = (panels + some - 1) / some;
 #pragma omp parallel if (work > 1 << 15)
     {
+        const Multiplying now;
 #pragma omp for schedule(static)
         for (i64 r = 0; r < rows; ++r) quantise_row(x + r * x_row, width, q, r);
         // In pieces handed out as threads come: where another program takes a core, the other does more.

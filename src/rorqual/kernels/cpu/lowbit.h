@@ -28,14 +28,39 @@ struct Group {
     float scaled_sum;
 };
 
-// Rows of activations [rows, groups].
+extern "C" const i64 matrix_unit;  // whether there is one (matrix.h)
+extern "C" void begin_products(), end_products();
+
+// Every thread has one while it multiplies.
+struct Multiplying {
+    Multiplying() { begin_products(); }
+    ~Multiplying() { end_products(); }
+};
+
+// What follows the digits of a row's first line: its scale, and by how much results lie too high, since weights do by 128.
+struct LineEnd {
+    float scale, less;
+};
+
+// Rows of activations [rows, groups]. For the matrix unit and weights of 8 bits with a scale an output they lie as digits:
+// numbers of 16 bits with one scale a row, as a line of their high bytes and one of their low ones, signed both, zeros up
+// to a multiple of 64, and 64 bytes more, at whose beginning a LineEnd lies. That is more exact than groups of bytes.
 struct Quantised {
     Group *data;
-    i64 groups;
+    i64 groups, line;  // bytes of a line of digits, or 0
 
-    Quantised(uint8_t *room, i64 width) : data(reinterpret_cast<Group *>(room)), groups(groups_of(width)) {}
+    Quantised(uint8_t *room, i64 width, i64 format)
+        : data(reinterpret_cast<Group *>(room)), groups(groups_of(width)), line(line_of(width, format)) {}
+    int8_t *lines(i64 row) const { return reinterpret_cast<int8_t *>(data) + 2 * row * line; }
+    LineEnd &end_of(int8_t *of) const { return *reinterpret_cast<LineEnd *>(of + line - 64); }
+    const LineEnd &end_of(const int8_t *of) const { return *reinterpret_cast<const LineEnd *>(of + line - 64); }
     static i64 groups_of(i64 width) { return (width + GROUP - 1) / GROUP; }
-    static i64 bytes(i64 rows, i64 width) { return i64(sizeof(Group)) * rows * groups_of(width); }
+    static i64 line_of(i64 width, i64 format) { return matrix_unit && format == INT8 ? (width + 63) / 64 * 64 + 64 : 0; }
+    // A multiple of 64; the unit reads eight rows of digits at a time, of which the last may be no rows.
+    static i64 bytes(i64 rows, i64 width, i64 format) {
+        const i64 line = line_of(width, format);
+        return line ? (rows + 7) * 2 * line : (rows * groups_of(width) * i64(sizeof(Group)) + 63) / 64 * 64;
+    }
 };
 
 // Numbers of rows: those from `first` on or, where there is a list, those it holds.
@@ -65,6 +90,16 @@ using Against = void (*)(i64 format, const uint8_t *panel, i64 panels, const Qua
                          lanes *sums, Ahead ahead);
 extern "C" const Against against;
 
+// What is done to a panel's outputs, `some` of which there are.
+struct Outputs {
+    lanes scale, more;
+    i64 some;
+};
+
+#if defined(__AVX512F__)
+#include "matrix.h"
+#endif
+
 namespace {
 
 // Weights of one linear or of several experts, with a scale an output (`channels`) and a bias where there are some.
@@ -81,12 +116,24 @@ struct Weights {
     i64 groups() const { return Quantised::groups_of(width); }
     const uint8_t *panel(i64 p) const { return data + p * groups() * RECORD[format]; }
 
-    // Rows against panels: f(p, i, y, some) gets the outputs y of panel p, `some` of which there are, for the i-th row. As
+    // Rows against panels of one expert: f(p, i, y, some) gets the outputs y of panel p, `some` of which there are, for the i-th row. As
     // many rows as the nearest cache holds meet all the panels before others come. While the first do, the panels after
     // them are asked for from memory, which bought 10 % with 32 rows and 8 bits; then those from `next` on (if it is not
     // negative), where the thread will probably go on.
     template <class F>
     void times(i64 start, i64 end, i64 next, const Quantised &x, Which which, i64 rows, F f) const {
+        const i64 own = start / panels() * panels();  // the first of this expert's
+        const auto outputs_of = [&](i64 p) {
+            const i64 within = (p - own) * L;
+            Outputs y{lanes{} + 1.0f, lanes{}, std::min(L, outputs - within)};
+            if (channels) y.scale = load_lanes(channels + p * L);
+            for (i64 t = 0; bias && t < y.some; ++t) y.more[t] = load(bias[within + t]);
+            return y;
+        };
+#if defined(__AVX512F__)
+        if (x.line)
+            return matrix::product(data, start, end, next < 0 ? nullptr : panel(next), x, which, rows, outputs_of, f);
+#endif
         const i64 lines = groups() * RECORD[format] / 64, size = rows <= 2 * TOGETHER ? rows : TOGETHER;
         for (i64 first = 0; first < rows; first += size) {
             const i64 count = std::min(size, rows - first);
@@ -97,13 +144,9 @@ struct Weights {
                 if (p + BESIDE >= end) ahead = {panel(next), first + size >= rows && next >= 0 ? lines * beside : 0};
                 against(format, panel(p), beside, x, which + first, count, sums, ahead);
                 for (i64 c = 0; c < beside; ++c) {
-                    const i64 within = (p + c) % panels() * L, some = std::min(L, outputs - within);
-                    lanes more = {};
-                    for (i64 t = 0; bias && t < some; ++t) more[t] = load(bias[within + t]);
-                    for (i64 r = 0; r < count; ++r) {
-                        const lanes y = sums[r * BESIDE + c];
-                        f(p + c, first + r, (channels ? y * load_lanes(channels + (p + c) * L) : y) + more, some);
-                    }
+                    const Outputs to = outputs_of(p + c);
+                    for (i64 r = 0; r < count; ++r)
+                        f(p + c, first + r, sums[r * BESIDE + c] * to.scale + to.more, to.some);
                 }
             }
         }
@@ -153,9 +196,42 @@ inline void quantise(lanes a, lanes b, const Quantised &to, i64 at) {
     group.scaled_sum = group.scale * float(sum);
 }
 
-// One row of `width` numbers, with zeros up to a multiple of 32.
+// One row as digits: x ≈ scale · (256 · high + low). A row with a NaN or an infinity becomes zeros with a scale that is none.
+template <class T>
+inline void quantise_digits(const T *from, i64 width, const Quantised &to, i64 row) {
+    typedef int8_t small __attribute__((vector_size(16)));
+    int8_t *const high = to.lines(row), *const low = high + to.line;
+    const auto greater = [](auto a, auto b) { return a > b ? a : b; };
+    const i64 whole = width / L * L;
+    float left[L] = {};
+    for (i64 j = whole; j < width; ++j) left[j - whole] = load(from[j]);
+    const lanes rest = load_lanes(left);
+    words most = std::bit_cast<words>(rest) & 0x7fffffffu;
+    for (i64 j = 0; j < whole; j += L) most = greater(most, std::bit_cast<words>(load_lanes(from + j)) & 0x7fffffffu);
+    const uint32_t bits = fold(most, greater);
+    const bool none = bits == 0 || bits >= 0x7f800000u;
+    const float largest = std::bit_cast<float>(bits), up = none ? 0.0f : 32512.0f / largest;
+    integers high_sum = {}, low_sum = {};
+    const auto put = [&](i64 j, lanes x) {
+        const integers n = __builtin_convertvector(((none ? lanes{} : x) * up + 12582912.0f) - 12582912.0f, integers);
+        const integers h = (n + 128) >> 8, l = n - h * 256;
+        const small sh = __builtin_convertvector(h, small), sl = __builtin_convertvector(l, small);
+        std::memcpy(high + j, &sh, sizeof sh);
+        std::memcpy(low + j, &sl, sizeof sl);
+        high_sum += h;
+        low_sum += l;
+    };
+    for (i64 j = 0; j < whole; j += L) put(j, load_lanes(from + j));
+    for (i64 j = whole; j < to.line - 64; j += L) put(j, j < width ? rest : lanes{});
+    const auto add = [](auto a, auto b) { return a + b; };
+    const float scale = bits >= 0x7f800000u ? std::bit_cast<float>(0x7fc00000u) : largest / 32512.0f;
+    to.end_of(high) = {scale, -128.0f * scale * (256.0f * float(fold(high_sum, add)) + float(fold(low_sum, add)))};
+}
+
+// One row of `width` numbers, with zeros up to a multiple of 32 or 64.
 template <class T>
 inline void quantise_row(const T *from, i64 width, const Quantised &to, i64 row) {
+    if (to.line) return quantise_digits(from, width, to, row);
     for (i64 g = 0; g < to.groups; ++g) {
         const i64 some = std::min(GROUP, width - g * GROUP);
         if (some == GROUP) {

@@ -1,4 +1,4 @@
-// The processor's matrix unit (AMX, Intel since 2023) for weights of 8 bits with a scale an output; included in lowbit.cpp.
+// The processor's matrix unit (AMX, Intel since 2023) for weights of 8 bits with a scale an output; included in lowbit.h.
 //
 // A tile is 16 lines of 64 bytes. Two records of such weights are one as they lie, and the unit multiplies 16 lines of
 // activations with it in 16 cycles, eight times what vector instructions do. Its sums are exact, over all inputs, so it
@@ -11,6 +11,7 @@
 #include <unistd.h>
 #endif
 
+#define INLINE __attribute__((always_inline))
 #define MATRIX __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni,amx-tile,amx-int8")))
 
 namespace matrix {
@@ -19,7 +20,7 @@ constexpr i64 LINES = 16, BYTES = 64, TILE = LINES * BYTES, ROWS = LINES / 2;
 
 // What a thread does before and after it multiplies: all tiles are whole, 0 to 3 for sums, 4 and 5 for activations, 6 and
 // 7 for weights. That takes as long as multiplying 8 rows with a panel.
-MATRIX void begin() {
+MATRIX inline void begin() {
     struct {
         uint8_t palette = 1, start = 0, none[14] = {};
         uint16_t bytes[16] = {BYTES, BYTES, BYTES, BYTES, BYTES, BYTES, BYTES, BYTES};
@@ -28,21 +29,23 @@ MATRIX void begin() {
     asm volatile("" ::"r"(&tiles) : "memory");  // GCC's header says that 8 bytes of it are read
     _tile_loadconfig(&tiles);
 }
-MATRIX void end() { _tile_release(); }
+MATRIX inline void end() { _tile_release(); }
 
 // Rows, block by block, against panels. A block's sums become numbers while the unit multiplies the next block: a third
 // faster than when all were stored first.
+template <class F>
 class Unit {
   public:
-    Unit(const Quantised &x, const Taker &taker) : x(x), taker(taker) {}
+    Unit(const Quantised &x, F &f) : x(x), f(f) {}
 
     // Up to 2·ROWS rows, the first `row`, whose lines lie from `from` on, against P panels, the first `panel`. Of up to
     // ROWS the sums are taken in turns, since one waits for itself.
     template <int P, bool BOTH>
-    MATRIX void block(const uint8_t *weights, i64 panel, const int8_t *from, i64 row, i64 rows, Ahead ahead) {
+    MATRIX void block(const uint8_t *weights, i64 panel, const Outputs *outputs, const int8_t *from, i64 row, i64 rows,
+                      Ahead ahead) {
         const i64 whole = x.groups / 2, steps = (x.groups + 1) / 2, size = x.groups * RECORD[INT8];
         const i64 each = (ahead.lines + steps - 1) / steps;
-        const auto step = [&](i64 s, const uint8_t *here, i64 apart, bool odd) MATRIX {
+        const auto step = [&](i64 s, const uint8_t *here, i64 apart, bool odd) MATRIX INLINE {
             ahead.ask(each);
             const int8_t *first = from + s * BYTES;
             _tile_loadd(4, first, x.line);
@@ -78,7 +81,7 @@ class Unit {
             asm volatile("" ::"r"(last) : "memory");
             step(whole, last, TILE, true);
         }
-        before = {from, row, rows, 0, panel, P, !BOTH};
+        before = {from, row, rows, 0, panel, P, !BOTH, outputs};
         _tile_stored(0, exact[0][0], BYTES);
         _tile_stored(2, exact[1][0], BYTES);
         if constexpr (P == 2) {
@@ -93,42 +96,43 @@ class Unit {
     // The first `end` rows of the block before.
     MATRIX void finish(i64 end) {
         if (end <= before.done) return;
-        if (before.twice)
-            numbers<true>(end);
-        else
-            numbers<false>(end);
+        if (before.twice || before.panels == 1) {
+            for (i64 p = 0; p < before.panels; ++p)
+                for (i64 r = before.done; r < end; ++r) number<true>(r, p);
+        } else {
+            for (i64 r = before.done; r < end; ++r) {
+                number<false>(r, 0);
+                number<false>(r, 1);
+            }
+        }
         before.done = end;
     }
 
-    template <bool TWICE>
-    MATRIX void numbers(i64 end) {
-        lanes y[2 * ROWS][BESIDE];
-        const int8_t *ends = before.lines + (2 * before.done + 1) * x.line - BYTES;
-        for (uint64_t r = before.done, i = 0; r < uint64_t(end); ++r, ++i, ends += 2 * x.line) {
-            LineEnd high, low;
-            std::memcpy(&high, ends, sizeof high);
-            std::memcpy(&low, ends + x.line, sizeof low);
-            UNROLL for (int p = 0; p < BESIDE; ++p) {  // the second for nothing, where there is one panel
-                const auto digit = [&](int which) MATRIX {
-                    integers sum, other;
-                    std::memcpy(&sum, exact[TWICE ? 0 : r / ROWS][p][r % ROWS * 2 + which], sizeof sum);
-                    std::memcpy(&other, exact[1][p][r % ROWS * 2 + which], sizeof other);
-                    return TWICE ? sum + other : sum;
-                };
-                const lanes h = __builtin_convertvector(digit(0) + high.less_by_128, lanes);
-                const lanes l = __builtin_convertvector(digit(1) + low.less_by_128, lanes);
-                y[i][p] = (h * 256.0f + l) * high.scale;
+    template <bool ANY>
+    MATRIX INLINE void number(uint64_t r, i64 p) {
+        const LineEnd &end = x.end_of(before.lines + 2 * r * x.line);
+        const auto digit = [&](int which) MATRIX INLINE {
+            integers sum;
+            std::memcpy(&sum, exact[r / ROWS][p][r % ROWS * 2 + which], sizeof sum);
+            if (ANY && before.twice) {
+                integers other;
+                std::memcpy(&other, exact[1][p][r * 2 + which], sizeof other);
+                sum += other;
             }
-        }
-        taker.take(taker.context, before.panel, before.panels, before.row + before.done, end - before.done, y[0]);
+            return __builtin_convertvector(sum, lanes);
+        };
+        const Outputs &to = before.outputs[p];
+        const lanes y = (digit(0) * 256.0f + digit(1)) * end.scale + end.less;
+        f(before.panel + p, before.row + i64(r), y * to.scale + to.more, to.some);
     }
 
     const Quantised &x;
-    const Taker &taker;
+    F &f;
     struct {
         const int8_t *lines;
         i64 row, rows, done, panel, panels;
         bool twice;  // two sums each
+        const Outputs *outputs;
     } before{};
     alignas(64) int32_t exact[2][BESIDE][LINES][L];
 };
@@ -151,26 +155,33 @@ struct Gathered {
     }
 };
 
+// Rows against the panels start to end of `weights`: f as in Weights::times; `next` is asked for from memory at the end, if
+// it is not null.
+template <class F, class G>
 MATRIX void product(const uint8_t *weights, i64 start, i64 end, const uint8_t *next, const Quantised &x, Which which,
-                    i64 rows, const Taker &taker) {
+                    i64 rows, G outputs_of, F &f) {
     thread_local Gathered gathered;
     const int8_t *lines = which.list ? gathered.of(x, which, rows) : x.lines(which.first);
     const i64 blocks = (rows + 2 * ROWS - 1) / (2 * ROWS), panel = x.groups * RECORD[INT8];
-    Unit unit(x, taker);
+    Outputs outputs[2][BESIDE];  // of these panels, and of those before, whose last block is not finished
+    Unit<F> unit(x, f);
     for (i64 p = start; p < end; p += BESIDE) {
         const uint8_t *here = weights + p * panel, *after = p + BESIDE < end ? here + BESIDE * panel : next;
         const Ahead ahead{after, after ? BESIDE * panel / 64 : 0};
+        const bool two = p + 1 < end;
+        Outputs *own = outputs[(p - start) / BESIDE % 2];
+        for (i64 c = 0; c <= two; ++c) own[c] = outputs_of(p + c);
         for (i64 b = 0; b < blocks; ++b) {
             const i64 row = b * rows / blocks, some = (b + 1) * rows / blocks - row;
             const int8_t *from = lines + 2 * row * x.line;
-            if (p + 1 < end && some > ROWS)
-                unit.block<2, true>(here, p, from, row, some, ahead.part(b, blocks));
-            else if (p + 1 < end)
-                unit.block<2, false>(here, p, from, row, some, ahead.part(b, blocks));
+            if (two && some > ROWS)
+                unit.template block<2, true>(here, p, own, from, row, some, ahead.part(b, blocks));
+            else if (two)
+                unit.template block<2, false>(here, p, own, from, row, some, ahead.part(b, blocks));
             else if (some > ROWS)
-                unit.block<1, true>(here, p, from, row, some, ahead.part(b, blocks));
+                unit.template block<1, true>(here, p, own, from, row, some, ahead.part(b, blocks));
             else
-                unit.block<1, false>(here, p, from, row, some, ahead.part(b, blocks));
+                unit.template block<1, false>(here, p, own, from, row, some, ahead.part(b, blocks));
         }
     }
     unit.finish();

@@ -65,9 +65,15 @@ inline V silu(V x) {
     return x / (1.0f + exponential(-x));
 }
 
-// silu(gate) · up → group by group.
-inline void quantise_gated(const float *gate, const float *up, i64 width, const Quantised &to, i64 row) {
+// silu(gate) · up → bytes, group by group, or digits, for which `gate` makes room.
+inline void quantise_gated(float *gate, const float *up, i64 width, const Quantised &to, i64 row) {
     const auto gated = [](auto a, auto b) { return silu(a) * b; };
+    if (to.line) {
+        i64 j = 0;
+        for (; j + L <= width; j += L) store_lanes(gate + j, gated(load_lanes(gate + j), load_lanes(up + j)));
+        for (; j < width; ++j) gate[j] = gated(gate[j], up[j]);
+        return quantise_row(gate, width, to, row);
+    }
     for (i64 g = 0; g < to.groups; ++g, gate += GROUP, up += GROUP) {
         if (width - g * GROUP >= GROUP) {
             quantise(gated(load_lanes(gate), load_lanes(up)), gated(load_lanes(gate + L), load_lanes(up + L)), to,

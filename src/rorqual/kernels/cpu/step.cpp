@@ -41,8 +41,8 @@ class Room {
   public:
     explicit Room(i64 size) : owner(static_cast<float *>(std::aligned_alloc(64, (size + 63) / 64 * 64)), std::free) {}
     float *take(i64 count) { return owner.get() + std::exchange(taken, taken + count); }
-    uint8_t *take_quantised(i64 rows, i64 width) {
-        return reinterpret_cast<uint8_t *>(take(Quantised::bytes(rows, width) / 4));
+    uint8_t *take_quantised(i64 rows, i64 width, i64 format) {
+        return reinterpret_cast<uint8_t *>(take(Quantised::bytes(rows, width, format) / 4));
     }
 
   private:
@@ -54,7 +54,7 @@ template <class T>
 class Decoding {
   public:
     Decoding(const Network<T> &net, const Numbers &numbers, const Pasts &pasts, i64 rows)
-        : net(net), numbers(numbers), pasts(pasts), rows(rows), alone(rows <= 2) {
+        : net(net), numbers(numbers), pasts(pasts), rows(rows), format(net.head.format), alone(rows <= 2) {
         // The rows of a sequence read the same keys, which some of them can share once they are turned on their side.
         const i64 share = net.latent ? net.heads : net.heads / net.groups, most = std::max(i64(1), std::min(i64(8), 24 / share));
         for (i64 r = 0; r < rows; ++r) {
@@ -79,8 +79,11 @@ class Decoding {
         const i64 queries = net.layers[0].q.outputs, keys = net.layers[0].k.outputs, latents = net.latent + net.width;
         wide = std::max({wide, inner, low, out});
         const i64 each = net.hidden + low + queries + 2 * keys + latents + out + net.width + 2 * net.experts +
-                         2 * K + 2 * K * inner;
-        Room room(4 * R * each + 2 * Quantised::bytes(R, wide) + Quantised::bytes(R * K, inner));
+                         2 * K + 2 * K * inner + inner + L;
+        Room room(4 * R * each + 2 * Quantised::bytes(R, wide, format) + Quantised::bytes(R * K, inner, format));
+        shared = room.take_quantised(R, wide, format);
+        shared_inner = room.take_quantised(R, inner, format);
+        mixed_inner = room.take_quantised(R * K, inner, format);
         x = room.take(R * net.hidden);
         qa = room.take(R * low);
         q = room.take(R * queries);
@@ -95,9 +98,7 @@ class Decoding {
         chosen = reinterpret_cast<int32_t *>(room.take(R * K));
         shares = room.take(R * K);
         mixed = room.take(2 * R * K * inner);
-        shared = room.take_quantised(R, wide);
-        shared_inner = room.take_quantised(R, inner);
-        mixed_inner = room.take_quantised(R * K, inner);
+        gates = room.take(R * (inner + L));
 #pragma omp parallel
         {
             Thread me(*this, wide);
@@ -142,6 +143,7 @@ class Decoding {
 
     // What one thread does, and its own room.
     struct Thread {
+        const Multiplying now;
         Decoding &all;
         const Network<T> &net;
         const i64 rows;
@@ -149,9 +151,9 @@ class Decoding {
         const int size = omp_get_num_threads();
         const i64 stride, heads_at_once;
         Room room;
+        uint8_t *const own;
         lanes *const keys;
         float *const one;  // a row of numbers
-        uint8_t *const own;
         const Quantised few;  // queries, for a cache of 8 bits
         float *const queries, *const weights, *const outputs;
         std::vector<int32_t> sorted, ends, active;
@@ -160,12 +162,13 @@ class Decoding {
             : all(all), net(all.net), rows(all.rows), team(all.team),
               stride((all.pasts.longest(all.rows) + L - 1) / L * L),
               heads_at_once(net.latent ? (rows >= size ? net.heads : (net.heads + size - 1) / size) : net.heads / net.groups),
-              room(Quantised::bytes(all.alone ? rows : 0, wide) + Quantised::bytes(queries_at_once(), net.width) +
+              room(Quantised::bytes(all.alone ? rows : 0, wide, all.format) +
+                   Quantised::bytes(queries_at_once(), net.width, INT8_GROUPS) +
                    4 * (wide + L * key_width() +
                         all.longest_run * heads_at_once * (2 * key_width() + stride))),
+              own(room.take_quantised(all.alone ? rows : 0, wide, all.format)),
               keys(reinterpret_cast<lanes *>(room.take(L * key_width()))), one(room.take(wide)),
-              own(room.take_quantised(all.alone ? rows : 0, wide)),
-              few(room.take_quantised(queries_at_once(), net.width), net.width),
+              few(room.take_quantised(queries_at_once(), net.width, INT8_GROUPS), net.width, INT8_GROUPS),
               queries(room.take(all.longest_run * heads_at_once * key_width())),
               weights(room.take(all.longest_run * heads_at_once * stride)),
               outputs(room.take(all.longest_run * heads_at_once * key_width())) {}
@@ -177,7 +180,7 @@ class Decoding {
         // Rows made ready by f(row's numbers, where to, row): `shared` by all, or by each thread for itself.
         template <class F>
         Quantised ready(i64 width, F f) {
-            const Quantised to(all.alone ? own : all.shared, width);
+            const Quantised to(all.alone ? own : all.shared, width, all.format);
             if (all.alone) {
                 for (i64 r = 0; r < rows; ++r) f(to, r);
             } else {
@@ -346,12 +349,16 @@ class Decoding {
 
         void feed_forward(const Layer<T> &layer) {
             const Quantised from = normed_rows(all.x, layer.norm2, net.hidden, all.numbers.eps);
-            const Quantised inner(all.shared_inner, layer.gate.outputs);
+            const Quantised inner(all.shared_inner, layer.gate.outputs, all.format);
             const i64 panels = layer.gate.panels(), some = panels_at_once(panels, size);
             team.share_some(panels, some, [&](i64 start, i64 end) {
                 gated(layer, from, start, end, start + some * size, inner);
             });
             meet();
+            if (inner.line) {
+                team.share(rows, [&](i64 r) { quantise_row(all.gates + r * panels * L, layer.gate.outputs, inner, r); });
+                meet();
+            }
             multiply(inner, {{&layer.down, all.x}}, true);
         }
 
@@ -361,6 +368,15 @@ class Decoding {
             const i64 panels = layer.gate.panels(), at_once = rows <= 2 * TOGETHER ? rows : TOGETHER;
             lanes both[2 * TOGETHER * BESIDE];
             if (next >= panels) next = -1;
+            if (to.line) {  // a row's digits have one scale, so that they are made of all its gates
+                const auto gate = [&](i64 p, i64 r) { return all.gates + (r * panels + p) * L; };
+                layer.gate.times(start, end, next, from, {0, nullptr}, rows,
+                                 [&](i64 p, i64 r, lanes y, i64) { store_lanes(gate(p, r), silu(y)); });
+                layer.up_proj.times(start, end, next, from, {0, nullptr}, rows, [&](i64 p, i64 r, lanes y, i64) {
+                    store_lanes(gate(p, r), load_lanes(gate(p, r)) * y);
+                });
+                return;
+            }
             for (i64 first = 0; first < rows; first += at_once) {
                 const i64 count = std::min(at_once, rows - first);
                 for (i64 p = start; p < end; p += BESIDE) {
@@ -392,7 +408,7 @@ class Decoding {
             });
             // The router, in 16 experts at a time, and what does not wait for it.
             const i64 lots = (E + L - 1) / L, pairs = layer.gate ? (layer.gate.panels() + 1) / 2 : 0;
-            const Quantised shared(all.shared_inner, shared_width);
+            const Quantised shared(all.shared_inner, shared_width, all.format);
             team.share(rows * lots + pairs, [&](i64 task) {
                 if (const i64 p = 2 * (task - rows * lots); p >= 0)
                     return gated(layer, from, p, std::min(p + 2, layer.gate.panels()), p + 2 * size, shared);
@@ -402,6 +418,8 @@ class Decoding {
             });
             meet();
             team.share(rows, [&](i64 r) {
+                if (layer.gate && shared.line)
+                    quantise_row(all.gates + r * layer.gate.panels() * L, shared_width, shared, r);
                 choose(net, layer.correction, all.numbers.routed_factor, all.scores + r * E, all.spare + r * E,
                        all.chosen + r * K, all.shares + r * K);
             });
@@ -418,9 +436,9 @@ class Decoding {
                                        });
             });
             meet();
-            const Quantised inner(all.mixed_inner, F);
+            const Quantised inner(all.mixed_inner, F, all.format);
             team.share(rows * K, [&](i64 i) {
-                const float *two = all.mixed + i * 2 * F;
+                float *two = all.mixed + i * 2 * F;
                 quantise_gated(two, two + F, F, inner, i);
             });
             meet();
@@ -468,13 +486,13 @@ class Decoding {
     const Network<T> &net;
     const Numbers &numbers;
     const Pasts &pasts;
-    const i64 rows;
+    const i64 rows, format;  // of all weights or, where they differ, none of them is INT8
     const bool alone;
     bool apart = true;      // no two rows belong to one sequence
     std::vector<i64> runs;  // first rows of stretches of one sequence, and the end
     i64 longest_run;
     Team team;
-    float *x, *qa, *q, *k, *v, *kv, *o, *cos, *sin, *scores, *spare, *shares, *mixed;
+    float *x, *qa, *q, *k, *v, *kv, *o, *cos, *sin, *scores, *spare, *shares, *mixed, *gates;
     int32_t *chosen;
     uint8_t *shared, *shared_inner, *mixed_inner;
 };
