@@ -135,7 +135,8 @@ def lowbit_linear(x: Tensor, packed: Packed, bias: Tensor | None = None, ends: T
     fits = packed.data.is_cpu and cpu.usable(x, *([] if bias is None else [bias]))
     if not fits or torch.is_grad_enabled():
         return lowbit_linear_reference(x, packed, bias, ends)
-    room = torch.empty((len(x) + 7) * 2 * (-(-packed.K // 64) * 64 + 64), dtype=torch.uint8)  # in either form (lowbit.h)
+    line = -(-packed.K // 64) * 64 + 64  # room for either form of activations (lowbit.h)
+    room = torch.empty((len(x) + 7) * 2 * line, dtype=torch.uint8)
     out = x.new_empty(len(x), packed.N)
     cpu.call(
         "lowbit_product", x.dtype, x, x.stride(0), packed.data, FORMATS.index(packed.format), packed.channels, bias,
@@ -156,7 +157,7 @@ def lowbit_linear_reference(x: Tensor, packed: Packed, bias: Tensor | None, ends
 
 
 def rounded(x: Tensor, format: Format) -> Tensor:
-    """x [M, K] as 8 bits and a scale a group of 32 can say it, in FP32; for a matrix unit as 16 bits and a scale a row."""
+    """x [M, K] as 8 bits and a scale a group of 32 can say it, in FP32; for a matrix unit 16 bits and one a row."""
     M, K = x.shape
     wide = format == "int8" and cpu.has_matrix_unit()
     groups = F.pad(x.float(), (0, -K % GROUP)).view(M, -1, -(-K // GROUP) * GROUP if wide else GROUP)
