@@ -10,10 +10,10 @@ from rorqual.engine import Engine, SamplingParams
 from rorqual.engine.blocks import BLOCK
 from rorqual.engine.cache import BlockCache, Prompt, Step
 from rorqual.engine.direct import direct_module, direct_step
-from rorqual.kernels import cpu, past8
+from rorqual.kernels import cpu, lowbit, past8
 from rorqual.kernels.linear import linear
 from rorqual.model import Transformer
-from rorqual.precision.lowbit import convert
+from rorqual.precision.lowbit import convert, round_int8
 
 pytestmark = pytest.mark.skipif(cpu.capability() is None, reason="no compiled functions here")
 SHAPES = {
@@ -159,6 +159,16 @@ def test_threads_say_the_same_together(shape, rows):
             torch.set_num_threads(before)
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
+
+
+@torch.no_grad()
+def test_formats_whose_activations_differ_are_refused():
+    model = packed(SHAPES["grouped"], "int4", torch.float32)
+    down = model.model.layers[0].mlp.down_proj
+    down.weight = round_int8(lowbit.unpack(down.weight)[None])
+    cache = BlockCache(model.config, 2, torch.float32, torch.device("cpu"))
+    with pytest.raises(ValueError, match="int4, int8"):
+        direct_step(model, cache)
 
 
 def last_logits(model, sequence):

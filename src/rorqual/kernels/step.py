@@ -86,6 +86,7 @@ class DecodeStep:
         routed_factor: float = 1.0, join: Join | None = None,
     ) -> None:  # fmt: skip
         """frequencies fp32 [F] and the factor of cos and sin: model/rope.py."""
+        self._formats: set[str] = set()
         self._kept = (layers, embedding, norm, head, frequencies, join)  # what the numbers below point to
         self.dtype, self.words, self.hidden, self.eight = norm.dtype, head.N, sizes.hidden, sizes.eight
         self.block = PANEL if sizes.eight else layers[0].a.shape[1]
@@ -99,6 +100,8 @@ class DecodeStep:
             whole += [0] * 8
         else:
             whole += [self._address(join.embedding_norm), self._address(join.state_norm), *self._weights(join.weights)]
+        if len(self._formats) > 1 and "int8" in self._formats:  # activations have one form, which is int8's own
+            raise ValueError(f"weights of {', '.join(sorted(self._formats))} in one network")
         self._network = torch.tensor(whole, dtype=torch.int64)
         self._numbers = torch.tensor([factor, scale, eps, latent_eps, routed_factor])
 
@@ -132,6 +135,7 @@ class DecodeStep:
 
     def _weights(self, weights: Weights) -> list[int]:
         packed, bias = weights
+        self._formats.add(packed.format)
         return [
             self._address(packed.data, torch.uint8),
             0 if packed.channels is None else self._address(packed.channels, torch.float32),

@@ -116,10 +116,10 @@ struct Weights {
     i64 groups() const { return Quantised::groups_of(width); }
     const uint8_t *panel(i64 p) const { return data + p * groups() * RECORD[format]; }
 
-    // Rows against panels of one expert: f(p, i, y, some) gets the outputs y of panel p, `some` of which there are, for the i-th row. As
-    // many rows as the nearest cache holds meet all the panels before others come. While the first do, the panels after
-    // them are asked for from memory, which bought 10 % with 32 rows and 8 bits; then those from `next` on (if it is not
-    // negative), where the thread will probably go on.
+    // Rows against panels of one expert: f(p, i, y, some) gets the outputs y of panel p, `some` of which there are, for
+    // the i-th row. As many rows as the nearest cache holds meet all the panels before others come. While the first do,
+    // the panels after them are asked for from memory, which bought 10 % with 32 rows and 8 bits; then those from `next`
+    // on (if it is not negative), where the thread will probably go on.
     template <class F>
     void times(i64 start, i64 end, i64 next, const Quantised &x, Which which, i64 rows, F f) const {
         const i64 own = start / panels() * panels();  // the first of this expert's
