@@ -210,9 +210,9 @@ def test_a_cache_of_8_bits_keeps_and_says_what_the_reference_does(shape, dtype):
         ours, theirs = (unpack(cache.layers[0][i], width) for cache in caches)
         assert (ours - theirs).abs().max() <= 2.1 * theirs.abs().max() / 127, "one step, where rounded the other way"
         assert (ours - theirs).norm() < 0.01 * theirs.norm()
-    # The compiled step rounds queries too; the reference's own error is that of the keys, the values and the dtype,
-    # most of it the dtype's where a matrix unit takes activations finer than bytes.
-    assert median(errors) < 2.2 * median(own)
+    # The compiled step rounds queries too; the reference's own error is that of the keys, the values and the dtype.
+    # With a matrix unit, both are smaller, the latter more.
+    assert median(errors) < (2.2 if cpu.has_matrix_unit() else 1.8) * median(own)
     assert max(errors) < 0.12
 
 

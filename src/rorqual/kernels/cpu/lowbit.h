@@ -37,9 +37,11 @@ struct Multiplying {
     ~Multiplying() { end_products(); }
 };
 
-// What follows the digits of a row's first line: its scale, and by how much results lie too high, since weights do by 128.
+// What follows the digits of a row's first line: the row's scale, and the sums of both lines times -128 (by how much weights
+// lie too high).
 struct LineEnd {
-    float scale, less;
+    float scale;
+    int32_t less[2];
 };
 
 // Rows of activations [rows, groups]. For the matrix unit and weights of 8 bits with a scale an output they lie as digits:
@@ -225,7 +227,7 @@ inline void quantise_digits(const T *from, i64 width, const Quantised &to, i64 r
     for (i64 j = whole; j < to.line - 64; j += L) put(j, j < width ? rest : lanes{});
     const auto add = [](auto a, auto b) { return a + b; };
     const float scale = bits >= 0x7f800000u ? std::bit_cast<float>(0x7fc00000u) : largest / 32512.0f;
-    to.end_of(high) = {scale, -128.0f * scale * (256.0f * float(fold(high_sum, add)) + float(fold(low_sum, add)))};
+    to.end_of(high) = {scale, {-128 * fold(high_sum, add), -128 * fold(low_sum, add)}};
 }
 
 // One row of `width` numbers, with zeros up to a multiple of 32 or 64.

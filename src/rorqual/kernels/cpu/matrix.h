@@ -143,10 +143,10 @@ class Unit {
                 std::memcpy(&other, exact[1][p][r * 2 + which], sizeof other);
                 sum += other;
             }
-            return __builtin_convertvector(sum, lanes);
+            return __builtin_convertvector(sum + end.less[which], lanes);
         };
         const Outputs &to = before.outputs[p];
-        const lanes y = (digit(0) * 256.0f + digit(1)) * end.scale + end.less;
+        const lanes y = (digit(0) * 256.0f + digit(1)) * end.scale;
         f(before.panel + p, before.row + i64(r), y * to.scale + to.more, to.some);
     }
 
