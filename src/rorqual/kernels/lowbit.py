@@ -17,6 +17,7 @@ from rorqual.kernels import cpu
 Format = Literal["int4", "int4_mins", "int8", "int8_groups"]
 FORMATS: tuple[Format, ...] = ("int4", "int4_mins", "int8", "int8_groups")  # numbered as in lowbit.cpp
 GROUP, PANEL = 32, 16
+COMMON = 3  # groups of activations that share a scale, beside int8 weights (cpu/lowbit.h)
 
 
 @dataclass
@@ -157,10 +158,13 @@ def lowbit_linear_reference(x: Tensor, packed: Packed, bias: Tensor | None, ends
 
 
 def rounded(x: Tensor, format: Format) -> Tensor:
-    """x [M, K] as 8 bits and a scale a group of 32 can say it, in FP32; for a matrix unit 16 bits and one a row."""
+    """x [M, K] as 8 bits can say it with a scale for 32 numbers, or for 96 beside weights with one an output; a matrix
+    unit takes 16 bits and one scale a row beside these. FP32."""
     M, K = x.shape
-    wide = format == "int8" and cpu.has_matrix_unit()
-    groups = F.pad(x.float(), (0, -K % GROUP)).view(M, -1, -(-K // GROUP) * GROUP if wide else GROUP)
-    scale = groups.abs().amax(-1, keepdim=True) / (32512 if wide else 127)
+    size, most = GROUP * (COMMON if format == "int8" else 1), 127
+    if format == "int8" and cpu.has_matrix_unit():
+        size, most = K, 32512
+    groups = F.pad(x.float(), (0, -K % size)).view(M, -1, size)
+    scale = groups.abs().amax(-1, keepdim=True) / most
     numbers = torch.where(scale > 0, groups / scale, 0.0 * groups).round()
     return (numbers * scale).view(M, -1)[:, :K]

@@ -100,6 +100,13 @@ inline lanes exponential(lanes x) {  // see numbers.h
 // All lanes by f, which is commutative, half with half and so on.
 template <class V, class F>
 inline auto fold(V x, F f) {
+#if __has_builtin(__builtin_shufflevector)  // else GCC takes halves through memory: twice the time
+    const auto eight = f(__builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7),
+                         __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15));
+    const auto four = f(__builtin_shufflevector(eight, eight, 0, 1, 2, 3), __builtin_shufflevector(eight, eight, 4, 5, 6, 7));
+    const auto two = f(four, __builtin_shufflevector(four, four, 2, 3, 0, 1));
+    return f(two, __builtin_shufflevector(two, two, 1, 0, 3, 2))[0];
+#else  // GCC 11
     typedef std::remove_reference_t<decltype(x[0])> one;
     typedef one eight __attribute__((vector_size(32)));
     typedef one four __attribute__((vector_size(16)));
@@ -107,6 +114,7 @@ inline auto fold(V x, F f) {
     struct Fours { four a, b; } o = std::bit_cast<Fours>(f(e.a, e.b));
     const four y = f(o.a, o.b);
     return f(f(y[0], y[2]), f(y[1], y[3]));
+#endif
 }
 
 // Swaps bit D of the row's number and of the column's: done for every bit, it turns L rows on their side.

@@ -2,8 +2,9 @@
 //
 // Weights lie in panels of 16 outputs, a panel in records of 32 inputs: for every four inputs 16 outputs' weights side by
 // side (at 4 bits inputs 4j… in the lower and 4j+16… in the upper halves of bytes), then 16 FP16 scales and, where there
-// are minima, 16 of those. Activations become bytes with a scale for every 32: one for a whole token costs 5 % of
-// accuracy where one channel is a hundred times the rest, one for 32 costs 1 % (of a whole network: docs/measured.md).
+// are minima, 16 of those. Activations become bytes with a scale for every 32, or for 96 beside weights with a scale an
+// output, where nothing else interrupts the sums. Where one channel is a hundred times the rest, a scale for a whole token
+// costs 5 % of accuracy, one for 96 costs 2 %, one for 32 costs 1 % (of a whole network: docs/measured.md).
 #pragma once
 
 #include <algorithm>
@@ -11,6 +12,7 @@
 #include "lanes.h"
 
 constexpr i64 GROUP = 32;     // inputs that share a scale
+constexpr i64 COMMON = 3;     // groups of activations that share theirs, beside weights with a scale an output
 constexpr i64 TOGETHER = 24;  // of many rows those that meet panels together
 constexpr i64 PANELS = 6;     // that a thread takes at a time, most
 constexpr i64 BESIDE = 2;     // panels that rows meet side by side
@@ -19,8 +21,9 @@ constexpr i64 RECORD[] = {288, 320, 512, 544};  // bytes
 
 typedef uint8_t bytes __attribute__((vector_size(64)));
 
-// 32 activations: bytes, their scale, their sum times -8 and -128 (by how much weights lie too high), and times the scale.
-// One lies beside the other, and so does one group beside the next, so that a product reads a row from one address.
+// 32 activations: bytes, their scale, their sum times -8 and -128 (by how much weights lie too high), and times the scale;
+// where groups share a scale, the first has all that for all of them. One lies beside the other, and so does one group
+// beside the next, so that a product reads a row from one address.
 struct Group {
     int8_t numbers[GROUP];
     float scale;
@@ -50,12 +53,15 @@ struct LineEnd {
 struct Quantised {
     Group *data;
     i64 groups, line;  // bytes of a line of digits, or 0
+    i64 common;        // groups that share a scale, which the first of them has, and their sums
 
     Quantised(uint8_t *room, i64 width, i64 format)
-        : data(reinterpret_cast<Group *>(room)), groups(groups_of(width)), line(line_of(width, format)) {}
+        : data(reinterpret_cast<Group *>(room)), groups(groups_of(width)), line(line_of(width, format)),
+          common(common_of(format)) {}
     int8_t *lines(i64 row) const { return reinterpret_cast<int8_t *>(data) + 2 * row * line; }
     LineEnd &end_of(int8_t *of) const { return *reinterpret_cast<LineEnd *>(of + line - 64); }
     const LineEnd &end_of(const int8_t *of) const { return *reinterpret_cast<const LineEnd *>(of + line - 64); }
+    static i64 common_of(i64 format) { return format == INT8 ? COMMON : 1; }
     static i64 groups_of(i64 width) { return (width + GROUP - 1) / GROUP; }
     static i64 line_of(i64 width, i64 format) { return matrix_unit && format == INT8 ? (width + 63) / 64 * 64 + 64 : 0; }
     // A multiple of 64; the unit reads eight rows of digits at a time, of which the last may be no rows.
@@ -176,26 +182,43 @@ inline lanes halves_plain(const uint8_t *from) {
     return std::bit_cast<lanes>(std::bit_cast<words>(size) | (u & 0x8000) << 16);
 }
 
-// 32 numbers → group `at`. A group with a NaN or an infinity becomes zeros with a scale that is none.
-inline void quantise(lanes a, lanes b, const Quantised &to, i64 at) {
+// `some` groups of 32 numbers, COMMON at most, of which lanes_of(i) are the i-th lanes → groups from `at` on, with one
+// scale. With a NaN or an infinity among them they become zeros with a scale that is none.
+template <class F>
+inline void quantise(i64 some, F lanes_of, const Quantised &to, i64 at) {
     typedef int8_t small __attribute__((vector_size(16)));
-    const words ua = std::bit_cast<words>(a) & 0x7fffffffu, ub = std::bit_cast<words>(b) & 0x7fffffffu;
-    const auto greater = [](auto a, auto b) { return a > b ? a : b; };
-    const uint32_t bits = fold(greater(ua, ub), greater);  // sizes order as their bits do; above are infinity and NaN
-    const float most = std::bit_cast<float>(bits);
-    if (bits == 0 || bits >= 0x7f800000u) a = b = lanes{};
-    const float up = bits == 0 || bits >= 0x7f800000u ? 0.0f : 127.0f / most;
-    const integers na = __builtin_convertvector((a * up + 12582912.0f) - 12582912.0f, integers);  // to the nearest
-    const integers nb = __builtin_convertvector((b * up + 12582912.0f) - 12582912.0f, integers);
-    const small sa = __builtin_convertvector(na, small), sb = __builtin_convertvector(nb, small);
-    Group &group = to.data[at];
-    std::memcpy(group.numbers, &sa, sizeof sa);
-    std::memcpy(group.numbers + L, &sb, sizeof sb);
-    const int32_t sum = fold(na + nb, [](auto a, auto b) { return a + b; });
-    group.scale = bits >= 0x7f800000u ? std::bit_cast<float>(0x7fc00000u) : most / 127.0f;
-    group.less_by_8 = -8 * sum;
-    group.less_by_128 = -128 * sum;
-    group.scaled_sum = group.scale * float(sum);
+    const auto many = [&](auto count) {  // a constant, so that the numbers stay in registers
+        constexpr int lots = 2 * count;
+        const auto greater = [](auto a, auto b) { return a > b ? a : b; };
+        lanes x[lots];
+        words sizes = {};
+        for (int i = 0; i < lots; ++i) {
+            x[i] = lanes_of(i);
+            sizes = greater(sizes, std::bit_cast<words>(x[i]) & 0x7fffffffu);
+        }
+        const uint32_t bits = fold(sizes, greater);  // sizes order as their bits do; above are infinity and NaN
+        const float most = std::bit_cast<float>(bits);
+        const bool none = bits == 0 || bits >= 0x7f800000u;
+        const float up = none ? 0.0f : 127.0f / most;
+        integers sums = {};
+        Group *const groups = to.data + at;
+        for (int i = 0; i < lots; ++i) {
+            const lanes number = ((none ? lanes{} : x[i]) * up + 12582912.0f) - 12582912.0f;  // to the nearest
+            const integers n = __builtin_convertvector(number, integers);
+            const small s = __builtin_convertvector(n, small);
+            std::memcpy(groups[i / 2].numbers + i % 2 * L, &s, sizeof s);
+            sums += n;
+        }
+        const int32_t sum = fold(sums, [](auto a, auto b) { return a + b; });
+        groups->scale = bits >= 0x7f800000u ? std::bit_cast<float>(0x7fc00000u) : most / 127.0f;
+        groups->less_by_8 = -8 * sum;
+        groups->less_by_128 = -128 * sum;
+        groups->scaled_sum = groups->scale * float(sum);
+    };
+    static_assert(COMMON == 3);
+    if (some == 3) return many(std::integral_constant<int, 3>());
+    if (some == 2) return many(std::integral_constant<int, 2>());
+    many(std::integral_constant<int, 1>());
 }
 
 // One row as digits: x ≈ scale · (256 · high + low). A row with a NaN or an infinity becomes zeros with a scale that is none.
@@ -234,15 +257,17 @@ inline void quantise_digits(const T *from, i64 width, const Quantised &to, i64 r
 template <class T>
 inline void quantise_row(const T *from, i64 width, const Quantised &to, i64 row) {
     if (to.line) return quantise_digits(from, width, to, row);
-    for (i64 g = 0; g < to.groups; ++g) {
-        const i64 some = std::min(GROUP, width - g * GROUP);
-        if (some == GROUP) {
-            quantise(load_lanes(from + g * GROUP), load_lanes(from + g * GROUP + L), to, row * to.groups + g);
-        } else {
-            float x[GROUP] = {};
-            for (i64 j = 0; j < some; ++j) x[j] = load(from[g * GROUP + j]);
-            quantise(load_lanes(x), load_lanes(x + L), to, row * to.groups + g);
+    for (i64 g = 0; g < to.groups; g += to.common) {
+        const i64 some = std::min(to.common, to.groups - g), left = width - g * GROUP;
+        const T *x = from + g * GROUP;
+        const auto lanes_of = [&](i64 i) { return load_lanes(x + i * L); };
+        if (left >= some * GROUP) {
+            quantise(some, lanes_of, to, row * to.groups + g);
+            continue;
         }
+        float padded[COMMON * GROUP] = {};
+        for (i64 j = 0; j < left; ++j) padded[j] = load(x[j]);
+        quantise(some, [&](i64 i) { return load_lanes(padded + i * L); }, to, row * to.groups + g);
     }
 }
 

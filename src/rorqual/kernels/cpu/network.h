@@ -74,15 +74,19 @@ inline void quantise_gated(float *gate, const float *up, i64 width, const Quanti
         for (; j < width; ++j) gate[j] = gated(gate[j], up[j]);
         return quantise_row(gate, width, to, row);
     }
-    for (i64 g = 0; g < to.groups; ++g, gate += GROUP, up += GROUP) {
-        if (width - g * GROUP >= GROUP) {
-            quantise(gated(load_lanes(gate), load_lanes(up)), gated(load_lanes(gate + L), load_lanes(up + L)), to,
-                     row * to.groups + g);
-        } else {
-            float y[GROUP] = {};
-            for (i64 j = 0; j < width - g * GROUP; ++j) y[j] = gated(gate[j], up[j]);
-            quantise(load_lanes(y), load_lanes(y + L), to, row * to.groups + g);
+    for (i64 g = 0; g < to.groups; g += to.common) {
+        const i64 some = std::min(to.common, to.groups - g), left = width - g * GROUP;
+        const float *a = gate + g * GROUP, *b = up + g * GROUP;
+        lanes y[2 * COMMON];
+        for (i64 i = 0; i < 2 * some; ++i) {
+            if (left >= (i + 1) * L) {
+                y[i] = gated(load_lanes(a + i * L), load_lanes(b + i * L));
+            } else {
+                y[i] = lanes{};
+                for (i64 j = i * L; j < left; ++j) y[i][j - i * L] = gated(a[j], b[j]);
+            }
         }
+        quantise(some, [&](i64 i) { return y[i]; }, to, row * to.groups + g);
     }
 }
 

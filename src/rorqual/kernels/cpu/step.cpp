@@ -350,7 +350,7 @@ class Decoding {
         void feed_forward(const Layer<T> &layer) {
             const Quantised from = normed_rows(all.x, layer.norm2, net.hidden, all.numbers.eps);
             const Quantised inner(all.shared_inner, layer.gate.outputs, all.format);
-            const i64 panels = layer.gate.panels(), some = panels_at_once(panels, size);
+            const i64 panels = layer.gate.panels(), some = std::max(panels_at_once(panels, size), gates(inner));
             team.share_some(panels, some, [&](i64 start, i64 end) {
                 gated(layer, from, start, end, start + some * size, inner);
             });
@@ -362,11 +362,14 @@ class Decoding {
             multiply(inner, {{&layer.down, all.x}}, true);
         }
 
-        // silu(gate) · up of panels start to end, the first an even one, made bytes at once: as floats they would outgrow
-        // the near caches.
+        // Panels of gates that become bytes with one scale, and so are made by one thread.
+        static i64 gates(const Quantised &to) { return to.line ? BESIDE : to.common * GROUP / L; }
+
+        // silu(gate) · up of panels start to end, `start` a multiple of `gates`, made bytes at once: as floats they would
+        // outgrow the near caches.
         void gated(const Layer<T> &layer, const Quantised &from, i64 start, i64 end, i64 next, const Quantised &to) {
-            const i64 panels = layer.gate.panels(), at_once = rows <= 2 * TOGETHER ? rows : TOGETHER;
-            lanes both[2 * TOGETHER * BESIDE];
+            const i64 panels = layer.gate.panels(), at_once = rows <= 2 * TOGETHER ? rows : TOGETHER, size = gates(to);
+            lanes all_gates[2 * TOGETHER * COMMON * GROUP / L];
             if (next >= panels) next = -1;
             if (to.line) {  // a row's digits have one scale, so that they are made of all its gates
                 const auto gate = [&](i64 p, i64 r) { return all.gates + (r * panels + p) * L; };
@@ -380,20 +383,24 @@ class Decoding {
             for (i64 first = 0; first < rows; first += at_once) {
                 const i64 count = std::min(at_once, rows - first);
                 for (i64 p = start; p < end; p += BESIDE) {
-                    const i64 last = std::min(end, p + BESIDE);
+                    const i64 last = std::min(end, p + BESIDE), begin = p / size * size;
                     const bool asks = last < end ? first == 0 : first + at_once >= rows;
                     const i64 after = !asks ? -1 : last < end ? last : next;
                     const Which which{first, nullptr};
-                    layer.gate.times(p, last, after, from, which, count,
-                                     [&](i64 q, i64 r, lanes y, i64) { both[r * BESIDE + q - p] = y; });
+                    const auto gate = [&](i64 q, i64 r) -> lanes & { return all_gates[r * size + q - begin]; };
+                    layer.gate.times(p, last, after, from, which, count, [&](i64 q, i64 r, lanes y, i64) { gate(q, r) = y; });
                     layer.up_proj.times(p, last, after, from, which, count, [&](i64 q, i64 r, lanes y, i64 some) {
-                        lanes &x = both[r * BESIDE + q - p];
+                        lanes &x = gate(q, r);
                         x = silu(x) * y;
                         for (i64 t = some; t < L; ++t) x[t] = 0;
                     });
-                    for (i64 r = 0; r < count; ++r)
-                        quantise(both[r * BESIDE], last - p == BESIDE ? both[r * BESIDE + 1] : lanes{}, to,
-                                 (first + r) * to.groups + p / BESIDE);
+                    if (last < end && last - begin < size) continue;
+                    const i64 groups = (last - begin + 1) * L / GROUP;
+                    for (i64 r = 0; r < count; ++r) {
+                        if (last - begin < groups * GROUP / L) gate(last, r) = lanes{};
+                        quantise(groups, [&](i64 i) { return gate(begin + i, r); }, to,
+                                 (first + r) * to.groups + begin * L / GROUP);
+                    }
                 }
             }
         }
@@ -407,11 +414,11 @@ class Decoding {
                 quantise_row(one, D, to, r);
             });
             // The router, in 16 experts at a time, and what does not wait for it.
-            const i64 lots = (E + L - 1) / L, pairs = layer.gate ? (layer.gate.panels() + 1) / 2 : 0;
             const Quantised shared(all.shared_inner, shared_width, all.format);
-            team.share(rows * lots + pairs, [&](i64 task) {
-                if (const i64 p = 2 * (task - rows * lots); p >= 0)
-                    return gated(layer, from, p, std::min(p + 2, layer.gate.panels()), p + 2 * size, shared);
+            const i64 lots = (E + L - 1) / L, some = gates(shared), pieces = layer.gate ? (layer.gate.panels() + some - 1) / some : 0;
+            team.share(rows * lots + pieces, [&](i64 task) {
+                if (const i64 p = some * (task - rows * lots); p >= 0)
+                    return gated(layer, from, p, std::min(p + some, layer.gate.panels()), p + some * size, shared);
                 const i64 r = task / lots, e = task % lots * L, some = std::min(L, E - e);
                 normed(all.x + r * D, layer.norm2, D, all.numbers.eps, one);
                 store_some(all.scores + r * E + e, rows_times(layer.router + e * D, some, D, one), some);

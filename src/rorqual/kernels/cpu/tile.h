@@ -8,6 +8,7 @@
 template <int BITS, bool SCALES, bool MINS, int R, int P>
 TARGET void tile(const uint8_t *record, const Quantised &x, Which which, lanes *sums, Ahead ahead) {
     constexpr i64 WEIGHTS = BITS * 64, SIZE = WEIGHTS + 32 * SCALES + 32 * MINS;
+    constexpr i64 SHARED = BITS == 8 && !SCALES ? COMMON : 1;  // groups that share a scale
     constexpr int APART = R * P < 4 ? 2 : 1;  // sums a row, where there are few of them
     const i64 panel = x.groups * SIZE;
     lanes sum[R][P];
@@ -17,49 +18,56 @@ TARGET void tile(const uint8_t *record, const Quantised &x, Which which, lanes *
         UNROLL for (int p = 0; p < P; ++p) sum[r][p] = lanes{};
     }
     const i64 lines = (ahead.lines + x.groups - 1) / x.groups;
-    for (i64 g = 0; g < x.groups; ++g, record += SIZE) {
-        ahead.ask(lines);
-        // From the second-nearest cache, when rows meet a panel again: 3 to 5 % in prompts.
-        UNROLL for (int p = 0; p < P; ++p)
-            for (i64 line = 0; line < SIZE; line += 64) __builtin_prefetch(record + p * panel + 1024 + line);
+    for (i64 start = 0; start < x.groups; start += SHARED) {
+        const Group *first[R];
         integers part[R][P][APART] = {};
-        if constexpr (!MINS && (BITS == 4 || !SIGNED))  // weights lie 8 or 128 too high
-            UNROLL for (int r = 0; r < R; ++r)
+        UNROLL for (int r = 0; r < R; ++r) {
+            first[r] = row[r];
+            if constexpr (!MINS && (BITS == 4 || !SIGNED))  // weights lie 8 or 128 too high
                 UNROLL for (int p = 0; p < P; ++p)
                     part[r][p][0] = integers{} + (BITS == 4 ? row[r]->less_by_8 : row[r]->less_by_128);
-        UNROLL for (int j = 0; j < BITS; ++j) {
-            bytes both[P];
-            UNROLL for (int p = 0; p < P; ++p) std::memcpy(&both[p], record + p * panel + 64 * j, sizeof(bytes));
-            UNROLL for (int half = 0; half < 8 / BITS; ++half) {  // inputs 4j to 4j+3 and, at 4 bits, 16 further on
-                bytes weights[P];
-                UNROLL for (int p = 0; p < P; ++p)
-                    weights[p] = BITS == 8 ? both[p] : half ? both[p] >> 4 : both[p] & 15;
-                UNROLL for (int r = 0; r < R; ++r) {
-                    int32_t four;
-                    std::memcpy(&four, row[r]->numbers + 4 * j + 16 * half, sizeof four);
-                    UNROLL for (int p = 0; p < P; ++p) {
-                        integers &to = part[r][p][(BITS == 8 ? j : half) % APART];
-                        to = dot<BITS>(to, weights[p], four);
+        }
+        const i64 some = SHARED == 1 ? 1 : std::min(SHARED, x.groups - start);
+        const uint8_t *scales = record + WEIGHTS;
+        for (i64 g = 0; g < some; ++g, record += SIZE) {
+            ahead.ask(lines);
+            // From the second-nearest cache, when rows meet a panel again: 3 to 5 % in prompts.
+            UNROLL for (int p = 0; p < P; ++p)
+                for (i64 line = 0; line < SIZE; line += 64) __builtin_prefetch(record + p * panel + 1024 + line);
+            UNROLL for (int j = 0; j < BITS; ++j) {
+                bytes both[P];
+                UNROLL for (int p = 0; p < P; ++p) std::memcpy(&both[p], record + p * panel + 64 * j, sizeof(bytes));
+                UNROLL for (int half = 0; half < 8 / BITS; ++half) {  // inputs 4j to 4j+3 and, at 4 bits, 16 further on
+                    bytes weights[P];
+                    UNROLL for (int p = 0; p < P; ++p)
+                        weights[p] = BITS == 8 ? both[p] : half ? both[p] >> 4 : both[p] & 15;
+                    UNROLL for (int r = 0; r < R; ++r) {
+                        int32_t four;
+                        std::memcpy(&four, row[r]->numbers + 4 * j + 16 * half, sizeof four);
+                        UNROLL for (int p = 0; p < P; ++p) {
+                            integers &to = part[r][p][(BITS == 8 ? j : half) % APART];
+                            to = dot<BITS>(to, weights[p], four);
+                        }
                     }
                 }
             }
+            UNROLL for (int r = 0; r < R; ++r) ++row[r];
         }
         lanes scale[P], least[P];
         UNROLL for (int p = 0; p < P; ++p) {
-            if constexpr (SCALES) scale[p] = halves_at(record + p * panel + WEIGHTS);
-            if constexpr (MINS) least[p] = halves_at(record + p * panel + WEIGHTS + 32);
+            if constexpr (SCALES) scale[p] = halves_at(scales + p * panel);
+            if constexpr (MINS) least[p] = halves_at(scales + p * panel + 32);
         }
         UNROLL for (int r = 0; r < R; ++r) {
             UNROLL for (int p = 0; p < P; ++p) {
                 if constexpr (APART == 2) part[r][p][0] += part[r][p][1];
                 const lanes product = __builtin_convertvector(part[r][p][0], lanes);
                 if constexpr (SCALES)
-                    sum[r][p] += product * (scale[p] * row[r]->scale);
+                    sum[r][p] += product * (scale[p] * first[r]->scale);
                 else
-                    sum[r][p] += product * row[r]->scale;
-                if constexpr (MINS) sum[r][p] += least[p] * row[r]->scaled_sum;
+                    sum[r][p] += product * first[r]->scale;
+                if constexpr (MINS) sum[r][p] += least[p] * first[r]->scaled_sum;
             }
-            ++row[r];
         }
     }
     UNROLL for (int r = 0; r < R; ++r)
