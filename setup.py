@@ -8,7 +8,7 @@ import platform
 from setuptools import Extension, setup
 
 FOLDER = "src/rorqual/kernels/cpu"
-HEADERS = ("numbers", "lanes", "attend", "lowbit", "tile", "team", "network", "cache8", "matrix")
+HEADERS = ("numbers", "lanes", "attend", "lowbit", "tile", "team", "network", "cache8", "past8", "matrix")
 X86 = {"avx512": ["-march=x86-64-v4", "-mprefer-vector-width=512"], "avx2": ["-march=x86-64-v3"]}
 LEVELS = {"portable": []} | (X86 if platform.machine() in ("x86_64", "AMD64") else {})
 # No flag here lets the compiler assume that numbers are finite: a NaN must stay one, so that its step is skipped.

@@ -1,7 +1,8 @@
 """Keys and values of 8 bits in blocks of 16 places: how they lie there, as cpu/cache8.h has it.
 
 B blocks, G key/value heads of width W, R = ⌈W/32⌉ records. A record has 32 numbers of 16 places, then the places'
-scales in FP16. Keys lie as weights do (lowbit.py: int8_groups, a place being an output), values place by place, signed.
+scales in FP16. Keys lie as weights do (lowbit.py: int8_groups, a place being an output), values signed, four places side
+by side.
 """
 
 import torch
@@ -26,7 +27,7 @@ def keep(keys: Tensor, values: Tensor, index: Tensor, k: Tensor, v: Tensor) -> N
         if high:
             numbers.unflatten(-1, (GROUP // 4, PANEL, 4))[block, :, :, :, place] = (q ^ 128).unflatten(-1, (-1, 4))
         else:
-            numbers.unflatten(-1, (PANEL, GROUP))[block, :, :, place] = q
+            numbers.unflatten(-1, (PANEL // 4, GROUP, 4))[block, :, :, place // 4, :, place % 4] = q
         tail[block, :, :, place] = scales.half().view(torch.uint8).view(len(index), G, R, 2)
 
 
@@ -38,7 +39,8 @@ def unpack_keys(blocks: Tensor, width: int) -> Tensor:
 
 def unpack_values(blocks: Tensor, width: int) -> Tensor:
     """[B, G, R, RECORD] → fp32 [B, 16, G, W]."""
-    return _scaled(blocks, blocks[..., :NUMBERS].unflatten(-1, (PANEL, GROUP)).view(torch.int8), width)
+    q = blocks[..., :NUMBERS].unflatten(-1, (PANEL // 4, GROUP, 4)).transpose(4, 5).flatten(3, 4)  # [B, G, R, 16, 32]
+    return _scaled(blocks, q.view(torch.int8), width)
 
 
 def _scaled(blocks: Tensor, q: Tensor, width: int) -> Tensor:

@@ -165,13 +165,14 @@ inline void softmax(float *weights, i64 places) {
     for (i64 s = 0; s < places; s += L) store_lanes(weights + s, load_lanes(weights + s) / all);
 }
 
-// The weights of `rows` tokens' queries, the last of which sees all `places`, each before it one less.
+// The weights of `rows` tokens' queries, the last of which sees all `places`, each before it one less; as far as a multiple
+// of L.
 inline void softmax(float *weights, i64 stride, i64 places, i64 rows, i64 share) {
     for (i64 h = 0; h < rows * share; ++h) {
         float *row = weights + h * stride;
         const i64 seen = places - (rows - 1) + h / share;
         softmax(row, seen);
-        for (i64 s = (seen + L - 1) / L * L; s < places; ++s) row[s] = 0.0f;
+        for (i64 s = (seen + L - 1) / L * L; s < places; s += L) store_lanes(row + s, lanes{});
     }
 }
 

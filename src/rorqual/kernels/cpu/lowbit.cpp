@@ -6,6 +6,7 @@
 #include <cmath>
 #include <omp.h>
 
+#include "cache8.h"
 #include "lowbit.h"
 
 #if defined(__AVX2__)
@@ -28,7 +29,12 @@ template <int>
 TARGET inline integers dot(integers sum, bytes weights, int32_t four) {
     return (integers)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)weights, _mm512_set1_epi32(four));
 }
+constexpr int HIGHEST = 255;
+TARGET inline integers dot_values(integers sum, int32_t four, bytes values) {
+    return (integers)_mm512_dpbusd_epi32((__m512i)sum, _mm512_set1_epi32(four), (__m512i)values);
+}
 #include "tile.h"
+#include "past8.h"
 }  // namespace vnni
 #undef TARGET
 #endif
@@ -64,6 +70,16 @@ inline integers dot(integers sum, bytes weights, int32_t four) {
     }
     return std::bit_cast<integers>(s);
 }
+constexpr int HIGHEST = 127;  // so that a pair's sum fits 16 bits
+inline integers dot_values(integers sum, int32_t four, bytes values) {
+    struct Two { __m256i part[2]; };
+    Two v = std::bit_cast<Two>(values), s = std::bit_cast<Two>(sum);
+    for (int i = 0; i < 2; ++i) {
+        const __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi32(four), v.part[i]);
+        s.part[i] = _mm256_add_epi32(s.part[i], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    }
+    return std::bit_cast<integers>(s);
+}
 #else
 constexpr bool SIGNED = false;
 inline lanes halves_at(const uint8_t *from) { return halves_plain(from); }
@@ -75,27 +91,45 @@ inline integers dot(integers sum, bytes weights, int32_t four) {
         for (i64 c = 0; c < 4; ++c) sum[t] += int32_t(weights[4 * t + c]) * x[c];
     return sum;
 }
+constexpr int HIGHEST = 255;
+inline integers dot_values(integers sum, int32_t four, bytes values) {
+    uint8_t x[4];
+    std::memcpy(x, &four, sizeof x);
+    for (i64 t = 0; t < L; ++t)
+        for (i64 c = 0; c < 4; ++c) sum[t] += int32_t(x[c]) * int8_t(values[4 * t + c]);
+    return sum;
+}
 #endif
 #include "tile.h"
+#include "past8.h"
 }  // namespace plain
 #undef TARGET
 
 namespace {
 
-Against best() {
 #if defined(__AVX512F__)
+bool has_vnni() {
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512vnni")) return vnni::against;
-#endif
-    return plain::against;
+    return __builtin_cpu_supports("avx512vnni");
 }
+#endif
 
 }  // namespace
 
 extern "C" {
 extern const Against against;
+extern const Score8 score8;
+extern const Mix8 mix8;
 extern const i64 matrix_unit;
-const Against against = best();
+#if defined(__AVX512F__)
+const Against against = has_vnni() ? vnni::against : plain::against;
+const Score8 score8 = has_vnni() ? vnni::score_queries : plain::score_queries;
+const Mix8 mix8 = has_vnni() ? vnni::mix_queries : plain::mix_queries;
+#else
+const Against against = plain::against;
+const Score8 score8 = plain::score_queries;
+const Mix8 mix8 = plain::mix_queries;
+#endif
 #if defined(__AVX512F__)
 const i64 matrix_unit = matrix::usable();
 void begin_products() {
