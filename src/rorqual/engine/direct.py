@@ -7,6 +7,7 @@ from torch import Tensor
 from rorqual.engine.cache import BlockCache
 from rorqual.kernels import cpu
 from rorqual.kernels.lowbit import Packed
+from rorqual.kernels.pages import use_large_pages
 from rorqual.kernels.step import DecodeStep, Join, LayerWeights, Sizes, Weights
 from rorqual.model import ModelConfig, Transformer
 from rorqual.model.attention import LATENT_NORM_EPS, MultiHeadLatentAttention
@@ -17,7 +18,10 @@ from rorqual.model.rope import softmax_scale
 
 def direct_step(model: Transformer, cache: BlockCache) -> DecodeStep | None:
     """For networks with packed weights, where the compiled functions are; else None."""
-    return _step(model, cache, slice(model.config.num_hidden_layers), model.model.norm.weight)
+    step = _step(model, cache, slice(model.config.num_hidden_layers), model.model.norm.weight)
+    if step is not None:
+        use_large_pages(v.data for m in model.modules() for v in vars(m).values() if isinstance(v, Packed))
+    return step
 
 
 def direct_module(model: Transformer, cache: BlockCache) -> DecodeStep | None:
