@@ -31,9 +31,10 @@ TARGET void tile(const uint8_t *record, const Quantised &x, Which which, lanes *
         const uint8_t *scales = record + WEIGHTS;
         for (i64 g = 0; g < some; ++g, record += SIZE) {
             ahead.ask(lines);
-            // From the second-nearest cache, when rows meet a panel again: 3 to 5 % in prompts.
+            // From the second-nearest cache, when rows meet a panel again (3 to 5 % in prompts), or from memory: 2048 bytes on
+            // instead of 1024 made steps of one and of 32 rows 5 % faster.
             UNROLL for (int p = 0; p < P; ++p)
-                for (i64 line = 0; line < SIZE; line += 64) __builtin_prefetch(record + p * panel + 1024 + line);
+                for (i64 line = 0; line < SIZE; line += 64) __builtin_prefetch(record + p * panel + 2048 + line);
             UNROLL for (int j = 0; j < BITS; ++j) {
                 bytes both[P];
                 UNROLL for (int p = 0; p < P; ++p) std::memcpy(&both[p], record + p * panel + 64 * j, sizeof(bytes));
