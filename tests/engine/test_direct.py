@@ -171,6 +171,16 @@ def test_formats_whose_activations_differ_are_refused():
         direct_step(model, cache)
 
 
+def test_all_packed_weights_are_put_into_large_pages(monkeypatch):
+    asked = []
+    monkeypatch.setattr("rorqual.engine.direct.use_large_pages", asked.extend)
+    model = packed(SHAPES["grouped"], "int4", torch.float32)
+    direct_step(model, BlockCache(model.config, 2, torch.float32, torch.device("cpu")))
+    mlp = model.model.layers[0].mlp
+    wanted = [model.head_weight, *(m.weight for m in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))]
+    assert {w.data.data_ptr() for w in wanted} <= {t.data_ptr() for t in asked}
+
+
 def last_logits(model, sequence):
     return model.logits(sequence.unsqueeze(0))[0, -1].float()
 
