@@ -124,10 +124,9 @@ class Decoding {
                     me.feed_forward(layer);
             }
             const Quantised last = me.normed_rows(x, net.norm, net.hidden, numbers.eps, hidden);
-            const i64 panels = net.head.panels(), some = panels_at_once(panels, me.size);
-            me.team.share_some(panels, some, [&](i64 start, i64 end) {
-                const i64 next = start + some * me.size;
-                net.head.times(start, end, next < panels ? next : -1, last, {0, nullptr}, wanted,
+            const i64 panels = net.head.panels();
+            me.team.share_some(panels, panels_at_once(panels, me.size), [&](i64 start, i64 end, i64 next) {
+                net.head.times(start, end, next, last, {0, nullptr}, wanted,
                                [&](i64 p, i64 r, lanes y, i64 some) {
                                    store_some(logits + r * net.head.outputs + p * L, y, some);
                                });
@@ -147,8 +146,8 @@ class Decoding {
         Decoding &all;
         const Network<T> &net;
         const i64 rows;
-        Team &team;
         const int size = omp_get_num_threads();
+        Member team;
         const i64 stride, heads_at_once;
         Room room;
         uint8_t *const own;
@@ -159,7 +158,7 @@ class Decoding {
         std::vector<int32_t> sorted, ends, active;
 
         Thread(Decoding &all, i64 wide)
-            : all(all), net(all.net), rows(all.rows), team(all.team),
+            : all(all), net(all.net), rows(all.rows), team(all.team, omp_get_thread_num(), size),
               stride((all.pasts.longest(all.rows) + L - 1) / L * L),
               heads_at_once(net.latent ? (rows >= size ? net.heads : (net.heads + size - 1) / size) : net.heads / net.groups),
               room(Quantised::bytes(all.alone ? rows : 0, wide, all.format) +
@@ -175,7 +174,7 @@ class Decoding {
 
         i64 key_width() const { return net.latent + net.width; }
         i64 queries_at_once() const { return net.eight ? all.longest_run * heads_at_once : 0; }
-        void meet() { team.meet(size); }
+        void meet() { team.meet(); }
 
         // Rows made ready by f(row's numbers, where to, row): `shared` by all, or by each thread for itself.
         template <class F>
@@ -203,9 +202,8 @@ class Decoding {
         void multiply(const Quantised &from, std::initializer_list<Part> parts, bool add) {
             i64 panels = 0;
             for (const Part &part : parts) panels += part.weights->panels();
-            const i64 some = panels_at_once(panels, size);
-            team.share_some(panels, some, [&](i64 start, i64 end) {
-                products(from, parts, start, end, start + some * size, add);
+            team.share_some(panels, panels_at_once(panels, size), [&](i64 start, i64 end, i64 next) {
+                products(from, parts, start, end, next, add);
             });
             meet();
         }
@@ -294,7 +292,7 @@ class Decoding {
             };
             // A sequence's groups lie side by side in memory: the thread that reads one has half of the next.
             const i64 tasks = (i64(all.runs.size()) - 1) * G;
-            team.share_some(tasks, tasks >= 8 * G ? G : 1, [&](i64 start, i64 end) {
+            team.share_some(tasks, tasks >= 8 * G ? G : 1, [&](i64 start, i64 end, i64) {
                 for (i64 task = start; task < end; ++task) one_group(task);
             });
             meet();
@@ -351,8 +349,8 @@ class Decoding {
             const Quantised from = normed_rows(all.x, layer.norm2, net.hidden, all.numbers.eps);
             const Quantised inner(all.shared_inner, layer.gate.outputs, all.format);
             const i64 panels = layer.gate.panels(), some = std::max(panels_at_once(panels, size), gates(inner));
-            team.share_some(panels, some, [&](i64 start, i64 end) {
-                gated(layer, from, start, end, start + some * size, inner);
+            team.share_some(panels, some, [&](i64 start, i64 end, i64 next) {
+                gated(layer, from, start, end, next, inner);
             });
             meet();
             if (inner.line) {
@@ -418,7 +416,7 @@ class Decoding {
             const i64 lots = (E + L - 1) / L, some = gates(shared), pieces = layer.gate ? (layer.gate.panels() + some - 1) / some : 0;
             team.share(rows * lots + pieces, [&](i64 task) {
                 if (const i64 p = some * (task - rows * lots); p >= 0)
-                    return gated(layer, from, p, std::min(p + some, layer.gate.panels()), p + some * size, shared);
+                    return gated(layer, from, p, std::min(p + some, layer.gate.panels()), p + some, shared);
                 const i64 r = task / lots, e = task % lots * L, some = std::min(L, E - e);
                 normed(all.x + r * D, layer.norm2, D, all.numbers.eps, one);
                 store_some(all.scores + r * E + e, rows_times(layer.router + e * D, some, D, one), some);
@@ -437,7 +435,7 @@ class Decoding {
             const int32_t *row_of = sorted.data() + rows * K;
             team.share(busy * in_panels, [&](i64 task) {
                 const i64 e = active[task / in_panels], p = task % in_panels, at = e * in_panels + p, first = begin(e);
-                layer.experts_in.times(at, at + 1, p + size < in_panels ? at + size : -1, from, {0, row_of + first},
+                layer.experts_in.times(at, at + 1, p + 1 < in_panels ? at + 1 : -1, from, {0, row_of + first},
                                        ends[e] - first, [&](i64, i64 i, lanes y, i64 some) {
                                            store_some(all.mixed + (first + i) * 2 * F + p * L, y, some);
                                        });
@@ -498,7 +496,7 @@ class Decoding {
     bool apart = true;      // no two rows belong to one sequence
     std::vector<i64> runs;  // first rows of stretches of one sequence, and the end
     i64 longest_run;
-    Team team;
+    Team team{omp_get_max_threads()};
     float *x, *qa, *q, *k, *v, *kv, *o, *cos, *sin, *scores, *spare, *shares, *mixed, *gates;
     int32_t *chosen;
     uint8_t *shared, *shared_inner, *mixed_inner;

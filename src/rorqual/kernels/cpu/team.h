@@ -1,9 +1,13 @@
 // Threads that stay together through many short pieces of work and meet at barriers of their own: they wait in a loop,
 // and give the processor up after a while, so that another program on one of the cores costs no more than its share.
+//
+// Of the pieces between two barriers every thread has a stretch, which lies side by side in memory and is the same for the
+// same work, so that what a thread has made is near when it is read; whoever is ready with its own helps the others.
 #pragma once
 
 #include <algorithm>
 #include <atomic>
+#include <memory>
 #include <sched.h>
 
 #include "numbers.h"
@@ -12,16 +16,32 @@ namespace {
 
 class Team {
   public:
-    // Whoever arrives last lets all go on, with the pieces to be handed out anew.
-    void meet(int size) {
-        const int before = round.load(std::memory_order_acquire);
-        if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == size) {
-            arrived.store(0, std::memory_order_relaxed);
-            next.store(0, std::memory_order_relaxed);
-            round.store(before + 1, std::memory_order_release);
-            return;
+    explicit Team(int most) : next(new Next[most]) {}
+
+  private:
+    friend class Member;
+    // How many pieces of a thread's stretch have been taken, between two barriers and between the next two.
+    struct alignas(64) Next {
+        std::atomic<i64> taken[2]{};
+    };
+
+    const std::unique_ptr<Next[]> next;
+    alignas(64) std::atomic<int> arrived{0};
+    alignas(64) std::atomic<int> round{0};
+};
+
+// One of its `size` threads.
+class Member {
+  public:
+    Member(Team &team, int number, int size) : team(team), number(number), size(size) {}
+
+    // Whoever arrives last lets all go on.
+    void meet() {
+        if (team.arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == size) {
+            team.arrived.store(0, std::memory_order_relaxed);
+            team.round.store(round + 1, std::memory_order_release);
         }
-        for (int turn = 0; round.load(std::memory_order_acquire) == before; ++turn) {
+        for (int turn = 0; team.round.load(std::memory_order_acquire) == round; ++turn) {
             if (turn < 4000) {  // some ten microseconds, longer than the pieces differ
 #if defined(__x86_64__)
                 __builtin_ia32_pause();
@@ -30,25 +50,35 @@ class Team {
                 sched_yield();
             }
         }
+        // Nobody takes pieces of the time before any more, nor of the time after the next barrier yet.
+        team.next[number].taken[round % 2].store(0, std::memory_order_relaxed);
+        ++round;
     }
 
-    // Calls f(start, end) for stretches of the numbers below `count` that nobody else has taken, `some` at a time.
+    // Calls f(start, end, next) for stretches of the numbers below `count` that nobody else has taken, `some` at a time;
+    // the one after probably begins at `next`, if that is not negative.
     template <class F>
     void share_some(i64 count, i64 some, F f) {
-        for (i64 start; (start = next.fetch_add(some, std::memory_order_relaxed)) < count;)
-            f(start, std::min(count, start + some));
+        const i64 pieces = (count + some - 1) / some;
+        for (int i = 0; i < size; ++i) {
+            const int whose = (number + i) % size;
+            std::atomic<i64> &taken = team.next[whose].taken[round % 2];
+            const i64 first = whose * pieces / size, last = (whose + 1) * pieces / size;
+            for (i64 piece; (piece = first + taken.fetch_add(1, std::memory_order_relaxed)) < last;)
+                f(piece * some, std::min(count, (piece + 1) * some), piece + 1 < last ? (piece + 1) * some : -1);
+        }
     }
 
     // Calls f with every number below `count` that nobody else has taken.
     template <class F>
     void share(i64 count, F f) {
-        share_some(count, 1, [&](i64 start, i64) { f(start); });
+        share_some(count, 1, [&](i64 start, i64, i64) { f(start); });
     }
 
   private:
-    alignas(64) std::atomic<int> arrived{0};
-    alignas(64) std::atomic<int> round{0};
-    alignas(64) std::atomic<i64> next{0};
+    Team &team;
+    const int number, size;
+    int round = 0;
 };
 
 }  // namespace
