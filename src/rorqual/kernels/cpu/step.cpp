@@ -174,7 +174,14 @@ class Decoding {
 
         i64 key_width() const { return net.latent + net.width; }
         i64 queries_at_once() const { return net.eight ? all.longest_run * heads_at_once : 0; }
-        void meet() { team.meet(); }
+        // Then weights are read, of which those that this thread probably begins with are asked for while it waits.
+        void meet(const Weights<T> *then = nullptr) {
+            if (!then || !*then) return team.meet([] {});
+            const i64 panels = then->panels(), some = panels_at_once(panels, size);
+            const i64 first = team.begin((panels + some - 1) / some) * some;
+            Ahead ahead{then->panel(first), std::min(some, panels - first) * then->groups() * RECORD[then->format] / 64};
+            team.meet([&] { ahead.ask(4); });
+        }
 
         // Rows made ready by f(row's numbers, where to, row): `shared` by all, or by each thread for itself.
         template <class F>
@@ -199,13 +206,13 @@ class Decoding {
         }
 
         // Rows times several weights, each product written or added to its place.
-        void multiply(const Quantised &from, std::initializer_list<Part> parts, bool add) {
+        void multiply(const Quantised &from, std::initializer_list<Part> parts, bool add, const Weights<T> *then = nullptr) {
             i64 panels = 0;
             for (const Part &part : parts) panels += part.weights->panels();
             team.share_some(panels, panels_at_once(panels, size), [&](i64 start, i64 end, i64 next) {
                 products(from, parts, start, end, next, add);
             });
-            meet();
+            meet(then);
         }
 
         // Panels start to end of all the parts' one after the other; the thread will probably go on from `next`.
@@ -295,7 +302,7 @@ class Decoding {
             team.share_some(tasks, tasks >= 8 * G ? G : 1, [&](i64 start, i64 end, i64) {
                 for (i64 task = start; task < end; ++task) one_group(task);
             });
-            meet();
+            meet(&layer.o);
             add_heads(layer);
         }
 
@@ -342,7 +349,7 @@ class Decoding {
         void add_heads(const Layer<T> &layer) {
             const i64 width = layer.o.width;
             const auto quantised = [&](const Quantised &to, i64 r) { quantise_row(all.o + r * width, width, to, r); };
-            multiply(ready(width, quantised), {{&layer.o, all.x}}, true);
+            multiply(ready(width, quantised), {{&layer.o, all.x}}, true, &layer.gate);
         }
 
         void feed_forward(const Layer<T> &layer) {
@@ -352,7 +359,7 @@ class Decoding {
             team.share_some(panels, some, [&](i64 start, i64 end, i64 next) {
                 gated(layer, from, start, end, next, inner);
             });
-            meet();
+            meet(&layer.down);
             if (inner.line) {
                 team.share(rows, [&](i64 r) { quantise_row(all.gates + r * panels * L, layer.gate.outputs, inner, r); });
                 meet();

@@ -35,14 +35,16 @@ class Member {
   public:
     Member(Team &team, int number, int size) : team(team), number(number), size(size) {}
 
-    // Whoever arrives last lets all go on.
-    void meet() {
+    // Whoever arrives last lets all go on; `idle` is called again and again while others are awaited.
+    template <class F>
+    void meet(F idle) {
         if (team.arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == size) {
             team.arrived.store(0, std::memory_order_relaxed);
             team.round.store(round + 1, std::memory_order_release);
         }
         for (int turn = 0; team.round.load(std::memory_order_acquire) == round; ++turn) {
             if (turn < 4000) {  // some ten microseconds, longer than the pieces differ
+                idle();
 #if defined(__x86_64__)
                 __builtin_ia32_pause();
 #endif
@@ -54,6 +56,9 @@ class Member {
         team.next[number].taken[round % 2].store(0, std::memory_order_relaxed);
         ++round;
     }
+
+    // Where the thread's own stretch of `pieces` begins.
+    i64 begin(i64 pieces) const { return number * pieces / size; }
 
     // Calls f(start, end, next) for stretches of the numbers below `count` that nobody else has taken, `some` at a time;
     // the one after probably begins at `next`, if that is not negative.
