@@ -51,6 +51,11 @@ class Piece:
     start: int
     blocks: list[int]
 
+    @property
+    def ends(self) -> bool:
+        """Whether it is the prompt's last."""
+        return len(self.following) < len(self.tokens)
+
 
 class Forward:
     """What a lane says does not depend on its company: packed networks compute every row for itself (cpu/step.cpp)."""
@@ -60,22 +65,32 @@ class Forward:
         self.direct = direct_step(model, cache)
 
     def __call__(self, lanes: Lanes, pieces: list[Piece]) -> tuple[Tensor, Tensor, Tensor]:
-        """→ logits [N, V] of the lanes, hidden states [N, D] of the lanes and [M, D] of the pieces end to end."""
-        n = len(lanes)
+        """→ logits [N + E, V] of the lanes and of the E prompts that end in these pieces; hidden states [N, D] of the
+        lanes and [M, D] of the pieces end to end.
+        """
+        n, head = len(lanes), self.model.head_weight
         if self.direct is None:
-            head = self.model.head_weight
             states = self._states(lanes.padded(self._size(n)), pieces)
-            size = len(states) - sum(len(p.tokens) for p in pieces)
-            return linear(states[:n], head) if n else states[:0], states[:n], states[size:]
+            states, read = states[:n], states[len(states) - sum(len(p.tokens) for p in pieces) :]
+            wanted = torch.cat([states, read[_ends(pieces)]]) if pieces else states
+            return linear(wanted, head) if len(wanted) else wanted, states, read
         # Latent attention reads a prompt in its expanded form, which is less work for many tokens of a sequence.
         if self.model.config.is_mla:
-            logits, states = self._directly(lanes, n)
-            return logits, states, self._states(_none(lanes), pieces)
-        logits, states = self._directly(_joined(lanes, pieces), n)
+            logits, states = self._directly(lanes)
+            read = self._states(_none(lanes), pieces)
+            if len(ends := _ends(pieces)):
+                more = linear(read[ends], head).float()
+                logits = torch.cat([logits, more]) if n else more
+            return logits, states, read
+        if not pieces:
+            logits, states = self._directly(lanes)
+        else:
+            wanted = torch.cat([torch.arange(n), n + _ends(pieces)]).to(torch.int32)
+            logits, states = self._directly(_joined(lanes, pieces), wanted)
         return logits, states[:n], states[n:]
 
-    def _directly(self, lanes: Lanes, wanted: int) -> tuple[Tensor, Tensor]:
-        """Logits of the first `wanted` lanes, states of all."""
+    def _directly(self, lanes: Lanes, wanted: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Logits of the lanes whose numbers are `wanted`, in order, or of all; states of all."""
         assert self.direct is not None
         if not len(lanes):
             return torch.empty(0), torch.empty(0)
@@ -88,8 +103,8 @@ class Forward:
         parts = []
         for first in range(0, len(lanes), size):
             some = slice(first, first + size)
-            count = min(max(0, wanted - first), size)
-            parts.append(self.direct(lanes.tokens[some], lanes.tables[some], lengths[some], count))
+            here = None if wanted is None else wanted[(wanted >= first) & (wanted < first + size)] - first
+            parts.append(self.direct(lanes.tokens[some], lanes.tables[some], lengths[some], here))
         logits, states = (torch.cat(x) for x in zip(*parts, strict=True))
         return logits, states
 
@@ -109,6 +124,12 @@ class Forward:
             return n
         step = 1 << max(0, n.bit_length() - 4)
         return -(-n // step) * step
+
+
+def _ends(pieces: list[Piece]) -> Tensor:
+    """Of all tokens of the pieces the numbers of those that end a prompt."""
+    lengths = torch.tensor([len(p.tokens) for p in pieces])
+    return (lengths.cumsum(0) - 1)[torch.tensor([p.ends for p in pieces], dtype=torch.bool)]
 
 
 def _none(lanes: Lanes) -> Lanes:

@@ -18,7 +18,6 @@ from rorqual.engine.choose import Turn
 from rorqual.engine.forward import Forward, Lanes, Piece
 from rorqual.engine.rows import Integers, Request, Rows, Sample
 from rorqual.engine.speculate import MOST, Module, Way, look_up
-from rorqual.kernels.linear import linear
 from rorqual.model import Transformer
 
 
@@ -31,7 +30,9 @@ class Job:
     samples: list[Sample]
     done: int = 0  # tokens in the cache
     blocks: list[int] = field(default_factory=list)
-    state: Tensor | None = None  # [1, D] of the last token, when all are
+    # Of the last token, [1, V] and [1, D], when all are.
+    logits: Tensor | None = None
+    state: Tensor | None = None
 
     def piece(self, length: int) -> Piece:
         """The next so many tokens."""
@@ -91,17 +92,15 @@ class Scheduler:
         if begins:
             begins()
         logits, states, read = self.forward(lanes, pieces)
-        if pieces:
-            self._read(jobs, pieces, read)
+        ended = self._read(jobs, pieces, read, logits[len(lanes) :]) if pieces else []
         started = self._start()
         rows, n = self.rows, len(per_row)
         if rows.n == 0:
             return []
+        if started != ended:  # it takes a while to copy a batch's logits
+            logits = torch.cat([logits[: len(lanes)], *(job.logits for job in started)])
         if started:
-            fresh = torch.cat(started)
-            more = linear(fresh, self.model.head_weight)
-            logits = torch.cat([logits.float(), more.float()]) if n else more
-            states = torch.cat([states, fresh]) if n else fresh
+            states = torch.cat([states, *(job.state for job in started)])
             per_row = np.concatenate([per_row, np.ones(len(started), dtype=np.int64)])
         turn = Turn(rows, per_row, np.concatenate([lanes.places.numpy(), rows.place[n : rows.n]]), logits, states)
         turn.take()
@@ -249,28 +248,33 @@ class Scheduler:
             key = block_key(key, tokens[start : start + BLOCK])
             self.blocks.remember(block, key)
 
-    def _read(self, jobs: list[tuple[Job, int]], pieces: list[Piece], states: Tensor) -> None:
-        """Note that pieces are in the cache, with the states [M, D] of all their tokens."""
+    def _read(self, jobs: list[tuple[Job, int]], pieces: list[Piece], states: Tensor, logits: Tensor) -> list[Job]:
+        """Note that pieces are in the cache, with the states [M, D] of all their tokens and logits [E, V] of the E last
+        ones of prompts → the jobs that these end.
+        """
         if self.module is not None:
             self.module.read(pieces, states)
         self.counts.prompt_tokens += len(states)
+        ended: list[Job] = []
         for (job, length), part in zip(jobs, states.split([length for _, length in jobs]), strict=True):
             job.done += length
             if self.keep:
                 self._remember(job.tokens[: job.done], job.blocks)
             if job.done == len(job.tokens):
-                job.state = part[-1:].clone()
+                job.logits, job.state = logits[len(ended) : len(ended) + 1].clone(), part[-1:].clone()
+                ended.append(job)
                 self.jobs.remove(job)
                 self.ready.append(job)
+        return ended
 
     # -- tokens
 
-    def _start(self) -> list[Tensor]:
-        """Give free rows to samples whose prompt is in the cache → the states they go on from, [1, D] each.
+    def _start(self) -> list[Job]:
+        """Give free rows to samples whose prompt is in the cache → the job of each.
 
         Samples share its full blocks; each but the last copies the one that is not full.
         """
-        states, sources, targets = [], [], []
+        begun, sources, targets = [], [], []
         while self.ready and self.rows.n < self.rows.size:
             job = self.ready[0]
             full = len(job.tokens) // BLOCK
@@ -294,13 +298,12 @@ class Scheduler:
             started = job.samples.pop(0)
             started.blocks = blocks
             self.rows.add(started, len(job.tokens) - 1)
-            assert job.state is not None
-            states.append(job.state)
+            begun.append(job)
             if last:
                 self.ready.popleft()
         if sources:
             self.cache.copy(sources, targets)
-        return states
+        return begun
 
     def _separate(self, job: Job) -> None:
         """Let all but the first of a job's samples come again later."""

@@ -54,8 +54,8 @@ class Module:
         """
         if self.direct is not None:
             lengths = (lanes.places + 1).to(torch.int32)
-            logits = self.direct(lanes.tokens, lanes.tables, lengths, len(lanes), states)[0]
-            logits = logits if len(last) == len(logits) else logits[from_numpy(last)]
+            wanted = from_numpy(last).to(torch.int32)
+            logits = self.direct(lanes.tokens, lanes.tables, lengths, wanted, states)[0]
         else:
             out = self._run(states, lanes.tokens, Step(self.cache, lanes.tables, lanes.places, []))
             logits = linear(out[from_numpy(last).to(out.device)], self.model.head_weight)

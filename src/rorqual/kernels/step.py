@@ -106,19 +106,21 @@ class DecodeStep:
         self._numbers = torch.tensor([factor, scale, eps, latent_eps, routed_factor])
 
     def __call__(
-        self, tokens: Tensor, tables: Tensor, lengths: Tensor, wanted: int, states: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+        self, tokens: Tensor, tables: Tensor, lengths: Tensor,
+        wanted: Tensor | None = None, states: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """n tokens (int64), each number lengths[i] (int32) of the sequence in the blocks tables[i] (int32 [n, ·]);
-        those of one sequence side by side, in order, and its newest → logits fp32 [wanted, V] of the first `wanted` of
-        them, and the hidden states [n, D] that logits are made of; the cache gets what is new. A multi-token module
-        reads them with the states [n, D] before them.
+        those of one sequence side by side, in order, and its newest → logits fp32 [m, V] of those whose numbers are
+        `wanted` (int32 [m]; None: of all), and the hidden states [n, D] that logits are made of; the cache gets what is
+        new. A multi-token module reads them with the states [n, D] before them.
         """
         n = len(tokens)
-        logits, hidden = torch.empty(wanted, self.words), torch.empty(n, self.hidden)
+        m = n if wanted is None else len(wanted)
+        logits, hidden = torch.empty(m, self.words), torch.empty(n, self.hidden)
         cpu.call(
             "decode_step", self.dtype, self._network, tokens.contiguous(),
             None if states is None else states.float().contiguous(), n, tables, tables.stride(0), self.block, lengths,
-            self._numbers, hidden, wanted, logits,
+            self._numbers, hidden, wanted, m, logits,
         )  # fmt: skip
         return logits, hidden
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
-INTERFACE = 15  # as in numbers.h: a build left over from other sources is not used
+INTERFACE = 16  # as in numbers.h: a build left over from other sources is not used
 # Arguments: T a tensor of the function's own dtype, F of FP32, I of int64, J of int32, U of uint8, B of bool; n an
 # integer, x a number.
 SIGNATURES = {
@@ -29,7 +29,7 @@ SIGNATURES = {
     "product_backward": "TnTJnnnT",
     "product_backward_weights": "TnTnJnnnFT",
     "lowbit_product": "TnUnFTJnnnUT",
-    "decode_step": "IIFnJnnJFFnF",
+    "decode_step": "IIFnJnnJFFJnF",
 }
 DTYPES = {"F": torch.float32, "U": torch.uint8, "I": torch.int64, "J": torch.int32, "B": torch.bool}
 KINDS = {"n": ctypes.c_int64, "x": ctypes.c_float}

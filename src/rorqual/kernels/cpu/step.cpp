@@ -67,7 +67,7 @@ class Decoding {
         for (size_t i = 1; i < runs.size(); ++i) longest_run = std::max(longest_run, runs[i] - runs[i - 1]);
     }
 
-    void run(const i64 *tokens, const float *states, float *hidden, i64 wanted, float *logits) {
+    void run(const i64 *tokens, const float *states, float *hidden, const int32_t *wanted, i64 count, float *logits) {
         const i64 R = rows, K = net.chosen;
         i64 wide = net.hidden * (net.join ? 2 : 1), inner = 0, low = 0, out = 0;  // of all layers the widest
         for (i64 l = 0; l < net.depth; ++l) {
@@ -126,9 +126,9 @@ class Decoding {
             const Quantised last = me.normed_rows(x, net.norm, net.hidden, numbers.eps, hidden);
             const i64 panels = net.head.panels();
             me.team.share_some(panels, panels_at_once(panels, me.size), [&](i64 start, i64 end, i64 next) {
-                net.head.times(start, end, next, last, {0, nullptr}, wanted,
-                               [&](i64 p, i64 r, lanes y, i64 some) {
-                                   store_some(logits + r * net.head.outputs + p * L, y, some);
+                net.head.times(start, end, next, last, {0, wanted}, count,
+                               [&](i64 p, i64 i, lanes y, i64 some) {
+                                   store_some(logits + i * net.head.outputs + p * L, y, some);
                                });
             });
         }
@@ -510,21 +510,21 @@ class Decoding {
 };
 
 // tokens [rows], each the last of the lengths[i] places of its past (a multi-token module reads them with the `states`
-// [rows, hidden] before them) → hidden [rows, hidden] after the last norm and, of the first `wanted` rows, logits
-// [wanted, outputs of the head]. Tokens of one sequence lie side by side, in order.
+// [rows, hidden] before them) → hidden [rows, hidden] after the last norm and, of the `count` rows in `wanted` (or, where it is null, the first),
+// logits [count, outputs of the head]. Tokens of one sequence lie side by side, in order.
 template <class T>
 void decode_step(const Network<T> *network, const i64 *tokens, const float *states, i64 rows, const int32_t *tables,
-                 i64 table_row, i64 block, const int32_t *lengths, const Numbers *numbers, float *hidden, i64 wanted,
-                 float *logits) {
+                 i64 table_row, i64 block, const int32_t *lengths, const Numbers *numbers, float *hidden,
+                 const int32_t *wanted, i64 count, float *logits) {
     const Pasts pasts{tables, table_row, block, lengths};
-    Decoding<T>(*network, *numbers, pasts, rows).run(tokens, states, hidden, wanted, logits);
+    Decoding<T>(*network, *numbers, pasts, rows).run(tokens, states, hidden, wanted, count, logits);
 }
 
 }  // namespace
 
 #define P(T) (const Network<T> *network, const i64 *tokens, const float *states, i64 rows, const int32_t *tables,             \
-              i64 table_row, i64 block, const int32_t *lengths, const Numbers *numbers, float *hidden, i64 wanted,            \
-              float *logits)
+              i64 table_row, i64 block, const int32_t *lengths, const Numbers *numbers, float *hidden,                        \
+              const int32_t *wanted, i64 count, float *logits)
 BOTH(void, decode_step, P,
-     (network, tokens, states, rows, tables, table_row, block, lengths, numbers, hidden, wanted, logits))
+     (network, tokens, states, rows, tables, table_row, block, lengths, numbers, hidden, wanted, count, logits))
 #undef P
