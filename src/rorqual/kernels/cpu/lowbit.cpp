@@ -153,7 +153,7 @@ void lowbit_product(const T *x, i64 x_row, const uint8_t *data, i64 format, cons
     const Weights<T> weights{data, channels, bias, format, outputs, width};
     const i64 rows = ends[experts - 1], panels = weights.panels();
     const Quantised q(room, width, format);
-    const i64 work = rows * outputs * width, some = panels_at_once(panels, omp_get_max_threads());
+    const i64 work = rows * outputs * width, some = panels_at_once(panels, omp_get_max_threads(), rows);
     const i64 pieces = (panels + some - 1) / some;
 #pragma omp parallel if (work > 1 << 15)
     {

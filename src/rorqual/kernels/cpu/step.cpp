@@ -125,7 +125,7 @@ class Decoding {
             }
             const Quantised last = me.normed_rows(x, net.norm, net.hidden, numbers.eps, hidden);
             const i64 panels = net.head.panels();
-            me.team.share_some(panels, panels_at_once(panels, me.size), [&](i64 start, i64 end, i64 next) {
+            me.team.share_some(panels, panels_at_once(panels, me.size, count), [&](i64 start, i64 end, i64 next) {
                 net.head.times(start, end, next, last, {0, wanted}, count,
                                [&](i64 p, i64 i, lanes y, i64 some) {
                                    store_some(logits + i * net.head.outputs + p * L, y, some);
@@ -177,7 +177,7 @@ class Decoding {
         // Then weights are read, of which those that this thread probably begins with are asked for while it waits.
         void meet(const Weights<T> *then = nullptr) {
             if (!then || !*then) return team.meet([] {});
-            const i64 panels = then->panels(), some = panels_at_once(panels, size);
+            const i64 panels = then->panels(), some = panels_at_once(panels, size, rows);
             const i64 first = team.begin((panels + some - 1) / some) * some;
             Ahead ahead{then->panel(first), std::min(some, panels - first) * then->groups() * RECORD[then->format] / 64};
             team.meet([&] { ahead.ask(4); });
@@ -209,7 +209,7 @@ class Decoding {
         void multiply(const Quantised &from, std::initializer_list<Part> parts, bool add, const Weights<T> *then = nullptr) {
             i64 panels = 0;
             for (const Part &part : parts) panels += part.weights->panels();
-            team.share_some(panels, panels_at_once(panels, size), [&](i64 start, i64 end, i64 next) {
+            team.share_some(panels, panels_at_once(panels, size, rows), [&](i64 start, i64 end, i64 next) {
                 products(from, parts, start, end, next, add);
             });
             meet(then);
@@ -355,7 +355,7 @@ class Decoding {
         void feed_forward(const Layer<T> &layer) {
             const Quantised from = normed_rows(all.x, layer.norm2, net.hidden, all.numbers.eps);
             const Quantised inner(all.shared_inner, layer.gate.outputs, all.format);
-            const i64 panels = layer.gate.panels(), some = std::max(panels_at_once(panels, size), gates(inner));
+            const i64 panels = layer.gate.panels(), some = std::max(panels_at_once(panels, size, rows), gates(inner));
             team.share_some(panels, some, [&](i64 start, i64 end, i64 next) {
                 gated(layer, from, start, end, next, inner);
             });
