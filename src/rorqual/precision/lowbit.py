@@ -23,7 +23,7 @@ from rorqual.process import release_memory
 
 Bits = Literal["int4", "int8"]
 TRIALS = 16  # scales tried for a group of 4-bit weights
-SLICE = 1 << 17  # weights rounded at a time
+SLICE = 1 << 16  # weights rounded at a time
 
 
 def round_int8(weight: Tensor) -> Packed:
