@@ -510,8 +510,8 @@ class Decoding {
 };
 
 // tokens [rows], each the last of the lengths[i] places of its past (a multi-token module reads them with the `states`
-// [rows, hidden] before them) → hidden [rows, hidden] after the last norm and, of the `count` rows in `wanted` (or, where it is null, the first),
-// logits [count, outputs of the head]. Tokens of one sequence lie side by side, in order.
+// [rows, hidden] before them) → hidden [rows, hidden] after the last norm and, of the `count` rows in `wanted` (or, where
+// it is null, of the first), logits [count, outputs of the head]. Tokens of one sequence lie side by side, in order.
 template <class T>
 void decode_step(const Network<T> *network, const i64 *tokens, const float *states, i64 rows, const int32_t *tables,
                  i64 table_row, i64 block, const int32_t *lengths, const Numbers *numbers, float *hidden,

@@ -2,7 +2,8 @@
 // and give the processor up after a while, so that another program on one of the cores costs no more than its share.
 //
 // Of the pieces between two barriers every thread has a stretch, which lies side by side in memory and is the same for the
-// same work, so that what a thread has made is near when it is read; whoever is ready with its own helps the others.
+// same work, so that what a thread has made is near when it is read; whoever is ready with its own helps the others. One
+// counter for all, of which everybody took the next piece, was 4 to 9 % slower with two cores: they fought for it.
 #pragma once
 
 #include <algorithm>
