@@ -74,19 +74,20 @@ class Forward:
             states, read = states[:n], states[len(states) - sum(len(p.tokens) for p in pieces) :]
             wanted = torch.cat([states, read[_ends(pieces)]]) if pieces else states
             return linear(wanted, head) if len(wanted) else wanted, states, read
+        if not pieces:
+            logits, states = self._directly(lanes)
+            return logits, states, states[n:]
+        ends = _ends(pieces)
         # Latent attention reads a prompt in its expanded form, which is less work for many tokens of a sequence.
         if self.model.config.is_mla:
             logits, states = self._directly(lanes)
             read = self._states(_none(lanes), pieces)
-            if len(ends := _ends(pieces)):
+            if len(ends):
                 more = linear(read[ends], head).float()
                 logits = torch.cat([logits, more]) if n else more
             return logits, states, read
-        if not pieces:
-            logits, states = self._directly(lanes)
-        else:
-            wanted = torch.cat([torch.arange(n), n + _ends(pieces)]).to(torch.int32)
-            logits, states = self._directly(_joined(lanes, pieces), wanted)
+        wanted = torch.cat([torch.arange(n), n + ends]).to(torch.int32)
+        logits, states = self._directly(_joined(lanes, pieces), wanted)
         return logits, states[:n], states[n:]
 
     def _directly(self, lanes: Lanes, wanted: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -58,8 +58,8 @@ class Member {
         ++round;
     }
 
-    // Where the thread's own stretch of `pieces` begins.
-    i64 begin(i64 pieces) const { return number * pieces / size; }
+    // Where of `pieces` the thread's own stretch begins.
+    i64 begin(i64 pieces) const { return begin(number, pieces); }
 
     // Calls f(start, end, next) for stretches of the numbers below `count` that nobody else has taken, `some` at a time;
     // the one after probably begins at `next`, if that is not negative.
@@ -69,7 +69,7 @@ class Member {
         for (int i = 0; i < size; ++i) {
             const int whose = (number + i) % size;
             std::atomic<i64> &taken = team.next[whose].taken[round % 2];
-            const i64 first = whose * pieces / size, last = (whose + 1) * pieces / size;
+            const i64 first = begin(whose, pieces), last = begin(whose + 1, pieces);
             for (i64 piece; (piece = first + taken.fetch_add(1, std::memory_order_relaxed)) < last;)
                 f(piece * some, std::min(count, (piece + 1) * some), piece + 1 < last ? (piece + 1) * some : -1);
         }
@@ -82,6 +82,8 @@ class Member {
     }
 
   private:
+    i64 begin(int whose, i64 pieces) const { return whose * pieces / size; }
+
     Team &team;
     const int number, size;
     int round = 0;
