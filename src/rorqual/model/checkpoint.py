@@ -18,7 +18,7 @@ from rorqual.errors import UserError
 from rorqual.model.config import ModelConfig
 from rorqual.model.fp8 import SCALE_SUFFIX, block_size, expand, scale_shape
 from rorqual.model.shards import PIECE_BYTES, StoredTensor, read_header, write_shard
-from rorqual.model.transformer import Transformer
+from rorqual.model.transformer import Layer, Transformer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,8 +34,12 @@ COMPANIONS = (
 
 def release_tensors(model: Transformer) -> dict[str, Tensor]:
     """Release name → the memory that holds it; experts are views of their stack, shared tensors appear twice."""
+    return _own_tensors(model) | _shared_copies(model)
+
+
+def _own_tensors(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
     out: dict[str, Tensor] = {}
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+    for name, tensor in (*module.named_parameters(prefix), *module.named_buffers(prefix)):
         tensor = tensor.detach()
         layer, _, stack = name.rpartition(".experts.")
         if stack == "gate_up_proj":
@@ -47,7 +51,7 @@ def release_tensors(model: Transformer) -> dict[str, Tensor]:
             out |= {f"{layer}.experts.{e}.down_proj.weight": expert for e, expert in enumerate(tensor)}
         else:
             out[name] = tensor
-    return out | _shared_copies(model)
+    return out
 
 
 def _shared_copies(model: Transformer) -> dict[str, Tensor]:
@@ -69,9 +73,9 @@ def meta_model(config: ModelConfig) -> Transformer:
         raise UserError(f"sizes in the configuration are too large ({str(e).splitlines()[0]}); correct them") from None
 
 
-def allocate(model: Transformer, dtype: torch.dtype, device: torch.device | str) -> None:
-    """Give a meta model uninitialised memory: parameters in `dtype`, buffers in their own."""
-    for module in model.modules():
+def allocate(network: nn.Module, dtype: torch.dtype, device: torch.device | str) -> None:
+    """Give what is on the meta device uninitialised memory: parameters in `dtype`, buffers in their own."""
+    for module in network.modules():
         for name, p in module.named_parameters(recurse=False):
             setattr(module, name, nn.Parameter(torch.empty_like(p, dtype=dtype, device=device)))
         for name, b in module.named_buffers(recurse=False):
@@ -97,6 +101,21 @@ class Release:
         begin = first // block[0]
         scales = scale.rows(begin, -(-last // block[0]))
         return expand(found.rows(begin * block[0], last), scales, block)[first - begin * block[0] :]
+
+    def fill(self, tensors: dict[str, Tensor]) -> None:
+        """Read all that are named into their places, one piece of a tensor at a time."""
+        for name in sorted(tensors, key=lambda name: self.stored[name].path):
+            rows = max(1, PIECE_BYTES // max(1, self.stored[name].row_bytes))
+            for first in range(0, self.stored[name].shape[0], rows):
+                tensors[name][first : first + rows].copy_(self.rows(name, first, first + rows))
+
+    def layer(self, index: int) -> Layer:
+        """One of the main network's layers in FP32."""
+        with torch.device("meta"):
+            layer = Layer(self.outline.config, index)
+        allocate(layer, torch.float32, "cpu")
+        self.fill(_own_tensors(layer, f"model.layers.{index}"))
+        return layer
 
 
 def open_release(path: Path) -> Release:
@@ -130,16 +149,13 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None, device: torch
     UserError naming the file and the tensor that is missing, unexpected, misshapen or cut short.
     """
     release = open_release(Path(path))
-    model, stored = release.outline, release.stored
+    model = release.outline
     if dtype is None:
-        found = stored[EMBEDDING].dtype
+        found = release.stored[EMBEDDING].dtype
         dtype = found if found in (torch.float32, torch.bfloat16, torch.float16) else torch.bfloat16
     allocate(model, dtype, device)
     tensors = release_tensors(model)
-    for name in sorted(release.wanted, key=lambda name: stored[name].path):
-        rows = max(1, PIECE_BYTES // max(1, stored[name].row_bytes))
-        for first in range(0, stored[name].shape[0], rows):
-            tensors[name][first : first + rows].copy_(release.rows(name, first, first + rows))
+    release.fill({name: tensors[name] for name in release.wanted})
     return model
 
 

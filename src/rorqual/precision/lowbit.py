@@ -16,9 +16,10 @@ from rorqual.errors import UserError
 from rorqual.kernels.lowbit import GROUP, PANEL, Packed, gather, pack, unpack
 from rorqual.model import Transformer
 from rorqual.model.attention import UpProjection
-from rorqual.model.checkpoint import open_release
+from rorqual.model.checkpoint import EMBEDDING, open_release
 from rorqual.model.layers import Linear
 from rorqual.model.moe import Experts
+from rorqual.precision.smooth import smooth, smoothing
 from rorqual.process import release_memory
 
 Bits = Literal["int4", "int8"]
@@ -80,6 +81,7 @@ def convert(model: Transformer, bits: Bits) -> Transformer:
         raise UserError("the model's weights are packed already")
     if model.head_weight.device.type != "cpu":
         raise UserError("packed weights are for a CPU; load the model there")
+    smooth(model)
     for module in list(model.modules()):
         if packable(module):
             pack_module(module, bits)
@@ -96,7 +98,18 @@ def load_converted(path: Path, bits: Bits, dtype: torch.dtype) -> Transformer:
     release = open_release(path)
     model = release.outline
 
-    def rounded(names: list[list[str]]) -> Packed:
+    def embed(tokens: Tensor) -> Tensor:
+        rows = [release.rows(EMBEDDING, t, t + 1) for t in tokens.flatten().tolist()]
+        return torch.cat(rows).view(*tokens.shape, -1)
+
+    layers = (release.layer(i) for i in range(model.config.num_hidden_layers))
+    factors = smoothing(model.config, embed, layers)
+
+    def smoothed(name: str, numbers: Tensor) -> Tensor:
+        numbers = numbers.to(dtype)
+        return numbers * factors[name].to(dtype) if name in factors else numbers
+
+    def rounded(parameter: str, names: list[list[str]]) -> Packed:
         """Weights [E, N, K], an expert's outputs from several tensors one after the other."""
 
         def rows(e: int, first: int, last: int) -> Tensor:
@@ -104,7 +117,7 @@ def load_converted(path: Path, bits: Bits, dtype: torch.dtype) -> Transformer:
             for name in names[e]:
                 n = release.stored[name].shape[0]
                 if first < n and last > 0:
-                    pieces.append(release.rows(name, max(0, first), min(n, last)).to(dtype))
+                    pieces.append(smoothed(parameter, release.rows(name, max(0, first), min(n, last))))
                 first, last = first - n, last - n
             return torch.cat(pieces)
 
@@ -119,15 +132,15 @@ def load_converted(path: Path, bits: Bits, dtype: torch.dtype) -> Transformer:
             for own, parts in (("gate_up_proj", ("gate_proj", "up_proj")), ("down_proj", ("down_proj",))):
                 names = [[f"{name}.{e}.{part}.weight" for part in parts] for e in range(len(getattr(module, own)))]
                 delattr(module, own)
-                setattr(module, own, rounded(names))
+                setattr(module, own, rounded(f"{name}.{own}", names))
         elif isinstance(module, nn.Embedding):
-            model.model.embed_tokens = PackedEmbedding(rounded([[f"{name}.weight"]]))
+            model.model.embed_tokens = PackedEmbedding(rounded(EMBEDDING, [[EMBEDDING]]))
         else:
             if packable(module):
                 del module.weight
-                module.weight = rounded([[f"{name}.weight"]])
+                module.weight = rounded(f"{name}.weight", [[f"{name}.weight"]])
             for own, _ in list(module.named_parameters(recurse=False)):
-                setattr(module, own, nn.Parameter(release.rows(f"{name}.{own}").to(dtype)))
+                setattr(module, own, nn.Parameter(smoothed(f"{name}.{own}", release.rows(f"{name}.{own}"))))
             for own, buffer in list(module.named_buffers(recurse=False)):
                 setattr(module, own, release.rows(f"{name}.{own}").to(buffer.dtype))
     return model

@@ -29,6 +29,7 @@ from rorqual.model.layers import Linear
 from rorqual.model.moe import Experts
 from rorqual.model.shards import StoredTensor
 from rorqual.precision.lowbit import ROUNDINGS, Bits, PackedEmbedding, packable, round_in_slices
+from rorqual.precision.smooth import smooth
 from rorqual.process import release_memory
 
 METHOD = "compressed-tensors"
@@ -39,6 +40,7 @@ def quantize(source: Path, dest: Path, bits: Bits) -> None:
     if packed_already(source):
         raise UserError(f"{source} is packed already; give the directory that it was made from")
     model = load_model(source)
+    smooth(model)
     raw = json.loads((source / "config.json").read_text())
     tensors = dict(release_tensors(model))
     for name, module in model.named_modules():
