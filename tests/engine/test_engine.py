@@ -5,8 +5,8 @@ import torch
 from tiny import GROUPED, LATENT, greedy_by_full_passes
 
 from rorqual.engine import Engine, SamplingParams
-from rorqual.engine.sampler import Cut, sample
 from rorqual.errors import UserError
+from rorqual.kernels.draw import Cut, draw
 from rorqual.model import Transformer
 
 
@@ -157,13 +157,13 @@ def test_sampling_follows_the_distribution_it_is_cut_to():
         (SamplingParams(min_p=0.2), [0, 1, 4]),  # e⁻¹·⁵ = .22 of the most probable, e⁻² = .14
         (SamplingParams(min_p=0.2, top_k=2), [0, 1]),
     ):
-        tokens, logprobs = sample(logits, params.cut, torch.rand(40_000))
+        tokens, logprobs = draw(logits, params.cut, torch.rand(40_000))
         share = torch.bincount(tokens, minlength=5) / 40_000
         expected = torch.zeros(5)
         expected[kept] = p[kept] / p[kept].sum()
         assert (share - expected).abs().max() < 0.01  # four standard deviations
         torch.testing.assert_close(logprobs, p[tokens].log())
-    hot, _ = sample(logits, Cut(100.0, 1.0, 0, 0.0), torch.rand(40_000))
+    hot, _ = draw(logits, Cut(100.0), torch.rand(40_000))
     assert (torch.bincount(hot, minlength=5) / 40_000 - 0.2).abs().max() < 0.02
 
 

@@ -1,16 +1,25 @@
 import pytest
 import torch
 
-from rorqual.kernels.draw import draw, draw_reference
+from rorqual.kernels.draw import Cut, draw, draw_reference
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("words", [3, 256, 700])
-def test_words_and_logprobs_match_the_reference(dtype, words):
+@pytest.mark.parametrize("words", [3, 256, 700, 5000])
+@pytest.mark.parametrize("spread", [0.01, 3.0])
+@pytest.mark.parametrize(
+    "cut",
+    [
+        Cut(0.7), Cut(0.6, top_p=0.95), Cut(1.0, top_p=0.9), Cut(1.0, top_p=0.01), Cut(2.0, top_p=0.999),
+        Cut(1.0, top_k=1), Cut(1.0, top_k=40), Cut(0.7, top_k=10_000), Cut(1.0, min_p=0.1), Cut(0.5, min_p=0.9),
+        Cut(1.0, top_p=0.5, top_k=20), Cut(0.7, top_p=0.9, min_p=0.05), Cut(1.0, 0.95, 30, 0.02),
+    ],
+)  # fmt: skip
+def test_words_and_logprobs_match_the_reference(dtype, words, spread, cut):
     torch.manual_seed(0)
-    logits, uniform = (3 * torch.randn(500, words)).to(dtype), torch.rand(500)
-    found, logprob = draw(logits, 0.7, uniform)
-    right, expected = draw_reference(logits, 0.7, uniform)
+    logits, uniform = (spread * torch.randn(300, words)).to(dtype), torch.rand(300)
+    found, logprob = draw(logits, cut, uniform)
+    right, expected = draw_reference(logits, cut, uniform)
     assert (found == right).float().mean() > 0.99  # a number within rounding of a boundary may fall to either side
     same = found == right
     torch.testing.assert_close(logprob[same], expected[same], rtol=1e-4, atol=1e-5)
@@ -21,22 +30,31 @@ def test_words_and_logprobs_match_the_reference(dtype, words):
 def test_without_temperature_the_first_of_the_most_probable(dtype, words):
     torch.manual_seed(0)
     logits, uniform = torch.randn(50, words).to(dtype), torch.rand(50)
-    found, logprob = draw(logits, 0.0, uniform)
-    right, expected = draw_reference(logits, 0.0, uniform)
+    found, logprob = draw(logits, Cut(0.0), uniform)
+    right, expected = draw_reference(logits, Cut(0.0), uniform)
     assert found.tolist() == right.tolist()
     torch.testing.assert_close(logprob, expected, rtol=1e-4, atol=1e-5)
-    assert draw(torch.zeros(1, words, dtype=dtype), 0.0, uniform[:1])[0].tolist() == [0]
+    assert draw(torch.zeros(1, words, dtype=dtype), Cut(0.0), uniform[:1])[0].tolist() == [0]
 
 
 def test_the_ends_of_the_range():
     logits = torch.full((2, 600), -50.0)
     logits[:, 0], logits[:, 599] = 0.0, 0.0
-    assert draw(logits, 1.0, torch.tensor([0.0, 1 - 2**-24]))[0].tolist() == [0, 599]
+    assert draw(logits, Cut(1.0), torch.tensor([0.0, 1 - 2**-24]))[0].tolist() == [0, 599]
+
+
+@pytest.mark.parametrize("cut", [Cut(1.0), Cut(0.6, top_p=0.95), Cut(1.0, top_k=40), Cut(1.0, min_p=0.1), Cut(0.0)])
+def test_what_is_forbidden_is_never_drawn(cut):
+    logits = torch.full((3, 1500), -torch.inf)
+    logits[:, 300], logits[:, 301], logits[:, 900] = 0.0, 0.1, 0.2
+    words, logprobs = draw(logits, cut, torch.tensor([0.0, 0.5, 1 - 2**-24]))
+    assert set(words.tolist()) <= {300, 301, 900}
+    assert logprobs.min() > -1.3
 
 
 def test_shares_are_the_probabilities():
     logits = torch.tensor([[0.1, 0.2, 0.3, 0.4]]).log().expand(10_000, 4)
-    words, _ = draw(logits, 1.0, (torch.arange(10_000) + 0.5) / 10_000)
+    words, _ = draw(logits, Cut(1.0), (torch.arange(10_000) + 0.5) / 10_000)
     assert torch.bincount(words, minlength=4).tolist() == pytest.approx([1000, 2000, 3000, 4000], abs=2)
 
 
@@ -47,11 +65,11 @@ def test_the_improbable_words_of_a_large_vocabulary_are_not_lost():
     uniform = torch.tensor([0.5, 0.9975, 0.9985, 0.9995])
     exact = shares.double().cumsum(1) / shares.double().sum()
     expected = torch.searchsorted(exact[0], uniform.double())
-    found, _ = draw(shares.log().expand(4, -1), 1.0, uniform)
+    found, _ = draw(shares.log().expand(4, -1), Cut(1.0), uniform)
     assert found[0] == 7
     assert (found - expected).abs().max() < 200  # of 150 000: the numbers themselves are rounded
 
 
 def test_a_whole_number_as_temperature():
     logits = torch.randn(4, 9)
-    assert torch.equal(draw(logits, 1, torch.rand(4) * 0)[0], draw(logits, 1.0, torch.rand(4) * 0)[0])
+    assert torch.equal(draw(logits, Cut(1), torch.rand(4) * 0)[0], draw(logits, Cut(1.0), torch.rand(4) * 0)[0])

@@ -9,7 +9,8 @@ from torch import Tensor, from_numpy
 
 from rorqual.engine.forward import Lanes
 from rorqual.engine.rows import Floats, Integers, Rows
-from rorqual.engine.sampler import adjust, sample
+from rorqual.engine.sampler import adjust
+from rorqual.kernels.draw import draw
 
 
 @dataclass
@@ -89,12 +90,12 @@ def draw_at(rows: Rows, at: Integers, logits: Tensor) -> tuple[Integers, Floats]
     uniform = from_numpy(rows.draws(at)).to(logits.device)
     cuts = rows.cuts(at)
     if len(cuts) == 1:
-        found = sample(logits, cuts[0][0], uniform)
+        found = draw(logits, cuts[0][0], uniform)
         return found[0].numpy(force=True), found[1].numpy(force=True)
     tokens, logprobs = np.zeros(len(at), dtype=np.int64), np.zeros(len(at), dtype=np.float32)
     for cut, where in cuts:
         here = from_numpy(where).to(logits.device)
-        tokens[where], logprobs[where] = (t.numpy(force=True) for t in sample(logits[here], cut, uniform[here]))
+        tokens[where], logprobs[where] = (t.numpy(force=True) for t in draw(logits[here], cut, uniform[here]))
     return tokens, logprobs
 
 

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from rorqual.engine.blocks import SPARE
 from rorqual.engine.grammar import Guide
-from rorqual.engine.sampler import Cut, SamplingParams
+from rorqual.engine.sampler import SamplingParams
+from rorqual.kernels.draw import Cut
 
 if TYPE_CHECKING:
     from rorqual.engine.speculate import Lookup

@@ -7,17 +7,7 @@ from torch import Tensor
 
 from rorqual.engine.grammar import Grammar
 from rorqual.errors import UserError
-from rorqual.kernels.draw import draw, first_above
-
-
-@dataclass(frozen=True)
-class Cut:
-    """Temperature, and what of the vocabulary may be drawn at it."""
-
-    temperature: float
-    top_p: float
-    top_k: int
-    min_p: float
+from rorqual.kernels.draw import Cut
 
 
 @dataclass(frozen=True)
@@ -80,30 +70,6 @@ class SamplingParams:
         """Whether the logits depend on what came before or on single tokens' biases."""
         plain = self.repetition_penalty == 1 and self.presence_penalty == self.frequency_penalty == 0
         return not plain or bool(self.logit_bias)
-
-
-def sample(logits: Tensor, cut: Cut, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """logits [n, V], uniform [n] in [0, 1) → tokens [n], their log-probabilities [n].
-
-    Log-probabilities are of the distribution at this temperature (1 when greedy) before the cut. Drawing by one uniform
-    number a row through the cumulative sum makes a row's token independent of its neighbours.
-    """
-    if cut.temperature == 0 or (cut.top_p == 1 and cut.top_k == 0 and cut.min_p == 0):
-        return draw(logits, cut.temperature, uniform)
-    probs = (logits.float() / cut.temperature).softmax(-1)
-    tokens = first_above(_kept(probs, cut), uniform)
-    return tokens, probs.gather(1, tokens[:, None]).squeeze(1).log()
-
-
-def _kept(probs: Tensor, cut: Cut) -> Tensor:
-    """Zero what the cut leaves out; under top-p a token stays when those before it hold less than top_p."""
-    if cut.top_p == 1 and cut.top_k == 0:
-        return probs.masked_fill(probs < cut.min_p * probs.amax(-1, keepdim=True), 0.0)
-    ordered, index = probs.sort(dim=-1, descending=True, stable=True)
-    drop = (ordered.cumsum(-1) - ordered >= cut.top_p) | (ordered < cut.min_p * ordered[:, :1])
-    if cut.top_k:
-        drop[:, cut.top_k :] = True
-    return probs.scatter(1, index, ordered.masked_fill(drop, 0.0))
 
 
 def adjust(logits: Tensor, params: SamplingParams, prompt: Tensor, made: Tensor) -> Tensor:

@@ -1,7 +1,10 @@
 // The functions of a decode step that PyTorch's operators make in several passes; built and called as rows.cpp is.
 
+#include <algorithm>
 #include <cstdlib>
+#include <limits>
 #include <omp.h>
+#include <vector>
 
 #include "attend.h"
 
@@ -42,56 +45,136 @@ void past_attention(const T *q, const T *q2, const T *k, i64 k_block, i64 k_plac
     }
 }
 
-template <class T>
-bool holds(const T *row, i64 count, float x) {
-    int found = 0;
-#pragma omp simd reduction(| : found)
-    for (i64 j = 0; j < count; ++j) found |= load(row[j]) == x;
-    return found != 0;
+// A word and its logit; less is what stands further ahead.
+struct Word {
+    float logit;
+    i64 number;
+
+    bool operator<(const Word &o) const { return logit > o.logit || (logit == o.logit && number < o.number); }
+};
+
+// What of a vocabulary may be drawn, see engine/sampler.py.
+struct Cut {
+    float top_p;
+    i64 top_k;
+    float min_p;
+};
+
+constexpr i64 SOME = 256;  // words of a row whose largest logit is known
+
+// The last word that a cut leaves: it and all that stand ahead of it may be drawn. `weight` gives a logit's share of
+// `sum`. Those whose shares add up are looked for among the words above a bound that sinks until there are enough.
+template <class T, class F>
+Word last_left(const T *row, i64 words, const std::vector<float> &largest, float top, float temperature, Cut cut, double sum,
+               F weight) {
+    const float lowest = std::numeric_limits<float>::lowest();  // what is forbidden lies below
+    const float least = cut.min_p > 0 ? top + std::log(cut.min_p) * temperature : lowest;
+    if (cut.top_p >= 1 && !cut.top_k) return {least, words};
+    const double wanted = cut.top_p < 1 ? cut.top_p * sum : INFINITY;
+    std::vector<Word> found;
+    for (float below = 4;; below *= 1.25f) {
+        const float bound = below < 88 ? std::max(least, top - below * temperature) : least;
+        double mass = 0;
+        found.clear();
+        for (i64 start = 0; start < words; start += SOME) {
+            if (!(largest[start / SOME] >= bound)) continue;
+            for (i64 j = start; j < std::min(words, start + SOME); ++j) {
+                const float x = load(row[j]);
+                if (!(x >= bound)) continue;
+                found.push_back({x, j});
+                mass += weight(x);
+            }
+        }
+        if (bound == least || mass >= wanted || (cut.top_k && i64(found.size()) >= cut.top_k)) break;
+    }
+    if (found.empty()) return {-INFINITY, words};  // no numbers at all
+    if (cut.top_k && i64(found.size()) > cut.top_k) {
+        std::nth_element(found.begin(), found.begin() + cut.top_k, found.end());
+        found.resize(cut.top_k);
+    }
+    // Half of what is left at a time, without sorting it: the first whose share makes the sum large enough.
+    auto first = found.begin(), last = found.end();
+    for (double passed = 0; last - first > 1;) {
+        const auto middle = first + (last - first) / 2;
+        std::nth_element(first, middle, last);
+        double part = 0;
+        for (auto w = first; w != middle; ++w) part += weight(w->logit);
+        if (passed + part >= wanted) {
+            last = middle;
+        } else {
+            passed += part;
+            first = middle;
+        }
+    }
+    return *first;
 }
 
-// A word a row from softmax(logits/temperature) by one uniform number: the first whose probability, added to those of
-// the words before it, exceeds it. Sums of blocks first and then within one of them, so that the improbable words of a
-// large vocabulary are not lost beside the sum of all. At temperature 0 the first of the most probable.
+// A word a row from what a cut leaves of softmax(logits/temperature), by one uniform number: the first whose probability,
+// added to those of the words before it, exceeds it. Sums of blocks first and then within one of them, so that the
+// improbable words of a large vocabulary are not lost beside the sum of all. At temperature 0 the first of the most
+// probable. Log-probabilities are those before the cut.
 template <class T>
-void draw(const T *logits, i64 rows, i64 words, float temperature, const float *uniform, i64 *token, float *logprob) {
-    constexpr i64 block = 256;
+void draw(const T *logits, i64 rows, i64 words, float temperature, Cut cut, const float *uniform, i64 *token, float *logprob) {
     const bool greedy = temperature == 0.0f;
     const float sharpness = greedy ? 1.0f : 1.0f / temperature;
-#pragma omp parallel for schedule(static) if (rows > 1)
+#pragma omp parallel for schedule(dynamic) if (rows > 1)
     for (i64 i = 0; i < rows; ++i) {
         const T *row = logits + i * words;
+        const i64 blocks = (words + SOME - 1) / SOME;
+        std::vector<float> largest(blocks);
+        std::vector<double> sums(blocks);
         float top = -INFINITY;
-#pragma omp simd reduction(max : top)
-        for (i64 j = 0; j < words; ++j) {
-            const float x = load(row[j]);
-            top = x > top ? x : top;
+        for (i64 b = 0; b < blocks; ++b) {
+            const i64 end = std::min(words, (b + 1) * SOME);
+            float most = -INFINITY;
+#pragma omp simd reduction(max : most)
+            for (i64 j = b * SOME; j < end; ++j) {
+                const float x = load(row[j]);
+                most = x > most ? x : most;
+            }
+            largest[b] = most;
+            top = std::max(top, most);
         }
-        double *sums = static_cast<double *>(std::malloc(sizeof(double) * (words / block + 1))), sum = 0;
-        for (i64 start = 0; start < words; start += block) {
-            const i64 end = start + block < words ? start + block : words;
+        const auto weight = [&](float x) {  // `exponential` is never nothing, which what is forbidden must be
+            const float d = (x - top) * sharpness;
+            return d < -87.0f ? 0.0f : exponential(d);
+        };
+        double sum = 0;
+        for (i64 b = 0; b < blocks; ++b) {
+            const i64 end = std::min(words, (b + 1) * SOME);
             float part = 0;
 #pragma omp simd reduction(+ : part)
-            for (i64 j = start; j < end; ++j) part += exponential((load(row[j]) - top) * sharpness);
-            sums[start / block] = part;
+            for (i64 j = b * SOME; j < end; ++j) part += weight(load(row[j]));
+            sums[b] = part;
             sum += part;
         }
-        double wanted = uniform[i] * sum;
-        i64 start = 0;
-        while (start + block < words && (greedy ? !holds(row + start, block, top) : sums[start / block] <= wanted)) {
-            wanted -= sums[start / block];
-            start += block;
+        const bool whole = greedy || (cut.top_p >= 1 && !cut.top_k && !(cut.min_p > 0));
+        Word end_of{-INFINITY, words};
+        double left = sum;
+        if (!whole) {
+            end_of = last_left(row, words, largest, top, temperature, cut, sum, weight);
+            left = 0;
+            for (i64 b = 0; b < blocks; ++b) {
+                sums[b] = 0;
+                if (largest[b] >= end_of.logit)
+                    for (i64 j = b * SOME; j < std::min(words, (b + 1) * SOME); ++j)
+                        if (const float x = load(row[j]); !(end_of < Word{x, j})) sums[b] += weight(x);
+                left += sums[b];
+            }
         }
-        const i64 end = start + block < words ? start + block : words;
-        i64 chosen = start;
-        double passed = 0;
-        for (i64 j = start; j < end && (greedy ? load(row[chosen]) != top : passed <= wanted); ++j) {
-            passed += exponential((load(row[j]) - top) * sharpness);
-            chosen = j;  // past the end by rounding: the block's last word
+        double wanted = uniform[i] * left, passed = 0;
+        i64 b = 0, final = blocks - 1, chosen;  // by rounding the numbers may lead past the end
+        while (!whole && final > 0 && sums[final] == 0) --final;
+        for (; b < final && (greedy ? largest[b] != top : sums[b] <= wanted); ++b) wanted -= sums[b];
+        for (i64 j = chosen = b * SOME; j < std::min(words, (b + 1) * SOME); ++j) {
+            const float x = load(row[j]);
+            if (end_of < Word{x, j}) continue;
+            chosen = j;
+            passed += weight(x);
+            if (greedy ? x == top : passed > wanted) break;
         }
         token[i] = chosen;
         logprob[i] = (load(row[chosen]) - top) * sharpness - float(std::log(sum));
-        std::free(sums);
     }
 }
 
@@ -103,6 +186,7 @@ void draw(const T *logits, i64 rows, i64 words, float temperature, const float *
 BOTH(void, past_attention, P, (q, q2, k, kb, kp, kg, k2, k2b, k2p, v, vb, vp, vg, tables, tr, block, lengths, rows,     \
                                heads, groups, width, width2, value_width, scale, out))
 #undef P
-#define P(T) (const T *logits, i64 rows, i64 words, float temperature, const float *uniform, i64 *token, float *logprob)
-BOTH(void, draw, P, (logits, rows, words, temperature, uniform, token, logprob))
+#define P(T) (const T *logits, i64 rows, i64 words, float temperature, float top_p, i64 top_k, float min_p,              \
+              const float *uniform, i64 *token, float *logprob)
+BOTH(void, draw, P, (logits, rows, words, temperature, {top_p, top_k, min_p}, uniform, token, logprob))
 #undef P

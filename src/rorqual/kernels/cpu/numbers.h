@@ -6,7 +6,7 @@
 
 using i64 = int64_t;
 
-constexpr i64 INTERFACE = 16;
+constexpr i64 INTERFACE = 17;
 
 namespace {
 
