@@ -10,45 +10,54 @@ from torch import Tensor, from_numpy
 from rorqual.engine.forward import Lanes
 from rorqual.engine.rows import Floats, Integers, Rows
 from rorqual.engine.sampler import adjust
+from rorqual.kernels import cpu
 from rorqual.kernels.draw import draw
+from rorqual.kernels.extend import ENDED, LACKING, LENGTH, TOKEN, UNREADY
 
 
 @dataclass
 class Turn:
     """What a step has computed for the rows: `per_row` [n] lanes each, one after the other, of which the first read a
-    row's newest token and the others its drafts. logits [N, V], states [N, D], places [N].
+    row's newest token and the others its drafts; None: one lane each, and no drafts ever. logits [N, V], states [N, D];
+    places [N], where there are drafts.
     """
 
     rows: Rows
-    per_row: Integers
-    places: Integers
     logits: Tensor
     states: Tensor
-    finished: dict[int, bool] = field(default_factory=dict)  # rows that ended: whether a token stopped them
+    per_row: Integers | None = None
+    places: Integers | None = None
+    finished: dict[int, int] = field(default_factory=dict)  # rows that ended, and why
     made: int = 0
     _known: list[tuple[Integers, Integers, Integers]] = field(default_factory=list)  # rows, lanes, tokens after them
 
     def take(self) -> None:
         """Sample every row's next tokens, as long as its drafts are right."""
         rows, n = self.rows, self.rows.n
+        at, depth = np.arange(n), 0
+        if self.per_row is None:
+            self._extend(at, self.logits)
+            return
         drafts = rows.drafts[:n].copy()
         rows.drafts[:n] = -1
         first = self.per_row.cumsum(0) - self.per_row
-        at, depth = np.arange(n), 0
         while len(at):
             lane = first[at] + depth
             logits = self.logits if len(lane) == len(self.logits) else self.logits[from_numpy(lane)]
-            tokens, stopped, ended = extend(rows, at, logits)
+            tokens, ended = self._extend(at, logits)
             self._known.append((at, lane, tokens))
-            self.made += len(at)
-            rows.place[at] += 1
-            if ended.any():
-                self.finished |= zip(at[ended].tolist(), stopped[ended].tolist(), strict=True)
-            more = ~ended & (self.per_row[at] > depth + 1)
+            more = (ended == 0) & (self.per_row[at] > depth + 1)
             if not more.any():
                 break
             at, tokens = at[more], tokens[more]
             at, depth = at[drafts[at, depth] == tokens], depth + 1
+
+    def _extend(self, at: Integers, logits: Tensor) -> tuple[Integers, Integers]:
+        tokens, ended, some = extend(self.rows, at, logits)
+        self.made += len(at)
+        if some:
+            self.finished |= {int(at[i]): int(ended[i]) for i in ended.nonzero()[0].tolist()}
+        return tokens, ended
 
     def read(self, which: NDArray[np.bool_]) -> tuple[Lanes, Tensor, Integers]:
         """Of the rows `which` (bool [n]): the tokens made, each in the place of the one before it; the states there;
@@ -63,26 +72,40 @@ class Turn:
         return lanes, self.states[from_numpy(lane)], last
 
 
-def extend(rows: Rows, at: Integers, logits: Tensor) -> tuple[Integers, NDArray[np.bool_], NDArray[np.bool_]]:
-    """Sample a token for the rows `at` [m] from logits [m, V] and record it → the tokens, which of the rows it stops,
-    and which have ended, by it or by their length.
+def extend(rows: Rows, at: Integers, logits: Tensor) -> tuple[Integers, Integers, bool]:
+    """Sample a token for the rows `at` [m] from logits [m, V] and record it → the tokens; why each row has ended
+    (LENGTH or TOKEN), or 0; and whether any has.
     """
     if rows.any_special and (special := rows.special[at].nonzero()[0].tolist()):
         logits = logits.float()
         for i in special:
             _adjust(rows, int(at[i]), logits[i])
+    if rows.unready:
+        rows.prepare()
+    if cpu.usable(logits):
+        tokens, ended, see_to = rows.extend(at, logits)
+        rows.unready, rows.lacking = bool(see_to & UNREADY), rows.lacking or bool(see_to & LACKING)
+        some = bool(see_to & ENDED)
+    else:
+        tokens, ended = _extend(rows, at, logits)
+        some = True
+    for i in rows.watched[at].nonzero()[0].tolist() if rows.any_watched else ():
+        row = int(at[i])
+        rows.samples[row].tokens.append(int(tokens[i]))
+        rows.samples[row].logprobs.append(float(rows.logprobs[row, rows.count[row] - 1]))
+    return tokens, ended, some
+
+
+def _extend(rows: Rows, at: Integers, logits: Tensor) -> tuple[Integers, Integers]:
+    """What the compiled function does (kernels/extend.py)."""
     tokens, logprobs = draw_at(rows, at, logits)
     if rows.any_budget:
         forced = (rows.closed[at] == 0) & (rows.count[at] >= rows.budget[at])
         tokens = np.where(forced, rows.think_end[at], tokens)
         rows.closed[at] |= tokens == rows.think_end[at]
     rows.record(at, tokens, logprobs)
-    for i in rows.watched[at].nonzero()[0].tolist() if rows.any_watched else ():
-        reader = rows.samples[int(at[i])]
-        reader.tokens.append(int(tokens[i]))
-        reader.logprobs.append(float(logprobs[i]))
     stopped = (tokens[:, None] == rows.stops[at]).any(1)
-    return tokens, stopped, stopped | (rows.count[at] >= rows.limit[at])
+    return tokens, np.where(stopped, TOKEN, np.where(rows.count[at] >= rows.limit[at], LENGTH, 0))
 
 
 def draw_at(rows: Rows, at: Integers, logits: Tensor) -> tuple[Integers, Floats]:

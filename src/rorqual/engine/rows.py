@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from rorqual.engine.blocks import SPARE
+from rorqual.engine.blocks import BLOCK, SPARE
 from rorqual.engine.grammar import Guide
 from rorqual.engine.sampler import SamplingParams
 from rorqual.kernels.draw import Cut
+from rorqual.kernels.extend import Extend
 
 if TYPE_CHECKING:
     from rorqual.engine.speculate import Lookup
@@ -82,13 +83,25 @@ class Rows:
         self.closed, self.special, self.watched = self.numbers[8:]
         # Whether any row may have a budget for thinking, be special, or be watched: to look costs 2 % of a small step.
         self.any_budget = self.any_special = self.any_watched = False
+        # Whether some row may lack room for its next token or a random number; or a block: these are seldom, too.
+        self.unready = self.lacking = True
         self.uniform = np.zeros((count, WINDOW), dtype=np.float32)
         self.stops = np.full((count, 1), -1)
         self.tables = np.full((count, 8), SPARE, dtype=np.int32)
         self.tokens = np.zeros((count, 256), dtype=np.int64)
         self.logprobs = np.zeros((count, 256), dtype=np.float32)
         self.drafts = np.full((count, DRAFTS), -1)  # guesses at the tokens after the last one; -1: none
+        self.cut_numbers = np.zeros((count + 2, 4), dtype=np.float32)
         self._cuts: dict[Cut, int] = {}
+        self._extend: Extend | None = None
+
+    @property
+    def extend(self) -> Extend:
+        if self._extend is None:
+            self._extend = Extend(
+                self.numbers, self.cut_numbers, self.uniform, self.stops, self.tokens, self.logprobs, BLOCK
+            )
+        return self._extend
 
     def cuts(self, at: Integers) -> list[tuple[Cut, Integers]]:
         """The ways to sample, and to which of the rows `at` each applies."""
@@ -110,14 +123,15 @@ class Rows:
         if len(self._cuts) > self.size:  # those of sequences long gone
             self._cuts = {}
             for i, running in enumerate(self.samples[:row]):
-                self.cut[i] = self._cuts.setdefault(running.request.params.cut, len(self._cuts))
-        self.cut[row] = self._cuts.setdefault(params.cut, len(self._cuts))
+                self.cut[i] = self._number(running.request.params.cut)
+        self.cut[row] = self._number(params.cut)
         self.special[row] = params.adjusts or params.logprobs > 0 or sample.guide is not None
         self.watched[row] = request.watched
         self.any_budget |= request.think_end is not None
         self.any_special |= bool(self.special[row])
         self.any_watched |= request.watched
         self.drafts[row] = -1
+        self.unready = self.lacking = True
         self._widen("stops", len(request.stop_ids), -1)
         self.stops[row] = -1
         self.stops[row, : len(request.stop_ids)] = request.stop_ids
@@ -134,6 +148,11 @@ class Rows:
             sample.window = _next_window(sample.generator)
         self.uniform[row] = sample.window
 
+    def _number(self, cut: Cut) -> int:
+        number = self._cuts.setdefault(cut, len(self._cuts))
+        self.cut_numbers[number] = cut.temperature, cut.top_p, cut.top_k, cut.min_p
+        return number
+
     def set_blocks(self, row: int) -> None:
         blocks = self.samples[row].blocks
         self._widen("tables", len(blocks), SPARE)
@@ -149,29 +168,36 @@ class Rows:
         for row, block in zip(rows, blocks, strict=True):
             self.samples[row].blocks.append(block)
 
-    def draws(self, at: Integers) -> Floats:
-        """One number in [0, 1) for each of the rows `at`; the next for every token."""
-        count = self.count[at]
-        place = count % WINDOW
-        for row in at[(place == 0) & (count > 0)].tolist():
+    def prepare(self) -> None:
+        """Room for every row's next token, and a random number for it."""
+        count = self.count[: self.n]
+        longest = int(count.max()) + 1
+        self._widen("tokens", longest, 0)
+        self._widen("logprobs", longest, 0)
+        for row in ((count % WINDOW == 0) & (count > 0)).nonzero()[0].tolist():
             sample = self.samples[row]
             assert sample.generator is not None
-            if sample.windows != int(self.count[row]) // WINDOW:  # a draft may have asked for this number before
-                sample.windows = int(self.count[row]) // WINDOW
+            if sample.windows != int(count[row]) // WINDOW:
+                sample.windows = int(count[row]) // WINDOW
                 sample.window = _next_window(sample.generator)
                 self.uniform[row] = sample.window
-        return self.uniform[at, place]
+        self.unready = False
+
+    def draws(self, at: Integers) -> Floats:
+        """One number in [0, 1) for each of the rows `at`; the next for every token."""
+        if self.unready:
+            self.prepare()
+        return self.uniform[at, self.count[at] % WINDOW]
 
     def record(self, at: Integers, tokens: Integers, logprobs: Floats) -> None:
         """The next token of the rows `at`."""
         count = self.count[at]
-        longest = int(count.max()) + 1
-        self._widen("tokens", longest, 0)
-        self._widen("logprobs", longest, 0)
         self.tokens[at, count] = tokens
         self.logprobs[at, count] = logprobs
         self.last[at] = tokens
         self.count[at] = count + 1
+        self.place[at] += 1
+        self.unready = self.lacking = True
 
     def save(self, row: int) -> Sample:
         """Write what a row has made into its sample."""
@@ -204,6 +230,7 @@ class Rows:
             wider = np.full((self.size, max(width, 2 * old.shape[1])), empty, dtype=old.dtype)
             wider[:, : old.shape[1]] = old
             setattr(self, name, wider)
+            self._extend = None
 
 
 def _next_window(generator: np.random.Generator) -> Floats:

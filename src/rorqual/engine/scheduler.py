@@ -18,6 +18,7 @@ from rorqual.engine.choose import Turn
 from rorqual.engine.forward import Forward, Lanes, Piece
 from rorqual.engine.rows import Integers, Request, Rows, Sample
 from rorqual.engine.speculate import MOST, Module, Way, look_up
+from rorqual.kernels.extend import TOKEN
 from rorqual.model import Transformer
 
 
@@ -94,26 +95,32 @@ class Scheduler:
         logits, states, read = self.forward(lanes, pieces)
         ended = self._read(jobs, pieces, read, logits[len(lanes) :]) if pieces else []
         started = self._start()
-        rows, n = self.rows, len(per_row)
+        rows, n = self.rows, self.rows.n - len(started)
         if rows.n == 0:
             return []
         if started != ended:  # it takes a while to copy a batch's logits
             logits = torch.cat([logits[: len(lanes)], *(job.logits for job in started)])
-        if started:
+        if per_row is None:
+            turn = Turn(rows, logits, states)
+        else:
             states = torch.cat([states, *(job.state for job in started)])
             per_row = np.concatenate([per_row, np.ones(len(started), dtype=np.int64)])
-        turn = Turn(rows, per_row, np.concatenate([lanes.places.numpy(), rows.place[n : rows.n]]), logits, states)
+            places = np.concatenate([lanes.places.numpy(), rows.place[n : rows.n]])
+            turn = Turn(rows, logits, states, per_row, places)
         turn.take()
         self.counts.made_tokens += turn.made
         self.counts.accepted += turn.made - rows.n
         return self._finish(turn)
 
-    def _lanes(self) -> tuple[Lanes, Integers]:
-        """What every row has to read: its newest token and the drafts after it; and how many these are a row."""
+    def _lanes(self) -> tuple[Lanes, Integers | None]:
+        """What every row has to read: its newest token and the drafts after it; and how many these are a row, where
+        there may be drafts.
+        """
         rows, n = self.rows, self.rows.n
         last, place, tables, drafts = rows.last[:n], rows.place[:n], rows.tables[:n], rows.drafts[:n]
         if self.speculate is None or not (right := drafts >= 0).any():
-            return Lanes(from_numpy(last), from_numpy(place), from_numpy(tables)), np.ones(n, dtype=np.int64)
+            alone = None if self.speculate is None else np.ones(n, dtype=np.int64)
+            return Lanes(from_numpy(last), from_numpy(place), from_numpy(tables)), alone
         # No further than the answer and the blocks go.
         room = np.minimum(rows.limit[:n] - rows.count[:n] - 1, rows.held[:n] * BLOCK - 1 - place)
         right &= np.arange(drafts.shape[1]) < room[:, None]
@@ -149,6 +156,8 @@ class Scheduler:
     # -- admission and blocks
 
     def _admit(self) -> None:
+        if not self.waiting:
+            return
         busy = self.rows.n + sum(len(j.samples) for j in (*self.jobs, *self.ready))
         free = self.rows.size - busy
         # Admitting an eighth of the rows at a time keeps prompts from interrupting every step.
@@ -184,10 +193,11 @@ class Scheduler:
     def _pieces(self) -> list[tuple[Job, int]]:
         """Blocks for the next token of every row; then pieces of prompts, as far as blocks and chunk go."""
         rows = self.rows
-        lacking = (rows.place[: rows.n] >= rows.held[: rows.n] * BLOCK).nonzero()[0].tolist()
+        lacking = (rows.place[: rows.n] >= rows.held[: rows.n] * BLOCK).nonzero()[0].tolist() if rows.lacking else []
         if len(lacking) <= self.blocks.free:
             if lacking:
                 rows.add_blocks(lacking, [self.blocks.take() for _ in lacking])
+            rows.lacking = False
         else:
             for needy in [rows.samples[row] for row in lacking]:  # the oldest first: those that came last give way
                 block = self._take_or_preempt(needy) if needy in rows.samples else None
@@ -319,9 +329,9 @@ class Scheduler:
         if self.speculate is not None and rows.n <= MOST:
             self._draft(turn)
         ended = []
-        for row, by_token in finished.items():
+        for row, why in finished.items():
             saved = rows.save(row)
-            saved.finish = "stop" if by_token else "length"
+            saved.finish = "stop" if why == TOKEN else "length"
             self._give_back(saved)
             ended.append(saved)
         if finished:

@@ -25,6 +25,7 @@ SIGNATURES = {
     "add_into": "FTn",
     "past_attention": "TTTnnnTnnTnnnJnnJnnnnnnxT",
     "draw": "TnnxxnxFIF",
+    "extend": "TnnIII",
     "product": "TnTTJnnnT",  # this and the next two in BF16 alone, and where the processor has_dot_products
     "product_backward": "TnTJnnnT",
     "product_backward_weights": "TnTnJnnnFT",

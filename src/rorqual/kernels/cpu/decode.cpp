@@ -109,72 +109,120 @@ Word last_left(const T *row, i64 words, const std::vector<float> &largest, float
     return *first;
 }
 
-// A word a row from what a cut leaves of softmax(logits/temperature), by one uniform number: the first whose probability,
-// added to those of the words before it, exceeds it. Sums of blocks first and then within one of them, so that the
-// improbable words of a large vocabulary are not lost beside the sum of all. At temperature 0 the first of the most
-// probable. Log-probabilities are those before the cut.
+// A word from what a cut leaves of softmax(row/temperature), by a uniform number: the first whose probability, added to
+// those of the words before it, exceeds it. Sums of blocks first and then within one of them, so that the improbable words
+// of a large vocabulary are not lost beside the sum of all. At temperature 0 the first of the most probable. Its
+// log-probability is that before the cut.
 template <class T>
-void draw(const T *logits, i64 rows, i64 words, float temperature, Cut cut, const float *uniform, i64 *token, float *logprob) {
+i64 draw_one(const T *row, i64 words, float temperature, Cut cut, float uniform, float *logprob) {
     const bool greedy = temperature == 0.0f;
     const float sharpness = greedy ? 1.0f : 1.0f / temperature;
+    const i64 blocks = (words + SOME - 1) / SOME;
+    std::vector<float> largest(blocks);
+    std::vector<double> sums(blocks);
+    float top = -INFINITY;
+    for (i64 b = 0; b < blocks; ++b) {
+        const i64 end = std::min(words, (b + 1) * SOME);
+        float most = -INFINITY;
+#pragma omp simd reduction(max : most)
+        for (i64 j = b * SOME; j < end; ++j) {
+            const float x = load(row[j]);
+            most = x > most ? x : most;
+        }
+        largest[b] = most;
+        top = std::max(top, most);
+    }
+    const auto weight = [&](float x) {  // `exponential` is never nothing, which what is forbidden must be
+        const float d = (x - top) * sharpness;
+        return d < -87.0f ? 0.0f : exponential(d);
+    };
+    double sum = 0;
+    for (i64 b = 0; b < blocks; ++b) {
+        const i64 end = std::min(words, (b + 1) * SOME);
+        float part = 0;
+#pragma omp simd reduction(+ : part)
+        for (i64 j = b * SOME; j < end; ++j) part += weight(load(row[j]));
+        sums[b] = part;
+        sum += part;
+    }
+    const bool whole = greedy || (cut.top_p >= 1 && !cut.top_k && !(cut.min_p > 0));
+    Word end_of{-INFINITY, words};
+    double left = sum;
+    if (!whole) {
+        end_of = last_left(row, words, largest, top, temperature, cut, sum, weight);
+        left = 0;
+        for (i64 b = 0; b < blocks; ++b) {
+            sums[b] = 0;
+            if (largest[b] >= end_of.logit)
+                for (i64 j = b * SOME; j < std::min(words, (b + 1) * SOME); ++j)
+                    if (const float x = load(row[j]); !(end_of < Word{x, j})) sums[b] += weight(x);
+            left += sums[b];
+        }
+    }
+    double wanted = uniform * left, passed = 0;
+    i64 b = 0, final = blocks - 1, chosen;  // by rounding the numbers may lead past the end
+    while (!whole && final > 0 && sums[final] == 0) --final;
+    for (; b < final && (greedy ? largest[b] != top : sums[b] <= wanted); ++b) wanted -= sums[b];
+    for (i64 j = chosen = b * SOME; j < std::min(words, (b + 1) * SOME); ++j) {
+        const float x = load(row[j]);
+        if (end_of < Word{x, j}) continue;
+        chosen = j;
+        passed += weight(x);
+        if (greedy ? x == top : passed > wanted) break;
+    }
+    *logprob = (load(row[chosen]) - top) * sharpness - float(std::log(sum));
+    return chosen;
+}
+
+template <class T>
+void draw(const T *logits, i64 rows, i64 words, float temperature, Cut cut, const float *uniform, i64 *token, float *logprob) {
+#pragma omp parallel for schedule(dynamic) if (rows > 1)
+    for (i64 i = 0; i < rows; ++i)
+        token[i] = draw_one(logits + i * words, words, temperature, cut, uniform[i], logprob + i);
+}
+
+// Arrays of running sequences, a row for each (engine/rows.py), with the numbers of their columns.
+struct Sequences {
+    i64 *numbers, count;
+    const float *cuts;
+    i64 cut_width;
+    const float *uniform;
+    i64 window;
+    const i64 *stops, stop_count;
+    i64 *tokens, token_width;
+    float *logprobs;
+    i64 logprob_width, block;
+};
+
+// The next token of the sequences `at`, from their logits: drawn by the next of a row's random numbers, noted; and why a
+// sequence ends by it. At the end what has to be seen to (kernels/extend.py).
+template <class T>
+void extend(const T *logits, i64 rows, i64 words, const i64 *at, const i64 *where, i64 *found) {
+    const Sequences &s = *reinterpret_cast<const Sequences *>(where);
+    const auto number = [&](i64 which) { return s.numbers + which * s.count; };
+    i64 *const place = number(0), *const count = number(1), *const limit = number(2), *const last = number(3);
+    i64 *const held = number(4), *const budget = number(5), *const think_end = number(6), *const cut = number(7);
+    i64 *const closed = number(8), *const tokens = found, *const ended = found + rows + 1;
 #pragma omp parallel for schedule(dynamic) if (rows > 1)
     for (i64 i = 0; i < rows; ++i) {
-        const T *row = logits + i * words;
-        const i64 blocks = (words + SOME - 1) / SOME;
-        std::vector<float> largest(blocks);
-        std::vector<double> sums(blocks);
-        float top = -INFINITY;
-        for (i64 b = 0; b < blocks; ++b) {
-            const i64 end = std::min(words, (b + 1) * SOME);
-            float most = -INFINITY;
-#pragma omp simd reduction(max : most)
-            for (i64 j = b * SOME; j < end; ++j) {
-                const float x = load(row[j]);
-                most = x > most ? x : most;
-            }
-            largest[b] = most;
-            top = std::max(top, most);
-        }
-        const auto weight = [&](float x) {  // `exponential` is never nothing, which what is forbidden must be
-            const float d = (x - top) * sharpness;
-            return d < -87.0f ? 0.0f : exponential(d);
-        };
-        double sum = 0;
-        for (i64 b = 0; b < blocks; ++b) {
-            const i64 end = std::min(words, (b + 1) * SOME);
-            float part = 0;
-#pragma omp simd reduction(+ : part)
-            for (i64 j = b * SOME; j < end; ++j) part += weight(load(row[j]));
-            sums[b] = part;
-            sum += part;
-        }
-        const bool whole = greedy || (cut.top_p >= 1 && !cut.top_k && !(cut.min_p > 0));
-        Word end_of{-INFINITY, words};
-        double left = sum;
-        if (!whole) {
-            end_of = last_left(row, words, largest, top, temperature, cut, sum, weight);
-            left = 0;
-            for (i64 b = 0; b < blocks; ++b) {
-                sums[b] = 0;
-                if (largest[b] >= end_of.logit)
-                    for (i64 j = b * SOME; j < std::min(words, (b + 1) * SOME); ++j)
-                        if (const float x = load(row[j]); !(end_of < Word{x, j})) sums[b] += weight(x);
-                left += sums[b];
-            }
-        }
-        double wanted = uniform[i] * left, passed = 0;
-        i64 b = 0, final = blocks - 1, chosen;  // by rounding the numbers may lead past the end
-        while (!whole && final > 0 && sums[final] == 0) --final;
-        for (; b < final && (greedy ? largest[b] != top : sums[b] <= wanted); ++b) wanted -= sums[b];
-        for (i64 j = chosen = b * SOME; j < std::min(words, (b + 1) * SOME); ++j) {
-            const float x = load(row[j]);
-            if (end_of < Word{x, j}) continue;
-            chosen = j;
-            passed += weight(x);
-            if (greedy ? x == top : passed > wanted) break;
-        }
-        token[i] = chosen;
-        logprob[i] = (load(row[chosen]) - top) * sharpness - float(std::log(sum));
+        const i64 r = at[i], made = count[r];
+        const float *c = s.cuts + cut[r] * s.cut_width, uniform = s.uniform[r * s.window + made % s.window];
+        const Cut own{c[1], i64(c[2]), c[3]};
+        i64 token = draw_one(logits + i * words, words, c[0], own, uniform, s.logprobs + r * s.logprob_width + made);
+        if (!closed[r] && made >= budget[r]) token = think_end[r];
+        closed[r] |= token == think_end[r];
+        tokens[i] = last[r] = s.tokens[r * s.token_width + made] = token;
+        const i64 *stops = s.stops + r * s.stop_count;
+        const bool stopped = std::find(stops, stops + s.stop_count, token) != stops + s.stop_count;
+        ++place[r];
+        ++count[r];
+        ended[i] = stopped ? 2 : count[r] >= limit[r] ? 1 : 0;
+    }
+    i64 &see_to = ended[rows] = 0;
+    for (i64 i = 0; i < rows; ++i) {
+        const i64 r = at[i];
+        see_to |= (ended[i] != 0) | (count[r] % s.window == 0 || count[r] >= std::min(s.token_width, s.logprob_width)) << 1 |
+                  (place[r] >= held[r] * s.block) << 2;
     }
 }
 
@@ -189,4 +237,7 @@ BOTH(void, past_attention, P, (q, q2, k, kb, kp, kg, k2, k2b, k2p, v, vb, vp, vg
 #define P(T) (const T *logits, i64 rows, i64 words, float temperature, float top_p, i64 top_k, float min_p,              \
               const float *uniform, i64 *token, float *logprob)
 BOTH(void, draw, P, (logits, rows, words, temperature, {top_p, top_k, min_p}, uniform, token, logprob))
+#undef P
+#define P(T) (const T *logits, i64 rows, i64 words, const i64 *at, const i64 *where, i64 *found)
+BOTH(void, extend, P, (logits, rows, words, at, where, found))
 #undef P

@@ -1,0 +1,42 @@
+"""The next token of running sequences in one call: drawn, noted, and who ends by it (cpu/decode.cpp).
+
+The reference is engine/choose.py, which does the same one array after the other.
+"""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, from_numpy
+
+from rorqual.kernels import cpu
+
+Integers = NDArray[np.int64]
+
+LENGTH, TOKEN = 1, 2  # why a sequence ends
+# What has to be seen to: some sequence has ended; lacks room for its next token, or a random number; lacks a block.
+ENDED, UNREADY, LACKING = 1, 2, 4
+
+
+class Extend:
+    """Where the arrays of engine/rows.py lie; to be made anew when one of them is."""
+
+    def __init__(
+        self, numbers: Integers, cuts: NDArray[np.float32], uniform: NDArray[np.float32], stops: Integers,
+        tokens: Integers, logprobs: NDArray[np.float32], block: int,
+    ) -> None:  # fmt: skip
+        """numbers [11, n]; cuts [·, 4]: temperature, top_p, top_k, min_p; uniform, stops, tokens, logprobs [n, ·];
+        block: places in one of the cache's.
+        """
+        self._kept = numbers, cuts, uniform, stops, tokens, logprobs
+        where = [x for array in self._kept for x in (array.ctypes.data, array.shape[1])]
+        self._where = torch.tensor([*where, block])
+
+    def __call__(self, at: Integers, logits: Tensor) -> tuple[Integers, Integers, int]:
+        """The sequences `at` [m] and their logits [m, V] → their tokens [m]; why each has ended, or 0 [m]; and what has
+        to be seen to.
+        """
+        m = len(at)
+        found = np.empty((2, m + 1), dtype=np.int64)
+        arguments = (logits.contiguous(), *logits.shape, from_numpy(at), self._where, from_numpy(found))
+        cpu.call("extend", logits.dtype, *arguments)
+        return found[0, :m], found[1, :m], int(found[1, m])
