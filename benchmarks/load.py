@@ -26,6 +26,7 @@ SAYS = re.compile(rb'"text": ?"[^"]')  # an event that brings some text
 class Ask:
     prompt: str
     tokens: int  # of the answer, whatever the model would rather
+    sampled: bool = False  # as R1 was evaluated, else greedy
 
 
 @dataclass
@@ -39,7 +40,7 @@ class Answer:
 Send = Callable[[int, Ask], Awaitable[Answer]]  # the first is the server's port
 
 
-def asks(count: int, seed: str, longest: tuple[int, int] = (384, 256)) -> list[Ask]:
+def asks(count: int, seed: str, longest: tuple[int, int] = (384, 256), sampled: bool = False) -> list[Ask]:
     """Lengths as in ShareGPT's conversations: log-normal, prompts of 6 and answers of 8 to `longest` words and tokens.
 
     Prompts are passages of a novella that comes with reasoning-gym: real words, so that every tokenizer has its usual
@@ -57,7 +58,7 @@ def asks(count: int, seed: str, longest: tuple[int, int] = (384, 256)) -> list[A
     for _ in range(count):
         said, wanted = length(80, 6, longest[0]), length(64, 8, longest[1])
         at = generator.randrange(len(words) - said)
-        found.append(Ask(" ".join(words[at : at + said]), wanted))
+        found.append(Ask(" ".join(words[at : at + said]), wanted, sampled))
     return found
 
 
@@ -65,7 +66,8 @@ def asks(count: int, seed: str, longest: tuple[int, int] = (384, 256)) -> list[A
 
 
 def _settings(ask: Ask) -> dict[str, Any]:
-    wanted = {"model": MODEL, "max_tokens": ask.tokens, "temperature": 0}
+    way = {"temperature": 0.6, "top_p": 0.95, "top_k": 0, "min_p": 0} if ask.sampled else {"temperature": 0}
+    wanted = {"model": MODEL, "max_tokens": ask.tokens} | way
     return wanted | {"stream": True, "stream_options": {"include_usage": True}}
 
 

