@@ -41,7 +41,7 @@ def test_rows_grow_by_the_same_tokens(seed):
         logits = 3 * torch.randn(len(at), WORDS, generator=generator)
         tokens, ended, some = choose.extend(compiled, at, logits)
         plain.prepare()
-        expected, why = choose._extend(plain, at, copy.deepcopy(logits))
+        expected, why = choose.extend_reference(plain, at, copy.deepcopy(logits))
         assert tokens.tolist() == expected.tolist()
         assert ended.tolist() == why.tolist()
         assert some == bool(why.any())

@@ -87,7 +87,7 @@ def extend(rows: Rows, at: Integers, logits: Tensor) -> tuple[Integers, Integers
         rows.unready, rows.lacking = bool(see_to & UNREADY), rows.lacking or bool(see_to & LACKING)
         some = bool(see_to & ENDED)
     else:
-        tokens, ended = _extend(rows, at, logits)
+        tokens, ended = extend_reference(rows, at, logits)
         some = True
     for i in rows.watched[at].nonzero()[0].tolist() if rows.any_watched else ():
         row = int(at[i])
@@ -96,7 +96,7 @@ def extend(rows: Rows, at: Integers, logits: Tensor) -> tuple[Integers, Integers
     return tokens, ended, some
 
 
-def _extend(rows: Rows, at: Integers, logits: Tensor) -> tuple[Integers, Integers]:
+def extend_reference(rows: Rows, at: Integers, logits: Tensor) -> tuple[Integers, Integers]:
     """What the compiled function does (kernels/extend.py)."""
     tokens, logprobs = draw_at(rows, at, logits)
     if rows.any_budget:
