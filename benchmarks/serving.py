@@ -83,7 +83,7 @@ def theirs(folder: Path) -> list[Contestant]:
 
 
 def closed(clients: int, count: int, seed: str, send: load.Send = load.light, sampled: bool = False) -> Work:
-    wanted = load.asks(count, f"{clients} {seed}", sampled=sampled)
+    wanted = load.asks(count, f"{clients} {seed}{' sampled' * sampled}", sampled=sampled)
     return lambda port: load.closed_loop(port, wanted, clients, send)
 
 
@@ -148,7 +148,7 @@ def run(field: Field, requests: dict[int, int], rounds: int) -> dict[str, Any]:
     for clients, count in requests.items():
         best = field.best(clients)
         found[f"c{clients}"] = field.rounds(best, partial(closed, clients, count), rounds if clients > 8 else 1)
-    found[f"c{clients}-sampled"] = field.rounds(best, partial(closed, clients, count, sampled=True), 1)
+    found[f"c{clients}-sampled"] = field.rounds(best, partial(closed, clients, count, sampled=True), rounds)
     rate = RATE * min(side["requests_per_second"] for side in found[f"c{clients}"].values())
     found["poisson"] = field.rounds(best, partial(by_chance, rate, count // 4), 1)
     # The client that people use costs the servers time; once, to see that it changes nothing else.
