@@ -9,8 +9,10 @@ MEASURE = r"""
 import re, sys
 from pathlib import Path
 from rorqual.kernels.lowbit import Packed
+from rorqual.process import release_memory
 memory = lambda field: 1024 * int(re.search(field + r":\s+(\d+)", Path("/proc/self/status").read_text())[1])
 load(sys.argv[2])  # libraries load their code at first use
+release_memory()
 before = memory("VmRSS")
 model = load(sys.argv[1])
 size = sum(p.nbytes for p in model.parameters())

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from rorqual.kernels import cpu
 from rorqual.kernels.draw import Cut, draw, draw_reference
 
 
@@ -50,6 +51,13 @@ def test_what_is_forbidden_is_never_drawn(cut):
     words, logprobs = draw(logits, cut, torch.tensor([0.0, 0.5, 1 - 2**-24]))
     assert set(words.tolist()) <= {300, 301, 900}
     assert logprobs.min() > -1.3
+
+
+@pytest.mark.skipif(cpu.capability() is None, reason="the reference divides by it")
+def test_the_smallest_temperature_is_nearly_none():
+    logits = torch.randn(20, 700, generator=torch.Generator().manual_seed(0))
+    for cut in (Cut(1e-45), Cut(1e-45, top_p=0.9), Cut(1e-30, top_k=3)):
+        assert torch.equal(draw(logits, cut, torch.rand(20))[0], logits.argmax(-1))
 
 
 def test_shares_are_the_probabilities():

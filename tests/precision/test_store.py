@@ -77,7 +77,9 @@ def test_slices_change_nothing(source, tmp_path, bits, monkeypatch):
 @pytest.mark.parametrize("stored", ["packed", "whole"])
 def test_loading_peaks_under_size_plus_a_fifth(tmp_path, bits, stored):
     large = GROUPED.replace(hidden_size=512, intermediate_size=2048, num_hidden_layers=24, vocab_size=50_000)
-    for name, config in (("large", large), ("small", GROUPED)):
+    # Products as large as the other's, for which libraries have code of their own, which counts as memory too.
+    small = large.replace(num_hidden_layers=1, vocab_size=290)
+    for name, config in (("large", large), ("small", small)):
         save_model(Transformer(config), tmp_path / "whole" / name)
         if stored == "packed":
             quantize(tmp_path / "whole" / name, tmp_path / "packed" / name, bits)

@@ -4,7 +4,7 @@ N out, K in, G groups of 32 inputs.
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +19,7 @@ from rorqual.model.attention import UpProjection
 from rorqual.model.checkpoint import EMBEDDING, open_release
 from rorqual.model.layers import Linear
 from rorqual.model.moe import Experts
+from rorqual.model.transformer import Layer
 from rorqual.precision.smooth import smooth, smoothing
 from rorqual.process import release_memory
 
@@ -102,8 +103,12 @@ def load_converted(path: Path, bits: Bits, dtype: torch.dtype) -> Transformer:
         rows = [release.rows(EMBEDDING, t, t + 1) for t in tokens.flatten().tolist()]
         return torch.cat(rows).view(*tokens.shape, -1)
 
-    layers = (release.layer(i) for i in range(model.config.num_hidden_layers))
-    factors = smoothing(model.config, embed, layers)
+    def layers() -> Iterator[Layer]:
+        for i in range(model.config.num_hidden_layers):
+            release_memory()  # what the one before took
+            yield release.layer(i)
+
+    factors = smoothing(model.config, embed, layers())
 
     def smoothed(name: str, numbers: Tensor) -> Tensor:
         numbers = numbers.to(dtype)

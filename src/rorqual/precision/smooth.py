@@ -69,6 +69,7 @@ def smoothing(config: ModelConfig, embed: Callable[[Tensor], Tensor], layers: It
             s = _powers_of_two(sizes[norm])
             factors[f"model.layers.{i}.{names[norm]}"] = 1 / s
             factors |= {f"model.layers.{i}.{names[reader]}": s for reader in READERS[norm] if reader in names}
+        del layer  # before the next one is read
     return factors
 
 

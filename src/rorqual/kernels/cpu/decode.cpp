@@ -116,7 +116,7 @@ Word last_left(const T *row, i64 words, const std::vector<float> &largest, float
 template <class T>
 i64 draw_one(const T *row, i64 words, float temperature, Cut cut, float uniform, float *logprob) {
     const bool greedy = temperature == 0.0f;
-    const float sharpness = greedy ? 1.0f : 1.0f / temperature;
+    const float sharpness = greedy ? 1.0f : std::min(1.0f / temperature, std::numeric_limits<float>::max());
     const i64 blocks = (words + SOME - 1) / SOME;
     std::vector<float> largest(blocks);
     std::vector<double> sums(blocks);
