@@ -4,26 +4,18 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from tiny import GROUPED, LATENT
 
 from rorqual.engine import Engine, SamplingParams
-from rorqual.model import ModelConfig, Transformer
+from rorqual.model import Transformer
 from rorqual.model.checkpoint import load_model
 from rorqual.model.gguf import import_model
 from rorqual.precision import lowbit
 from rorqual.precision.lowbit import convert
 from rorqual.precision.smooth import READERS, smooth
 
-LATENT = ModelConfig(
-    model_type="deepseek_v3", vocab_size=290, hidden_size=96, intermediate_size=96, num_hidden_layers=3,
-    num_attention_heads=4, q_lora_rank=96, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16,
-    n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2, moe_intermediate_size=40, first_k_dense_replace=1,
-    num_nextn_predict_layers=1, initializer_range=0.1, max_position_embeddings=64,
-)  # fmt: skip
-GROUPED = ModelConfig(
-    model_type="qwen2", vocab_size=290, hidden_size=96, intermediate_size=96, num_hidden_layers=2,
-    num_attention_heads=4, num_key_value_heads=2, initializer_range=0.1, max_position_embeddings=64,
-    rope_interleave=False, tie_word_embeddings=True, attention_bias=True,
-)  # fmt: skip
+WIDTH = 96
+WIDER = {"hidden_size": WIDTH, "initializer_range": 0.1}
 QUESTIONS = (
     "What is the capital of France?", "Name a fruit.", "How do I sort a list in Python?", "Who wrote Romeo and Juliet?",
     "Give me three tips for sleeping better.", "What is the largest planet?", "Is water wet?", "Tell me a joke.",
@@ -32,7 +24,10 @@ QUESTIONS = (
 )  # fmt: skip
 
 
-@pytest.fixture(params=[LATENT, GROUPED], ids=["latent", "grouped"])
+@pytest.fixture(
+    params=[LATENT.replace(q_lora_rank=WIDTH, num_nextn_predict_layers=1, **WIDER), GROUPED.replace(**WIDER)],
+    ids=["latent", "grouped"],
+)
 @torch.no_grad()
 def uneven(request):
     """A network whose norms make some channels large, of which those who read them make little."""
@@ -42,7 +37,7 @@ def uneven(request):
     for layer in range(model.config.num_hidden_layers):
         for norm, readers in READERS.items():
             if (name := f"model.layers.{layer}.{norm}.weight") in parameters:
-                channels = torch.where(torch.rand(96) < 0.05, 32.0, 1.0)
+                channels = torch.where(torch.rand(WIDTH) < 0.05, 32.0, 1.0)
                 parameters[name].mul_(channels)
                 for reader in readers:
                     for ending in ("", ".weight"):
@@ -53,7 +48,7 @@ def uneven(request):
 
 @torch.no_grad()
 def test_a_network_says_the_same_to_the_last_bit(uneven):
-    tokens = torch.randint(290, (2, 20))
+    tokens = torch.randint(60, (2, 20))
     before, weights = uneven.logits(tokens), {name: p.clone() for name, p in uneven.named_parameters()}
     smooth(uneven)
     assert torch.equal(uneven.logits(tokens), before)
@@ -77,7 +72,7 @@ def test_a_network_says_the_same_to_the_last_bit(uneven):
 @pytest.mark.parametrize(("bits", "share"), [("int8", 0.6), ("int4", 0.8)])
 @torch.no_grad()
 def test_less_is_lost_by_rounding(uneven, bits, share, monkeypatch):
-    tokens = torch.randint(290, (2, 20), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(60, (2, 20), generator=torch.Generator().manual_seed(0))
     before = uneven.logits(tokens)
     plain = Transformer(uneven.config)
     plain.load_state_dict(uneven.state_dict())
@@ -92,7 +87,7 @@ def test_channels_that_are_always_zero_do_no_harm(uneven):
     for name, p in uneven.named_parameters():
         if name.endswith("norm.weight"):
             p[::3] = 0
-    tokens = torch.randint(290, (2, 20))
+    tokens = torch.randint(60, (2, 20))
     before = uneven.logits(tokens)
     smooth(uneven)
     assert torch.equal(uneven.logits(tokens), before)

@@ -39,7 +39,10 @@ def draw(logits: Tensor, cut: Cut, uniform: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def draw_reference(logits: Tensor, cut: Cut, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    probs = (logits.float() / (cut.temperature or 1.0)).softmax(-1)
+    logits = logits.float()
+    # Below 0 before the division, of which the smallest temperatures make no numbers otherwise.
+    below = (logits - logits.amax(-1, keepdim=True)) / (max(cut.temperature, 1e-30) if cut.temperature else 1.0)
+    probs = below.softmax(-1)
     words = first_above(_left(probs, cut), uniform) if cut.temperature else logits.argmax(-1)
     return words, probs.gather(1, words[:, None]).squeeze(1).log()
 

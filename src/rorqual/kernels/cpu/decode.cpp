@@ -53,7 +53,7 @@ struct Word {
     bool operator<(const Word &o) const { return logit > o.logit || (logit == o.logit && number < o.number); }
 };
 
-// What of a vocabulary may be drawn, see engine/sampler.py.
+// What of a vocabulary may be drawn, see kernels/draw.py.
 struct Cut {
     float top_p;
     i64 top_k;
