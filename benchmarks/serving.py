@@ -24,7 +24,7 @@ from load import MODEL, Answer
 from rorqual.model.gguf import import_model, smollm2_file
 from servers import Contestant, Server
 
-REQUESTS = {1: 6, 8: 24, 32: 96}  # by how many clients there are at a time
+REQUESTS = {1: 6, 8: 24, 32: 128}  # by how many clients there are at a time
 RATE = 0.7  # of what the slowest side can do, for requests that come by chance
 ROUNDS = 3
 US = "rorqual"
@@ -77,7 +77,7 @@ def theirs(folder: Path) -> list[Contestant]:
         file = folder / f"{kind}.gguf"
         requantise(smollm2_file(), file, kind)
         slots = max(REQUESTS)
-        command = (peers.llama_server(), "-m", file, "-np", slots, "-c", 1024 * slots, "-t", 2)
+        command = (peers.llama_server(), "-m", file, "-np", slots, "-c", 2 * load.LONGEST * slots, "-t", 2)
         found.append(Contestant("llama.cpp", kind, command))
     return found
 
@@ -94,7 +94,7 @@ def by_chance(rate: float, count: int, seed: str) -> Work:
 
 def measure(server: Server, work: Work) -> Figures:
     """Warm a server up and measure; also the client's share of a core."""
-    asyncio.run(load.closed_loop(server.port, load.asks(2, "warm", (32, 8)), 2))
+    asyncio.run(load.closed_loop(server.port, load.asks(2, "warm", 32), 2))
     before = time.process_time()
     found = load.summary(asyncio.run(work(server.port)))
     return found | {"client_cores": (time.process_time() - before) / found["seconds"]}
