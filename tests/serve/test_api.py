@@ -134,7 +134,7 @@ SCHEMA = {
 
 def test_an_answer_of_a_given_schema_after_free_thoughts(client):
     answer = client.chat.completions.create(
-        model="tiny", messages=ASK, max_tokens=120, extra_body={"thinking_budget": 10},
+        model="tiny", messages=ASK, max_tokens=120, seed=1, extra_body={"thinking_budget": 10},
         response_format={"type": "json_schema", "json_schema": {"name": "s", "schema": SCHEMA}},
     ).choices[0]  # fmt: skip
     found = json.loads(answer.message.content)
@@ -155,7 +155,7 @@ def test_an_answer_of_a_given_schema_after_free_thoughts(client):
 )  # fmt: skip
 def test_structured_outputs(client, wanted, fits):
     answer = client.chat.completions.create(
-        **PLAIN | {"extra_body": NO_THINKING | {"structured_outputs": wanted}}, max_tokens=200
+        **PLAIN | {"extra_body": NO_THINKING | {"structured_outputs": wanted}}, max_tokens=200, seed=1
     )
     assert fits(answer.choices[0].message.content), answer.choices[0].message.content
 
@@ -203,7 +203,8 @@ def test_a_tool_that_must_be_called_is_called(client, stream):
 
 def test_stop_strings_end_the_answer_and_not_the_thoughts(client):
     body = {"thinking_budget": 6, "structured_outputs": {"grammar": 'start: "one;two;three"'}}
-    found = client.chat.completions.create(model="tiny", messages=ASK, max_tokens=60, stop=[";th"], extra_body=body)
+    settings = {"model": "tiny", "messages": ASK, "max_tokens": 60, "seed": 1, "stop": [";th"]}
+    found = client.chat.completions.create(**settings, extra_body=body)
     assert found.choices[0].message.content == "one;two"
     assert found.choices[0].finish_reason == "stop"
 
