@@ -94,6 +94,8 @@ class ThinkTokenizer:
 
     eos_token_id = 0
 
+    decoder = None
+
     @property
     def backend_tokenizer(self):
         return self

@@ -196,6 +196,8 @@ class Letters:
 
     eos_token_id = 0
 
+    decoder = None
+
     @property
     def backend_tokenizer(self):
         return self

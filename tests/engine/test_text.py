@@ -1,5 +1,7 @@
 """Text as it comes: whole characters, stop strings, thoughts apart."""
 
+import random
+
 import pytest
 
 from rorqual.data.tokenizer import train_tokenizer
@@ -50,3 +52,14 @@ def test_a_stop_string_counts_after_the_thoughts_only(tokenizer):
     stream = fed(tokenizer, "a;b</think>c;d", stop=(";",), thinking=True)
     assert (stream.reasoning, stream.content, stream.stopped) == ("a;b", "c", True)
     assert fed(tokenizer, "a;b", stop=(";",)).text == "a"
+
+
+def test_token_by_token_is_as_decoded_at_once(tokenizer):
+    """Bytes of every kind, most of them no characters; with whatever stands beside them."""
+    rng = random.Random(0)
+    for _ in range(200):
+        tokens = [rng.randrange(len(tokenizer)) for _ in range(rng.randrange(1, 30))]
+        stream = TextStream(tokenizer, ())
+        for end in range(1, len(tokens) + 1):
+            stream.feed(tokens[:end], last=end == len(tokens))
+        assert stream.text == tokenizer.decode(tokens, clean_up_tokenization_spaces=False)

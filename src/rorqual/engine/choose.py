@@ -89,10 +89,13 @@ def extend(rows: Rows, at: Integers, logits: Tensor) -> tuple[Integers, Integers
     else:
         tokens, ended = extend_reference(rows, at, logits)
         some = True
-    for i in rows.watched[at].nonzero()[0].tolist() if rows.any_watched else ():
-        row = int(at[i])
-        rows.samples[row].tokens.append(int(tokens[i]))
-        rows.samples[row].logprobs.append(float(rows.logprobs[row, rows.count[row] - 1]))
+    if rows.any_watched:
+        which = rows.watched[at].nonzero()[0]
+        row = at[which]
+        logprobs = rows.logprobs[row, rows.count[row] - 1]
+        for r, token, logprob in zip(row.tolist(), tokens[which].tolist(), logprobs.tolist(), strict=True):
+            rows.samples[r].tokens.append(token)
+            rows.samples[r].logprobs.append(logprob)
     return tokens, ended, some
 
 

@@ -15,7 +15,7 @@ from rorqual.engine.rows import Request, Sample
 from rorqual.engine.sampler import SamplingParams
 from rorqual.engine.scheduler import Counts, Scheduler
 from rorqual.engine.speculate import Way
-from rorqual.engine.text import TextStream
+from rorqual.engine.text import Spelling, TextStream
 from rorqual.errors import UserError
 from rorqual.model import Transformer
 
@@ -81,6 +81,7 @@ class Engine:
         self._texts: dict[Sample, TextStream] = {}
         self._compiler: Compiler | None = None
         self.think = None if tokenizer is None else thinking_tokens(tokenizer)
+        self._spelling = None if tokenizer is None else Spelling(tokenizer)
 
     # -- requests that come and go
 
@@ -241,7 +242,9 @@ class Engine:
     def _add(self, scheduler: Scheduler, request: Request) -> None:
         if request.watched and self.tokenizer is not None:
             for sample in request.samples:
-                self._texts[sample] = TextStream(self.tokenizer, request.params.stop, self.think, request.thinking)
+                self._texts[sample] = TextStream(
+                    self.tokenizer, request.params.stop, self.think, request.thinking, self._spelling
+                )
         scheduler.add(request)
 
     def _ready(self, requests: list[Request], at_least: int = 0) -> Scheduler:

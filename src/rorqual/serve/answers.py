@@ -1,5 +1,6 @@
 """Answers as OpenAI's clients read them, whole or in chunks, with DeepSeek's fields for reasoning and cache hits."""
 
+import json
 import time
 import uuid
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from rorqual.engine import Engine
 from rorqual.serve.tools import Call, CallReader
 from rorqual.serve.worker import Piece
 
+ENCODE = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps would make an encoder every time
 IMPOSSIBLE = -9999.0  # OpenAI's log-probability of what cannot be, such as what a grammar forbids; JSON has no infinity
 
 
@@ -66,11 +68,19 @@ class Head:
 
     def __post_init__(self) -> None:
         self.id, self.created = f"{self.prefix}-{uuid.uuid4().hex}", int(time.time())
+        chunk = self._body(self.kind + ".chunk" * self.kind.startswith("chat"), [])
+        self._begin = ENCODE(chunk).removesuffix("[]}")
 
-    def wrap(self, choices: list[dict[str, Any]], usage: Usage | None, chunk: bool) -> dict[str, Any]:
-        kind = self.kind + (".chunk" if chunk and self.kind.startswith("chat") else "")
-        body = {"id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": choices}
-        return body if usage is None else body | {"usage": usage.as_dict()}
+    def whole(self, choices: list[dict[str, Any]], usage: Usage) -> dict[str, Any]:
+        return self._body(self.kind, choices) | {"usage": usage.as_dict()}
+
+    def chunk(self, choices: list[dict[str, Any]], usage: Usage | None = None) -> str:
+        """As JSON; only the choices are written anew for every token."""
+        end = "" if usage is None else f', "usage": {ENCODE(usage.as_dict())}'
+        return f"{self._begin}{ENCODE(choices)}{end}}}"
+
+    def _body(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": choices}
 
 
 @dataclass
@@ -166,18 +176,19 @@ class TextChoice:
         self._note(tokens, logprobs, top)
 
     def take(self, piece: Piece) -> dict[str, Any] | None:
-        echo = self.echo if not self.tokens else ""
-        before = {name: len(values) for name, values in self.likely.items()} if self.tokens else {}
-        self.text += echo + piece.content
+        said = piece.content if self.tokens else self.echo + piece.content
+        before = {name: len(values) for name, values in self.likely.items()} if self.top is not None else {}
+        if not self.tokens:
+            before = dict.fromkeys(before, 0)  # the prompt's are shown with the first
+        self.text += said
         self.tokens += len(piece.tokens)
         self.reasoning_tokens = piece.reasoning_tokens
         self.finish = piece.finish
         self._note(piece.tokens, piece.logprobs, piece.top)
-        if not piece.content and not echo and self.finish is None and self.top is None:
+        if not said and self.finish is None and self.top is None:
             return None
-        likely = {name: values[before.get(name, 0) :] for name, values in self.likely.items()}
-        shown = None if self.top is None else likely
-        return {"index": self.index, "text": echo + piece.content, "logprobs": shown, "finish_reason": self.finish}
+        shown = None if self.top is None else {name: self.likely[name][start:] for name, start in before.items()}
+        return {"index": self.index, "text": said, "logprobs": shown, "finish_reason": self.finish}
 
     def whole(self) -> dict[str, Any]:
         likely = None if self.top is None else self.likely

@@ -113,7 +113,7 @@ def build_app(service: Service) -> FastAPI:
         if body.max_tokens == 0:
             for c in choices:
                 c.text, c.finish = c.echo, "length"
-            return JSONResponse(head.wrap([c.whole() for c in choices], Usage(sum(map(len, prompts))), chunk=False))
+            return JSONResponse(head.whole([c.whole() for c in choices], Usage(sum(map(len, prompts)))))
         return await answer(service, request, body, head, choices, prompts, params, started, raw=True)
 
     @app.get("/v1/models", response_model=shapes.ModelList, responses=shapes.problems(401))
@@ -202,7 +202,7 @@ async def answer(
             async with service.running(prompts, params, raw) as ticket:
                 async for piece in service.pieces(ticket, started):
                     choices[piece.index].take(piece)
-            return JSONResponse(head.wrap([c.whole() for c in choices], counted(ticket), chunk=False))
+            return JSONResponse(head.whole([c.whole() for c in choices], counted(ticket)))
 
         return await unless_gone(request.receive, whole())
 
@@ -212,17 +212,14 @@ async def answer(
     with_usage = body.stream_options is not None and body.stream_options.include_usage
 
     async def chunks() -> AsyncIterator[str]:
-        def event(shown: list[dict[str, Any]], usage: Usage | None = None) -> str:
-            return json.dumps(head.wrap(shown, usage, chunk=True), ensure_ascii=False)
-
         try:
             if not raw:
-                yield event([c.first() for c in choices])
+                yield head.chunk([c.first() for c in choices])
             async for piece in service.pieces(ticket, started):
                 if (shown := choices[piece.index].take(piece)) is not None:
-                    yield event([shown])
+                    yield head.chunk([shown])
             if with_usage:
-                yield event([], counted(ticket))
+                yield head.chunk([], counted(ticket))
         except ApiError as e:
             yield json.dumps(e.body())
         yield "[DONE]"

@@ -1,12 +1,34 @@
 """Figures for Prometheus."""
 
+from bisect import bisect_left
+from itertools import accumulate
+
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 
 from rorqual.engine import Engine
 
 SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
 BETWEEN = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1)
+
+
+class Between:
+    """A histogram; the library's takes ten times as long for a number, and here is one for every token."""
+
+    def __init__(self) -> None:
+        self._counts, self._sum = [0] * (len(BETWEEN) + 1), 0.0
+
+    def observe(self, seconds: float) -> None:
+        self._counts[bisect_left(BETWEEN, seconds)] += 1
+        self._sum += seconds
+
+    def family(self) -> HistogramMetricFamily:
+        return HistogramMetricFamily(
+            "rorqual_time_per_output_token_seconds",
+            "Between two tokens of an answer",
+            buckets=list(zip([*map(str, BETWEEN), "+Inf"], accumulate(self._counts), strict=True)),
+            sum_value=self._sum,
+        )
 
 
 class Metrics:
@@ -20,10 +42,7 @@ class Metrics:
             "rorqual_time_to_first_token_seconds", "From a request's arrival to its first token",
             buckets=SECONDS, registry=self.registry,
         )  # fmt: skip
-        self.between = Histogram(
-            "rorqual_time_per_output_token_seconds", "Between two tokens of an answer",
-            buckets=BETWEEN, registry=self.registry,
-        )  # fmt: skip
+        self.between = Between()
         self.whole = Histogram(
             "rorqual_request_seconds", "From a request's arrival to its last token",
             buckets=SECONDS, registry=self.registry,
@@ -31,7 +50,8 @@ class Metrics:
         self.registry.register(self)
 
     def collect(self):  # type: ignore[no-untyped-def]
-        """The engine's own, as prometheus_client wants them."""
+        """What is not the library's own, as prometheus_client wants it."""
+        yield self.between.family()
         now = self._engine.status()
         yield GaugeMetricFamily("rorqual_samples_running", "Samples that get a token every step", now.running)
         yield GaugeMetricFamily("rorqual_samples_waiting", "Samples that wait for a place", now.waiting)

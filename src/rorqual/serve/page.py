@@ -83,7 +83,7 @@ def page_of(service: Service) -> Any:
 
     async def stop(request: gr.Request) -> None:
         if (ticket := running.get(request.session_hash or "")) is not None:
-            ticket.pieces.put_nowait(Stopped())
+            ticket.put([Stopped()])
 
     def begun() -> tuple[Any, ...]:
         """A reply is on its way: it can be stopped, and nothing else begun."""

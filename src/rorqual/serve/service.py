@@ -148,16 +148,21 @@ class Service:
     async def pieces(self, ticket: Ticket, started: float) -> AsyncIterator[Piece]:
         """A ticket's pieces, timed; raises ApiError where it takes too long or the engine fails."""
         before: float | None = None
-        alarm = ticket.loop.call_later(self.left(started), ticket.pieces.put_nowait, self._late())
+        left = ticket.samples
+        alarm = ticket.loop.call_later(self.left(started), ticket.put, [self._late()])
         try:
-            async for piece in ticket:
-                now = time.monotonic()
-                if before is None:
-                    self.metrics.first.observe(now - started)
-                elif ticket.samples == 1:
-                    self.metrics.between.observe(now - before)
-                before = now
-                yield piece
+            while left:
+                for piece in await ticket.fetch():
+                    if isinstance(piece, Exception):
+                        raise piece
+                    now = time.monotonic()
+                    if before is None:
+                        self.metrics.first.observe(now - started)
+                    elif ticket.samples == 1:
+                        self.metrics.between.observe(now - before)
+                    before = now
+                    left -= piece.finish is not None
+                    yield piece
         except Failed as e:
             raise failed(e) from e
         finally:

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +39,7 @@ class Piece:
 
 
 class Ticket:
-    """Prompts on their way, with one setting for all. Iterate over it for the pieces, until every sample has finished.
+    """Prompts on their way, with one setting for all. Its pieces are to be fetched until every sample has finished.
 
     raw: the text as it is, thinking and answer in one. Must be closed (Worker.close) in any case.
     """
@@ -48,7 +48,8 @@ class Ticket:
         self.prompts, self.params, self.raw = prompts, params, raw
         self.loop = asyncio.get_running_loop()
         self.accepted: asyncio.Future[None] = self.loop.create_future()  # UserError for a prompt that cannot be
-        self.pieces: asyncio.Queue[Piece | Exception] = asyncio.Queue()
+        self._come: list[Piece | Exception] = []
+        self._awaited: asyncio.Future[None] | None = None
         self.requests: list[Request] = []
         self.said: dict[Sample, tuple[int, int, int]] = {}  # characters and tokens handed on
         self.cached = 0  # tokens of the prompts found in the cache
@@ -57,14 +58,19 @@ class Ticket:
     def samples(self) -> int:
         return len(self.prompts) * self.params.n
 
-    async def __aiter__(self) -> AsyncIterator[Piece]:
-        left = self.samples
-        while left:
-            piece = await self.pieces.get()
-            if isinstance(piece, Exception):
-                raise piece
-            left -= piece.finish is not None
-            yield piece
+    def put(self, pieces: list[Piece | Exception]) -> None:
+        """In the loop's thread. An exception is raised in whoever reads the pieces."""
+        self._come += pieces
+        if self._awaited is not None and not self._awaited.done():
+            self._awaited.set_result(None)
+
+    async def fetch(self) -> list[Piece | Exception]:
+        """What has come since the last time, as soon as there is anything. A queue would take several times as long."""
+        if not self._come:
+            self._awaited = self.loop.create_future()
+            await self._awaited
+        come, self._come = self._come, []
+        return come
 
 
 class Worker:
@@ -225,8 +231,7 @@ def _hand(grown: "dict[Ticket, list[Piece | Exception]]") -> None:
         def put(loop: asyncio.AbstractEventLoop = loop) -> None:
             for ticket, pieces in grown.items():
                 if ticket.loop is loop:
-                    for piece in pieces:
-                        ticket.pieces.put_nowait(piece)
+                    ticket.put(pieces)
 
         _call(loop, put)
 
