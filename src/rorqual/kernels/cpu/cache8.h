@@ -59,18 +59,19 @@ struct Blocks8 {
 // Quantised queries → scores [count, stride] of all places, and weights → sums of values [count, width] (past8.h).
 using Score8 = void (*)(const Quantised &queries, i64 count, const Blocks8 &keys, const Blocks8 &values, float scale,
                         float *scores, i64 stride);
-using Mix8 = void (*)(const float *weights, i64 stride, i64 count, const Blocks8 &values, i64 width, float *out);
+using Mix8 = void (*)(const float *weights, i64 stride, i64 count, const Blocks8 &values, const Blocks8 &then, i64 width,
+                      float *out);
 extern "C" const Score8 score8;
 extern "C" const Mix8 mix8;
 
 namespace {
 
-// As `attend` of attend.h, with quantised queries [rows · share].
-inline void attend8(const Quantised &queries, const Blocks8 &k, const Blocks8 &v, i64 places, i64 rows, i64 share, i64 width,
-                    float scale, float *weights, i64 stride, float *out) {
+// As `attend` of attend.h, with quantised queries [rows · share]. `then`: keys that are read next, asked for in time.
+inline void attend8(const Quantised &queries, const Blocks8 &k, const Blocks8 &v, const Blocks8 &then, i64 places, i64 rows,
+                    i64 share, i64 width, float scale, float *weights, i64 stride, float *out) {
     score8(queries, rows * share, k, v, scale, weights, stride);
     softmax(weights, stride, places, rows, share);
-    mix8(weights, stride, rows * share, v, width, out);
+    mix8(weights, stride, rows * share, v, then, width, out);
 }
 
 }  // namespace

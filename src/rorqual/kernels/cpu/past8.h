@@ -35,7 +35,8 @@ TARGET void score_some(const Group *queries, i64 groups, const Blocks8 &keys, co
 // N heads' weighted sums of 32 numbers of the values, which are at `values`. A weight times its value's scale becomes a
 // byte, with a scale for the places of CHUNK blocks: places far from the heaviest keep their share of the bits.
 template <int N>
-TARGET void mix_some(const float *weights, i64 stride, const Blocks8 &values, i64 ahead, i64 width, i64 some, float *out) {
+TARGET void mix_some(const float *weights, i64 stride, const Blocks8 &values, const Blocks8 &then, i64 ahead, i64 width,
+                     i64 some, float *out) {
     constexpr i64 CHUNK = 4;
     typedef uint8_t small __attribute__((vector_size(16)));
     const auto greater = [](auto a, auto b) { return a > b ? a : b; };
@@ -47,7 +48,11 @@ TARGET void mix_some(const float *weights, i64 stride, const Blocks8 &values, i6
         lanes scales[CHUNK];
         for (i64 b = 0; b < blocks; ++b) {
             scales[b] = halves_at(values[first + b] + SCALES8);
-            if (const i64 later = first + b + AHEAD8; later < values.count) ask(values[later], ahead);
+            const i64 later = first + b + AHEAD8, after = later - values.count;
+            if (after < 0)
+                ask(values[later], ahead);
+            else if (after < then.count)
+                ask(then[after], ahead);
         }
         UNROLL for (int n = 0; n < N; ++n) {
             lanes x[CHUNK];
@@ -108,12 +113,13 @@ TARGET void score_queries(const Quantised &queries, i64 count, const Blocks8 &ke
     });
 }
 
-TARGET void mix_queries(const float *weights, i64 stride, i64 count, const Blocks8 &values, i64 width, float *out) {
+TARGET void mix_queries(const float *weights, i64 stride, i64 count, const Blocks8 &values, const Blocks8 &then, i64 width,
+                        float *out) {
     for (i64 g = 0; g * GROUP < width; ++g) {
         const Blocks8 here{values.store + g * RECORD8, values.block, values.table, values.count};
         const i64 some = std::min(GROUP, width - g * GROUP);
         by_queries(count, std::make_index_sequence<6>(), [&](i64 first, auto n) {
-            mix_some<n>(weights + first * stride, stride, here, g == 0 ? (width + GROUP - 1) / GROUP * RECORD8 : 0, width, some, out + first * width + g * GROUP);
+            mix_some<n>(weights + first * stride, stride, here, then, g == 0 ? (width + GROUP - 1) / GROUP * RECORD8 : 0, width, some, out + first * width + g * GROUP);
         });
     }
 }

@@ -270,7 +270,12 @@ class Decoding {
                 team.share(rows * G, write);
                 meet();
             }
-            const auto one_group = [&](i64 task) {
+            const auto blocks = [&](const T *store, i64 task) {
+                const i64 last = all.runs[task / G + 1] - 1;
+                return Blocks8{reinterpret_cast<const uint8_t *>(store) + task % G * head8, G * head8, all.pasts.table(last),
+                               (all.pasts.lengths[last] + L - 1) / L};
+            };
+            const auto one_group = [&](i64 task, i64 next) {
                 const i64 g = task % G, first = all.runs[task / G], end = all.runs[task / G + 1], count = end - first;
                 const i64 place = G * W, block = all.pasts.block * place, places = all.pasts.lengths[end - 1];
                 const int32_t *table = all.pasts.table(end - 1);
@@ -284,11 +289,8 @@ class Decoding {
                 }
                 float *out = count == 1 ? all.o + (first * net.heads + g * share) * W : outputs;
                 if (net.eight) {
-                    const auto blocks = [&](const T *store) {
-                        return Blocks8{reinterpret_cast<const uint8_t *>(store) + g * head8, G * head8, table, (places + L - 1) / L};
-                    };
-                    attend8(few, blocks(layer.a), blocks(layer.b), places, count, share, W, all.numbers.scale, weights, stride,
-                            out);
+                    attend8(few, blocks(layer.a, task), blocks(layer.b, task), next < 0 ? Blocks8{} : blocks(layer.a, next), places,
+                            count, share, W, all.numbers.scale, weights, stride, out);
                 } else {
                     const Places<T> k{layer.a + g * W, block, place, table, places, all.pasts.shift()};
                     const Places<T> v{layer.b + g * W, block, place, table, places, k.shift};
@@ -299,8 +301,8 @@ class Decoding {
             };
             // A sequence's groups lie side by side in memory: the thread that reads one has half of the next.
             const i64 tasks = (i64(all.runs.size()) - 1) * G;
-            team.share_some(tasks, tasks >= 8 * G ? G : 1, [&](i64 start, i64 end, i64) {
-                for (i64 task = start; task < end; ++task) one_group(task);
+            team.share_some(tasks, tasks >= 8 * G ? G : 1, [&](i64 start, i64 end, i64 next) {
+                for (i64 task = start; task < end; ++task) one_group(task, task + 1 < end ? task + 1 : next);
             });
             meet(&layer.o);
             add_heads(layer);
