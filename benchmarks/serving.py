@@ -24,7 +24,7 @@ from load import MODEL, Answer
 from rorqual.model.gguf import import_model, smollm2_file
 from servers import Contestant, Server
 
-REQUESTS = {1: 6, 8: 24, 32: 128}  # by how many clients there are at a time
+REQUESTS = {1: 6, 8: 24, 32: 96}  # by how many clients there are at a time
 RATE = 0.7  # of what the slowest side can do, for requests that come by chance
 ROUNDS = 3
 US = "rorqual"
