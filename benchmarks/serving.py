@@ -76,8 +76,9 @@ def theirs(folder: Path) -> list[Contestant]:
     for kind in ("Q4_0", "Q8_0"):
         file = folder / f"{kind}.gguf"
         requantise(smollm2_file(), file, kind)
-        slots = max(REQUESTS)
-        command = (peers.llama_server(), "-m", file, "-np", slots, "-c", 2 * load.LONGEST * slots, "-t", 2)
+        # Without its store of old prompts, which takes up to 8 GB and would find none here again.
+        room = ("-np", max(REQUESTS), "-c", 2 * load.LONGEST * max(REQUESTS), "--cache-ram", 0)
+        command = (peers.llama_server(), "-m", file, "-t", 2, *room)
         found.append(Contestant("llama.cpp", kind, command))
     return found
 
