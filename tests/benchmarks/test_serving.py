@@ -98,9 +98,16 @@ def test_answers_of_another_length_are_not_compared(load):
 def test_requests_are_the_same_for_everybody_and_within_bounds(load):
     first = load.asks(200, "a")
     assert first == load.asks(200, "a") != load.asks(200, "b")
-    words, tokens = [len(a.prompt.split()) for a in first], [a.tokens for a in first]
-    assert min(words) >= 6
-    assert (max(words), min(tokens), max(tokens)) == (384, 8, 256)
+    assert max(len(a.prompt.split()) for a in load.asks(200, "c", 20)) == 15
+    many = load.asks(4000, "a")
+    words, tokens = [len(a.prompt.split()) for a in many], [a.tokens for a in many]
+    assert min(words) >= 3
+    assert min(tokens) >= 4
+    assert max(words) == 770
+    assert max(tokens) == 1024
+    # ShareGPT's averages, in SmolLM2's tokens.
+    assert abs(1.33 * sum(words) / len(words) - 215) < 12
+    assert abs(sum(tokens) / len(tokens) - 198) < 12
 
 
 def test_closed_loop_keeps_so_many_under_way(load):
@@ -187,7 +194,7 @@ def test_our_server_is_measured(module, servers, load, tmp_path):
         (Path(sys.executable).parent / "rorqual", "serve", tmp_path / "tiny", "--name", load.MODEL, "--no-page"),
     )  # fmt: skip
     with servers.Server(contestant) as server:
-        wanted = load.asks(6, "few", (20, 16))
+        wanted = load.asks(6, "few", 16)
         found = serving.measure(server, lambda port: load.closed_loop(port, wanted, 3))
     assert found["answer_tokens"] == sum(a.tokens for a in wanted)
     assert found["prompt_tokens"] == sum(len(tokenizer(a.prompt).input_ids) for a in wanted)
@@ -200,7 +207,8 @@ def test_our_server_is_measured(module, servers, load, tmp_path):
 def test_quick_run_measures_our_formats():
     command = [sys.executable, str(FOLDER / "serving.py"), "--quick", "--json"]
     found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
-    assert set(found["figures"]["loads"]) == {"c1", "c8", "poisson", "c8-openai"}
-    assert set(found["figures"]["tried_tokens_per_second"]) == {"rorqual int4", "rorqual int8", "rorqual Q4_1"}
+    assert set(found["figures"]["loads"]) == {"c1", "c8", "c8-sampled", "poisson", "c8-openai"}
+    formats = ("int4, cache int8", "int8, cache int8", "int8, cache bf16")
+    assert set(found["figures"]["tried_tokens_per_second"]) == {f"rorqual {f}" for f in formats}
     for load in found["figures"]["loads"].values():
         assert load["rorqual"]["tokens_per_second"] > 0
