@@ -10,7 +10,7 @@ from tiny import GROUPED, LATENT, greedy_by_full_passes
 from rorqual.engine import Engine, SamplingParams
 from rorqual.engine.blocks import BLOCK
 from rorqual.engine.cache import block_bytes
-from rorqual.engine.text import TextStream
+from rorqual.engine.text import Speller, TextStream
 from rorqual.errors import UserError
 from rorqual.model import Transformer
 
@@ -223,7 +223,7 @@ def test_stop_strings_end_the_text_before_them_and_never_show(model, prompts):
 
 
 def test_text_comes_in_whole_characters():
-    stream = TextStream(Letters(), stop=("nop",))
+    stream = TextStream(Speller(Letters()), stop=("nop",))
     tokens, shown = [], []
     for t in [1, 59, 58, 13, 14, 2, 59, 13, 14, 15, 3]:
         tokens.append(t)

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from rorqual.data.tokenizer import train_tokenizer
-from rorqual.engine.text import TextStream
+from rorqual.engine.text import Speller, TextStream
 from rorqual.recipe import TokenizerSection
 
 
@@ -18,7 +18,7 @@ def fed(tokenizer, said, stop=(), thinking=False, step=1):
     """The stream after `said`, and whether what it had shown ever had to be taken back."""
     tokens = tokenizer(said).input_ids
     vocabulary = tokenizer.get_vocab()
-    stream = TextStream(tokenizer, stop, (vocabulary["<think>"], vocabulary["</think>"]), thinking)
+    stream = TextStream(Speller(tokenizer), stop, (vocabulary["<think>"], vocabulary["</think>"]), thinking)
     for end in [*range(step, len(tokens), step), len(tokens)]:
         before = stream.reasoning, stream.content
         stream.feed(tokens[:end], last=end == len(tokens))
@@ -59,7 +59,7 @@ def test_token_by_token_is_as_decoded_at_once(tokenizer):
     rng = random.Random(0)
     for _ in range(200):
         tokens = [rng.randrange(len(tokenizer)) for _ in range(rng.randrange(1, 30))]
-        stream = TextStream(tokenizer, ())
+        stream = TextStream(Speller(tokenizer), ())
         for end in range(1, len(tokens) + 1):
             stream.feed(tokens[:end], last=end == len(tokens))
         assert stream.text == tokenizer.decode(tokens, clean_up_tokenization_spaces=False)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from rorqual.engine.rows import Request, Sample
 from rorqual.engine.sampler import SamplingParams
 from rorqual.engine.scheduler import Counts, Scheduler
 from rorqual.engine.speculate import Way
-from rorqual.engine.text import Spelling, TextStream
+from rorqual.engine.text import Speller, TextStream
 from rorqual.errors import UserError
 from rorqual.model import Transformer
 
@@ -81,7 +82,6 @@ class Engine:
         self._texts: dict[Sample, TextStream] = {}
         self._compiler: Compiler | None = None
         self.think = None if tokenizer is None else thinking_tokens(tokenizer)
-        self._spelling = None if tokenizer is None else Spelling(tokenizer)
 
     # -- requests that come and go
 
@@ -239,12 +239,14 @@ class Engine:
         guide = None if params.grammar is None else self._guide(params.grammar, thinking)
         return Request(ids, params, room, seed, stops, think_end, bool(params.stop), thinking, guide)
 
+    @cached_property
+    def _speller(self) -> Speller:
+        return Speller(self.tokenizer)
+
     def _add(self, scheduler: Scheduler, request: Request) -> None:
         if request.watched and self.tokenizer is not None:
             for sample in request.samples:
-                self._texts[sample] = TextStream(
-                    self.tokenizer, request.params.stop, self.think, request.thinking, self._spelling
-                )
+                self._texts[sample] = TextStream(self._speller, request.params.stop, self.think, request.thinking)
         scheduler.add(request)
 
     def _ready(self, requests: list[Request], at_least: int = 0) -> Scheduler:

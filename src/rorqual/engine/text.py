@@ -8,24 +8,28 @@ UNFINISHED = "\ufffd"  # what a character decodes to while bytes of it are missi
 AGAIN = 8  # tokens before the new ones that are decoded with them, since a tokenizer may join what stands side by side
 
 
-class Spelling:
-    """What a token reads whatever stands beside it, as it does in byte-level vocabularies; None for part of a
-    character, and everywhere else.
-    """
+class Speller:
+    """Text of tokens, for any number of streams."""
 
     def __init__(self, tokenizer: Any) -> None:
+        # Not the tokenizer's own decode, which takes several times as long around this one.
         self._tokenizer = tokenizer.backend_tokenizer
         self._alone = isinstance(self._tokenizer.decoder, ByteLevel)
         self._known: dict[int, str | None] = {}
 
-    def __call__(self, token: int) -> str | None:
+    def decode(self, tokens: list[int]) -> str:
+        return self._tokenizer.decode(tokens, skip_special_tokens=False)
+
+    def alone(self, token: int) -> str | None:
+        """What a token reads whatever stands beside it, as in byte-level vocabularies; None for part of a character,
+        and in other vocabularies.
+        """
         if not self._alone:
             return None
-        try:
-            return self._known[token]
-        except KeyError:
-            text = self._tokenizer.decode([token], skip_special_tokens=False)
-            return self._known.setdefault(token, None if UNFINISHED in text else text)
+        if token not in self._known:
+            text = self.decode([token])
+            self._known[token] = None if UNFINISHED in text else text
+        return self._known[token]
 
 
 class TextStream:
@@ -33,17 +37,13 @@ class TextStream:
 
     `text` is all that was shown; `stopped` says that a stop string came, before which the text ends. `think`: the
     tokens that open and close thinking, where the model has them; `thinking`: the prompt has opened it. Stop strings
-    count in the answer only: what ends an answer, say an empty line, is common in thoughts. spelling: the tokenizer's,
-    which several streams may share.
+    count in the answer only: what ends an answer, say an empty line, is common in thoughts.
     """
 
     def __init__(
-        self, tokenizer: Any, stop: tuple[str, ...], think: tuple[int, int] | None = None, thinking: bool = False,
-        spelling: Spelling | None = None,
-    ) -> None:  # fmt: skip
-        # Not the tokenizer's own decode, which takes several times as long around this one.
-        self._tokenizer, self._stop, self._think = tokenizer.backend_tokenizer, stop, think
-        self._spelling = spelling or Spelling(tokenizer)
+        self, speller: Speller, stop: tuple[str, ...], think: tuple[int, int] | None = None, thinking: bool = False
+    ) -> None:
+        self._speller, self._stop, self._think = speller, stop, think
         self._read = 0  # tokens that are in _whole
         self._whole = ""  # decoded, shown or held back
         self.text = ""
@@ -65,15 +65,17 @@ class TextStream:
         """last: no more will come, so what was held back is shown."""
         if self.stopped:
             return ""
-        if len(tokens) - self._read == 1 and (spelt := self._spelling(tokens[-1])) is not None:
+        if len(tokens) - self._read == 1 and (spelt := self._speller.alone(tokens[-1])) is not None:
             self._whole += spelt  # a tenth of the time of decoding
         else:
             start = max(0, self._read - AGAIN)
-            before, after = self._decode(tokens[start : self._read]), self._decode(tokens[start:])
+            before, after = self._speller.decode(tokens[start : self._read]), self._speller.decode(tokens[start:])
             if after.endswith(UNFINISHED) and not last and len(tokens) - self._read < 8:  # no character is longer
                 return ""
             # Usually the new text follows; where the tokenizer reads the old tokens differently now, everything counts.
-            self._whole = self._whole + after[len(before) :] if after.startswith(before) else self._decode(tokens)
+            self._whole = (
+                self._whole + after[len(before) :] if after.startswith(before) else self._speller.decode(tokens)
+            )
         self._split(tokens)
         self._read = len(tokens)
         first = self._answer
@@ -92,7 +94,7 @@ class TextStream:
             return
         opens, closes = self._think
         if self._read == 0 and tokens and tokens[0] == opens:
-            self.thinking, self._thoughts = True, slice(len(self._decode(tokens[:1])), None)
+            self.thinking, self._thoughts = True, slice(len(self._speller.decode(tokens[:1])), None)
         elif self._read == 0 and self.thinking:
             self._thoughts = slice(0, None)
         if not self.thinking:
@@ -101,8 +103,8 @@ class TextStream:
         if closes in tokens[self._read :]:
             at = tokens.index(closes)
             self.thinking, self.reasoning_tokens = False, at - began
-            self._thoughts = slice(self._thoughts.start, len(self._decode(tokens[:at])))
-            self._answer = len(self._decode(tokens[: at + 1]))
+            self._thoughts = slice(self._thoughts.start, len(self._speller.decode(tokens[:at])))
+            self._answer = len(self._speller.decode(tokens[: at + 1]))
         else:
             self.reasoning_tokens = len(tokens) - began
 
@@ -115,6 +117,3 @@ class TextStream:
             if any(s.startswith(self._whole[-count:]) for s in self._stop):
                 return count
         return 0
-
-    def _decode(self, tokens: list[int]) -> str:
-        return self._tokenizer.decode(tokens, skip_special_tokens=False)

@@ -176,19 +176,19 @@ class TextChoice:
         self._note(tokens, logprobs, top)
 
     def take(self, piece: Piece) -> dict[str, Any] | None:
-        said = piece.content if self.tokens else self.echo + piece.content
-        before = {name: len(values) for name, values in self.likely.items()} if self.top is not None else {}
-        if not self.tokens:
-            before = dict.fromkeys(before, 0)  # the prompt's are shown with the first
+        said, likely = piece.content if self.tokens else self.echo + piece.content, None
+        if self.top is not None:
+            # With the first piece the prompt's are shown too.
+            before = {name: len(values) if self.tokens else 0 for name, values in self.likely.items()}
+            self._note(piece.tokens, piece.logprobs, piece.top)
+            likely = {name: self.likely[name][start:] for name, start in before.items()}
         self.text += said
         self.tokens += len(piece.tokens)
         self.reasoning_tokens = piece.reasoning_tokens
         self.finish = piece.finish
-        self._note(piece.tokens, piece.logprobs, piece.top)
-        if not said and self.finish is None and self.top is None:
+        if not said and self.finish is None and likely is None:
             return None
-        shown = None if self.top is None else {name: self.likely[name][start:] for name, start in before.items()}
-        return {"index": self.index, "text": said, "logprobs": shown, "finish_reason": self.finish}
+        return {"index": self.index, "text": said, "logprobs": likely, "finish_reason": self.finish}
 
     def whole(self) -> dict[str, Any]:
         likely = None if self.top is None else self.likely

@@ -117,9 +117,9 @@ TARGET void mix_queries(const float *weights, i64 stride, i64 count, const Block
                         float *out) {
     for (i64 g = 0; g * GROUP < width; ++g) {
         const Blocks8 here{values.store + g * RECORD8, values.block, values.table, values.count};
-        const i64 some = std::min(GROUP, width - g * GROUP);
+        const i64 some = std::min(GROUP, width - g * GROUP), ahead = g == 0 ? Quantised::groups_of(width) * RECORD8 : 0;
         by_queries(count, std::make_index_sequence<6>(), [&](i64 first, auto n) {
-            mix_some<n>(weights + first * stride, stride, here, then, g == 0 ? (width + GROUP - 1) / GROUP * RECORD8 : 0, width, some, out + first * width + g * GROUP);
+            mix_some<n>(weights + first * stride, stride, here, then, ahead, width, some, out + first * width + g * GROUP);
         });
     }
 }
