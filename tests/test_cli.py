@@ -197,6 +197,12 @@ def test_eval_in_an_unknown_precision(rorqual, tmp_path):
     assert "bfloat16" in err
 
 
+@pytest.mark.parametrize("command", ["serve", "chat", "generate"])
+def test_guessing_in_an_unknown_way(rorqual, tmp_path, command):
+    status, _, err = rorqual(command, tmp_path, "--speculate", "magic")
+    one_sentence((status, "", err), "--speculate 'magic'", "lookup, mtp, none")
+
+
 def test_serving_with_an_unknown_cache(rorqual, tmp_path):
     status, _, err = rorqual("serve", tmp_path, "--cache-format", "int3")
     assert status != 0

@@ -33,8 +33,11 @@ MaxTokens = Annotated[int | None, typer.Option(help="tokens to make at most; def
 ThinkingBudget = Annotated[int | None, typer.Option(help="close </think> after so many tokens")]
 Weights = Annotated[str | None, typer.Option(help="pack the weights into int4 or int8 while loading")]
 Speculate = Annotated[
-    str | None,
-    typer.Option(help="check guesses together: mtp (the model's multi-token module) or lookup (what came before)"),
+    str,
+    typer.Option(
+        help="check guesses together: lookup (what came before), mtp (the model's multi-token module) or none; "
+        "auto: lookup where weights are packed"
+    ),
 ]
 ModelDir = Annotated[
     str, typer.Argument(metavar="MODEL", help="a Hugging Face directory, a run's folder or a .gguf file")
@@ -197,7 +200,7 @@ def generate(
     thinking_budget: ThinkingBudget = None,
     seed: Annotated[int | None, typer.Option(help="the same seed gives the same text")] = None,
     weights: Weights = None,
-    speculate: Speculate = None,
+    speculate: Speculate = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Continue a prompt once; --json adds tokens and timings."""
@@ -205,6 +208,7 @@ def generate(
     from rorqual.engine.recommended import recommended
     from rorqual.terminal import loading, read_prompt, templated, timed
 
+    bits, way = _bits(weights), _way(speculate)
     directory = _directory(model)
     params = recommended(
         directory, temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=seed,
@@ -213,7 +217,7 @@ def generate(
     said = read_prompt(prompt)
     started = time.monotonic()
     with loading(directory):
-        engine = Engine(directory, weights=_bits(weights), speculate=_way(speculate))
+        engine = Engine(directory, weights=bits, speculate=way)
     loaded = time.monotonic()
     text = said if raw else templated(engine, [{"role": "user", "content": said.rstrip("\n")}])
     if as_json:
@@ -233,19 +237,20 @@ def chat(
     max_tokens: MaxTokens = None,
     thinking_budget: ThinkingBudget = None,
     weights: Weights = None,
-    speculate: Speculate = None,
+    speculate: Speculate = "auto",
 ) -> None:
     """Talk to a model; Ctrl-C stops a reply, Ctrl-D ends."""
     from rorqual.engine import Engine
     from rorqual.engine.recommended import recommended
     from rorqual.terminal import loading, talk
 
+    bits, way = _bits(weights), _way(speculate)
     directory = _directory(model)
     params = recommended(
         directory, temperature=temperature, top_p=top_p, max_tokens=max_tokens, thinking_budget=thinking_budget
     )
     with loading(directory):  # a turn need not read the conversation again, and Ctrl-C waits for a piece of it only
-        engine = Engine(directory, prefix_cache=True, chunk=512, weights=_bits(weights), speculate=_way(speculate))
+        engine = Engine(directory, prefix_cache=True, chunk=512, weights=bits, speculate=way)
     talk(engine, params, system)
 
 
@@ -266,7 +271,7 @@ def serve(
     cache_format: Annotated[
         str | None, typer.Option(help="int8: half the memory for the past, and less to read; default: as computed")
     ] = None,
-    speculate: Speculate = None,
+    speculate: Speculate = "auto",
     page: Annotated[bool, typer.Option(help="a chat page at /")] = True,
 ) -> None:
     """Serve a model behind OpenAI's API (and DeepSeek's reasoning_content); SIGTERM finishes what was accepted."""
@@ -287,12 +292,13 @@ def serve(
         _choice("--cache-format", cache_format, ("int8",))
     keys = read_keys(api_keys)
     check_address(host, keys, anonymous)
+    bits, way = _bits(weights), _way(speculate)
     directory = _directory(model)
     listening = bind(host, port)
     with loading(directory):
         engine = Engine(
             directory, slots=slots, cache_bytes=int(cache_gb * 2**30), prefix_cache=True,
-            dtype=dtype and getattr(torch, dtype), weights=_bits(weights), chunk=512, speculate=_way(speculate),
+            dtype=dtype and getattr(torch, dtype), weights=bits, chunk=512, speculate=way,
             cache_dtype=cache_format and getattr(torch, cache_format),
         )  # fmt: skip
     called = name or (directory.parent if directory.name == "model" else directory).resolve().name.removesuffix(".gguf")
@@ -373,10 +379,9 @@ def _bits(weights: str | None) -> Any:
     return weights
 
 
-def _way(speculate: str | None) -> Any:
-    if speculate is not None:
-        _choice("--speculate", speculate, ("mtp", "lookup"))
-    return speculate
+def _way(speculate: str) -> Any:
+    _choice("--speculate", speculate, ("auto", "lookup", "mtp", "none"))
+    return None if speculate == "none" else speculate
 
 
 def _choice(option: str, value: str, allowed: tuple[str, ...]) -> None:

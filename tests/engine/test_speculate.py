@@ -8,7 +8,8 @@ from tiny import GROUPED, LATENT
 
 from rorqual.engine import Engine, SamplingParams
 from rorqual.engine.cache import block_bytes
-from rorqual.engine.speculate import Lookup
+from rorqual.engine.rows import DRAFTS
+from rorqual.engine.speculate import Lookup, least_trust
 from rorqual.errors import UserError
 from rorqual.model import Transformer
 from rorqual.precision.lowbit import convert
@@ -111,10 +112,64 @@ def test_a_module_that_is_not_there():
 
 
 def test_look_up():
-    lookup = Lookup((1, 2, 3, 4, 5, 6, 2, 3))
-    assert lookup.guess() == [4, 5, 6, 2]
+    lookup = Lookup((1, 2, 3, 4, 5, 6, 7, 2, 3, 4))
+    assert lookup.guess(0.01) == [5, 6, 7, 2, 3, 4], "half trusted, six tokens are right one time in 64"
+    assert lookup.guess(0.1) == [5, 6, 7], "half trusted, three tokens are right one time in eight"
     lookup.add([9])
-    assert lookup.guess() == []
-    lookup.add([1, 2, 3])
-    assert lookup.guess() == [4, 5, 6, 2]
-    assert Lookup((1,)).guess() == []
+    assert lookup.guess(0.01) == []
+    lookup.add([2, 3, 4])
+    assert lookup.guess(0.01)[:2] == [9, 2], "what followed last"
+    assert Lookup((1,)).guess(0.01) == []
+    assert Lookup((1, 2, 3, 4) + (7, 8) * 4).guess(0.01) == [7, 8, 7, 8, 7, 8], "on and on"
+
+
+def test_trust_follows_what_is_said():
+    lookup = Lookup(tuple(range(8)) * 2)
+    for _ in range(3):
+        lookup.add(list(range(8)))
+    assert lookup.trust > 0.99
+    assert len(lookup.guess(0.5)) == DRAFTS, "much is ventured"
+    for token in range(100, 110):
+        lookup.add([0, 1, 2, 3])
+        lookup.add([token])
+    assert lookup.trust < 0.5
+    trust = lookup.trust
+    lookup.add([200])
+    assert lookup.trust == trust, "no guess, nothing learnt"
+    lookup.trust = 0.0  # as after thousands that were wrong
+    lookup.add([0, 1, 2, 3])
+    assert lookup.guess(0.01) == []
+
+
+def test_the_more_sequences_the_surer_a_draft_must_be():
+    assert 0 < least_trust(1) < 0.1 < least_trust(8) < least_trust(256) < 1
+
+
+def test_drafts_for_many_sequences_cross_blocks_and_random_numbers():
+    """Answers that repeat themselves, longer than the random numbers drawn at a time, 24 at once, and some watched."""
+    model = a_model(GROUPED.replace(max_position_embeddings=400), sharper=16.0)
+    convert(model, "int8")
+    params = SamplingParams(temperature=0.3, max_tokens=300, seed=5, n=3, ignore_eos=True)
+    plain = Engine(model).generate(PROMPTS, params)
+    engine = Engine(model, speculate="auto")
+    requests = [
+        engine.submit(prompt, replace(params, seed=5 + (i << 32)), watched=i % 2 == 0)
+        for i, prompt in enumerate(PROMPTS)
+    ]
+    while not all(request.done for request in requests):
+        engine.step()
+    samples = [sample for request in requests for sample in request.samples]
+    assert [s.tokens for s in samples] == [c.tokens for c in plain]
+    for ours, theirs in zip(samples, plain, strict=True):
+        assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-3)
+    counts = engine.status().counts
+    assert counts.accepted > 0.4 * counts.drafted > 0.1 * counts.made_tokens, "drafts were to be many and right"
+    assert engine.status().blocks_held == 0
+
+
+def test_auto_is_lookup_where_weights_are_packed():
+    model = a_model(GROUPED)
+    assert Engine(model, speculate="auto").speculate is None
+    convert(model, "int8")
+    assert Engine(model, speculate="auto").speculate == "lookup"
+    assert Engine(model).speculate is None

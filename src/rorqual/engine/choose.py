@@ -18,43 +18,52 @@ from rorqual.kernels.extend import ENDED, LACKING, LENGTH, TOKEN, UNREADY
 @dataclass
 class Turn:
     """What a step has computed for the rows: `per_row` [n] lanes each, one after the other, of which the first read a
-    row's newest token and the others its drafts; None: one lane each, and no drafts ever. logits [N, V], states [N, D];
-    places [N], where there are drafts.
+    row's newest token and the others its drafts; None: one lane each. logits [N, V]; for a module that guesses further,
+    states [N, D] and places [N].
     """
 
     rows: Rows
     logits: Tensor
-    states: Tensor
     per_row: Integers | None = None
+    states: Tensor | None = None
     places: Integers | None = None
     finished: dict[int, int] = field(default_factory=dict)  # rows that ended, and why
     made: int = 0
-    _known: list[tuple[Integers, Integers, Integers]] = field(default_factory=list)  # rows, lanes, tokens after them
+    _known: tuple[Integers, Integers, Integers] | None = None  # rows, lanes in order, tokens after them
 
     def take(self) -> None:
         """Sample every row's next tokens, as long as its drafts are right."""
         rows, n = self.rows, self.rows.n
-        at, depth = np.arange(n), 0
+        at, before = np.arange(n), rows.count[:n].copy()
         if self.per_row is None:
             self._extend(at, self.logits)
-            return
-        drafts = rows.drafts[:n].copy()
-        rows.drafts[:n] = -1
-        first = self.per_row.cumsum(0) - self.per_row
-        while len(at):
-            lane = first[at] + depth
-            logits = self.logits if len(lane) == len(self.logits) else self.logits[from_numpy(lane)]
-            tokens, ended = self._extend(at, logits)
-            self._known.append((at, lane, tokens))
-            more = (ended == 0) & (self.per_row[at] > depth + 1)
-            if not more.any():
-                break
-            at, tokens = at[more], tokens[more]
-            at, depth = at[drafts[at, depth] == tokens], depth + 1
+        elif cpu.usable(self.logits) and not (rows.any_special and rows.special[:n].any()):
+            self._extend(at, self.logits, self.per_row)
+        else:
+            self._take_by_depth(at)
+        each = rows.count[:n] - before
+        self.made = int(each.sum())
+        if self.per_row is not None:
+            rows.drafts[:n] = -1
+        if self.places is not None:
+            row = at.repeat(each)
+            depth = np.arange(len(row)) - (each.cumsum(0) - each)[row]
+            lane = (self.per_row.cumsum(0) - self.per_row)[row] + depth
+            self._known = row, lane, rows.tokens[row, before[row] + depth]
 
-    def _extend(self, at: Integers, logits: Tensor) -> tuple[Integers, Integers]:
-        tokens, ended, some = extend(self.rows, at, logits)
-        self.made += len(at)
+    def _take_by_depth(self, at: Integers) -> None:
+        """The first token of all rows `at`, then the second, …: adjusting logits takes the tokens before."""
+        assert self.per_row is not None
+        first, drafts, depth = self.per_row.cumsum(0) - self.per_row, self.rows.drafts, 0
+        while len(at):
+            tokens, ended = self._extend(at, self.logits[from_numpy(first[at] + depth)])
+            more = (ended == 0) & (self.per_row[at] > depth + 1)
+            at, tokens = at[more], tokens[more]
+            if len(at):
+                at, depth = at[drafts[at, depth] == tokens], depth + 1
+
+    def _extend(self, at: Integers, logits: Tensor, per_row: Integers | None = None) -> tuple[Integers, Integers]:
+        tokens, ended, some = extend(self.rows, at, logits, per_row)
         if some:
             self.finished |= {int(at[i]): int(ended[i]) for i in ended.nonzero()[0].tolist()}
         return tokens, ended
@@ -63,18 +72,21 @@ class Turn:
         """Of the rows `which` (bool [n]): the tokens made, each in the place of the one before it; the states there;
         and which of these lanes is each row's last.
         """
-        row, lane, token = (np.concatenate(parts) for parts in zip(*self._known, strict=True))
-        order = lane.argsort()  # a row's side by side
-        order = order[which[row[order]]]
-        row, token, lane = row[order], token[order], lane[order]
+        assert self._known is not None
+        assert self.places is not None
+        assert self.states is not None
+        row, lane, token = (part[which[self._known[0]]] for part in self._known)
         last = np.bincount(row, minlength=self.rows.n).cumsum()[which] - 1
         lanes = Lanes(from_numpy(token), from_numpy(self.places[lane]), from_numpy(self.rows.tables[row]))
         return lanes, self.states[from_numpy(lane)], last
 
 
-def extend(rows: Rows, at: Integers, logits: Tensor) -> tuple[Integers, Integers, bool]:
+def extend(
+    rows: Rows, at: Integers, logits: Tensor, per_row: Integers | None = None
+) -> tuple[Integers, Integers, bool]:
     """Sample a token for the rows `at` [m] from logits [m, V] and record it → the tokens; why each row has ended
-    (LENGTH or TOKEN), or 0; and whether any has.
+    (LENGTH or TOKEN), or 0; and whether any has. With per_row [m], for compiled functions only: more tokens, as long as
+    they are a row's drafts (kernels/extend.py); the newest are returned.
     """
     if rows.any_special and (special := rows.special[at].nonzero()[0].tolist()):
         logits = logits.float()
@@ -82,8 +94,9 @@ def extend(rows: Rows, at: Integers, logits: Tensor) -> tuple[Integers, Integers
             _adjust(rows, int(at[i]), logits[i])
     if rows.unready:
         rows.prepare()
+    before = rows.count[at]
     if cpu.usable(logits):
-        tokens, ended, see_to = rows.extend(at, logits)
+        tokens, ended, see_to = rows.extend(at, logits, per_row)
         rows.unready, rows.lacking = bool(see_to & UNREADY), rows.lacking or bool(see_to & LACKING)
         some = bool(see_to & ENDED)
     else:
@@ -92,10 +105,9 @@ def extend(rows: Rows, at: Integers, logits: Tensor) -> tuple[Integers, Integers
     if rows.any_watched:
         which = rows.watched[at].nonzero()[0]
         row = at[which]
-        logprobs = rows.logprobs[row, rows.count[row] - 1]
-        for r, token, logprob in zip(row.tolist(), tokens[which].tolist(), logprobs.tolist(), strict=True):
-            rows.samples[r].tokens.append(token)
-            rows.samples[r].logprobs.append(logprob)
+        for r, first, end in zip(row.tolist(), before[which].tolist(), rows.count[row].tolist(), strict=True):
+            rows.samples[r].tokens += rows.tokens[r, first:end].tolist()
+            rows.samples[r].logprobs += rows.logprobs[r, first:end].tolist()
     return tokens, ended, some
 
 

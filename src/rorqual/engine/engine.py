@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -18,6 +18,7 @@ from rorqual.engine.scheduler import Counts, Scheduler
 from rorqual.engine.speculate import Way
 from rorqual.engine.text import Speller, TextStream
 from rorqual.errors import UserError
+from rorqual.kernels.lowbit import Packed
 from rorqual.model import Transformer
 
 DEFAULT_BYTES = 1 << 30  # of the cache for requests that come and go; memory that is not used is not taken
@@ -54,15 +55,15 @@ class Engine:
     `generate` needs for what it is asked. `prefix_cache`: keep the past of finished sequences for prompts that begin
     the same way; where weights change, call `forget`. `chunk`: prompt tokens a step. `speculate`: guess at tokens that
     are then checked together, by the model's own multi-token module ("mtp") or by what followed the same tokens before
-    ("lookup"); it changes the time an answer takes, never the answer. `cache_dtype`: of the past, by default the dtype
-    that the model computes in; int8 halves BF16's memory and is quick where weights are packed. What else is given goes
-    to `open_model`: dtype, device, weights ("int4" or "int8").
+    ("lookup"; "auto": that, where weights are packed); it changes the time an answer takes, never the answer.
+    `cache_dtype`: of the past, by default the dtype that the model computes in; int8 halves BF16's memory and is quick
+    where weights are packed. What else is given goes to `open_model`: dtype, device, weights ("int4" or "int8").
     """
 
     def __init__(
         self, model: str | Path | Transformer, tokenizer: Any = None, slots: int = 256,
         cache_bytes: int | None = None, prefix_cache: bool = False, chunk: int = CHUNK,
-        speculate: Way | None = None, cache_dtype: torch.dtype | None = None, **load: Any,
+        speculate: Way | Literal["auto"] | None = None, cache_dtype: torch.dtype | None = None, **load: Any,
     ) -> None:  # fmt: skip
         if not isinstance(model, Transformer):
             model, own = open_model(model, **load)
@@ -71,7 +72,9 @@ class Engine:
         self.cache_bytes, self.prefix_cache, self.chunk = cache_bytes, prefix_cache, chunk
         if speculate == "mtp" and not model.config.num_nextn_predict_layers:
             raise UserError('this model has no multi-token module (num_nextn_predict_layers); use "lookup"')
-        self.speculate = speculate
+        if speculate == "auto":  # elsewhere it has not been measured, and more lanes may round otherwise
+            speculate = "lookup" if isinstance(model.head_weight, Packed) else None
+        self.speculate: Way | None = speculate
         self.cache_dtype = cache_dtype or model.head_weight.dtype
         self.block_bytes = block_bytes(model.config, self.cache_dtype, int(speculate == "mtp"))
         eos = set(model.config.eos_token_ids)

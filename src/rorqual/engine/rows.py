@@ -18,7 +18,7 @@ from rorqual.kernels.extend import Extend
 if TYPE_CHECKING:
     from rorqual.engine.speculate import Lookup
 
-DRAFTS = 4  # guesses a row may have
+DRAFTS = 12  # guesses a row may have, fewer than a block has tokens
 WINDOW = 256  # random numbers drawn at a time
 NEVER = 1 << 60
 
@@ -99,8 +99,9 @@ class Rows:
     def extend(self) -> Extend:
         if self._extend is None:
             self._extend = Extend(
-                self.numbers, self.cut_numbers, self.uniform, self.stops, self.tokens, self.logprobs, BLOCK
-            )
+                self.numbers, self.cut_numbers, self.uniform, self.stops, self.tokens, self.logprobs, self.drafts,
+                BLOCK,
+            )  # fmt: skip
         return self._extend
 
     def cuts(self, at: Integers) -> list[tuple[Cut, Integers]]:
@@ -169,9 +170,9 @@ class Rows:
             self.samples[row].blocks.append(block)
 
     def prepare(self) -> None:
-        """Room for every row's next token, and a random number for it."""
+        """Room for every row's next tokens, and a random number for the first of them."""
         count = self.count[: self.n]
-        longest = int(count.max()) + 1
+        longest = int(count.max()) + 1 + DRAFTS
         self._widen("tokens", longest, 0)
         self._widen("logprobs", longest, 0)
         for row in ((count % WINDOW == 0) & (count > 0)).nonzero()[0].tolist():

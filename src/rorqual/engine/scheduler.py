@@ -16,7 +16,7 @@ from rorqual.engine.blocks import BLOCK, Blocks, block_key
 from rorqual.engine.cache import BlockCache
 from rorqual.engine.choose import Turn
 from rorqual.engine.forward import Forward, Lanes, Piece
-from rorqual.engine.rows import Integers, Request, Rows, Sample
+from rorqual.engine.rows import WINDOW, Integers, Request, Rows, Sample
 from rorqual.engine.speculate import MOST, Module, Way, look_up
 from rorqual.kernels.extend import TOKEN
 from rorqual.model import Transformer
@@ -100,13 +100,12 @@ class Scheduler:
             return []
         if started != ended:  # it takes a while to copy a batch's logits
             logits = torch.cat([logits[: len(lanes)], *(job.logits for job in started)])
-        if per_row is None:
-            turn = Turn(rows, logits, states)
-        else:
-            states = torch.cat([states, *(job.state for job in started)])
+        if per_row is not None and started:
             per_row = np.concatenate([per_row, np.ones(len(started), dtype=np.int64)])
-            places = np.concatenate([lanes.places.numpy(), rows.place[n : rows.n]])
-            turn = Turn(rows, logits, states, per_row, places)
+        turn = Turn(rows, logits, per_row)
+        if self.module is not None:
+            turn.states = torch.cat([states, *(job.state for job in started)])
+            turn.places = np.concatenate([lanes.places.numpy(), rows.place[n : rows.n]])
         turn.take()
         self.counts.made_tokens += turn.made
         self.counts.accepted += turn.made - rows.n
@@ -119,10 +118,16 @@ class Scheduler:
         rows, n = self.rows, self.rows.n
         last, place, tables, drafts = rows.last[:n], rows.place[:n], rows.tables[:n], rows.drafts[:n]
         if self.speculate is None or not (right := drafts >= 0).any():
-            alone = None if self.speculate is None else np.ones(n, dtype=np.int64)
+            alone = None if self.module is None else np.ones(n, dtype=np.int64)
             return Lanes(from_numpy(last), from_numpy(place), from_numpy(tables)), alone
-        # No further than the answer and the blocks go.
-        room = np.minimum(rows.limit[:n] - rows.count[:n] - 1, rows.held[:n] * BLOCK - 1 - place)
+        # No further than the answer, the blocks and the random numbers at hand go.
+        room = np.minimum(rows.limit[:n] - rows.count[:n], WINDOW - rows.count[:n] % WINDOW) - 1
+        beyond = (place + np.minimum(right.sum(1), room) >= rows.held[:n] * BLOCK).nonzero()[0].tolist()
+        beyond = beyond[: max(0, self.blocks.free - n)]
+        if beyond:
+            rows.add_blocks(beyond, [self.blocks.take() for _ in beyond])
+            tables = rows.tables[:n]
+        room = np.minimum(room, rows.held[:n] * BLOCK - 1 - place)
         right &= np.arange(drafts.shape[1]) < room[:, None]
         drafts[~right] = -1
         self.counts.drafted += int(right.sum())
@@ -326,7 +331,7 @@ class Scheduler:
         rows, finished = self.rows, turn.finished
         watched = rows.watched[: rows.n].nonzero()[0].tolist() if rows.any_watched else []
         grown = [rows.samples[row] for row in watched if row not in finished]
-        if self.speculate is not None and rows.n <= MOST:
+        if self.speculate == "lookup" or (self.module is not None and rows.n <= MOST):
             self._draft(turn)
         ended = []
         for row, why in finished.items():

@@ -1,4 +1,4 @@
-"""The next token of running sequences in one call: drawn, noted, and who ends by it (cpu/decode.cpp).
+"""The next tokens of running sequences in one call: drawn, noted, and who ends by them (cpu/decode.cpp).
 
 The reference is engine/choose.py, which does the same one array after the other.
 """
@@ -22,21 +22,25 @@ class Extend:
 
     def __init__(
         self, numbers: Integers, cuts: NDArray[np.float32], uniform: NDArray[np.float32], stops: Integers,
-        tokens: Integers, logprobs: NDArray[np.float32], block: int,
+        tokens: Integers, logprobs: NDArray[np.float32], drafts: Integers, block: int,
     ) -> None:  # fmt: skip
-        """numbers [11, n]; cuts [·, 4]: temperature, top_p, top_k, min_p; uniform, stops, tokens, logprobs [n, ·];
-        block: places in one of the cache's.
+        """numbers [11, n]; cuts [·, 4]: temperature, top_p, top_k, min_p; the others [n, ·]; block: places in one of
+        the cache's.
         """
-        self._kept = numbers, cuts, uniform, stops, tokens, logprobs
+        self._kept = numbers, cuts, uniform, stops, tokens, logprobs, drafts
         where = [x for array in self._kept for x in (array.ctypes.data, array.shape[1])]
         self._where = torch.tensor([*where, block])
 
-    def __call__(self, at: Integers, logits: Tensor) -> tuple[Integers, Integers, int]:
-        """The sequences `at` [m] and their logits [m, V] → their tokens [m]; why each has ended, or 0 [m]; and what has
-        to be seen to.
+    def __call__(self, at: Integers, logits: Tensor, per_row: Integers | None = None) -> tuple[Integers, Integers, int]:
+        """The sequences `at` [m] and their logits [M, V], per_row[i] one after the other for sequence i: after its
+        newest token, and after its drafts, which count as long as they are right (None: one each) → their newest tokens
+        [m]; why each has ended, or 0 [m]; and what has to be seen to.
         """
         m = len(at)
         found = np.empty((2, m + 1), dtype=np.int64)
-        arguments = (logits.contiguous(), *logits.shape, from_numpy(at), self._where, from_numpy(found))
-        cpu.call("extend", logits.dtype, *arguments)
+        lanes = None if per_row is None else from_numpy(np.stack([per_row.cumsum(0) - per_row, per_row]))
+        cpu.call(
+            "extend", logits.dtype, logits.contiguous(), m, logits.shape[1], from_numpy(at), lanes, self._where,
+            from_numpy(found),
+        )  # fmt: skip
         return found[0, :m], found[1, :m], int(found[1, m])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
-INTERFACE = 17  # as in numbers.h: a build left over from other sources is not used
+INTERFACE = 18  # as in numbers.h: a build left over from other sources is not used
 # Arguments: T a tensor of the function's own dtype, F of FP32, I of int64, J of int32, U of uint8, B of bool; n an
 # integer, x a number.
 SIGNATURES = {
@@ -25,7 +25,7 @@ SIGNATURES = {
     "add_into": "FTn",
     "past_attention": "TTTnnnTnnTnnnJnnJnnnnnnxT",
     "draw": "TnnxxnxFIF",
-    "extend": "TnnIII",
+    "extend": "TnnIIII",
     "product": "TnTTJnnnT",  # this and the next two in BF16 alone, and where the processor has_dot_products
     "product_backward": "TnTJnnnT",
     "product_backward_weights": "TnTnJnnnFT",

@@ -191,13 +191,16 @@ struct Sequences {
     const i64 *stops, stop_count;
     i64 *tokens, token_width;
     float *logprobs;
-    i64 logprob_width, block;
+    i64 logprob_width;
+    const i64 *drafts, draft_count, block;
 };
 
-// The next token of the sequences `at`, from their logits: drawn by the next of a row's random numbers, noted; and why a
-// sequence ends by it. At the end what has to be seen to (kernels/extend.py).
+// The next tokens of the sequences `at`, from their logits: drawn by the next of a row's random numbers, noted; and why a
+// sequence ends by them. lanes: of each sequence the first row of logits, and how many there are, which are for the tokens
+// after its drafts: a token that is not the draft is its last. Null: one each. At the end of `found` what has to be seen to
+// (kernels/extend.py).
 template <class T>
-void extend(const T *logits, i64 rows, i64 words, const i64 *at, const i64 *where, i64 *found) {
+void extend(const T *logits, i64 rows, i64 words, const i64 *at, const i64 *lanes, const i64 *where, i64 *found) {
     const Sequences &s = *reinterpret_cast<const Sequences *>(where);
     const auto number = [&](i64 which) { return s.numbers + which * s.count; };
     i64 *const place = number(0), *const count = number(1), *const limit = number(2), *const last = number(3);
@@ -205,24 +208,30 @@ void extend(const T *logits, i64 rows, i64 words, const i64 *at, const i64 *wher
     i64 *const closed = number(8), *const tokens = found, *const ended = found + rows + 1;
 #pragma omp parallel for schedule(dynamic) if (rows > 1)
     for (i64 i = 0; i < rows; ++i) {
-        const i64 r = at[i], made = count[r];
-        const float *c = s.cuts + cut[r] * s.cut_width, uniform = s.uniform[r * s.window + made % s.window];
+        const i64 r = at[i], first = lanes ? lanes[i] : i, some = lanes ? lanes[rows + i] : 1;
+        const float *c = s.cuts + cut[r] * s.cut_width;
         const Cut own{c[1], i64(c[2]), c[3]};
-        i64 token = draw_one(logits + i * words, words, c[0], own, uniform, s.logprobs + r * s.logprob_width + made);
-        if (!closed[r] && made >= budget[r]) token = think_end[r];
-        closed[r] |= token == think_end[r];
-        tokens[i] = last[r] = s.tokens[r * s.token_width + made] = token;
-        const i64 *stops = s.stops + r * s.stop_count;
-        const bool stopped = std::find(stops, stops + s.stop_count, token) != stops + s.stop_count;
-        ++place[r];
-        ++count[r];
-        ended[i] = stopped ? 2 : count[r] >= limit[r] ? 1 : 0;
+        const i64 *const stops = s.stops + r * s.stop_count, *const draft = s.drafts + r * s.draft_count;
+        for (i64 j = 0; j < some; ++j) {
+            const i64 made = count[r];
+            const float uniform = s.uniform[r * s.window + made % s.window];
+            i64 token = draw_one(logits + (first + j) * words, words, c[0], own, uniform,
+                                 s.logprobs + r * s.logprob_width + made);
+            if (!closed[r] && made >= budget[r]) token = think_end[r];
+            closed[r] |= token == think_end[r];
+            tokens[i] = last[r] = s.tokens[r * s.token_width + made] = token;
+            const bool stopped = std::find(stops, stops + s.stop_count, token) != stops + s.stop_count;
+            ++place[r];
+            ++count[r];
+            ended[i] = stopped ? 2 : count[r] >= limit[r] ? 1 : 0;
+            if (ended[i] || j + 1 == some || token != draft[j]) break;
+        }
     }
     i64 &see_to = ended[rows] = 0;
     for (i64 i = 0; i < rows; ++i) {
         const i64 r = at[i];
-        see_to |= (ended[i] != 0) | (count[r] % s.window == 0 || count[r] >= std::min(s.token_width, s.logprob_width)) << 1 |
-                  (place[r] >= held[r] * s.block) << 2;
+        const bool narrow = count[r] + s.draft_count >= std::min(s.token_width, s.logprob_width);
+        see_to |= (ended[i] != 0) | (count[r] % s.window == 0 || narrow) << 1 | (place[r] >= held[r] * s.block) << 2;
     }
 }
 
@@ -238,6 +247,6 @@ BOTH(void, past_attention, P, (q, q2, k, kb, kp, kg, k2, k2b, k2p, v, vb, vp, vg
               const float *uniform, i64 *token, float *logprob)
 BOTH(void, draw, P, (logits, rows, words, temperature, {top_p, top_k, min_p}, uniform, token, logprob))
 #undef P
-#define P(T) (const T *logits, i64 rows, i64 words, const i64 *at, const i64 *where, i64 *found)
-BOTH(void, extend, P, (logits, rows, words, at, where, found))
+#define P(T) (const T *logits, i64 rows, i64 words, const i64 *at, const i64 *lanes, const i64 *where, i64 *found)
+BOTH(void, extend, P, (logits, rows, words, at, lanes, where, found))
 #undef P

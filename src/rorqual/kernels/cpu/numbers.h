@@ -6,7 +6,7 @@
 
 using i64 = int64_t;
 
-constexpr i64 INTERFACE = 17;
+constexpr i64 INTERFACE = 18;
 
 namespace {
 
