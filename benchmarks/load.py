@@ -171,25 +171,32 @@ async def poisson(port: int, wanted: Sequence[Ask], rate: float, seed: str, send
     return list(await asyncio.gather(*sent))
 
 
+def _made_by(time: float, answer: Answer) -> float:
+    """Tokens, where every event of the answer has as many."""
+    return answer.made * sum(t <= time for t in answer.times) / len(answer.times)
+
+
 def summary(answers: Sequence[Answer]) -> dict[str, float]:
     """Tokens and requests a second from the first request to the last token, and latencies in milliseconds.
 
-    busy: until the last request came, before clients had nothing more to ask. ttft: time to first token; itl:
-    inter-token latency, between two events of an answer.
+    busy: until the last request came, before clients had nothing more to ask. ttft: time to first token; tpot: time per
+    output token after the first event, of every answer; itl: between two events, which bring several tokens where
+    guesses were right.
     """
     began, last = min(a.start for a in answers), max(a.start for a in answers)
     seconds = max(a.times[-1] for a in answers) - began
     first = [1e3 * (a.times[0] - a.start) for a in answers]
     gaps = np.concatenate([1e3 * np.diff(a.times) for a in answers])
+    each = [1e3 * (a.times[-1] - a.times[0]) / max(1, a.made - 1) for a in answers]
     found = {
         "seconds": seconds,
         "tokens_per_second": sum(a.made for a in answers) / seconds,
-        "busy_tokens_per_second": sum(t <= last for a in answers for t in a.times) / (last - began or seconds),
+        "busy_tokens_per_second": sum(_made_by(last, a) for a in answers) / (last - began or seconds),
         "requests_per_second": len(answers) / seconds,
         "prompt_tokens": sum(a.prompt for a in answers),
         "answer_tokens": sum(a.made for a in answers),
         "events_per_token": sum(len(a.times) for a in answers) / sum(a.made for a in answers),
     }
-    for name, values in (("ttft", first), ("itl", gaps)):
+    for name, values in (("ttft", first), ("itl", gaps), ("tpot", each)):
         found |= {f"{name}_ms_p{p}": float(np.percentile(values, p)) for p in (50, 95)}
     return found

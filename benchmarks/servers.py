@@ -23,6 +23,7 @@ class Contestant:
     format: str
     command: tuple[Any, ...]
     environment: dict[str, str] = field(default_factory=dict, hash=False)
+    guesses: bool = False  # it speculates, by what came before
 
     def __str__(self) -> str:
         return f"{self.side} {self.format}"

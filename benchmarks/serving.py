@@ -7,12 +7,14 @@ The first run makes the peers (peers.py).
 
 import asyncio
 import contextlib
+import json
 import signal
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,6 @@ from load import MODEL, Answer
 from rorqual.model.gguf import import_model, smollm2_file
 from servers import Contestant, Server
 
-REQUESTS = {1: 6, 8: 24, 32: 96}  # by how many clients there are at a time
 RATE = 0.7  # of what the slowest side can do, for requests that come by chance
 ROUNDS = 3
 US = "rorqual"
@@ -32,60 +33,77 @@ COLUMNS = {
     "tokens/s": "tokens_per_second",
     "first token ms p50": "ttft_ms_p50",
     "p95": "ttft_ms_p95",
-    "between tokens ms p50": "itl_ms_p50",
-    "p95 ": "itl_ms_p95",
+    "ms a token p50": "tpot_ms_p50",
+    "p95 ": "tpot_ms_p95",
+    "between events ms p50": "itl_ms_p50",
+    "p95  ": "itl_ms_p95",
 }
 
+
+@dataclass(frozen=True)
+class Loop:
+    """So many requests by clients that each ask again when answered."""
+
+    clients: int
+    count: int
+    sampled: bool = False
+
+    def work(self, seed: str, send: load.Send = load.light) -> "Work":
+        seed = f"{self.clients} {seed}{' sampled' * self.sampled}"
+        wanted = load.asks(self.count, seed, sampled=self.sampled)
+        return lambda port: load.closed_loop(port, wanted, self.clients, send)
+
+    def shorter(self) -> "Loop":
+        return replace(self, count=max(self.clients, self.count // 2))
+
+
+LOADS = {"c1": Loop(1, 6), "c8": Loop(8, 24), "c32": Loop(32, 96), "c32-sampled": Loop(32, 96, sampled=True)}
+MOST = max(one.clients for one in LOADS.values())
 Figures = dict[str, float]
 Work = Callable[[int], Awaitable[list[Answer]]]  # asks the server at a port
 
 
 def ours(folder: Path) -> list[Contestant]:
-    """Weights of 4 and of 8 bits, with a cache of 8 bits; and of 8 with one of 16."""
+    """Weights of 4 and of 8 bits, with a cache of 8; with guesses, as is the default, and without."""
     import_model("smollm2", folder / "smollm2")
     program = Path(sys.executable).parent / "rorqual"
-    command = (program, "serve", folder / "smollm2", "--name", MODEL, "--weights")
-    small = ("--cache-format", "int8")
+    command = (program, "serve", folder / "smollm2", "--name", MODEL, "--cache-format", "int8", "--weights")
     return [
-        Contestant(US, "int4, cache int8", (*command, "int4", *small)),
-        Contestant(US, "int8, cache int8", (*command, "int8", *small)),
-        Contestant(US, "int8, cache bf16", (*command, "int8")),
+        Contestant(US, f"{weights}, cache int8{name}", (*command, weights, "--speculate", way), guesses=bool(name))
+        for weights in ("int4", "int8")
+        for name, way in ((", look-up", "auto"), ("", "none"))
     ]
 
 
 def theirs(folder: Path) -> list[Contestant]:
-    """vLLM in BF16, with products in 8 bits and a cache of 8; llama.cpp in the formats it repacks.
+    """vLLM with products in 8 bits and a cache of 16 and of 8; llama.cpp in the format it repacks; both also with
+    guesses by what came before.
 
-    Each on both cores. Others were slower: vLLM with weights of 4 bits, llama.cpp with Q4_1 (decode.py
-    has that by itself).
+    Each on both cores. Others were slower: vLLM in BF16, with weights of 4 bits, or with six guesses instead of three;
+    llama.cpp in Q8_0 or Q4_1 (decode.py has those by themselves), or with its other ways to guess.
     """
     from llama import requantise
 
     peers.w8a8(folder / "smollm2", folder / "w8a8")
     # By itself it leaves a core to its front, and computes on the other only.
     environment = {"VLLM_CPU_OMP_THREADS_BIND": "0-1", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    found = []
-    for format, name, cache in (
-        ("bf16", "smollm2", "auto"),
-        ("w8a8", "w8a8", "auto"),
-        ("w8a8, cache fp8", "w8a8", "fp8"),
-    ):
-        command = (peers.vllm(), "-m", "vllm.entrypoints.openai.api_server", "--model", folder / name)
-        settings = ("--served-model-name", MODEL, "--dtype", "bfloat16", "--kv-cache-dtype", cache)
-        found.append(Contestant("vllm", format, command + settings, environment))
-    for kind in ("Q4_0", "Q8_0"):
-        file = folder / f"{kind}.gguf"
-        requantise(smollm2_file(), file, kind)
-        # Without its store of old prompts, which takes up to 8 GB and would find none here again.
-        room = ("-np", max(REQUESTS), "-c", 2 * load.LONGEST * max(REQUESTS), "--cache-ram", 0)
-        command = (peers.llama_server(), "-m", file, "-t", 2, *room)
-        found.append(Contestant("llama.cpp", kind, command))
+    command = (peers.vllm(), "-m", "vllm.entrypoints.openai.api_server", "--model", folder / "w8a8")
+    command += ("--served-model-name", MODEL, "--dtype", "bfloat16", "--kv-cache-dtype")
+    look_up = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4, "prompt_lookup_min": 3}
+    guess = ("--speculative-config", json.dumps(look_up))
+    found = [
+        Contestant("vllm", "w8a8", (*command, "auto"), environment),
+        Contestant("vllm", "w8a8, cache fp8", (*command, "fp8"), environment),
+        Contestant("vllm", "w8a8, cache fp8, look-up", (*command, "fp8", *guess), environment, guesses=True),
+    ]
+    file = folder / "Q4_0.gguf"
+    requantise(smollm2_file(), file, "Q4_0")
+    # Without its store of old prompts, which takes up to 8 GB and would find none here again.
+    room = ("-np", MOST, "-c", 2 * load.LONGEST * MOST, "--cache-ram", 0)
+    command = (peers.llama_server(), "-m", file, "-t", 2, *room)
+    found.append(Contestant("llama.cpp", "Q4_0", command))
+    found.append(Contestant("llama.cpp", "Q4_0, look-up", (*command, "--spec-default"), guesses=True))
     return found
-
-
-def closed(clients: int, count: int, seed: str, send: load.Send = load.light, sampled: bool = False) -> Work:
-    wanted = load.asks(count, f"{clients} {seed}{' sampled' * sampled}", sampled=sampled)
-    return lambda port: load.closed_loop(port, wanted, clients, send)
 
 
 def by_chance(rate: float, count: int, seed: str) -> Work:
@@ -102,11 +120,11 @@ def measure(server: Server, work: Work) -> Figures:
 
 
 class Field:
-    """All contestants, running, and how fast each was when first tried with so many clients."""
+    """All contestants, running, and how fast each was when first tried with a load."""
 
-    def __init__(self, contestants: list[Contestant], stack: contextlib.ExitStack, requests: dict[int, int]) -> None:
+    def __init__(self, contestants: list[Contestant], stack: contextlib.ExitStack, loads: dict[str, Loop]) -> None:
         self.servers: dict[Contestant, Server] = {}
-        self.tries: dict[Contestant, dict[int, Figures]] = {}
+        self.tries: dict[Contestant, dict[str, Figures]] = {}
         for contestant in contestants:
             try:
                 server = stack.enter_context(Server(contestant))
@@ -116,16 +134,19 @@ class Field:
             self.servers[contestant] = server
             several = sum(c.side == contestant.side for c in contestants) > 1
             self.tries[contestant] = {
-                clients: measure(server, closed(clients, max(clients, count // 3), f"try {clients}"))
-                for clients, count in requests.items() if several
-            }  # fmt: skip
+                kind: measure(server, one.shorter().work("try")) for kind, one in loads.items() if several
+            }
+            tried = {kind: round(f["tokens_per_second"], 1) for kind, f in self.tries[contestant].items()}
+            print(contestant, tried, file=sys.stderr, flush=True)
 
-    def best(self, clients: int) -> dict[str, Contestant]:
-        """Every side's fastest with so many clients."""
+    def best(self, kind: str, guesses: bool = True) -> dict[str, Contestant]:
+        """Every side's fastest at a kind of load, where it may guess or not."""
         found: dict[str, Contestant] = {}
         for contestant, tried in self.tries.items():
+            if contestant.guesses and not guesses:
+                continue
             best = found.setdefault(contestant.side, contestant)
-            if tried and tried[clients]["tokens_per_second"] > self.tries[best][clients]["tokens_per_second"]:
+            if tried and tried[kind]["tokens_per_second"] > self.tries[best][kind]["tokens_per_second"]:
                 found[contestant.side] = contestant
         return found
 
@@ -143,20 +164,19 @@ class Field:
         }
 
 
-def run(field: Field, requests: dict[int, int], rounds: int) -> dict[str, Any]:
+def run(field: Field, loads: dict[str, Loop], rounds: int) -> dict[str, Any]:
     """Each kind of load → each side's figures."""
     found = {}
-    for clients, count in requests.items():
-        best = field.best(clients)
-        found[f"c{clients}"] = field.rounds(best, partial(closed, clients, count), rounds if clients > 8 else 1)
-    found[f"c{clients}-sampled"] = field.rounds(best, partial(closed, clients, count, sampled=True), rounds)
-    rate = RATE * min(side["requests_per_second"] for side in found[f"c{clients}"].values())
-    found["poisson"] = field.rounds(best, partial(by_chance, rate, count // 4), 1)
+    for kind, one in loads.items():
+        turns = rounds if one.clients > 8 else 1
+        found[kind] = field.rounds(field.best(kind), one.work, turns)
+        found[f"{kind}-plain"] = field.rounds(field.best(kind, guesses=False), one.work, turns)
+    most = max(loads, key=lambda kind: loads[kind].clients)  # the first of several
+    rate = RATE * min(side["requests_per_second"] for side in found[most].values())
+    found["poisson"] = field.rounds(field.best(most), partial(by_chance, rate, loads[most].count // 4), 1)
     # The client that people use costs the servers time; once, to see that it changes nothing else.
-    as_people_do = load.official()
-    found["c8-openai"] = field.rounds(
-        field.best(8), lambda seed: closed(8, requests[8], f"{seed} openai", as_people_do), 1
-    )
+    official = load.official()
+    found["c8-openai"] = field.rounds(field.best("c8"), lambda seed: loads["c8"].work(f"{seed} openai", official), 1)
     return found
 
 
@@ -165,7 +185,7 @@ def ratios_of(found: dict[str, Any]) -> tuple[dict[str, float], dict[str, Any]]:
     medians, pairs = {}, {}
     for kind, sides in found.items():
         for side in sides.keys() - {US}:
-            for suffix, name in (("", "tokens_per_second"), ("-ttft", "ttft_ms_p50"), ("-itl", "itl_ms_p50")):
+            for suffix, name in (("", "tokens_per_second"), ("-ttft", "ttft_ms_p50"), ("-tpot", "tpot_ms_p50")):
                 if kind == "poisson" and not suffix:
                     continue  # who asks decides how much that is
                 above, below = (sides[side], sides[US]) if suffix else (sides[US], sides[side])
@@ -178,15 +198,15 @@ def ratios_of(found: dict[str, Any]) -> tuple[dict[str, float], dict[str, Any]]:
 def main() -> None:
     args = arguments(__doc__)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # or the servers would stay
-    requests, rounds = ({1: 2, 8: 12}, 1) if args.quick else (REQUESTS, ROUNDS)
+    loads, rounds = ({"c1": Loop(1, 2), "c8": Loop(8, 12)}, 1) if args.quick else (LOADS, ROUNDS)
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) if args.quick else peers.models()
         contestants = ours(folder) + ([] if args.quick else theirs(folder))
-        field = Field(contestants, stack, requests)
-        found = run(field, requests, rounds)
+        field = Field(contestants, stack, loads)
+        found = run(field, loads, rounds)
     ratios, pairs = ratios_of(found)
     tries = {
-        str(c): {f"c{n}": f["tokens_per_second"] for n, f in tried.items()} for c, tried in field.tries.items() if tried
+        str(c): {kind: f["tokens_per_second"] for kind, f in tried.items()} for c, tried in field.tries.items() if tried
     }
     report(
         "serving",
@@ -196,7 +216,7 @@ def main() -> None:
         [
             (
                 "SmolLM2-135M-Instruct served; cN: N clients, each asking again when answered; poisson: by chance; "
-                "sampled: at temperature 0.6 with top-p 0.95, else greedy",
+                "sampled: at temperature 0.6 with top-p 0.95, else greedy; plain: nobody guesses",
                 ["", "", "format", *COLUMNS],
                 [
                     [kind, side, f["format"], *(f[n] for n in COLUMNS.values())]
@@ -206,7 +226,7 @@ def main() -> None:
             ),
             (
                 "Formats tried (tokens/s)",
-                ["", *(f"c{n}" for n in requests)],
+                ["", *loads],
                 [[name, *tried.values()] for name, tried in tries.items()],
             ),
         ],

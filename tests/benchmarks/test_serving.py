@@ -153,6 +153,13 @@ def test_summary(load):
     found = load.summary([one, two])
     assert (found["tokens_per_second"], found["requests_per_second"]) == (1.0, 0.4)
     assert (found["ttft_ms_p50"], found["itl_ms_p50"], found["prompt_tokens"]) == (2000, 500, 6)
+    assert found["tpot_ms_p50"] == (500 + 1000) / 2
+
+
+def test_events_may_bring_several_tokens(load):
+    found = load.summary([load.Answer(0.0, [1.0, 2.0, 4.0], 4, 9), load.Answer(2.0, [5.0], 2, 1)])
+    assert found["busy_tokens_per_second"] == 3, "two events of three tokens each until the last request"
+    assert found["tpot_ms_p95"] == pytest.approx(0.95 * 3000 / 8)
 
 
 def test_a_server_comes_up_and_ends(servers):
@@ -169,17 +176,29 @@ def test_a_server_that_does_not_come_up_says_why(servers):
 
 def test_ratios_are_above_one_where_we_are_better(module):
     def side(speed, ttft):
-        each = {"tokens_per_second": speed, "ttft_ms_p50": ttft, "itl_ms_p50": 1.0}
+        each = {"tokens_per_second": speed, "ttft_ms_p50": ttft, "tpot_ms_p50": 1.0}
         return each | {"format": "f", "rounds": [each]}
 
     loads = {"c8": {"rorqual": side(30.0, 5.0), "peer": side(10.0, 20.0)}}
     loads["poisson"] = {"rorqual": side(1.0, 1.0), "peer": side(1.0, 3.0)}
     ratios, pairs = module("serving").ratios_of(loads)
     assert ratios == {
-        "serving-c8/peer": 3, "serving-c8-ttft/peer": 4, "serving-c8-itl/peer": 1,
-        "serving-poisson-ttft/peer": 3, "serving-poisson-itl/peer": 1,
+        "serving-c8/peer": 3, "serving-c8-ttft/peer": 4, "serving-c8-tpot/peer": 1,
+        "serving-poisson-ttft/peer": 3, "serving-poisson-tpot/peer": 1,
     }  # fmt: skip
     assert pairs["serving-c8/peer"]["median"] == 3
+
+
+def test_the_fastest_of_each_side_goes_on(module, servers):
+    serving = module("serving")
+    field = object.__new__(serving.Field)
+    names = {"slow": (5.0, False), "quick": (9.0, False), "guesses": (12.0, True)}
+    field.tries = {
+        servers.Contestant("a", name, (), guesses=guesses): {"c8": {"tokens_per_second": speed}}
+        for name, (speed, guesses) in names.items()
+    } | {servers.Contestant("b", "only", ()): {}}
+    assert {side: c.format for side, c in field.best("c8").items()} == {"a": "guesses", "b": "only"}
+    assert {side: c.format for side, c in field.best("c8", guesses=False).items()} == {"a": "quick", "b": "only"}
 
 
 def test_our_server_is_measured(module, servers, load, tmp_path):
