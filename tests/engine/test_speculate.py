@@ -88,6 +88,24 @@ def test_wishes_are_granted_all_the_same(engines):
         assert [len(c.top_logprobs) for c in found] == [len(c.top_logprobs) for c in expected]
 
 
+def test_wishes_of_some_among_others_who_have_none(engines):
+    plain, speculating = engines
+    base = SamplingParams(temperature=0.3, max_tokens=50, ignore_eos=True)
+    wishes = [{}, {"logprobs": 2}, {}, {"presence_penalty": 0.5}]
+
+    def said(engine):
+        requests = [
+            engine.submit(prompt, replace(base, seed=i, **wishes[i % len(wishes)])) for i, prompt in enumerate(PROMPTS)
+        ]
+        while not all(request.done for request in requests):
+            engine.step()
+        return [(r.samples[0].tokens, len(r.samples[0].top)) for r in requests]
+
+    engine = speculating()
+    assert said(engine) == said(plain)
+    assert engine.status().counts.accepted > 0
+
+
 def test_the_distribution_is_the_networks():
     """First two tokens of many samples against their probabilities, χ² at the 99.9 % point."""
     model = a_model(AHEAD.replace(vocab_size=6, eos_token_id=None), sharper=1.0)

@@ -54,12 +54,26 @@ def test_a_stop_string_counts_after_the_thoughts_only(tokenizer):
     assert fed(tokenizer, "a;b", stop=(";",)).text == "a"
 
 
-def test_token_by_token_is_as_decoded_at_once(tokenizer):
+@pytest.mark.parametrize("step", range(1, 16))
+def test_characters_come_whole_however_many_tokens_at_a_time(tokenizer, step):
+    said = "so it 🐋🐋 is 鯨鯨鯨 ✗ it 🐋 so"
+    tokens = tokenizer(said).input_ids
+    stream, shown = TextStream(Speller(tokenizer), ()), ""
+    for end in [*range(step, len(tokens), step), len(tokens)]:
+        shown += stream.feed(tokens[:end], last=end == len(tokens))
+        assert "\ufffd" not in shown
+        assert said.startswith(shown)
+        assert len(tokenizer(shown).input_ids) > end - 4, "no more is held back than a character"
+    assert shown == stream.text == said
+
+
+def test_bit_by_bit_is_as_decoded_at_once(tokenizer):
     """Bytes of every kind, most of them no characters; with whatever stands beside them."""
     rng = random.Random(0)
     for _ in range(200):
         tokens = [rng.randrange(len(tokenizer)) for _ in range(rng.randrange(1, 30))]
         stream = TextStream(Speller(tokenizer), ())
-        for end in range(1, len(tokens) + 1):
+        step = rng.randrange(1, 14)
+        for end in [*range(step, len(tokens), step), len(tokens)]:
             stream.feed(tokens[:end], last=end == len(tokens))
         assert stream.text == tokenizer.decode(tokens, clean_up_tokenization_spaces=False)

@@ -14,6 +14,9 @@ def test_times_between_tokens_are_written_as_the_library_writes_its_own():
     for seconds in (0.0, 0.001, 0.0011, 0.03, 0.03, 1.0, 7.0):
         ours.observe(seconds)
         histogram.observe(seconds)
+    ours.observe(0.75, 3)  # tokens that came together
+    for _ in range(3):
+        histogram.observe(0.25)
 
     class Ours:
         def collect(self):
@@ -25,4 +28,4 @@ def test_times_between_tokens_are_written_as_the_library_writes_its_own():
         for r in (registry, theirs)
     )
     assert said == wanted
-    assert any(line.endswith('+Inf"} 7.0') for line in said)
+    assert any(line.endswith('+Inf"} 10.0') for line in said)

@@ -34,36 +34,34 @@ class Turn:
     def take(self) -> None:
         """Sample every row's next tokens, as long as its drafts are right."""
         rows, n = self.rows, self.rows.n
-        at, before = np.arange(n), rows.count[:n].copy()
+        at = np.arange(n)
         if self.per_row is None:
             self._extend(at, self.logits)
-        elif cpu.usable(self.logits) and not (rows.any_special and rows.special[:n].any()):
-            self._extend(at, self.logits, self.per_row)
-        else:
-            self._take_by_depth(at)
-        each = rows.count[:n] - before
-        self.made = int(each.sum())
-        if self.per_row is not None:
-            rows.drafts[:n] = -1
-        if self.places is not None:
-            row = at.repeat(each)
-            depth = np.arange(len(row)) - (each.cumsum(0) - each)[row]
-            lane = (self.per_row.cumsum(0) - self.per_row)[row] + depth
-            self._known = row, lane, rows.tokens[row, before[row] + depth]
-
-    def _take_by_depth(self, at: Integers) -> None:
-        """The first token of all rows `at`, then the second, …: adjusting logits takes the tokens before."""
-        assert self.per_row is not None
-        first, drafts, depth = self.per_row.cumsum(0) - self.per_row, self.rows.drafts, 0
+            self.made = n
+            return
+        before = rows.count[:n].copy()
+        first = self.per_row.cumsum(0) - self.per_row
+        # Adjusting logits takes the tokens before, and so does what is not compiled: one token after the other.
+        slow = rows.special[:n] > 0 if cpu.usable(self.logits) else np.ones(n, dtype=bool)
+        if not slow.all():
+            self._extend(at[~slow], self.logits, np.stack([first[~slow], self.per_row[~slow]]))
+        at, depth = at[slow], 0
         while len(at):
             tokens, ended = self._extend(at, self.logits[from_numpy(first[at] + depth)])
             more = (ended == 0) & (self.per_row[at] > depth + 1)
             at, tokens = at[more], tokens[more]
             if len(at):
-                at, depth = at[drafts[at, depth] == tokens], depth + 1
+                at, depth = at[rows.drafts[at, depth] == tokens], depth + 1
+        rows.drafts[:n] = -1
+        each = rows.count[:n] - before
+        self.made = int(each.sum())
+        if self.places is not None:
+            row = np.arange(n).repeat(each)
+            depth = np.arange(len(row)) - (each.cumsum(0) - each)[row]
+            self._known = row, first[row] + depth, rows.tokens[row, before[row] + depth]
 
-    def _extend(self, at: Integers, logits: Tensor, per_row: Integers | None = None) -> tuple[Integers, Integers]:
-        tokens, ended, some = extend(self.rows, at, logits, per_row)
+    def _extend(self, at: Integers, logits: Tensor, lanes: Integers | None = None) -> tuple[Integers, Integers]:
+        tokens, ended, some = extend(self.rows, at, logits, lanes)
         if some:
             self.finished |= {int(at[i]): int(ended[i]) for i in ended.nonzero()[0].tolist()}
         return tokens, ended
@@ -81,12 +79,10 @@ class Turn:
         return lanes, self.states[from_numpy(lane)], last
 
 
-def extend(
-    rows: Rows, at: Integers, logits: Tensor, per_row: Integers | None = None
-) -> tuple[Integers, Integers, bool]:
+def extend(rows: Rows, at: Integers, logits: Tensor, lanes: Integers | None = None) -> tuple[Integers, Integers, bool]:
     """Sample a token for the rows `at` [m] from logits [m, V] and record it → the tokens; why each row has ended
-    (LENGTH or TOKEN), or 0; and whether any has. With per_row [m], for compiled functions only: more tokens, as long as
-    they are a row's drafts (kernels/extend.py); the newest are returned.
+    (LENGTH or TOKEN), or 0; and whether any has. With lanes [2, m], where rows are not special and functions are
+    compiled: several tokens, as long as they are a row's drafts (kernels/extend.py); the newest are returned.
     """
     if rows.any_special and (special := rows.special[at].nonzero()[0].tolist()):
         logits = logits.float()
@@ -96,7 +92,7 @@ def extend(
         rows.prepare()
     before = rows.count[at]
     if cpu.usable(logits):
-        tokens, ended, see_to = rows.extend(at, logits, per_row)
+        tokens, ended, see_to = rows.extend(at, logits, lanes)
         rows.unready, rows.lacking = bool(see_to & UNREADY), rows.lacking or bool(see_to & LACKING)
         some = bool(see_to & ENDED)
     else:

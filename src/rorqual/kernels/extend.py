@@ -31,16 +31,15 @@ class Extend:
         where = [x for array in self._kept for x in (array.ctypes.data, array.shape[1])]
         self._where = torch.tensor([*where, block])
 
-    def __call__(self, at: Integers, logits: Tensor, per_row: Integers | None = None) -> tuple[Integers, Integers, int]:
-        """The sequences `at` [m] and their logits [M, V], per_row[i] one after the other for sequence i: after its
-        newest token, and after its drafts, which count as long as they are right (None: one each) → their newest tokens
-        [m]; why each has ended, or 0 [m]; and what has to be seen to.
+    def __call__(self, at: Integers, logits: Tensor, lanes: Integers | None = None) -> tuple[Integers, Integers, int]:
+        """The sequences `at` [m] and logits [M, V] → their newest tokens [m]; why each has ended, or 0 [m]; and what
+        has to be seen to. lanes [2, m]: the first of a sequence's logits, for the token after its newest, and how many
+        there are: one more for every draft, which counts if all before it are right; None: one each.
         """
         m = len(at)
         found = np.empty((2, m + 1), dtype=np.int64)
-        lanes = None if per_row is None else from_numpy(np.stack([per_row.cumsum(0) - per_row, per_row]))
         cpu.call(
-            "extend", logits.dtype, logits.contiguous(), m, logits.shape[1], from_numpy(at), lanes, self._where,
-            from_numpy(found),
+            "extend", logits.dtype, logits.contiguous(), m, logits.shape[1], from_numpy(at),
+            None if lanes is None else from_numpy(lanes), self._where, from_numpy(found),
         )  # fmt: skip
         return found[0, :m], found[1, :m], int(found[1, m])

@@ -18,8 +18,9 @@ class Between:
     def __init__(self) -> None:
         self._counts, self._sum = [0] * (len(BETWEEN) + 1), 0.0
 
-    def observe(self, seconds: float) -> None:
-        self._counts[bisect_left(BETWEEN, seconds)] += 1
+    def observe(self, seconds: float, tokens: int = 1) -> None:
+        """So many came together so long after those before: to each its share."""
+        self._counts[bisect_left(BETWEEN, seconds / tokens)] += tokens
         self._sum += seconds
 
     def family(self) -> HistogramMetricFamily:

@@ -158,8 +158,8 @@ class Service:
                     now = time.monotonic()
                     if before is None:
                         self.metrics.first.observe(now - started)
-                    elif ticket.samples == 1:
-                        self.metrics.between.observe(now - before)
+                    elif ticket.samples == 1 and piece.tokens:
+                        self.metrics.between.observe(now - before, len(piece.tokens))
                     before = now
                     left -= piece.finish is not None
                     yield piece
