@@ -170,7 +170,8 @@ def run(field: Field, loads: dict[str, Loop], rounds: int) -> dict[str, Any]:
     for kind, one in loads.items():
         turns = rounds if one.clients > 8 else 1
         found[kind] = field.rounds(field.best(kind), one.work, turns)
-        found[f"{kind}-plain"] = field.rounds(field.best(kind, guesses=False), one.work, turns)
+        plain = partial(_plainly, one)
+        found[f"{kind}-plain"] = field.rounds(field.best(kind, guesses=False), plain, turns)
     most = max(loads, key=lambda kind: loads[kind].clients)  # the first of several
     rate = RATE * min(side["requests_per_second"] for side in found[most].values())
     found["poisson"] = field.rounds(field.best(most), partial(by_chance, rate, loads[most].count // 4), 1)
@@ -178,6 +179,10 @@ def run(field: Field, loads: dict[str, Loop], rounds: int) -> dict[str, Any]:
     official = load.official()
     found["c8-openai"] = field.rounds(field.best("c8"), lambda seed: loads["c8"].work(f"{seed} openai", official), 1)
     return found
+
+
+def _plainly(one: Loop, seed: str) -> Work:
+    return one.work(f"{seed} plain")
 
 
 def ratios_of(found: dict[str, Any]) -> tuple[dict[str, float], dict[str, Any]]:
