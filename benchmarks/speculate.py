@@ -47,9 +47,9 @@ def compare(
     before = {name: vars(engine.status().counts).copy() for name, engine in engines.items()}
     speeds: dict[str, list[float]] = {name: [] for name in engines}
     rows, ratios = [], {}
-    for _ in range(rounds):
+    for i in range(rounds):
         said = {}
-        for name, engine in engines.items():
+        for name, engine in sorted(engines.items(), reverse=bool(i % 2)):
             speed, said[name] = one_by_one(engine, prompts, params)
             speeds[name].append(speed)
         same = {name: sum(a == b for a, b in zip(said[name], said[""], strict=True)) / len(prompts) for name in said}
@@ -89,7 +89,7 @@ def main() -> None:
             prompt = plain.tokenizer.apply_chat_template(
                 [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
             )
-            more, found = compare(work, plain, guessing, [prompt], SamplingParams(temperature=0, max_tokens=96), rounds)
+            more, found = compare(work, plain, guessing, [prompt] * 8, SamplingParams(temperature=0, max_tokens=96), rounds)
             rows += more
             ratios |= found
     columns = ["", "guesses right, %", "tokens a pass", "tokens/s without", "with", "ratio", "same answers, %"]
