@@ -89,7 +89,9 @@ def main() -> None:
             prompt = plain.tokenizer.apply_chat_template(
                 [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
             )
-            more, found = compare(work, plain, guessing, [prompt] * 8, SamplingParams(temperature=0, max_tokens=96), rounds)
+            more, found = compare(
+                work, plain, guessing, [prompt] * 8, SamplingParams(temperature=0, max_tokens=96), rounds
+            )
             rows += more
             ratios |= found
     columns = ["", "guesses right, %", "tokens a pass", "tokens/s without", "with", "ratio", "same answers, %"]
