@@ -142,7 +142,7 @@ def test_an_engine_that_fails_says_so_and_goes_on(start, monkeypatch):
     server = start()
     engine = server.service.engine
     step = engine.step
-    monkeypatch.setattr(engine, "step", lambda: 1 / 0)
+    monkeypatch.setattr(engine, "step", lambda *_: 1 / 0)
     answer = httpx.post(server.url + "/v1/completions", json=LONG)
     assert answer.status_code == 500
     assert "send the request again" in answer.json()["error"]["message"]

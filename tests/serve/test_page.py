@@ -149,7 +149,7 @@ def test_somebody_asks_and_reads(visit):
 @in_a_browser
 def test_a_reply_can_be_stopped_and_made_again_and_its_question_edited(visit, paged, monkeypatch):
     step, pause = paged.service.engine.step, [0.02]
-    monkeypatch.setattr(paged.service.engine, "step", lambda: (time.sleep(pause[0]), step())[1])
+    monkeypatch.setattr(paged.service.engine, "step", lambda *begins: (time.sleep(pause[0]), step(*begins))[1])
     visitor = visit()
     visitor.ask("what is 12 and 7?")
     visitor.page.get_by_text("Thinking · ").wait_for()
@@ -200,7 +200,7 @@ def test_conversations_outlive_the_page_and_can_be_left_and_deleted(visit):
 @in_a_browser
 def test_whoever_closes_the_page_frees_what_it_held(visit, paged, monkeypatch):
     step = paged.service.engine.step
-    monkeypatch.setattr(paged.service.engine, "step", lambda: (time.sleep(0.2), step())[1])
+    monkeypatch.setattr(paged.service.engine, "step", lambda *begins: (time.sleep(0.2), step(*begins))[1])
     visitor = visit()
     visitor.ask("what?")
     visitor.page.get_by_text("Thinking · ").wait_for()
