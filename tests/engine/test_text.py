@@ -67,6 +67,29 @@ def test_characters_come_whole_however_many_tokens_at_a_time(tokenizer, step):
     assert shown == stream.text == said
 
 
+class Joined:
+    """A vocabulary with tokens that end one character and begin the next."""
+
+    WORDS = (b"\xf0", b"\x9f", b"\x90", b"\x8b\xf0", b"\x8b", b"x", b"\xd7\x97\xd7", b"\x97\xd7", b"\x97")
+
+    def decode(self, tokens):
+        return b"".join(self.WORDS[t] for t in tokens).decode(errors="replace")
+
+    def alone(self, token):
+        return None
+
+
+@pytest.mark.parametrize("step", range(1, 16))
+@pytest.mark.parametrize(
+    "tokens", [[0, 1, 2, 3, 1, 2, 3, 1, 2, 4, 5], [6, *[7] * 12, 8, 5], [0, 1, 2, 3, 1, 2, 4] * 3, [6, 7, 5, 6, 7, 8]]
+)
+def test_tokens_that_end_one_character_and_begin_the_next(tokens, step):
+    stream = TextStream(Joined(), ())
+    for end in [*range(step, len(tokens), step), len(tokens)]:
+        stream.feed(tokens[:end], last=end == len(tokens))
+    assert stream.text == Joined().decode(tokens)
+
+
 def test_bit_by_bit_is_as_decoded_at_once(tokenizer):
     """Bytes of every kind, most of them no characters; with whatever stands beside them."""
     rng = random.Random(0)

@@ -18,6 +18,7 @@ from rorqual.engine.scheduler import Counts, Scheduler
 from rorqual.engine.speculate import Way
 from rorqual.engine.text import Speller, TextStream
 from rorqual.errors import UserError
+from rorqual.kernels import cpu
 from rorqual.kernels.lowbit import Packed
 from rorqual.model import Transformer
 
@@ -73,7 +74,8 @@ class Engine:
         if speculate == "mtp" and not model.config.num_nextn_predict_layers:
             raise UserError('this model has no multi-token module (num_nextn_predict_layers); use "lookup"')
         if speculate == "auto":  # elsewhere it has not been measured, and more lanes may round otherwise
-            speculate = "lookup" if isinstance(model.head_weight, Packed) else None
+            direct = isinstance(model.head_weight, Packed) and cpu.capability() is not None
+            speculate = "lookup" if direct else None
         self.speculate: Way | None = speculate
         self.cache_dtype = cache_dtype or model.head_weight.dtype
         self.block_bytes = block_bytes(model.config, self.cache_dtype, int(speculate == "mtp"))

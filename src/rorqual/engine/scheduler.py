@@ -21,6 +21,8 @@ from rorqual.engine.speculate import MOST, Module, Way, look_up
 from rorqual.kernels.extend import TOKEN
 from rorqual.model import Transformer
 
+LANES = 384  # a step may have with drafts; as many sequences without them
+
 
 @dataclass(eq=False)
 class Job:
@@ -120,8 +122,9 @@ class Scheduler:
         if self.speculate is None or not (right := drafts >= 0).any():
             alone = None if self.module is None else np.ones(n, dtype=np.int64)
             return Lanes(from_numpy(last), from_numpy(place), from_numpy(tables)), alone
-        # No further than the answer, the blocks and the random numbers at hand go.
+        # No further than the answer, the blocks and the random numbers at hand go; and logits take memory.
         room = np.minimum(rows.limit[:n] - rows.count[:n], WINDOW - rows.count[:n] % WINDOW) - 1
+        room = np.minimum(room, max(0, LANES // n - 1))
         beyond = (place + np.minimum(right.sum(1), room) >= rows.held[:n] * BLOCK).nonzero()[0].tolist()
         beyond = beyond[: max(0, self.blocks.free - n)]
         if beyond:
@@ -153,7 +156,7 @@ class Scheduler:
     def end(self, row: int, why: str) -> Sample:
         """Take a row's sample out, finished."""
         ended = self.rows.save(row)
-        ended.finish = why
+        ended.finish, ended.lookup = why, None
         self._give_back(ended)
         self.rows.remove([row])
         return ended
@@ -336,7 +339,7 @@ class Scheduler:
         ended = []
         for row, why in finished.items():
             saved = rows.save(row)
-            saved.finish = "stop" if why == TOKEN else "length"
+            saved.finish, saved.lookup = "stop" if why == TOKEN else "length", None
             self._give_back(saved)
             ended.append(saved)
         if finished:

@@ -5,6 +5,7 @@ from typing import Any
 from tokenizers.decoders import ByteLevel
 
 UNFINISHED = "\ufffd"  # what a character decodes to while bytes of it are missing
+PATIENCE = 32  # tokens that may wait for the end of a character: what is none yet will not become one
 AGAIN = 8  # tokens before the new ones that are decoded with them, since a tokenizer may join what stands side by side
 
 
@@ -91,12 +92,12 @@ class TextStream:
         return piece
 
     def _readable(self, tokens: list[int]) -> list[int]:
-        """Without those at the end that may become a character with what follows: three at most, of four bytes."""
-        start, least = max(0, self._read - AGAIN), max(self._read, len(tokens) - 3)
-        for end in range(len(tokens), least, -1):
+        """As many as end with a whole character. A token may end one and begin the next, so that many may wait."""
+        start = max(0, self._read - AGAIN)
+        for end in range(len(tokens), self._read, -1):
             if not self._speller.decode(tokens[start:end]).endswith(UNFINISHED):
                 return tokens[:end]
-        return tokens[:least]
+        return tokens if len(tokens) - self._read >= PATIENCE else tokens[: self._read]
 
     def _split(self, tokens: list[int]) -> None:
         """Note where thinking opens and closes, by the tokens that say so."""
