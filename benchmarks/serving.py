@@ -28,6 +28,7 @@ from servers import Contestant, Server
 
 RATE = 0.7  # of what the slowest side can do, for requests that come by chance
 ROUNDS = 3
+REST = 3.0  # seconds between turns: vLLM's threads spin on for a second after its last answer
 US = "rorqual"
 COLUMNS = {
     "tokens/s": "tokens_per_second",
@@ -113,6 +114,7 @@ def by_chance(rate: float, count: int, seed: str) -> Work:
 
 def measure(server: Server, work: Work) -> Figures:
     """Warm a server up and measure; also the client's share of a core."""
+    time.sleep(REST)
     asyncio.run(load.closed_loop(server.port, load.asks(2, "warm", 32), 2))
     before = time.process_time()
     found = load.summary(asyncio.run(work(server.port)))
