@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import GROUPED, LATENT
 
-from rorqual.engine import Engine, SamplingParams, scheduler
+from rorqual.engine import Engine, SamplingParams, speculate
 from rorqual.engine.cache import block_bytes
 from rorqual.engine.forward import Forward
 from rorqual.engine.rows import DRAFTS
@@ -201,7 +201,7 @@ def test_auto_is_lookup_where_weights_are_packed(monkeypatch):
 
 @pytest.mark.parametrize("lanes", [17, 30])
 def test_a_step_has_so_many_lanes_at_most(monkeypatch, lanes):
-    monkeypatch.setattr(scheduler, "LANES", lanes)
+    monkeypatch.setattr(speculate, "LANES", lanes)
     engine, seen = Engine(a_model(GROUPED.replace(max_position_embeddings=400)), speculate="lookup"), []
     forward = Forward.__call__
     monkeypatch.setattr(Forward, "__call__", lambda *x: (seen.append(len(x[1])), forward(*x))[1])

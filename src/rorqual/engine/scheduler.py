@@ -16,12 +16,10 @@ from rorqual.engine.blocks import BLOCK, Blocks, block_key
 from rorqual.engine.cache import BlockCache
 from rorqual.engine.choose import Turn
 from rorqual.engine.forward import Forward, Lanes, Piece
-from rorqual.engine.rows import WINDOW, Integers, Request, Rows, Sample
-from rorqual.engine.speculate import MOST, Module, Way, look_up
+from rorqual.engine.rows import Integers, Request, Rows, Sample
+from rorqual.engine.speculate import MOST, Module, Way, fit, look_up
 from rorqual.kernels.extend import TOKEN
 from rorqual.model import Transformer
-
-LANES = 384  # a step may have with drafts; as many sequences without them
 
 
 @dataclass(eq=False)
@@ -119,20 +117,11 @@ class Scheduler:
         """
         rows, n = self.rows, self.rows.n
         last, place, tables, drafts = rows.last[:n], rows.place[:n], rows.tables[:n], rows.drafts[:n]
-        if self.speculate is None or not (right := drafts >= 0).any():
+        if self.speculate is None or not (drafts >= 0).any():
             alone = None if self.module is None else np.ones(n, dtype=np.int64)
             return Lanes(from_numpy(last), from_numpy(place), from_numpy(tables)), alone
-        # No further than the answer, the blocks and the random numbers at hand go; and logits take memory.
-        room = np.minimum(rows.limit[:n] - rows.count[:n], WINDOW - rows.count[:n] % WINDOW) - 1
-        room = np.minimum(room, max(0, LANES // n - 1))
-        beyond = (place + np.minimum(right.sum(1), room) >= rows.held[:n] * BLOCK).nonzero()[0].tolist()
-        beyond = beyond[: max(0, self.blocks.free - n)]
-        if beyond:
-            rows.add_blocks(beyond, [self.blocks.take() for _ in beyond])
-            tables = rows.tables[:n]
-        room = np.minimum(room, rows.held[:n] * BLOCK - 1 - place)
-        right &= np.arange(drafts.shape[1]) < room[:, None]
-        drafts[~right] = -1
+        right = fit(rows, self.blocks)
+        tables = rows.tables[:n]  # which may have grown
         self.counts.drafted += int(right.sum())
         tokens = np.concatenate([last[:, None], drafts], axis=1)
         there = np.concatenate([np.ones((n, 1), dtype=bool), right], axis=1)

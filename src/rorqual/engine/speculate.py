@@ -8,19 +8,23 @@ and the same seed gives the same text with drafts and without.
 import math
 from typing import Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, from_numpy
 
+from rorqual.engine.blocks import BLOCK, Blocks
 from rorqual.engine.cache import BlockCache, Prompt, Step
 from rorqual.engine.choose import draw_at
 from rorqual.engine.direct import direct_module
 from rorqual.engine.forward import Lanes, Piece
-from rorqual.engine.rows import DRAFTS, Integers, Rows
+from rorqual.engine.rows import DRAFTS, WINDOW, Integers, Rows
 from rorqual.kernels.linear import linear
 from rorqual.model import Transformer
 
 Way = Literal["mtp", "lookup"]  # where drafts come from
 MOST = 16  # sequences up to which a module's guesses cost less than a pass: beyond, products are bound by arithmetic
+LANES = 384  # a step may have with drafts, since logits take memory; more sequences get none
 GRAMS = (4, 3)  # tokens in common that make a look-up worth trying, the longest first
 LEARNING = 0.3  # how far one guess changes what the next are thought of
 # What a draft's lane costs of what a sequence's pass does: nearly nothing for a single sequence, since reading the
@@ -128,3 +132,22 @@ def look_up(rows: Rows, at: Integers) -> None:
 def least_trust(sequences: int) -> float:
     """How probably a draft must be right to save more time than it takes, in a pass of so many sequences."""
     return COST * sequences / (sequences + WEIGHTS_TAKE)
+
+
+def fit(rows: Rows, blocks: Blocks) -> NDArray[np.bool_]:
+    """Drop drafts that lead further than the answer, the blocks or the random numbers at hand, or to too many lanes →
+    those that are left, bool [n, DRAFTS]. Rows whose drafts want their next block get it early while there are plenty.
+    """
+    n = rows.n
+    place, count, drafts = rows.place[:n], rows.count[:n], rows.drafts[:n]
+    right = drafts >= 0
+    room = np.minimum(rows.limit[:n] - count, WINDOW - count % WINDOW) - 1
+    room = np.minimum(room, max(0, LANES // n - 1))
+    beyond = (place + np.minimum(right.sum(1), room) >= rows.held[:n] * BLOCK).nonzero()[0].tolist()
+    beyond = beyond[: max(0, blocks.free - n)]
+    if beyond:
+        rows.add_blocks(beyond, [blocks.take() for _ in beyond])
+    room = np.minimum(room, rows.held[:n] * BLOCK - 1 - place)
+    right &= np.arange(drafts.shape[1]) < room[:, None]
+    drafts[~right] = -1
+    return right
