@@ -1,7 +1,7 @@
 """Tokens/s and latencies of `rorqual serve`, vLLM's and llama.cpp's server: same weights, cores, requests and client.
 
 All servers run on this machine, one at a time asked while the others idle (stopped by a signal, vLLM does not wake up).
-Each side first tries its formats, briefly, and goes on with the fastest for so many clients; the sides then take turns.
+Each side first tries its formats and goes on with the fastest for so many clients; the sides then take turns.
 The first run makes the peers (peers.py).
 """
 
@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -53,9 +53,6 @@ class Loop:
         seed = f"{self.clients} {seed}{' sampled' * self.sampled}"
         wanted = load.asks(self.count, seed, sampled=self.sampled)
         return lambda port: load.closed_loop(port, wanted, self.clients, send)
-
-    def shorter(self) -> "Loop":
-        return replace(self, count=max(self.clients, self.count // 2))
 
 
 LOADS = {"c1": Loop(1, 6), "c8": Loop(8, 24), "c32": Loop(32, 96), "c32-sampled": Loop(32, 96, sampled=True)}
@@ -135,9 +132,7 @@ class Field:
                 continue
             self.servers[contestant] = server
             several = sum(c.side == contestant.side for c in contestants) > 1
-            self.tries[contestant] = {
-                kind: measure(server, one.shorter().work("try")) for kind, one in loads.items() if several
-            }
+            self.tries[contestant] = {kind: measure(server, one.work("try")) for kind, one in loads.items() if several}
             tried = {kind: round(f["tokens_per_second"], 1) for kind, f in self.tries[contestant].items()}
             print(contestant, tried, file=sys.stderr, flush=True)
 
