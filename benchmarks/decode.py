@@ -18,13 +18,14 @@ import torch
 
 from common import arguments, program, ratio_of_rounds, report, take_turns
 from llama import Llama, requantise
-from rorqual.engine import Engine, SamplingParams
+from rorqual.engine import Engine
 from rorqual.engine.score import score
 from rorqual.kernels.lowbit import Packed, unpack
-from rorqual.model import ModelConfig, Transformer
+from rorqual.model import Transformer
 from rorqual.model.gguf import import_model, smollm2_file
 from rorqual.plan.cost import parameters
 from rorqual.precision.lowbit import convert
+from sides import MIXTURE, Ours, Transformers
 
 PAIRS = [  # bits, our format, the peer
     ("int4", "Q4_0", "llama.cpp Q4_0"),
@@ -32,34 +33,6 @@ PAIRS = [  # bits, our format, the peer
     ("int8", "Q8_0", "llama.cpp Q8_0"),
     ("int4", "Q4_0", "transformers bf16"),
 ]
-GREEDY = {"temperature": 0, "ignore_eos": True}
-MIXTURE = ModelConfig(
-    model_type="deepseek_v3", vocab_size=16384, hidden_size=768, intermediate_size=1600, num_hidden_layers=12,
-    num_attention_heads=12, kv_lora_rank=256, qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=64,
-    n_routed_experts=32, n_shared_experts=1, num_experts_per_tok=4, moe_intermediate_size=320, first_k_dense_replace=1,
-    initializer_range=0.02, max_position_embeddings=2048,
-)  # fmt: skip
-
-
-class Ours:
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-
-    def prefill(self, prompt: list[int]) -> float:
-        start = time.perf_counter()
-        self.engine.generate([prompt], SamplingParams(max_tokens=1, **GREEDY))
-        return time.perf_counter() - start
-
-    def decode(self, prompts: list[list[int]], count: int) -> float:
-        engine = self.engine
-        for prompt in prompts:
-            engine.submit(prompt, SamplingParams(max_tokens=count, **GREEDY), watched=False)
-        while engine.status().running < len(prompts):
-            engine.step()
-        before, start = engine.status().counts.made_tokens, time.perf_counter()
-        while not engine.idle:
-            engine.step()
-        return (engine.status().counts.made_tokens - before) / (time.perf_counter() - start)
 
 
 class Theirs:
@@ -77,30 +50,6 @@ class Theirs:
     def close(self) -> None:
         self.one.close()
         self.many.close()
-
-
-class Transformers:
-    def __init__(self, directory: Path) -> None:
-        from transformers import AutoModelForCausalLM
-
-        self.model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16).eval()
-
-    @torch.inference_mode()
-    def prefill(self, prompt: list[int]) -> float:
-        start = time.perf_counter()
-        self.model(torch.tensor([prompt]), logits_to_keep=1).logits[0, -1].argmax()
-        return time.perf_counter() - start
-
-    @torch.inference_mode()
-    def decode(self, prompts: list[list[int]], count: int) -> float:
-        count = min(count, 24)  # its speed does not change with the length, and it takes long
-        found = self.model(torch.tensor(prompts), logits_to_keep=1, use_cache=True)
-        start = time.perf_counter()
-        for _ in range(count - 1):
-            newest = found.logits[:, -1].argmax(-1, keepdim=True)
-            found = self.model(newest, past_key_values=found.past_key_values, use_cache=True)
-        found.logits[:, -1].argmax(-1)
-        return len(prompts) * (count - 1) / (time.perf_counter() - start)
 
 
 def memory_bandwidth() -> float:

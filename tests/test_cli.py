@@ -203,6 +203,11 @@ def test_guessing_in_an_unknown_way(rorqual, tmp_path, command):
     one_sentence((status, "", err), "--speculate 'magic'", "lookup, mtp, none")
 
 
+@pytest.mark.parametrize("command", ["serve", "chat", "generate"])
+def test_computing_on_an_unknown_device(rorqual, tmp_path, command):
+    one_sentence(rorqual(command, tmp_path, "--device", "tpu"), "--device 'tpu'", "cpu, cuda")
+
+
 def test_serving_with_an_unknown_cache(rorqual, tmp_path):
     status, _, err = rorqual("serve", tmp_path, "--cache-format", "int3")
     assert status != 0

@@ -39,6 +39,8 @@ Speculate = Annotated[
         "auto: lookup where weights are packed"
     ),
 ]
+Device = Annotated[str, typer.Option(help="cpu or cuda")]
+DEVICES = ("cpu", "cuda")
 ModelDir = Annotated[
     str, typer.Argument(metavar="MODEL", help="a Hugging Face directory, a run's folder or a .gguf file")
 ]
@@ -154,6 +156,7 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="of problems and sampling")] = 0,
     against: Annotated[str | None, typer.Option(help="another model: the gain over it, problem by problem")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16 instead of what the weights are in")] = None,
+    device: Device = "cpu",
     as_json: AsJson = False,
 ) -> None:
     """pass@1 and cons@k on held-out problems, with 95 % intervals."""
@@ -168,10 +171,11 @@ def evaluate(
     _choice("--template", template, ("chat", "r1-zero", "plain"))
     if dtype is not None:
         _choice("--dtype", dtype, ("float32", "bfloat16"))
+    _choice("--device", device, DEVICES)
     directories = [_directory(model), *([] if against is None else [_directory(against)])]
     results = []
     for directory in directories:
-        engine = Engine(directory, dtype=dtype and getattr(torch, dtype))
+        engine = Engine(directory, dtype=dtype and getattr(torch, dtype), device=device)
         result = run(
             engine, engine.tokenizer, split_tasks(tasks), samples, problems, seed=seed, template=template,
             temperature=temperature, top_p=top_p, max_tokens=max_tokens, thinking_budget=thinking_budget,
@@ -201,6 +205,7 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="the same seed gives the same text")] = None,
     weights: Weights = None,
     speculate: Speculate = "auto",
+    device: Device = "cpu",
     as_json: AsJson = False,
 ) -> None:
     """Continue a prompt once; --json adds tokens and timings."""
@@ -209,6 +214,7 @@ def generate(
     from rorqual.terminal import loading, read_prompt, templated, timed
 
     bits, way = _bits(weights), _way(speculate)
+    _choice("--device", device, DEVICES)
     directory = _directory(model)
     params = recommended(
         directory, temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=seed,
@@ -217,7 +223,7 @@ def generate(
     said = read_prompt(prompt)
     started = time.monotonic()
     with loading(directory):
-        engine = Engine(directory, weights=bits, speculate=way)
+        engine = Engine(directory, weights=bits, speculate=way, device=device)
     loaded = time.monotonic()
     text = said if raw else templated(engine, [{"role": "user", "content": said.rstrip("\n")}])
     if as_json:
@@ -238,6 +244,7 @@ def chat(
     thinking_budget: ThinkingBudget = None,
     weights: Weights = None,
     speculate: Speculate = "auto",
+    device: Device = "cpu",
 ) -> None:
     """Talk to a model; Ctrl-C stops a reply, Ctrl-D ends."""
     from rorqual.engine import Engine
@@ -245,12 +252,13 @@ def chat(
     from rorqual.terminal import loading, talk
 
     bits, way = _bits(weights), _way(speculate)
+    _choice("--device", device, DEVICES)
     directory = _directory(model)
     params = recommended(
         directory, temperature=temperature, top_p=top_p, max_tokens=max_tokens, thinking_budget=thinking_budget
     )
     with loading(directory):  # a turn need not read the conversation again, and Ctrl-C waits for a piece of it only
-        engine = Engine(directory, prefix_cache=True, chunk=512, weights=bits, speculate=way)
+        engine = Engine(directory, prefix_cache=True, chunk=512, weights=bits, speculate=way, device=device)
     talk(engine, params, system)
 
 
@@ -272,6 +280,7 @@ def serve(
         str | None, typer.Option(help="int8: half the memory for the past, and less to read; default: as computed")
     ] = None,
     speculate: Speculate = "auto",
+    device: Device = "cpu",
     page: Annotated[bool, typer.Option(help="a chat page at /")] = True,
 ) -> None:
     """Serve a model behind OpenAI's API (and DeepSeek's reasoning_content); SIGTERM finishes what was accepted."""
@@ -293,12 +302,13 @@ def serve(
     keys = read_keys(api_keys)
     check_address(host, keys, anonymous)
     bits, way = _bits(weights), _way(speculate)
+    _choice("--device", device, DEVICES)
     directory = _directory(model)
     listening = bind(host, port)
     with loading(directory):
         engine = Engine(
             directory, slots=slots, cache_bytes=int(cache_gb * 2**30), prefix_cache=True,
-            dtype=dtype and getattr(torch, dtype), weights=bits, chunk=512, speculate=way,
+            dtype=dtype and getattr(torch, dtype), weights=bits, chunk=512, speculate=way, device=device,
             cache_dtype=cache_format and getattr(torch, cache_format),
         )  # fmt: skip
     called = name or (directory.parent if directory.name == "model" else directory).resolve().name.removesuffix(".gguf")

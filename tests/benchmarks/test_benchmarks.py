@@ -62,13 +62,15 @@ def test_a_run_that_is_not_there_is_one_sentence(name, tmp_path):
         ("train", "tokens-per-second/transformers"),
         ("rl_step", "step/trl"),
         ("balance", "max-vio/none"),
+        ("gpu --device cpu", "gpu-llama-135m-b1/transformers"),
     ],
 )
 def test_quick_run_gives_its_ratio(name, ratio):
+    name, *options = name.split()
     if name == "rl_step":
         pytest.importorskip("trl", reason="TRL is in the extra [bench]")
     done = subprocess.run(
-        [sys.executable, str(FOLDER / f"{name}.py"), "--quick", "--json"],
+        [sys.executable, str(FOLDER / f"{name}.py"), "--quick", "--json", *options],
         capture_output=True,
         text=True,
         check=True,

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import GROUPED, LATENT, greedy_by_full_passes
+from tiny import DEVICES, GROUPED, LATENT, greedy_by_full_passes, logits
 
 from rorqual.engine import Engine, SamplingParams
 from rorqual.errors import UserError
@@ -10,10 +10,15 @@ from rorqual.kernels.draw import Cut, draw
 from rorqual.model import Transformer
 
 
+@pytest.fixture(params=DEVICES)
+def device(request):
+    return request.param
+
+
 @pytest.fixture(params=[LATENT, GROUPED], ids=["latent", "grouped"])
-def model(request):
+def model(request, device):
     torch.manual_seed(3)
-    model = Transformer(request.param).eval()
+    model = Transformer(request.param).eval().to(device)
     with torch.no_grad():  # make the end token likely now and then, so that sequences leave at different times
         model.head_weight[0] = 0.8 * model.head_weight[1:].sum(0)
     return model
@@ -41,13 +46,12 @@ def test_samples_of_a_prompt_are_neighbours_and_differ(model, prompts):
     found = Engine(model, slots=5).generate(prompts[:3], SamplingParams(n=4, max_tokens=8, seed=1))
     assert len(found) == 12
     assert len({tuple(c.tokens) for c in found[4:8]}) > 1
-    with torch.no_grad():
-        for i, completion in enumerate(found):
-            whole = prompts[i // 4] + completion.tokens
-            logp = model.logits(torch.tensor([whole]))[0].log_softmax(-1)
-            at = len(prompts[i // 4]) - 1
-            expected = [float(logp[at + j, token]) for j, token in enumerate(completion.tokens)]
-            assert completion.logprobs == pytest.approx(expected, abs=1e-4)
+    for i, completion in enumerate(found):
+        whole = prompts[i // 4] + completion.tokens
+        logp = logits(model, [whole])[0].log_softmax(-1)
+        at = len(prompts[i // 4]) - 1
+        expected = [float(logp[at + j, token]) for j, token in enumerate(completion.tokens)]
+        assert completion.logprobs == pytest.approx(expected, abs=1e-4)
 
 
 def test_seed_decides_and_slots_do_not(model, prompts):

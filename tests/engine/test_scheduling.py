@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import GROUPED, LATENT, greedy_by_full_passes
+from tiny import DEVICES, GROUPED, LATENT, greedy_by_full_passes, logits
 
 from rorqual.engine import Engine, SamplingParams
 from rorqual.engine.blocks import BLOCK
@@ -17,10 +17,15 @@ from rorqual.model import Transformer
 GREEDY = SamplingParams(temperature=0, max_tokens=40)
 
 
+@pytest.fixture(params=DEVICES)
+def device(request):
+    return request.param
+
+
 @pytest.fixture(params=[LATENT, GROUPED], ids=["latent", "grouped"])
-def model(request):
+def model(request, device):
     torch.manual_seed(3)
-    model = Transformer(request.param.replace(max_position_embeddings=200)).eval()
+    model = Transformer(request.param.replace(max_position_embeddings=200)).eval().to(device)
     with torch.no_grad():
         model.head_weight[0] = 0.6 * model.head_weight[1:].sum(0)
     return model
@@ -102,8 +107,7 @@ def test_requests_with_different_wishes_share_a_batch(model, prompts):
 
 def test_penalties_and_biases_change_the_logits_as_defined(model):
     prompt = [7, 9, 7]
-    with torch.no_grad():
-        plain = model.logits(torch.tensor([prompt]))[0, -1]
+    plain = logits(model, [prompt])[0, -1]
     top = int(plain.argmax())
 
     def first(**wish):
@@ -121,8 +125,7 @@ def test_penalties_and_biases_change_the_logits_as_defined(model):
     seven = float(plain[7])
     assert gap(place, 7, b) == pytest.approx((seven / 2 if seven > 0 else seven * 2) - float(plain[b]), abs=1e-4)
     found, (_, unchanged) = first()
-    with torch.no_grad():
-        then = model.logits(torch.tensor([[*prompt, found.tokens[0]]]))[0, -1]
+    then = logits(model, [[*prompt, found.tokens[0]]])[0, -1]
     made, other = found.tokens[0], a
     assert gap(unchanged, made, other) == pytest.approx(float(then[made] - then[other]), abs=1e-4)
     found, (_, place) = first(presence_penalty=0.5, frequency_penalty=0.25)

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import GROUPED, LATENT
+from tiny import DEVICES, GROUPED, LATENT
 
 from rorqual.engine import Engine, SamplingParams, speculate
 from rorqual.engine.cache import block_bytes
@@ -36,13 +36,15 @@ def a_model(config, seed=3, sharper=4.0):
     return model
 
 
-@pytest.fixture(params=["mtp", "lookup", "packed mtp", "packed lookup"])
+@pytest.fixture(params=[f"{place} {way}" for place in (*DEVICES, "packed") for way in ("mtp", "lookup")])
 def engines(request):
     """Without drafts, and with them."""
-    packed, way = request.param.startswith("packed"), request.param.split()[-1]
+    place, way = request.param.split()
     model = a_model(AHEAD if way == "mtp" else GROUPED.replace(max_position_embeddings=200))
-    if packed:
+    if place == "packed":
         convert(model, "int8")
+    else:
+        model.to(place)
     return Engine(model), lambda **options: Engine(model, speculate=way, **options)
 
 

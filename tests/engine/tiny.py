@@ -4,6 +4,8 @@ import torch
 
 from rorqual.model import ModelConfig
 
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
 LATENT = ModelConfig(
     model_type="deepseek_v3", vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
     num_attention_heads=4, q_lora_rank=12, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=10,
@@ -18,12 +20,18 @@ GROUPED = ModelConfig(
 
 
 @torch.no_grad()
+def logits(model, tokens):
+    """Of rows of tokens [B, T] → [B, T, V], on the CPU."""
+    return model.logits(torch.tensor(tokens, device=model.head_weight.device)).cpu()
+
+
+@torch.no_grad()
 def greedy_by_full_passes(model, prompt, count, to_the_end=False):
     tokens, logprobs = list(prompt), []
     for _ in range(count):
-        logits = model.logits(torch.tensor([tokens]))[0, -1].log_softmax(-1)
-        tokens.append(int(logits.argmax()))
-        logprobs.append(float(logits.max()))
+        logp = logits(model, [tokens])[0, -1].log_softmax(-1)
+        tokens.append(int(logp.argmax()))
+        logprobs.append(float(logp.max()))
         if tokens[-1] == 0 and not to_the_end:
             break
     return tokens[len(prompt) :], logprobs

@@ -23,18 +23,26 @@ def open_model(
     """A Hugging Face directory, its `weights` packed into so many bits; packed ones and .gguf files stay as they are.
 
     What is not packed, and so the cache, is BF16 then, if nothing else is said: FP32 beside such weights buys nothing.
-    Raises UserError for what cannot be read.
+    Raises UserError for what cannot be read, and for a device that is not there or takes no packed weights.
     """
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise UserError("device cuda: PyTorch finds no GPU here; leave it out to compute on the CPU")
     if Path(path).suffix == ".gguf":
+        _check_packed_on(device)
         from rorqual.precision.gguf import load_gguf
 
         return load_gguf(path, dtype or torch.bfloat16)
     tokenizer = load_tokenizer(path)
     release_memory()
     if packed_already(Path(path)):
+        _check_packed_on(device)
         return load_packed(Path(path), dtype), tokenizer
     if weights is None:
         return load_model(path, dtype, device), tokenizer
-    if torch.device(device).type != "cpu":
-        raise UserError("packed weights are for a CPU; load the model there")
+    _check_packed_on(device)
     return load_converted(Path(path), weights, dtype or torch.bfloat16), tokenizer
+
+
+def _check_packed_on(device: torch.device | str) -> None:
+    if torch.device(device).type != "cpu":
+        raise UserError(f"device {device}: packed weights are for a CPU; give a directory of plain ones, unpacked")
