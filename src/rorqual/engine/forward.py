@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rorqual.engine.cache import BlockCache, Prompt, Step
 from rorqual.engine.direct import direct_step
+from rorqual.engine.graphs import Graphs, recordable
 from rorqual.kernels.linear import any_shape, linear
 from rorqual.model import Transformer
 
@@ -64,12 +65,16 @@ class Forward:
     def __init__(self, model: Transformer, cache: BlockCache) -> None:
         self.model, self.cache = model, cache
         self.direct = direct_step(model, cache)
+        self.graphs = Graphs(model, cache) if recordable(model) else None
 
     def __call__(self, lanes: Lanes, pieces: list[Piece]) -> tuple[Tensor, Tensor, Tensor]:
         """→ logits [N + E, V] of the lanes and of the E prompts that end in these pieces; hidden states [N, D] of the
         lanes and [M, D] of the pieces end to end.
         """
         n = len(lanes)
+        if self.graphs is not None and n and not pieces:
+            logits, states = self.graphs(*self._step(lanes.padded(self.graphs.size(n)), []))
+            return logits[:n], states[:n], states[:0]
         if self.direct is None:
             head = self.model.head_weight
             states = self._states(lanes.padded(self._size(n)), pieces)
@@ -114,9 +119,13 @@ class Forward:
     def _states(self, lanes: Lanes, pieces: list[Piece]) -> Tensor:
         if not len(lanes) and not pieces:
             return torch.empty(0)
-        step = Step(self.cache, lanes.tables, lanes.places, [Prompt(p.start, len(p.tokens), p.blocks) for p in pieces])
-        tokens = torch.cat([lanes.tokens, *(p.tokens for p in pieces)]).unsqueeze(0).to(step.index.device)
+        tokens, step = self._step(lanes, pieces)
         return self.model(tokens, step.positions, cache=step)[0]
+
+    def _step(self, lanes: Lanes, pieces: list[Piece]) -> tuple[Tensor, Step]:
+        """Their tokens [1, N], and where these go."""
+        step = Step(self.cache, lanes.tables, lanes.places, [Prompt(p.start, len(p.tokens), p.blocks) for p in pieces])
+        return torch.cat([lanes.tokens, *(p.tokens for p in pieces)]).unsqueeze(0).to(step.index.device), step
 
     def _size(self, n: int) -> int:
         """Lanes to compute: those there are and, where a new shape costs something, idle ones up to one of eight sizes

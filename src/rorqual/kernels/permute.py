@@ -25,7 +25,7 @@ class Arrangement(NamedTuple):
 def arrange(chosen: Tensor, experts: int, multiple: int = 1) -> Arrangement:
     """chosen [N, K]: the expert of every place → where it goes, each expert's rows filled up to `multiple`."""
     expert = chosen.flatten()
-    load = torch.bincount(expert, minlength=experts)
+    load = expert.new_zeros(experts).scatter_add_(0, expert, torch.ones_like(expert))  # bincount waits for a GPU
     order = expert.argsort(stable=True)
     here = torch.arange(len(expert), device=expert.device)
     row = torch.empty_like(order)
