@@ -29,6 +29,8 @@ PROMPT = 128
 
 def main() -> None:
     args = arguments(__doc__.splitlines()[0], device="cuda")
+    if not args.quick and args.device != "cuda":
+        raise UserError(f"--device {args.device}: figures are of a GPU; add --quick to see that it runs")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("there is no GPU here; say --device cpu --quick to see that it runs")
     batches, count, rounds = ((1, 2), 4, 1) if args.quick else ((1, 32, 256), 64, 3)
@@ -53,7 +55,7 @@ def main() -> None:
             figures[work] = found = take_turns(turns, rounds)
             ratios[f"gpu-{work}/transformers"] = ratio_of_rounds(*found.values())["median"]
             rows.append([work, *(sorted(values)[rounds // 2] for values in found.values())])
-        del ours, theirs, model
+        del ours, theirs, model, turns
     report(
         "gpu", args, ratios, {"tokens_per_second": figures},
         [("tokens/s in BF16", ["", "rorqual", "transformers"], rows)], ["torch", "transformers"],

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import DEVICES, GROUPED, LATENT, greedy_by_full_passes, logits
+from tiny import DEVICES, GROUPED, LATENT, agree, greedy_by_full_passes, logits
 
 from rorqual.engine import Engine, SamplingParams
 from rorqual.engine.blocks import BLOCK
@@ -73,7 +73,7 @@ def test_samples_do_not_depend_on_company_or_preemption(model, prompts, room):
     together = Engine(model, slots=9, cache_bytes=memory, chunk=20)
     found = [c.tokens for c in together.generate(prompts[:5], params)]
     wide = [c.tokens for c in Engine(model).generate(prompts[:5], params)]
-    assert found == wide
+    assert agree(found, wide, model)
     assert all_free(together)
     assert together._scheduler.counts.preempted > 0 or room is None
 

@@ -51,8 +51,8 @@ class BlockCache:
         self, config: ModelConfig, count: int, dtype: torch.dtype, device: torch.device, more_layers: int = 0
     ) -> None:
         self.eight = dtype is torch.int8
-        # Zeros, not whatever was in memory: a hidden place has weight 0, but 0 times a stray NaN is NaN. They cost no
-        # memory before they are written to.
+        # Zeros, not whatever was in memory: a hidden place has weight 0, but 0 times a stray NaN is NaN. On a CPU
+        # they cost no memory before they are written to.
         self.layers = [
             tuple(
                 torch.zeros(count, *shape, dtype=torch.uint8 if self.eight else dtype, device=device)

@@ -22,7 +22,7 @@ from rorqual.kernels import cpu
 from rorqual.kernels.lowbit import Packed
 from rorqual.model import Transformer
 
-DEFAULT_BYTES = 1 << 30  # of the cache for requests that come and go; memory that is not used is not taken
+DEFAULT_BYTES = 1 << 30  # of the cache for requests that come and go; on a CPU what is not used is not taken
 CHUNK = 4096  # prompt tokens a step: what runs meanwhile waits for them
 
 
@@ -126,6 +126,10 @@ class Engine:
         """Forget the texts of a request that is done."""
         for sample in request.samples:
             self._texts.pop(sample, None)
+
+    def prepare(self) -> None:
+        """Make the cache, of `cache_bytes`, before a request wants it. Raises UserError without memory for it."""
+        self._ready([])
 
     def reset(self) -> None:
         """Give everything up: what ran, and the cache."""
@@ -267,7 +271,13 @@ class Engine:
         if scheduler is None or (scheduler.idle and scheduler.blocks.count < count):
             weight = self.model.head_weight
             more = int(self.speculate == "mtp")
-            cache = BlockCache(self.model.config, count, self.cache_dtype, weight.device, more)
+            try:
+                cache = BlockCache(self.model.config, count, self.cache_dtype, weight.device, more)
+            except RuntimeError:  # PyTorch's word for it, on a CPU too
+                need = count * self.block_bytes / 2**30
+                raise UserError(
+                    f"there is no memory for a cache of {need:.3g} GiB; make it smaller (--cache-gb)"
+                ) from None
             self._scheduler = scheduler = Scheduler(
                 self.model, self.slots, cache, Blocks(count), self.prefix_cache, self.chunk, self.speculate
             )

@@ -17,11 +17,12 @@ from rorqual.model import Transformer
 
 SPAN = 16  # blocks that the smallest recordings look at
 EVENLY = 64  # lanes from which sizes are multiples of it, instead of powers of two
+MOST = 1 << 15  # blocks that all lanes of a recording look at, since what it needs of memory it keeps
 
 
 def recordable(model: Transformer) -> bool:
     """Whether a step waits for nothing on the way. PyTorch's products of experts do, to know how many rows each has,
-    but for BF16 on Hopper and Blackwell.
+    but for BF16 on GPUs of compute capability 9 and 10.
     """
     weight, config = model.head_weight, model.config
     if not isinstance(weight, Tensor) or not weight.is_cuda:
@@ -48,6 +49,7 @@ class Graphs:
         self.model, self.cache = model, cache
         frequencies, factor = model.rope
         model.rope = frequencies.to(model.head_weight.device), factor  # nothing may be brought there meanwhile
+        self.aside = torch.cuda.Stream(model.head_weight.device)
         self.pool = torch.cuda.graph_pool_handle()
         self.recordings: dict[tuple[int, int], Recording] = {}
 
@@ -55,8 +57,10 @@ class Graphs:
         """Of tokens [1, N], N a `size`, and the step that they are all of → logits [N, V] and states [N, D]."""
         blocks = step.row_tables.shape[1]
         span = max(SPAN, 1 << (blocks - 1).bit_length())
-        step.row_tables = F.pad(step.row_tables, (0, span - blocks))
         key = tokens.shape[1], span
+        if tokens.shape[1] * span > MOST:
+            return self._compute(tokens, step)
+        step.row_tables = F.pad(step.row_tables, (0, span - blocks))
         found = self.recordings.get(key)
         if found is None:
             found = self.recordings[key] = self._record(tokens, step)
@@ -68,19 +72,19 @@ class Graphs:
         return found.logits, found.states
 
     def _record(self, tokens: Tensor, step: Step) -> Recording:
-        def run() -> tuple[Tensor, Tensor]:
-            states = self.model(tokens, step.positions, cache=step)[0]
-            return linear(states, self.model.head_weight), states
-
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):  # libraries make ready what they need
-            run()
-        torch.cuda.current_stream().wait_stream(aside)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
-            logits, states = run()
+        with torch.cuda.device(tokens.device):
+            self.aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.aside):  # libraries make ready what they need
+                self._compute(tokens, step)
+            torch.cuda.current_stream().wait_stream(self.aside)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.aside):
+                logits, states = self._compute(tokens, step)
         return Recording(graph, tokens, step, logits, states)
+
+    def _compute(self, tokens: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        states = self.model(tokens, step.positions, cache=step)[0]
+        return linear(states, self.model.head_weight), states
 
     @staticmethod
     def size(lanes: int) -> int:

@@ -38,11 +38,16 @@ def open_model(
         _check_packed_on(device)
         return load_packed(Path(path), dtype), tokenizer
     if weights is None:
-        return load_model(path, dtype, device), tokenizer
+        try:
+            return load_model(path, dtype, device), tokenizer
+        except torch.OutOfMemoryError:
+            raise UserError(f"device {device}: no memory for the weights of {path}; try bfloat16 or the CPU") from None
     _check_packed_on(device)
     return load_converted(Path(path), weights, dtype or torch.bfloat16), tokenizer
 
 
 def _check_packed_on(device: torch.device | str) -> None:
     if torch.device(device).type != "cpu":
-        raise UserError(f"device {device}: packed weights are for a CPU; give a directory of plain ones, unpacked")
+        raise UserError(
+            f"device {device}: packed weights are for a CPU; leave out --weights, and give a directory not packed"
+        )

@@ -87,6 +87,7 @@ def serve(directory: Path, engine: Engine, options: Options, listening: socket.s
             f"the cache of {engine.cache_bytes} bytes holds {service.context} tokens of a conversation; "
             f"raise --cache-gb until it holds at least {SHORTEST}"
         )
+    engine.prepare()
     app = build_app(service)
     if page and service.template:
         from rorqual.serve.page import add_page
