@@ -226,8 +226,8 @@ def test_our_server_is_measured(module, servers, load, tmp_path):
 def test_quick_run_measures_our_formats():
     command = [sys.executable, str(FOLDER / "serving.py"), "--quick", "--json"]
     found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
-    assert set(found["figures"]["loads"]) == {"c1", "c8", "c8-sampled", "poisson", "c8-openai"}
-    formats = ("int4, cache int8", "int8, cache int8", "int8, cache bf16")
+    assert set(found["figures"]["loads"]) == {"c1", "c1-plain", "c8", "c8-plain", "poisson", "c8-openai"}
+    formats = [f"{weights}, cache int8{guess}" for weights in ("int4", "int8") for guess in ("", ", look-up")]
     assert set(found["figures"]["tried_tokens_per_second"]) == {f"rorqual {f}" for f in formats}
     for load in found["figures"]["loads"].values():
         assert load["rorqual"]["tokens_per_second"] > 0
