@@ -66,6 +66,20 @@ def test_greedy_equals_full_passes_in_any_company(model, prompts, prefix_cache, 
         assert engine._scheduler.counts.preempted > 0, "the cache was to be too small"
 
 
+@pytest.mark.parametrize("options", [{}, {"chunk": 7, "prefix_cache": True}, {"cache_bytes": 30}])
+def test_greedy_answers_are_the_same_alone_and_among_32_others(model, options):
+    if "cache_bytes" in options:
+        options = {"cache_bytes": bytes_for(model, options["cache_bytes"])}
+    prompts = [[(7 * i + j * j) % 59 + 1 for j in range(1 + (5 * i) % 41)] for i in range(33)]
+    params = replace(GREEDY, max_tokens=24, ignore_eos=True)
+    alone = [Engine(model).generate([p], params)[0].tokens for p in prompts]
+    engine = Engine(model, slots=33, **options)
+    for _ in range(2):
+        assert [c.tokens for c in engine.generate(prompts, params)] == alone
+    assert (engine.status().counts.preempted > 0) == ("cache_bytes" in options)
+    assert all_free(engine)
+
+
 @pytest.mark.parametrize("room", [None, 9])
 def test_samples_do_not_depend_on_company_or_preemption(model, prompts, room):
     params = SamplingParams(n=3, seed=5, max_tokens=30, ignore_eos=True)
