@@ -40,6 +40,7 @@ Speculate = Annotated[
     ),
 ]
 Device = Annotated[str, typer.Option(help="cpu or cuda")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16, or auto: what this machine computes fastest")]
 DEVICES = ("cpu", "cuda")
 ModelDir = Annotated[
     str, typer.Argument(metavar="MODEL", help="a Hugging Face directory, a run's folder or a .gguf file")
@@ -98,6 +99,7 @@ def _train(kind: str, run: Any, path: Path, overrides: list[str] | None, resume:
 @app.command()
 def rl(recipe: RecipeFile, overrides: Overrides = None, resume: Resume = False, dry_run: DryRun = False) -> None:
     """Sharpen a model by reinforcement learning on checkable problems (GRPO)."""
+    from rorqual.kernels.machine import compute_dtype, dtype_name
     from rorqual.model import ModelConfig
     from rorqual.plan.cost import memory, parameters
     from rorqual.reason.rl import predict_rl
@@ -110,9 +112,8 @@ def rl(recipe: RecipeFile, overrides: Overrides = None, resume: Resume = False, 
         tokenizer_of(checked.model)
         config = ModelConfig.load(checked.model.path)
         total, active = parameters(config)
-        needed = memory(
-            config, checked.grpo.micro_tokens, dtype=checked.model.dtype, optimizer=checked.optimizer.name, ema=False
-        )
+        dtype = dtype_name(compute_dtype(checked.model.dtype))
+        needed = memory(config, checked.grpo.micro_tokens, dtype=dtype, optimizer=checked.optimizer.name, ema=False)
         print(f"{'parameters':<12} {total:.4g} in all, {active:.4g} active a token")
         print(f"{'memory':<12} about {needed.total / 1e9:.3g} GB in training, without the cache of rollouts")
         for name, value in predict_rl(checked, config).items():
@@ -155,12 +156,11 @@ def evaluate(
     thinking_budget: ThinkingBudget = None,
     seed: Annotated[int, typer.Option(help="of problems and sampling")] = 0,
     against: Annotated[str | None, typer.Option(help="another model: the gain over it, problem by problem")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16 instead of what the weights are in")] = None,
+    dtype: Dtype = "auto",
     device: Device = "cpu",
     as_json: AsJson = False,
 ) -> None:
     """pass@1 and cons@k on held-out problems, with 95 % intervals."""
-    import torch
     from rich.console import Console
 
     from rorqual.engine import Engine
@@ -169,13 +169,11 @@ def evaluate(
     from rorqual.evals.tasks import split_tasks
 
     _choice("--template", template, ("chat", "r1-zero", "plain"))
-    if dtype is not None:
-        _choice("--dtype", dtype, ("float32", "bfloat16"))
-    _choice("--device", device, DEVICES)
+    computed = _dtype(dtype, device)
     directories = [_directory(model), *([] if against is None else [_directory(against)])]
     results = []
     for directory in directories:
-        engine = Engine(directory, dtype=dtype and getattr(torch, dtype), device=device)
+        engine = Engine(directory, dtype=computed, device=device)
         result = run(
             engine, engine.tokenizer, split_tasks(tasks), samples, problems, seed=seed, template=template,
             temperature=temperature, top_p=top_p, max_tokens=max_tokens, thinking_budget=thinking_budget,
@@ -204,6 +202,7 @@ def generate(
     thinking_budget: ThinkingBudget = None,
     seed: Annotated[int | None, typer.Option(help="the same seed gives the same text")] = None,
     weights: Weights = None,
+    dtype: Dtype = "auto",
     speculate: Speculate = "auto",
     device: Device = "cpu",
     as_json: AsJson = False,
@@ -213,8 +212,7 @@ def generate(
     from rorqual.engine.recommended import recommended
     from rorqual.terminal import loading, read_prompt, templated, timed
 
-    bits, way = _bits(weights), _way(speculate)
-    _choice("--device", device, DEVICES)
+    bits, way, computed = _bits(weights), _way(speculate), _dtype(dtype, device)
     directory = _directory(model)
     params = recommended(
         directory, temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=seed,
@@ -223,7 +221,7 @@ def generate(
     said = read_prompt(prompt)
     started = time.monotonic()
     with loading(directory):
-        engine = Engine(directory, weights=bits, speculate=way, device=device)
+        engine = Engine(directory, weights=bits, dtype=computed, speculate=way, device=device)
     loaded = time.monotonic()
     text = said if raw else templated(engine, [{"role": "user", "content": said.rstrip("\n")}])
     if as_json:
@@ -243,6 +241,7 @@ def chat(
     max_tokens: MaxTokens = None,
     thinking_budget: ThinkingBudget = None,
     weights: Weights = None,
+    dtype: Dtype = "auto",
     speculate: Speculate = "auto",
     device: Device = "cpu",
 ) -> None:
@@ -251,14 +250,15 @@ def chat(
     from rorqual.engine.recommended import recommended
     from rorqual.terminal import loading, talk
 
-    bits, way = _bits(weights), _way(speculate)
-    _choice("--device", device, DEVICES)
+    bits, way, computed = _bits(weights), _way(speculate), _dtype(dtype, device)
     directory = _directory(model)
     params = recommended(
         directory, temperature=temperature, top_p=top_p, max_tokens=max_tokens, thinking_budget=thinking_budget
     )
     with loading(directory):  # a turn need not read the conversation again, and Ctrl-C waits for a piece of it only
-        engine = Engine(directory, prefix_cache=True, chunk=512, weights=bits, speculate=way, device=device)
+        engine = Engine(
+            directory, prefix_cache=True, chunk=512, weights=bits, dtype=computed, speculate=way, device=device
+        )
     talk(engine, params, system)
 
 
@@ -274,7 +274,7 @@ def serve(
     cache_gb: Annotated[float, typer.Option(help="memory for the past of all sequences, in GiB")] = 1.0,
     waiting: Annotated[int, typer.Option(help="sequences that may wait; beyond, 429")] = 256,
     timeout: Annotated[float, typer.Option(help="seconds a request may take")] = 600.0,
-    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16 instead of what the weights are in")] = None,
+    dtype: Dtype = "auto",
     weights: Weights = None,
     cache_format: Annotated[
         str | None, typer.Option(help="int8: half the memory for the past, and less to read; default: as computed")
@@ -295,20 +295,17 @@ def serve(
     for option, value in (("--slots", slots), ("--cache-gb", cache_gb), ("--timeout", timeout)):
         if value <= 0:
             raise UserError(f"{option} {value:g}: must be above 0")
-    if dtype is not None:
-        _choice("--dtype", dtype, ("float32", "bfloat16"))
     if cache_format is not None:
         _choice("--cache-format", cache_format, ("int8",))
     keys = read_keys(api_keys)
     check_address(host, keys, anonymous)
-    bits, way = _bits(weights), _way(speculate)
-    _choice("--device", device, DEVICES)
+    bits, way, computed = _bits(weights), _way(speculate), _dtype(dtype, device)
     directory = _directory(model)
     listening = bind(host, port)
     with loading(directory):
         engine = Engine(
             directory, slots=slots, cache_bytes=int(cache_gb * 2**30), prefix_cache=True,
-            dtype=dtype and getattr(torch, dtype), weights=bits, chunk=512, speculate=way, device=device,
+            dtype=computed, weights=bits, chunk=512, speculate=way, device=device,
             cache_dtype=cache_format and getattr(torch, cache_format),
         )  # fmt: skip
     called = name or (directory.parent if directory.name == "model" else directory).resolve().name.removesuffix(".gguf")
@@ -387,6 +384,15 @@ def _bits(weights: str | None) -> Any:
     if weights is not None:
         _choice("--weights", weights, ("int4", "int8"))
     return weights
+
+
+def _dtype(name: str, device: str) -> Any:
+    """The torch.dtype of --dtype on --device, both checked."""
+    _choice("--dtype", name, ("auto", "float32", "bfloat16"))
+    _choice("--device", device, DEVICES)
+    from rorqual.kernels.machine import compute_dtype
+
+    return compute_dtype(name, device)
 
 
 def _way(speculate: str) -> Any:

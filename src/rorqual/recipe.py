@@ -22,7 +22,8 @@ class ModelSection(Section):
 
     path: str | None = None
     config: dict[str, Any] | None = None  # ModelConfig's fields; vocab_size defaults to the tokenizer's
-    dtype: Literal["float32", "bfloat16"] = "float32"  # compute; bfloat16 keeps FP32 master weights
+    # Compute; bfloat16 keeps FP32 master weights. auto: what is fastest on the machine that starts the run.
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
     @model_validator(mode="after")
     def _one_of(self) -> "ModelSection":
@@ -210,11 +211,14 @@ class RLRecipe(Recipe):
     sample_every: int = Field(10, ge=1)
     eval_every: int = Field(0, ge=0)  # steps; 0: never
     eval_problems: int = Field(200, ge=1)  # a family, from the development split
+    keep_start: bool = False  # release the start where the last evaluation found the model worse; needs eval_every
 
     @model_validator(mode="after")
     def _one_end(self) -> "RLRecipe":
         if (self.steps is None) == (self.seconds is None):
             raise ValueError("give exactly one of steps or seconds")
+        if self.keep_start and not self.eval_every:
+            raise ValueError("keep_start compares evaluations, and eval_every is 0; set it too")
         return self
 
 

@@ -11,7 +11,9 @@ from safetensors.torch import load_file, save_file
 from peak import loading_peak
 from rorqual import ModelConfig, load_model, save_model
 from rorqual.errors import UserError
+from rorqual.kernels.machine import fastest_dtype
 from rorqual.model import checkpoint
+from rorqual.model.checkpoint import stored_dtype
 from rorqual.model.transformer import Transformer
 
 SMALL = ModelConfig(
@@ -83,7 +85,8 @@ def test_round_trip(tmp_path, max_shard_bytes, dtype):
     for layer in model.moe_layers():
         layer.gate.e_score_correction_bias = layer.gate.e_score_correction_bias.float()
     save_model(model, tmp_path / "model", max_shard_bytes=max_shard_bytes)
-    assert_same(load_model(tmp_path / "model"), model)
+    assert stored_dtype(tmp_path / "model") is dtype
+    assert_same(load_model(tmp_path / "model", dtype), model)
     shards = list((tmp_path / "model").glob("*.safetensors"))
     assert (len(shards) == 1) == (max_shard_bytes > 10**6)
     assert list(tmp_path.iterdir()) == [tmp_path / "model"]  # nothing temporary stays
@@ -215,7 +218,8 @@ def test_fp8_release_is_expanded(tmp_path, monkeypatch, block):
     assert len(expected) == 3 * 4 + 3 + 2
     for name, plain in expected.items():
         assert torch.equal(found[name], plain), name
-    assert load_model(tmp_path / "m").lm_head.weight.dtype == torch.bfloat16
+    assert stored_dtype(tmp_path / "m") is torch.bfloat16
+    assert load_model(tmp_path / "m").lm_head.weight.dtype is fastest_dtype()
 
 
 def refuses(path, *words):

@@ -14,6 +14,7 @@ from rorqual import load_model
 from rorqual.engine import Engine, SamplingParams
 from rorqual.errors import UserError
 from rorqual.kernels.lowbit import Packed, unpack
+from rorqual.kernels.machine import fastest_dtype
 from rorqual.model.gguf import import_gguf
 from rorqual.model.moe import Router
 from rorqual.precision.gguf import load_gguf
@@ -169,7 +170,7 @@ def test_what_is_packed_and_what_is_not(tmp_path):
     routers = [m for m in packed.modules() if isinstance(m, Router)]
     assert {(r.weight.dtype, r.e_score_correction_bias.dtype) for r in routers} == {(torch.float32, torch.float32)}
     layers = packed.model.layers
-    assert {layer.self_attn.kv_b_proj.weight.dtype for layer in layers} == {torch.bfloat16}
+    assert {layer.self_attn.kv_b_proj.weight.dtype for layer in layers} == {fastest_dtype()}
     experts = layers[1].mlp.experts
     assert (len(experts.gate_up_proj), experts.gate_up_proj.N, experts.gate_up_proj.K) == (8, 96, 64)
     assert isinstance(layers[3].eh_proj.weight, Packed)

@@ -7,6 +7,7 @@ import torch
 
 from rorqual.data.tokenizer import load_tokenizer
 from rorqual.errors import UserError
+from rorqual.kernels.machine import fastest_dtype
 from rorqual.model import Transformer
 from rorqual.model.checkpoint import load_model
 from rorqual.precision.lowbit import Bits, load_converted
@@ -22,7 +23,7 @@ def open_model(
 ) -> tuple[Transformer, "PreTrainedTokenizerFast"]:
     """A Hugging Face directory, its `weights` packed into so many bits; packed ones and .gguf files stay as they are.
 
-    What is not packed, and so the cache, is BF16 then, if nothing else is said: FP32 beside such weights buys nothing.
+    `dtype`, by default what `device` computes fastest, is that of what is not packed, and so of the KV cache.
     Raises UserError for what cannot be read, and for a device that is not there or takes no packed weights.
     """
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
@@ -31,7 +32,7 @@ def open_model(
         _check_packed_on(device)
         from rorqual.precision.gguf import load_gguf
 
-        return load_gguf(path, dtype or torch.bfloat16)
+        return load_gguf(path, dtype)
     tokenizer = load_tokenizer(path)
     release_memory()
     if packed_already(Path(path)):
@@ -39,11 +40,11 @@ def open_model(
         return load_packed(Path(path), dtype), tokenizer
     if weights is None:
         try:
-            return load_model(path, dtype, device), tokenizer
+            return load_model(path, dtype or fastest_dtype(device), device), tokenizer
         except torch.OutOfMemoryError:
             raise UserError(f"device {device}: no memory for the weights of {path}; try bfloat16 or the CPU") from None
     _check_packed_on(device)
-    return load_converted(Path(path), weights, dtype or torch.bfloat16), tokenizer
+    return load_converted(Path(path), weights, dtype or fastest_dtype()), tokenizer
 
 
 def _check_packed_on(device: torch.device | str) -> None:

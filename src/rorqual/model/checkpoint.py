@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rorqual.errors import UserError
+from rorqual.kernels.machine import fastest_dtype
 from rorqual.model.config import ModelConfig
 from rorqual.model.fp8 import SCALE_SUFFIX, block_size, expand, scale_shape
 from rorqual.model.shards import PIECE_BYTES, StoredTensor, read_header, write_shard
@@ -144,19 +145,27 @@ def open_release(path: Path) -> Release:
 def load_model(path: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Transformer:
     """Read a Hugging Face directory of a supported architecture, one piece of a tensor at a time.
 
-    `dtype` defaults to that of the stored embedding. Block-scaled FP8 weights are expanded. Multi-token modules
-    that config.json announces but the files lack (transformers drops them when it saves) are left out. Raises
-    UserError naming the file and the tensor that is missing, unexpected, misshapen or cut short.
+    `dtype` defaults to FP32 where the weights are stored so, else to what `device` computes fastest
+    (kernels/machine.py); `stored_dtype` gives what they are stored in. Block-scaled FP8 weights are expanded.
+    Multi-token modules that config.json announces but the files lack (transformers drops them when it saves) are left
+    out. Raises UserError naming the file and the tensor that is missing, unexpected, misshapen or cut
+    short.
     """
     release = open_release(Path(path))
     model = release.outline
     if dtype is None:
-        found = release.stored[EMBEDDING].dtype
-        dtype = found if found in (torch.float32, torch.bfloat16, torch.float16) else torch.bfloat16
+        stored = release.stored[EMBEDDING].dtype
+        dtype = stored if stored is torch.float32 else fastest_dtype(device)
     allocate(model, dtype, device)
     tensors = release_tensors(model)
     release.fill({name: tensors[name] for name in release.wanted})
     return model
+
+
+def stored_dtype(path: str | Path) -> torch.dtype:
+    """The dtype in which a directory's weights lose nothing: the stored embedding's, BF16 for other than floats."""
+    stored = open_release(Path(path)).stored[EMBEDDING].dtype
+    return stored if stored in (torch.float32, torch.bfloat16, torch.float16) else torch.bfloat16
 
 
 def stored_tensors(path: Path) -> dict[str, StoredTensor]:

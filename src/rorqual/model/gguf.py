@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rorqual.errors import UserError
-from rorqual.model.checkpoint import COMPANIONS, allocate, load_model, meta_model, save_model
+from rorqual.model.checkpoint import COMPANIONS, allocate, load_model, meta_model, save_model, stored_dtype
 from rorqual.model.config import ModelConfig
 from rorqual.model.gguf_config import config_of
 from rorqual.model.gguf_file import GGUFTensor, open_gguf
@@ -77,7 +77,7 @@ def import_model(src: str | Path, dest: str | Path) -> None:
     elif path.suffix == ".gguf":
         import_gguf(path, dest)
     elif path.is_dir():
-        save_model(load_model(path), dest)
+        save_model(load_model(path, stored_dtype(path)), dest)
         for name in COMPANIONS:
             if (path / name).is_file():
                 shutil.copy(path / name, Path(dest) / name)

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from rorqual.kernels.machine import compute_dtype, dtype_name
 from rorqual.model.config import ModelConfig
 from rorqual.plan.cost import flops_per_token, memory, mtp_flops_per_token, mtp_parameters, parameters
 from rorqual.plan.machine import describe_machine, matrix_peak, memory_total
@@ -12,7 +13,7 @@ from rorqual.recipe import PretrainRecipe, SFTRecipe
 
 # Share of the measured matrix peak that training is expected to reach; one core of a busy EPYC gave 0.30–0.46 in
 # float32 and 0.17 in bfloat16 at hidden sizes 64–256.
-UTILISATION = {"float32": 0.4, "bfloat16": 0.2}
+UTILISATION = {torch.float32: 0.4, torch.bfloat16: 0.2}
 
 
 def predict(config: ModelConfig, recipe: PretrainRecipe | SFTRecipe, rows: int | None = None) -> dict[str, Any]:
@@ -24,8 +25,8 @@ def predict(config: ModelConfig, recipe: PretrainRecipe | SFTRecipe, rows: int |
     each = flops_per_token(config, length)
     if recipe.mtp.weight or recipe.mtp.final_weight:
         each += mtp_flops_per_token(config, length)
-    peak = matrix_peak(torch.bfloat16 if recipe.model.dtype == "bfloat16" else torch.float32)
-    share = UTILISATION[recipe.model.dtype]
+    dtype = compute_dtype(recipe.model.dtype)
+    peak, share = matrix_peak(dtype), UTILISATION[dtype]
     rate = share * peak / each
     tokens: float | None = None
     if section.seconds is not None:
@@ -40,7 +41,7 @@ def predict(config: ModelConfig, recipe: PretrainRecipe | SFTRecipe, rows: int |
     needed = memory(
         config,
         sequences * length,
-        dtype=recipe.model.dtype,
+        dtype=dtype_name(dtype),
         optimizer=recipe.optimizer.name,
         ema=section.ema is not None,
     )

@@ -10,8 +10,10 @@ import psutil
 import torch
 
 from rorqual.kernels import cpu
+from rorqual.kernels.machine import fastest_dtype
 
 SIZE = {"cpu": 1024, "cuda": 8192}
+EMULATED = 256  # on a CPU that emulates the dtype: 1024 would take five seconds
 PATIENCE = 0.3  # seconds of measuring
 
 
@@ -23,6 +25,8 @@ def matrix_peak(dtype: torch.dtype = torch.float32, device: str = "cpu") -> floa
 @functools.cache
 def _measured_peak(dtype: torch.dtype, device: str, threads: int) -> float:
     size = SIZE.get(torch.device(device).type, 4096)
+    if dtype is torch.bfloat16 and fastest_dtype(device) is not dtype:
+        size = EMULATED
     a = torch.ones(size, size, dtype=dtype, device=device)
     out = a @ a
     best, start = float("inf"), time.perf_counter()

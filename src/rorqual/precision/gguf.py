@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from rorqual.errors import UserError
 from rorqual.kernels.lowbit import GROUP, PANEL, Format, Packed, gather, pack
+from rorqual.kernels.machine import fastest_dtype
 from rorqual.model import Transformer
 from rorqual.model.gguf import fill, outline, part, reading, reordered_head, slice_rows, unpermute
 from rorqual.model.gguf_file import GGUFTensor, open_gguf
@@ -39,13 +40,15 @@ FORMATS: dict[GGMLQuantizationType, Format] = {
 BLOCK_BYTES = {GGMLQuantizationType.Q4_0: 18, GGMLQuantizationType.Q4_1: 20, GGMLQuantizationType.Q8_0: 34}
 
 
-def load_gguf(path: str | Path, dtype: torch.dtype = torch.bfloat16) -> tuple[Transformer, "PreTrainedTokenizerFast"]:
-    """A llama, qwen2 or deepseek2 network with the weights as the file has them; `dtype` is that of all else.
+def load_gguf(path: str | Path, dtype: torch.dtype | None = None) -> tuple[Transformer, "PreTrainedTokenizerFast"]:
+    """A llama, qwen2 or deepseek2 network with the weights as the file has them; `dtype` is that of all else, by
+    default what the processor computes fastest.
 
     Q4_0, Q4_1 and Q8_0 stay what they are, Q4_K too but for scales rounded to FP16; other types become 8 bits with a
     scale for 32. Not packed are norms, biases, latent attention's up-projections and, in FP32, routers. Raises
     UserError for a file that is damaged or holds something else.
     """
+    dtype = dtype or fastest_dtype()
     with reading(path):
         fields, stored = open_gguf(path)
         model, places = outline(fields, stored)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from rorqual.errors import UserError
 from rorqual.kernels.lowbit import GROUP, Packed, pack, unpack_numbers
+from rorqual.kernels.machine import fastest_dtype
 from rorqual.model import ModelConfig, Transformer
 from rorqual.model.checkpoint import (
     COMPANIONS,
@@ -21,6 +22,7 @@ from rorqual.model.checkpoint import (
     meta_model,
     put_in_place,
     release_tensors,
+    stored_dtype,
     stored_tensors,
     write_json,
     write_weights,
@@ -39,7 +41,7 @@ def quantize(source: Path, dest: Path, bits: Bits) -> None:
     """Write `source` with its linears in `bits` to `dest`. Raises UserError."""
     if packed_already(source):
         raise UserError(f"{source} is packed already; give the directory that it was made from")
-    model = load_model(source)
+    model = load_model(source, stored_dtype(source))
     smooth(model)
     raw = json.loads((source / "config.json").read_text())
     tensors = dict(release_tensors(model))
@@ -103,7 +105,7 @@ def packed_already(path: Path) -> bool:
 
 
 def load_packed(path: Path, dtype: torch.dtype | None = None) -> Transformer:
-    """Read what `quantize` has written; `dtype` (default: the embedding's) is that of all else.
+    """Read what `quantize` has written; `dtype` (default: what the processor computes fastest) is that of all else.
 
     Raises UserError for other settings of the layout than ours, and for tensors that are missing or misshapen.
     """
@@ -125,7 +127,7 @@ def load_packed(path: Path, dtype: torch.dtype | None = None) -> Transformer:
         raise UserError(f"{path}: tensor {last} is missing; the files are incomplete or config.json is another's")
     reader = _Reader(path, stored, bits)
     model = meta_model(config)
-    dtype = dtype or reader.find("model.embed_tokens.weight").dtype
+    dtype = dtype or fastest_dtype()
     for name, module in list(model.named_modules()):
         release_memory()  # what unpacking the one before took
         if isinstance(module, Experts):

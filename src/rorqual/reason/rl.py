@@ -6,14 +6,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rorqual.kernels.machine import compute_dtype
 from rorqual.model import Transformer
-from rorqual.model.checkpoint import save_model
+from rorqual.model.checkpoint import load_model, save_model, stored_dtype
 from rorqual.model.config import ModelConfig
 from rorqual.plan.cost import flops_per_token
 from rorqual.plan.ledger import Ledger
 from rorqual.plan.machine import matrix_peak, memory_used
 from rorqual.reason.environment import open_environment
-from rorqual.reason.trainer import DTYPES, RLTrainer
+from rorqual.reason.trainer import RLTrainer
 from rorqual.recipe import RLRecipe
 from rorqual.train.card import card
 from rorqual.train.checkpoints import Checkpoints
@@ -36,6 +37,8 @@ def rl(recipe: RLRecipe, resume: bool = False) -> Path:
     model = build_model(recipe.model, tokenizer, recipe.seed)
     run = RLRun(run_dir, recipe, RLTrainer(model, tokenizer, environments, recipe))
     run.fit()
+    if recipe.keep_start and run.lost():
+        model = load_model(recipe.model.path, stored_dtype(recipe.model.path))
     _release(run, model, tokenizer)
     return run_dir
 
@@ -51,7 +54,7 @@ def predict_rl(recipe: RLRecipe, config: ModelConfig) -> dict[str, Any]:
     tokens = recipe.steps * section.questions_per_step * section.group_size * section.max_tokens
     passes = 4 + (section.kl > 0)  # one to sample, three to train, one of the reference
     flops = tokens * passes * flops_per_token(config, section.max_tokens, training=False)
-    return {"tokens": 2 * tokens, "flops": flops, "seconds": flops / matrix_peak(DTYPES[recipe.model.dtype])}
+    return {"tokens": 2 * tokens, "flops": flops, "seconds": flops / matrix_peak(compute_dtype(recipe.model.dtype))}
 
 
 @dataclass
@@ -92,6 +95,11 @@ class RLRun:
 
     def done(self) -> bool:
         return self.progress() >= 1.0
+
+    def lost(self) -> bool:
+        """Whether the last evaluation found fewer right answers than the first."""
+        means = {int(step): sum(shares.values()) for step, shares in self.evaluations.items()}
+        return bool(means) and means[max(means)] < means[min(means)]
 
     def _step(self, telemetry: Telemetry) -> None:
         start = time.monotonic()
@@ -145,7 +153,7 @@ def _release(run: RLRun, model: Transformer, tokenizer: Any) -> None:
     temporary.write_text(_card(run, model))
     os.replace(temporary, directory / "README.md")
     trainer = run.trainer
-    ledger = Ledger(run.run_dir, predict_rl(run.recipe, model.config), DTYPES[run.recipe.model.dtype])
+    ledger = Ledger(run.run_dir, predict_rl(run.recipe, model.config), compute_dtype(run.recipe.model.dtype))
     for stage, tokens in zip(STAGES, (trainer.tokens, trainer.learnt), strict=True):
         ledger.add(stage, tokens=tokens, flops=trainer.flops[stage], seconds=run.stages[stage])
     ledger.write()
@@ -159,6 +167,7 @@ def _card(run: RLRun, model: Transformer) -> str:
         for step, shares in run.evaluations.items()
     )
     head = f"| step | {' | '.join(trainer.environments)} |\n|---|{'---|' * len(trainer.environments)}\n"
+    kept = recipe.keep_start and run.lost()
     story = f"""`{recipe.model.path}` after {trainer.steps} steps of reinforcement learning (GRPO) on {families}
 by Rorqual (`rorqual rl`), seed {recipe.seed}: {trainer.tokens:,} tokens of its own answers, {run.seconds:,.0f} seconds.
 
@@ -166,5 +175,6 @@ by Rorqual (`rorqual rl`), seed {recipe.seed}: {trainer.tokens:,} tokens of its 
 {"pass@1 on development problems that training never saw:" if curve else "Not measured during training."}
 
 {head + curve if curve else ""}
+{"The last was below the first, so the weights released here are those it began with." if kept else ""}
 """
     return card(recipe, run.run_dir, [model.config.model_type, "grpo"], story)

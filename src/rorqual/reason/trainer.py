@@ -12,6 +12,7 @@ from torch import Tensor
 from rorqual.engine import Engine, SamplingParams
 from rorqual.errors import UserError
 from rorqual.kernels.cross_entropy import token_logprobs
+from rorqual.kernels.machine import compute_dtype
 from rorqual.model import Transformer
 from rorqual.plan.cost import flops_per_token
 from rorqual.reason.describe import UpdateSums, describe_rollout, describe_update, readable_sample
@@ -25,7 +26,6 @@ from rorqual.train.balance import update_correction_bias
 from rorqual.train.optimizer import Optimizer
 from rorqual.train.schedule import bias_speed
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PATIENCE = 3  # updates in a row that were not finite
 COUNTS = ("steps", "tokens", "learnt", "skipped_in_a_row", "flops")  # what a resumed run goes on counting
 Metrics = dict[str, Any]
@@ -47,7 +47,8 @@ class RLTrainer:
         if len(set(families)) < len(families):
             raise UserError(f"environments {', '.join(families)}: names must differ; rename or merge the double ones")
         self.model, self.recipe, self.section, self.verdict = model, recipe, recipe.grpo, verdict
-        self.optimizer = Optimizer(model, recipe.optimizer, DTYPES[recipe.model.dtype])
+        dtype = compute_dtype(recipe.model.dtype, model.head_weight.device)
+        self.optimizer = Optimizer(model, recipe.optimizer, dtype)
         self.engine = Engine(model, tokenizer, slots=self.section.rollout_slots)
         self.environments = {e.family: e for e in environments}
         self.streams = {e.family: e.stream("train", derived_seed(recipe.seed, e.family)) for e in environments}

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rorqual.errors import UserError
+from rorqual.kernels.machine import dtype_name, fastest_dtype
 from rorqual.recipe import Recipe
 
 # What may change between a run and its continuation without changing the weights it ends with.
@@ -17,6 +18,8 @@ FREE = {"out", "track", "train.eval_every", "train.save_every", "train.keep", "s
 def open_run(recipe: Recipe, resume: bool) -> Path:
     """Make the run's folder and save the resolved recipe in it; with `resume`, check that it is the same run.
 
+    `recipe.model.dtype` is filled in where it is "auto": by what the run began with, else by what is fastest here.
+
     Raises UserError when the folder holds a run and `resume` is false, or when the recipe is another one.
     """
     run_dir = recipe.run_dir
@@ -24,7 +27,12 @@ def open_run(recipe: Recipe, resume: bool) -> Path:
     if saved.exists():
         if not resume:
             raise UserError(f"{run_dir} already holds a run; continue it with --resume or give another name")
-        _check_same(recipe, saved)
+        before = _read(saved)
+        if recipe.model.dtype == "auto":
+            recipe.model.dtype = before.get("model.dtype", "auto")
+        _check_same(recipe, before, saved)
+    if recipe.model.dtype == "auto":
+        recipe.model.dtype = dtype_name(fastest_dtype())
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         temporary = run_dir / "recipe.tmp"
@@ -59,11 +67,14 @@ def _value(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _check_same(recipe: Recipe, saved: Path) -> None:
+def _read(saved: Path) -> dict[str, Any]:
     try:
-        before = _flat(tomllib.loads(saved.read_text()))
+        return _flat(tomllib.loads(saved.read_text()))
     except (OSError, tomllib.TOMLDecodeError) as e:
         raise UserError(f"{saved} cannot be read ({e}); restore it, or start a run with another name") from e
+
+
+def _check_same(recipe: Recipe, before: dict[str, Any], saved: Path) -> None:
     now = _flat(tomllib.loads(to_toml(recipe.model_dump())))
     for field in [*now, *before]:
         if field not in FREE and before.get(field) != now.get(field):

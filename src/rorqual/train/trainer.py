@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rorqual.data.loader import Batch, document_mask
 from rorqual.kernels.cross_entropy import linear_cross_entropy
+from rorqual.kernels.machine import compute_dtype
 from rorqual.model import Transformer
 from rorqual.plan.cost import flops_per_token, mtp_flops_per_token
 from rorqual.recipe import BalanceSection, MTPSection, OptimizerSection, ScheduleSection
@@ -22,7 +23,6 @@ from rorqual.train.optimizer import Optimizer
 from rorqual.train.rng import load_rng_tensors, rng_tensors
 from rorqual.train.schedule import bias_speed, mtp_weight, schedule_factor
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Metrics = dict[str, Any]
 
 
@@ -37,13 +37,16 @@ class Trainer:
         mtp: MTPSection | None = None,
         balance: BalanceSection | None = None,
         *,
-        dtype: str = "float32",
+        dtype: str = "auto",
         ema: float | None = None,
         compile: bool = False,
         say: Callable[[str], None] = print,
     ) -> None:
-        """Converts `model` to `dtype` in place. Without `mtp` or `balance` their losses and updates are off."""
-        self.model, self.schedule, self.dtype = model, schedule, DTYPES[dtype]
+        """Converts `model` to `dtype` ("auto": what is fastest on its device) in place.
+
+        Without `mtp` or `balance` their losses and updates are off.
+        """
+        self.model, self.schedule, self.dtype = model, schedule, compute_dtype(dtype, model.head_weight.device)
         self.mtp = mtp or MTPSection(weight=0.0, final_weight=0.0)
         self.balance = balance or BalanceSection(bias_speed=0.0, sequence_loss=0.0)
         self.optimizer = Optimizer(model, optimizer, self.dtype)

@@ -1,0 +1,66 @@
+"""What the machine computes fastest, and what is said where somebody wants something else."""
+
+import time
+
+import pytest
+import torch
+
+from rorqual.kernels import machine
+from rorqual.kernels.machine import compute_dtype, dtype_name, fastest_dtype
+
+
+@pytest.fixture
+def fresh():
+    """Every decision is made anew, and nothing of it is left to other tests."""
+    caches = (machine._fastest, machine.bf16_speed, machine._warn_emulated)
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
+
+
+@pytest.fixture
+def emulated(fresh, monkeypatch):
+    monkeypatch.setattr(machine, "bf16_speed", lambda: 1 / 70)
+
+
+def test_the_choice_is_what_a_product_takes_less_time_in(fresh):
+    a = torch.randn(512, 512)
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        x, timings = a.to(dtype), []
+        for _ in range(3):
+            start = time.perf_counter()
+            x @ x
+            timings.append(time.perf_counter() - start)
+        seconds[dtype] = min(timings)
+    slower = torch.bfloat16 if fastest_dtype() is torch.float32 else torch.float32
+    assert seconds[fastest_dtype()] < 3 * seconds[slower], "the other dtype is far faster"
+
+
+@pytest.mark.parametrize(("ratio", "dtype"), [(2.1, torch.bfloat16), (0.014, torch.float32)])
+def test_a_measurement_decides_where_flags_do_not(fresh, monkeypatch, ratio, dtype):
+    monkeypatch.setattr(machine, "_may_have_bf16", lambda: True)
+    monkeypatch.setattr(machine, "bf16_speed", lambda: ratio)
+    assert fastest_dtype() is compute_dtype("auto") is dtype
+
+
+def test_flags_that_rule_it_out_need_no_measurement(fresh, monkeypatch):
+    monkeypatch.setattr(machine, "_may_have_bf16", lambda: False)
+    monkeypatch.setattr(machine, "bf16_speed", lambda: pytest.fail("measured"))
+    assert fastest_dtype("cpu") is torch.float32
+
+
+def test_bf16_where_it_is_emulated_is_honoured_and_its_price_said_once(emulated, monkeypatch, capsys):
+    monkeypatch.setattr(machine, "_may_have_bf16", lambda: True)
+    assert compute_dtype("bfloat16") is compute_dtype("bfloat16") is torch.bfloat16
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert all(word in said for word in ("bfloat16", "70 times", "float32"))
+    compute_dtype("float32")
+    assert capsys.readouterr().err == ""
+
+
+def test_names_go_both_ways():
+    assert all(compute_dtype(dtype_name(dtype)) is dtype for dtype in (torch.float32, torch.bfloat16))
