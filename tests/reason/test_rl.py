@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from killing import run_whole_and_killed
 from rorqual.data.tokenizer import load_tokenizer
@@ -13,6 +14,7 @@ from rorqual.errors import UserError
 from rorqual.model.checkpoint import load_model, save_model
 from rorqual.reason.environment import open_environment
 from rorqual.reason.rl import predict_rl, rl
+from rorqual.reason.trainer import RLTrainer
 from rorqual.recipe import load_recipe, parse_recipe
 from rorqual.train.signals import Stopped
 
@@ -163,3 +165,32 @@ def test_ready_made_recipes_fit_their_environments(path):
         problem = open_environment(section).problems("train", 1)[0]
         assert problem.question.endswith("?")
         assert problem.metadata["expression"] in problem.question
+
+
+@pytest.mark.parametrize("worse", [True, False])
+def test_where_it_got_worse_the_start_is_released(tmp_path, model_dir, monkeypatch, worse):
+    shares = iter([0.5, 0.9, 0.4 if worse else 0.6])
+    monkeypatch.setattr(RLTrainer, "evaluate", lambda *_: {"eval_chain_sum": next(shares)})
+    run_dir = rl(recipe(tmp_path, model_dir, "keep_start=true"))
+    start = load_model(model_dir, torch.float32).state_dict()
+    released = load_model(run_dir / "model", torch.float32).state_dict()
+    same = all(torch.equal(tensor, start[name]) for name, tensor in released.items())
+    assert same == worse
+    assert ("those it began with" in (run_dir / "model" / "README.md").read_text()) == worse
+
+
+def test_keeping_the_start_needs_evaluations(tmp_path, model_dir):
+    with pytest.raises(UserError, match=r"keep_start .*eval_every is 0"):
+        recipe(tmp_path, model_dir, "keep_start=true", "eval_every=0")
+
+
+def test_a_run_keeps_the_dtype_it_began_with(tmp_path, model_dir, monkeypatch):
+    monkeypatch.setattr("rorqual.train.run.fastest_dtype", lambda: torch.float32)
+    rl(recipe(tmp_path, model_dir))
+    before = final_weights(tmp_path)
+    assert 'dtype = "float32"' in (tmp_path / "run" / "recipe.toml").read_text()
+    monkeypatch.setattr("rorqual.train.run.fastest_dtype", lambda: torch.bfloat16)
+    rl(recipe(tmp_path, model_dir), resume=True)  # auto is what the run began with
+    assert final_weights(tmp_path) == before
+    with pytest.raises(UserError, match=r"model\.dtype was \"float32\" and is \"bfloat16\" now"):
+        rl(recipe(tmp_path, model_dir, "model.dtype=bfloat16"), resume=True)

@@ -3,11 +3,13 @@
 Legend: P problems, S samples a problem.
 """
 
+import functools
 import hashlib
 import re
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -77,7 +79,11 @@ def evaluate(
     started, results = time.monotonic(), {}
     with _progress(quiet) as bar:
         for task in opened:
-            results[task.name] = _evaluate(engine, tokenizer, task, params, problems, k, template, check_line, bar)
+            chosen = task.problems(problems, seed)
+            line = bar.add_task(task.name, total=len(chosen) * samples)
+            advance = functools.partial(bar.advance, line)
+            found = collect(engine, tokenizer, task, chosen, params, template, advance)
+            results[task.name] = summarise(found, k, seed, check_line)
     return {
         "tasks": results,
         "samples": samples,
@@ -169,36 +175,55 @@ def _cells(row: dict[str, Any]) -> list[str]:
     ]
 
 
-def _evaluate(
+@dataclass
+class Collected:
+    """Problems asked and what came back: completion i, with its answer and judgement, is of problem i // samples."""
+
+    problems: list[Problem]
+    prompts: list[str]
+    completions: list[Completion]
+    answers: list[str | None]
+    correct: list[bool]
+
+    def __add__(self, other: "Collected") -> "Collected":
+        return Collected(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
+
+
+def collect(
     engine: Engine,
     tokenizer: Any,
     task: Task,
+    problems: list[Problem],
     params: SamplingParams,
-    wanted: int,
-    k: int | None,
     template: Template,
-    check_line: LineChecker | None,
-    bar: Progress,
-) -> dict[str, Any]:
-    chosen = task.problems(wanted, params.seed)
-    prompts = [task.prompt(problem, tokenizer, template) for problem in chosen]
-    line = bar.add_task(task.name, total=len(prompts) * params.n)
-    completions = engine.generate(prompts, params, progress=lambda done: bar.advance(line, done))
-    asked = [problem for problem in chosen for _ in range(params.n)]
+    progress: Callable[[int], None] | None = None,
+) -> Collected:
+    """Sample `params.n` answers to each of the problems and judge them; `progress` is told of completions."""
+    prompts = [task.prompt(problem, tokenizer, template) for problem in problems]
+    completions = engine.generate(prompts, params, progress=progress)
+    asked = [problem for problem in problems for _ in range(params.n)]
     answers = [
         task.answer(asked[i], prompts[i // params.n], c.text) if c.finish_reason == "stop" else None
         for i, c in enumerate(completions)
     ]
     correct = task.score(asked, [c.text for c in completions], answers)
-    rows = _Rows(chosen, completions, answers, np.array(correct, dtype=bool), params, k, check_line)
-    levels = sorted({problem.difficulty for problem in chosen} - {""}, key=_natural)
-    everything = np.arange(len(chosen))
+    return Collected(problems, prompts, completions, answers, correct)
+
+
+def summarise(
+    collected: Collected, k: int | None = None, seed: int = 0, check_line: LineChecker | None = None
+) -> dict[str, Any]:
+    """What `evaluate` says of a task; arguments as there."""
+    problems = collected.problems
+    rows = _Rows(collected, k, seed, check_line)
+    levels = sorted({problem.difficulty for problem in problems} - {""}, key=_natural)
+    everything = np.arange(len(problems))
     by_difficulty = {
-        level: rows.summary(everything[[problem.difficulty == level for problem in chosen]]) for level in levels
+        level: rows.summary(everything[[problem.difficulty == level for problem in problems]]) for level in levels
     }
     return rows.summary(everything) | {
         "by_difficulty": by_difficulty,
-        "questions_hash": hashlib.sha256("\0".join(prompts).encode()).hexdigest(),
+        "questions_hash": hashlib.sha256("\0".join(collected.prompts).encode()).hexdigest(),
         "scores": pass_at_1(rows.correct).tolist(),
     }
 
@@ -206,26 +231,19 @@ def _evaluate(
 class _Rows:
     """All completions of a task by problem, to be summarised over any of the problems."""
 
-    def __init__(
-        self,
-        problems: list[Problem],
-        completions: list[Completion],
-        answers: list[str | None],
-        correct: np.ndarray,
-        params: SamplingParams,
-        k: int | None,
-        check_line: LineChecker | None,
-    ) -> None:
-        shape = (len(problems), params.n)
-        self.correct = correct.reshape(shape)  # [P, S], as all below
-        self.answers = np.array(answers, dtype=object).reshape(shape)
+    def __init__(self, collected: Collected, k: int | None, seed: int, check_line: LineChecker | None) -> None:
+        problems, samples = collected.problems, len(collected.completions) // len(collected.problems)
+        shape = (len(problems), samples)
+        completions = collected.completions
+        self.correct = np.array(collected.correct, dtype=bool).reshape(shape)  # [P, S], as all below
+        self.answers = np.array(collected.answers, dtype=object).reshape(shape)
         self.tokens = np.array([len(c.tokens) for c in completions]).reshape(shape)
         self.truncated = np.array([c.finish_reason == "length" for c in completions]).reshape(shape)
         self.verified = np.zeros(shape, dtype=bool)  # the last verdict is ✓
         self.claims = np.zeros(shape, dtype=int)  # ✓ verdicts that can be judged
         self.kept = np.zeros(shape, dtype=int)  # those of them that are right
         for i, completion in enumerate(completions):
-            at = divmod(i, params.n)
+            at = divmod(i, samples)
             verdicts = read_verdicts(completion.text)
             self.verified[at] = claims_right(completion.text)
             if check_line is None:
@@ -234,7 +252,7 @@ class _Rows:
                 judged = [check_line(problems[at[0]], text) for text, positive in verdicts if positive]
                 judged = [right for right in judged if right is not None]
             self.claims[at], self.kept[at] = len(judged), sum(judged)
-        self.k, self.seed = k or params.n, params.seed
+        self.k, self.seed = k or samples, seed
 
     def summary(self, chosen: np.ndarray) -> dict[str, Any]:
         """Everything reported about the problems `chosen` (indices)."""

@@ -15,7 +15,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+from typing import Any
 
+from rorqual.reason import knights
 from rorqual.reason.problems import Environment, Problem
 
 RIGHT, WRONG = "✓", "✗"
@@ -36,12 +38,15 @@ class Document:
 # -- countdown: reach a target with a few numbers, by trying and checking
 
 
-@functools.lru_cache(1 << 14)
 def attempts(numbers: tuple[int, ...]) -> dict[str, int]:
     """Every way of joining sorted numbers by +, - and * without a negative or too large number on the way.
 
     The steps as written while thinking, e.g. 8*3=24,24-1=23, with the value they end in. Larger numbers come first.
     """
+    return _few_attempts(numbers) if len(numbers) <= 3 else _attempts(numbers)  # of four there are too many to keep
+
+
+def _attempts(numbers: tuple[int, ...]) -> dict[str, int]:
     found = {}
     for i, j in itertools.combinations(range(len(numbers)), 2):
         small, large = numbers[i], numbers[j]
@@ -56,6 +61,9 @@ def attempts(numbers: tuple[int, ...]) -> dict[str, int]:
             for steps, value in attempts(tuple(sorted([*rest, result]))).items():
                 found[f"{step},{steps}"] = value
     return found
+
+
+_few_attempts = functools.lru_cache(1 << 14)(_attempts)
 
 
 def expression(steps: str) -> str:
@@ -130,9 +138,54 @@ def _chain(terms: list[int], slip: int = 0) -> str:
     return ",".join(parts)
 
 
+# -- knights_knaves: assume who is honest, and see whether everybody could have said what they said
+
+
+def knights_document(problem: Problem, rng: Random) -> Document:
+    """Without thinking, or assumptions in random order until one fits; some documents give up before."""
+    metadata = problem.metadata
+    every = knights.assumptions(metadata)
+    right = tuple(metadata["solution"])
+    if rng.random() < 0.4:
+        return Document(problem, "", knights_answer(metadata, right))
+    wrong = [honest for honest in every if honest != right]
+    tried = rng.sample(wrong, min(len(wrong), int(rng.expovariate(1 / 2.0))))
+    lines = [f"{assumption_text(metadata, honest)} {WRONG}\n" for honest in tried]
+    if tried and rng.random() < 0.3:
+        return Document(problem, "".join(lines), knights_answer(metadata, tried[-1]))
+    lines.append(f"{assumption_text(metadata, right)} {RIGHT}\n")
+    return Document(problem, "".join(lines), knights_answer(metadata, right))
+
+
+def assumption_text(metadata: dict[str, Any], honest: tuple[bool, ...]) -> str:
+    """Everybody's role, then the truth of what they say, up to the first contradiction: knight,knave: true,true."""
+    words = knights.roles(metadata)
+    assumed = ",".join(words[not truthful] for truthful in honest)
+    return f"{assumed}: {','.join('true' if true else 'false' for true in knights.check(metadata, honest))}"
+
+
+def knights_answer(metadata: dict[str, Any], honest: tuple[bool, ...]) -> str:
+    words = knights.roles(metadata)
+    return ",".join(f"{name} {words[not truthful]}" for name, truthful in zip(metadata["names"], honest, strict=True))
+
+
+def assumption_is_right(metadata: dict[str, Any], line: str) -> bool | None:
+    """Whether a line marked right assumes what is the case and finds no contradiction; None for another line."""
+    assumed, colon, found = line.strip().partition(": ")
+    words = knights.roles(metadata)
+    if not colon or not set(assumed.split(",")) <= set(words) or not set(found.split(",")) <= {"true", "false"}:
+        return None
+    honest = tuple(word == words[0] for word in assumed.split(","))
+    if len(honest) != len(metadata["names"]):
+        return False
+    told = [word == "true" for word in found.split(",")]
+    return told == knights.check(metadata, honest) and knights.fits(honest, told)
+
+
 WRITERS: dict[str, Callable[[Problem, Random], Document]] = {
     "countdown": countdown_document,
     "chain_sum": chain_document,
+    "knights_knaves": knights_document,
 }
 
 
@@ -144,6 +197,8 @@ def line_is_right(problem: Problem, line: str) -> bool | None:
 
     None for what is not a line of steps.
     """
+    if problem.family == "knights_knaves":
+        return assumption_is_right(problem.metadata, line)
     steps = [STEP.fullmatch(step) for step in line.strip().split(",")]
     if not all(steps):
         return None
@@ -163,10 +218,10 @@ def line_is_right(problem: Problem, line: str) -> bool | None:
 
 
 def documents(problems: list[Problem], count: int, seed: int) -> Iterator[Document]:
-    """`count` documents over the problems, each problem again with other wrong turns when they run out."""
+    """`count` documents over the problems, those of one problem, with other wrong turns each, in a row."""
     rng = Random(seed)
     for i in range(count):
-        problem = problems[i % len(problems)]
+        problem = problems[i * len(problems) // count]
         yield WRITERS[problem.family](problem, rng)
 
 

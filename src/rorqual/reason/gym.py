@@ -7,7 +7,7 @@ from collections import Counter
 from typing import Any
 
 from rorqual.errors import UserError
-from rorqual.reason import countdown
+from rorqual.reason import countdown, knights
 from rorqual.reason.problems import Environment, Problem, PromptFormat, integers, number_key, text_key
 from rorqual.reason.worker import shared_worker
 from rorqual.recipe import EnvironmentSection
@@ -39,13 +39,13 @@ class ReasoningGymEnvironment(Environment):
             entry = next(filter(None, (self._entry(0, i) for i in range(100))), None)
             if entry is None:
                 raise UserError(f"environment {section.name}: its config yields no problem; widen it")
-            self._prompt = PromptFormat(section.prompt, {"question", *entry["metadata"]}, section.name)
+            self._prompt = PromptFormat(section.prompt, _fields(section.name, entry), section.name)
 
     def candidate(self, seed: int, index: int) -> Problem | None:
         entry = self._entry(seed, index)
         if entry is None:
             return None
-        fields = entry["metadata"] | {"question": entry["question"]}
+        fields = _fields(self.family, entry)
         return Problem(
             question=self._prompt(fields) if self._prompt else entry["question"],
             answer="" if entry["answer"] is None else str(entry["answer"]),
@@ -112,7 +112,15 @@ def _dataset(name: str, config: dict[str, Any], seed: int, size: int) -> Any:
         raise UserError(f"environment {name}: config {config} is refused by reasoning-gym: {e}") from None
 
 
+def _fields(name: str, entry: dict[str, Any]) -> dict[str, Any]:
+    """What a recipe's `prompt` may name: metadata, question, and of knights_knaves its `claims` in few words."""
+    fields = entry["metadata"] | {"question": entry["question"]}
+    return fields | {"claims": knights.claims(fields)} if name == "knights_knaves" else fields
+
+
 def _key(name: str, entry: dict[str, Any]) -> str:
+    if name == "knights_knaves":
+        return knights.key(entry["metadata"])
     if name == "countdown":
         return number_key(entry["metadata"]["numbers"])
     return number_key(integers(entry["question"])) if _told_by_numbers(name) else text_key(entry["question"])
@@ -133,6 +141,8 @@ def _difficulty(name: str, metadata: dict[str, Any]) -> str:
     """What varies between the config's limits and is small enough to group by, e.g. "num_terms=3, num_digits=2"."""
     if name == "countdown":
         return f"numbers={len(metadata['numbers'])}"
+    if name == "knights_knaves":
+        return f"people={len(metadata['names'])}"
     parts = []
     limits = metadata.get("difficulty")
     for field, limit in limits.items() if isinstance(limits, dict) else ():

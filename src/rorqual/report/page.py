@@ -19,7 +19,8 @@ def render(run: Run, pictures: Sequence[Picture]) -> str:
     """The whole page as HTML; all text from the run is escaped."""
     name = escape(run.path.resolve().name)
     body = [
-        f"<header><h1>{name}</h1><p class=lead>{escape(opening(run))}</p>{_tiles(run)}{_chat(run)}</header>",
+        f"<header><h1>{name}</h1><p class=lead>{escape(opening(run))}</p>",
+        f"{_warnings(run)}{_tiles(run)}{_chat(run)}</header>",
         _section("What it can do", _stage_tables(run) + _figures(pictures, None)),
         _section("The same questions before and after", _samples(run)),
         *(
@@ -57,6 +58,11 @@ def _tiles(run: Run) -> str:
         tiles.append((percent(last), f"pass@1 on {family}{since}"))
     cells = "".join(f"<div><b>{escape(value)}</b><span>{escape(label)}</span></div>" for value, label in tiles)
     return f"<div class=tiles>{cells}</div>" if cells else ""
+
+
+def _warnings(run: Run) -> str:
+    """What a reader must know before the figures."""
+    return "".join(f"<p><b>Note:</b> {escape(str(note))}</p>" for note in run.summary.get("notes") or [])
 
 
 def _chat(run: Run) -> str:

@@ -1,76 +1,126 @@
-"""What the speedrun reached: every stage on the test problems, samples to read, the table."""
+"""What the speedrun reached: every stage on the test problems, samples to read, the tables."""
 
 import json
-from itertools import pairwise
-from pathlib import Path
+import time
+from collections.abc import Iterator
+from itertools import islice, pairwise
 from typing import Any
 
-import torch
 from rich import box
 from rich.table import Table
 
 from rorqual.engine import Engine, SamplingParams
-from rorqual.evals.run import compare, evaluate, thinking_curve
+from rorqual.evals.run import Collected, collect, compare, summarise, thinking_curve
+from rorqual.evals.tasks import EnvironmentTask
+from rorqual.kernels.machine import compute_dtype, dtype_name
 from rorqual.plan.cost import parameters
 from rorqual.reason.documents import line_is_right
-from rorqual.reason.environment import Environment
+from rorqual.reason.problems import Problem
 from rorqual.reason.prompts import prompt_text
-from rorqual.speedrun.stages import MAX_TOKENS, MODEL, TEMPLATE, Story
+from rorqual.reason.rollout import derived_seed
+from rorqual.speedrun.level import MODEL
+from rorqual.speedrun.stages import END, TEMPLATE, Story, folders, open_engine, sampling
+
+FIRST, LEAST, MOST = 24, 16, 1000  # test problems a family: in the first round, in a later one, in all
+SAMPLES, FEW_SAMPLES, SHORT = 8, 4, 4  # answers to each; few in runs of less than SHORT minutes, for more problems
+CURVE = 0.15  # of the time for reading, for the thinking curve
+BUDGETS = [0, 16, 32, 64, 128, 192]  # tokens
+REPORT = 12.0  # seconds for samples and the page with its figures, at the speed below
+REPORT_SPEED = 11_000  # training tokens/s of the machine where that was measured
 
 
-def evaluate_stages(story: Story, environments: list[Environment]) -> dict[str, Any]:
-    """Every stage's model on the same test problems, read for the first time now."""
-    stages, results = [], {}
-    options = {"template": TEMPLATE, "temperature": 1.0, "top_p": 1.0, "max_tokens": MAX_TOKENS, "seed": story.seed}
+def evaluate_stages(story: Story) -> dict[str, Any]:
+    """Every stage's model on the same test problems, read for the first time now, and as many as there is time for."""
+    left = story.budget.left(END) - REPORT * min(3.0, REPORT_SPEED / story.speed)
+    ends = time.monotonic() + left
+    engines = {name: open_engine(story.run_dir / folder) for name, folder in folders(story)}
+    collected, speed = _collect(story, engines, ends - CURVE * left)
+    results = {
+        name: {"tasks": {family: summarise(found, seed=story.seed, check_line=line_is_right)
+                         for family, found in of_families.items()}}
+        for name, of_families in collected.items()
+    }  # fmt: skip
+    stages = []
     for name, folder in folders(story):
-        engine = _engine(story.run_dir / folder)
-        found = evaluate(
-            engine, engine.tokenizer, environments, 8, story.plan.test_problems, check_line=line_is_right, **options
-        )
-        results[name] = found
         ledger = json.loads((story.run_dir / folder / "ledger.json").read_text())
         # Of reinforcement learning, those it sampled; what it learnt from is computed once more.
         tokens = ledger["stages"].get("rollout", ledger["total"])["tokens"]
-        stages.append({"name": name, "seconds": story.seconds[name], "tokens": tokens, "tasks": found["tasks"]})
-    budgets = [0, 16, 32, 64, 128, 192]
-    few = max(50, story.plan.test_problems // 4)
-    curve = {
-        e.family: thinking_curve(engine, engine.tokenizer, e, budgets, samples=1, problems=few, **options)
-        for e in environments
-    }
+        stages.append({"name": name, "seconds": story.seconds[name], "tokens": tokens} | results[name])
+    engine = engines[folders(story)[-1][0]]
     total, active = parameters(engine.model.config)
     return {
         "stages": stages,
         "gains": {after: compare(results[before], results[after]) for before, after in pairwise(results)},
-        "thinking_curve": curve,
-        "samples": _samples(story, environments),
+        "thinking_curve": _thinking_curve(story, engine, speed * (ends - time.monotonic())),
+        "samples": _samples(story),
         "seed": story.seed,
-        "minutes": story.plan.minutes,
+        "minutes": story.budget.minutes,
+        "level": story.level.name,
+        "problems": story.level.describe,
+        "training_tokens_per_second": story.speed,
+        "dtype": dtype_name(compute_dtype()),
+        "notes": story.notes,
         "model": {"parameters_total": total, "parameters_active": active, "config": MODEL},
         "chat_command": f"rorqual chat {story.run_dir}/model",
-    }  # fmt: skip
+    }
 
 
-def folders(story: Story) -> list[tuple[str, str]]:
-    """Stage and folder of every model there is."""
-    every = [("pretrain", "pretrain"), ("rl", "rl"), ("distill", "distill/student")]
-    return [(name, folder) for name, folder in every if (story.run_dir / folder / "model").exists()]
+def _collect(story: Story, engines: dict[str, Engine], ends: float) -> tuple[dict[str, dict[str, Collected]], float]:
+    """Answers of every stage's model, by stage and family: in rounds of new problems for all, until time is up; and
+    tokens/s. How long a problem takes is known after the first round, which is small.
+    """
+    tasks = {e.family: EnvironmentTask(e) for e in story.environments}
+    streams = {e.family: _distinct(e.stream("test", story.seed)) for e in story.environments}
+    samples = SAMPLES if story.budget.minutes >= SHORT else FEW_SAMPLES
+    found: dict[str, dict[str, Collected]] = {name: {} for name in engines}
+    done, size, started = 0, FIRST, time.monotonic()
+    while size:
+        seed = derived_seed(story.seed, "test", done)
+        params = SamplingParams(temperature=1.0, max_tokens=story.level.max_tokens, n=samples, seed=seed)
+        for family, task in tasks.items():
+            problems = list(islice(streams[family], size))
+            for name, engine in engines.items():
+                more = collect(engine, engine.tokenizer, task, problems, params, TEMPLATE)
+                found[name][family] = found[name][family] + more if family in found[name] else more
+        done += size
+        each = (time.monotonic() - started) / done
+        fit = int(0.97 * (ends - time.monotonic()) / each)
+        size = min(fit, MOST - done, max(3 * done, LEAST)) if fit >= LEAST else 0
+    seconds = time.monotonic() - started
+    story.console.print(f"   {done} problems a family, {samples} answers each, in {seconds:.0f} s")
+    tokens = sum(len(c.tokens) for stage in found.values() for part in stage.values() for c in part.completions)
+    return found, tokens / seconds
 
 
-def _engine(folder: Path) -> Engine:
-    return Engine(folder / "model", slots=1024, dtype=torch.bfloat16)
+def _distinct(problems: Iterator[Problem]) -> Iterator[Problem]:
+    seen = set()
+    for problem in problems:
+        if problem.question not in seen:
+            seen.add(problem.question)
+            yield problem
 
 
-def _samples(story: Story, environments: list[Environment]) -> list[dict[str, str]]:
+def _thinking_curve(story: Story, engine: Engine, tokens: float) -> dict[str, list[dict[str, Any]]]:
+    """Accuracy against the tokens allowed for thinking, on as many problems as `tokens` are enough for."""
+    lengths = list(story.checks.values())[-1].length
+    each = sum(sum(min(budget, length) + 12 for budget in BUDGETS) for length in lengths.values())
+    few = int(max(LEAST, min(MOST // 4, 0.7 * tokens / each)))  # so few at a time are slower
+    return {
+        e.family: thinking_curve(engine, engine.tokenizer, e, BUDGETS, samples=1, problems=few, **sampling(story))
+        for e in story.environments
+    }
+
+
+def _samples(story: Story) -> list[dict[str, str]]:
     """The same development problems answered before and after, for people to read."""
+    engines = [open_engine(story.run_dir / folders(story)[which][1]) for which in (0, -1)]
+    params = SamplingParams(max_tokens=story.level.max_tokens, seed=story.seed)
     rows = []
-    for environment in environments:
+    for environment in story.environments:
         problems = environment.problems("dev", 3, story.seed)
         texts = []
-        for folder in (folders(story)[0][1], folders(story)[-1][1]):
-            engine = _engine(story.run_dir / folder)
+        for engine in engines:
             prompts = [prompt_text(p.question, TEMPLATE, engine.tokenizer) for p in problems]
-            params = SamplingParams(max_tokens=MAX_TOKENS, seed=story.seed)
             texts.append(["<think>" + c.text for c in engine.generate(prompts, params)])
         rows += [
             {"family": p.family, "question": p.question, "before": before, "after": after}
@@ -80,17 +130,19 @@ def _samples(story: Story, environments: list[Environment]) -> list[dict[str, st
 
 
 def table(summary: dict[str, Any]) -> Table:
-    """Stages by families: pass@1 with its interval, cons@8, pass@8."""
-    table = Table(title="held-out problems, 8 samples each", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-    for name in ("stage", "family", "pass@1 %", "cons@8", "pass@8", "tokens", "says ✓", "✓ right"):
+    """Stages by families: pass@1 with its interval, cons@k, pass@k."""
+    first = next(iter(summary["stages"][0]["tasks"].values()))
+    k = first["k"]
+    title = f"{first['problems']} held-out problems a family, {k} samples each"
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    for name in ("stage", "family", "pass@1 %", f"cons@{k}", f"pass@{k}", "tokens", "says ✓", "✓ right"):
         table.add_column(name, justify="left" if name in ("stage", "family") else "right", no_wrap=True)
     for stage in summary["stages"]:
         for row, (family, r) in enumerate(stage["tasks"].items()):
-            half = 50 * (r["interval"][1] - r["interval"][0])
             table.add_row(
                 stage["name"] if row == 0 else "",
                 family,
-                f"{100 * r['pass_at_1']:.1f} ±{half:.1f}",
+                _with_half(r),
                 _percent(r["cons_at_k"]),
                 _percent(r["pass_at_k"]),
                 f"{r['mean_tokens']:.0f}",
@@ -98,6 +150,26 @@ def table(summary: dict[str, Any]) -> Table:
                 _percent(r["verdict_precision"]),
             )
     return table
+
+
+def difficulty_table(summary: dict[str, Any]) -> Table:
+    """pass@1 of every stage by difficulty, easy to hard."""
+    table = Table(title="pass@1 % by difficulty", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    table.add_column("family")
+    table.add_column("difficulty")
+    for stage in summary["stages"]:
+        table.add_column(stage["name"], justify="right", no_wrap=True)
+    for family, last in summary["stages"][-1]["tasks"].items():
+        for row, level in enumerate(last["by_difficulty"]):
+            parts = [stage["tasks"][family]["by_difficulty"][level] for stage in summary["stages"]]
+            name = level.replace("num_", "").replace("=", " ")
+            table.add_row(family if row == 0 else "", name, *map(_with_half, parts))
+    return table
+
+
+def _with_half(result: dict[str, Any]) -> str:
+    """pass@1 and half its interval, in percent."""
+    return f"{100 * result['pass_at_1']:.1f} ±{50 * (result['interval'][1] - result['interval'][0]):.1f}"
 
 
 def _percent(share: float | None) -> str:

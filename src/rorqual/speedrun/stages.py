@@ -1,19 +1,24 @@
 """The stages of the speedrun: what each writes down as a recipe, and runs by the code of the verb of its name."""
 
 import json
+import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from rorqual.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
+from rorqual.engine import Engine
+from rorqual.evals.run import evaluate
 from rorqual.model.checkpoint import save_model
 from rorqual.reason.documents import LARGEST, write_documents
 from rorqual.reason.environment import Environment
 from rorqual.reason.rejection import NothingRight, distill
 from rorqual.reason.rl import rl
-from rorqual.recipe import EnvironmentSection, ModelSection, TokenizerSection, parse_recipe
+from rorqual.recipe import ModelSection, TokenizerSection, parse_recipe
+from rorqual.speedrun.level import BATCH, LENGTH, MODEL, OPTIMIZER, Level
 from rorqual.train.numbers import start_numbers
 from rorqual.train.prepare import build_model
 from rorqual.train.pretrain import pretrain
@@ -22,68 +27,49 @@ from rorqual.train.pretrain import pretrain
 CHAT_TEMPLATE = "{{ messages[-1]['content'] }}\n{% if add_generation_prompt %}<think>{% endif %}"
 TEMPLATE = "plain"
 
-ENVIRONMENTS = [
-    EnvironmentSection(
-        name="countdown",
-        config={"min_numbers": 3, "max_numbers": 3, "min_value": 1, "max_value": 25,
-                "min_target": 1, "max_target": 100, "operators": ["+", "-", "*"]},
-        prompt="make {target} from {numbers}",
-        weight=2.0,
-    ),
-    EnvironmentSection(
-        name="chain_sum",
-        config={"min_terms": 6, "max_terms": 7, "min_digits": 1, "max_digits": 2},
-        prompt="calculate {expression}",
-    ),
-]  # fmt: skip
-
-MODEL = {
-    "model_type": "deepseek_v3",
-    "hidden_size": 128,
-    "intermediate_size": 384,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "kv_lora_rank": 32,
-    "qk_nope_head_dim": 24,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 32,
-    "n_routed_experts": 8,
-    "n_shared_experts": 1,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 96,
-    "first_k_dense_replace": 1,
-    "num_nextn_predict_layers": 1,
-    "max_position_embeddings": 512,
-    "initializer_range": 0.02,
-}
-
-# Shares of the time for learning. About 0.2 more on two cores goes to documents, rejection sampling, reading the test
-# problems at every stage, and the report.
-PRETRAIN, RL = 0.4, 0.3
-MAX_TOKENS = 224
+# When stages end, as shares of the whole time. What comes before them takes its time out of pre-training's.
+PRETRAIN_END, RL_END, DISTILL_END, END = 0.42, 0.76, 0.80, 0.985
+PRETRAIN_SHARE = PRETRAIN_END - 0.025  # what is left of it after measuring and writing documents
+# From fewer tokens, and where less than FLOOR of the answers of every family is right, RL has nothing to reward.
+FLOOR_TOKENS, FLOOR = 0.9e6, 0.04
+# Where less is right, nearly every ✓ is false, and a price on that teaches to claim and solve nothing: 6 % right became
+# none in 40 steps.
+SURE = 0.2
+SLOTS = 1024  # sequences sampled at a time
 
 
 @dataclass
-class Plan:
-    """What a run of so many minutes does: the ten-minute one, scaled."""
+class Budget:
+    """The wall time of a run, from `started` to the end of its report."""
 
     minutes: float
+    started: float = field(default_factory=time.monotonic)
 
     @property
     def seconds(self) -> float:
         return 60 * self.minutes
 
     @property
-    def documents(self) -> list[int]:
-        return [int(n * min(1.0, self.minutes / 10)) for n in (60_000, 30_000)]
+    def spent(self) -> float:
+        return time.monotonic() - self.started
+
+    def left(self, until: float = 1.0) -> float:
+        """Seconds until a share of the whole time is over."""
+        return max(until * self.seconds - self.spent, 0.01 * self.seconds)
+
+
+@dataclass
+class Check:
+    """A glance at development problems: shares of right answers and mean tokens of a family, and how fast it went."""
+
+    right: dict[str, float]
+    length: dict[str, float]
+    tokens_per_second: float
 
     @property
-    def problems(self) -> list[int]:
-        return [max(500, n // 4) for n in self.documents]
-
-    @property
-    def test_problems(self) -> int:
-        return int(min(1000, 100 * self.minutes))
+    def weak(self) -> bool:
+        """Whether so little is right that reinforcement learning has nothing to reward."""
+        return max(self.right.values()) < FLOOR
 
 
 @dataclass
@@ -92,26 +78,49 @@ class Story:
 
     run_dir: Path
     seed: int
-    plan: Plan
-    started: float = field(default_factory=time.monotonic)
+    budget: Budget
+    level: Level
+    environments: list[Environment]
+    speed: float  # tokens/s of pre-training, measured at the start
     seconds: dict[str, float] = field(default_factory=dict)
+    checks: dict[str, Check] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)  # what a reader of the result must know
     console: Console = field(default_factory=lambda: Console(highlight=False))
 
     def chapter(self, title: str) -> "Story":
-        self.console.print(f"[bold]{title}[/bold]  [dim]{time.monotonic() - self.started:.0f} s[/dim]")
+        self.console.print(f"[bold]{title}[/bold]  [dim]{self.budget.spent:.0f} s[/dim]")
         return self
 
     def timed(self, name: str, start: float) -> None:
-        self.seconds[name] = time.monotonic() - start
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - start
+
+    def note(self, sentence: str) -> None:
+        self.notes.append(sentence)
+        self.console.print(f"   [yellow]{sentence}[/yellow]", soft_wrap=True)
 
 
-def write_corpus(story: Story, environments: list[Environment]) -> None:
-    plan, path = story.plan, story.run_dir / "documents.jsonl"
-    count = write_documents(path, environments, plan.documents, plan.problems, story.seed)
+def folders(story: Story) -> list[tuple[str, str]]:
+    """Stage and folder of every model there is."""
+    pretrained = "pretrain/more" if (story.run_dir / "pretrain/more/model").exists() else "pretrain"
+    every = [("pretrain", pretrained), ("rl", "rl"), ("distill", "distill/student")]
+    return [(name, folder) for name, folder in every if (story.run_dir / folder / "model").exists()]
+
+
+def open_engine(folder: Path) -> Engine:
+    return Engine(folder / "model", slots=SLOTS)
+
+
+def write_corpus(story: Story) -> None:
+    """Documents, fewer in a short run, and the tokenizer."""
+    level, path = story.level, story.run_dir / "documents.jsonl"
+    counts = [int(count * min(1.0, story.budget.minutes / 10)) for count in level.documents]
+    problems = [max(500, count // 4) for count in counts]
+    count = write_documents(path, story.environments, counts, problems, story.seed)
     with path.open(encoding="utf-8") as lines:
         texts = [json.loads(line)["text"] for line, _ in zip(lines, range(4000), strict=False)]
     special = ["<think>", "</think>", "<answer>", "</answer>"]
-    section = TokenizerSection(vocab_size=LARGEST + 300, whole_numbers=LARGEST + 1, special_tokens=special)
+    size = 256 + LARGEST + 1 + len(special) + level.merges
+    section = TokenizerSection(vocab_size=size, whole_numbers=LARGEST + 1, special_tokens=special)
     tokenizer = train_tokenizer(texts, section)
     tokenizer.chat_template = CHAT_TEMPLATE
     save_tokenizer(tokenizer, story.run_dir / "tokenizer")
@@ -119,39 +128,61 @@ def write_corpus(story: Story, environments: list[Environment]) -> None:
 
 
 def pretrain_small(story: Story) -> None:
+    """Pre-train from random weights; where that leaves nothing for RL to reward, with the time of RL too."""
     run_dir = story.run_dir
     tokenizer = load_tokenizer(run_dir / "tokenizer")
     model = build_model(ModelSection(config=MODEL), tokenizer, story.seed)
     start_numbers(model, tokenizer)
     save_model(model, run_dir / "start", tokenizer)
+    _pretrain(story, run_dir / "start", run_dir, "pretrain", PRETRAIN_END)
+    check(story, "pretrain")
+    if story.checks["pretrain"].weak:
+        best = max(story.checks["pretrain"].right.values())
+        story.note(
+            f"pre-training fell short: {best:.1%} of the answers are right, and reinforcement learning needs about "
+            f"{FLOOR:.0%} to begin with; its time goes to pre-training. Give the run --minutes {needed(story)}"
+        )
+        _pretrain(story, run_dir / "pretrain" / "model", run_dir / "pretrain", "more", RL_END)
+        check(story, "pretrain")
+
+
+def needed(story: Story) -> int:
+    """Minutes in which this machine pre-trains far enough."""
+    enough = math.ceil(1.3 * FLOOR_TOKENS / (60 * PRETRAIN_SHARE * story.speed))
+    return max(enough, math.ceil(1.5 * story.budget.minutes))
+
+
+def _pretrain(story: Story, start: Path, out: Path, name: str, until: float) -> None:
     recipe = {
-        "name": "pretrain",
-        "out": str(run_dir),
+        "name": name,
+        "out": str(out),
         "seed": story.seed,
-        "model": {"path": str(run_dir / "start"), "dtype": "bfloat16"},
+        "model": {"path": str(start)},
         "data": {
-            "sources": [{"path": str(run_dir / "documents.jsonl")}],
-            "sequence_length": 192,
+            "sources": [{"path": str(story.run_dir / "documents.jsonl")}],
+            "sequence_length": LENGTH,
             "isolate_documents": True,
             "valid_fraction": 0.005,
         },
-        "optimizer": {"name": "muon", "lr": 2e-3, "muon_lr": 4e-3, "weight_decay": 0.01},
+        "optimizer": OPTIMIZER,
         "schedule": {"name": "wsd", "warmup": 0.02, "decay": 0.4, "final": 0.02},
         "mtp": {"weight": 0.3, "final_weight": 0.0, "switch_at": 0.3},
-        "train": {"seconds": PRETRAIN * story.plan.seconds, "batch_size": 16, "eval_every": 200, "save_every": 1000},
+        "train": {"seconds": story.budget.left(until), "batch_size": BATCH, "eval_every": 200, "save_every": 1000},
     }
     pretrain(parse_recipe(recipe, "pretrain", "speedrun"))
 
 
 def reinforce(story: Story) -> None:
+    """GRPO on the families, until its share of the time is over."""
+    best = max(story.checks["pretrain"].right.values())
     recipe = {
         "name": "rl",
         "out": str(story.run_dir),
         "seed": story.seed,
-        "model": {"path": str(story.run_dir / "pretrain" / "model"), "dtype": "bfloat16"},
-        "environments": [section.model_dump() for section in ENVIRONMENTS],
+        "model": {"path": str(story.run_dir / folders(story)[-1][1] / "model")},
+        "environments": _sections(story),
         "template": TEMPLATE,
-        "reward": {"accuracy": 1.0, "format": 0.1, "verdict": 0.2},
+        "reward": {"accuracy": 1.0, "format": 0.1, "verdict": 0.2 if best > SURE else 0.0},
         "grpo": {
             "group_size": 16,
             "questions_per_step": 16,
@@ -159,39 +190,70 @@ def reinforce(story: Story) -> None:
             "average": "token",
             "drop_flat_groups": True,
             "clip_high": 0.28,
-            "max_tokens": MAX_TOKENS,
-            "rollout_slots": 1024,
+            "max_tokens": story.level.max_tokens,
+            "rollout_slots": SLOTS,
         },
-        "optimizer": {"name": "muon", "lr": 3e-4, "muon_lr": 1e-3, "weight_decay": 0.0},
-        "seconds": RL * story.plan.seconds,
+        "optimizer": {"name": "muon", "lr": 2e-4, "muon_lr": 5e-4, "weight_decay": 0.0},
+        "seconds": story.budget.left(RL_END),
         "warmup_steps": 3,
         "decay": 0.3,
-        "eval_every": 20,
-        "eval_problems": max(20, int(10 * story.plan.minutes)),
+        "eval_every": 40,
+        "eval_problems": max(20, min(200, int(20 * story.budget.minutes))),
         "save_every": 100,
+        "keep_start": True,
     }
     rl(parse_recipe(recipe, "rl", "speedrun"))
+    check(story, "rl")
 
 
 def distill_best(story: Story) -> None:
-    plan, teacher = story.plan, str(story.run_dir / "rl" / "model")
+    """Rejection sampling from the model that RL left, and fine-tuning on what was right: as many as there is time."""
+    teacher, glance = str(story.run_dir / "rl" / "model"), story.checks["rl"]
+    length = sum(glance.length.values()) / len(glance.length)
+    problems = 0.6 * story.budget.left(DISTILL_END) * glance.tokens_per_second / (8 * length)
     recipe = {
         "name": "distill",
         "out": str(story.run_dir),
         "seed": story.seed,
         "teacher": teacher,
         "model": {"path": teacher},
-        "environments": [section.model_dump() for section in ENVIRONMENTS],
+        "environments": _sections(story),
         "template": TEMPLATE,
-        "problems": int(30 * plan.minutes),
+        "problems": int(min(1000, max(20, problems))),
         "samples": 8,
         "keep_per_problem": 2,
-        "max_tokens": MAX_TOKENS,
-        "sequence_length": 256,
+        "max_tokens": story.level.max_tokens,
+        "sequence_length": story.level.max_tokens + 64,
         "optimizer": {"name": "muon", "lr": 1e-4, "muon_lr": 3e-4, "weight_decay": 0.0},
         "train": {"epochs": 2, "batch_size": 16},
     }
     try:
         distill(parse_recipe(recipe, "distill", "speedrun"))
     except NothingRight as e:  # a run of a minute or two
-        story.console.print(f"   left out: {e}")
+        story.note(f"left out: {e}")
+
+
+def check(story: Story, stage: str) -> None:
+    """Ask the newest model some development problems, and say what came of it."""
+    engine = open_engine(story.run_dir / folders(story)[-1][1])
+    problems, samples = max(8, min(48, int(5 * story.budget.minutes))), 4
+    start = time.monotonic()
+    found = evaluate(
+        engine, engine.tokenizer, story.environments, samples, problems, split="dev", quiet=True, **sampling(story)
+    )["tasks"]  # fmt: skip
+    length = {family: result["mean_tokens"] for family, result in found.items()}
+    tokens = problems * samples * sum(length.values())
+    right = {family: result["pass_at_1"] for family, result in found.items()}
+    story.checks[stage] = Check(right, length, tokens / (time.monotonic() - start))
+    shares = ", ".join(f"{family} {share:.0%}" for family, share in right.items())
+    story.console.print(f"   right answers to development problems: {shares}")
+
+
+def sampling(story: Story) -> dict[str, Any]:
+    """As reinforcement learning samples."""
+    return {"template": TEMPLATE, "temperature": 1.0, "top_p": 1.0, "max_tokens": story.level.max_tokens,
+            "seed": story.seed}  # fmt: skip
+
+
+def _sections(story: Story) -> list[dict[str, Any]]:
+    return [section.model_dump() for section in story.level.environments]

@@ -1,0 +1,121 @@
+"""How hard the problems are: what this machine computes in the time that there is decides, not the recipe.
+
+A level is chosen by the tokens that pre-training will see. Problems that a slow machine just learns leave a fast one
+nothing to show, and those that a fast one finds hard a slow one never learns.
+"""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from rorqual.data.loader import Batch
+from rorqual.kernels.machine import compute_dtype, dtype_name
+from rorqual.model import ModelConfig, Transformer
+from rorqual.plan.machine import describe_machine
+from rorqual.recipe import EnvironmentSection, OptimizerSection, ScheduleSection
+from rorqual.train.trainer import Trainer
+
+MODEL: dict[str, Any] = {
+    "model_type": "deepseek_v3",
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 24,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 32,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 96,
+    "first_k_dense_replace": 1,
+    "num_nextn_predict_layers": 1,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.02,
+}
+OPTIMIZER = {"name": "muon", "lr": 2e-3, "muon_lr": 4e-3, "weight_decay": 0.01}
+BATCH, LENGTH = 16, 192  # sequences a step of pre-training, tokens in each
+WARM, TIMED = 2, 6  # steps of the measurement
+
+
+@dataclass(frozen=True)
+class Level:
+    """Families with their documents, and how long an answer may be."""
+
+    name: str
+    least_tokens: float  # of pre-training, from which on the level is chosen
+    environments: tuple[EnvironmentSection, ...]
+    documents: tuple[int, ...]  # one an environment
+    merges: int  # of the tokenizer, beside bytes and whole numbers
+    max_tokens: int
+
+    @property
+    def describe(self) -> str:
+        return "; ".join(_describe(section) for section in self.environments)
+
+
+def _countdown(most: int, largest: int = 25, target: int = 100) -> EnvironmentSection:
+    return EnvironmentSection(
+        name="countdown",
+        config={"min_numbers": 3, "max_numbers": most, "min_value": 1, "max_value": largest,
+                "min_target": 1, "max_target": target, "operators": ["+", "-", "*"]},
+        prompt="make {target} from {numbers}",
+        weight=2.0,
+    )  # fmt: skip
+
+
+def _chain(least: int, most: int) -> EnvironmentSection:
+    return EnvironmentSection(
+        name="chain_sum",
+        config={"min_terms": least, "max_terms": most, "min_digits": 1, "max_digits": 2},
+        prompt="calculate {expression}",
+    )
+
+
+KNIGHTS = EnvironmentSection(name="knights_knaves", config={"n_people": 3}, prompt="who is who? {claims}")
+
+LEVELS = (
+    Level("first", 0, (_countdown(3), _chain(6, 7)), (60_000, 30_000), 40, 224),
+    Level("second", 5e6, (_countdown(4), _chain(6, 9), KNIGHTS), (60_000, 40_000, 16_000), 140, 320),
+)
+
+
+def choose_level(tokens: float) -> Level:
+    """The hardest level that so many tokens of pre-training are enough for."""
+    return [level for level in LEVELS if tokens >= level.least_tokens][-1]
+
+
+def training_speed() -> float:
+    """Tokens/s of pre-training on this machine, from a few steps of the real size: some three seconds."""
+    config = ModelConfig.from_dict(MODEL | {"vocab_size": 1000}, "speedrun")
+    trainer = Trainer(Transformer(config), OptimizerSection(**OPTIMIZER), ScheduleSection())
+    tokens = torch.randint(1000, (BATCH, LENGTH))
+    third = (torch.arange(LENGTH) // 64).expand(BATCH, LENGTH)  # documents of 64 tokens
+    batch = Batch(tokens, tokens, torch.ones(BATCH, LENGTH), (torch.arange(LENGTH) % 64).expand(BATCH, LENGTH), third)
+    seconds = []
+    for _ in range(WARM + TIMED):
+        start = time.perf_counter()
+        trainer.step([batch], 0.5)
+        seconds.append(time.perf_counter() - start)
+    return BATCH * LENGTH / sorted(seconds[WARM:])[TIMED // 2]
+
+
+def machine_line() -> str:
+    """The processor and what is used of it, for people to read."""
+    machine = describe_machine()
+    kernels = machine["compiled_functions"] or "none: plain PyTorch"
+    dtype = dtype_name(compute_dtype())
+    return f"{machine['processor']}, {machine['threads']} threads; compiled kernels: {kernels}; dtype: {dtype}"
+
+
+def _describe(section: EnvironmentSection) -> str:
+    least, most = (
+        next((v for k, v in section.config.items() if k.startswith(word)), None) for word in ("min_", "max_")
+    )
+    what = {"countdown": "numbers", "chain_sum": "terms", "knights_knaves": "people"}[section.name]
+    if least is None:
+        return f"{section.name} with {section.config['n_people']} {what}"
+    return f"{section.name} with {least if least == most else f'{least} to {most}'} {what}"

@@ -1,0 +1,75 @@
+"""The main job: fitted to the machine and the time, and honest where the time is too short."""
+
+import json
+
+import pytest
+
+from rorqual.errors import UserError
+from rorqual.reason.environment import open_environment
+from rorqual.speedrun import speedrun
+from rorqual.speedrun import stages as stages_module
+from rorqual.speedrun.level import LEVELS, choose_level, machine_line, training_speed
+from rorqual.speedrun.outcome import FEW_SAMPLES, FIRST, difficulty_table, table
+from rorqual.speedrun.stages import Budget, Check, Story, needed
+
+
+def story(tmp_path, minutes=10.0, speed=10_000.0, level=LEVELS[0]):
+    environments = [open_environment(section) for section in level.environments]
+    return Story(tmp_path, 0, Budget(minutes), level, environments, speed)
+
+
+def test_more_tokens_bring_harder_problems():
+    chosen = [choose_level(tokens) for tokens in (0, 3e6, 30e6)]
+    assert chosen[0] is chosen[1] is LEVELS[0]
+    assert chosen[2] is LEVELS[-1]
+    assert {"countdown", "chain_sum"} < {section.name for section in LEVELS[-1].environments}
+    assert "3 to 4 numbers" in LEVELS[-1].describe
+    assert LEVELS[0].describe == "countdown with 3 numbers; chain_sum with 6 to 7 terms"
+
+
+@pytest.mark.parametrize("level", LEVELS, ids=lambda level: level.name)
+def test_prompt_and_answer_fit_the_context(level):
+    assert level.max_tokens + 150 <= stages_module.MODEL["max_position_embeddings"]
+    assert len(level.documents) == len(level.environments)
+
+
+def test_the_machine_is_measured_and_named():
+    assert training_speed() > 100
+    assert "threads" in machine_line()
+
+
+def test_a_weak_start_is_one_that_no_family_can_climb_from():
+    assert Check({"a": 0.01, "b": 0.03}, {}, 1.0).weak
+    assert not Check({"a": 0.01, "b": 0.05}, {}, 1.0).weak
+
+
+@pytest.mark.parametrize(("minutes", "speed"), [(2.0, 10_000.0), (10.0, 500.0)])
+def test_the_minutes_that_are_named_would_do(tmp_path, minutes, speed):
+    asked = needed(story(tmp_path, minutes, speed))
+    assert asked > minutes
+    assert 60 * asked * stages_module.PRETRAIN_SHARE * speed > stages_module.FLOOR_TOKENS
+
+
+def test_half_a_minute_learns_something_and_says_that_it_is_too_short(tmp_path, capsys):
+    summary = speedrun(tmp_path / "run", seed=5, minutes=0.5)
+    said = capsys.readouterr().out
+    lines = (tmp_path / "run" / "pretrain" / "metrics.jsonl").read_text().splitlines()
+    losses = [line["loss"] for line in map(json.loads, lines) if "loss" in line]
+    assert losses[-1] < losses[0] - 0.5
+    assert summary == json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["stages"][0]["name"] == "pretrain"
+    assert any("--minutes" in note for note in summary["notes"])
+    assert all(word in said for word in ("tokens/s", "held-out problems", "--minutes", "report:"))
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "--minutes" in page
+    assert (tmp_path / "run" / "model" / "config.json").exists()
+    assert table(summary).row_count == sum(len(stage["tasks"]) for stage in summary["stages"])
+    assert difficulty_table(summary).row_count == 5  # countdown has one difficulty, chain_sum four
+    result = summary["stages"][0]["tasks"]["countdown"]
+    assert result["problems"] == len(result["scores"]) >= FIRST
+    assert result["k"] == FEW_SAMPLES
+
+
+def test_no_time_at_all_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"at least 0\.5"):
+        speedrun(tmp_path / "run", seed=0, minutes=0.1)
