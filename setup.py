@@ -1,29 +1,50 @@
-"""The compiled functions (src/rorqual/kernels/cpu): one build for every instruction set, chosen when they run.
+"""The compiled functions (src/rorqual/kernels/cpu/build.py): an editable install compiles what this machine runs, a
+wheel carries every level.
 
 Without a C++ compiler the package installs all the same, and the PyTorch reference of each function runs.
 """
 
-import platform
+import sys
+from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
 
-FOLDER = "src/rorqual/kernels/cpu"
-HEADERS = ("numbers", "lanes", "attend", "lowbit", "tile", "team", "network", "cache8", "past8", "matrix")
-X86 = {"avx512": ["-march=x86-64-v4", "-mprefer-vector-width=512"], "avx2": ["-march=x86-64-v3"]}
-LEVELS = {"portable": []} | (X86 if platform.machine() in ("x86_64", "AMD64") else {})
-# No flag here lets the compiler assume that numbers are finite: a NaN must stay one, so that its step is skipped.
-FLAGS = ["-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp"]
+FOLDER = Path("src/rorqual/kernels/cpu")
+sys.path.insert(0, str(FOLDER.resolve()))
+import build  # noqa: E402
+
+
+class Kernels(build_ext):
+    def run(self) -> None:
+        if self.inplace or self.editable_mode:
+            build.build(build.HERE)
+        else:
+            build.build(self._target(), list(build.LEVELS))
+
+    def _target(self) -> Path:
+        return Path(self.build_lib).resolve().joinpath(*FOLDER.parts[1:])
+
+    def get_outputs(self) -> list[str]:
+        return [] if self.inplace else [str(path) for path in self._target().glob("compiled_*.so")]
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {}  # in the checkout they lie where they belong
+
+
+class Wheel(bdist_wheel):
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]  # called by ctypes: the same for every Python
+
 
 setup(
-    ext_modules=[
+    cmdclass={"build_ext": Kernels, "bdist_wheel": Wheel},
+    ext_modules=[  # makes the wheel one of its platform, and lists the sources
         Extension(
-            f"rorqual.kernels.cpu.compiled_{level}",
-            [f"{FOLDER}/{name}.cpp" for name in ("rows", "decode", "product", "lowbit", "step")],
-            depends=[f"{FOLDER}/{name}.h" for name in HEADERS],
-            extra_compile_args=FLAGS + flags,
-            extra_link_args=["-fopenmp"],
-            optional=True,
+            "rorqual.kernels.cpu.compiled",
+            [str(path) for path in sorted(FOLDER.glob("*.cpp"))],
+            depends=[str(path) for path in sorted(FOLDER.glob("*.h"))],
         )
-        for level, flags in LEVELS.items()
-    ]
+    ],
 )

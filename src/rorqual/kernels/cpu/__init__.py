@@ -102,16 +102,15 @@ def _library() -> tuple[str, ctypes.CDLL] | None:
     """The best build that this processor runs. torch is loaded by now, so its OpenMP threads serve both."""
     levels = {"AVX512": ("avx512", "avx2", "portable"), "AVX2": ("avx2", "portable")}
     for level in levels.get(torch.backends.cpu.get_cpu_capability(), ("portable",)):
-        for path in Path(__file__).parent.glob(f"compiled_{level}.*"):
-            try:
-                library = ctypes.CDLL(str(path))
-                if ctypes.c_int64.in_dll(library, "interface").value != INTERFACE:
-                    continue
-            except (OSError, ValueError):  # not loadable here; older than the number
+        try:
+            library = ctypes.CDLL(str(Path(__file__).parent / f"compiled_{level}.so"))
+            if ctypes.c_int64.in_dll(library, "interface").value != INTERFACE:
                 continue
-            for name, kinds in SIGNATURES.items():
-                for suffix in SUFFIXES.values():
-                    if function := getattr(library, f"{name}_{suffix}", None):
-                        function.argtypes = [KINDS.get(k, ctypes.c_void_p) for k in kinds]
-            return level, library
+        except (OSError, ValueError):  # not there, or not loadable here; older than the number
+            continue
+        for name, kinds in SIGNATURES.items():
+            for suffix in SUFFIXES.values():
+                if function := getattr(library, f"{name}_{suffix}", None):
+                    function.argtypes = [KINDS.get(k, ctypes.c_void_p) for k in kinds]
+        return level, library
     return None

@@ -1,0 +1,85 @@
+"""The compiled functions are made once, as far as they can be; what cannot is told in one sentence. A script stands for
+the compiler."""
+
+import shutil
+
+import pytest
+
+from rorqual.kernels.cpu import build
+
+SCRIPT = """#!/bin/sh
+echo "$@" >> {log}
+case "$*" in *{bad}*) echo "x.cpp:1: error: no such thing" >&2; exit 1;; esac
+while [ $# -gt 0 ]; do [ "$1" = -o ] && touch "$2"; shift; done
+"""
+
+
+@pytest.fixture
+def compiler(tmp_path, monkeypatch):
+    """Calls it with what makes it fail, and gets the sources that were compiled since."""
+    log, script = tmp_path / "log", tmp_path / "cxx"
+    monkeypatch.setenv("CXX", str(script))
+    monkeypatch.setattr(build, "OBJECTS", tmp_path / "objects")
+    here = tmp_path / "here"
+    shutil.copytree(build.HERE, here, ignore=shutil.ignore_patterns("*.so"))
+    monkeypatch.setattr(build, "HERE", here)
+
+    def run(levels, bad="nothing-of-it"):
+        log.write_text("")
+        script.write_text(SCRIPT.format(log=log, bad=bad))
+        script.chmod(0o755)
+        built = build.build(tmp_path / "out", levels)
+        lines = [line.split() for line in log.read_text().splitlines()]
+        return built, sorted(line[line.index("-c") + 1].rpartition("/")[2] for line in lines if "-c" in line)
+
+    return run
+
+
+def test_nothing_is_compiled_twice(compiler, tmp_path):
+    sources = ["decode.cpp", "lowbit.cpp", "product.cpp", "rows.cpp", "step.cpp"]
+    assert compiler(["portable"]) == (["portable"], sources)
+    assert compiler(["portable"]) == (["portable"], [])
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["compiled_portable.so"]
+    with open(build.HERE / "rows.cpp", "a") as file:
+        file.write("\n")
+    assert compiler(["portable"])[1] == ["rows.cpp"]
+    with open(build.HERE / "tile.h", "a") as file:
+        file.write("\n")
+    assert compiler(["portable"])[1] == ["lowbit.cpp"]
+    (build.HERE / "lanes.h").write_text("")
+    assert compiler(["portable"])[1] == sources
+    assert len(list(build.OBJECTS.iterdir())) == len(sources)
+
+
+def test_what_failed_is_told_and_the_rest_is_built(compiler, tmp_path, capsys):
+    levels = list(build.LEVELS)
+    built, _ = compiler(levels, bad="rows.cpp")
+    assert built == []
+    said = [line for line in capsys.readouterr().out.splitlines() if "fail" in line]
+    assert len(said) == 1
+    assert "x.cpp:1: error: no such thing" in said[0]
+    assert "plain PyTorch" in said[0]
+    assert not list(tmp_path.glob("out/*"))
+    if "avx512" in levels:
+        built, _ = compiler(levels, bad="march=x86-64-v4")
+        assert built == ["portable", "avx2"]
+        said = capsys.readouterr().out
+        assert "avx512: " in said
+        assert "plain PyTorch" not in said
+
+
+def test_no_compiler_is_no_error(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    assert build.build(tmp_path) == []
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1
+    assert "no C++ compiler" in said
+    assert "install g++" in said
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="no compiler")
+def test_this_machine_gets_what_it_runs():
+    levels = build.own_levels(["g++"])
+    assert levels[-1] == "portable"
+    assert set(levels) <= set(build.LEVELS)
