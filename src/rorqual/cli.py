@@ -339,6 +339,19 @@ def quantize(
 
 
 @app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """What this machine computes with, and why: kernels, dtype, threads. RORQUAL_CPU lowers the class of processor."""
+    from rorqual.plan.machine import diagnose
+
+    found = diagnose()
+    if as_json:
+        print(json.dumps(dict(found)))
+        return
+    for part, sentence in found:
+        print(f"{part:<40} {sentence}")
+
+
+@app.command()
 def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="a run's folder, e.g. runs/NAME")]) -> None:
     """Write RUN/report.html and RUN/figures/."""
     from rorqual.report import write_report

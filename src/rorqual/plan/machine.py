@@ -4,13 +4,14 @@ import functools
 import os
 import platform
 import time
+from importlib.metadata import version
 from typing import Any
 
 import psutil
 import torch
 
 from rorqual.kernels import cpu
-from rorqual.kernels.machine import fastest_dtype
+from rorqual.kernels.machine import bf16_speed, dtype_name, fastest_dtype
 
 SIZE = {"cpu": 1024, "cuda": 8192}
 EMULATED = 256  # on a CPU that emulates the dtype: 1024 would take five seconds
@@ -67,6 +68,23 @@ def describe_machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
+
+
+def diagnose() -> list[tuple[str, str]]:
+    """What is in use here, part by part, and why: (part, sentence)."""
+    machine = describe_machine()
+    dtype = fastest_dtype()
+    times = bf16_speed()
+    compared = f"a product in BF16 takes {1 / times:.1f} times as long as in FP32" if times < 1 else (
+        f"a product in BF16 is {times:.1f} times as fast as in FP32")  # fmt: skip
+    return [
+        ("processor", f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gb']} GB"),
+        ("threads", str(machine["threads"])),
+        *((use.part, f"{'in use' if use.used else 'not used'}: {use.why}") for use in cpu.describe()),
+        ("dtype auto", f"{dtype_name(dtype)}: {compared}"),
+        ("accelerator", machine["accelerator"] or "none that PyTorch finds"),
+        ("versions", f"rorqual {version('rorqual')}, torch {machine['torch']}, Python {machine['python']}"),
+    ]
 
 
 def _processor() -> str:

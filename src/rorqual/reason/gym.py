@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import re
+import warnings
 from collections import Counter
 from typing import Any
 
@@ -92,8 +93,10 @@ class ReasoningGymEnvironment(Environment):
 
 
 def _dataset(name: str, config: dict[str, Any], seed: int, size: int) -> Any:
-    import reasoning_gym
-    from reasoning_gym.factory import DATASETS
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SyntaxWarning)  # of what it imports, where that is compiled for the first time
+        import reasoning_gym
+        from reasoning_gym.factory import DATASETS
 
     if name not in DATASETS or name == "composite":  # several [[environments]] do what composite does
         close = [n for n in sorted(DATASETS) if n[:4] == name[:4]] or ["countdown", "chain_sum"]
