@@ -1,7 +1,7 @@
 """Benchmarks end with the object that programs read, and keep it."""
 
 import argparse
-import importlib.util
+import importlib
 import json
 import os
 import subprocess
@@ -9,37 +9,113 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from rorqual.errors import UserError
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
-KEYS = {"ratios", "figures", "machine", "versions", "commit"}
+KEYS = {"ratios", "figures", "failed", "machine", "versions", "commit"}
 
 
 @pytest.fixture
-def common(monkeypatch, tmp_path):
-    spec = importlib.util.spec_from_file_location("common", FOLDER / "common.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
-    return module
+def module(monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    return importlib.import_module
 
 
-@pytest.mark.parametrize("quick", [True, False])
-def test_report_prints_and_keeps_one_object(common, capsys, quick):
-    args = argparse.Namespace(json=True, quick=quick)
-    common.report("name", args, {"speed/peer": 2.0}, {"a": 1}, [], ["torch"])
+@pytest.fixture
+def common(module):
+    return module("common")
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_report_prints_and_keeps_one_object(common, capsys, tmp_path, keep):
+    kept = tmp_path / "results" / "name.json"
+    args = argparse.Namespace(json=True, out=kept if keep else None)
+    common.report("name", args, {"speed/peer": 2.0}, {"a": 1}, [], ["torch", "no-such-package"])
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert set(found) == KEYS
     assert found["ratios"] == {"speed/peer": 2.0}
-    kept = common.RESULTS / "name.json"
-    assert kept.exists() != quick
-    if not quick:
+    assert found["versions"]["torch"]
+    assert found["versions"]["no-such-package"] is None
+    assert found["machine"]["class"] == common.machine_class()
+    assert kept.exists() == keep
+    if keep:
         assert json.loads(kept.read_text()) == found
 
 
-def test_report_prints_a_table(common, capsys):
-    args = argparse.Namespace(json=False, quick=True)
+@pytest.mark.parametrize("emulated", [True, False])
+def test_report_prints_a_table(common, capsys, monkeypatch, emulated):
+    machine = {"processor": "X", "accelerator": None, "class": "x-avx2", "cores": 2}
+    machine["fastest_dtype"] = "float32" if emulated else "bfloat16"
+    monkeypatch.setattr(common, "describe", lambda device: machine)
+    args = argparse.Namespace(json=False, out=None)
     common.report("name", args, {"speed/peer": 2.0}, {}, [("Title", ["who", "tokens/s"], [["us", 1234.5]])], [])
-    assert capsys.readouterr().out == "\nTitle\nwho  tokens/s\nus       1234\nspeed/peer: 2.00\n"
+    said = "; BF16 is emulated here, so all sides compute in FP32" if emulated else ""
+    head = f"X (x-avx2), 2 cores{said}\n"
+    assert capsys.readouterr().out == f"{head}\nTitle\nwho  tokens/s\nus       1234\nspeed/peer: 2.00\n"
+
+
+def test_bf16_is_tried_where_it_is_not_emulated(common, monkeypatch):
+    monkeypatch.setattr(common, "fastest_dtype", lambda: torch.float32)
+    assert (common.dtypes(), common.fastest()) == (["float32"], "float32")
+    monkeypatch.setattr(common, "fastest_dtype", lambda: torch.bfloat16)
+    assert (common.dtypes(), common.fastest()) == (["float32", "bfloat16"], "bfloat16")
+
+
+def arguments(common, monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["train.py", *words])
+    return common.arguments("what", turn=200, whole=900)
+
+
+def test_results_are_kept_by_class_of_machine(common, monkeypatch):
+    args = arguments(common, monkeypatch)
+    assert args.out == FOLDER / "results" / f"train-{common.machine_class()}.json"
+    assert (args.turn_limit, args.limit) == (200, 900)
+    args = arguments(common, monkeypatch, "--quick", "--limit", "7")
+    assert args.out is None
+    assert (args.turn_limit, args.limit) == (120, 7)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({}, None),
+        ({"class": "other-avx2"}, "figures of other-avx2"),
+        ({"class": None}, "without a"),
+        ({"cores": 0}, "0 c"),
+    ],
+)
+def test_another_machines_figures_are_not_overwritten(common, monkeypatch, tmp_path, change, said):
+    machine = {k: v for k, v in (common.describe("cpu") | change).items() if v is not None}
+    (tmp_path / "kept.json").write_text(json.dumps({"machine": machine}))
+    if said is None:
+        assert arguments(common, monkeypatch, "--out", str(tmp_path / "kept.json")).out == tmp_path / "kept.json"
+    else:
+        with pytest.raises(UserError, match=said):
+            arguments(common, monkeypatch, "--out", str(tmp_path / "kept.json"))
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "name"),
+    [
+        ("vendor_id : AuthenticAMD\ncpu family : 25\nmodel : 1", "zen3"),
+        ("vendor_id : AuthenticAMD\ncpu family : 25\nmodel : 17", "zen4"),
+        ("vendor_id : AuthenticAMD\ncpu family : 25\nmodel : 33", "zen3"),
+        ("vendor_id : AuthenticAMD\ncpu family : 26\nmodel : 2", "zen5"),
+        ("vendor_id : GenuineIntel\ncpu family : 6\nmodel : 207", "emeraldrapids"),
+        ("vendor_id : GenuineIntel\ncpu family : 6\nmodel : 1", "genuineintel-6-1"),
+        ("CPU implementer : 0x41\nCPU architecture: 8\nCPU part : 0xd40", "neoverse-v1"),
+        ("", "some-chip"),
+    ],
+)
+def test_a_class_is_generation_and_instructions(module, monkeypatch, cpuinfo, name):
+    machines = module("machines")
+    monkeypatch.setattr(machines.Path, "read_text", lambda path: cpuinfo + "\n\nmodel : 999")
+    monkeypatch.setattr(machines, "describe_machine", lambda: {"processor": "Some (chip)"})
+    monkeypatch.setattr(machines.cpu, "has_matrix_unit", lambda: False)
+    monkeypatch.setattr(machines.cpu, "capability", lambda: "avx2")
+    assert machines.machine_class() == f"{name}-avx2"
 
 
 def test_rounds_are_compared_with_one_another(common):
@@ -55,22 +131,17 @@ def test_a_run_that_is_not_there_is_one_sentence(name, tmp_path):
     assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "ratio"),
-    [
-        ("train", "tokens-per-second/transformers"),
-        ("rl_step", "step/trl"),
-        ("balance", "max-vio/none"),
-        ("gpu --device cpu", "gpu-llama-135m-b1/transformers"),
-    ],
-)
-def test_quick_run_gives_its_ratio(name, ratio):
-    name, *options = name.split()
-    if name == "rl_step":
-        pytest.importorskip("trl", reason="TRL is in the extra [bench]")
+@pytest.fixture(scope="module")
+def speedrun(tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "speedrun"
+    command = [Path(sys.executable).parent / "rorqual", "speedrun", "--minutes", "1", "--out", out]
+    subprocess.run(command, capture_output=True, check=True)
+    return out
+
+
+def quick(name, *options):
     done = subprocess.run(
-        [sys.executable, str(FOLDER / f"{name}.py"), "--quick", "--json", *options],
+        [sys.executable, str(FOLDER / f"{name}.py"), "--quick", "--json", *map(str, options)],
         capture_output=True,
         text=True,
         check=True,
@@ -78,4 +149,30 @@ def test_quick_run_gives_its_ratio(name, ratio):
     )
     found = json.loads(done.stdout.splitlines()[-1])
     assert set(found) == KEYS
-    assert found["ratios"][ratio] > 0
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "ratio"),
+    [
+        ("train", "tokens-per-second/transformers"),
+        ("rl_step", "step/trl"),
+        ("balance", "max-vio/none"),
+        ("decode", "decode-b1-int4/transformers-fp32"),  # llama.cpp, which may be missing, takes nobody along
+        ("gpu --device cpu", "gpu-llama-135m-b1/transformers"),
+    ],
+)
+def test_quick_run_gives_its_ratio(name, ratio):
+    name, *options = name.split()
+    if name == "rl_step":
+        pytest.importorskip("trl", reason="TRL is in the extra [bench]")
+    assert quick(name, *options)["ratios"][ratio] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "ratio"), [("rollout", "speedrun-rl/s a step"), ("speculate", "lookup-smollm2-copies/without")]
+)
+def test_quick_run_with_a_speedrun_gives_its_ratio(name, ratio, speedrun):
+    assert quick(name, "--run", speedrun)["ratios"][ratio] > 0
