@@ -4,7 +4,7 @@ The same small model learns from the same text with the correction bias (V3 §2.
 eq. 17–20, at the weight of 0.01 that Switch Transformers use) and with neither; a dense model of as many FLOPs a
 token learns from it too. MaxVio is the busiest expert's load over the mean, minus 1: averaged over layers, over the
 held-out text as a whole (LB §4.1). The text is English that comes with Python: its language reference and the
-documentation strings of its standard library.
+documentation strings of its standard library. The figure is kept beside the result.
 """
 
 import ast
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from common import arguments, program, report, take_turns
+from common import arguments, fastest, program, report, take_turns
 from rorqual.data.loader import Heldout
 from rorqual.data.open import open_pretrain_data, open_tokenizer
 from rorqual.model import ModelConfig, Transformer
@@ -29,7 +29,6 @@ from rorqual.train import set_seed
 from rorqual.train.balance import max_violation
 from rorqual.train.trainer import Trainer
 
-FIGURE = Path(__file__).parent.parent / "docs" / "figures" / "balance.png"
 LENGTH, BATCH = 128, 16
 SIZES = {
     "hidden_size": 128,
@@ -93,7 +92,7 @@ class Learner:
             OptimizerSection(name="muon", lr=2e-3, muon_lr=0.01, weight_decay=0.1),
             ScheduleSection(name="wsd", warmup=0.05, decay=0.3),
             balance=BALANCES[kind],
-            dtype="bfloat16",
+            dtype=fastest(),
         )
         self.curve: list[float] = []  # MaxVio of each step's batch
         self.seconds = 0.0
@@ -126,7 +125,7 @@ def held_out_violation(model: Transformer, valid: Heldout) -> float | None:
     return statistics.mean(map(max_violation, loads)) if loads else None
 
 
-def draw(runs: dict[str, list[Learner]], found: dict[str, list[dict[str, Any]]]) -> None:
+def draw(runs: dict[str, list[Learner]], found: dict[str, list[dict[str, Any]]], dest: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -153,8 +152,8 @@ def draw(runs: dict[str, list[Learner]], found: dict[str, list[dict[str, Any]]])
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#dfe4ea")
         axes.set_axisbelow(True)
-    FIGURE.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(FIGURE)
+    dest.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(dest)
 
 
 def main() -> None:
@@ -181,8 +180,8 @@ def main() -> None:
         }
         take_turns(works, 3)
         found = {kind: [learner.results() for learner in learners] for kind, learners in runs.items()}
-    if not args.quick:
-        draw(runs, found)
+    if args.out:
+        draw(runs, found, args.out.with_suffix(".png"))
     rows, figures = [], {"tokens": steps * BATCH * LENGTH, "seeds": seeds}
     for kind, results in found.items():
         means = {key: statistics.mean(r[key] for r in results) if results[0][key] is not None else None

@@ -3,10 +3,10 @@
 Tokens a second of one sequence, of 32 at once and of a prompt of 512 tokens, each side greedy, its sampling included;
 what each number of bits costs in perplexity; and a mixture of experts against dense networks of its active and of its
 total size. The weights are those of the Q4_1 file, which llama.cpp also gets requantised to Q4_0, the 4-bit format that
-it repacks and is fastest with, and to Q8_0; Rorqual reads the very same files.
+it repacks and is fastest with, and to Q8_0; Rorqual reads the very same files. Transformers computes in FP32, and in
+BF16 too where the processor has units for it.
 """
 
-import contextlib
 import math
 import tempfile
 import time
@@ -16,40 +16,21 @@ from typing import Any
 
 import torch
 
-from common import arguments, program, ratio_of_rounds, report, take_turns
-from llama import Llama, requantise
-from rorqual.engine import Engine
-from rorqual.engine.score import score
-from rorqual.kernels.lowbit import Packed, unpack
-from rorqual.model import Transformer
+from common import arguments, dtypes, fastest, median, program, ratio_of_rounds, report, short
+from rorqual.data.tokenizer import load_tokenizer
 from rorqual.model.gguf import import_model, smollm2_file
 from rorqual.plan.cost import parameters
-from rorqual.precision.lowbit import convert
-from sides import MIXTURE, Ours, Transformers
+from sides import MIXTURE
+from workers import Field
 
+FILES = ("Q4_1", "Q4_0", "Q8_0")
 PAIRS = [  # bits, our format, the peer
     ("int4", "Q4_0", "llama.cpp Q4_0"),
     ("int4", "Q4_1", "llama.cpp Q4_1"),
     ("int8", "Q8_0", "llama.cpp Q8_0"),
-    ("int4", "Q4_0", "transformers bf16"),
+    *(("int4", "int4", f"transformers {short(dtype)}") for dtype in dtypes()),
 ]
-
-
-class Theirs:
-    """llama.cpp with a context for one long sequence and one for many short ones, which is its fastest for each."""
-
-    def __init__(self, path: Path, threads: int) -> None:
-        self.one, self.many = Llama(path, threads), Llama(path, threads, context=256, sequences=32)
-
-    def prefill(self, prompt: list[int]) -> float:
-        return self.one.prefill(prompt)
-
-    def decode(self, prompts: list[list[int]], count: int) -> float:
-        return (self.one if len(prompts) == 1 else self.many).decode(prompts, count)
-
-    def close(self) -> None:
-        self.one.close()
-        self.many.close()
+WRITER = "llama.cpp's files"
 
 
 def memory_bandwidth() -> float:
@@ -63,138 +44,114 @@ def memory_bandwidth() -> float:
     return 4 * len(numbers) / best
 
 
-def weight_bytes(model: Transformer) -> int:
-    """What a step of one sequence reads of packed weights."""
-    modules = [v for m in model.modules() for v in vars(m).values() if isinstance(v, Packed)]
-    tied = model.config.tie_word_embeddings
-    return sum(w.data.numel() for w in modules if tied or w is not model.model.embed_tokens.weight)
+def enter_all(field: Field, folder: Path, threads: int) -> list[str]:
+    """All sides' names, of which some may be out at once."""
+    files = {"Q4_1": smollm2_file()} | {kind: folder / f"{kind}.gguf" for kind in FILES[1:]}
+    field.enter(WRITER, "llama:Writer")
+    for kind in FILES[1:]:
+        field.ask(WRITER, "write", files["Q4_1"], files[kind], kind)
+    field.leave(WRITER)
+    import_model("smollm2", folder / "smollm2")
+    options = {"slots": 64, "cache_bytes": 1 << 28}
+    present = [kind for kind, path in files.items() if path.exists()]
+    names = [f"Rorqual {kind}" for kind in present]
+    for kind in present:
+        field.enter(f"Rorqual {kind}", "sides:Ours", files[kind], fastest(), options, ours=True)
+    for bits in ("int4", "int8"):
+        names.append(f"Rorqual {bits}")
+        field.enter(names[-1], "sides:Ours", folder / "smollm2", fastest(), options | {"weights": bits}, ours=True)
+    for kind in present if WRITER not in field.failed else []:
+        names.append(f"llama.cpp {kind}")
+        field.enter(names[-1], "llama:Side", files[kind], threads)
+    for dtype in dtypes():
+        names.append(f"transformers {short(dtype)}")
+        field.enter(names[-1], "sides:Transformers", folder / "smollm2", dtype)
+    return names
 
 
-def exact(model: Transformer) -> Transformer:
-    """A network with the same weights that multiplies them with FP32 activations."""
-    plain = Transformer(model.config)
-    modules, tensors = dict(model.named_modules()), dict(plain.named_parameters())
-    with torch.no_grad():
-        for name, parameter in tensors.items():
-            owner, _, attribute = name.rpartition(".")
-            value = getattr(modules[owner], attribute)
-            parameter.copy_(unpack(value) if isinstance(value, Packed) else value)
-    return plain.eval()
-
-
-def perplexity(logprobs: list[float]) -> float:
-    return math.exp(-sum(logprobs) / len(logprobs))
-
-
-def compare_perplexities(
-    engines: dict[str, Engine], peers: dict[str, Any], windows: list[list[int]]
-) -> list[list[Any]]:
+def qualities(field: Field, names: list[str], windows: list[list[int]]) -> list[list[Any]]:
     rows = []
-    for name, engine in engines.items():
-        plain = exact(engine.model)
-        packed, unpacked, difference, size = [], [], 0.0, 0.0
-        for window in windows:
-            packed += score(engine.model, window, 0)[0][1:]
-            unpacked += score(plain, window, 0)[0][1:]
-            with torch.inference_mode():
-                a, b = (m.logits(torch.tensor([window[:128]]))[0].float() for m in (engine.model, plain))
-            difference, size = difference + float((a - b).square().sum()), size + float(b.square().sum())
-        rows.append(
-            [f"Rorqual {name}", perplexity(packed), perplexity(unpacked), 100 * math.sqrt(difference / size),
-             weight_bytes(engine.model) / 1e6]
-        )  # fmt: skip
-    for name, peer in peers.items():
-        found = [float(x) for window in windows for x in peer.one.log_probabilities(window)]
-        rows.append([f"llama.cpp {name}", perplexity(found), "–", "–", "–"])
+    for name in names:
+        if name.startswith("transformers") or (found := field.ask(name, "quality", windows)) is None:
+            continue
+        size = [field.ask(name, "weight_bytes") / 1e6] if name in field.ours else []
+        rows.append([name, *found, *size] + ["–"] * (4 - len(found) - len(size)))
     return rows
 
 
-def mixtures(quick: bool) -> tuple[dict[str, float], list[list[Any]], dict[str, Any]]:
+def mixtures(field: Field, quick: bool) -> tuple[dict[str, float], list[list[Any]], dict[str, Any]]:
     """A mixture of experts, a dense network of its active size and one of its total size."""
     mixture = MIXTURE
     if quick:
         mixture = MIXTURE.replace(num_hidden_layers=2, hidden_size=64, n_routed_experts=8, vocab_size=256)
-    total, active = parameters(mixture)
     no_experts = {"n_routed_experts": None, "num_experts_per_tok": None, "moe_intermediate_size": None}
     width = mixture.moe_intermediate_size * (mixture.num_experts_per_tok + 1)
     wide = mixture.moe_intermediate_size * (mixture.n_routed_experts + 1)
-    sides, rows = {}, []
-    for name, config in (
-        ("mixture", mixture),
-        ("dense, active size", mixture.replace(intermediate_size=width, **no_experts)),
-        ("dense, total size", mixture.replace(intermediate_size=wide, **no_experts)),
-    ):
-        torch.manual_seed(0)
-        engine = Engine(convert(Transformer(config).eval().bfloat16(), "int4"), cache_bytes=1 << 26)
-        sides[name] = (Ours(engine), *parameters(config))
+    configs = {
+        "mixture": mixture,
+        "dense, active size": mixture.replace(intermediate_size=width, **no_experts),
+        "dense, total size": mixture.replace(intermediate_size=wide, **no_experts),
+    }
     prompt = [list(range(3, 35))]
     count, rounds = (8, 1) if quick else (96, 5)
-    for side, *_ in sides.values():
-        side.decode(prompt, 8)
-    found = take_turns({name: lambda s=side: s.decode(prompt, count) for name, (side, *_) in sides.items()}, rounds)
-    for name, (_, all_of_them, used) in sides.items():
-        rows.append([name, all_of_them / 1e6, used / 1e6, sorted(found[name])[rounds // 2]])
+    for name, config in configs.items():
+        field.enter(name, "sides:OursAtRandom", config, fastest(), {"cache_bytes": 1 << 26}, ours=True)
+        field.ask(name, "decode", prompt, 8)
+    found = field.turns(configs, "decode", (prompt, count), rounds)
+    rows = [[name, *(n / 1e6 for n in parameters(config)), median(found, name)] for name, config in configs.items()]
     ratios = {
-        "moe-decode-b1/dense-active-size": ratio_of_rounds(found["mixture"], found["dense, active size"])["median"],
-        "moe-decode-b1/dense-total-size": ratio_of_rounds(found["mixture"], found["dense, total size"])["median"],
-    }
+        f"moe-decode-b1/{name.replace(', ', '-').replace(' ', '-')}":
+            ratio_of_rounds(found["mixture"], found[name])["median"]
+        for name in configs if name != "mixture" and {"mixture", name} <= found.keys()
+    }  # fmt: skip
+    total, active = parameters(mixture)
     return ratios, rows, {"parameters_total": total, "parameters_active": active, "tokens_per_second": found}
 
 
 def main() -> None:
-    args = arguments(__doc__.splitlines()[0])
+    args = arguments(__doc__.splitlines()[0], turn=120, whole=900)
     threads = torch.get_num_threads()
     rounds, count, many = (1, 8, 8) if args.quick else (3, 96, 32)
-    with contextlib.ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        files = {"Q4_1": smollm2_file()} | {kind: folder / f"{kind}.gguf" for kind in ("Q4_0", "Q8_0")}
-        for kind in ("Q4_0", "Q8_0"):
-            requantise(files["Q4_1"], files[kind], kind)
-        import_model("smollm2", folder / "smollm2")
-        options = {"slots": 64, "cache_bytes": 1 << 28}
-        engines = {kind: Engine(path, **options) for kind, path in files.items()}
-        engines |= {bits: Engine(folder / "smollm2", weights=bits, dtype=torch.bfloat16, **options)
-                    for bits in ("int4", "int8")}  # fmt: skip
-        peers = {kind: Theirs(path, threads) for kind, path in files.items()}
-        for peer in peers.values():
-            stack.callback(peer.close)
-        sides: dict[str, Any] = {f"Rorqual {kind}": Ours(engine) for kind, engine in engines.items()}
-        sides |= {f"llama.cpp {kind}": peer for kind, peer in peers.items()}
-        sides["transformers bf16"] = Transformers(folder / "smollm2")
-
-        words = engines["Q4_1"].tokenizer("\n\n".join(topics[name] for name in sorted(topics))).input_ids
+    with tempfile.TemporaryDirectory() as name, Field(args.turn_limit, args.limit) as field:
+        folder = Path(name)
+        names = enter_all(field, folder, threads)
+        tokenizer = load_tokenizer(folder / "smollm2")
+        words = tokenizer("\n\n".join(topics[name] for name in sorted(topics))).input_ids
         prompts = [words[100 * i : 100 * i + 32] for i in range(32)]
         long = words[5000:5512]
+        # What is asked, and its result turned into something of which more is better.
         works = {
-            "decode-b1": lambda side: side.decode(prompts[:1], count),
-            "decode-b32": lambda side: side.decode(prompts, many),
-            "prefill-512": lambda side: len(long) / side.prefill(long),
-            "first-token-32": lambda side: 1 / side.prefill(prompts[1]),
+            "decode-b1": ("decode", (prompts[:1], count), lambda speed: speed),
+            "decode-b32": ("decode", (prompts, many), lambda speed: speed),
+            "prefill-512": ("prefill", (long,), lambda seconds: len(long) / seconds),
+            "first-token-32": ("prefill", (prompts[1],), lambda seconds: 1 / seconds),
         }
         figures: dict[str, Any] = {"tokens_per_second": {}, "threads": threads}
         ratios: dict[str, float] = {}
-        rows = [[name] for name in sides]
-        for work, run in works.items():
-            for side in sides.values():
-                run(side)
-            found = take_turns({name: lambda s=side, w=run: w(s) for name, side in sides.items()}, rounds)
+        rows = [[name] for name in names]
+        for work, (method, what, better) in works.items():
+            for name in names:
+                field.ask(name, method, *what)  # warm
+            found = field.turns(names, method, what, rounds)
+            found = {name: [better(value) for value in values] for name, values in found.items()}
             figures["tokens_per_second"][work] = {name: [round(v, 1) for v in values] for name, values in found.items()}
             for row in rows:
-                row.append(sorted(found[row[0]])[rounds // 2])
+                row.append(median(found, row[0]))
             for bits, ours, theirs in PAIRS:
-                ratio = ratio_of_rounds(found[f"Rorqual {ours}"], found[theirs])["median"]
-                ratios[f"{work}-{bits}/{theirs.lower().replace(' ', '-')}"] = ratio
-        for row in rows:
-            row[4] = 1000 / row[4]
+                if {f"Rorqual {ours}", theirs} <= found.keys():
+                    ratio = ratio_of_rounds(found[f"Rorqual {ours}"], found[theirs])["median"]
+                    ratios[f"{work}-{bits}/{theirs.lower().replace(' ', '-')}"] = ratio
         bandwidth = memory_bandwidth()
         for row in rows:
-            name = row[0].removeprefix("Rorqual ")
-            known = row[0].startswith("Rorqual")
-            row.append(100 * weight_bytes(engines[name].model) * row[1] / bandwidth if known else "–")
+            row[4] = row[4] if row[4] == "–" else 1000 / row[4]
+            read = field.ask(row[0], "weight_bytes") if row[0] in field.ours else None
+            row.append("–" if read is None or row[1] == "–" else 100 * read * row[1] / bandwidth)
         windows = [words[i : i + 512] for i in range(20_000, 20_000 + 512 * (1 if args.quick else 4), 512)]
-        quality = compare_perplexities(engines, peers, windows)
+        quality = qualities(field, names, windows)
+        for name in names:
+            field.leave(name)
         figures |= {"memory_gb_per_second": bandwidth / 1e9, "perplexity": quality}
-        more, experts, details = mixtures(args.quick)
+        more, experts, details = mixtures(field, args.quick)
         figures["mixture"] = details
     report(
         "decode", args, ratios | more, figures,
@@ -206,7 +163,7 @@ def main() -> None:
             ("mixture of experts, 4 bits, one sequence",
              ["", "M parameters", "M active", "tokens/s"], experts),
         ],
-        ["torch", "llama-cpp-python", "transformers"],
+        ["torch", "llama-cpp-python", "transformers"], field.failed, field.ours,
     )  # fmt: skip
 
 

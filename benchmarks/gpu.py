@@ -5,18 +5,17 @@ prompt of 512.
 """
 
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from common import arguments, program, ratio_of_rounds, report, take_turns
-from rorqual.engine import Engine
+from common import arguments, fastest, median, program, ratio_of_rounds, report
 from rorqual.errors import UserError
 from rorqual.model import ModelConfig, Transformer
 from rorqual.model.checkpoint import save_model
-from sides import MIXTURE, Ours, Transformers
+from sides import MIXTURE
+from workers import Field
 
 DENSE = ModelConfig(
     model_type="llama", vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
@@ -25,40 +24,45 @@ DENSE = ModelConfig(
 )  # fmt: skip
 NETWORKS = {"llama-135m": DENSE, "deepseek-v3-300m": MIXTURE}
 PROMPT = 128
+US, PEER = "rorqual", "transformers"
 
 
 def main() -> None:
-    args = arguments(__doc__.splitlines()[0], device="cuda")
+    args = arguments(__doc__.splitlines()[0], turn=300, whole=1200, device="cuda")
     if not args.quick and args.device != "cuda":
         raise UserError(f"--device {args.device}: figures are of a GPU; add --quick to see that it runs")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("there is no GPU here; say --device cpu --quick to see that it runs")
+    dtype = "bfloat16" if args.device == "cuda" else fastest()
     batches, count, rounds = ((1, 2), 4, 1) if args.quick else ((1, 32, 256), 64, 3)
     generator = torch.Generator().manual_seed(0)
     figures, ratios, rows = {}, {}, []
-    for name, config in NETWORKS.items():
-        torch.manual_seed(0)
-        model = Transformer(config).eval().bfloat16()
-        with tempfile.TemporaryDirectory() as folder:
-            save_model(model, Path(folder) / "model")
-            theirs = Transformers(Path(folder) / "model", args.device)
-        ours = Ours(Engine(model.to(args.device), cache_bytes=4 << 30))
-        works: dict[str, Callable[[Any], float]] = {}
-        for batch in batches:
-            prompts = torch.randint(3, config.vocab_size, (batch, PROMPT), generator=generator).tolist()
-            works[f"{name}-b{batch}"] = lambda side, p=prompts: side.decode(p, count)
-        long = torch.randint(3, config.vocab_size, (512,), generator=generator).tolist()
-        works[f"{name}-prefill-512"] = lambda side, p=long: len(p) / side.prefill(p)
-        for work, run in works.items():
-            turns = {"rorqual": lambda f=run, s=ours: f(s), "transformers": lambda f=run, s=theirs: f(s)}
-            take_turns(turns, 1)  # warm
-            figures[work] = found = take_turns(turns, rounds)
-            ratios[f"gpu-{work}/transformers"] = ratio_of_rounds(*found.values())["median"]
-            rows.append([work, *(sorted(values)[rounds // 2] for values in found.values())])
-        del ours, theirs, model, turns
+    with tempfile.TemporaryDirectory() as folder, Field(args.turn_limit, args.limit) as field:
+        for name, config in NETWORKS.items():
+            torch.manual_seed(0)
+            save_model(Transformer(config).eval().to(getattr(torch, dtype)), Path(folder) / name)
+            us, them = f"{US}, {name}", f"{PEER}, {name}"
+            place = (Path(folder) / name, dtype, args.device)
+            field.enter(us, "sides:OursWithoutWords", *place, {"cache_bytes": 4 << 30}, ours=True)
+            field.enter(them, "sides:Transformers", *place)
+            works: dict[str, tuple[str, Any]] = {}
+            for batch in batches:
+                prompts = torch.randint(3, config.vocab_size, (batch, PROMPT), generator=generator).tolist()
+                works[f"{name}-b{batch}"] = ("decode", (prompts, count))
+            long = torch.randint(3, config.vocab_size, (512,), generator=generator).tolist()
+            works[f"{name}-prefill-512"] = ("prefill", (long,))
+            for work, (method, what) in works.items():
+                field.turns((us, them), method, what, 1)  # warm
+                found = field.turns((us, them), method, what, rounds)
+                if method == "prefill":
+                    found = {side: [len(long) / seconds for seconds in values] for side, values in found.items()}
+                figures[work] = {side.partition(",")[0]: values for side, values in found.items()}
+                if len(found) == 2:
+                    ratios[f"gpu-{work}/transformers"] = ratio_of_rounds(found[us], found[them])["median"]
+                rows.append([work, median(found, us), median(found, them)])
+            for side in (us, them):
+                field.leave(side)
     report(
         "gpu", args, ratios, {"tokens_per_second": figures},
-        [("tokens/s in BF16", ["", "rorqual", "transformers"], rows)], ["torch", "transformers"],
+        [(f"tokens/s in {dtype}", ["", US, PEER], rows)], ["torch", "transformers"], field.failed, field.ours,
     )  # fmt: skip
 
 

@@ -1,6 +1,11 @@
-"""llama.cpp through its low-level API; the high-level loop of its Python package slows it by a third."""
+"""llama.cpp through its low-level API; the high-level loop of its Python package slows it by a third.
+
+Imported in a process of its own only (workers.py): it may be missing, or built for another processor and die.
+"""
 
 import ctypes
+import math
+import os
 import time
 from pathlib import Path
 
@@ -15,7 +20,8 @@ TYPES = {"Q4_0": ll.LLAMA_FTYPE_MOSTLY_Q4_0, "Q8_0": ll.LLAMA_FTYPE_MOSTLY_Q8_0}
 def requantise(source: Path, dest: Path, kind: str) -> None:
     """The same weights in another of its formats, head included."""
     params = ll.llama_model_quantize_default_params()
-    params.ftype, params.allow_requantize, params.pure, params.nthread = TYPES[kind], True, True, 2
+    params.ftype, params.allow_requantize, params.pure = TYPES[kind], True, True
+    params.nthread = os.cpu_count() or 1
     if ll.llama_model_quantize(str(source).encode(), str(dest).encode(), ctypes.byref(params)):
         raise RuntimeError(f"llama.cpp could not write {dest}")
 
@@ -90,3 +96,29 @@ class Llama:
                 top = x.max()
                 found.append(x[tokens[first + i + 1]] - top - np.log(np.exp(x - top).sum()))
         return np.array(found)
+
+
+class Writer:
+    """Writes the formats that it is asked for."""
+
+    def write(self, source: Path, dest: Path, kind: str) -> bool:
+        requantise(source, dest, kind)
+        return True
+
+
+class Side:
+    """With a context for one long sequence and one for many short ones, which is its fastest for each."""
+
+    def __init__(self, path: Path, threads: int) -> None:
+        self.one, self.many = Llama(path, threads), Llama(path, threads, context=256, sequences=32)
+
+    def prefill(self, prompt: list[int]) -> float:
+        return self.one.prefill(prompt)
+
+    def decode(self, prompts: list[list[int]], count: int) -> float:
+        return (self.one if len(prompts) == 1 else self.many).decode(prompts, count)
+
+    def quality(self, windows: list[list[int]]) -> list[float]:
+        """Perplexity."""
+        found = [float(x) for window in windows for x in self.one.log_probabilities(window)]
+        return [math.exp(-sum(found) / len(found))]

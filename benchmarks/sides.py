@@ -1,12 +1,18 @@
 """Sides that generate: this engine, and transformers' networks with its own cache; and a mixture to give them."""
 
+import math
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from rorqual.engine import Engine, SamplingParams
-from rorqual.model import ModelConfig
+from rorqual.engine.score import score
+from rorqual.kernels.lowbit import Packed, unpack
+from rorqual.model import ModelConfig, Transformer
+from rorqual.model.checkpoint import load_model
+from rorqual.precision.lowbit import convert
 
 GREEDY = {"temperature": 0, "ignore_eos": True}
 MIXTURE = ModelConfig(
@@ -18,8 +24,10 @@ MIXTURE = ModelConfig(
 
 
 class Ours:
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
+    """The engine on a model as users have it, with `options` of its own."""
+
+    def __init__(self, model: Path, dtype: str, options: dict[str, Any]) -> None:
+        self.engine = Engine(model, dtype=getattr(torch, dtype), **options)
 
     def prefill(self, prompt: list[int]) -> float:
         start = time.perf_counter()
@@ -37,12 +45,62 @@ class Ours:
             engine.step()
         return (engine.status().counts.made_tokens - before) / (time.perf_counter() - start)
 
+    def weight_bytes(self) -> int:
+        """What a step of one sequence reads of packed weights."""
+        model = self.engine.model
+        modules = [v for m in model.modules() for v in vars(m).values() if isinstance(v, Packed)]
+        tied = model.config.tie_word_embeddings
+        return sum(w.data.numel() for w in modules if tied or w is not model.model.embed_tokens.weight)
+
+    def quality(self, windows: list[list[int]]) -> list[float]:
+        """Perplexity, that of the same weights with FP32 activations, and by how many percent the logits differ."""
+        model, plain = self.engine.model, exact(self.engine.model)
+        packed, unpacked, difference, size = [], [], 0.0, 0.0
+        for window in windows:
+            packed += score(model, window, 0)[0][1:]
+            unpacked += score(plain, window, 0)[0][1:]
+            with torch.inference_mode():
+                a, b = (m.logits(torch.tensor([window[:128]]))[0].float() for m in (model, plain))
+            difference, size = difference + float((a - b).square().sum()), size + float(b.square().sum())
+        return [perplexity(packed), perplexity(unpacked), 100 * math.sqrt(difference / size)]
+
+
+class OursWithoutWords(Ours):
+    """On a network without a tokenizer, on any device."""
+
+    def __init__(self, model: Path, dtype: str, device: str, options: dict[str, Any]) -> None:
+        self.engine = Engine(load_model(model, getattr(torch, dtype), device), **options)
+
+
+class OursAtRandom(Ours):
+    """On random weights of 4 bits."""
+
+    def __init__(self, config: ModelConfig, dtype: str, options: dict[str, Any]) -> None:
+        torch.manual_seed(0)
+        self.engine = Engine(convert(Transformer(config).eval().to(getattr(torch, dtype)), "int4"), **options)
+
+
+def exact(model: Transformer) -> Transformer:
+    """A network with the same weights that multiplies them with FP32 activations."""
+    plain = Transformer(model.config)
+    modules, tensors = dict(model.named_modules()), dict(plain.named_parameters())
+    with torch.no_grad():
+        for name, parameter in tensors.items():
+            owner, _, attribute = name.rpartition(".")
+            value = getattr(modules[owner], attribute)
+            parameter.copy_(unpack(value) if isinstance(value, Packed) else value)
+    return plain.eval()
+
+
+def perplexity(logprobs: list[float]) -> float:
+    return math.exp(-sum(logprobs) / len(logprobs))
+
 
 class Transformers:
-    def __init__(self, directory: Path, device: str = "cpu") -> None:
+    def __init__(self, directory: Path, dtype: str, device: str = "cpu") -> None:
         from transformers import AutoModelForCausalLM
 
-        self.model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16).eval().to(device)
+        self.model = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype)).eval().to(device)
 
     @torch.inference_mode()
     def prefill(self, prompt: list[int]) -> float:

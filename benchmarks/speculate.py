@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from common import arguments, program, ratio_of_rounds, report
+from common import arguments, fastest_dtype, program, ratio_of_rounds, report
 from rorqual.engine import Engine, SamplingParams
 from rorqual.errors import UserError
 from rorqual.model.gguf import import_model
@@ -72,7 +72,7 @@ def main() -> None:
     if not (run / "model").exists():
         raise UserError(f"--run {run}: no model there; run `rorqual speedrun` first, or name the folder of a run")
     for stage, folder in (("after pre-training", run / "pretrain" / "model"), ("at the end", run / "model")):
-        load: dict[str, Any] = {"dtype": torch.bfloat16, "weights": "int8", "cache_bytes": 1 << 26}
+        load: dict[str, Any] = {"dtype": fastest_dtype(), "weights": "int8", "cache_bytes": 1 << 26}
         plain = Engine(folder, **load)
         guessing = {way: Engine(folder, speculate=way, **load) for way in ("mtp", "lookup")}
         questions = [p.question for e in map(open_environment, ENVIRONMENTS) for p in e.problems("dev", problems, 0)]
@@ -83,7 +83,7 @@ def main() -> None:
         ratios |= found
     with tempfile.TemporaryDirectory() as folder:
         import_model("smollm2", folder)
-        load = {"dtype": torch.bfloat16, "weights": "int4", "cache_bytes": 1 << 26}
+        load = {"dtype": fastest_dtype(), "weights": "int4", "cache_bytes": 1 << 26}
         plain, guessing = Engine(folder, **load), {"lookup": Engine(folder, speculate="lookup", **load)}
         for work, question in QUESTIONS.items():
             prompt = plain.tokenizer.apply_chat_template(

@@ -1,8 +1,8 @@
 """Training tokens/s against transformers' DeepseekV3ForCausalLM with fused AdamW: same sizes, weights and batches.
 
 Each side first tries its own settings (precision, experts, torch.compile) for a few steps and goes on with its
-fastest; the two then take turns of eight steps. Utilisation divides the same count of FLOPs by the measured matrix
-peak.
+fastest; the two then take turns of eight steps. BF16 is tried where the processor has units for it. Utilisation divides
+the same count of FLOPs by the measured matrix peak.
 """
 
 import statistics
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from common import arguments, program, ratio_of_rounds, report, take_turns
+from common import arguments, dtypes, program, ratio_of_rounds, report
 from rorqual.data.loader import Batch
 from rorqual.model import ModelConfig, Transformer
 from rorqual.model.checkpoint import load_model, save_model
@@ -24,6 +24,7 @@ from rorqual.plan.machine import matrix_peak
 from rorqual.recipe import OptimizerSection, ScheduleSection
 from rorqual.train import set_seed
 from rorqual.train.trainer import Trainer
+from workers import Field
 
 LR, DECAY, BETAS = 3e-4, 0.1, (0.9, 0.95)
 SIZES = {
@@ -97,35 +98,49 @@ def batches(config: ModelConfig, size: int, length: int) -> Iterator[Batch]:
 
 
 class Contestant:
-    """One side in one setting: its own stream of the common batches, and what it measured."""
+    """One side in one setting: its own stream of the common batches."""
 
-    def __init__(self, settings: dict[str, Any], step: Step, stream: Iterator[Batch], steps: int) -> None:
-        self.settings, self.step, self.stream, self.steps = settings, step, stream, steps
-        self.losses: list[float] = []
+    def __init__(self, side: str, path: Path, settings: dict[str, Any], config: ModelConfig, size: int, length: int):
+        set_seed(0)
+        self.step = SIDES[side](path, **settings)
+        self.stream, self.losses = batches(config, size, length), []
 
-    def speed(self) -> float:
+    def speed(self, steps: int) -> float:
         """Tokens/s over a block of steps."""
-        found = [next(self.stream) for _ in range(self.steps)]
+        found = [next(self.stream) for _ in range(steps)]
         start = time.perf_counter()
         self.losses += [self.step(batch) for batch in found]
         return sum(b.inputs.numel() for b in found) / (time.perf_counter() - start)
 
+    def loss(self, step: int) -> float:
+        return self.losses[step]
 
-def fastest(candidates: Iterator[Contestant], tried: dict[str, float]) -> Contestant:
-    """The contestant with the best of two blocks after one to warm up; every try is noted in `tried`."""
-    best, most = None, 0.0
-    for contestant in candidates:
-        contestant.speed()
-        speed = max(contestant.speed() for _ in range(2))
-        tried[" ".join(map(str, contestant.settings.values()))] = speed
-        if speed > most:
-            best, most = contestant, speed
-    assert best is not None
+
+SIDES = {"rorqual": ours, "transformers": transformers_peer}
+
+
+def fastest(field: Field, side: str, choices: dict[str, list], common: tuple, tried: dict[str, float]) -> tuple:
+    """The name and settings of the contestant with the best of two blocks after two to warm up; the only one of its
+    side that stays. Every try is noted in `tried`, as 0 where it does not run here."""
+    best, most = ("", {}), 0.0
+    path, *rest = common
+    for values in product(*choices.values()):
+        settings = dict(zip(choices, values, strict=True))
+        setting = " ".join(map(str, values))
+        name = f"{side} {setting}"
+        field.enter(name, "train:Contestant", side, path, settings, *rest, ours=side == "rorqual")
+        speeds = [field.ask(name, "speed", 2) for _ in range(4)]
+        tried[setting] = max(speeds[2:]) if name in field else 0.0
+        if tried[setting] > most:
+            field.leave(best[0])
+            best, most = (name, settings), tried[setting]
+        else:
+            field.leave(name)
     return best
 
 
 def main() -> None:
-    args = arguments(__doc__)
+    args = arguments(__doc__, turn=300, whole=1200)
     sizes, vocabulary, size, length, rounds = SIZES, 4096, 8, 256, 7
     block = 8  # steps a turn: after the other's, a side's products and memory are not at hand at first
     compiling = [False, True]
@@ -133,68 +148,53 @@ def main() -> None:
         sizes, vocabulary, size, length, rounds, compiling, block = SIZES | QUICK, 512, 2, 32, 2, [False], 2
     config = ModelConfig(model_type="deepseek_v3", vocab_size=vocabulary, **sizes)
     set_seed(0)
-    tried: dict[str, dict[str, float]] = {"rorqual": {}, "transformers": {}}
-    with tempfile.TemporaryDirectory() as folder:
+    autocast = ["autocast"] if "bfloat16" in dtypes() else []
+    experts = ["eager", "grouped_mm"]
+    choices = {
+        "rorqual": {"dtype": dtypes(), "compiled": compiling},
+        "transformers": {"dtype": dtypes() + autocast, "experts": experts, "compiled": compiling},
+    }
+    tried: dict[str, dict[str, float]] = {side: {} for side in choices}
+    with tempfile.TemporaryDirectory() as folder, Field(args.turn_limit, args.limit) as field:
         path = Path(folder) / "model"
         save_model(Transformer(config), path)
-
-        def contestants(side: str, make: Callable[..., Step], choices: dict[str, list]) -> Iterator[Contestant]:
-            for values in product(*choices.values()):
-                settings = dict(zip(choices, values, strict=True))
-                try:
-                    contestant = Contestant(settings, make(path, **settings), batches(config, size, length), 2)
-                    contestant.speed()
-                except Exception as e:  # a peer's setting that does not work here is noted, not fatal
-                    tried[side][" ".join(map(str, values))] = 0.0
-                    print(f"{side} {settings}: {str(e).splitlines()[0][:120]}", flush=True)
-                    continue
-                yield contestant
-
-        us = fastest(
-            contestants("rorqual", ours, {"dtype": ["float32", "bfloat16"], "compiled": compiling}), tried["rorqual"]
-        )
-        them = fastest(
-            contestants(
-                "transformers",
-                transformers_peer,
-                {
-                    "dtype": ["float32", "autocast", "bfloat16"],
-                    "experts": ["eager", "grouped_mm"],
-                    "compiled": compiling,
-                },
-            ),
-            tried["transformers"],
-        )
-        us.steps = them.steps = block
-        speeds = take_turns({"rorqual": us.speed, "transformers": them.speed}, rounds)
-    peaks = {name: matrix_peak(getattr(torch, name)) for name in ("float32", "bfloat16")}
+        common = (path, config, size, length)
+        best = {side: fastest(field, side, choices[side], common, tried[side]) for side in choices}
+        speeds = field.turns([name for name, _ in best.values()], "speed", (block,), rounds)
+        losses = {name: field.ask(name, "loss", 3) for name in speeds}
+    peaks = {name: matrix_peak(getattr(torch, name)) for name in dtypes()}
     flops = flops_per_token(config, length)
-    pairs = ratio_of_rounds(speeds["rorqual"], speeds["transformers"])
     figures: dict[str, Any] = {
         "flops_per_token": flops,
         "matrix_peak": peaks,
         "tried_tokens_per_second": tried,
-        "ratio_of_rounds": pairs,
     }
     rows = []
-    for name, side in (("rorqual", us), ("transformers", them)):
-        peak = peaks["float32" if side.settings["dtype"] == "float32" else "bfloat16"]
+    for side, (name, settings) in best.items():
+        if name not in speeds:
+            rows.append([side, *"–––––"])
+            continue
+        peak = peaks["float32" if settings["dtype"] == "float32" else "bfloat16"]
         speed = statistics.median(speeds[name])
-        figures[name] = {
-            "settings": side.settings,
+        figures[side] = {
+            "settings": settings,
             "tokens_per_second": speed,
             "rounds": speeds[name],
             "utilisation": speed * flops / peak,
-            "loss": side.losses[3],
+            "loss": losses[name],
         }
-        setting = " ".join(f"{k}={v}" for k, v in side.settings.items())
-        rows.append([name, setting, speed, speed * flops / 1e9, speed * flops / peak, side.losses[3]])
-    ratio = figures["rorqual"]["tokens_per_second"] / figures["transformers"]["tokens_per_second"]
+        setting = " ".join(f"{k}={v}" for k, v in settings.items())
+        rows.append([side, setting, speed, speed * flops / 1e9, speed * flops / peak, losses[name]])
+    ratios = {}
+    if len(speeds) == 2:
+        figures["ratio_of_rounds"] = ratio_of_rounds(*(speeds[name] for name, _ in best.values()))
+        speed = {side: figures[side]["tokens_per_second"] for side in best}
+        ratios["tokens-per-second/transformers"] = speed["rorqual"] / speed["transformers"]
     columns = ["", "settings", "tokens/s", "GFLOP/s", "utilisation", "loss at step 4"]
     report(
         "train",
         args,
-        {"tokens-per-second/transformers": ratio},
+        ratios,
         figures,
         [
             (f"Training, {size}×{length} tokens a step, {flops / 1e6:.1f} MFLOP a token; peaks in GFLOP/s: "
@@ -203,6 +203,8 @@ def main() -> None:
              [[side, setting, speed] for side, speeds_ in tried.items() for setting, speed in speeds_.items()]),
         ],
         ["torch", "transformers"],
+        field.failed,
+        field.ours,
     )  # fmt: skip
 
 
