@@ -32,7 +32,7 @@ class Contestant:
 class Server:
     """A contestant that runs, on `port` of loopback. Raises RuntimeError, with what it said last, if it does not."""
 
-    def __init__(self, contestant: Contestant) -> None:
+    def __init__(self, contestant: Contestant, patience: float = PATIENCE) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
@@ -43,7 +43,7 @@ class Server:
             start_new_session=True,  # so that signals reach its workers too
         )  # fmt: skip
         try:
-            self._wait()
+            self._wait(patience)
         except BaseException:
             self.close()
             raise
@@ -62,8 +62,16 @@ class Server:
         self._signal(signal.SIGKILL)
         self._process.wait()
 
-    def _wait(self) -> None:
-        until = time.monotonic() + PATIENCE
+    def death(self) -> str | None:
+        """How it ended, if it has."""
+        try:
+            code = self._process.wait(1)  # a connection ends before the process has
+        except subprocess.TimeoutExpired:
+            return None
+        return f"crashed: {signal.Signals(-code).name if code < 0 else f'exit code {code}'}"
+
+    def _wait(self, patience: float) -> None:
+        until = time.monotonic() + patience
         while time.monotonic() < until:
             if self._process.poll() is not None:
                 break
@@ -75,7 +83,8 @@ class Server:
                 time.sleep(0.2)
         self._log.seek(0)
         said = self._log.read().decode(errors="replace").strip().splitlines() or ["it said nothing"]
-        raise RuntimeError("did not come up: " + ([line for line in said if "Error" in line] or said)[-1])
+        last = ([line for line in said if "Error" in line] or said)[-1]
+        raise RuntimeError(f"{self.death() or f'over {patience:g} s'}: {last}")
 
     def _signal(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):

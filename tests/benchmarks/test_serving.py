@@ -1,6 +1,7 @@
 """benchmarks/serving.py: the client counts right, servers stand still, and our server can be measured."""
 
 import asyncio
+import contextlib
 import importlib
 import json
 import subprocess
@@ -19,10 +20,12 @@ from rorqual.recipe import TokenizerSection
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 DOOR = """
-import http.server, sys
+import http.server, os, sys, time
 class Door(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(200); self.end_headers()
+"""
+OPEN = """
 http.server.HTTPServer(("127.0.0.1", int(sys.argv[-1])), Door).serve_forever()
 """
 
@@ -163,7 +166,7 @@ def test_events_may_bring_several_tokens(load):
 
 
 def test_a_server_comes_up_and_ends(servers):
-    with servers.Server(servers.Contestant("door", "plain", (sys.executable, "-c", DOOR))) as server:
+    with servers.Server(servers.Contestant("door", "plain", (sys.executable, "-c", DOOR + OPEN))) as server:
         process = psutil.Process(server._process.pid)
         assert process.is_running()
     assert not process.is_running()
@@ -172,6 +175,36 @@ def test_a_server_comes_up_and_ends(servers):
 def test_a_server_that_does_not_come_up_says_why(servers):
     with pytest.raises(RuntimeError, match="ValueError: no such model"):
         servers.Server(servers.Contestant("door", "shut", (sys.executable, "-c", "raise ValueError('no such model')")))
+
+
+def test_a_server_that_dies_or_crawls_is_out(module, servers, load, monkeypatch):
+    serving = module("serving")
+    monkeypatch.setattr(serving, "REST", 0)
+    ways = {"dies": "os.kill(os.getpid(), 11)", "crawls": "time.sleep(60)"}
+    contestants = [
+        servers.Contestant("door", name, (sys.executable, "-c", DOOR + f"Door.do_POST = lambda self: {way}\n" + OPEN))
+        for name, way in ways.items()
+    ]
+    failed = {}
+    with contextlib.ExitStack() as stack:
+        field = serving.Field(contestants, stack, {}, 300, failed)
+        field.limit = 0.5
+        for contestant in contestants:
+            assert field.measure(contestant, lambda port: load.closed_loop(port, load.asks(1, "few", 16), 1)) is None
+        assert field.best("c1") == {}
+    assert failed == {"door dies": "crashed: SIGSEGV", "door crawls": "over 0.5 s"}
+
+
+def test_a_peer_that_cannot_be_made_takes_nobody_along(module, monkeypatch, tmp_path):
+    serving, failed = module("serving"), {}
+
+    def vllm(*_):
+        raise subprocess.CalledProcessError(1, ["pip", "install", "vllm"])
+
+    made = [module("servers").Contestant("llama.cpp", "Q4_0", ())]
+    monkeypatch.setattr(serving, "PEERS", {"vllm": vllm, "llama.cpp": lambda *_: made})
+    assert serving.theirs(["vllm", "llama.cpp"], tmp_path, 1, failed) == made
+    assert failed["vllm"].startswith("could not be made: Command")
 
 
 def test_ratios_are_above_one_where_we_are_better(module):
