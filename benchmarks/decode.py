@@ -112,13 +112,14 @@ def main() -> None:
     args = arguments(__doc__.splitlines()[0], turn=120, whole=900)
     threads = torch.get_num_threads()
     rounds, count, many = (1, 8, 8) if args.quick else (3, 96, 32)
+    sequences, width = (4, 128) if args.quick else (32, 512)
     with tempfile.TemporaryDirectory() as name, Field(args.turn_limit, args.limit) as field:
         folder = Path(name)
         names = enter_all(field, folder, threads)
         tokenizer = load_tokenizer(folder / "smollm2")
         words = tokenizer("\n\n".join(topics[name] for name in sorted(topics))).input_ids
-        prompts = [words[100 * i : 100 * i + 32] for i in range(32)]
-        long = words[5000:5512]
+        prompts = [words[100 * i : 100 * i + 32] for i in range(sequences)]
+        long = words[5000 : 5000 + width]
         # What is asked, and its result turned into something of which more is better.
         works = {
             "decode-b1": ("decode", (prompts[:1], count), lambda speed: speed),
@@ -146,7 +147,7 @@ def main() -> None:
             row[4] = row[4] if row[4] == "–" else 1000 / row[4]
             read = field.ask(row[0], "weight_bytes") if row[0] in field.ours else None
             row.append("–" if read is None or row[1] == "–" else 100 * read * row[1] / bandwidth)
-        windows = [words[i : i + 512] for i in range(20_000, 20_000 + 512 * (1 if args.quick else 4), 512)]
+        windows = [words[i : i + width] for i in range(20_000, 20_000 + width * (1 if args.quick else 4), width)]
         quality = qualities(field, names, windows)
         for name in names:
             field.leave(name)
@@ -157,8 +158,9 @@ def main() -> None:
         "decode", args, ratios | more, figures,
         [
             (f"SmolLM2-135M-Instruct, {threads} threads, tokens/s (memory reads {bandwidth / 1e9:.0f} GB/s)",
-             ["", "one sequence", "32 sequences", "prompt of 512", "first token of 32, ms", "% of memory speed"], rows),
-            ("perplexity on Python's documentation, windows of 512 tokens",
+             ["", "one sequence", f"{sequences} sequences", f"prompt of {width}", "first token of 32, ms",
+              "% of memory speed"], rows),
+            (f"perplexity on Python's documentation, windows of {width} tokens",
              ["", "as computed", "with exact activations", "logits differ by %", "MB a token"], quality),
             ("mixture of experts, 4 bits, one sequence",
              ["", "M parameters", "M active", "tokens/s"], experts),
