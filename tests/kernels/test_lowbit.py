@@ -93,3 +93,14 @@ def test_a_number_that_is_none_spoils_its_row_and_no_other(bad):
     assert found[[0, 2]].isfinite().all()
     assert not found[1].isfinite().any()
     assert lowbit_linear(torch.zeros(1, 96), packed).eq(0).all()
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("sign", [1, -1])
+@torch.no_grad()
+def test_numbers_too_small_for_a_scale_are_zeros(format, sign):
+    """127 divided by the largest of them is infinite, of which processors make different integers."""
+    packed, _ = made(format, 1, 16, 96)
+    x = torch.ones(2, 96)
+    x[0] = sign * 1e-38
+    assert lowbit_linear(x, packed)[0].eq(0).all()

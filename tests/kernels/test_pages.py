@@ -1,6 +1,7 @@
 """Large pages: what lies in them stays what it was, and they come where Linux gives them."""
 
 import ctypes
+import mmap
 import sys
 from pathlib import Path
 
@@ -16,7 +17,7 @@ def large() -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith("AnonHugePages"))
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="large pages are asked of Linux")
+@pytest.mark.skipif(sys.platform != "linux" or mmap.PAGESIZE != 4096, reason="large pages of 2 MB are asked of Linux")
 def test_tensors_side_by_side_lie_in_large_pages_afterwards():
     tensors = [torch.randint(0, 256, (300_000,), dtype=torch.uint8) for _ in range(60)]
     copies = [t.clone() for t in tensors]

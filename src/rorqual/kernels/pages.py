@@ -1,6 +1,7 @@
 """Weights in large pages of memory, where Linux gives them."""
 
 import ctypes
+import mmap
 import sys
 from collections import Counter
 from collections.abc import Iterable
@@ -18,7 +19,7 @@ def use_large_pages(tensors: Iterable[Tensor]) -> None:
     A decode step reads all weights, and pages of 4 KB have to be looked up one by one: steps of one sequence and of 32
     took 8 to 9 % longer (SmolLM2, in a virtual machine).
     """
-    if sys.platform != "linux":
+    if sys.platform != "linux" or mmap.PAGESIZE != 4096:  # where pages have 16 or 64 KB, large ones have 32 or 512 MB
         return
     libc = ctypes.CDLL(None)
     libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]

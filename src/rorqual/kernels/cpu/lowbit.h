@@ -185,7 +185,8 @@ inline lanes halves_plain(const uint8_t *from) {
 }
 
 // `some` groups of 32 numbers, COMMON at most, of which lanes_of(i) are the i-th lanes → groups from `at` on, with one
-// scale. With a NaN or an infinity among them they become zeros with a scale that is none.
+// scale. With a NaN or an infinity among them they become zeros with a scale that is none; with nothing as large as 2^-121
+// zeros too, since 127/most would be infinite, and processors differ in what integer they make of that.
 template <class F>
 inline void quantise(i64 some, F lanes_of, const Quantised &to, i64 at) {
     typedef int8_t small __attribute__((vector_size(16)));
@@ -200,7 +201,7 @@ inline void quantise(i64 some, F lanes_of, const Quantised &to, i64 at) {
         }
         const uint32_t bits = fold(sizes, greater);  // sizes order as their bits do; above are infinity and NaN
         const float most = std::bit_cast<float>(bits);
-        const bool none = bits == 0 || bits >= 0x7f800000u;
+        const bool none = bits < 0x03000000u || bits >= 0x7f800000u;
         const float up = none ? 0.0f : 127.0f / most;
         integers sums = {};
         Group *const groups = to.data + at;
@@ -236,7 +237,7 @@ inline void quantise_digits(const T *from, i64 width, const Quantised &to, i64 r
     words most = std::bit_cast<words>(rest) & 0x7fffffffu;
     for (i64 j = 0; j < whole; j += L) most = greater(most, std::bit_cast<words>(load_lanes(from + j)) & 0x7fffffffu);
     const uint32_t bits = fold(most, greater);
-    const bool none = bits == 0 || bits >= 0x7f800000u;
+    const bool none = bits < 0x07000000u || bits >= 0x7f800000u;  // 2^-113
     const float largest = std::bit_cast<float>(bits), up = none ? 0.0f : 32512.0f / largest;
     integers high_sum = {}, low_sum = {};
     const auto put = [&](i64 j, lanes x) {

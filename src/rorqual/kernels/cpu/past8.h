@@ -64,7 +64,8 @@ TARGET void mix_some(const float *weights, i64 stride, const Blocks8 &values, co
             }
             const uint32_t bits = fold(sizes, greater);
             const float most = std::bit_cast<float>(bits);
-            const float up = bits == 0 || bits >= 0x7f800000u ? 0.0f : float(HIGHEST) / most;
+            // Below 2^-120 it would be infinite, of which processors make different integers.
+            const float up = bits < 0x03800000u || bits >= 0x7f800000u ? 0.0f : float(HIGHEST) / most;
             for (i64 b = 0; b < blocks; ++b) {
                 const lanes number = x[b] * up + 12582912.0f;  // to the nearest
                 const small s = __builtin_convertvector(__builtin_convertvector(number - 12582912.0f, integers), small);

@@ -48,6 +48,8 @@ class Member {
                 idle();
 #if defined(__x86_64__)
                 __builtin_ia32_pause();
+#elif defined(__aarch64__)
+                asm volatile("yield");
 #endif
             } else {
                 sched_yield();
