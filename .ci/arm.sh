@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# The compiled functions on ARM: cross-compiled and run by QEMU, called by the tests that run here (tests/arm/proxy.py).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-.venv/bin/python}
+TESTS=${*:-tests/kernels tests/engine/test_direct.py tests/engine/test_choose.py}
+CROSS=aarch64-linux-gnu-g++ QEMU="qemu-aarch64 -L /usr/aarch64-linux-gnu"
+
+missing=
+for tool in $CROSS qemu-aarch64 g++; do command -v $tool >/dev/null || missing+=" $tool"; done
+if [ "$missing" ]; then
+    if [ "$(id -u)" != 0 ]; then
+        echo "ARM: nothing was run for lack of$missing (Debian: g++-aarch64-linux-gnu, qemu-user, g++)"
+        exit 0
+    fi
+    apt-get update -qq && apt-get install -y -qq g++-aarch64-linux-gnu qemu-user g++ >/dev/null
+fi
+
+OUT=$(mktemp -d)
+trap 'rm -rf "$OUT"' EXIT
+# As setup.py builds them at the portable level.
+FLAGS="-std=c++20 -O3 -fno-math-errno -fno-trapping-math -fopenmp -fPIC"
+(cd src/rorqual/kernels/cpu && ls -S *.cpp) | xargs -P 2 -I{} $CROSS $FLAGS -c src/rorqual/kernels/cpu/{} -o "$OUT/{}.o"
+$CROSS -shared -fopenmp "$OUT"/*.o -o "$OUT/kernels.so"
+$CROSS -std=c++20 -O2 -fopenmp tests/arm/host.cpp -o "$OUT/host"
+g++ -std=c++20 -O2 -shared -fPIC tests/arm/heap.cpp -o "$OUT/heap.so"
+echo "ARM: compiled in $SECONDS s; $(qemu-aarch64 --version | head -1) runs $TESTS"
+
+# Left out: what a child process measures, whose functions are not those of ARM, and pages, which shared memory has not.
+# Two threads, so that they meet, which do not wait for each other by turning on cores that another program needs.
+export OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive
+RORQUAL_ARM="$QEMU $OUT/host $OUT/kernels.so" LD_PRELOAD="$OUT/heap.so" PYTHONPATH=src:tests/arm \
+    "$PYTHON" -m pytest -p proxy -p no:cacheprovider -k "not peak_memory and not large_pages" $TESTS
