@@ -49,7 +49,7 @@ def source(request, tmp_path):
 def test_what_is_read_is_what_packing_in_memory_gives(source, tmp_path, bits):
     quantize(source, tmp_path / "packed", bits)
     tokens = torch.arange(1, 30).unsqueeze(0)
-    read, made = load_packed(tmp_path / "packed"), convert(load_model(source), bits)
+    read, made = load_packed(tmp_path / "packed", torch.float32), convert(load_model(source), bits)
     assert torch.equal(read.logits(tokens), made.logits(tokens))
     answers = [
         Engine(*model).generate(["one two"], SamplingParams(temperature=0, max_tokens=9))[0].tokens
@@ -65,9 +65,9 @@ def test_what_is_read_is_what_packing_in_memory_gives(source, tmp_path, bits):
 def test_slices_change_nothing(source, tmp_path, bits, monkeypatch):
     quantize(source, tmp_path / "packed", bits)
     tokens = torch.arange(1, 30).unsqueeze(0)
-    expected = load_packed(tmp_path / "packed").logits(tokens)
+    expected = load_packed(tmp_path / "packed", torch.float32).logits(tokens)
     monkeypatch.setattr(lowbit, "SLICE", 1)
-    assert torch.equal(load_packed(tmp_path / "packed").logits(tokens), expected)
+    assert torch.equal(load_packed(tmp_path / "packed", torch.float32).logits(tokens), expected)
     assert torch.equal(convert(load_model(source), bits).logits(tokens), expected)
     assert torch.equal(load_converted(source, bits, torch.float32).logits(tokens), expected)
 
@@ -110,7 +110,7 @@ def test_its_authors_library_reads_the_same_numbers(source, tmp_path, bits):
     theirs = PackedQuantizationCompressor.decompress(own, scheme)["weight"]
     from rorqual.kernels.lowbit import unpack
 
-    ours = unpack(load_packed(tmp_path / "packed").model.layers[0].self_attn.o_proj.weight)
+    ours = unpack(load_packed(tmp_path / "packed", torch.float32).model.layers[0].self_attn.o_proj.weight)
     torch.testing.assert_close(theirs.float(), ours, rtol=1e-3, atol=1e-6)
 
 

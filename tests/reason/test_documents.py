@@ -6,13 +6,10 @@ from random import Random
 
 import pytest
 
-from rorqual.reason import knights
 from rorqual.reason.documents import (
     RIGHT,
     STEP,
     WRONG,
-    assumption_is_right,
-    assumption_text,
     attempts,
     documents,
     expression,
@@ -71,57 +68,6 @@ def test_chain_documents_end_right_and_find_their_slips(environments):
         wrong = [line for line in text.splitlines() if line_is_right(document.problem, line.rstrip(" ✓✗")) is False]
         assert len(wrong) == (kind == "corrected"), "one slip, and only where a check finds it"
     assert min(kinds.values()) > 40, kinds
-
-
-def test_knights_documents_end_right_unless_they_give_up(environments):
-    if (environment := environments.get("knights_knaves")) is None:
-        pytest.skip("not of this level")
-    kinds = {"at once": 0, "found": 0, "given up": 0}
-    for document in documents(environment.problems("train", 200, 1), 600, 0):
-        lines = document.thinking.splitlines()
-        assert len(set(lines)) == len(lines)
-        for line in lines:
-            assumed, mark = line.rsplit(" ", 1)
-            assert line_is_right(document.problem, assumed) == (mark == RIGHT)
-        kind = "at once" if not lines else "found" if lines[-1].endswith(RIGHT) else "given up"
-        assert environment.correct(document.problem, extract_answer(document.completion)) == (kind != "given up")
-        kinds[kind] += 1
-    assert min(kinds.values()) > 30, kinds
-
-
-KNIGHTS = {
-    "names": ["Ava", "Liam"],
-    "statements": (("lying", 1), ("->", ("telling-truth", 0), ("not", ("telling-truth", 1)))),
-    "knight_knave_terms": {"knight": "saint", "knave": "sinner"},
-}
-
-
-def test_who_is_honest_by_hand():
-    assert knights.claims(KNIGHTS) == "Ava: Liam sinner. Liam: Ava saint -> not Liam saint."
-    checked = {honest: knights.check(KNIGHTS, honest) for honest in knights.assumptions(KNIGHTS)}
-    assert checked == {
-        (True, True): [False],  # Ava, honest, would have lied
-        (True, False): [True, True],  # Liam, a liar, would have told the truth
-        (False, True): [False, True],  # fits
-        (False, False): [True],
-    }
-    assert [honest for honest, found in checked.items() if knights.fits(honest, found)] == [(False, True)]
-    assert assumption_text(KNIGHTS, (True, False)) == "saint,sinner: true,true"
-
-
-@pytest.mark.parametrize(
-    ("line", "right"),
-    [
-        ("sinner,saint: false,true", True),
-        ("sinner,saint: false,false", False),  # not what follows
-        ("saint,sinner: true,true", False),  # a contradiction
-        ("sinner: false", False),  # not everybody
-        ("sinner,saint", None),
-        ("3+4=7", None),
-    ],
-)
-def test_assumptions_are_judged(line, right):
-    assert assumption_is_right(KNIGHTS, line) is right
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Any
 
-from rorqual.reason import knights
 from rorqual.reason.problems import Environment, Problem
 
 RIGHT, WRONG = "✓", "✗"
@@ -138,54 +136,9 @@ def _chain(terms: list[int], slip: int = 0) -> str:
     return ",".join(parts)
 
 
-# -- knights_knaves: assume who is honest, and see whether everybody could have said what they said
-
-
-def knights_document(problem: Problem, rng: Random) -> Document:
-    """Without thinking, or assumptions in random order until one fits; some documents give up before."""
-    metadata = problem.metadata
-    every = knights.assumptions(metadata)
-    right = tuple(metadata["solution"])
-    if rng.random() < 0.4:
-        return Document(problem, "", knights_answer(metadata, right))
-    wrong = [honest for honest in every if honest != right]
-    tried = rng.sample(wrong, min(len(wrong), int(rng.expovariate(1 / 2.0))))
-    lines = [f"{assumption_text(metadata, honest)} {WRONG}\n" for honest in tried]
-    if tried and rng.random() < 0.3:
-        return Document(problem, "".join(lines), knights_answer(metadata, tried[-1]))
-    lines.append(f"{assumption_text(metadata, right)} {RIGHT}\n")
-    return Document(problem, "".join(lines), knights_answer(metadata, right))
-
-
-def assumption_text(metadata: dict[str, Any], honest: tuple[bool, ...]) -> str:
-    """Everybody's role, then the truth of what they say, up to the first contradiction: knight,knave: true,true."""
-    words = knights.roles(metadata)
-    assumed = ",".join(words[not truthful] for truthful in honest)
-    return f"{assumed}: {','.join('true' if true else 'false' for true in knights.check(metadata, honest))}"
-
-
-def knights_answer(metadata: dict[str, Any], honest: tuple[bool, ...]) -> str:
-    words = knights.roles(metadata)
-    return ",".join(f"{name} {words[not truthful]}" for name, truthful in zip(metadata["names"], honest, strict=True))
-
-
-def assumption_is_right(metadata: dict[str, Any], line: str) -> bool | None:
-    """Whether a line marked right assumes what is the case and finds no contradiction; None for another line."""
-    assumed, colon, found = line.strip().partition(": ")
-    words = knights.roles(metadata)
-    if not colon or not set(assumed.split(",")) <= set(words) or not set(found.split(",")) <= {"true", "false"}:
-        return None
-    honest = tuple(word == words[0] for word in assumed.split(","))
-    if len(honest) != len(metadata["names"]):
-        return False
-    told = [word == "true" for word in found.split(",")]
-    return told == knights.check(metadata, honest) and knights.fits(honest, told)
-
-
 WRITERS: dict[str, Callable[[Problem, Random], Document]] = {
     "countdown": countdown_document,
     "chain_sum": chain_document,
-    "knights_knaves": knights_document,
 }
 
 
@@ -197,8 +150,6 @@ def line_is_right(problem: Problem, line: str) -> bool | None:
 
     None for what is not a line of steps.
     """
-    if problem.family == "knights_knaves":
-        return assumption_is_right(problem.metadata, line)
     steps = [STEP.fullmatch(step) for step in line.strip().split(",")]
     if not all(steps):
         return None

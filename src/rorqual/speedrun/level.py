@@ -49,7 +49,6 @@ class Level:
     least_tokens: float  # of pre-training, from which on the level is chosen
     environments: tuple[EnvironmentSection, ...]
     documents: tuple[int, ...]  # one an environment
-    merges: int  # of the tokenizer, beside bytes and whole numbers
     max_tokens: int
 
     @property
@@ -75,11 +74,9 @@ def _chain(least: int, most: int) -> EnvironmentSection:
     )
 
 
-KNIGHTS = EnvironmentSection(name="knights_knaves", config={"n_people": 3}, prompt="who is who? {claims}")
-
 LEVELS = (
-    Level("first", 0, (_countdown(3), _chain(6, 7)), (60_000, 30_000), 40, 224),
-    Level("second", 5e6, (_countdown(4), _chain(6, 9), KNIGHTS), (60_000, 40_000, 16_000), 140, 320),
+    Level("first", 0, (_countdown(3), _chain(6, 7)), (60_000, 30_000), 224),
+    Level("second", 5e6, (_countdown(4), _chain(6, 9)), (60_000, 40_000), 320),
 )
 
 
@@ -112,10 +109,6 @@ def machine_line() -> str:
 
 
 def _describe(section: EnvironmentSection) -> str:
-    least, most = (
-        next((v for k, v in section.config.items() if k.startswith(word)), None) for word in ("min_", "max_")
-    )
-    what = {"countdown": "numbers", "chain_sum": "terms", "knights_knaves": "people"}[section.name]
-    if least is None:
-        return f"{section.name} with {section.config['n_people']} {what}"
+    what = {"countdown": "numbers", "chain_sum": "terms"}[section.name]
+    least, most = (section.config[f"{bound}_{what}"] for bound in ("min", "max"))
     return f"{section.name} with {least if least == most else f'{least} to {most}'} {what}"

@@ -119,7 +119,7 @@ def write_corpus(story: Story) -> None:
     with path.open(encoding="utf-8") as lines:
         texts = [json.loads(line)["text"] for line, _ in zip(lines, range(4000), strict=False)]
     special = ["<think>", "</think>", "<answer>", "</answer>"]
-    size = 256 + LARGEST + 1 + len(special) + level.merges
+    size = LARGEST + 300
     section = TokenizerSection(vocab_size=size, whole_numbers=LARGEST + 1, special_tokens=special)
     tokenizer = train_tokenizer(texts, section)
     tokenizer.chat_template = CHAT_TEMPLATE
