@@ -37,7 +37,7 @@ define install
 	@echo "1/4 $(VENV), an environment of its own"
 	$(PYTHON) -m venv $(VENV)
 	@echo "2/4 compiled functions: one or two minutes on two cores"
-	$(BIN)/python src/rorqual/kernels/cpu/build.py
+	$(BIN)/python src/rorqual/kernels/cpu/build.py $(2)
 	@echo "3/4 PyTorch: 0.2 GB to download"
 	$(BIN)/python -m pip install --quiet --no-compile $(TORCH)
 	@echo "4/4 Rorqual and the rest: 0.5 GB to download"
@@ -50,7 +50,7 @@ $(VENV)/ready: $(SOURCES)
 	$(call install)
 
 $(VENV)/ready-dev: $(SOURCES)
-	$(call install,[dev])
+	$(call install,[dev],all)
 	touch $(VENV)/ready
 
 clean:

@@ -237,3 +237,11 @@ def test_speedrun_does_not_overwrite(rorqual, tmp_path):
     (tmp_path / "mine").write_text("precious")
     one_sentence(rorqual("speedrun", "--out", tmp_path), "not empty")
     assert (tmp_path / "mine").read_text() == "precious"
+
+
+def test_doctor_says_what_is_in_use_and_why(rorqual, monkeypatch):
+    code, out, _ = rorqual("doctor")
+    assert code == 0
+    assert all(word in out for word in ("processor", "compiled functions", "dtype auto", "PyTorch"))
+    _, out, _ = rorqual("doctor", "--json")
+    assert json.loads(out)["dtype auto"].split(":")[0] in ("float32", "bfloat16")

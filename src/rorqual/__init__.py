@@ -3,10 +3,14 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from rorqual.processor import lower_torch
+
 if TYPE_CHECKING:
     from rorqual.data.tokenizer import load_tokenizer
     from rorqual.model.checkpoint import load_model, save_model
     from rorqual.model.config import ModelConfig
+
+lower_torch()  # before anything here imports torch
 
 __all__ = ["ModelConfig", "load_model", "load_tokenizer", "save_model"]
 

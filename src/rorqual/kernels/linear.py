@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from rorqual.kernels import cpu
 from rorqual.kernels.lowbit import Packed, lowbit_linear
+from rorqual.processor import allows
 
 FEW = 256  # rows up to which oneDNN, which packs the weights each time, is slower
 
@@ -106,7 +107,8 @@ def _usable(x: Tensor, weight: Tensor) -> bool:
 
 def _groups(x: Tensor, weight: Tensor) -> bool:
     """Whether experts' products and derivatives do too; where there are matrix units, oneDNN, which has them, stays."""
-    return _usable(x, weight) and weight.shape[-2] % 2 == 0 and not torch.cpu._is_amx_tile_supported()
+    units = torch.cpu._is_amx_tile_supported() and allows("amx")
+    return _usable(x, weight) and weight.shape[-2] % 2 == 0 and not units
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, ends: Tensor) -> Tensor:

@@ -2,8 +2,9 @@
 
     python src/rorqual/kernels/cpu/build.py [LEVEL …]
 
-It needs Python alone, so that it can run before PyTorch is there. Objects are kept by what they are made of
-(`build/kernels` in the checkout): what did not change is not compiled again.
+Without a level it makes the machine's best and the one that runs everywhere; `all`: every level that the machine runs.
+It needs Python alone, so that it can run before PyTorch is there. Objects are kept by what they are made of, in
+`build/kernels` of the checkout: what did not change is not compiled again.
 """
 
 import hashlib
@@ -48,13 +49,16 @@ class Failed(Exception):
 
 
 def build(folder: Path, levels: list[str] | None = None) -> list[str]:
-    """Compile into `folder`, by default the levels that this machine runs; say what happens; return what was built.
+    """Compile these levels (see above) into `folder`; say what happens; return what was built.
 
     Whatever fails is told in a sentence and leaves the rest as it is: every function has a reference in PyTorch.
     """
     try:
         compiler = find_compiler()
-        return _build(folder, levels or own_levels(compiler), compiler)
+        if not levels or levels == ["all"]:
+            own = own_levels(compiler)
+            levels = [own[0], own[-1]] if not levels else own
+        return _build(folder, list(dict.fromkeys(levels)), compiler)
     except Failed as e:
         print(f"kernels: {e}: {SLOWER}; install g++ 11 or newer and run this again", flush=True)
         return []
@@ -69,13 +73,13 @@ def find_compiler() -> list[str]:
 
 
 def own_levels(compiler: list[str]) -> list[str]:
-    """The best level of this processor, and the one that every processor runs."""
+    """The levels that this processor runs, the best first."""
     if not X86:
         return ["portable"]
     found = _run([*compiler, "-march=native", "-dM", "-E", "-x", "c++", os.devnull])
     macros = set(re.findall(r"#define __(\w+)__ ", found.stdout))
     if {"AVX512F", "AVX512BW", "AVX512CD", "AVX512DQ", "AVX512VL"} <= macros:
-        return ["avx512", "portable"]
+        return ["avx512", "avx2", "portable"]
     return ["avx2", "portable"] if {"AVX2", "FMA", "BMI2", "F16C", "LZCNT"} <= macros else ["portable"]
 
 
@@ -160,7 +164,7 @@ def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
 
 
 if __name__ == "__main__":
-    unknown = [level for level in sys.argv[1:] if level not in LEVELS]
+    unknown = [level for level in sys.argv[1:] if level not in LEVELS and sys.argv[1:] != ["all"]]
     if not (HERE / "step.cpp").exists():
         sys.exit("kernels: their sources are in Rorqual's repository; a wheel carries them compiled")
     if unknown:

@@ -7,6 +7,7 @@
 #include <omp.h>
 
 #include "cache8.h"
+#include "classes.h"
 #include "lowbit.h"
 
 #if defined(__AVX2__)
@@ -122,7 +123,7 @@ namespace {
 #if defined(__AVX512F__)
 bool has_vnni() {
     __builtin_cpu_init();
-    return __builtin_cpu_supports("avx512vnni");
+    return __builtin_cpu_supports("avx512vnni") && allows(AVX512_VNNI);
 }
 #endif
 
@@ -132,12 +133,15 @@ extern "C" {
 extern const Against against;
 extern const Score8 score8;
 extern const Mix8 mix8;
+extern const i64 byte_products;  // whether the processor's own (VNNI) are used
 extern const i64 matrix_unit;
 #if defined(__AVX512F__)
+const i64 byte_products = has_vnni();
 const Against against = has_vnni() ? vnni::against : plain::against;
 const Score8 score8 = has_vnni() ? vnni::score_queries : plain::score_queries;
 const Mix8 mix8 = has_vnni() ? vnni::mix_queries : plain::mix_queries;
 #else
+const i64 byte_products = 0;
 const Against against = plain::against;
 const Score8 score8 = plain::score_queries;
 const Mix8 mix8 = plain::mix_queries;

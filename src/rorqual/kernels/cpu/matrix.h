@@ -5,6 +5,8 @@
 // can take activations finer than bytes: a row is two lines of digits (lowbit.h), at half that speed.
 #pragma once
 
+#include "classes.h"
+
 #if defined(__linux__)
 #include <cpuid.h>
 #include <sys/syscall.h>
@@ -220,7 +222,7 @@ inline bool usable() {
     constexpr unsigned wanted = 1u << 24 | 1u << 25;  // AMX-TILE, AMX-INT8
     unsigned a, b, c, d = 0;
     __get_cpuid_count(7, 0, &a, &b, &c, &d);
-    return (d & wanted) == wanted && syscall(SYS_arch_prctl, REQUEST, TILES) == 0;
+    return allows(AMX) && (d & wanted) == wanted && syscall(SYS_arch_prctl, REQUEST, TILES) == 0;
 #else
     return false;
 #endif

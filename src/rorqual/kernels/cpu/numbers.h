@@ -8,7 +8,7 @@ using i64 = int64_t;
 
 static_assert(std::endian::native == std::endian::little);  // pairs of BF16 numbers and fours of bytes are read as words
 
-constexpr i64 INTERFACE = 18;
+constexpr i64 INTERFACE = 19;
 
 namespace {
 

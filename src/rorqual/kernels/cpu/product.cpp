@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <omp.h>
 
+#include "classes.h"
 #include "lanes.h"
 
 extern "C" {
@@ -121,7 +122,7 @@ i64 start_of(const int32_t *ends, i64 g) { return g ? ends[g - 1] : 0; }
 extern "C" {
 const i64 dot_products = [] {
     __builtin_cpu_init();
-    return i64(__builtin_cpu_supports("avx512bf16") != 0);
+    return i64(__builtin_cpu_supports("avx512bf16") && allows(AVX512_BF16));
 }();
 
 // x [rows, width] in groups that end at ends[g], weights [groups, outputs, width], bias [groups, outputs] or none →

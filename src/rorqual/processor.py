@@ -1,0 +1,70 @@
+"""Which of the processor's instructions are used: all it has, or fewer where RORQUAL_CPU says so.
+
+The classes are ordered, each contains those before it, and naming one can only lower. kernels/cpu/classes.h has the
+same names for C++.
+"""
+
+import os
+import platform
+import sys
+import warnings
+
+from rorqual.errors import UserError
+
+VARIABLE = "RORQUAL_CPU"
+CLASSES = ("none", "portable", "avx2", "avx512", "avx512-vnni", "avx512-bf16", "amx")
+# What holds PyTorch, oneDNN and MKL (on Intel's processors) down to a class.
+ONEDNN = {
+    "none": "SSE41", "portable": "SSE41", "avx2": "AVX2", "avx512": "AVX512_CORE", "avx512-vnni": "AVX512_CORE_VNNI",
+    "avx512-bf16": "AVX512_CORE_BF16",
+}  # fmt: skip
+MKL = {
+    "none": "SSE4_2", "portable": "SSE4_2", "avx2": "AVX2", "avx512": "AVX512", "avx512-vnni": "AVX512_E1",
+    "avx512-bf16": "AVX512_E3",
+}  # fmt: skip
+
+
+def highest() -> str:
+    """The class that RORQUAL_CPU names, else the highest there is; raises UserError for an unknown one."""
+    name = os.environ.get(VARIABLE) or CLASSES[-1]
+    if name not in CLASSES:
+        raise UserError(f"{VARIABLE}={name}: no such class of processors; allowed: {', '.join(CLASSES)}")
+    return name
+
+
+def allows(name: str) -> bool:
+    """Whether RORQUAL_CPU, where it is set, leaves the class `name`; says nothing about the processor."""
+    return CLASSES.index(name) <= CLASSES.index(highest())
+
+
+def lower_torch() -> None:
+    """Make PyTorch obey RORQUAL_CPU as well, unless its own variables are set. Call before torch is imported: it reads
+    them once. An unknown class is left to `highest`, whose message the command line prints."""
+    name = os.environ.get(VARIABLE)
+    if name not in ONEDNN:
+        return
+    wanted = {}
+    if name in ("none", "portable"):
+        wanted["ATEN_CPU_CAPABILITY"] = "default"
+    elif name == "avx2" and _has_avx512():  # elsewhere PyTorch would believe that there is AVX2
+        wanted["ATEN_CPU_CAPABILITY"] = "avx2"
+    if platform.machine() in ("x86_64", "AMD64"):
+        if "DNNL_MAX_CPU_ISA" not in os.environ:  # the older name of the next
+            wanted["ONEDNN_MAX_CPU_ISA"] = ONEDNN[name]
+        wanted["MKL_ENABLE_INSTRUCTIONS"] = MKL[name]
+    new = {key: value for key, value in wanted.items() if key not in os.environ}
+    if new and "torch" in sys.modules:
+        warnings.warn(
+            f"{VARIABLE}={name}: torch was imported before rorqual and keeps the processor's own instructions; "
+            "import rorqual first",
+            stacklevel=3,
+        )
+    os.environ.update(new)
+
+
+def _has_avx512() -> bool:
+    try:
+        with open("/proc/cpuinfo") as file:
+            return any(line.startswith("flags") and " avx512f " in line for line in file)
+    except OSError:
+        return False
