@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from common import arguments, fastest, program, ratio_of_rounds, report
-from peers import CACHE, once
+from peers import CACHE, once, run
 from rorqual.errors import UserError
 from workers import Field
 
@@ -24,15 +24,16 @@ ROOT = Path(__file__).parents[1]
 
 
 def source_before() -> Path:
-    """The package's source of then, compiled."""
+    """The package of then, compiled."""
 
     def make(folder: Path) -> None:
         packed = subprocess.run(["git", "archive", BEFORE], cwd=ROOT, check=True, stdout=subprocess.PIPE).stdout
         with tarfile.open(fileobj=io.BytesIO(packed)) as tar:
             tar.extractall(folder, filter="data")
-        subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=folder, check=True)
+        # By pip, which has setuptools as new as this source wants.
+        run(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder / "installed", folder)
 
-    return once(CACHE / "engine-before-blocks", make) / "src"
+    return once(CACHE / "engine-before-blocks", make) / "installed"
 
 
 def main() -> None:

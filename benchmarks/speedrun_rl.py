@@ -1,9 +1,24 @@
 """The side of rollout.py. It imports nothing of ours at first, since `rorqual` may be an older one than beside it."""
 
+import sys
 import time
+import tomllib
 from pathlib import Path
+from typing import Any
 
 from workers import timed
+
+
+def known(raw: dict[str, Any], section: Any) -> dict[str, Any]:
+    """What this side's recipes may say: an older one has fewer fields than the run. Says what it drops."""
+    found = {}
+    for name, value in raw.items():
+        if name not in section.model_fields:
+            print(f"{section.__name__}: {name} = {value!r} is newer and left out", file=sys.stderr)
+            continue
+        kind = section.model_fields[name].annotation
+        found[name] = known(value, kind) if isinstance(value, dict) and hasattr(kind, "model_fields") else value
+    return found
 
 
 class Side:
@@ -12,10 +27,12 @@ class Side:
     def __init__(self, recipe_file: Path, dtype: str) -> None:
         from rorqual.reason.environment import open_environment
         from rorqual.reason.trainer import RLTrainer
-        from rorqual.recipe import load_recipe
+        from rorqual.recipe import KINDS, parse_recipe
         from rorqual.train.prepare import build_model, tokenizer_of
 
-        recipe = load_recipe(recipe_file, "rl", [f"model.dtype={dtype}"])
+        raw = known(tomllib.loads(recipe_file.read_text()), KINDS["rl"])
+        raw["model"]["dtype"] = dtype
+        recipe = parse_recipe(raw, "rl", str(recipe_file))
         recipe.optimizer.lr = recipe.optimizer.muon_lr = 1e-9
         tokenizer = tokenizer_of(recipe.model)
         environments = [open_environment(section) for section in recipe.environments]
