@@ -5,6 +5,7 @@ temperature 1; SmolLM2, which has no module, by look-up, where it copies from it
 with guesses and without are compared token by token.
 """
 
+import json
 import tempfile
 import time
 from pathlib import Path
@@ -18,7 +19,7 @@ from rorqual.errors import UserError
 from rorqual.model.gguf import import_model
 from rorqual.reason.environment import open_environment
 from rorqual.reason.prompts import prompt_text
-from rorqual.speedrun.stages import ENVIRONMENTS, MAX_TOKENS
+from rorqual.speedrun.level import LEVELS
 
 TEXT = (
     "The rorquals are the largest group of baleen whales, with ten species in three genera. They include the blue "
@@ -71,13 +72,16 @@ def main() -> None:
     run = Path(args.run)
     if not (run / "model").exists():
         raise UserError(f"--run {run}: no model there; run `rorqual speedrun` first, or name the folder of a run")
+    name = json.loads((run / "summary.json").read_text())["level"]
+    level = next(level for level in LEVELS if level.name == name)
+    environments = [open_environment(section) for section in level.environments]
     for stage, folder in (("after pre-training", run / "pretrain" / "model"), ("at the end", run / "model")):
         load: dict[str, Any] = {"dtype": fastest_dtype(), "weights": "int8", "cache_bytes": 1 << 26}
         plain = Engine(folder, **load)
         guessing = {way: Engine(folder, speculate=way, **load) for way in ("mtp", "lookup")}
-        questions = [p.question for e in map(open_environment, ENVIRONMENTS) for p in e.problems("dev", problems, 0)]
+        questions = [p.question for e in environments for p in e.problems("dev", problems, 0)]
         prompts = [prompt_text(q, "plain", plain.tokenizer) for q in questions]
-        params = SamplingParams(max_tokens=MAX_TOKENS, seed=0)
+        params = SamplingParams(max_tokens=level.max_tokens, seed=0)
         more, found = compare(f"speedrun {stage}", plain, guessing, prompts, params, rounds)
         rows += more
         ratios |= found

@@ -134,7 +134,7 @@ def test_a_run_that_is_not_there_is_one_sentence(name, tmp_path):
 @pytest.fixture(scope="module")
 def speedrun(tmp_path_factory):
     out = tmp_path_factory.mktemp("run") / "speedrun"
-    command = [Path(sys.executable).parent / "rorqual", "speedrun", "--minutes", "1", "--out", out]
+    command = [Path(sys.executable).parent / "rorqual", "speedrun", "--minutes", "6", "--out", out]
     subprocess.run(command, capture_output=True, check=True)
     return out
 

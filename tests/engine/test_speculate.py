@@ -16,6 +16,9 @@ from rorqual.kernels import cpu
 from rorqual.model import Transformer
 from rorqual.precision.lowbit import convert
 
+# Compiled products give a row the same result in any company, to the last bit. PyTorch's do not, and rounding activations
+# to 8 bits makes much of a last bit.
+NOT_EXACT = "without compiled kernels answers from packed weights may depend on how many tokens are computed together"
 AHEAD = LATENT.replace(num_nextn_predict_layers=1, max_position_embeddings=200)
 PROMPTS = [[(3 * i + j * j) % 59 + 1 for j in range(n)] for i, n in enumerate((1, 15, 16, 17, 40, 70, 5, 33))]
 PROMPTS[4] = PROMPTS[4][:10] * 4  # something to look up
@@ -42,6 +45,8 @@ def engines(request):
     place, way = request.param.split()
     model = a_model(AHEAD if way == "mtp" else GROUPED.replace(max_position_embeddings=200))
     if place == "packed":
+        if cpu.capability() is None:
+            pytest.skip(NOT_EXACT)
         convert(model, "int8")
     else:
         model.to(place)
@@ -171,6 +176,7 @@ def test_the_more_sequences_the_surer_a_draft_must_be():
     assert 0 < least_trust(1) < 0.1 < least_trust(8) < least_trust(256) < 1
 
 
+@pytest.mark.skipif(cpu.capability() is None, reason=NOT_EXACT)
 def test_drafts_for_many_sequences_cross_blocks_and_random_numbers():
     """Answers that repeat themselves, longer than the random numbers drawn at a time, 24 at once, and some watched."""
     model = a_model(GROUPED.replace(max_position_embeddings=400), sharper=16.0)
