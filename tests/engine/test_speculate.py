@@ -16,8 +16,8 @@ from rorqual.kernels import cpu
 from rorqual.model import Transformer
 from rorqual.precision.lowbit import convert
 
-# Compiled products give a row the same result in any company, to the last bit. PyTorch's do not, and rounding activations
-# to 8 bits makes much of a last bit.
+# Compiled products give a row the same result in any company, to the last bit. PyTorch's do not, and rounding
+# activations to 8 bits makes much of a last bit.
 NOT_EXACT = "without compiled kernels answers from packed weights may depend on how many tokens are computed together"
 AHEAD = LATENT.replace(num_nextn_predict_layers=1, max_position_embeddings=200)
 PROMPTS = [[(3 * i + j * j) % 59 + 1 for j in range(n)] for i, n in enumerate((1, 15, 16, 17, 40, 70, 5, 33))]
