@@ -14,8 +14,8 @@
 #include <immintrin.h>
 #endif
 
-#if defined(__SSE2__) && !defined(__AVX2__)
-#define UNROLL  // for processors that few have, not worth ten times the time to compile
+#if !defined(__AVX2__)
+#define UNROLL  // at this level not worth ten times the time to compile
 #else
 #define UNROLL _Pragma("GCC unroll 16")
 #endif
