@@ -68,6 +68,7 @@ def compare(
 def main() -> None:
     args = arguments(__doc__.splitlines()[0], run="runs/speedrun")
     rounds, problems = (1, 2) if args.quick else (5, 20)
+    times, length = (1, 32) if args.quick else (8, 96)
     rows, ratios = [], {}
     run = Path(args.run)
     if not (run / "model").exists():
@@ -94,7 +95,7 @@ def main() -> None:
                 [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
             )
             more, found = compare(
-                work, plain, guessing, [prompt] * 8, SamplingParams(temperature=0, max_tokens=96), rounds
+                work, plain, guessing, [prompt] * times, SamplingParams(temperature=0, max_tokens=length), rounds
             )
             rows += more
             ratios |= found
