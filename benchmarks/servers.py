@@ -56,6 +56,9 @@ class Server:
 
     def close(self) -> None:
         """Idempotent."""
+        if self._log.closed:
+            return  # its number may be another process's by now
+        self._log.close()
         self._process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(20)

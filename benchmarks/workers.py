@@ -60,10 +60,12 @@ class Worker:
 
     def close(self) -> None:
         """Idempotent."""
+        if self._mine.closed:
+            return  # its number may be another process's by now
+        self._mine.close()
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
-        self._mine.close()
 
     def _ask(self, what: str, message: Any) -> Any:
         limit = min(self.step, self.whole - self._spent)
