@@ -58,7 +58,7 @@ def test_logits_that_are_not_finite_give_a_loss_that_is_not():
 
 def test_a_target_outside_the_vocabulary_is_refused():
     for target in (-1, 9):
-        with pytest.raises((IndexError, RuntimeError), match=r"vocabulary of 9|out of bounds"):
+        with pytest.raises(IndexError, match="vocabulary of 9"):
             ce.softmax_slope_(torch.randn(1, 9), torch.tensor([target]), None)
 
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from rorqual.kernels import cpu, past
+from rorqual.kernels import past
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 LENGTHS = torch.tensor([1, 16, 17, 25, 40, 63, 64], dtype=torch.int32)  # within a block, full, one beyond, long
@@ -66,7 +66,6 @@ def test_a_row_does_not_depend_on_its_neighbours():
     assert torch.equal(together, torch.cat(alone))
 
 
-@pytest.mark.skipif(cpu.capability() is None, reason="PyTorch refuses them in its own words")
 def test_wrong_shapes_are_refused():
     k = torch.randn(29, 16, 2, 20)
     with torch.no_grad(), pytest.raises(ValueError, match="tables"):

@@ -65,10 +65,12 @@ def softmax_slope_(
 
     With `share` [n], logits become shareᵢ·(p − onehot(targetᵢ)) in place.
     """
+    # A look would make an accelerator wait and break a graph that is being compiled; gather refuses such targets there.
+    look = logits.is_cpu and len(targets) and not torch.compiler.is_compiling()
+    if look and not (targets.min() >= 0 and targets.max() < logits.shape[1]):
+        raise IndexError(f"a target lies outside the vocabulary of {logits.shape[1]} words")
     if not cpu.usable(logits) or not logits.is_contiguous():
         return softmax_slope_reference_(logits, targets, share, temperature)
-    if len(targets) and not (targets.min() >= 0 and targets.max() < logits.shape[1]):
-        raise IndexError(f"a target lies outside the vocabulary of {logits.shape[1]} words")
     logprob, entropy = logits.new_empty(2, len(logits), dtype=torch.float32)
     share = None if share is None else share.float().contiguous()
     arguments = (*logits.shape, targets.long().contiguous(), share, temperature, logprob, entropy)

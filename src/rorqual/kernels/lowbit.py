@@ -161,10 +161,11 @@ def rounded(x: Tensor, format: Format) -> Tensor:
     """x [M, K] as 8 bits can say it with a scale for 32 numbers, or for 96 beside weights with one an output; a matrix
     unit takes 16 bits and one scale a row beside these. FP32."""
     M, K = x.shape
-    size, most = GROUP * (COMMON if format == "int8" else 1), 127
+    size, most, least = GROUP * (COMMON if format == "int8" else 1), 127, 2.0**-121
     if format == "int8" and cpu.has_matrix_unit():
-        size, most = K, 32512
+        size, most, least = K, 32512, 2.0**-113
     groups = F.pad(x.float(), (0, -K % size)).view(M, -1, size)
-    scale = groups.abs().amax(-1, keepdim=True) / most
-    numbers = torch.where(scale > 0, groups / scale, 0.0 * groups).round()
+    largest = groups.abs().amax(-1, keepdim=True)
+    scale = largest / most
+    numbers = torch.where(largest >= least, groups / scale, 0.0 * groups).round()  # below, 1/scale would be infinite
     return (numbers * scale).view(M, -1)[:, :K]

@@ -14,6 +14,7 @@ from rorqual.kernels import cpu
 
 def grouped_attention(q: Tensor, k: Tensor, v: Tensor, tables: Tensor, lengths: Tensor, scale: float) -> Tensor:
     """q [n, H, W], k and v [blocks, P, G, W] → [n, H, W]."""
+    _check(q, k, tables, lengths)
     if not _usable(q, k, v):
         return grouped_attention_reference(q, k, v, tables, lengths, scale)
     none = q.new_empty(0)
@@ -40,6 +41,7 @@ def latent_attention(
     """softmax((q_latent·latentᵀ + q_rope·k_ropeᵀ)·scale)·latent: q_latent [n, H, C], q_rope [n, H, R], latent
     [blocks, P, C], k_rope [blocks, P, R] → [n, H, C]. Latents are read twice, where plain products make four passes.
     """
+    _check(q_latent, latent, tables, lengths)
     if not _usable(q_latent, q_rope, latent, k_rope):
         return latent_attention_reference(q_latent, q_rope, latent, k_rope, tables, lengths, scale)
     block, place = latent.stride()[:2]
@@ -68,6 +70,12 @@ def _seen(store: Tensor, tables: Tensor, lengths: Tensor) -> Tensor:
     return places < lengths.unsqueeze(1)
 
 
+def _check(q: Tensor, store: Tensor, tables: Tensor, lengths: Tensor) -> None:
+    n, P = len(q), store.shape[1]
+    if P & (P - 1) or P < 16 or tables.shape[0] != n or lengths.shape != (n,):
+        raise ValueError(f"{n} rows, blocks of {P} places, tables {list(tables.shape)}, lengths {list(lengths.shape)}")
+
+
 def _usable(q: Tensor, *others: Tensor) -> bool:
     return not torch.is_grad_enabled() and cpu.usable(q, *others)
 
@@ -87,8 +95,6 @@ def _call(
     """keys, values: distances between blocks, places and heads; after those of keys, the second part's."""
     n, H, W = q.shape
     P = k.shape[1]
-    if P & (P - 1) or P < 16 or tables.shape[0] != n or lengths.shape != (n,):
-        raise ValueError(f"{n} rows, blocks of {P} places, tables {list(tables.shape)}, lengths {list(lengths.shape)}")
     out = q.new_empty(n, H, v.shape[-1])
     width2 = q2.shape[-1]
     cpu.call(

@@ -56,11 +56,11 @@ class Level:
         return "; ".join(_describe(section) for section in self.environments)
 
 
-def _countdown(most: int, largest: int = 25, target: int = 100) -> EnvironmentSection:
+def _countdown(most: int) -> EnvironmentSection:
     return EnvironmentSection(
         name="countdown",
-        config={"min_numbers": 3, "max_numbers": most, "min_value": 1, "max_value": largest,
-                "min_target": 1, "max_target": target, "operators": ["+", "-", "*"]},
+        config={"min_numbers": 3, "max_numbers": most, "min_value": 1, "max_value": 25,
+                "min_target": 1, "max_target": 100, "operators": ["+", "-", "*"]},
         prompt="make {target} from {numbers}",
         weight=2.0,
     )  # fmt: skip
