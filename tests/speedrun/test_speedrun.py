@@ -46,7 +46,18 @@ def test_a_weak_start_is_one_that_no_family_can_climb_from():
 def test_the_minutes_that_are_named_would_do(tmp_path, minutes, speed):
     asked = needed(story(tmp_path, minutes, speed))
     assert asked > minutes
-    assert 60 * asked * stages_module.PRETRAIN_SHARE * speed > stages_module.FLOOR_TOKENS
+    assert 60 * asked * stages_module.PRETRAIN_SHARE * speed > stages_module.ENOUGH
+
+
+@pytest.mark.parametrize(("last", "kept"), [(0.4, True), (0.5, False), (0.6, False)])
+def test_a_start_that_rl_kept_is_noticed(tmp_path, last, kept):
+    lines = [
+        {"step": 0, "eval_a": 0.2, "eval_b": 0.3},
+        {"step": 1, "reward": 1.0},
+        {"step": 2, "eval_a": last, "eval_b": 0.0},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert stages_module._kept_start(tmp_path) == kept
 
 
 def test_half_a_minute_learns_something_and_says_that_it_is_too_short(tmp_path, capsys):

@@ -18,7 +18,7 @@ from rorqual.report import write_report
 from rorqual.speedrun.level import choose_level, machine_line, training_speed
 from rorqual.speedrun.outcome import difficulty_table, evaluate_stages, table
 from rorqual.speedrun.stages import (
-    FLOOR_TOKENS,
+    ENOUGH,
     PRETRAIN_END,
     PRETRAIN_SHARE,
     RL_END,
@@ -77,9 +77,9 @@ def _begin(run_dir: Path, seed: int, budget: Budget) -> Story:
         f"{RL_END * budget.seconds:.0f} s, everything until {budget.seconds:.0f} s",
     ]
     story.console.print("\n".join(plan), soft_wrap=True)
-    if tokens < FLOOR_TOKENS:
+    if tokens < ENOUGH:
         story.note(
-            f"reinforcement learning needs a start that took about {FLOOR_TOKENS / 1e6:.1f} M tokens here; expect "
+            f"reinforcement learning needs a start that took about {ENOUGH / 1e6:.1f} M tokens; expect "
             f"little of this run, and give --minutes {needed(story)} for one that learns to reason"
         )
     return story

@@ -30,8 +30,8 @@ TEMPLATE = "plain"
 # When stages end, as shares of the whole time. What comes before them takes its time out of pre-training's.
 PRETRAIN_END, RL_END, DISTILL_END, END = 0.42, 0.76, 0.80, 0.985
 PRETRAIN_SHARE = PRETRAIN_END - 0.025  # what is left of it after measuring and writing documents
-# From fewer tokens, and where less than FLOOR of the answers of every family is right, RL has nothing to reward.
-FLOOR_TOKENS, FLOOR = 0.9e6, 0.04
+FLOOR = 0.04  # where less of the answers of every family is right, RL has nothing to reward
+ENOUGH = 1.8e6  # tokens of pre-training; RL of a minute or two found nothing from 1.4 M on, and climbed from 2.2 M on
 # Where less is right, nearly every ✓ is false, and a price on that teaches to claim and solve nothing: 6 % right became
 # none in 40 steps.
 SURE = 0.2
@@ -148,7 +148,7 @@ def pretrain_small(story: Story) -> None:
 
 def needed(story: Story) -> int:
     """Minutes in which this machine pre-trains far enough."""
-    enough = math.ceil(1.3 * FLOOR_TOKENS / (60 * PRETRAIN_SHARE * story.speed))
+    enough = math.ceil(ENOUGH / (60 * PRETRAIN_SHARE * story.speed))
     return max(enough, math.ceil(1.5 * story.budget.minutes))
 
 
@@ -203,7 +203,20 @@ def reinforce(story: Story) -> None:
         "keep_start": True,
     }
     rl(parse_recipe(recipe, "rl", "speedrun"))
+    if _kept_start(story.run_dir / "rl"):
+        story.note(
+            "reinforcement learning ended below its start, which is kept: from here it needs more time, or a better "
+            f"start; give the run --minutes {needed(story)}"
+        )
     check(story, "rl")
+
+
+def _kept_start(run_dir: Path) -> bool:
+    """Whether rl released what it began with, since its last evaluation was below its first (`keep_start`)."""
+    lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    found = [[value for key, value in line.items() if key.startswith("eval_")] for line in lines]
+    sums = [sum(values) for values in found if values]
+    return sums[-1] < sums[0]
 
 
 def distill_best(story: Story) -> None:
