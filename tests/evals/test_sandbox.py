@@ -1,3 +1,4 @@
+import functools
 import os
 import subprocess
 import sys
@@ -139,8 +140,10 @@ def test_nothing_of_the_environment_is_inherited(run, monkeypatch):
 
 
 def test_nothing_is_left_running(run):
+    children = functools.partial(psutil.Process().children, recursive=True)
+    before = children()  # of other tests in this process
     seen: list[psutil.Process] = []
-    watch = threading.Timer(0.6, lambda: seen.extend(psutil.Process().children(recursive=True)))
+    watch = threading.Timer(0.6, lambda: seen.extend(set(children()) - set(before)))
     watch.start()
     run("import os\ntry: os.setsid()\nexcept AttributeError: pass\nwhile True: pass")
     assert seen

@@ -5,10 +5,13 @@ import re
 from random import Random
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from rorqual.reason.documents import (
     RIGHT,
     STEP,
+    VERTEX,
     WRONG,
     attempts,
     documents,
@@ -17,7 +20,7 @@ from rorqual.reason.documents import (
     write_documents,
 )
 from rorqual.reason.environment import extract_answer, open_environment
-from rorqual.reason.problems import number_key
+from rorqual.reason.problems import Problem, number_key
 from rorqual.speedrun.level import LEVELS
 
 
@@ -70,6 +73,51 @@ def test_chain_documents_end_right_and_find_their_slips(environments):
     assert min(kinds.values()) > 40, kinds
 
 
+def test_graph_documents_mark_truly_and_answer_as_they_mark():
+    environment = open_environment(next(s for s in LEVELS[-1].environments if s.name == "graph_color"))
+    kinds = {"at once": 0, "first try": 0, "again": 0, "given up": 0}
+    for document in documents(environment.problems("train", 300, 1), 900, 0):
+        lines = document.thinking.splitlines()
+        for line in lines:
+            steps, mark = line.rsplit(" ", 1)
+            assert line_is_right(document.problem, steps) is (mark == RIGHT)
+        given_up = bool(lines) and lines[-1].endswith(WRONG)
+        assert environment.correct(document.problem, extract_answer(document.completion)) != given_up
+        kinds["given up" if given_up else ("at once", "first try", "again", "again")[len(lines)]] += 1
+    assert min(kinds.values()) > 30, kinds
+
+
+@pytest.mark.parametrize(
+    ("line", "right"),
+    [
+        ("0=1,1(0=1)=2,2(0=1,1=2)=3,3(1=2)=2", False),  # two neighbors alike
+        ("0=1,1(0=1)=2,2(0=1,1=2)=3,3(1=2)=1", True),
+        ("0=1,1=2,2=3,3=1", True),
+        ("0=1,1(0=2)=3,2(0=1,1=3)=2,3(1=3)=1", False),  # a color that 0 does not have
+        ("0=1,1(0=1)=2,2(0=1,1=2)=3,3(1=2)=4", False),  # no such color
+        ("0=1,1(0=1)=2,2(0=1,1=2)=3", False),  # a vertex left over
+        ("0=1,1(0=1)=2,2(0=1,1=2)=3,3(1=2)", False),  # one without a color
+        ("0=1,0=2,1(0=2)=3,2(0=2,1=3)=1,3(1=3)=1", False),  # a vertex twice
+        ("0=1,1(0=1=2", None),
+        ("hm", None),
+    ],
+)
+def test_colorings_are_judged(line, right):
+    puzzle = {"vertices": [0, 1, 2, 3], "edges": [(0, 1), (0, 2), (1, 2), (1, 3)], "color_options": [1, 2, 3]}
+    problem = Problem("", "", "", "", "graph_color", {"puzzle": puzzle})
+    assert line_is_right(problem, line) is right
+
+
+@given(
+    st.sampled_from(["countdown", "chain_sum", "graph_color"]),
+    st.text("0123456789=(),+-*✓ ") | st.from_regex(STEP) | st.from_regex(VERTEX) | st.just("9" * 5000 + "+1=2"),
+)
+def test_whatever_a_model_writes_is_judged(family, line):
+    puzzle = {"vertices": [0, 1], "edges": [(0, 1)], "color_options": [1, 2, 3]}
+    problem = Problem("", "3", "", "", family, {"numbers": [1, 2], "target": 3, "puzzle": puzzle})
+    assert line_is_right(problem, line) in (True, False, None)
+
+
 @pytest.mark.parametrize(
     ("line", "right"),
     [
@@ -89,18 +137,21 @@ def test_lines_are_judged(environments, line, right):
 
 
 def test_nothing_of_the_test_is_in_the_corpus(environments, tmp_path):
-    chosen = [environments["countdown"], environments["chain_sum"]]
+    chosen = list(environments.values())
     path = tmp_path / "documents.jsonl"
-    assert write_documents(path, chosen, [3000, 1500], [1500, 800], 3) == 4500
+    counts = [3000, 1500, 1500][: len(chosen)]
+    assert write_documents(path, chosen, counts, [count // 2 for count in counts], 3) == sum(counts)
     texts = [json.loads(line)["text"] for line in path.read_text().splitlines()]
-    assert len(texts) == 4500
-    seen: dict[str, set[str]] = {"make": set(), "calculate": set()}
+    assert len(texts) == sum(counts)
+    seen: dict[str, set[str]] = {"make": set(), "calculate": set(), "color": set()}
     for text in texts:
         question = text.partition("\n")[0]
         verb, *rest = question.split()
         numbers = rest[2:] if verb == "make" else rest
-        seen[verb].add(number_key(int(n) for n in re.findall(r"\d+", " ".join(numbers))))
-    for environment, verb in zip(chosen, seen, strict=True):
-        held_out = {p.key for p in environment.problems("test", 1000, 0)}
+        seen[verb].add(
+            question if verb == "color" else number_key(int(n) for n in re.findall(r"\d+", " ".join(numbers)))
+        )
+    for environment, verb in zip(chosen, seen, strict=False):
+        held_out = {p.question if verb == "color" else p.key for p in environment.problems("test", 1000, 0)}
         assert len(held_out) > 100
         assert not held_out & seen[verb]

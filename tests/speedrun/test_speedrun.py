@@ -22,7 +22,9 @@ def test_more_tokens_bring_harder_problems():
     chosen = [choose_level(tokens) for tokens in (0, 3e6, 30e6)]
     assert chosen[0] is chosen[1] is LEVELS[0]
     assert chosen[2] is LEVELS[-1]
-    assert "3 to 4 numbers" in LEVELS[-1].describe
+    assert LEVELS[-1].describe == (
+        "countdown with 3 to 4 numbers; chain_sum with 6 to 9 terms; graph_color with 5 to 8 vertices"
+    )
     assert LEVELS[0].describe == "countdown with 3 numbers; chain_sum with 6 to 7 terms"
 
 

@@ -15,11 +15,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+from typing import Any
 
+from rorqual.reason import graph
 from rorqual.reason.problems import Environment, Problem
 
 RIGHT, WRONG = "✓", "✗"
 LARGEST = 699  # no step goes above: chains of seven two-digit numbers stay below, and a small vocabulary is cheap
+MOST_TRIES = 3  # at coloring a graph
 
 
 @dataclass(frozen=True)
@@ -136,13 +139,61 @@ def _chain(terms: list[int], slip: int = 0) -> str:
     return ",".join(parts)
 
 
+# -- graph_color: one of three colors for every vertex, neighbors apart
+
+
+def graph_document(problem: Problem, rng: Random) -> Document:
+    """At once, or vertex by vertex with any color that no neighbor has, again after a dead end; some give up there."""
+    puzzle = problem.metadata["puzzle"]
+    before = graph.before(puzzle)
+    if rng.random() < 0.3:
+        return Document(problem, "", _as_json(problem.metadata["possible_answer"]))
+    lines = []
+    while True:
+        colors, dead = _color(before, puzzle["color_options"], rng)
+        lines.append(f"{_coloring(before, colors)} {WRONG if dead else RIGHT}\n")
+        if not dead:
+            return Document(problem, "".join(lines), _as_json(colors))
+        if rng.random() < 0.35 or len(lines) == MOST_TRIES:
+            guess = {v: colors.get(v) or rng.choice(puzzle["color_options"]) for v in before}
+            return Document(problem, "".join(lines), _as_json(guess))
+
+
+def _color(before: dict[int, list[int]], options: list[int], rng: Random) -> tuple[dict[int, int], bool]:
+    """Colors up to the first vertex that has none left, and whether there was one."""
+    colors: dict[int, int] = {}
+    for vertex, neighbors in before.items():
+        free = [c for c in options if c not in {colors[n] for n in neighbors}]
+        if not free:
+            return colors, True
+        colors[vertex] = rng.choice(free)
+    return colors, False
+
+
+def _coloring(before: dict[int, list[int]], colors: dict[int, int]) -> str:
+    """0=2,1(0=2)=1,2(0=2,1=1)=3; after a dead end the last vertex stands without a color."""
+    parts = []
+    for vertex in itertools.islice(before, len(colors) + 1):
+        known = ",".join(f"{n}={colors[n]}" for n in before[vertex])
+        parts.append(f"{vertex}{f'({known})' if known else ''}{f'={colors[vertex]}' if vertex in colors else ''}")
+    return ",".join(parts)
+
+
+def _as_json(colors: dict[int, int]) -> str:
+    return json.dumps(colors, separators=(",", ":"))
+
+
 WRITERS: dict[str, Callable[[Problem, Random], Document]] = {
     "countdown": countdown_document,
     "chain_sum": chain_document,
+    "graph_color": graph_document,
 }
 
 
-STEP = re.compile(r"(-?\d+)([+*-])(\d+)=(-?\d+)")
+# Models write what they like, numbers that Python refuses for their length too.
+STEP = re.compile(r"(-?[0-9]{1,9})([+*-])([0-9]{1,9})=(-?[0-9]{1,9})")
+COLOR = "[0-9]{1,3}=[0-9]{1,3}"
+VERTEX = re.compile(rf"([0-9]{{1,3}})(?:\(({COLOR}(?:,{COLOR})*)\))?(?:=([0-9]{{1,3}}))?")  # 2(0=2,1=1)=3
 
 
 def line_is_right(problem: Problem, line: str) -> bool | None:
@@ -150,6 +201,8 @@ def line_is_right(problem: Problem, line: str) -> bool | None:
 
     None for what is not a line of steps.
     """
+    if problem.family == "graph_color":
+        return _coloring_is_right(problem.metadata["puzzle"], line.strip())
     steps = [STEP.fullmatch(step) for step in line.strip().split(",")]
     if not all(steps):
         return None
@@ -166,6 +219,20 @@ def line_is_right(problem: Problem, line: str) -> bool | None:
             unused.remove(operand)
         unused.append(result)
     return unused == [problem.metadata["target"]]
+
+
+def _coloring_is_right(puzzle: dict[str, Any], line: str) -> bool | None:
+    parts = [VERTEX.fullmatch(part) for part in re.split(r",(?![^()]*\))", line)]
+    if not all(parts):
+        return None
+    colors: dict[int, int] = {}
+    for vertex, known, color in (part.groups() for part in parts):
+        told = [pair.split("=") for pair in known.split(",")] if known else []
+        if color is None or int(vertex) in colors or any(colors.get(int(n)) != int(c) for n, c in told):
+            return False
+        colors[int(vertex)] = int(color)
+    apart = all(colors.get(a) != colors.get(b) for a, b in puzzle["edges"])
+    return apart and sorted(colors) == puzzle["vertices"] and set(colors.values()) <= set(puzzle["color_options"])
 
 
 def documents(problems: list[Problem], count: int, seed: int) -> Iterator[Document]:

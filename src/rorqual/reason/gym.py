@@ -8,7 +8,7 @@ from collections import Counter
 from typing import Any
 
 from rorqual.errors import UserError
-from rorqual.reason import countdown, knights
+from rorqual.reason import countdown, graph, knights
 from rorqual.reason.problems import Environment, Problem, PromptFormat, integers, number_key, text_key
 from rorqual.reason.worker import shared_worker
 from rorqual.recipe import EnvironmentSection
@@ -118,6 +118,8 @@ def _dataset(name: str, config: dict[str, Any], seed: int, size: int) -> Any:
 def _fields(name: str, entry: dict[str, Any]) -> dict[str, Any]:
     """What a recipe's `prompt` may name: metadata, question, and of knights_knaves its `claims` in few words."""
     fields = entry["metadata"] | {"question": entry["question"]}
+    if name == "graph_color":
+        return fields | {"neighbors": graph.neighbors(fields["puzzle"])}
     return fields | {"claims": knights.claims(fields)} if name == "knights_knaves" else fields
 
 

@@ -74,9 +74,17 @@ def _chain(least: int, most: int) -> EnvironmentSection:
     )
 
 
+def _graph(least: int, most: int) -> EnvironmentSection:
+    return EnvironmentSection(
+        name="graph_color",
+        config={"min_num_vertices": least, "max_num_vertices": most, "num_colors": 3, "edge_probability": 0.4},
+        prompt="color {neighbors}",
+    )
+
+
 LEVELS = (
     Level("first", 0, (_countdown(3), _chain(6, 7)), (60_000, 30_000), 224),
-    Level("second", 5e6, (_countdown(4), _chain(6, 9)), (60_000, 40_000), 320),
+    Level("second", 5e6, (_countdown(4), _chain(6, 9), _graph(5, 8)), (60_000, 40_000, 20_000), 320),
 )
 
 
@@ -109,6 +117,7 @@ def machine_line() -> str:
 
 
 def _describe(section: EnvironmentSection) -> str:
-    what = {"countdown": "numbers", "chain_sum": "terms"}[section.name]
+    what = {"countdown": "numbers", "chain_sum": "terms", "graph_color": "num_vertices"}[section.name]
     least, most = (section.config[f"{bound}_{what}"] for bound in ("min", "max"))
+    what = what.removeprefix("num_")
     return f"{section.name} with {least if least == most else f'{least} to {most}'} {what}"
