@@ -24,7 +24,7 @@ from typing import Any
 
 import load
 import peers
-from common import arguments, fastest, program, ratio_of_rounds, report
+from common import arguments, fastest, program, ratio_of_rounds, report, short
 from load import MODEL, Answer
 from rorqual.errors import UserError
 from rorqual.model.gguf import import_model, smollm2_file
@@ -68,15 +68,17 @@ Work = Callable[[int], Awaitable[list[Answer]]]  # asks the server at a port
 
 
 def ours(folder: Path) -> list[Contestant]:
-    """Weights of 4 and of 8 bits, with a cache of 8; with guesses, as is the default, and without."""
+    """Weights of 4 and of 8 bits, with a cache of 8; with guesses, as is the default, and without; and unpacked ones,
+    which are faster for many clients where the processor has no products of bytes.
+    """
     import_model("smollm2", folder / "smollm2")
-    program = Path(sys.executable).parent / "rorqual"
-    command = (program, "serve", folder / "smollm2", "--name", MODEL, "--cache-format", "int8", "--weights")
+    command = (Path(sys.executable).parent / "rorqual", "serve", folder / "smollm2", "--name", MODEL)
+    packed = (*command, "--cache-format", "int8", "--weights")
     return [
-        Contestant(US, f"{weights}, cache int8{name}", (*command, weights, "--speculate", way), guesses=bool(name))
+        Contestant(US, f"{weights}, cache int8{name}", (*packed, weights, "--speculate", way), guesses=bool(name))
         for weights in ("int4", "int8")
         for name, way in ((", look-up", "auto"), ("", "none"))
-    ]
+    ] + [Contestant(US, short(fastest()), (*command, "--speculate", "none"))]
 
 
 def vllm(folder: Path, limit: float) -> list[Contestant]:
