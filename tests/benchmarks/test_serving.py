@@ -256,11 +256,13 @@ def test_our_server_is_measured(module, servers, load, tmp_path):
 
 
 @pytest.mark.slow
-def test_quick_run_measures_our_formats():
+def test_quick_run_measures_our_formats(module):
     command = [sys.executable, str(FOLDER / "serving.py"), "--quick", "--json"]
     found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
     assert set(found["figures"]["loads"]) == {"c1", "c1-plain", "c8", "c8-plain", "poisson", "c8-openai"}
     formats = [f"{weights}, cache int8{guess}" for weights in ("int4", "int8") for guess in ("", ", look-up")]
+    common = module("common")
+    formats.append(common.short(common.fastest()))
     assert set(found["figures"]["tried_tokens_per_second"]) == {f"rorqual {f}" for f in formats}
     for load in found["figures"]["loads"].values():
         assert load["rorqual"]["tokens_per_second"] > 0
