@@ -134,7 +134,7 @@ def table(summary: dict[str, Any]) -> Table:
     first = next(iter(summary["stages"][0]["tasks"].values()))
     k = first["k"]
     title = f"{first['problems']} held-out problems a family, {k} samples each"
-    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, collapse_padding=True)
+    table = _table(title)
     for name in ("stage", "family", "pass@1 %", f"cons@{k}", f"pass@{k}", "tokens", "says ✓", "✓ right"):
         table.add_column(name, justify="left" if name in ("stage", "family") else "right", no_wrap=True)
     for stage in summary["stages"]:
@@ -154,7 +154,7 @@ def table(summary: dict[str, Any]) -> Table:
 
 def difficulty_table(summary: dict[str, Any]) -> Table:
     """pass@1 of every stage by difficulty, easy to hard."""
-    table = Table(title="pass@1 % by difficulty", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, collapse_padding=True)
+    table = _table("pass@1 % by difficulty")
     table.add_column("family")
     table.add_column("difficulty")
     for stage in summary["stages"]:
@@ -165,6 +165,11 @@ def difficulty_table(summary: dict[str, Any]) -> Table:
             name = level.replace("num_", "").replace("=", " ")
             table.add_row(family if row == 0 else "", name, *map(_with_half, parts))
     return table
+
+
+def _table(title: str) -> Table:
+    """Narrow enough for 80 columns."""
+    return Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, collapse_padding=True)
 
 
 def _with_half(result: dict[str, Any]) -> str:
