@@ -15,7 +15,7 @@ test: $(VENV)/ready-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)  # two processes of two threads on two cores took six times as long
 
 test-all: $(VENV)/ready-dev
-	$(BIN)/python -m pytest -m "slow or not slow" $(ARGS)
+	$(BIN)/python -m pytest -m "slow or not slow" -o faulthandler_timeout=3600 $(ARGS)
 
 lint: $(VENV)/ready-dev
 	$(BIN)/ruff check src tests benchmarks
