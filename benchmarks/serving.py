@@ -54,14 +54,17 @@ class Loop:
     clients: int
     count: int
     sampled: bool = False
+    longest: int = load.LONGEST  # tokens of a prompt, or of an answer
 
     def work(self, seed: str, send: load.Send = load.light) -> "Work":
         seed = f"{self.clients} {seed}{' sampled' * self.sampled}"
-        wanted = load.asks(self.count, seed, sampled=self.sampled)
+        wanted = load.asks(self.count, seed, self.longest, self.sampled)
         return lambda port: load.closed_loop(port, wanted, self.clients, send)
 
 
 LOADS = {"c1": Loop(1, 6), "c8": Loop(8, 24), "c32": Loop(32, 96), "c32-sampled": Loop(32, 96, sampled=True)}
+# Longer ones are over the limit of a quick turn where a processor does 10 tokens/s.
+QUICK = {"c1": Loop(1, 2, longest=128), "c8": Loop(8, 12, longest=128)}
 MOST = max(one.clients for one in LOADS.values())
 Figures = dict[str, float]
 Work = Callable[[int], Awaitable[list[Answer]]]  # asks the server at a port
@@ -136,8 +139,9 @@ def theirs(names: list[str], folder: Path, limit: float, failed: dict[str, str])
     return found
 
 
-def by_chance(rate: float, count: int, seed: str) -> Work:
-    wanted = load.asks(count, f"by chance {seed}")
+def by_chance(rate: float, one: Loop, seed: str) -> Work:
+    """A quarter of the loop's requests, as they come."""
+    wanted = load.asks(one.count // 4, f"by chance {seed}", one.longest)
     return lambda port: load.poisson(port, wanted, rate, seed)
 
 
@@ -242,7 +246,7 @@ def run(field: Field, loads: dict[str, Loop], rounds: int) -> dict[str, Any]:
         found[f"{kind}-plain"] = field.rounds(field.best(kind, guesses=False), plain, turns)
     most = max(loads, key=lambda kind: loads[kind].clients)  # the first of several
     rate = RATE * min((side["requests_per_second"] for side in found[most].values()), default=1.0)
-    found["poisson"] = field.rounds(field.best(most), partial(by_chance, rate, loads[most].count // 4), 1)
+    found["poisson"] = field.rounds(field.best(most), partial(by_chance, rate, loads[most]), 1)
     # The client that people use costs the servers time; once, to see that it changes nothing else.
     official = load.official()
     found["c8-openai"] = field.rounds(field.best("c8"), lambda seed: loads["c8"].work(f"{seed} openai", official), 1)
@@ -275,7 +279,7 @@ def main() -> None:
         names = [] if args.quick else list(PEERS)
     if wrong := set(names) - PEERS.keys():
         raise UserError(f"--peers {args.peers}: no {', '.join(wrong)}; name some of {','.join(PEERS)}, auto or none")
-    loads, rounds = ({"c1": Loop(1, 2), "c8": Loop(8, 12)}, 1) if args.quick else (LOADS, ROUNDS)
+    loads, rounds = (QUICK, 1) if args.quick else (LOADS, ROUNDS)
     failed: dict[str, str] = {}
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) if args.quick else peers.models()
