@@ -55,9 +55,6 @@ def bounds():
     resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-
-
 @torch.no_grad()
 def refused(load, *arguments):
     """Whether a file is refused, with one sentence. Anything else that is raised fails the test."""
