@@ -13,6 +13,7 @@ Count = Annotated[int, Field(ge=1, lt=1 << 31)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, le=1e12)]
 NotNegative = Annotated[float, Field(ge=0, le=1e12)]
+Weight = Annotated[float, Field(ge=1e-6, le=1e6)]  # beside those of its kind
 Beta = Annotated[float, Field(ge=0, lt=1)]
 LocalPath = Annotated[str, Field(min_length=1), AfterValidator(local_path)]
 Length = Annotated[int, Field(ge=2, lt=1 << 31)]  # of a sequence
@@ -70,7 +71,7 @@ class Source(Section):
     """One part of the mixture: a .txt, .jsonl(.gz) or .parquet file, a glob, a datasets directory or Hub name."""
 
     path: LocalPath
-    weight: Positive = 1.0
+    weight: Weight = 1.0
     text_field: str = "text"
     split: str = "train"
 
@@ -197,7 +198,7 @@ class EnvironmentSection(Section):
     name: str
     config: Config = {}
     path: LocalPath | None = None
-    weight: Positive = 1.0
+    weight: Weight = 1.0
     prompt: str | None = None  # Python format over the problem's metadata; None: the question as generated
 
 
