@@ -25,7 +25,7 @@ import numpy as np
 from rorqual.data.corpus import describe, read_texts
 from rorqual.data.cut import pieces
 from rorqual.data.fim import FillInTheMiddle
-from rorqual.data.splits import SPLITS, Batch, Writer
+from rorqual.data.splits import SPLITS, Encoded, Writer
 from rorqual.errors import UserError
 from rorqual.recipe import Source
 
@@ -116,7 +116,7 @@ def _map(packed: Path, split: str) -> Documents:
 
 
 class _Encoder:
-    """Turns a list of pieces into a Batch. Called from several threads: the Rust side works without the GIL."""
+    """Turns a list of pieces into Encoded. Called from several threads: the Rust side works without the GIL."""
 
     def __init__(
         self, backend: str, eos: int, dtype: np.dtype, valid_fraction: float, fim: FillInTheMiddle | None
@@ -129,7 +129,7 @@ class _Encoder:
         self.eos, self.dtype, self.fim = eos, dtype, fim
         self.threshold = valid_fraction * 2**64
 
-    def __call__(self, batch: list[Piece]) -> Batch:
+    def __call__(self, batch: list[Piece]) -> Encoded:
         raw = [text.encode() for text, _ in batch]
         held_out = [int.from_bytes(blake2b(r, digest_size=8).digest(), "little") < self.threshold for r in raw]
         texts: list[str] = []
@@ -145,7 +145,7 @@ class _Encoder:
         for cut, ends in zip(cuts, last, strict=True):
             ids = next(encoded).ids if cut is None else self.fim.arrange(*(next(encoded).ids for _ in cut))
             parts.append(np.array([*ids, self.eos] if ends else ids, self.dtype))
-        return Batch(np.concatenate(parts), [len(part) for part in parts], [len(r) for r in raw], held_out, last)
+        return Encoded(np.concatenate(parts), [len(part) for part in parts], [len(r) for r in raw], held_out, last)
 
 
 def _batches(texts: Iterable[str]) -> Iterator[list[Piece]]:
@@ -164,7 +164,7 @@ def _batches(texts: Iterable[str]) -> Iterator[list[Piece]]:
         yield batch
 
 
-def _in_parallel(encoder: _Encoder, batches: Iterator[list[Piece]], workers: int) -> Iterator[Batch]:
+def _in_parallel(encoder: _Encoder, batches: Iterator[list[Piece]], workers: int) -> Iterator[Encoded]:
     """Encoded batches in order, with few enough under way that memory stays flat.
 
     Threads rather than processes: tokenizers releases the GIL, texts need no copying, and forking a process
@@ -199,7 +199,7 @@ def _one_thread_a_call() -> Iterator[None]:
             os.environ[name] = before
 
 
-def _progress(batches: Iterator[Batch], name: str) -> Iterator[Batch]:
+def _progress(batches: Iterator[Encoded], name: str) -> Iterator[Encoded]:
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 

@@ -17,7 +17,7 @@ LONG = 1024  # tokens of a document that is cut, rather than held out whole, whe
 
 
 @dataclass(frozen=True)
-class Batch:
+class Encoded:
     tokens: np.ndarray  # of all its pieces, the last of a document with its end
     lengths: list[int]
     sizes: list[int]  # UTF-8 bytes of each piece
@@ -70,7 +70,7 @@ class Writer:
         self.splits = {name: Split(folder / f"{name}.tokens", self.dtype) for name in SPLITS}
         self._open: Split | None = None  # the side that the document's piece before went to
 
-    def write(self, batch: Batch) -> None:
+    def write(self, batch: Encoded) -> None:
         train, valid = self.splits.values()
         side = np.zeros(len(batch.lengths), np.int8)  # 0: left out; 1: train; 2: valid
         for i, (length, size, held) in enumerate(zip(batch.lengths, batch.sizes, batch.held_out, strict=True)):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,13 @@ from typing import Any
 from rorqual.errors import UserError
 from rorqual.kernels.machine import dtype_name, fastest_dtype
 from rorqual.recipe import Recipe
+from rorqual.train.inputs import keep_inputs
 
 # What may change between a run and its continuation without changing the weights it ends with.
 FREE = {"out", "track", "train.eval_every", "train.save_every", "train.keep", "save_every", "eval_every", "keep",
         "sample_every", "eval_problems", "data.workers"}  # fmt: skip
+
+WORK = ("checkpoints", "samples.jsonl", "student")  # what only a run that has begun leaves behind
 
 
 def open_run(recipe: Recipe, resume: bool) -> Path:
@@ -20,7 +24,7 @@ def open_run(recipe: Recipe, resume: bool) -> Path:
 
     `recipe.model.dtype` is filled in where it is "auto": by what the run began with, else by what is fastest here.
 
-    Raises UserError when the folder holds a run and `resume` is false, or when the recipe is another one.
+    Raises UserError when the folder holds a run and `resume` is false, or when the recipe or its data are others.
     """
     run_dir = recipe.run_dir
     saved = run_dir / "recipe.toml"
@@ -40,6 +44,8 @@ def open_run(recipe: Recipe, resume: bool) -> Path:
         os.replace(temporary, saved)
     except OSError as e:
         raise UserError(f"{run_dir}: cannot be written ({e.strerror}); set out to a writable place") from e
+    if not keep_inputs(run_dir, recipe, begun=any((run_dir / name).exists() for name in WORK)):
+        shutil.rmtree(run_dir / "tokenizer", ignore_errors=True)  # learnt from other text
     return run_dir
 
 
