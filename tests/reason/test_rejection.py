@@ -1,4 +1,5 @@
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -20,6 +21,7 @@ class Teacher:
 
     def __init__(self, tokenizer, scripts):
         self.tokenizer, self.scripts, self.asked = tokenizer, scripts, []
+        self.model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=512))
 
     def generate(self, prompts, params):
         found = []
@@ -112,3 +114,26 @@ def test_distill_teaches_a_student(tokenizer, dense, tmp_path, monkeypatch):
     prompts = [row["prompt"] for row in rows[:4]]
     assert all(c.text.startswith("so</think><answer>") for c in engine.generate(prompts, params))
     assert distill(parse_recipe(raw, "distill"), resume=True) == run_dir
+
+
+def test_distill_checks_the_student_and_the_questions_first(tokenizer, dense, tmp_path, monkeypatch):
+    save_model(dense, tmp_path / "student", tokenizer)
+    teacher = Teacher(tokenizer, [GOOD])
+    monkeypatch.setattr(rejection, "Engine", lambda path: teacher)
+    rows = [{"question": f"{i}+1", "answer": str(i + 1)} for i in range(40)] + [{"question": "1+" * 300, "answer": "1"}]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    raw = {
+        "name": "taught", "out": str(tmp_path), "teacher": "unused", "model": {"path": str(tmp_path / "student")},
+        "environments": [{"name": "mine", "path": str(tmp_path / "mine.jsonl")}], "template": "plain",
+        "max_tokens": 64, "problems": 8, "samples": 2, "train": {"epochs": 1},
+    }  # fmt: skip
+    cases = (
+        ({"sequence_length": 513}, r"sequence_length = 513: the model's context holds 512"),
+        ({"model": {"config": {}}}, r"model.path is missing"),
+        ({}, r"mine\.jsonl, line 41: the prompt has \d+ tokens and leaves no room for max_tokens = 64"),
+        ({"max_tokens": 512}, r"max_tokens = 512 leaves no room for a question"),
+    )
+    for number, (change, message) in enumerate(cases):
+        with pytest.raises(UserError, match=message):
+            distill(parse_recipe(raw | change | {"name": f"taught-{number}"}, "distill"))
+        assert teacher.asked == []
