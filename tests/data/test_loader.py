@@ -156,6 +156,31 @@ def test_heldout_covers_all_once_and_counts_bytes():
     assert [b.inputs.tolist() for b, _ in heldout.batches(3)] == [b.inputs.tolist() for b, _ in heldout.batches(3)]
 
 
+@pytest.mark.parametrize(
+    ("rows", "weights", "limit", "expected"),
+    [
+        ((500, 500), (1, 1), 4, (16, 16)),
+        ((500, 500), (3, 1), 4, (24, 8)),
+        ((500, 500, 500), (1000, 1, 1), 4, (30, 1, 1)),  # of every source something
+        ((3, 500), (1, 1), 4, (16, 16)),  # a small one again from the start
+        ((3, 4), (1, 1), 4, (4, 4)),  # but no more than it takes to see all
+        ((500, 500), (3, 1), None, (500, 500)),
+    ],
+)
+def test_a_short_validation_is_a_sample_of_the_mixture(rows, weights, limit, expected):
+    firsts = np.cumsum([1, *(9 * count for count in rows)])
+    sources = [rows_of([9] * count, 8, first) for count, first in zip(rows, firsts, strict=False)]
+    heldout = Heldout(sources, np.ones(20_000, np.int64), list(weights))
+    batches = [batch.inputs for batch, _ in heldout.batches(8, limit)]
+    assert all(len(batch) == 8 for batch in batches[:-1])
+    seen = np.digitize(torch.cat(batches)[:, 0].numpy(), firsts) - 1
+    assert tuple(np.bincount(seen, minlength=len(rows))) == expected
+    if expected == (16, 16):
+        assert [np.bincount(part).tolist() for part in seen.reshape(4, 8)] == [[4, 4]] * 4
+    again = [batch.inputs for batch, _ in heldout.batches(8, limit)]
+    assert all(a.equal(b) for a, b in zip(batches, again, strict=True))
+
+
 @given(st.text(alphabet=st.characters(exclude_categories=["Cs"])))
 @settings(deadline=None)
 def test_tokens_spell_their_bytes(tokenizer, text):

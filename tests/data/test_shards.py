@@ -1,11 +1,14 @@
 import errno
 import os
+import random
 
 import numpy as np
+import pyarrow
 import pytest
 from made_documents import make_texts, write_jsonl
+from pyarrow import parquet
 
-from rorqual.data import shards
+from rorqual.data import corpus, shards
 from rorqual.data.fim import FillInTheMiddle
 from rorqual.data.shards import pack_source, read_index
 from rorqual.errors import UserError
@@ -19,10 +22,14 @@ def source(tmp_path):
     return Source(path=str(write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in TEXTS])))
 
 
+def parts(documents):
+    pairs = zip(documents.offsets[:-1], documents.offsets[1:], strict=True)
+    return [documents.tokens[start:end].tolist() for start, end in pairs]
+
+
 def texts_of(documents, tokenizer):
     out = []
-    for start, end in zip(documents.offsets[:-1], documents.offsets[1:], strict=True):
-        tokens = documents.tokens[start:end].tolist()
+    for tokens in parts(documents):
         assert tokens[-1] == tokenizer.eos_token_id
         out.append(tokenizer.decode(tokens[:-1]))
     return out
@@ -30,7 +37,7 @@ def texts_of(documents, tokenizer):
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_no_document_is_lost(source, tokenizer, tmp_path, monkeypatch, workers):
-    monkeypatch.setattr(shards, "BATCH_DOCUMENTS", 17)
+    monkeypatch.setattr(shards, "BATCH_PIECES", 17)
     packed = pack_source(source, tokenizer, tmp_path / "cache", 0.2, workers=workers)
     train, valid = (texts_of(packed[split], tokenizer) for split in ("train", "valid"))
     assert 30 < len(valid) < 90
@@ -72,12 +79,82 @@ def test_copies_stay_on_one_side(tokenizer, tmp_path):
     assert not train & valid
 
 
-@pytest.mark.parametrize(("count", "fraction", "held_out"), [(1, 0.9999, 0), (2, 1e-9, 1), (5, 0.9999, 4), (5, 0.0, 0)])
+@pytest.mark.parametrize(("count", "fraction", "held_out"), [(2, 1e-9, 1), (5, 0.9999, 4), (5, 0.0, 0)])
 def test_both_splits_get_something(tokenizer, tmp_path, count, fraction, held_out):
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in TEXTS[:count]])
     packed = pack_source(Source(path=str(path)), tokenizer, tmp_path, fraction)
     assert (len(packed["train"]), len(packed["valid"])) == (count - held_out, held_out)
     assert sorted(texts_of(packed["train"], tokenizer) + texts_of(packed["valid"], tokenizer)) == sorted(TEXTS[:count])
+
+
+WORDS = "a line of several words and numbers such as 12\n"
+
+
+def held_out_share(packed):
+    return len(packed["valid"].tokens) / sum(len(documents.tokens) for documents in packed.values())
+
+
+@pytest.mark.parametrize("form", ["one line.txt", "no space.txt", "one record.jsonl", "one row.parquet"])
+def test_a_share_of_one_long_document_is_held_out(tokenizer, tmp_path, monkeypatch, form):
+    monkeypatch.setattr(shards, "PIECE", 1 << 10)
+    monkeypatch.setattr(corpus, "TXT_DOCUMENT", 1 << 10)
+    path, draw = tmp_path / form, random.Random(0)
+    text = "".join(draw.choice("abcdefgh" if form == "no space.txt" else "abcde  ") for _ in range(200_000))
+    if form.endswith("txt"):
+        path.write_text(text)
+    elif form.endswith("jsonl"):
+        write_jsonl(path, [{"text": text}])
+    else:
+        parquet.write_table(pyarrow.table({"text": [text]}), path)
+    packed = pack_source(Source(path=str(path)), tokenizer, tmp_path / "cache", 0.1, workers=2)
+    assert 0.05 < held_out_share(packed) < 0.15
+    decoded = {split: [tokenizer.decode(t) for t in parts(documents)] for split, documents in packed.items()}
+    assert sum(len(t.replace("<|endoftext|>", "")) for texts in decoded.values() for t in texts) == len(text)
+    ends = sum(t.endswith("<|endoftext|>") for texts in decoded.values() for t in texts)
+    assert ends == 1 if not form.endswith("txt") else ends > 180
+    index = read_index(next((tmp_path / "cache").iterdir()))
+    assert index["train"]["bytes"] + index["valid"]["bytes"] == len(text)
+    assert all(len(t) > 1000 and t.replace("<|endoftext|>", "") in text for t in decoded["train"])  # joined again
+
+
+@pytest.mark.parametrize(
+    ("sizes", "fraction", "least", "most"),
+    [
+        ([3000], 0.1, 0.09, 0.11),  # the only document is cut
+        ([3000], 0.9, 0.89, 0.91),
+        ([1], 0.1, 0.05, 0.6),
+        ([10] * 9 + [3000], 0.01, 0.005, 0.02),  # so is a last one that is much longer than the share
+        ([40] * 9 + [20], 0.001, 0.01, 0.06),  # a short one is not
+        ([30] * 4, 0.1, 0.09, 0.11),
+        ([15] * 4, 0.1, 0.2, 0.3),
+        ([3000, 10], 0.01, 0.005, 0.02),
+        ([2] * 2000, 0.02, 0.01, 0.03),
+    ],
+)
+def test_the_share_holds_by_bytes(tokenizer, tmp_path, sizes, fraction, least, most):
+    texts = [f"{i} " + WORDS * size for i, size in enumerate(sizes)]
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in texts])
+    packed = pack_source(Source(path=str(path)), tokenizer, tmp_path / "cache", fraction)
+    assert least <= held_out_share(packed) <= most
+    assert all((np.diff(documents.offsets) >= 2).all() for documents in packed.values())
+
+
+def test_a_source_too_small_to_hold_out_says_so(tokenizer, tmp_path, capsys):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}])
+    packed = pack_source(Source(path=str(path)), tokenizer, tmp_path / "cache", 0.1)
+    assert (len(packed["train"]), len(packed["valid"])) == (1, 0)
+    assert "a.jsonl: too small to hold any of it out" in capsys.readouterr().err
+
+
+def test_long_documents_are_rearranged_piece_by_piece(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "PIECE", 1 << 8)
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": WORDS * 500}])
+    fim = FillInTheMiddle.of(tokenizer, 1.0, 0)
+    train = pack_source(Source(path=str(path)), tokenizer, tmp_path / "cache", 0.0, fim)["train"]
+    assert len(train) > 80
+    firsts, lasts = train.tokens[train.offsets[:-1]], train.tokens[train.offsets[1:] - 1]
+    assert (firsts == fim.begin).all()
+    assert (lasts == tokenizer.eos_token_id).all()
 
 
 def test_fill_in_the_middle_leaves_held_out_documents_alone(source, tokenizer, tmp_path):

@@ -1,4 +1,5 @@
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -20,6 +21,7 @@ class Teacher:
 
     def __init__(self, tokenizer, scripts):
         self.tokenizer, self.scripts, self.asked = tokenizer, scripts, []
+        self.model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=512))
 
     def generate(self, prompts, params):
         found = []
@@ -119,7 +121,9 @@ def test_distill_teaches_a_student(tokenizer, dense, tmp_path, monkeypatch):
     assert not (run_dir / "samples.partial.jsonl").exists()
 
 
-def test_a_killed_distillation_keeps_its_samples(tokenizer, tmp_path, monkeypatch):
+def test_a_killed_distillation_keeps_its_samples(tokenizer, dense, tmp_path, monkeypatch):
+    save_model(dense, tmp_path / "student", tokenizer)
+
     class Killed(BaseException):
         pass
 
@@ -153,10 +157,34 @@ def test_a_killed_distillation_keeps_its_samples(tokenizer, tmp_path, monkeypatc
     assert killed.read_text() == whole.read_text()
 
 
-def test_nothing_right_leaves_the_name_free(tokenizer, tmp_path, monkeypatch):
+def test_nothing_right_leaves_the_name_free(tokenizer, dense, tmp_path, monkeypatch):
+    save_model(dense, tmp_path / "student", tokenizer)
     monkeypatch.setattr(rejection, "sft", lambda recipe, resume: None)
     monkeypatch.setattr(rejection, "Engine", lambda path: Teacher(tokenizer, [WRONG, WRONG]))
     with pytest.raises(UserError, match="none of 2 answers to each of 24 problems was right"):
         distill(distill_recipe(tmp_path))
     monkeypatch.setattr(rejection, "Engine", lambda path: Teacher(tokenizer, [GOOD, WRONG]))
     assert (distill(distill_recipe(tmp_path, teacher="stronger")) / "samples.jsonl").exists()
+
+
+def test_distill_checks_the_student_and_the_questions_first(tokenizer, dense, tmp_path, monkeypatch):
+    save_model(dense, tmp_path / "student", tokenizer)
+    teacher = Teacher(tokenizer, [GOOD])
+    monkeypatch.setattr(rejection, "Engine", lambda path: teacher)
+    rows = [{"question": f"{i}+1", "answer": str(i + 1)} for i in range(40)] + [{"question": "1+" * 300, "answer": "1"}]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    raw = {
+        "name": "taught", "out": str(tmp_path), "teacher": "unused", "model": {"path": str(tmp_path / "student")},
+        "environments": [{"name": "mine", "path": str(tmp_path / "mine.jsonl")}], "template": "plain",
+        "max_tokens": 64, "problems": 8, "samples": 2, "train": {"epochs": 1},
+    }  # fmt: skip
+    cases = (
+        ({"sequence_length": 513}, r"sequence_length = 513: the model's context holds 512"),
+        ({"model": {"config": {}}}, r"model.path is missing"),
+        ({}, r"mine\.jsonl, line 41: the prompt has \d+ tokens and leaves no room for max_tokens = 64"),
+        ({"max_tokens": 512}, r"max_tokens = 512 leaves no room for a question"),
+    )
+    for number, (change, message) in enumerate(cases):
+        with pytest.raises(UserError, match=message):
+            distill(parse_recipe(raw | change | {"name": f"taught-{number}"}, "distill"))
+        assert teacher.asked == []

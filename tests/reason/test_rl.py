@@ -167,6 +167,20 @@ def test_bad_recipes(tmp_path, model_dir):
         rl(recipe(tmp_path, model_dir, f"environments=[{{name='chain_sum', prompt='{'x ' * 600}{{expression}}'}}]"))
 
 
+def test_what_would_end_a_run_ends_it_before_it_starts(tmp_path, model_dir):
+    path = tmp_path / "mine.jsonl"
+    rows = [{"question": f"{n} and {n + 1}?", "answer": "1"} for n in range(60)]
+    for more, override, message in (
+        ([{"question": "and so on " * 100, "answer": "1"}], "eval_every=0", r"mine\.jsonl, line 61: the prompt has"),
+        ([], "eval_problems=50", r"environment mine: 50 distinct dev problems .* only \d+ exist"),
+        ([], "grpo.max_tokens=512", r"grpo\.max_tokens = 512 leaves no room"),
+    ):
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows + more))
+        for resume in (False, True):
+            with pytest.raises(UserError, match=message):
+                rl(recipe(tmp_path, model_dir, f"environments=[{{name='mine', path='{path}'}}]", override), resume)
+
+
 def test_predicts_the_most_it_can_take(tmp_path, model_dir):
     checked = recipe(tmp_path, model_dir)
     plan = predict_rl(checked, load_model(model_dir).config)

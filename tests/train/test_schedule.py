@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 
 from rorqual.recipe import BalanceSection, MTPSection, ScheduleSection, TrainSection
@@ -28,10 +30,12 @@ def test_cosine_wsd_and_constant():
 
 @pytest.mark.parametrize("name", ["v3", "cosine", "wsd", "constant"])
 def test_factor_stays_within_bounds_at_the_edges(name):
-    for warmup in (0.0, 1.0):
-        for decay in (0.0, 1.0):
-            section = ScheduleSection(name=name, warmup=warmup, decay=decay)
-            assert all(0 <= schedule_factor(section, x) <= 1 for x in (-0.1, 0, 0.5, 1, 1.1))
+    longest = 10 / 14.8 if name == "v3" else 1.0
+    for warmup, decay in ((0.0, 0.0), (0.0, 1.0), (longest, 0.0), (0.5, 0.5)):
+        section = ScheduleSection(name=name, warmup=warmup, decay=decay)
+        assert all(0 <= schedule_factor(section, x) <= 1 for x in (-0.1, 0, 0.5, 1, 1.1))
+        factors = [schedule_factor(section, (step + 0.5) / 1000) for step in range(961)]  # v3 has steps after that
+        assert max(abs(a - b) for a, b in itertools.pairwise(factors)) < 0.01
 
 
 def test_switches():

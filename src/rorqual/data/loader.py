@@ -206,29 +206,54 @@ def _interleave(parts: list[tuple[list[int], Batch]], size: int) -> Batch:
 
 
 class Heldout:
-    """Held-out rows in a fixed order, each once, with the bytes their targets spell."""
+    """Held-out rows of every source in a fixed order, with the bytes their targets spell."""
 
-    def __init__(self, sources: list[Rows], bytes_of_token: np.ndarray) -> None:
+    def __init__(self, sources: list[Rows], bytes_of_token: np.ndarray, weights: list[float] | None = None) -> None:
+        """weights: of the sources in the mixture; None: all the same."""
         self.sources = sources
         self.bytes_of_token = torch.from_numpy(bytes_of_token)
+        weights = weights or [1.0] * len(sources)
+        self.shares = np.array(weights, np.float64) / sum(weights)
 
     @property
     def rows(self) -> int:
         return sum(len(source) for source in self.sources)
 
     def batches(self, batch_size: int, limit: int | None = None) -> Iterator[tuple[Batch, int]]:
-        """Pairs (batch, UTF-8 bytes of its targets of non-zero weight), at most `limit` of them.
+        """Pairs (batch, UTF-8 bytes of its targets of non-zero weight).
 
+        Without `limit` every row once. At most `limit` batches are a sample of the mixture: of each source its share,
+        and one row at least, again from the start where it has fewer.
         Bits per byte are the summed negative log-probabilities over ln 2 and over the summed bytes.
         """
-        yielded = 0
-        for source in self.sources:
-            for start in range(0, len(source), batch_size):
-                if limit is not None and yielded == limit:
-                    return
-                batch = source.batch(np.arange(start, min(start + batch_size, len(source))))
-                yield batch, int((self.bytes_of_token[batch.targets] * (batch.weights > 0)).sum())
-                yielded += 1
+        source, row = self._order(None if limit is None else limit * batch_size)
+        for start in range(0, len(source), batch_size):
+            chosen, rows = source[start : start + batch_size], row[start : start + batch_size]
+            parts = [
+                (places.tolist(), self.sources[number].batch(rows[places]))
+                for number in range(len(self.sources))
+                if len(places := np.flatnonzero(chosen == number))
+            ]
+            batch = parts[0][1] if len(parts) == 1 else _interleave(parts, len(chosen))
+            yield batch, int((self.bytes_of_token[batch.targets] * (batch.weights > 0)).sum())
+
+    def _order(self, most: int | None) -> tuple[np.ndarray, np.ndarray]:
+        """Sources and rows, the sources taking turns by their shares."""
+        lengths = np.array([len(source) for source in self.sources])
+        counts = lengths
+        if most is not None:
+            # No more than it takes for the source that is largest for its share to be seen once.
+            total = min(float(most), float((lengths / self.shares).max()))
+            counts = np.maximum(1, np.floor(total * self.shares + 0.5).astype(np.int64))
+            while counts.sum() > max(most, len(counts)):
+                counts[counts.argmax()] -= 1
+        source = np.repeat(np.arange(len(counts)), counts)
+        place = ranges(np.zeros_like(counts), counts)
+        # Rows stand by the lengths of what is in them; a sample must not be all of long documents.
+        orders = [np.random.default_rng(0).permutation(length) for length in lengths]
+        row = np.concatenate([orders[s][np.arange(n) % lengths[s]] for s, n in enumerate(counts)])
+        turn = np.argsort((place + 0.5) / counts[source], kind="stable")
+        return source[turn], row[turn]
 
 
 def bytes_of_tokens(tokenizer: "PreTrainedTokenizerFast") -> np.ndarray:

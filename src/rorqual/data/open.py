@@ -1,14 +1,16 @@
 """From a recipe's data sections to tokenizers and loaders."""
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rorqual.data.chat import ChatSplit, read_chat
 from rorqual.data.corpus import read_texts
+from rorqual.data.cut import pieces
 from rorqual.data.fim import FillInTheMiddle
 from rorqual.data.loader import Heldout, Loader, Rows, bytes_of_tokens
-from rorqual.data.shards import Documents, pack_source
+from rorqual.data.shards import PIECE, Documents, pack_source
 from rorqual.data.tokenizer import load_tokenizer, train_tokenizer
 from rorqual.errors import UserError
 from rorqual.recipe import ChatDataSection, DataSection, TokenizerSection
@@ -31,7 +33,7 @@ def _first_texts(data: DataSection) -> Iterator[str]:
     total = sum(source.weight for source in data.sources)
     for source in data.sources:
         share = left = TOKENIZER_CHARACTERS * source.weight / total
-        for text in read_texts(source):
+        for text in itertools.chain.from_iterable(pieces(text, PIECE) for text in read_texts(source)):
             if left <= 0:
                 break
             left -= len(text)
@@ -54,8 +56,11 @@ def open_pretrain_data(
         return Rows(documents, section.sequence_length, tokenizer.eos_token_id, section.isolate_documents)
 
     train = Loader([rows(p["train"]) for p in packed], [source.weight for source in section.sources], seed)
-    valid = [rows(p["valid"]) for p in packed if len(p["valid"])]
-    return train, Heldout(valid, bytes_of_tokens(tokenizer)) if valid else None
+    held = [(rows(p["valid"]), s.weight) for p, s in zip(packed, section.sources, strict=True) if len(p["valid"])]
+    if not held:
+        return train, None
+    valid, weights = zip(*held, strict=True)
+    return train, Heldout(list(valid), bytes_of_tokens(tokenizer), list(weights))
 
 
 def open_chat_data(

@@ -1,5 +1,6 @@
 """Question/answer pairs from a .jsonl, .jsonl.gz or .parquet file, checked by math-verify."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -18,14 +19,17 @@ class JsonlEnvironment(Environment):
 
     def __init__(self, section: EnvironmentSection) -> None:
         super().__init__(section.name, section.weight)
-        rows = list(_rows(Path(section.path)))
+        places, rows = [], []
+        for where, row in _rows(Path(section.path)):
+            places.append(where)
+            rows.append(row)
         if not rows:
             raise UserError(f"{section.path} has no lines; write one JSON object with question and answer a line")
         prompt = None
         if section.prompt is not None:
             shared = set.intersection(*(set(row) for row in rows)) - {"answer"}
             prompt = PromptFormat(section.prompt, shared, section.name)
-        self._problems = [_problem(row, prompt, section.name) for row in rows]
+        self._problems = [_problem(row, prompt, section.name, where) for where, row in zip(places, rows, strict=True)]
         self._orders: dict[tuple[int, int], list[int]] = {}
 
     def candidate_count(self) -> int:
@@ -38,6 +42,10 @@ class JsonlEnvironment(Environment):
             Random(f"{seed}/{epoch}").shuffle(order)
             self._orders = {(seed, epoch): order}  # one epoch is alive at a time
         return self._problems[self._orders[seed, epoch][place]]
+
+    def everything(self) -> list[Problem]:
+        """All problems in the file's order."""
+        return list(self._problems)
 
     def check(self, problem: Problem, answer: str) -> float:
         """1 when math-verify finds the answer equal to the right one within the time-out, else 0."""
@@ -55,19 +63,17 @@ def math_equal(gold: str, answer: str, timeout: float = TIMEOUT) -> float:
     return 0.0 if result is None else float(result)
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
+def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     if not path.exists():
         raise UserError(f"{path} does not exist; give a JSONL file of question/answer pairs")
-    rows = []
     for where, row in read_records(path):
         for name in ("question", "answer"):
             if isinstance(row.get(name), bool) or not isinstance(row.get(name), str | int | float):
                 raise UserError(f"{where}: field {name} is missing or not text; add it")
-        rows.append(row)
-    return rows
+        yield where, row
 
 
-def _problem(row: dict[str, Any], prompt: PromptFormat | None, family: str) -> Problem:
+def _problem(row: dict[str, Any], prompt: PromptFormat | None, family: str, where: str) -> Problem:
     question = str(row["question"])
     numbers = integers(question)
     return Problem(
@@ -76,5 +82,6 @@ def _problem(row: dict[str, Any], prompt: PromptFormat | None, family: str) -> P
         key=number_key(numbers) if numbers else text_key(question),
         difficulty=str(row.get("difficulty", "")),
         family=family,
+        where=where,
         metadata=row,
     )

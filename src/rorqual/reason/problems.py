@@ -8,7 +8,7 @@ normalised text where the integers belong to the wording: no multiset (or text) 
 import hashlib
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from string import Formatter
@@ -28,6 +28,7 @@ class Problem:
     key: str  # what decides the split
     difficulty: str  # a label to group results by, e.g. "num_terms=3"; "" when the source has none
     family: str  # the environment's name
+    where: str = field(default="", compare=False)  # the file and line of a problem of the user's own
     metadata: dict[str, Any] = field(default_factory=dict, compare=False)
 
     @property
@@ -89,6 +90,7 @@ class Environment(ABC):
 
     def __init__(self, family: str, weight: float) -> None:
         self.family, self.weight = family, weight
+        self.fits: Callable[[Problem], bool] | None = None  # others are passed over
         self._chunks: dict[tuple[int, int], Future[list[Problem | None]]] = {}
         self._ahead = ThreadPoolExecutor(1, thread_name_prefix=f"problems-{family}")
         self._scores: dict[tuple[str, str], float] = {}
@@ -104,6 +106,14 @@ class Environment(ABC):
     def candidate_count(self) -> int | None:
         """How many candidates are distinct at most; None: no bound known."""
         return None
+
+    def everything(self) -> list[Problem] | None:
+        """All problems, where they stand in a file; None where they are generated."""
+        return None
+
+    def takes(self, problem: Problem | None, split: Split) -> bool:
+        """Whether a candidate is a problem of the split that can be asked."""
+        return problem is not None and problem.split == split and (self.fits is None or self.fits(problem))
 
     def score(self, problem: Problem, answer: str | None) -> float:
         """Score in [0, 1] of the extracted answer; no answer is worth 0. Cached."""
@@ -134,7 +144,7 @@ class Environment(ABC):
         while len(found) < n and index - fresh < 500 + 50 * len(found) and index != bound:
             problem = self.chunked(seed, index)
             index += 1
-            if problem is not None and problem.split == split and problem.question not in found:
+            if self.takes(problem, split) and problem.question not in found:
                 found[problem.question] = problem
                 fresh = index
         if len(found) < n:
@@ -168,7 +178,7 @@ class ProblemStream(Iterator[Problem]):
         for _ in range(10_000):
             problem = self.environment.chunked(self.seed, self.index)
             self.index += 1
-            if problem is not None and problem.split == self.split:
+            if self.environment.takes(problem, self.split):
                 return problem
         raise UserError(
             f"environment {self.environment.family}: no {self.split} problem among 10000 candidates; widen its config"

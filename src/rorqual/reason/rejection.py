@@ -14,7 +14,9 @@ from rorqual.reason.problems import Problem
 from rorqual.reason.prompts import OPENING, Template, prompt_text
 from rorqual.reason.rewards import Verdict, score
 from rorqual.reason.rollout import derived_seed, sample_groups
+from rorqual.reason.room import leave_room
 from rorqual.recipe import ChatDataSection, DistillRecipe, RewardSection, SFTRecipe
+from rorqual.train.prepare import check_length, tokenizer_of
 from rorqual.train.run import open_run
 from rorqual.train.sft import sft
 
@@ -117,6 +119,8 @@ def distill(recipe: DistillRecipe, resume: bool = False) -> Path:
     The samples stay in its samples.jsonl, the student's run in student/. Resuming keeps samples once written.
     Raises UserError for whatever the user can mend, Stopped after SIGINT or SIGTERM.
     """
+    tokenizer_of(recipe.model)
+    check_length(recipe.model, recipe.sequence_length, "sequence_length")
     environments = [open_environment(section) for section in recipe.environments]
     with open_run(recipe, resume) as run_dir:
         samples = run_dir / "samples.jsonl"
@@ -143,6 +147,9 @@ def _teach(recipe: DistillRecipe, environments: Sequence[Environment], samples: 
     from rich.console import Console
     from rich.progress import Progress
 
+    engine = Engine(recipe.teacher)
+    context = engine.model.config.max_position_embeddings
+    leave_room(environments, recipe.template, engine.tokenizer, context, recipe.max_tokens, "max_tokens")
     partial = samples.with_name("samples.partial.jsonl")
     start, kept = _read_partial(partial)
     params = SamplingParams(temperature=recipe.temperature, max_tokens=recipe.max_tokens, n=recipe.samples)
@@ -150,7 +157,7 @@ def _teach(recipe: DistillRecipe, environments: Sequence[Environment], samples: 
     with Progress(console=console, disable=not console.is_terminal) as bar, _open_to_append(partial) as file:
         task = bar.add_task("sampling from the teacher", total=recipe.problems, completed=start)
         for done, rows in rejection_batches(
-            Engine(recipe.teacher), environments, recipe.problems, recipe.template, recipe.reward, params,
+            engine, environments, recipe.problems, recipe.template, recipe.reward, params,
             recipe.keep_per_problem, recipe.seed, start=start,
         ):  # fmt: skip
             kept += rows

@@ -1,6 +1,7 @@
 """`rorqual rl`: the run around RLTrainer, from a recipe to a release."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ from rorqual.model.config import ModelConfig
 from rorqual.plan.cost import flops_per_token
 from rorqual.plan.ledger import Ledger
 from rorqual.plan.machine import matrix_peak, memory_used
-from rorqual.reason.environment import open_environment
+from rorqual.reason.environment import Environment, open_environment
+from rorqual.reason.rollout import derived_seed
+from rorqual.reason.room import leave_room
 from rorqual.reason.trainer import RLTrainer
 from rorqual.recipe import RLRecipe
 from rorqual.train.card import card
@@ -33,6 +36,7 @@ def rl(recipe: RLRecipe, resume: bool = False) -> Path:
     """
     tokenizer = tokenizer_of(recipe.model)
     environments = [open_environment(section) for section in recipe.environments]
+    check_problems(recipe, tokenizer, environments)
     with open_run(recipe, resume) as run_dir:
         model = build_model(recipe.model, tokenizer, recipe.seed)
         run = RLRun(run_dir, recipe, RLTrainer(model, tokenizer, environments, recipe))
@@ -41,6 +45,16 @@ def rl(recipe: RLRecipe, resume: bool = False) -> Path:
             model = load_model(recipe.model.path, stored_dtype(recipe.model.path))
         _release(run, model, tokenizer)
     return run_dir
+
+
+def check_problems(recipe: RLRecipe, tokenizer: Any, environments: Sequence[Environment]) -> None:
+    """Raises UserError for what would else end the run at some step, and every resumed one at the same."""
+    context = ModelConfig.load(recipe.model.path).max_position_embeddings
+    leave_room(environments, recipe.template, tokenizer, context, recipe.grpo.max_tokens, "grpo.max_tokens")
+    for environment in environments:
+        next(environment.stream("train", derived_seed(recipe.seed, environment.family)))
+        if recipe.eval_every and environment.everything() is not None:
+            environment.problems("dev", recipe.eval_problems, recipe.seed)
 
 
 def predict_rl(recipe: RLRecipe, config: ModelConfig) -> dict[str, Any]:

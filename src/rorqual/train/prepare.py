@@ -16,11 +16,29 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
-def model_config(section: ModelSection, vocab_size: int, eos_token_id: int | None = None) -> ModelConfig:
-    """The sizes a recipe asks for; `vocab_size` and the end token are the tokenizer's unless it says otherwise."""
+def check_length(section: ModelSection, length: int, field: str = "data.sequence_length") -> None:
+    """Raises UserError for training at more tokens than the model's context holds: its release would be of no use."""
+    if section.path is not None:
+        context, remedy = ModelConfig.load(section.path).max_position_embeddings, "lower it"
+    else:
+        context = section.config.get("max_position_embeddings", length)
+        remedy = "lower it or raise model.config.max_position_embeddings"
+    if isinstance(context, int) and context < length:
+        raise UserError(f"{field} = {length}: the model's context holds {context} (max_position_embeddings); {remedy}")
+
+
+def model_config(
+    section: ModelSection, vocab_size: int, eos_token_id: int | None = None, length: int = 0
+) -> ModelConfig:
+    """The sizes a recipe asks for; `vocab_size` and the end token are the tokenizer's unless it says otherwise.
+
+    length: tokens of the sequences in training; a context that is left out holds them.
+    """
     if section.path is not None:
         return ModelConfig.load(section.path)
     defaults = {"model_type": "deepseek_v3", "vocab_size": vocab_size, "eos_token_id": eos_token_id}
+    if length > ModelConfig.max_position_embeddings:
+        defaults["max_position_embeddings"] = length
     config = ModelConfig.from_dict(defaults | section.config, "model.config")
     if config.vocab_size < vocab_size:
         raise UserError(
@@ -30,11 +48,14 @@ def model_config(section: ModelSection, vocab_size: int, eos_token_id: int | Non
     return config
 
 
-def build_model(section: ModelSection, tokenizer: "PreTrainedTokenizerFast", seed: int) -> Transformer:
-    """The model to train, in FP32 (the optimizer converts it), its random weights decided by `seed`."""
+def build_model(section: ModelSection, tokenizer: "PreTrainedTokenizerFast", seed: int, length: int = 0) -> Transformer:
+    """The model to train, in FP32 (the optimizer converts it), its random weights decided by `seed`.
+
+    length: as in `model_config`.
+    """
     set_seed(seed)
     size = len(tokenizer)
-    config = model_config(section, size, tokenizer.eos_token_id)
+    config = model_config(section, size, tokenizer.eos_token_id, length)
     if section.path is None:
         return Transformer(config)
     if config.vocab_size < size:

@@ -7,7 +7,7 @@ from rorqual.data.open import open_pretrain_data, open_tokenizer
 from rorqual.data.tokenizer import load_tokenizer, save_tokenizer
 from rorqual.recipe import PretrainRecipe
 from rorqual.train.finish import finish, train
-from rorqual.train.prepare import build_model, set_threads
+from rorqual.train.prepare import build_model, check_length, set_threads
 from rorqual.train.run import open_run
 
 if TYPE_CHECKING:
@@ -20,9 +20,10 @@ def pretrain(recipe: PretrainRecipe, resume: bool = False) -> Path:
     Raises UserError for whatever the user can mend, Stopped after SIGINT or SIGTERM.
     """
     set_threads(recipe.train)
+    check_length(recipe.model, recipe.data.sequence_length)
     with open_run(recipe, resume) as run_dir:
         tokenizer = _tokenizer(recipe, run_dir)
-        model = build_model(recipe.model, tokenizer, recipe.seed)
+        model = build_model(recipe.model, tokenizer, recipe.seed, recipe.data.sequence_length)
         loader, valid = open_pretrain_data(recipe.data, tokenizer, run_dir / "data", recipe.seed)
         run = train(recipe, run_dir, model, loader, valid)
         return finish(recipe, run, tokenizer)

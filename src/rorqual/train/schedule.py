@@ -6,9 +6,10 @@
 import math
 
 from rorqual.recipe import BalanceSection, MTPSection, ScheduleSection, TrainSection
+from rorqual.sections import V3_CONSTANT
 
-# V3 §4.2: constant to 10 T of 14.8 T tokens, cosine to a tenth over 4.3 T, a tenth for 333 B, 7.3e-6 of 2.2e-4 after.
-V3_CONSTANT, V3_COSINE, V3_TAIL = 10 / 14.8, 14.3 / 14.8, 14.633 / 14.8
+# V3 §4.2: after V3_CONSTANT, cosine to a tenth over 4.3 T tokens, a tenth for 333 B, 7.3e-6 of 2.2e-4 after.
+V3_COSINE, V3_TAIL = 14.3 / 14.8, 14.633 / 14.8
 V3_LOW, V3_LAST = 0.1, 7.3e-6 / 2.2e-4
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from rorqual.data.open import open_chat_data
 from rorqual.recipe import SFTRecipe
 from rorqual.train.finish import finish, train
-from rorqual.train.prepare import build_model, set_threads, tokenizer_of
+from rorqual.train.prepare import build_model, check_length, set_threads, tokenizer_of
 from rorqual.train.run import open_run
 
 
@@ -17,6 +17,7 @@ def sft(recipe: SFTRecipe, resume: bool = False) -> Path:
     """
     set_threads(recipe.train)
     tokenizer = tokenizer_of(recipe.model)
+    check_length(recipe.model, recipe.data.sequence_length)
     with open_run(recipe, resume) as run_dir:
         loader, valid, samples = open_chat_data(recipe.data, tokenizer, recipe.seed)
         if samples.shortened or samples.dropped:

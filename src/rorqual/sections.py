@@ -1,0 +1,254 @@
+"""The sections of recipes, typed, with what their numbers may be. Every number is finite."""
+
+import math
+from collections import Counter
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from rorqual.errors import UserError
+from rorqual.paths import local_path
+
+Count = Annotated[int, Field(ge=1, lt=1 << 31)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0, le=1e12)]
+NotNegative = Annotated[float, Field(ge=0, le=1e12)]
+Weight = Annotated[float, Field(ge=1e-6, le=1e6)]  # beside those of its kind
+Beta = Annotated[float, Field(ge=0, lt=1)]
+LocalPath = Annotated[str, Field(min_length=1), AfterValidator(local_path)]
+Length = Annotated[int, Field(ge=2, lt=1 << 31)]  # of a sequence
+V3_CONSTANT = 10 / 14.8  # V3 §4.2: the share of the run, in tokens, that the learning rate stays at its peak
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    """What TOML, JSON and the saved recipe all can say: no dates, no NaN, which equals nothing, itself included."""
+    for name, value in values.items():
+        inner = value if isinstance(value, dict) else dict(enumerate(value)) if isinstance(value, list) else None
+        if inner is not None:
+            _plain({f"{name}.{key}": v for key, v in inner.items()})
+        elif not isinstance(value, bool | int | float | str | None) or not _finite(value):
+            raise UserError(f"config.{name} = {value}: must be text, a finite number, true or false")
+    return values
+
+
+def _finite(value: Any) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+Config = Annotated[dict[str, Any], AfterValidator(_plain)]
+
+
+class Section(BaseModel):
+    # Strict: true is no number, 3.5 no count, and "100" is text.
+    model_config = ConfigDict(extra="forbid", protected_namespaces=(), strict=True, allow_inf_nan=False)
+
+
+class ModelSection(Section):
+    """Start from `path` (a Hugging Face directory), or from random weights of the sizes in `config`."""
+
+    path: LocalPath | None = None
+    config: Config | None = None  # ModelConfig's fields; vocab_size defaults to the tokenizer's
+    # Compute; bfloat16 keeps FP32 master weights. auto: what is fastest on the machine that starts the run.
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+
+    @model_validator(mode="after")
+    def _one_of(self) -> "ModelSection":
+        if (self.path is None) == (self.config is None):
+            raise ValueError("give either path (a model directory) or config (sizes), not both or neither")
+        return self
+
+
+class TokenizerSection(Section):
+    """An existing tokenizer at `path`, or byte-level BPE trained on the corpus to `vocab_size`."""
+
+    path: LocalPath | None = None
+    vocab_size: int = Field(4096, ge=257, lt=1 << 31)
+    special_tokens: list[str] = []
+    whole_numbers: int = Field(0, ge=0, le=1000)  # integers below this are one token each
+
+
+class Source(Section):
+    """One part of the mixture: a .txt, .jsonl(.gz) or .parquet file, a glob, a datasets directory or Hub name."""
+
+    path: LocalPath
+    weight: Weight = 1.0
+    text_field: str = "text"
+    split: str = "train"
+
+
+class DataSection(Section):
+    sources: list[Source] = Field(min_length=1)
+    valid_fraction: float = Field(0.01, ge=0, lt=1)  # of every source, held out for bits per byte
+    sequence_length: Length = 256
+    isolate_documents: bool = False  # attention within documents only; V3 §4.1 lets it cross
+    fim_rate: Share = 0.0  # fill-in-the-middle, PSM (V3 §4.1; 0.1 there)
+    workers: int = Field(2, ge=1, le=1024)
+
+
+class OptimizerSection(Section):
+    name: Literal["adamw", "muon"] = "adamw"
+    lr: Positive = 3e-4  # AdamW (everything, or what Muon leaves)
+    muon_lr: Positive = 0.02  # Muon, on matrices
+    betas: tuple[Beta, Beta] = Field((0.9, 0.95), strict=False)
+    eps: float = Field(1e-8, gt=0, lt=1)
+    weight_decay: NotNegative = 0.1
+    clip: Positive = 1.0
+
+    @model_validator(mode="after")
+    def _decay(self) -> "OptimizerSection":
+        for name in ("lr", "muon_lr") if self.name == "muon" else ("lr",):
+            rate = getattr(self, name)
+            if rate * self.weight_decay >= 1:
+                raise ValueError(
+                    f"weight_decay = {self.weight_decay:g}: times {name} = {rate:g} it takes all of a weight at every "
+                    "step; lower one of them"
+                )
+        return self
+
+
+class FineTuningOptimizer(OptimizerSection):
+    lr: Positive = 1e-5
+
+
+class RLOptimizer(OptimizerSection):
+    lr: Positive = 3e-6
+    weight_decay: NotNegative = 0.0
+
+
+class ScheduleSection(Section):
+    """Learning rate as a factor of its peak: `v3` (warm-up, constant, cosine, constant tails), `cosine`, `wsd`."""
+
+    name: Literal["v3", "cosine", "wsd", "constant"] = "wsd"
+    warmup: Share = 0.01  # fraction of the run
+    decay: Share = 0.2  # wsd: fraction spent falling to `final`
+    final: Share = 0.0  # factor at the end
+
+    @model_validator(mode="after")
+    def _apart(self) -> "ScheduleSection":
+        if self.name == "wsd" and self.warmup + self.decay > 1 + 1e-9:
+            raise ValueError(
+                f"warmup = {self.warmup:g} and decay = {self.decay:g} together are longer than the run; they must add "
+                "up to 1 at most"
+            )
+        if self.name == "v3" and self.warmup > V3_CONSTANT:
+            raise ValueError(
+                f"warmup = {self.warmup:g}: v3 falls from {V3_CONSTANT:.4f} of the run on; end the warm-up before"
+            )
+        return self
+
+
+class FineTuningSchedule(ScheduleSection):
+    name: Literal["v3", "cosine", "wsd", "constant"] = "cosine"
+    final: Share = 0.1
+
+
+class MTPSection(Section):
+    weight: NotNegative = 0.3  # λ (V3 §4.2)
+    final_weight: NotNegative = 0.1
+    switch_at: Share = 0.68  # fraction of the run: 10 T of 14.8 T tokens in V3
+
+
+class BalanceSection(Section):
+    bias_speed: NotNegative = 0.001  # γ; 0 turns bias balancing off
+    bias_stop_at: Share = 0.97  # fraction of the run after which γ = 0 (14.3 T of 14.8 T)
+    sequence_loss: NotNegative = 0.0001  # α
+
+
+class NoBalance(BalanceSection):
+    bias_speed: NotNegative = 0.0
+    sequence_loss: NotNegative = 0.0
+
+
+class TrainSection(Section):
+    steps: Count | None = None
+    seconds: Positive | None = None  # stop by the clock; schedules then follow time
+    epochs: Positive | None = None
+    batch_size: Count = 8  # sequences an optimizer step
+    # (first batch size, fraction of the run to reach batch_size)
+    batch_ramp: tuple[Count, Annotated[float, Field(gt=0, le=1)]] | None = Field(None, strict=False)
+    micro_batch: Count | None = None  # sequences a forward pass at most; None: the whole batch
+    ema: float | None = Field(None, gt=0, lt=1)
+    eval_every: Count = 100
+    save_every: Count = 200
+    keep: Count = 2
+    compile: bool = False
+    threads: int | None = Field(None, ge=1, le=1024)
+
+    @model_validator(mode="after")
+    def _one_end(self) -> "TrainSection":
+        if sum(x is not None for x in (self.steps, self.seconds, self.epochs)) != 1:
+            raise ValueError("give exactly one of steps, seconds or epochs")
+        if self.batch_ramp and self.batch_ramp[0] > self.batch_size:
+            raise ValueError(
+                f"batch_ramp begins with {self.batch_ramp[0]} sequences, and batch_size is {self.batch_size}; "
+                "begin with fewer"
+            )
+        return self
+
+
+class ChatDataSection(Section):
+    path: LocalPath  # .jsonl(.gz) or .parquet with `messages`, or `prompt` and `completion`
+    valid_fraction: float = Field(0.0, ge=0, lt=1)
+    sequence_length: Length = 512
+
+
+class EnvironmentSection(Section):
+    """Problems from a reasoning-gym dataset (`name`, `config`) or a JSONL file of question/answer (`path`)."""
+
+    name: str
+    config: Config = {}
+    path: LocalPath | None = None
+    weight: Weight = 1.0
+    prompt: str | None = None  # Python format over the problem's metadata; None: the question as generated
+
+
+def _told_apart(sections: list[EnvironmentSection]) -> list[EnvironmentSection]:
+    name, count = Counter(section.name for section in sections).most_common(1)[0]
+    if count > 1 or not name.strip():
+        raise ValueError(f"{count} environments are named {name!r}; every one needs a name of its own")
+    return sections
+
+
+Environments = Annotated[list[EnvironmentSection], Field(min_length=1), AfterValidator(_told_apart)]
+
+
+class RewardSection(Section):
+    """Weights of the parts; each is logged apart."""
+
+    accuracy: NotNegative = 1.0
+    format: NotNegative = 1.0
+    language: NotNegative = 0.0
+    length: NotNegative = 0.0
+    verdict: NotNegative = 0.0  # the model's own 'correct' verdicts being right
+    target_language: Literal[
+        "ar", "cs", "de", "el", "en", "es", "fr", "he", "hi", "it", "ja", "ko", "nl", "pl", "pt", "ru", "sv", "th",
+        "tr", "uk", "vi", "zh",
+    ] = "en"  # fmt: skip
+
+
+class GRPOSection(Section):
+    """Group relative policy optimisation (R1 §2.1); defaults are R1-Zero's (R1 supplement)."""
+
+    group_size: int = Field(16, ge=2, lt=1 << 31)
+    questions_per_step: Count = 32
+    mini_batches: Count = 1  # optimizer steps a rollout; 1 is on-policy
+    clip_low: float = Field(0.2, gt=0, lt=1)
+    clip_high: Positive = 0.2
+    kl: NotNegative = 0.001
+    refresh_reference: int = Field(400, ge=0, lt=1 << 31)  # steps; 0: never
+    normalise_std: bool = True
+    average: Literal["sequence", "token"] = "sequence"
+    drop_flat_groups: bool = False  # leave out groups whose rewards are all equal
+    temperature: Positive = 1.0
+    max_tokens: Count = 256
+    micro_tokens: int = Field(16384, ge=64, lt=1 << 31)  # tokens a forward pass in training
+    rollout_slots: Count = 256  # sequences decoded at once
+
+    @model_validator(mode="after")
+    def _enough_questions(self) -> "GRPOSection":
+        if self.mini_batches > self.questions_per_step:
+            raise ValueError(
+                f"mini_batches = {self.mini_batches}: a step has {self.questions_per_step} questions to share out "
+                "(questions_per_step); lower it"
+            )
+        return self

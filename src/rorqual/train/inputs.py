@@ -1,0 +1,104 @@
+"""The files that a run reads, by content: a resumed run goes on with what it began with, or not at all.
+
+RUN/inputs.json holds of each file its size, the BLAKE2b of its whole content, and what the system says of it
+(modification, change, inode). A file of which the system says the same is not read again, so that this takes about a
+second a GB once, at the start.
+"""
+
+import json
+from hashlib import blake2b, file_digest
+from pathlib import Path
+from typing import Any
+
+from rorqual.data.corpus import find_files
+from rorqual.errors import UserError, file_error
+from rorqual.files import write_text
+from rorqual.recipe import DistillRecipe, PretrainRecipe, Recipe, RLRecipe, SFTRecipe
+
+NAME = "inputs.json"
+OF_A_MODEL = ("*.safetensors", "*.gguf", "*.json", "*.jinja", "*.model")
+MODEL_IN = (".", "model", "student/model")  # of a directory that stands for the model in it
+
+Inputs = dict[str, dict[str, Any]]
+
+
+def keep_inputs(run_dir: Path, recipe: Recipe, begun: bool) -> bool:
+    """Write down what the recipe's files are now. False where a start before, which never trained, had others.
+
+    Raises UserError naming the first file that is another one now, when training has `begun`.
+    """
+    before = _read(run_dir / NAME)
+    now = {str(path): _describe(path, before.get(str(path), {})) for path in files_of(recipe)}
+    changed = [path for path in {**before, **now} if not _same(before.get(path), now.get(path))]
+    if begun and before and changed:
+        path = changed[0]
+        how = "is gone" if path not in now else "is new" if path not in before else "has changed"
+        raise UserError(
+            f"{path} {how} since {run_dir} began; a resumed run must keep its data, so put it back as it was, or start "
+            "again under another name"
+        )
+    write_text(run_dir / NAME, json.dumps(now, indent=1), then="or set out to a writable place")
+    return begun or not before or not changed
+
+
+def files_of(recipe: Recipe) -> list[Path]:
+    """What a recipe reads from disk, sorted. What does not exist is left to those who read it."""
+    models, data = [recipe.model.path], []
+    if isinstance(recipe, PretrainRecipe):
+        models.append(recipe.tokenizer.path)
+        data = [source.path for source in recipe.data.sources]
+    elif isinstance(recipe, SFTRecipe):
+        data = [recipe.data.path]
+    elif isinstance(recipe, RLRecipe | DistillRecipe):
+        data = [section.path for section in recipe.environments if section.path is not None]
+        if isinstance(recipe, DistillRecipe):
+            models.append(recipe.teacher)
+    found = {file for model in models if model is not None for file in _of_model(Path(model))}
+    return sorted(found | {file for path in data for file in _of_data(path)})
+
+
+def _of_model(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    for folder in (path / inner for inner in MODEL_IN):
+        if (folder / "config.json").exists() or (folder / "tokenizer.json").exists():
+            return [file for pattern in OF_A_MODEL for file in folder.glob(pattern) if file.is_file()]
+    return []
+
+
+def _of_data(path: str) -> list[Path]:
+    if Path(path).is_dir():  # a dataset
+        return [file for file in Path(path).rglob("*") if file.is_file()]
+    try:
+        return find_files(path)
+    except UserError:
+        return []
+
+
+def _describe(path: Path, before: dict[str, Any]) -> dict[str, Any]:
+    try:
+        stat = path.stat()
+        told = [stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+        if before.get("told") == told and before.get("size") == stat.st_size:
+            return before
+        with path.open("rb") as file:
+            digest = file_digest(file, lambda: blake2b(digest_size=16)).hexdigest()
+    except OSError as e:
+        raise file_error(path, e, "read") from e
+    return {"size": stat.st_size, "blake2b": digest, "told": told}
+
+
+def _same(a: dict[str, Any] | None, b: dict[str, Any] | None) -> bool:
+    return a is not None and b is not None and (a["size"], a["blake2b"]) == (b["size"], b["blake2b"])
+
+
+def _read(path: Path) -> Inputs:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if all(isinstance(v, dict) and {"size", "blake2b", "told"} <= v.keys() for v in found.values()):
+            return found
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, AttributeError) as e:
+        raise UserError(f"{path} cannot be read ({e}); restore it, or delete it to trust the data as it is") from e
+    raise UserError(f"{path} is not what was written; restore it, or delete it to trust the data as it is")
