@@ -4,13 +4,8 @@ from pathlib import Path
 import pytest
 
 from rorqual.errors import UserError
-from rorqual.evals.tasks import open_task, read_answer, split_tasks
-from rorqual.reason.environment import Problem
+from rorqual.evals.tasks import open_task, split_tasks
 from rorqual.recipe import EnvironmentSection
-
-
-def problem(answer):
-    return Problem(question="?", answer=answer, key="", difficulty="", family="")
 
 
 def test_a_name_with_options_configures_the_dataset():
@@ -72,22 +67,3 @@ def test_splitting_the_command_lines_tasks():
     assert [open_task(section).name for section in sections] == ["chain_sum", "basic_arithmetic"]
     with pytest.raises(UserError, match="empty task"):
         split_tasks("countdown,,humaneval")
-
-
-@pytest.mark.parametrize(
-    ("prompt", "text", "gold", "answer"),
-    [
-        ("Q", "<think>1+1</think><answer> 2 </answer>", "2", "2"),
-        ("Q <think>", "1+1 is 2</think><answer>2</answer>", "2", "2"),
-        ("Q <think>", "1+1 = 2", "2", None),
-        ("Q", "<think>1+1</think> it is 2", "2", None),
-        ("Q", "So 12 + 30 = 42.", "42", "42"),
-        ("Q", "The answer is 1,234 apples, out of 2000.", "1234", "1234"),
-        ("Q", r"Thus \boxed{x+1}", "x+1", "x+1"),
-        ("Q", "The answer is **blue**.", "blue", "blue"),
-        ("Q", "I do not know", "42", None),
-        ("Q", "I do not know", "blue", None),
-    ],
-)
-def test_reading_answers(prompt, text, gold, answer):
-    assert read_answer(problem(gold), prompt, text) == answer

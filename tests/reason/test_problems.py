@@ -1,7 +1,7 @@
 import pytest
 
 from rorqual.errors import UserError
-from rorqual.reason.environment import extract_answer, open_environment, split_of
+from rorqual.reason.environment import open_environment, split_of
 from rorqual.recipe import EnvironmentSection
 
 COUNTDOWN = {"min_numbers": 3, "max_numbers": 3, "max_value": 30, "min_target": 1, "max_target": 99}
@@ -91,21 +91,3 @@ def test_the_prompt_does_not_move_a_problem_to_another_split():
     plain = {p.metadata["question"]: p.split for p in environment().problems("train", 200, seed=1)}
     for problem in environment(prompt="{question} Think first.").problems("train", 200, seed=1):
         assert plain[problem.metadata["question"]] == problem.split
-
-
-@pytest.mark.parametrize(
-    ("text", "answer"),
-    [
-        ("<think>a</think><answer> 1+2 </answer>", "1+2"),
-        ("<think>a<answer>9</answer></think><answer>3</answer>", "3"),
-        ("<think>a<answer>3</answer>", None),
-        ("<answer>3</answer>", None),
-        ("<think>a</think>3", None),
-        ("<think>a</think><answer>1</answer><answer>2</answer>", None),
-        ("<think>a</think></think><answer>1</answer>", None),
-        ("<think>a</think><answer></answer>", ""),
-        ("<think>a</think><answer>two\nlines</answer>", "two\nlines"),
-    ],
-)
-def test_extract_answer(text, answer):
-    assert extract_answer(text) == answer

@@ -80,7 +80,7 @@ def sample(text, length=10):
     return Sample(Problem("q", "3", "k", "", "sums"), text, length, length == 100)
 
 
-GOOD, WRONG, BARE = "<think>a ✓</think><answer>3</answer>", "<think>a ✓</think><answer>4</answer>", "3"
+GOOD, WRONG, BARE = "<think>a ✓</think><answer>3</answer>", "<think>a ✓</think><answer>4</answer>", "I cannot say"
 
 
 def test_total_is_the_weighted_sum_and_parts_stay_apart():

@@ -20,7 +20,7 @@ FENCE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
 class HumanEval:
     """The task as `evaluate` sees it. Raises UserError at once where model code cannot be isolated."""
 
-    name = "humaneval"
+    name, split = "humaneval", "all"
 
     def __init__(self, limits: Limits | None = None) -> None:
         self.limits = limits or Limits()

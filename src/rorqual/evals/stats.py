@@ -61,7 +61,7 @@ def interval(values: np.ndarray, seed: int = 0, level: float = 0.95, resamples: 
     values = np.asarray(values, dtype=float)
     if not len(values):
         raise ValueError("an interval needs at least one problem")
-    picks = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))  # [R, P]
+    picks = np.random.default_rng(seed % 2**64).integers(len(values), size=(resamples, len(values)))  # [R, P]
     low, high = np.quantile(values[picks].mean(axis=1), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
