@@ -20,7 +20,7 @@ from rich.table import Table
 from rorqual.engine import Completion, Engine, SamplingParams
 from rorqual.errors import UserError
 from rorqual.evals.stats import cons_at_k, interval, paired_difference, pass_at_1, pass_at_k
-from rorqual.evals.tasks import Task, open_task
+from rorqual.evals.tasks import Task, open_task, opening
 from rorqual.reason.environment import Problem
 from rorqual.reason.prompts import Template
 from rorqual.reason.rewards import RIGHT, WRONG, claims_right
@@ -211,11 +211,12 @@ def collect(
     prompts = [task.prompt(problem, tokenizer, template) for problem in problems]
     completions = engine.generate(prompts, params, progress=progress)
     asked = [problem for problem in problems for _ in range(params.n)]
+    texts = [opening(prompts[i // params.n]) + c.text for i, c in enumerate(completions)]
     answers = [
-        task.answer(asked[i], prompts[i // params.n], c.text) if c.finish_reason == "stop" else None
+        task.answer(asked[i], prompts[i // params.n], texts[i]) if c.finish_reason == "stop" else None
         for i, c in enumerate(completions)
     ]
-    correct = task.score(asked, [c.text for c in completions], answers)
+    correct = task.score(asked, texts, answers)
     return Collected(problems, prompts, completions, answers, correct)
 
 

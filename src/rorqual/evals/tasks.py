@@ -24,6 +24,11 @@ from rorqual.recipe import EnvironmentSection, load_recipe
 FILES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
 
 
+def opening(prompt: str) -> str:
+    """The `<think>` with which a prompt has begun the completion's text."""
+    return OPEN if prompt.rstrip().endswith(OPEN) else ""
+
+
 class Task(Protocol):
     """Problems that training left out, how to ask them, and how to judge what comes back."""
 
@@ -36,7 +41,7 @@ class Task(Protocol):
         """The text the model continues."""
 
     def answer(self, problem: Problem, prompt: str, text: str) -> str | None:
-        """What a finished completion votes for; None where it gives no answer."""
+        """What a finished completion votes for; None where it gives no answer. `text`: with what `opening` says."""
 
     def score(self, problems: Sequence[Problem], texts: Sequence[str], answers: Sequence[str | None]) -> list[bool]:
         """Whether each completion solves its problem."""
@@ -55,8 +60,7 @@ class EnvironmentTask:
         return prompt_text(problem.question, template, tokenizer)
 
     def answer(self, problem: Problem, prompt: str, text: str) -> str | None:
-        opened = OPEN if prompt.rstrip().endswith(OPEN) else ""
-        return read_answer(opened + text, problem.answer)
+        return read_answer(text, problem.answer)
 
     def score(self, problems: Sequence[Problem], texts: Sequence[str], answers: Sequence[str | None]) -> list[bool]:
         return [self.environment.correct(p, a) for p, a in zip(problems, answers, strict=True)]

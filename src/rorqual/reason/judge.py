@@ -100,7 +100,7 @@ def copies(question: str, right: str, given: str) -> bool:
     said = squeeze(plain(given))
     if number_in(right) is None or not re.search(r"\d\)*[-+*^/!]", said) or re.fullmatch(r"-?\d+/\d+", said):
         return False
-    return said in squeeze(plain(question))
+    return re.sub("[{}]", "", said) in re.sub("[{}]", "", squeeze(plain(question)))
 
 
 def _by_value(gold: str, said: str) -> bool | None:
