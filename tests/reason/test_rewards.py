@@ -95,6 +95,12 @@ def test_total_is_the_weighted_sum_and_parts_stay_apart():
     assert found.correct.tolist() == [True, False, False]
 
 
+def test_a_truncated_answer_is_not_right():
+    found = rewards.score([sample(GOOD, 100)], {"sums": Equal()}, RewardSection(), 100)
+    assert not found.correct.any()
+    assert found.parts["accuracy"].tolist() == [0]
+
+
 def test_accuracy_is_known_even_where_it_does_not_count():
     found = rewards.score([sample(GOOD)], {"sums": Equal()}, RewardSection(accuracy=0.0), 100)
     assert found.parts["accuracy"].tolist() == [1]

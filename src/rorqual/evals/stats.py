@@ -11,6 +11,8 @@ from fractions import Fraction
 
 import numpy as np
 
+from rorqual.reason.judge import number_in
+
 RESAMPLES = 2000
 
 
@@ -81,6 +83,8 @@ def paired_difference(before: np.ndarray, after: np.ndarray, seed: int = 0) -> t
 
 def canonical(answer: str) -> str:
     """One spelling for answers that mean the same: spaces, case, number format, order of sums and products."""
+    if (number := number_in(answer)) is not None:
+        return number
     text = " ".join(answer.split()).strip("$ ").removesuffix(".")
     arithmetic = re.sub(r"(?<=\d),(?=\d{3}\b)", "", text)
     arithmetic = arithmetic.replace("×", "*").replace("·", "*").replace("÷", "/").replace("−", "-")

@@ -14,6 +14,7 @@ from rorqual.reason.judge import NUMBER, final_answer, is_mathematics, is_value
 from rorqual.reason.notation import boxes, unwrap
 from rorqual.reason.units import SCALES
 
+END = 2000  # characters of a reply in which an answer without a tag is looked for
 OPEN, CLOSE = "<think>", "</think>"
 BLOCK = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 JOINED = re.compile(r"[\s$\\()]*(?:,|;|,?\s*\b(?:and|or)\b|\\text\{\s*(?:and|or)\s*\})[\s$\\()]*")
@@ -23,7 +24,9 @@ SAID = re.compile(
 )
 AFTER = rf"(?:\s?%|\s(?:{'|'.join(SCALES)})\b)?"
 VALUE = rf"(?:[-+−–]\s?)?(?:[$€£¥₹]\s?)?(?:(?:{NUMBER})(?:[eE][-+]?\d+)?(?:\s?/\s?\d+)?){AFTER}"
-SEVERAL = re.compile(rf"(?<![\w.,]){VALUE}(?:\s*,\s*{VALUE})*\s*,?\s*(?:\bor\b|\band\b|\bto\b|–)\s*{VALUE}(?![\w])")
+SEVERAL = re.compile(
+    rf"(?<![\w.,]){VALUE}(?:\s*,\s*{VALUE}){{0,20}}\s*,?\s*(?:\bor\b|\band\b|\bto\b|–)\s*{VALUE}(?![\w])"
+)
 ONE = re.compile(rf"(?<![\w.,/^])(?<!\\frac)(?<!\d\s)(?:\d+\s+(?=\d+/))?{VALUE}")
 FORMULA = re.compile(r"\$\$(.+?)\$\$|(?<![\\\w])\$([^$\n]+?)(?<!\\)\$(?!\d)|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 BOLD = re.compile(r"\*\*([^*]+)\*\*")
@@ -58,6 +61,7 @@ def _in_a_reply(said: str, right: str) -> str | None:
         return ", ".join(content.strip() for _, _, content in found[first:])
     if "####" in said:
         return said.rpartition("####")[2].strip().partition("\n")[0].strip() or None
+    said = said[-END:]
     mathematics = is_mathematics(right)
     if phrases := list(SAID.finditer(said)):
         rest = said[phrases[-1].end() :].lstrip(" \t\r\n:_")

@@ -22,12 +22,13 @@ What the rules hold to, where one could differ:
 import functools
 import re
 import unicodedata
+from decimal import Decimal
 
 from rorqual.reason import algebra, units
 from rorqual.reason.algebra import NotMathematics, Tree
 from rorqual.reason.equality import equal, without_name
 from rorqual.reason.notation import boxes, plain, squeeze
-from rorqual.reason.values import Undecided, exact
+from rorqual.reason.values import Undecided, exactly
 from rorqual.reason.worker import shared_worker
 
 TIMEOUT = 5.0  # seconds of math-verify for one comparison
@@ -44,6 +45,7 @@ CHOICE = re.compile(
 )
 YES, NO = {"yes", "true"}, {"no", "false"}
 ARTICLE = re.compile(r"(?:the|an?)\s+(?=\w)")
+DIGITS = re.compile(r"-?\d{1,15}(?:\.\d{1,10})?")  # the usual case
 RATIO = re.compile(r"(\d+(?:\s*:\s*\d+)+)\s*([ap]\.?m\.?)?", re.IGNORECASE)
 DATE = re.compile(r"\d{4}[-/.]\d{1,2}[-/.]\d{1,2}|\d{1,2}[-/.]\d{1,2}[-/.]\d{4}")
 # Words by which the number in a sentence is not what the sentence says.
@@ -67,6 +69,8 @@ def same(right: str, given: str) -> bool:
         return False
     if squeeze(gold) == squeeze(said):
         return True
+    if DIGITS.fullmatch(gold) and DIGITS.fullmatch(said):
+        return Decimal(gold) == Decimal(said)
     if (choice := CHOICE.fullmatch(gold)) and not choice[3] and re.search("[A-J]", gold):
         return _choice(choice[1] or choice[2], said)
     if DATE.fullmatch(gold):
@@ -78,10 +82,10 @@ def same(right: str, given: str) -> bool:
 
 
 def number_in(text: str) -> str | None:
-    """The number that `text` is, in one spelling ("1,000.0" → "1000", ".5" → "1/2"); None for all else."""
-    try:
-        value = exact(algebra.parse(plain(text)))
-    except (NotMathematics, Undecided):
+    """The number that `text` is, a unit left out, in one spelling ("1,000.0" → "1000", ".5" → "1/2"); else None."""
+    found = _quantity(plain(text), given=True)
+    value = None if found is None else exactly(found[0])
+    if value is None:
         return None
     small = max(value.numerator.bit_length(), value.denominator.bit_length()) < 10_000
     return str(value) if small and re.search(r"\d\s*[-+*^!(]|\|", plain(text)) is None else None
@@ -116,6 +120,7 @@ def _by_value(gold: str, said: str) -> bool | None:
     return None
 
 
+@functools.lru_cache(maxsize=1 << 12)
 def _quantity(text: str, given: bool, thousands: bool = True) -> tuple[Tree, units.Quantity] | None:
     words = units.in_digits(text)
     if given or re.fullmatch(r"-?\d+", words):

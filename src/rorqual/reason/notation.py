@@ -10,6 +10,7 @@ WRAPPERS = [
         r"__(.*)__", r"`+([^`]*)`+", r'"([^"]*)"', r"“([^”]*)”", r"‘([^’]*)’", r"'([^']*)'", r"«([^»]*)»",
     )
 ]  # fmt: skip
+LAYERS = 12  # of wrappers
 SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ⁽⁾", "0123456789+-n()")
 SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉ₙ", "0123456789n")
 VULGAR = "¼½¾⅐⅑⅒⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"
@@ -51,7 +52,7 @@ def plain(text: str) -> str:
 
 def unwrap(text: str) -> str:
     """Without what only surrounds an answer: math delimiters, \\boxed, bold, quotes, a final full stop."""
-    while True:
+    for _ in range(LAYERS):
         before = text
         text = text.strip().removeprefix(":")
         text = re.sub(r"(?<![.])[.,;:!]+$", "", text) if not text.endswith(("!", "...")) else text
@@ -61,24 +62,29 @@ def unwrap(text: str) -> str:
         if (boxed := boxes(text)) and boxed[0][:2] == (0, len(text)):
             text = boxed[0][2]
         if text == before:
-            return text
+            break
+    return text
 
 
 def boxes(text: str) -> list[tuple[int, int, str]]:
-    """(start, end, content) of every closed \\boxed{…} or \\fbox{…}, braces inside counted; `\\boxed 5` too."""
-    found = []
-    for match in re.finditer(r"\\f?box(?:ed)?\s*(\{|\d+)", text):
-        if match[1] != "{":
+    """(start, end, content) of every closed \\boxed{…} or \\fbox{…} that is in no other; `\\boxed 5` too."""
+    found, opened = [], []  # where \boxed stands and where its content begins; None for other braces
+    for match in re.finditer(r"\\f?box(?:ed)?\s*(\{|\d+)|\\.|[{}]", text, re.DOTALL):
+        if match[0] in ("{", "}") or match[1] == "{":
+            if match[0] == "}":
+                place = opened.pop() if opened else None
+                if place:
+                    found.append((place[0], match.end(), text[place[1] : match.start()]))
+            else:
+                opened.append((match.start(), match.end()) if match[1] else None)
+        elif match[1]:
             found.append((match.start(), match.end(), match[1]))
-            continue
-        depth = 0
-        for i in range(match.end() - 1, len(text)):
-            if text[i] in "{}" and text[i - 1] != "\\":
-                depth += 1 if text[i] == "{" else -1
-                if not depth:
-                    found.append((match.start(), i + 1, text[match.end() : i]))
-                    break
-    return found
+    outer, end = [], -1
+    for box in sorted(found):
+        if box[0] > end:
+            outer.append(box)
+            end = box[1]
+    return outer
 
 
 def squeeze(text: str) -> str:
