@@ -144,10 +144,15 @@ def _model_in(run_dir: Path) -> Path:
 def evaluate(
     model: ModelDir,
     tasks: Annotated[
-        str, typer.Option(help="comma-separated: reasoning-gym datasets, .jsonl, an rl recipe, humaneval")
+        str,
+        typer.Option(
+            help="comma-separated: reasoning-gym datasets, files of questions and answers, an rl recipe, humaneval"
+        ),
     ],
     samples: Annotated[int, typer.Option(help="answers a problem")] = 8,
-    problems: Annotated[int, typer.Option(help="problems a task, from the held-out split")] = 200,
+    problems: Annotated[
+        int, typer.Option(help="problems a task: from the held-out split, or of a file, all if it has no more")
+    ] = 200,
     template: Annotated[str, typer.Option(help="chat, r1-zero or plain")] = "chat",
     temperature: Annotated[float, typer.Option(help="of sampling")] = 0.6,
     top_p: Annotated[float, typer.Option(help="nucleus kept when sampling")] = 0.95,
@@ -159,34 +164,44 @@ def evaluate(
     device: Device = "cpu",
     as_json: AsJson = False,
 ) -> None:
-    """pass@1 and cons@k on held-out problems, with 95 % intervals."""
+    """pass@1 and cons@k on held-out problems, with 95 % intervals.
+
+    A file (.jsonl, .jsonl.gz, .json, .parquet) is asked whole; of a recipe's environments only what training left out.
+    """
     from rich.console import Console
 
     from rorqual.engine import Engine
-    from rorqual.evals.run import compare, gains_table, table
+    from rorqual.evals.run import compare, gains_table, sampling_params, table
     from rorqual.evals.run import evaluate as run
-    from rorqual.evals.tasks import split_tasks
+    from rorqual.evals.tasks import open_task, split_tasks
 
     _choice("--template", template, ("chat", "r1-zero", "plain"))
+    settings: dict[str, Any] = {
+        "seed": seed, "template": template, "temperature": temperature, "top_p": top_p, "max_tokens": max_tokens,
+        "thinking_budget": thinking_budget,
+    }  # fmt: skip
+    sampling_params(samples, problems, **settings)
+    opened = [open_task(task) for task in split_tasks(tasks)]
     computed = _dtype(dtype, device)
     directories = [_directory(model), *([] if against is None else [_directory(against)])]
     results = []
     for directory in directories:
-        engine = Engine(directory, dtype=computed, device=device)
-        result = run(
-            engine, engine.tokenizer, split_tasks(tasks), samples, problems, seed=seed, template=template,
-            temperature=temperature, top_p=top_p, max_tokens=max_tokens, thinking_budget=thinking_budget,
-        )  # fmt: skip
+        try:
+            engine = Engine(directory, dtype=computed, device=device)
+            result = run(engine, engine.tokenizer, opened, samples, problems, **settings)
+        except UserError:
+            if results and as_json:  # what the first model took hours for is not lost with the second
+                print(json.dumps(results[0]))
+            raise
         results.append(result | {"model": str(directory)})
+        if not as_json:
+            Console().print(table(results[-1]))
         del engine  # before the other model is loaded
     if against is not None:
         results[0] |= {"against": results[1], "gains": compare(results[1], results[0])}
     if as_json:
         print(json.dumps(results[0]))
-        return
-    for result in results:
-        Console().print(table(result))
-    if against is not None:
+    elif against is not None:
         Console().print(gains_table(results[0]["gains"]))
 
 

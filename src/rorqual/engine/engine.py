@@ -198,6 +198,11 @@ class Engine:
                     scheduler.cancel(request)
         return [self.completion(sample) for request in requests for sample in request.samples]
 
+    def check(self, prompts: Sequence[str] | Sequence[Sequence[int]], params: SamplingParams | None = None) -> None:
+        """Raise what `generate` would raise for these prompts, UserError, before anything is computed."""
+        for i, prompt in enumerate(prompts):
+            self._request(prompt, params or SamplingParams(), f"prompt {i + 1}", 0)
+
     def stream(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> Iterator[str]:
         """The text of one continuation, piece by piece as it is made. Raises UserError without a tokenizer."""
         if self.tokenizer is None:
