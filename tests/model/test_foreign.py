@@ -1,8 +1,10 @@
 """Whatever in config.json would make another network is computed or refused by name."""
 
-import pytest
+import json
 
-from networks import LLAMA, QWEN2, V3
+import pytest
+from networks import LLAMA, QWEN2, V2, V3
+
 from rorqual.errors import UserError
 from rorqual.model import ModelConfig
 
@@ -44,6 +46,12 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
         (LLAMA | {"clip_qkv": 8.0}, "clip_qkv"),
         (LLAMA | {"is_causal": False}, "is_causal"),
         (LLAMA | {"num_local_experts": 8}, "num_local_experts"),
+        (V3 | {"scoring_func": "softmax"}, "scoring_func"),
+        (V3 | {"topk_method": "greedy"}, "topk_method"),
+        (V2 | {"scoring_func": "sigmoid"}, "scoring_func"),
+        (V2 | {"topk_method": "noaux_tc"}, "topk_method"),
+        (V2 | {"norm_topk_prob": True}, "norm_topk_prob"),
+        (V2 | {"rope_interleave": False}, "rope_interleave"),
         (LLAMA | {"eos_token_id": "2"}, "eos_token_id"),
         (LLAMA | {"rms_norm_eps": "1e-6"}, "rms_norm_eps"),
     ],
@@ -96,8 +104,6 @@ def test_rope_is_read_in_all_its_forms(rope, theta, scaling):
 
 @pytest.mark.parametrize("name", ["n_group", "topk_group", "norm_topk_prob", "routed_scaling_factor"])
 def test_a_release_with_experts_says_how_they_are_chosen(tmp_path, name):
-    import json
-
     whole = ModelConfig.from_dict(V3).to_dict()
     (tmp_path / "config.json").write_text(json.dumps(whole))
     assert ModelConfig.load(tmp_path) == ModelConfig.from_dict(whole)

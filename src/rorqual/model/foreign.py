@@ -52,19 +52,30 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "rope_local_base_freq": (),
     "index_topk": (),
 }
-GROUPED_NEUTRAL: dict[str, tuple[Any, ...]] = {
+GROUPED: dict[str, tuple[Any, ...]] = {
     "rope_interleave": (False,),  # llama and qwen2 turn halves of a head
     "num_local_experts": (0, 1),
     "num_experts": (0, 1),
+}
+# What else a type's own code computes whatever the key says, or does not compute (transformers', DeepSeek's).
+OF_TYPE: dict[str, dict[str, tuple[Any, ...]]] = {
+    "llama": GROUPED,
+    "qwen2": GROUPED,
+    "deepseek_v2": {
+        "rope_interleave": (True,),
+        "scoring_func": ("softmax",),
+        "topk_method": ("greedy", "group_limited_greedy"),
+        "norm_topk_prob": (False,),
+    },
+    "deepseek_v3": {"scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",)},
 }
 
 
 def refuse_foreign(raw: dict[str, Any], layers: int, context: int, source: str) -> None:
     """Raises UserError naming a key, its value and why. `raw`: a config.json; context: tokens that it allows."""
-    neutral = NEUTRAL if raw["model_type"].startswith("deepseek") else NEUTRAL | GROUPED_NEUTRAL
-    for name, values in neutral.items():
+    for name, values in (NEUTRAL | OF_TYPE[raw["model_type"]]).items():
         if raw.get(name) is not None and not any(raw[name] == value for value in values):
-            only = f"; only {' or '.join(repr(v) for v in dict.fromkeys(values))} is" if values else ""
+            only = f"; only {' or '.join(map(repr, values))} is" if values else ""
             raise UserError(f"{source}: {name} = {raw[name]!r:.60} is not computed here{only}; take another release")
     _refuse_window(raw, layers, context, source)
 
