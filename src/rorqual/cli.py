@@ -4,6 +4,7 @@ Heavy imports stay inside the verbs, so that `--help` and a mistyped word answer
 """
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -137,7 +138,9 @@ def _finished(run_dir: Path) -> None:
 
 
 def _model_in(run_dir: Path) -> Path:
-    return next(p for p in (run_dir / "model", run_dir / "student" / "model") if p.exists())
+    from rorqual.model.files import model_directory
+
+    return model_directory(run_dir)
 
 
 @app.command("eval")
@@ -237,11 +240,12 @@ def generate(
     with loading(directory):
         engine = Engine(directory, weights=bits, dtype=computed, speculate=way, device=device)
     loaded = time.monotonic()
-    text = said if raw else templated(engine, [{"role": "user", "content": said.rstrip("\n")}])
+    asked = [{"role": "user", "content": said.rstrip("\n")}]
+    tokens = engine.encode(said) if raw else engine.encode(templated(engine, asked), begin=False)
     if as_json:
-        print(json.dumps(timed(engine, text, params) | {"load_seconds": loaded - started}, ensure_ascii=False))
+        print(json.dumps(timed(engine, tokens, params) | {"load_seconds": loaded - started}, ensure_ascii=False))
         return
-    for piece in engine.stream(text, params):
+    for piece in engine.stream(tokens, params):
         print(piece, end="", flush=True)
     print()
 
@@ -322,8 +326,7 @@ def serve(
             dtype=computed, weights=bits, chunk=512, speculate=way, device=device,
             cache_dtype=cache_format and getattr(torch, cache_format),
         )  # fmt: skip
-    called = name or (directory.parent if directory.name == "model" else directory).resolve().name.removesuffix(".gguf")
-    run(directory, engine, Options(called, keys, waiting, timeout), listening, page)
+    run(directory, engine, Options(name or _called(Path(model)), keys, waiting, timeout), listening, page)
 
 
 @app.command("import")
@@ -387,12 +390,18 @@ def speedrun(
 
 def _directory(model: str) -> Path:
     """A model's directory or .gguf file; a run's folder stands for the model in it, a Hub id for its snapshot."""
+    from rorqual.model.files import is_gguf, model_directory, unreadable
+
     path = Path(model)
-    if path.suffix == ".gguf":
+    if is_gguf(path) and not path.is_dir():
         return path
-    for found in (path, path / "model"):
-        if (found / "config.json").exists():
-            return found
+    if os.path.lexists((found := model_directory(path)) / "config.json"):
+        return found
+    try:
+        if path.is_dir():
+            os.listdir(path)
+    except OSError as e:
+        raise unreadable(path, e) from None
     if path.exists() or path.is_absolute() or model.count("/") != 1:
         raise UserError(f"{model} is not a model: no config.json in it; give a Hugging Face directory or a Hub id")
     from huggingface_hub import snapshot_download
@@ -405,6 +414,13 @@ def _directory(model: str) -> Path:
             f"{model} is neither a directory nor to be had from the Hub ({type(e).__name__}); check the name and the "
             "network"
         ) from e
+
+
+def _called(model: Path) -> str:
+    """What clients call what a user has named: a run by the run's name, a file without .gguf."""
+    path = model.resolve()
+    path = path.parent if path.name == "model" else path
+    return path.stem if path.suffix.lower() == ".gguf" else path.name
 
 
 def _bits(weights: str | None) -> Any:

@@ -209,7 +209,9 @@ def collect(
 ) -> Collected:
     """Sample `params.n` answers to each of the problems and judge them; `progress` is told of completions."""
     prompts = [task.prompt(problem, tokenizer, template) for problem in problems]
-    completions = engine.generate(prompts, params, progress=progress)
+    chat = template == "chat" and getattr(tokenizer, "chat_template", None)  # which has begun the prompts itself
+    texts = [engine.encode(p, begin=False) for p in prompts] if chat else prompts
+    completions = engine.generate(texts, params, progress=progress)
     asked = [problem for problem in problems for _ in range(params.n)]
     texts = [opening(prompts[i // params.n]) + c.text for i, c in enumerate(completions)]
     answers = [

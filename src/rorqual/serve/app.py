@@ -90,6 +90,8 @@ def build_app(service: Service) -> FastAPI:
         given = body.prompts()
         if not given:
             raise ApiError(400, "prompt is empty; give at least one token", "prompt")
+        if service.longest and "max_tokens" not in body.model_fields_set:
+            body.max_tokens = None  # the release's word comes before OpenAI's 16
         if body.max_tokens == 0 and not body.echo:
             raise ApiError(400, "max_tokens: 0 makes sense only with echo", "max_tokens")
         service.check_count(len(given) * body.n)

@@ -141,10 +141,10 @@ class Sampling(BaseModel):
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, le=1 << 31)] | None = None
-    min_p: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    repetition_penalty: Annotated[float, Field(gt=0, le=100)] = 1.0
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    min_p: Annotated[float, Field(ge=0, lt=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     logit_bias: (
         Annotated[dict[TokenId, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=BIASES_MOST)] | None
     ) = None
@@ -172,15 +172,16 @@ class Sampling(BaseModel):
             temperature=given(self.temperature, recommended.temperature),
             top_p=given(self.top_p, recommended.top_p),
             top_k=max(0, given(self.top_k, recommended.top_k)),
-            min_p=self.min_p,
-            repetition_penalty=self.repetition_penalty,
-            presence_penalty=self.presence_penalty,
-            frequency_penalty=self.frequency_penalty,
-            logit_bias=tuple((self.logit_bias or {}).items()),
+            min_p=given(self.min_p, recommended.min_p),
+            repetition_penalty=given(self.repetition_penalty, recommended.repetition_penalty),
+            presence_penalty=given(self.presence_penalty, recommended.presence_penalty),
+            frequency_penalty=given(self.frequency_penalty, recommended.frequency_penalty),
+            logit_bias=tuple((dict(recommended.logit_bias) | (self.logit_bias or {})).items()),
             max_tokens=max_tokens,
+            max_length=recommended.max_length,
             n=self.n,
             seed=None if self.seed is None else self.seed % (1 << 63),
-            stop=self.stops(),
+            stop=recommended.stop if self.stop is None else self.stops(),
             stop_token_ids=tuple(self.stop_token_ids),
             ignore_eos=self.ignore_eos,
             thinking_budget=self.thinking_budget,

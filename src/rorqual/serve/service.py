@@ -5,7 +5,7 @@ import contextlib
 import inspect
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rorqual.engine import Engine, Grammar, SamplingParams
@@ -37,6 +37,7 @@ class Service:
     def __init__(self, engine: Engine, recommended: SamplingParams, options: Options) -> None:
         self.engine, self.recommended, self.options = engine, recommended, options
         self.context = context_of(engine)
+        self.longest: int | None = engine.model.released.sampling.get("max_tokens")  # of an answer, says the release
         self.worker = Worker(engine, options.waiting)
         self.metrics = Metrics(engine)
         self.vocabulary = Vocabulary(engine)
@@ -73,10 +74,10 @@ class Service:
             raise ApiError(400, f"the model's chat template refuses these messages: {e}", param="messages") from e
 
     async def encode(self, text: str, special: bool) -> list[int]:
-        """special: with what the tokenizer puts before (or behind) a text."""
+        """special: with what the tokenizer puts before a text, unless it is there."""
         if any("\ud800" <= c <= "\udfff" for c in text):
             raise ApiError(400, "prompt holds half a character (a lone surrogate); send whole ones", "prompt")
-        return await self._aside(lambda: self.engine.tokenizer(text, add_special_tokens=special).input_ids)
+        return await self._aside(lambda: self.engine.encode(text, begin=special))
 
     def check_tokens(self, tokens: Sequence[int], param: str) -> None:
         size = self.engine.model.config.vocab_size
@@ -113,10 +114,11 @@ class Service:
     def sampling(
         self, body: Sampling, prompts: list[list[int]], wanted: int | None, logprobs: int, grammar: Grammar | None
     ) -> SamplingParams:
-        """`wanted`: tokens an answer may have; None: as many as there is room for."""
+        """`wanted`: tokens an answer may have; None: as many as the release says, else as there is room for."""
         room = self.context - max(map(len, prompts))
         try:
-            return body.params(self.recommended, wanted or room, logprobs, grammar)
+            params = body.params(self.recommended, wanted or min(self.longest or room, room), logprobs, grammar)
+            return params if wanted is None else replace(params, max_length=None)
         except UserError as e:
             raise ApiError(400, str(e)) from e
 
