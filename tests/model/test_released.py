@@ -94,6 +94,7 @@ def test_what_cannot_be_honoured_is_refused_where_it_would_count(model, name, va
     ("generation", "config", "ends"),
     [
         (None, 2, {2}),
+        ({"pad_token_id": 99999, "bos_token_id": None}, 2, {2}),  # beyond the vocabulary, as in some releases
         ({}, 2, {2}),
         ({"eos_token_id": [0, 1]}, 2, {0, 1, 2}),
         ({"eos_token_id": 0}, [1, 2], {0, 1, 2}),
