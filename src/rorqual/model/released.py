@@ -82,6 +82,10 @@ UNHONOURED: dict[str, tuple[Any, ...]] = {
     "max_time": (),
     "token_healing": (False,),
     "watermarking_config": (),
+    # llama.cpp's, from a GGUF file's header
+    "penalty_last_n": (-1,),
+    "xtc_probability": (0,),
+    "mirostat": (0,),
 }
 
 
