@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from rorqual.errors import UserError
+from rorqual.errors import UserError, file_error
 from rorqual.process import tune
 
 app = typer.Typer(
@@ -63,8 +63,7 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except OSError as e:
-        print(f"rorqual: {e.filename or 'file'}: {e.strerror or e}; free space or choose another place",
-              file=sys.stderr)  # fmt: skip
+        print(f"rorqual: {file_error(e.filename or 'a file', e, 'used')}", file=sys.stderr)
         sys.exit(2)
 
 

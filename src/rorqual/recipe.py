@@ -11,7 +11,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from rorqual.errors import UserError
-from rorqual.paths import local_path, read_text
+from rorqual.files import read_text
+from rorqual.paths import local_path
 from rorqual.sections import (
     BalanceSection,
     ChatDataSection,

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from damage import damaged, odd
 from gguf_files import KINDS, LLAMA, V3, network, write
 from rorqual import load_model, load_tokenizer, save_model
 from rorqual.data.tokenizer import save_tokenizer, train_tokenizer
@@ -26,10 +27,6 @@ from rorqual.recipe import TokenizerSection
 
 ROOM = 1 << 30  # address space that loading files of some hundred KB may take; a thread alone takes 64 MB of it
 PATIENCE = 30  # seconds for what takes a tenth of one
-ODD = [
-    None, True, False, -1, 0, 1, 2, 3, 7, 10**9, 2**31 - 1, 2**31, 2**63, 10**30, 0.0, 0.5, -0.5, 1e-300, 1e308,
-    float("nan"), float("inf"), "", "x", "a\nb", "\u0000", "../x", [], [1], ["x"], [[]], {}, {"a": 1}, {"type": "x"},
-]  # fmt: skip
 V3_AHEAD = V3.replace(num_nextn_predict_layers=1, hidden_size=32, rope_scaling=V3.rope_scaling | {"factor": 4.0})
 
 
@@ -73,49 +70,6 @@ def refused(load, *arguments):
         return True
     finally:
         signal.alarm(0)
-
-
-def damaged(rng, whole, end):
-    """A copy with something done to it before byte `end`."""
-    data, at = bytearray(whole), rng.randrange(end)
-    match rng.randrange(8):
-        case 0:
-            return bytes(data[: rng.randrange(len(data))])
-        case 1:
-            del data[at : at + rng.choice([1, 8, 100])]
-        case 2:
-            data[at:at] = data[at : at + rng.choice([1, 8, 100])]
-        case 3:
-            data[at : at + 8] = rng.choice([2**63, 2**40, 2**31, 10**6, 0]).to_bytes(8, "little")
-        case 4:
-            for _ in range(5):
-                data[rng.randrange(end)] = rng.randrange(256)
-        case _:
-            data[at] ^= 1 << rng.randrange(8)
-    return bytes(data)
-
-
-def places(value, path=()):
-    """The paths of everything in a JSON value."""
-    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return [path, *(p for key, v in inner for p in places(v, (*path, key)))]
-
-
-def odd(rng, value):
-    """A JSON value with one or two things in it replaced or taken out."""
-    value = json.loads(json.dumps(value))
-    for _ in range(rng.choice([1, 1, 2])):
-        path = rng.choice(places(value))
-        if not path:
-            continue
-        holder = value
-        for key in path[:-1]:
-            holder = holder[key]
-        if rng.random() < 0.15:
-            del holder[path[-1]]
-        else:
-            holder[path[-1]] = rng.choice(ODD)
-    return value
 
 
 @pytest.mark.parametrize("config", [LLAMA, V3_AHEAD], ids=["llama", "deepseek2"])

@@ -103,3 +103,21 @@ def test_parts_add_up_to_the_whole():
     cuts = (slice(0, 4), slice(4, 9))
     parts = [grpo_loss(logprobs[c], old[c], ref[c], advantages, weights, sequence[c], SECTION).loss for c in cuts]
     assert sum(parts).item() == pytest.approx(whole.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("normalise_std", [True, False])
+@pytest.mark.parametrize("reward", [0.05, 0.1, 0.3, 0.7, 1.1, 2.2, -0.3, 0.0, 1e-30, 1e6])
+def test_equal_rewards_have_advantages_of_exactly_0(reward, normalise_std):
+    for size in range(2, 65):
+        rewards = torch.full((3, size), reward)
+        assert group_advantages(rewards, normalise_std).abs().max() == 0, size
+        assert flat_groups(rewards).all()
+
+
+def test_rewards_that_differ_by_rounding_are_equal():
+    rewards = torch.tensor([[0.1 + 0.2, 0.3, 0.3, 0.3], [0.3, 0.3, 0.3, 0.3001]])
+    rewards[0, 0] = torch.nextafter(rewards[0, 1], torch.tensor(1.0))
+    assert flat_groups(rewards).tolist() == [True, False]
+    advantages = group_advantages(rewards, normalise_std=True)
+    assert advantages[0].tolist() == [0, 0, 0, 0]
+    assert advantages[1, 3] > 1

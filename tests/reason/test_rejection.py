@@ -89,9 +89,7 @@ def test_training_problems_only_and_by_weight(tokenizer):
     assert teacher.asked == []
 
 
-def test_distill_teaches_a_student(tokenizer, dense, tmp_path, monkeypatch):
-    save_model(dense, tmp_path / "student", tokenizer)
-    monkeypatch.setattr(rejection, "Engine", lambda path: Teacher(tokenizer, [GOOD, LONG]))
+def distill_recipe(tmp_path, **changes):
     raw = {
         "name": "taught",
         "out": str(tmp_path),
@@ -105,7 +103,13 @@ def test_distill_teaches_a_student(tokenizer, dense, tmp_path, monkeypatch):
         "train": {"epochs": 25, "batch_size": 4},
         "sequence_length": 64,
     }
-    run_dir = distill(parse_recipe(raw, "distill"))
+    return parse_recipe(raw | changes, "distill")
+
+
+def test_distill_teaches_a_student(tokenizer, dense, tmp_path, monkeypatch):
+    save_model(dense, tmp_path / "student", tokenizer)
+    monkeypatch.setattr(rejection, "Engine", lambda path: Teacher(tokenizer, [GOOD, LONG]))
+    run_dir = distill(distill_recipe(tmp_path))
     rows = [json.loads(line) for line in (run_dir / "samples.jsonl").read_text().splitlines()]
     assert len(rows) == 24
     student = run_dir / "student" / "model"
@@ -113,7 +117,53 @@ def test_distill_teaches_a_student(tokenizer, dense, tmp_path, monkeypatch):
     params = SamplingParams(temperature=0.0, max_tokens=30)
     prompts = [row["prompt"] for row in rows[:4]]
     assert all(c.text.startswith("so</think><answer>") for c in engine.generate(prompts, params))
-    assert distill(parse_recipe(raw, "distill"), resume=True) == run_dir
+    assert distill(distill_recipe(tmp_path), resume=True) == run_dir
+    assert not (run_dir / "samples.partial.jsonl").exists()
+
+
+def test_a_killed_distillation_keeps_its_samples(tokenizer, dense, tmp_path, monkeypatch):
+    save_model(dense, tmp_path / "student", tokenizer)
+    class Killed(BaseException):
+        pass
+
+    teachers, batches = [], 0
+
+    class Mortal(Teacher):
+        def generate(self, prompts, params):
+            nonlocal batches
+            batches += 1
+            if batches == 3:
+                raise Killed
+            return super().generate(prompts, params)
+
+    def engine(path):
+        teachers.append(Mortal(tokenizer, [GOOD, LONG]))
+        return teachers[-1]
+
+    monkeypatch.setattr(rejection, "Engine", engine)
+    monkeypatch.setattr(rejection, "BATCH", 8)
+    monkeypatch.setattr(rejection, "sft", lambda recipe, resume: None)
+    with pytest.raises(Killed):
+        distill(distill_recipe(tmp_path))
+    partial = tmp_path / "taught" / "samples.partial.jsonl"
+    assert json.loads(partial.read_text().splitlines()[-1])["done"] == 16
+    with partial.open("a") as file:
+        file.write('{"done": 24, "ro')  # the kill came in the midst of a line
+    killed = distill(distill_recipe(tmp_path), resume=True) / "samples.jsonl"
+    assert len(teachers[1].asked) == 8  # what was done is not sampled again
+    assert not partial.exists()
+    whole = distill(distill_recipe(tmp_path, name="whole")) / "samples.jsonl"
+    assert killed.read_text() == whole.read_text()
+
+
+def test_nothing_right_leaves_the_name_free(tokenizer, dense, tmp_path, monkeypatch):
+    save_model(dense, tmp_path / "student", tokenizer)
+    monkeypatch.setattr(rejection, "sft", lambda recipe, resume: None)
+    monkeypatch.setattr(rejection, "Engine", lambda path: Teacher(tokenizer, [WRONG, WRONG]))
+    with pytest.raises(UserError, match="none of 2 answers to each of 24 problems was right"):
+        distill(distill_recipe(tmp_path))
+    monkeypatch.setattr(rejection, "Engine", lambda path: Teacher(tokenizer, [GOOD, WRONG]))
+    assert (distill(distill_recipe(tmp_path, teacher="stronger")) / "samples.jsonl").exists()
 
 
 def test_distill_checks_the_student_and_the_questions_first(tokenizer, dense, tmp_path, monkeypatch):

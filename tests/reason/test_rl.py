@@ -123,6 +123,32 @@ def test_a_finished_run_resumes_to_itself(tmp_path, model_dir):
         rl(recipe(tmp_path, model_dir))
 
 
+def test_metrics_stay_json_when_the_policy_runs_away(tmp_path, model_dir, monkeypatch):
+    real, steps = RLTrainer.step, []
+
+    def step(self, progress=0.0):
+        steps.append(self.steps)
+        return real(self, progress) | {"kl": float("inf"), "entropy": float("nan")}
+
+    monkeypatch.setattr(RLTrainer, "step", step)
+    run_dir = rl(recipe(tmp_path, model_dir, steps=2))
+    found = [json.loads(line, parse_constant=pytest.fail) for line in (run_dir / "metrics.jsonl").open()]
+    assert [(line["kl"], line["entropy"]) for line in found if line["step"]] == [("inf", "nan")] * 2
+
+
+def test_a_skipped_update_pushes_no_good_checkpoint_out(tmp_path, model_dir, monkeypatch):
+    real = RLTrainer.step
+
+    def step(self, progress=0.0):
+        metrics = real(self, progress)
+        self.skipped_in_a_row = int(self.steps > 2)
+        return metrics
+
+    monkeypatch.setattr(RLTrainer, "step", step)
+    run_dir = rl(recipe(tmp_path, model_dir, "save_every=1", "keep=1", steps=4))
+    assert sorted(p.name for p in run_dir.glob("checkpoints/*")) == ["step-2", "step-4"]  # 4: the end
+
+
 def test_by_the_clock(tmp_path, model_dir):
     clocked = recipe(tmp_path, model_dir, "eval_every=0").model_copy(update={"steps": None, "seconds": 1.5})
     start = time.monotonic()

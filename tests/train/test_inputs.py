@@ -48,6 +48,11 @@ RECIPES = {
 }  # fmt: skip
 
 
+def start(made, resume=False):
+    with open_run(made, resume) as run_dir:
+        return run_dir
+
+
 def recipe(kind):
     return parse_recipe(RECIPES[kind][0] | {"name": "run"}, kind)
 
@@ -61,54 +66,54 @@ def test_every_file_of_a_recipe_is_known(here, kind):
 def test_changed_data_ends_a_resumed_run_and_a_touch_does_not(here, kind):
     made = recipe(kind)
     run_dir = made.run_dir
-    open_run(made, resume=False)
-    (run_dir / "checkpoints").mkdir()
+    start(made, resume=False)
+    (run_dir / "checkpoints" / "step-1").mkdir(parents=True)
     for name in RECIPES[kind][1]:
         path, before = here / name, FILES[name]
         stat = path.stat()
         os.utime(path)
-        open_run(made, resume=True)
+        start(made, resume=True)
         path.write_text(before[:-1] + "#")  # of the same size, and as old as it was
         os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
         with pytest.raises(UserError, match=rf"{name} has changed since runs/run began"):
-            open_run(made, resume=True)
+            start(made, resume=True)
         shutil.copy(path, here / "aside")
         path.unlink()
         path.write_text(before)
-        open_run(made, resume=True)
+        start(made, resume=True)
 
 
 def test_files_that_come_and_go(here):
     made = recipe("pretrain")
-    open_run(made, resume=False)
-    (made.run_dir / "checkpoints").mkdir()
+    start(made, resume=False)
+    (made.run_dir / "checkpoints" / "step-1").mkdir(parents=True)
     (here / "c.jsonl").write_text("{}")
     with pytest.raises(UserError, match=r"c\.jsonl is new since"):
-        open_run(made, resume=True)
+        start(made, resume=True)
     (here / "c.jsonl").unlink()
     (here / "a.jsonl").rename(here / "away")
     with pytest.raises(UserError, match=r"a\.jsonl is gone since"):
-        open_run(made, resume=True)
+        start(made, resume=True)
     (here / "away").rename(here / "a.jsonl")
-    open_run(made, resume=True)
+    start(made, resume=True)
 
 
 def test_a_start_that_never_trained_binds_nobody(here):
     made = recipe("pretrain")
-    assert keep_inputs(open_run(made, resume=False), made, begun=False)
+    assert keep_inputs(start(made, resume=False), made, begun=False)
     (here / "a.jsonl").write_text('{"text": "c"}\n')
     (made.run_dir / "tokenizer").mkdir()
-    open_run(made, resume=True)
+    start(made, resume=True)
     assert not (made.run_dir / "tokenizer").exists()  # learnt from other text
 
 
 def test_a_run_of_before_there_was_such_a_file(here):
     made = recipe("pretrain")
-    run_dir = open_run(made, resume=False)
+    run_dir = start(made, resume=False)
     (run_dir / inputs.NAME).unlink()
-    (run_dir / "checkpoints").mkdir()
+    (run_dir / "checkpoints" / "step-1").mkdir(parents=True)
     (run_dir / "tokenizer").mkdir()
-    open_run(made, resume=True)
+    start(made, resume=True)
     assert (run_dir / "tokenizer").exists()
     assert len(json.loads((run_dir / inputs.NAME).read_text())) == 5
 
@@ -116,14 +121,14 @@ def test_a_run_of_before_there_was_such_a_file(here):
 @pytest.mark.parametrize("text", ["", "[]", '{"a": 1}', '{"a": {"size": 1}}'])
 def test_a_damaged_list_is_named(here, text):
     made = recipe("pretrain")
-    run_dir = open_run(made, resume=False)
+    run_dir = start(made, resume=False)
     (run_dir / inputs.NAME).write_text(text)
     with pytest.raises(UserError, match=r"inputs\.json .*delete it to trust"):
-        open_run(made, resume=True)
+        start(made, resume=True)
 
 
 def test_what_the_system_says_is_the_same_is_not_read_again(here, monkeypatch):
     made = recipe("sft")
-    run_dir = open_run(made, resume=False)
+    run_dir = start(made, resume=False)
     monkeypatch.setattr(inputs, "file_digest", lambda *_: pytest.fail("read again"))
     assert keep_inputs(run_dir, made, begun=True)

@@ -183,6 +183,40 @@ def test_three_steps_that_are_not_finite_stop_the_run(make_recipe, monkeypatch, 
     assert all(t.isfinite().all() for n, t in load_file(newest / "tensors.safetensors").items() if "rng" not in n)
 
 
+def test_skipped_steps_push_no_good_checkpoint_out(make_recipe, monkeypatch):
+    recipe = make_recipe(train__save_every=1, train__keep=1)
+    real = Trainer._losses
+
+    def losses(self, *args):
+        parts, routing = real(self, *args)
+        return [p * float("inf") if self.steps >= 5 else p for p in parts], routing
+
+    monkeypatch.setattr(Trainer, "_losses", losses)
+    with pytest.raises(UserError, match="3 steps in a row"):
+        pretrain(recipe)
+    assert {p.name for p in recipe.run_dir.glob("checkpoints/*")} >= {"step-5"}
+    assert not {p.name for p in recipe.run_dir.glob("checkpoints/*")} & {"step-6", "step-7", "step-8"}
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_validation_that_is_not_finite_is_never_best(make_recipe, monkeypatch, bad):
+    real, steps = Trainer.bits_per_byte, []
+
+    def bits_per_byte(self, batches):
+        steps.append(self.steps)
+        return bad if len(steps) in (1, 3) else real(self, batches)
+
+    monkeypatch.setattr(Trainer, "bits_per_byte", bits_per_byte)
+    run_dir = pretrain(make_recipe(train__keep=1))
+    assert steps == [4, 8, 12]
+    assert checkpoints_module.Checkpoints(run_dir, 1).best() == 8
+    for file in (*run_dir.glob("checkpoints/*/state.json"), run_dir / "ledger.json"):
+        json.loads(file.read_text(), parse_constant=pytest.fail)
+    lines = [json.loads(line, parse_constant=pytest.fail) for line in (run_dir / "metrics.jsonl").open()]
+    assert [line["valid_bpb"] for line in lines if line["step"] in (4, 12)] == [str(bad), str(bad)]
+    assert f"| held-out text | {bad} bits per byte |" in (run_dir / "model" / "README.md").read_text()
+
+
 def test_disk_full_stops_with_one_sentence_and_the_run_goes_on(make_recipe, monkeypatch):
     recipe, calls = make_recipe(), 0
     real = checkpoints_module.save_file
@@ -196,7 +230,7 @@ def test_disk_full_stops_with_one_sentence_and_the_run_goes_on(make_recipe, monk
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoints_module, "save_file", save_file)
-        with pytest.raises(UserError, match=r"step-8: the disk is full; .*step 4 is intact"):
+        with pytest.raises(UserError, match=r"step-8 cannot be written \(the disk is full\); .*step 4 is intact"):
             pretrain(recipe)
     assert same(weights_of(pretrain(recipe, resume=True)), weights_of(pretrain(make_recipe("straight"))))
 
@@ -204,12 +238,12 @@ def test_disk_full_stops_with_one_sentence_and_the_run_goes_on(make_recipe, monk
 def test_disk_full_at_the_very_end(make_recipe, monkeypatch):
     recipe = make_recipe(train__steps=2)
 
-    def write_text(self, text):
+    def write_text(self, text, **options):
         raise OSError(errno.ENOSPC, "No space left on device", str(self))
 
     with monkeypatch.context() as patch:
         patch.setattr("rorqual.train.finish.model_card", lambda *_: patch.setattr(Path, "write_text", write_text) or "")
-        with pytest.raises(UserError, match=r"run/ledger.tmp: cannot be written \(No space left on device\)"):
+        with pytest.raises(UserError, match=r"README.md cannot be written \(the disk is full\); .* with --resume"):
             pretrain(recipe)
     assert (pretrain(recipe, resume=True) / "ledger.json").exists()
 

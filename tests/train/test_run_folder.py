@@ -1,4 +1,9 @@
 import json
+import math
+import os
+import signal
+import subprocess
+import sys
 import tomllib
 
 import pytest
@@ -26,7 +31,7 @@ def test_keys_that_need_quotes():
 def test_a_place_that_cannot_be_written(make_recipe, tmp_path):
     (tmp_path / "runs").write_text("a file where the folder should be")
     with pytest.raises(UserError, match=r"cannot be written .*set out to a writable place"):
-        open_run(make_recipe(), resume=False)
+        start(make_recipe())
 
 
 def test_metrics_past_the_checkpoint_and_cut_lines_are_dropped(tmp_path):
@@ -67,3 +72,105 @@ def test_a_terminal_shows_a_bar(tmp_path, monkeypatch, capsys):
     shown = capsys.readouterr().err
     assert "half-way" in shown
     assert "50%" in shown
+
+
+def test_metrics_are_strict_json(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "kl": Infinity}\n{"step": 2, "kl": NaN}\n')  # of an earlier version
+    telemetry = Telemetry(tmp_path, 10, "steps", resume_step=2)
+    telemetry.log(3, kl=float("inf"), per_layer=[1.0, float("nan")], loss=-math.inf)
+    telemetry.close()
+    lines = [json.loads(line, parse_constant=pytest.fail) for line in path.read_text().splitlines()]
+    assert [line["kl"] for line in lines] == ["inf", "nan", "inf"]
+    assert lines[2] == {"step": 3, "kl": "inf", "per_layer": [1.0, "nan"], "loss": "-inf"}
+
+
+def test_metrics_that_were_damaged_are_kept_beside(tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    was = '{"step": 1, "loss": 2.0}\n\x00\x00garbage\n[1]\n{"step": 2, "loss": 1.0}\n{"step": 3, "lo'
+    path.write_text(was)
+    Telemetry(tmp_path, 10, "steps", resume_step=2).close()
+    assert (tmp_path / "metrics.damaged.jsonl").read_text() == was
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line.get("loss") for line in lines] == [2.0, 1.0, None]
+    assert "2 lines were not JSON" in lines[2]["note"]
+    assert "metrics.damaged.jsonl" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_told_also_while_closing(tmp_path):
+    telemetry = Telemetry(tmp_path, 10, "steps")
+    telemetry.file.close()
+    telemetry.file = open("/dev/full", "w")  # noqa: SIM115
+    with pytest.raises(UserError, match=r"metrics.jsonl cannot be written \(the disk is full\); .*--resume"):
+        telemetry.log(1, loss=1.0)
+    telemetry.close()  # does not put an error of its own in the place of that one
+
+
+def start(recipe, resume=False):
+    with open_run(recipe, resume) as run_dir:
+        return run_dir
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_start_that_failed_blocks_nothing(make_recipe, resume):
+    with open_run(make_recipe(), False) as run_dir:  # and then the corpus, say, is not found
+        (run_dir / "tokenizer").mkdir()  # of this recipe's vocabulary
+        (run_dir / "data").mkdir()
+    assert start(make_recipe(), resume) == run_dir
+    assert (run_dir / "tokenizer").is_dir()
+    start(make_recipe(tokenizer__vocab_size=400), resume)
+    assert not (run_dir / "tokenizer").exists()
+    assert tomllib.loads((run_dir / "recipe.toml").read_text())["tokenizer"]["vocab_size"] == 400
+
+
+WORK = ["checkpoints/step-3", "checkpoints/damaged-step-3", "model/config.json", "student/x", "samples.jsonl",
+        "samples.partial.jsonl", "ledger.json"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WORK)
+def test_a_run_that_did_something_is_protected(make_recipe, name):
+    run_dir = start(make_recipe())
+    (run_dir / name).parent.mkdir(exist_ok=True)
+    (run_dir / name).write_text("something")
+    with pytest.raises(UserError, match="already holds a run; continue it with --resume or give another name"):
+        start(make_recipe())
+    with pytest.raises(UserError, match=r"tokenizer.vocab_size was 300 and is 400 now"):
+        start(make_recipe(tokenizer__vocab_size=400), resume=True)
+    assert start(make_recipe(), resume=True) == run_dir
+    (run_dir / "recipe.toml").unlink()
+    with pytest.raises(UserError, match=r"recipe.toml cannot be read"):
+        start(make_recipe(), resume=True)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_folder_of_other_files_is_not_taken(make_recipe, resume):
+    run_dir = make_recipe().run_dir
+    run_dir.mkdir(parents=True)
+    (run_dir / "thesis.tex").write_text("mine")
+    with pytest.raises(UserError, match=r"holds files that are no run's \(thesis.tex\); give another name"):
+        start(make_recipe(), resume)
+    assert [p.name for p in run_dir.iterdir()] == ["thesis.tex"]
+
+
+def test_a_run_folder_has_one_owner(make_recipe, child_environment):
+    """The lock ends with its process, however that ends, and children of a process that was killed do not keep it."""
+    recipe = make_recipe()
+    run_dir = start(recipe)
+    hold = (
+        "import os, sys, time; from pathlib import Path; from rorqual.files import locked\n"
+        "with locked(Path(sys.argv[1]), 'x'):\n"
+        "    child = os.fork()\n"
+        "    print('held', flush=True) if child else None\n"
+        "    time.sleep(60)\n"
+    )
+    words = [sys.executable, "-c", hold, str(run_dir / ".lock")]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, env=child_environment, start_new_session=True) as owner:
+        try:
+            assert owner.stdout.readline() == b"held\n"
+            with pytest.raises(UserError, match=rf"another process trains in it \(process {owner.pid}\); wait for it"):
+                start(recipe, resume=True)
+            owner.kill()
+            owner.wait(timeout=60)
+            assert start(recipe, resume=True) == run_dir  # though its child lives
+        finally:
+            os.killpg(owner.pid, signal.SIGKILL)

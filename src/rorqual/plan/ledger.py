@@ -1,12 +1,12 @@
 """The account of a run: what each stage took, beside what the planner had said."""
 
-import json
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from rorqual import strict_json
+from rorqual.files import write_text
 from rorqual.plan.machine import describe_machine, matrix_peak
 
 
@@ -44,7 +44,5 @@ class Ledger:
 
     def write(self) -> Path:
         """Write ledger.json whole or not at all."""
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
-        os.replace(temporary, self.path)
+        write_text(self.path, strict_json.dumps(self.to_dict(), indent=2) + "\n", then="then continue with --resume")
         return self.path

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from rorqual.recipe import GRPOSection
 
-EPSILON = 1e-6  # keeps a flat group's advantages at 0
+EPSILON = 1e-6
+FLAT = 1e-6  # rewards of a group that differ by less, relative to their size, differ by rounding only
 
 
 @dataclass(frozen=True)
@@ -34,16 +35,21 @@ class Loss:
 
 
 def group_advantages(rewards: Tensor, normalise_std: bool) -> Tensor:
-    """rewards [Q, G] → advantages [Q, G]; std is the population's, and a flat group's advantages are 0."""
+    """rewards [Q, G] → advantages [Q, G]; std is the population's, and a flat group's advantages are exactly 0.
+
+    The mean of equal numbers need not be that number, and dividing the rest by a tiny std would make a signal of it.
+    """
     centred = rewards - rewards.mean(dim=1, keepdim=True)
+    centred = centred.masked_fill(flat_groups(rewards)[:, None], 0.0)
     if not normalise_std:
         return centred
     return centred / (rewards.std(dim=1, keepdim=True, correction=0) + EPSILON)
 
 
 def flat_groups(rewards: Tensor) -> Tensor:
-    """rewards [Q, G] → bool [Q]: all rewards of the group are equal, so that it has no signal."""
-    return (rewards == rewards[:, :1]).all(dim=1)
+    """rewards [Q, G] → bool [Q]: all rewards of the group are equal up to rounding, so that it has no signal."""
+    spread = rewards.amax(dim=1) - rewards.amin(dim=1)
+    return spread <= FLAT * rewards.abs().amax(dim=1)
 
 
 def token_weights(lengths: Tensor, average: Literal["sequence", "token"]) -> Tensor:

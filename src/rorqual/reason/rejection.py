@@ -2,12 +2,13 @@
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from rorqual.engine import Engine, SamplingParams
-from rorqual.errors import UserError
+from rorqual.errors import UserError, file_error
+from rorqual.files import write_text
 from rorqual.reason.environment import Environment, open_environment
 from rorqual.reason.problems import Problem
 from rorqual.reason.prompts import OPENING, Template, prompt_text
@@ -46,14 +47,42 @@ def rejection_sample(
     {"prompt", "completion", "family", "reward", "length"}; prompt and completion are text as the model saw and wrote
     it. `progress` is told how many problems are done. Raises NothingRight when no answer is right.
     """
-    by_family = {e.family: e for e in environments}
     kept: list[dict[str, Any]] = []
+    for done, rows in rejection_batches(
+        engine, environments, problems, template, reward, params, keep_per_problem, seed, verdict
+    ):
+        kept += rows
+        if progress:
+            progress(done)
+    if not kept:
+        raise _nothing_right(params, problems)
+    return kept
+
+
+def rejection_batches(
+    engine: Engine,
+    environments: Sequence[Environment],
+    problems: int,
+    template: Template,
+    reward: RewardSection,
+    params: SamplingParams,
+    keep_per_problem: int = 1,
+    seed: int = 0,
+    verdict: Verdict | None = None,
+    start: int = 0,
+) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+    """What `rejection_sample` keeps, batch by batch, each with how many problems are done after it.
+
+    `start`: problems that are done already; the batches after them are the same as without.
+    """
+    by_family = {e.family: e for e in environments}
     drawn = _draw(environments, problems, seed)
-    for start in range(0, len(drawn), BATCH):
-        batch = drawn[start : start + BATCH]
-        sampling = SamplingParams(**vars(params) | {"seed": derived_seed(seed, "rejection", start)})
+    for first in range(start, len(drawn), BATCH):
+        batch = drawn[first : first + BATCH]
+        sampling = SamplingParams(**vars(params) | {"seed": derived_seed(seed, "rejection", first)})
         rollout = sample_groups(engine, batch, template, sampling)
         rewards = score(rollout.samples, by_family, reward, params.max_tokens, verdict)
+        kept: list[dict[str, Any]] = []
         for q, problem in enumerate(batch):
             members = [
                 i
@@ -74,14 +103,14 @@ def rejection_sample(
                 }
                 for i in best
             ]
-        if progress:
-            progress(start + len(batch))
-    if not kept:
-        raise NothingRight(
-            f"none of {params.n} answers to each of {len(drawn)} problems was right; take a stronger teacher, easier "
-            f"environments or more samples"
-        )
-    return kept
+        yield first + len(batch), kept
+
+
+def _nothing_right(params: SamplingParams, problems: int) -> NothingRight:
+    return NothingRight(
+        f"none of {params.n} answers to each of {problems} problems was right; take a stronger teacher, easier "
+        f"environments or more samples"
+    )
 
 
 def distill(recipe: DistillRecipe, resume: bool = False) -> Path:
@@ -91,50 +120,87 @@ def distill(recipe: DistillRecipe, resume: bool = False) -> Path:
     Raises UserError for whatever the user can mend, Stopped after SIGINT or SIGTERM.
     """
     tokenizer_of(recipe.model)
-    check_length(recipe.model, recipe.sequence_length, "sequence_length")
+    check_length(recipe.model, recipe, "sequence_length")
     environments = [open_environment(section) for section in recipe.environments]
-    run_dir = open_run(recipe, resume)
-    samples = run_dir / "samples.jsonl"
-    if not samples.exists():
-        _write_lines(samples, _teach(recipe, environments))
-    student = SFTRecipe(
-        name="student",
-        out=str(run_dir),
-        seed=recipe.seed,
-        track=recipe.track,
-        model=recipe.model,
-        data=ChatDataSection(path=str(samples), sequence_length=recipe.sequence_length),
-        optimizer=recipe.optimizer,
-        schedule=recipe.schedule,
-        balance=recipe.balance,
-        train=recipe.train,
-    )
-    sft(student, resume=student.run_dir.exists())
+    with open_run(recipe, resume) as run_dir:
+        samples = run_dir / "samples.jsonl"
+        if not samples.exists():
+            _teach(recipe, environments, samples)
+        student = SFTRecipe(
+            name="student",
+            out=str(run_dir),
+            seed=recipe.seed,
+            track=recipe.track,
+            model=recipe.model,
+            data=ChatDataSection(path=str(samples), sequence_length=recipe.sequence_length),
+            optimizer=recipe.optimizer,
+            schedule=recipe.schedule,
+            balance=recipe.balance,
+            train=recipe.train,
+        )
+        sft(student, resume=True)
     return run_dir
 
 
-def _teach(recipe: DistillRecipe, environments: Sequence[Environment]) -> list[dict[str, Any]]:
+def _teach(recipe: DistillRecipe, environments: Sequence[Environment], samples: Path) -> None:
+    """Write samples.jsonl. Each batch is kept in samples.partial.jsonl as soon as it is judged."""
     from rich.console import Console
     from rich.progress import Progress
 
     engine = Engine(recipe.teacher)
     context = engine.model.config.max_position_embeddings
     leave_room(environments, recipe.template, engine.tokenizer, context, recipe.max_tokens, "max_tokens")
+    partial = samples.with_name("samples.partial.jsonl")
+    start, kept = _read_partial(partial)
     params = SamplingParams(temperature=recipe.temperature, max_tokens=recipe.max_tokens, n=recipe.samples)
     console = Console(stderr=True)
-    with Progress(console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("sampling from the teacher", total=recipe.problems)
-        return rejection_sample(
-            engine,
-            environments,
-            recipe.problems,
-            recipe.template,
-            recipe.reward,
-            params,
-            recipe.keep_per_problem,
-            recipe.seed,
-            progress=lambda done: bar.update(task, completed=done),
-        )
+    with Progress(console=console, disable=not console.is_terminal) as bar, _open_to_append(partial) as file:
+        task = bar.add_task("sampling from the teacher", total=recipe.problems, completed=start)
+        for done, rows in rejection_batches(
+            engine, environments, recipe.problems, recipe.template, recipe.reward, params,
+            recipe.keep_per_problem, recipe.seed, start=start,
+        ):  # fmt: skip
+            kept += rows
+            try:
+                file.write(json.dumps({"done": done, "rows": rows}, ensure_ascii=False) + "\n")
+                file.flush()
+            except OSError as e:
+                raise file_error(partial, e, then="then continue with --resume") from e
+            bar.update(task, completed=done)
+    if kept:
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
+        write_text(samples, lines, then="then continue with --resume")
+    partial.unlink()
+    if not kept:
+        raise _nothing_right(params, recipe.problems)
+
+
+def _read_partial(path: Path) -> tuple[int, list[dict[str, Any]]]:
+    """How many problems are done, and what was kept of them; a last line cut short by a kill is cut off."""
+    done, rows, whole = 0, [], 0
+    try:
+        with path.open("rb") as file:
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                found = json.loads(line)
+                done, whole = found["done"], whole + len(line)
+                rows += found["rows"]
+        os.truncate(path, whole)
+    except FileNotFoundError:
+        pass
+    except OSError as e:
+        raise file_error(path, e, "read", "then continue with --resume") from e
+    except (ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{path} is damaged ({e}); delete it to sample anew, then continue with --resume") from e
+    return done, rows
+
+
+def _open_to_append(path: Path) -> TextIO:
+    try:
+        return path.open("a", encoding="utf-8")
+    except OSError as e:
+        raise file_error(path, e, then="then continue with --resume") from e
 
 
 def _draw(environments: Sequence[Environment], problems: int, seed: int) -> list[Problem]:
@@ -145,12 +211,3 @@ def _draw(environments: Sequence[Environment], problems: int, seed: int) -> list
     for environment, low, high in zip(environments, bounds, bounds[1:], strict=False):
         drawn += environment.problems("train", high - low, derived_seed(seed, "rejection", environment.family))
     return drawn
-
-
-def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
-    temporary = path.with_suffix(".tmp")
-    try:
-        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as e:
-        raise UserError(f"{path}: cannot be written ({e.strerror}); free space, then --resume") from e

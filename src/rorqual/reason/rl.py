@@ -1,12 +1,12 @@
 """`rorqual rl`: the run around RLTrainer, from a recipe to a release."""
 
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rorqual.files import write_text
 from rorqual.kernels.machine import compute_dtype
 from rorqual.model import Transformer
 from rorqual.model.checkpoint import load_model, save_model, stored_dtype
@@ -37,13 +37,13 @@ def rl(recipe: RLRecipe, resume: bool = False) -> Path:
     tokenizer = tokenizer_of(recipe.model)
     environments = [open_environment(section) for section in recipe.environments]
     check_problems(recipe, tokenizer, environments)
-    run_dir = open_run(recipe, resume)
-    model = build_model(recipe.model, tokenizer, recipe.seed)
-    run = RLRun(run_dir, recipe, RLTrainer(model, tokenizer, environments, recipe))
-    run.fit()
-    if recipe.keep_start and run.lost():
-        model = load_model(recipe.model.path, stored_dtype(recipe.model.path))
-    _release(run, model, tokenizer)
+    with open_run(recipe, resume) as run_dir:
+        model = build_model(recipe.model, tokenizer, recipe.seed)
+        run = RLRun(run_dir, recipe, RLTrainer(model, tokenizer, environments, recipe))
+        run.fit()
+        if recipe.keep_start and run.lost():
+            model = load_model(recipe.model.path, stored_dtype(recipe.model.path))
+        _release(run, model, tokenizer)
     return run_dir
 
 
@@ -94,7 +94,8 @@ class RLRun:
                     telemetry.log(0, **self._evaluate(), seconds=self.seconds)
                 while not self.done():
                     self._step(telemetry)
-                    if trainer.steps % recipe.save_every == 0 or self.done() or stop.requested:
+                    due = trainer.steps % recipe.save_every == 0 and not trainer.skipped_in_a_row
+                    if due or self.done() or stop.requested:
                         self._save(checkpoints)
                     if stop.requested:
                         raise stop.stopped(trainer.steps)
@@ -149,23 +150,23 @@ class RLRun:
             "stages": self.stages,
         }
         score = None if shares is None else -sum(shares.values()) / len(shares)
-        checkpoints.save(self.trainer.steps, self.trainer.tensors(), state, score)
+        good = not self.trainer.skipped_in_a_row
+        checkpoints.save(self.trainer.steps, self.trainer.tensors(), state, score, good)
 
     def _resume(self, checkpoints: Checkpoints) -> None:
         found = checkpoints.load_latest()
         if found is None:
             return
-        _, tensors, state = found
-        self.trainer.load(tensors, state["trainer"])
-        self.seconds, self.evaluations, self.stages = state["seconds"], state["evaluations"], state["stages"]
+        step, tensors, state = found
+        with checkpoints.another_version(step):
+            self.trainer.load(tensors, state["trainer"])
+            self.seconds, self.evaluations, self.stages = state["seconds"], state["evaluations"], state["stages"]
 
 
 def _release(run: RLRun, model: Transformer, tokenizer: Any) -> None:
     directory = run.run_dir / "model"
     save_model(model, directory, tokenizer)
-    temporary = directory / "README.tmp"
-    temporary.write_text(_card(run, model))
-    os.replace(temporary, directory / "README.md")
+    write_text(directory / "README.md", _card(run, model), then="then continue with --resume")
     trainer = run.trainer
     ledger = Ledger(run.run_dir, predict_rl(run.recipe, model.config), compute_dtype(run.recipe.model.dtype))
     for stage, tokens in zip(STAGES, (trainer.tokens, trainer.learnt), strict=True):

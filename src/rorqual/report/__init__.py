@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from rorqual.errors import UserError
+from rorqual.errors import file_error
 from rorqual.report.page import render
 from rorqual.report.plots import draw_all
 from rorqual.report.record import read_run
@@ -22,5 +22,5 @@ def write_report(run_dir: str | Path) -> Path:
     try:
         page.write_text(render(run, draw_all(run, run.path / "figures")), encoding="utf-8")
     except OSError as e:
-        raise UserError(f"{page} cannot be written ({e.strerror}); free space or check its permissions") from None
+        raise file_error(e.filename or page, e) from None
     return page

@@ -65,4 +65,6 @@ or `AutoModelForCausalLM.from_pretrained` in transformers.
 
 
 def _shown(value: object, unit: str) -> str:
+    if isinstance(value, str):  # not finite
+        return f"{value} {unit}"
     return f"{value:.4g} {unit}" if isinstance(value, float) else "not measured"

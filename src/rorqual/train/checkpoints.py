@@ -1,94 +1,230 @@
 """Resumable checkpoints: run_dir/checkpoints/step-N/{tensors.safetensors, state.json}.
 
-A checkpoint exists whole or not at all: it is written beside its place, forced to disk and renamed.
+A checkpoint exists whole or not at all: it is written beside its place, forced to disk and renamed. It is removed only
+when newer ones take its place. What cannot be read stays where it is; what is proven damaged is set aside as
+damaged-step-N. Everything else in the folder is not ours and left alone.
 """
 
-import errno
 import json
+import math
 import os
+import re
 import shutil
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rorqual.errors import UserError
+from rorqual import strict_json
+from rorqual.errors import UserError, file_error
 
 TENSORS, STATE = "tensors.safetensors", "state.json"
+NAME = re.compile(r"step-(0|[1-9][0-9]*)")
+DEBRIS = re.compile(r"\.(writing|going)-step-[0-9]+")
+PIECE = 1 << 22  # bytes read at a time
+
+
+class Damaged(Exception):
+    """A checkpoint's content is not what was written."""
+
+
+def _to_stderr(sentence: str) -> None:
+    print(sentence, file=sys.stderr, flush=True)
 
 
 class Checkpoints:
     """Keeps the last `keep` checkpoints of a run and the best one."""
 
-    def __init__(self, run_dir: Path, keep: int) -> None:
-        self.directory, self.keep = Path(run_dir) / "checkpoints", keep
+    def __init__(self, run_dir: Path, keep: int, say: Callable[[str], None] = _to_stderr) -> None:
+        """`say` is told of what was set aside and what could not be removed."""
+        self.directory, self.keep, self.say = Path(run_dir) / "checkpoints", keep, say
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, oldest first."""
-        return sorted(int(p.name.removeprefix("step-")) for p in self.directory.glob("step-*"))
+        found = [NAME.fullmatch(path.name) for path in self._entries() if path.is_dir()]
+        return sorted(int(match[1]) for match in found if match)
 
     def path(self, step: int) -> Path:
         return self.directory / f"step-{step}"
 
-    def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any], score: float | None = None) -> None:
-        """Write a checkpoint, then delete those no longer kept. `score`: lower is better.
+    def save(
+        self, step: int, tensors: dict[str, Tensor], state: dict[str, Any], score: float | None = None,
+        good: bool = True,
+    ) -> None:  # fmt: skip
+        """Write a checkpoint, then delete those no longer kept. `score`: lower is better; one not finite is none.
 
-        A step already saved stays as it is. Raises UserError when the disk is full; earlier checkpoints stay intact.
+        A step already saved stays as it is. `good` false: it may not be worth going on from, so that it does not
+        count among the last `keep`. Raises UserError when it cannot be written or a tensor is not finite; earlier
+        checkpoints stay intact.
         """
         final, temporary = self.path(step), self.directory / f".writing-step-{step}"
         if final.exists():
             return
+        self._check_finite(step, tensors)
         try:
-            shutil.rmtree(temporary, ignore_errors=True)
+            _discard(temporary)
             temporary.mkdir(parents=True)
             save_file({name: t.detach().contiguous() for name, t in tensors.items()}, temporary / TENSORS)
-            (temporary / STATE).write_text(json.dumps({"step": step, "score": score, "state": state}))
+            described = {
+                "step": step, "score": score if _is_score(score) else None, "good": good,
+                "crc32": _crc32(temporary / TENSORS), "state": state,
+            }  # fmt: skip
+            (temporary / STATE).write_text(strict_json.dumps(described))
             for path in (temporary / TENSORS, temporary / STATE, temporary):
                 _force_to_disk(path)
             os.replace(temporary, final)
             _force_to_disk(self.directory)
         except (OSError, SafetensorError) as e:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise _as_user_error(e, final, self.steps()) from e
+            _discard(temporary)
+            intact = f"; step {self.steps()[-1]} is intact" if self.steps() else ""
+            raise UserError(f"{file_error(final, e, then='continue with --resume')}{intact}") from e
         self._prune()
 
     def load_latest(self) -> tuple[int, dict[str, Tensor], dict[str, Any]] | None:
-        """The newest checkpoint that reads whole, as (step, tensors, state); removes what was left half-written."""
-        for debris in self.directory.glob(".*-step-*"):
-            shutil.rmtree(debris, ignore_errors=True)
+        """The newest checkpoint that is whole, as (step, tensors, state); None where none was ever written.
+
+        A damaged one is set aside. Raises UserError for one that cannot be read, and when all are damaged.
+        """
+        for debris in self._entries():
+            if DEBRIS.fullmatch(debris.name):
+                _discard(debris)
         for step in reversed(self.steps()):
             try:
-                tensors = load_file(self.path(step) / TENSORS)
-                return step, tensors, json.loads((self.path(step) / STATE).read_text())["state"]
-            except (OSError, SafetensorError, ValueError):
-                self._remove(step)  # damaged after it was written, so of no use to anyone
+                return step, *self._read(step)
+            except Damaged as e:
+                self._set_aside(step, e)
+            except OSError as e:
+                raise file_error(e.filename or self.path(step), e, "read", "then continue with --resume") from e
+        damaged = sorted(p.name for p in self._entries() if p.name.startswith("damaged-step-"))
+        if damaged:
+            raise UserError(
+                f"{self.directory}: every checkpoint is damaged ({', '.join(damaged)}); restore one as step-N from a "
+                "copy, or start again under another name"
+            )
         return None
 
     def best(self) -> int | None:
         """Step of the checkpoint with the lowest score."""
-        scores = {step: self._score(step) for step in self.steps()}
-        scored = {step: score for step, score in scores.items() if score is not None}
+        scored = {step: found["score"] for step, found in self._readable().items() if _is_score(found.get("score"))}
         return min(scored, key=lambda step: scored[step]) if scored else None
 
-    def _score(self, step: int) -> float | None:
+    @contextmanager
+    def another_version(self, step: int) -> Iterator[None]:
+        """Within it a checkpoint that lacks something ends in a UserError."""
         try:
-            return json.loads((self.path(step) / STATE).read_text())["score"]
-        except (OSError, ValueError):
-            return None
+            yield
+        except (KeyError, TypeError, RuntimeError) as e:
+            what = str(e).splitlines()[0]
+            raise UserError(
+                f"{self.path(step)} does not fit ({what}): another version wrote it; continue with that version, or "
+                "start again under another name"
+            ) from e
+
+    def _entries(self) -> list[Path]:
+        try:
+            return list(self.directory.iterdir())
+        except FileNotFoundError:
+            return []
+        except OSError as e:
+            raise file_error(self.directory, e, "read", "then continue with --resume") from e
+
+    def _read(self, step: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Raises Damaged when the content proves it, OSError when it cannot be read."""
+        path = self.path(step)
+        try:
+            found = json.loads((path / STATE).read_bytes())
+            crc32 = _crc32(path / TENSORS)
+            if not isinstance(found["state"], dict):
+                raise Damaged(f"{STATE} has no state")
+            if found.get("crc32", crc32) != crc32:
+                raise Damaged(f"{TENSORS} is not what was written")
+            return load_file(path / TENSORS), found["state"]
+        except FileNotFoundError as e:
+            raise Damaged(f"{Path(e.filename or TENSORS).name} is missing") from e
+        except SafetensorError as e:
+            raise Damaged(f"{TENSORS}: {e}") from e
+        except (ValueError, KeyError, TypeError, RecursionError) as e:
+            raise Damaged(f"{STATE} is not what was written") from e
+
+    def _set_aside(self, step: int, why: Damaged) -> None:
+        number, place = 1, self.directory / f"damaged-step-{step}"
+        while place.exists():
+            number += 1
+            place = self.directory / f"damaged-step-{step}-{number}"
+        try:
+            os.replace(self.path(step), place)
+        except OSError as e:
+            raise file_error(self.path(step), e, "set aside", "then continue with --resume") from e
+        self.say(f"{self.path(step)} is damaged ({why}); it is kept as {place.name}, and an earlier one is taken")
+
+    def _readable(self) -> dict[int, dict[str, Any]]:
+        """Step → state.json, of those where it can be read."""
+        found = {}
+        for step in self.steps():
+            try:
+                state = json.loads((self.path(step) / STATE).read_bytes())
+            except (OSError, ValueError, RecursionError):
+                continue
+            if isinstance(state, dict):
+                found[step] = state
+        return found
 
     def _prune(self) -> None:
-        steps, best = self.steps(), self.best()
-        for step in steps[: -self.keep]:
-            if step != best:
+        """Of what can be read, keep the last `keep` good ones, all since, and the best."""
+        readable, best = self._readable(), self.best()
+        good = [step for step, found in readable.items() if found.get("good", True)]
+        first = good[-self.keep :][0] if good else 0
+        for step in readable:
+            if step < first and step != best:
                 self._remove(step)
 
     def _remove(self, step: int) -> None:
         # Renamed first, so that an interrupted deletion never looks like a checkpoint.
         going = self.directory / f".going-step-{step}"
-        os.replace(self.path(step), going)
-        shutil.rmtree(going, ignore_errors=True)
+        try:
+            os.replace(self.path(step), going)
+        except OSError as e:
+            self.say(f"{file_error(self.path(step), e, 'removed')}; the run goes on")
+            return
+        _discard(going)
+
+    def _check_finite(self, step: int, tensors: dict[str, Tensor]) -> None:
+        for name, t in tensors.items():
+            if t.is_floating_point() and not bool(torch.isfinite(t).all()):
+                steps = self.steps()
+                last = f"the last good checkpoint is step {steps[-1]}" if steps else "there is no checkpoint yet"
+                raise UserError(
+                    f"{self.path(step)}: {name} is not finite, so it is not saved and training stops; {last}; lower "
+                    "optimizer.lr or look at the data"
+                )
+
+
+def _is_score(score: Any) -> bool:
+    return isinstance(score, int | float) and not isinstance(score, bool) and math.isfinite(score)
+
+
+def _crc32(path: Path) -> int:
+    """Read with plain reads: where the disk fails they raise an error, and a memory map ends the process."""
+    value = 0
+    with path.open("rb") as file:
+        while piece := file.read(PIECE):
+            value = zlib.crc32(piece, value)
+    return value
+
+
+def _discard(path: Path) -> None:
+    """Remove a folder, or a link to one."""
+    if path.is_symlink():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _force_to_disk(path: Path) -> None:
@@ -97,10 +233,3 @@ def _force_to_disk(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _as_user_error(error: Exception, path: Path, steps: list[int]) -> UserError:
-    intact = f"; step {steps[-1]} is intact" if steps else ""
-    if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
-        return UserError(f"{path}: the disk is full; free space and continue with --resume{intact}")
-    return UserError(f"{path}: the checkpoint cannot be written ({error}){intact}")

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rorqual.data.loader import Heldout, Loader
-from rorqual.errors import UserError
+from rorqual.files import write_text
 from rorqual.model import Transformer
 from rorqual.model.checkpoint import save_model
 from rorqual.plan.estimate import predict
@@ -56,9 +56,6 @@ def finish(recipe: PretrainRecipe | SFTRecipe, run: Run, tokenizer: "PreTrainedT
     predicted = predict(trainer.model.config, recipe, rows=run.loader.rows)
     ledger = Ledger(run.run_dir, predicted, trainer.dtype)
     ledger.add(recipe.kind, tokens=trainer.tokens, flops=trainer.flops, seconds=run.seconds)
-    try:
-        (directory / "README.md").write_text(model_card(recipe, run))
-        ledger.write()
-    except OSError as e:
-        raise UserError(f"{e.filename}: cannot be written ({e.strerror}); free space, then --resume") from e
+    write_text(directory / "README.md", model_card(recipe, run), then="then continue with --resume")
+    ledger.write()
     return run.run_dir

@@ -6,13 +6,13 @@ second a GB once, at the start.
 """
 
 import json
-import os
 from hashlib import blake2b, file_digest
 from pathlib import Path
 from typing import Any
 
 from rorqual.data.corpus import find_files
-from rorqual.errors import UserError
+from rorqual.errors import UserError, file_error
+from rorqual.files import write_text
 from rorqual.recipe import DistillRecipe, PretrainRecipe, Recipe, RLRecipe, SFTRecipe
 
 NAME = "inputs.json"
@@ -37,12 +37,7 @@ def keep_inputs(run_dir: Path, recipe: Recipe, begun: bool) -> bool:
             f"{path} {how} since {run_dir} began; a resumed run must keep its data, so put it back as it was, or start "
             "again under another name"
         )
-    try:
-        temporary = run_dir / f".{NAME}.writing"
-        temporary.write_text(json.dumps(now, indent=1), encoding="utf-8")
-        os.replace(temporary, run_dir / NAME)
-    except OSError as e:
-        raise UserError(f"{run_dir / NAME} cannot be written ({e.strerror}); set out to a writable place") from e
+    write_text(run_dir / NAME, json.dumps(now, indent=1), then="or set out to a writable place")
     return begun or not before or not changed
 
 
@@ -89,7 +84,7 @@ def _describe(path: Path, before: dict[str, Any]) -> dict[str, Any]:
         with path.open("rb") as file:
             digest = file_digest(file, lambda: blake2b(digest_size=16)).hexdigest()
     except OSError as e:
-        raise UserError(f"{path} cannot be read ({e.strerror}); check the file and its permissions") from e
+        raise file_error(path, e, "read") from e
     return {"size": stat.st_size, "blake2b": digest, "told": told}
 
 

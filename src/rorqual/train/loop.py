@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+from rorqual import strict_json
 from rorqual.data.loader import Batch, Loader
 from rorqual.errors import UserError
 from rorqual.plan.machine import matrix_peak, memory_used
@@ -76,7 +77,8 @@ class Run:
                 ended = self.done()
                 while not ended:
                     ended = self._step(telemetry)
-                    if ended or stop.requested or self.trainer.steps % self.section.save_every == 0:
+                    due = self.trainer.steps % self.section.save_every == 0 and not self.trainer.skipped_in_a_row
+                    if ended or stop.requested or due:
                         self._save(checkpoints)
                     if stop.requested:
                         raise stop.stopped(self.trainer.steps)
@@ -101,8 +103,7 @@ class Run:
         if not skipped and self.validate and (ended or trainer.steps % self.section.eval_every == 0):
             metrics["valid_bpb"] = self.validate()
             self.last["valid_bpb_step"] = trainer.steps
-        metrics = _finite(metrics)
-        self.last |= metrics
+        self.last |= strict_json.finite(metrics)
         telemetry.log(trainer.steps, seconds=self.seconds, **metrics)
         if skipped:
             self._skipped("gradient" if "grad_norm" in metrics else "loss", telemetry)
@@ -125,16 +126,19 @@ class Run:
             "last": self.last,
         }
         fresh = self.last.get("valid_bpb_step") == self.trainer.steps
-        checkpoints.save(self.trainer.steps, self.trainer.tensors(), state, self.last["valid_bpb"] if fresh else None)
+        score = self.last["valid_bpb"] if fresh else None
+        good = not self.trainer.skipped_in_a_row
+        checkpoints.save(self.trainer.steps, self.trainer.tensors(), state, score, good)
 
     def _resume(self, checkpoints: Checkpoints) -> None:
         found = checkpoints.load_latest()
         if found is None:
             return
-        _, tensors, state = found
-        self.trainer.load(tensors, state["trainer"])
-        self.loader.load_state_dict(state["loader"])
-        self.seconds_before, self.last = state["seconds"], state["last"]
+        step, tensors, state = found
+        with checkpoints.another_version(step):
+            self.trainer.load(tensors, state["trainer"])
+            self.loader.load_state_dict(state["loader"])
+            self.seconds_before, self.last = state["seconds"], state["last"]
 
 
 def split(batch: Batch, size: int | None) -> list[Batch]:
@@ -144,8 +148,3 @@ def split(batch: Batch, size: int | None) -> list[Batch]:
         return [batch]
     columns = [getattr(batch, f.name) for f in fields(Batch)]
     return [Batch(*(None if c is None else c[i : i + size] for c in columns)) for i in range(0, count, size)]
-
-
-def _finite(metrics: Metrics) -> Metrics:
-    """JSON has no NaN: what is not finite becomes a word."""
-    return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}

@@ -20,13 +20,13 @@ def pretrain(recipe: PretrainRecipe, resume: bool = False) -> Path:
     Raises UserError for whatever the user can mend, Stopped after SIGINT or SIGTERM.
     """
     set_threads(recipe.train)
-    check_length(recipe.model, recipe.data.sequence_length)
-    run_dir = open_run(recipe, resume)
-    tokenizer = _tokenizer(recipe, run_dir)
-    model = build_model(recipe.model, tokenizer, recipe.seed, recipe.data.sequence_length)
-    loader, valid = open_pretrain_data(recipe.data, tokenizer, run_dir / "data", recipe.seed)
-    run = train(recipe, run_dir, model, loader, valid)
-    return finish(recipe, run, tokenizer)
+    check_length(recipe.model, recipe.data)
+    with open_run(recipe, resume) as run_dir:
+        tokenizer = _tokenizer(recipe, run_dir)
+        model = build_model(recipe.model, tokenizer, recipe.seed, recipe.data.sequence_length)
+        loader, valid = open_pretrain_data(recipe.data, tokenizer, run_dir / "data", recipe.seed)
+        run = train(recipe, run_dir, model, loader, valid)
+        return finish(recipe, run, tokenizer)
 
 
 def _tokenizer(recipe: PretrainRecipe, run_dir: Path) -> "PreTrainedTokenizerFast":

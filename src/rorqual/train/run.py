@@ -1,13 +1,15 @@
 """The folder of a run: out/name with recipe.toml, metrics.jsonl, checkpoints/, model/ and ledger.json."""
 
 import json
-import os
 import shutil
 import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rorqual.errors import UserError
+from rorqual.errors import UserError, file_error
+from rorqual.files import locked, write_text
 from rorqual.kernels.machine import dtype_name, fastest_dtype
 from rorqual.recipe import Recipe
 from rorqual.train.inputs import keep_inputs
@@ -16,37 +18,55 @@ from rorqual.train.inputs import keep_inputs
 FREE = {"out", "track", "train.eval_every", "train.save_every", "train.keep", "save_every", "eval_every", "keep",
         "sample_every", "eval_problems", "data.workers"}  # fmt: skip
 
-WORK = ("checkpoints", "samples.jsonl", "student")  # what only a run that has begun leaves behind
+# What training leaves behind that a run can go on from, or that took its time to make.
+WORK = ("checkpoints", "samples.jsonl", "samples.partial.jsonl", "student", "model", "ledger.json")
 
 
-def open_run(recipe: Recipe, resume: bool) -> Path:
-    """Make the run's folder and save the resolved recipe in it; with `resume`, check that it is the same run.
+@contextmanager
+def open_run(recipe: Recipe, resume: bool) -> Iterator[Path]:
+    """Own the run's folder within: make it, save the resolved recipe in it; with `resume`, check that it is the same.
 
     `recipe.model.dtype` is filled in where it is "auto": by what the run began with, else by what is fastest here.
+    A start that failed before it trained is no run: the next one takes its place, whatever its recipe.
 
-    Raises UserError when the folder holds a run and `resume` is false, or when the recipe or its data are others.
+    Raises UserError when the folder holds a run and `resume` is false, when the recipe or its data are others, when
+    another process trains in the folder, or when it holds files that are no run's.
     """
     run_dir = recipe.run_dir
-    saved = run_dir / "recipe.toml"
-    if saved.exists():
-        if not resume:
-            raise UserError(f"{run_dir} already holds a run; continue it with --resume or give another name")
-        before = _read(saved)
-        if recipe.model.dtype == "auto":
-            recipe.model.dtype = before.get("model.dtype", "auto")
-        _check_same(recipe, before, saved)
-    if recipe.model.dtype == "auto":
-        recipe.model.dtype = dtype_name(fastest_dtype())
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        temporary = run_dir / "recipe.tmp"
-        temporary.write_text(to_toml(recipe.model_dump()))
-        os.replace(temporary, saved)
+        inside = {path.name for path in run_dir.iterdir() if not path.name.startswith(".")}
     except OSError as e:
-        raise UserError(f"{run_dir}: cannot be written ({e.strerror}); set out to a writable place") from e
-    if not keep_inputs(run_dir, recipe, begun=any((run_dir / name).exists() for name in WORK)):
-        shutil.rmtree(run_dir / "tokenizer", ignore_errors=True)  # learnt from other text
-    return run_dir
+        raise file_error(run_dir, e, then="or set out to a writable place") from e
+    if inside and not inside & {"recipe.toml", *WORK}:
+        raise UserError(f"{run_dir} holds files that are no run's ({min(inside)}); give another name")
+    with locked(run_dir / ".lock", f"{run_dir}: another process trains in it"):
+        saved = run_dir / "recipe.toml"
+        begun = _has_work(run_dir)
+        if begun:
+            if not resume:
+                raise UserError(f"{run_dir} already holds a run; continue it with --resume or give another name")
+            before = _read(saved)
+            if recipe.model.dtype == "auto":
+                recipe.model.dtype = before.get("model.dtype", "auto")
+            _check_same(recipe, before, saved)
+        elif saved.exists() and _of_tokenizer(_read(saved)) != _of_tokenizer(_resolved(recipe)):
+            shutil.rmtree(run_dir / "tokenizer", ignore_errors=True)  # of another recipe; data/ goes by content
+        if recipe.model.dtype == "auto":
+            recipe.model.dtype = dtype_name(fastest_dtype())
+        write_text(saved, to_toml(recipe.model_dump()), then="or set out to a writable place")
+        if not keep_inputs(run_dir, recipe, begun):
+            shutil.rmtree(run_dir / "tokenizer", ignore_errors=True)  # learnt from other text
+        yield run_dir
+
+
+def _has_work(run_dir: Path) -> bool:
+    """Whether there is anything to go on from."""
+    try:
+        return any(path.stat().st_size if path.is_file() else any(path.iterdir()) for path in
+                   (run_dir / name for name in WORK) if path.exists())  # fmt: skip
+    except OSError as e:
+        raise file_error(e.filename or run_dir, e, "read") from e
 
 
 def to_toml(values: dict[str, Any], prefix: str = "") -> str:
@@ -80,8 +100,17 @@ def _read(saved: Path) -> dict[str, Any]:
         raise UserError(f"{saved} cannot be read ({e}); restore it, or start a run with another name") from e
 
 
+def _resolved(recipe: Recipe) -> dict[str, Any]:
+    return _flat(tomllib.loads(to_toml(recipe.model_dump())))
+
+
+def _of_tokenizer(fields: dict[str, Any]) -> dict[str, Any]:
+    """What decides the tokenizer that a run trains."""
+    return {name: value for name, value in fields.items() if name.startswith(("tokenizer.", "data.sources."))}
+
+
 def _check_same(recipe: Recipe, before: dict[str, Any], saved: Path) -> None:
-    now = _flat(tomllib.loads(to_toml(recipe.model_dump())))
+    now = _resolved(recipe)
     for field in [*now, *before]:
         if field not in FREE and before.get(field) != now.get(field):
             was, is_now = _shown(before, field), _shown(now, field)

@@ -17,15 +17,15 @@ def sft(recipe: SFTRecipe, resume: bool = False) -> Path:
     """
     set_threads(recipe.train)
     tokenizer = tokenizer_of(recipe.model)
-    check_length(recipe.model, recipe.data.sequence_length)
-    run_dir = open_run(recipe, resume)
-    loader, valid, samples = open_chat_data(recipe.data, tokenizer, recipe.seed)
-    if samples.shortened or samples.dropped:
-        print(
-            f"{recipe.data.path}: {samples.shortened} samples were cut at data.sequence_length = "
-            f"{recipe.data.sequence_length}, {samples.dropped} left out with no assistant's token within it",
-            file=sys.stderr,
-        )
-    model = build_model(recipe.model, tokenizer, recipe.seed)
-    run = train(recipe, run_dir, model, loader, valid)
-    return finish(recipe, run, tokenizer)
+    check_length(recipe.model, recipe.data)
+    with open_run(recipe, resume) as run_dir:
+        loader, valid, samples = open_chat_data(recipe.data, tokenizer, recipe.seed)
+        if samples.shortened or samples.dropped:
+            print(
+                f"{recipe.data.path}: {samples.shortened} samples were cut at data.sequence_length = "
+                f"{recipe.data.sequence_length}, {samples.dropped} left out with no assistant's token within it",
+                file=sys.stderr,
+            )
+        model = build_model(recipe.model, tokenizer, recipe.seed)
+        run = train(recipe, run_dir, model, loader, valid)
+        return finish(recipe, run, tokenizer)

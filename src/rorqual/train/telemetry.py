@@ -1,5 +1,6 @@
 """What a run says while it runs: metrics.jsonl, a progress bar, and trackio where asked."""
 
+import contextlib
 import json
 import os
 import sys
@@ -7,9 +8,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rorqual.errors import UserError
+from rorqual import strict_json
+from rorqual.errors import UserError, file_error
 
 Metric = float | int | str | list[float] | None
+_KEPT = "metrics.damaged.jsonl"
 BAR = ("loss", "reward", "valid_bpb", "lr", "tokens_per_second", "rollout_tokens_per_second")
 
 
@@ -24,10 +27,15 @@ class Telemetry:
         Lines past `resume_step`, written by a run that was killed after its last checkpoint, are dropped.
         """
         self.path = Path(run_dir) / "metrics.jsonl"
-        _drop_after(self.path, resume_step)
-        self.file = self.path.open("a")
         self.step, self.unit = resume_step, unit
         self.bar = _Bar(total, unit)
+        try:
+            damaged = _drop_after(self.path, resume_step)
+            self.file = self.path.open("a", encoding="utf-8")
+        except OSError as e:
+            raise file_error(self.path, e, then="then continue with --resume") from e
+        if damaged:
+            self.note(f"{self.path}: {damaged} lines were not JSON; the file as it was is kept as {_KEPT}")
         self.tracker = _tracker(Path(run_dir).name, resume_step > 0) if track else None
 
     def log(self, step: int, *, done: float | None = None, **metrics: Metric) -> None:
@@ -49,16 +57,17 @@ class Telemetry:
 
     def close(self) -> None:
         self.bar.close()
-        self.file.close()
+        with contextlib.suppress(OSError):  # each line was flushed, and a failure then has been told
+            self.file.close()
         if self.tracker is not None:
             self.tracker.finish()
 
     def _write(self, line: dict[str, Any]) -> None:
         try:
-            self.file.write(json.dumps(line) + "\n")
+            self.file.write(strict_json.dumps(line) + "\n")
             self.file.flush()
         except OSError as e:
-            raise UserError(f"{self.path}: cannot be written ({e.strerror}); free space, then --resume") from e
+            raise file_error(self.path, e, then="then continue with --resume") from e
 
 
 class _Bar:
@@ -95,20 +104,28 @@ class _Bar:
             self.progress.stop()
 
 
-def _drop_after(path: Path, step: int) -> None:
-    """Keep the lines up to `step`; a last line cut short by a crash goes too."""
+def _drop_after(path: Path, step: int) -> int:
+    """Keep the lines up to `step`; a last line cut short by a crash goes too.
+
+    Gives how many other lines are not JSON with a step; the file with them is kept beside.
+    """
     if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
+        return 0
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    kept, damaged = [], 0
+    for number, line in enumerate(lines, start=1):
         try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError):
-            continue
+            found = json.loads(line)
+            if found["step"] <= step:
+                kept.append(strict_json.dumps(found) + "\n")  # earlier versions wrote bare NaN
+        except (ValueError, KeyError, TypeError, RecursionError):
+            damaged += number < len(lines)
+    if damaged:
+        os.replace(path, path.with_name(_KEPT))
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept) if step else "")
+    temporary.write_text("".join(kept) if step else "", encoding="utf-8")
     os.replace(temporary, path)
+    return damaged
 
 
 def _tracker(name: str, resume: bool) -> Any:

@@ -1,0 +1,72 @@
+"""Files as every part of the program writes and owns them."""
+
+import codecs
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rorqual.errors import UserError, file_error
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+
+def read_text(path: Path) -> str:
+    """A text file in UTF-8, with or without byte order mark, or in UTF-16 with one, as PowerShell writes.
+
+    Raises UserError naming the line for any other encoding; FileNotFoundError passes.
+    """
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        raise
+    except OSError as e:
+        raise file_error(path, e, "read") from e
+    encoding = "utf-16" if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+    try:
+        return raw.decode(encoding)
+    except UnicodeDecodeError as e:
+        line = raw.count(b"\n", 0, e.start) + 1
+        raise UserError(f"{path}, line {line} is not UTF-8 text ({e.reason}); save the file as UTF-8") from None
+
+
+def write_text(path: Path, text: str, then: str = "") -> None:
+    """Write a file whole or not at all, in UTF-8. Raises UserError; `then`: what to do once its cause is mended."""
+    temporary = path.with_name(f".{path.name}.writing")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as e:
+        temporary.unlink(missing_ok=True)
+        raise file_error(path, e, then=then) from e
+
+
+@contextmanager
+def locked(path: Path, taken: str) -> Iterator[None]:
+    """Own the file `path` within. Raises UserError with `taken` where another process does.
+
+    The system ends a lock with its process, however that ends; children do not inherit it. The file stays.
+    """
+    try:
+        file = path.open("a+")
+    except OSError as e:
+        raise file_error(path, e) from e
+    with file:
+        if fcntl is not None:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                file.seek(0)
+                raise UserError(
+                    f"{taken} (process {file.read().strip() or 'unknown'}); wait for it or stop it"
+                ) from None
+            except OSError as e:  # a file system without locks
+                print(f"{path}: no lock ({e.strerror}); start no second run in this folder", file=sys.stderr)
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield

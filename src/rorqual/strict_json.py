@@ -1,0 +1,24 @@
+"""JSON as the standard has it, also for numbers that are not finite.
+
+JSON knows no NaN and no Infinity, and most readers (jq, browsers, databases) refuse them. Here they are words.
+"""
+
+import json
+import math
+from typing import Any
+
+
+def finite(value: Any) -> Any:
+    """The value with "nan", "inf" and "-inf" in place of such numbers, at any depth."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(float(value))
+    if isinstance(value, dict):
+        return {key: finite(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(v) for v in value]
+    return value
+
+
+def dumps(value: Any, **options: Any) -> str:
+    """`json.dumps` of `finite(value)`."""
+    return json.dumps(finite(value), allow_nan=False, **options)
