@@ -35,6 +35,7 @@ from rorqual.sections import (
     ScheduleSection,
     Section,
     Share,
+    Size,
     Source,
     TokenizerSection,
     TrainSection,
@@ -144,10 +145,10 @@ class DistillRecipe(Recipe):
     template: Literal["chat", "r1-zero", "plain"] = "chat"
     reward: RewardSection = RewardSection()
     problems: Count = 1000
-    samples: Count = 8
+    samples: Size = 8
     keep_per_problem: Count = 1
     temperature: Positive = 1.0
-    max_tokens: Count = 256
+    max_tokens: Size = 256
     sequence_length: Length = 512
     optimizer: FineTuningOptimizer = FineTuningOptimizer()
     schedule: FineTuningSchedule = FineTuningSchedule()

@@ -123,6 +123,7 @@ def test_distill_teaches_a_student(tokenizer, dense, tmp_path, monkeypatch):
 
 def test_a_killed_distillation_keeps_its_samples(tokenizer, dense, tmp_path, monkeypatch):
     save_model(dense, tmp_path / "student", tokenizer)
+
     class Killed(BaseException):
         pass
 

@@ -71,9 +71,10 @@ class PromptFormat:
         self.template = template
         known = sorted(known)
         try:
-            names = [name for _, name, _, _ in Formatter().parse(template) if name is not None]
+            names = list(_names(template))
         except ValueError as e:
             raise UserError(f"environment {environment}: prompt {template!r} is not a format string ({e})") from None
+        self.names = set(names)
         for name in names:
             if name not in known:
                 raise UserError(
@@ -83,6 +84,14 @@ class PromptFormat:
     def __call__(self, fields: dict[str, Any]) -> str:
         joined = {k: " ".join(map(str, v)) if isinstance(v, list | tuple) else v for k, v in fields.items()}
         return self.template.format_map(joined)
+
+
+def _names(template: str) -> Iterator[str]:
+    """The fields of a format string, also those within others' formats: {question:{width}}."""
+    for _, name, inner, _ in Formatter().parse(template):
+        if name is not None:
+            yield name
+            yield from _names(inner or "")
 
 
 class Environment(ABC):
