@@ -3,9 +3,11 @@
 import errno
 import json
 import sys
+from pathlib import Path
 
 import pytest
 
+from rorqual import cli
 from rorqual.cli import main
 
 SIZES = {
@@ -199,6 +201,25 @@ def test_prompt_longer_than_the_context(rorqual, recipe, tmp_path):
 
 def test_no_model(rorqual, tmp_path):
     one_sentence(rorqual("chat", tmp_path), tmp_path, "config.json")
+
+
+@pytest.mark.parametrize("inner", ["run", "run/model", "run/student/model"])
+def test_what_a_model_is_called_and_where_it_is(tmp_path, inner):
+    (tmp_path / inner).mkdir(parents=True)
+    (tmp_path / inner / "config.json").write_text("{}")
+    assert cli._directory(str(tmp_path / "run")) == tmp_path / inner
+    assert cli._called(tmp_path / "run") == "run"
+    assert cli._called(tmp_path / "run" / "model") == "run"
+    assert cli._directory("a/Tiny.GGUF") == Path("a/Tiny.GGUF")
+    assert cli._called(Path("a/Tiny.v1.GGUF")) == "Tiny.v1"
+
+
+def test_a_setting_of_the_release_that_cannot_be_honoured(rorqual, recipe, tmp_path):
+    rorqual("pretrain", recipe())
+    file = tmp_path / "tiny" / "model" / "generation_config.json"
+    for value, words in (({"num_beams": 4}, "num_beams = 4"), ({"temperature": "0.6"}, "temperature = '0.6'")):
+        file.write_text(json.dumps(value))
+        one_sentence(rorqual("generate", tmp_path / "tiny", "3", "--raw"), file, words)
 
 
 def test_unknown_task(rorqual, recipe, tmp_path):

@@ -4,6 +4,7 @@ Heavy imports stay inside the verbs, so that `--help` and a mistyped word answer
 """
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -140,17 +141,24 @@ def _finished(run_dir: Path) -> None:
 
 
 def _model_in(run_dir: Path) -> Path:
-    return next(p for p in (run_dir / "model", run_dir / "student" / "model") if p.exists())
+    from rorqual.model.files import model_directory
+
+    return model_directory(run_dir)
 
 
 @app.command("eval")
 def evaluate(
     model: ModelDir,
     tasks: Annotated[
-        str, typer.Option(help="comma-separated: reasoning-gym datasets, .jsonl, an rl recipe, humaneval")
+        str,
+        typer.Option(
+            help="comma-separated: reasoning-gym datasets, files of questions and answers, an rl recipe, humaneval"
+        ),
     ],
     samples: Annotated[int, typer.Option(help="answers a problem")] = 8,
-    problems: Annotated[int, typer.Option(help="problems a task, from the held-out split")] = 200,
+    problems: Annotated[
+        int, typer.Option(help="problems a task: from the held-out split, or of a file, all if it has no more")
+    ] = 200,
     template: Annotated[str, typer.Option(help="chat, r1-zero or plain")] = "chat",
     temperature: Annotated[float, typer.Option(help="of sampling")] = 0.6,
     top_p: Annotated[float, typer.Option(help="nucleus kept when sampling")] = 0.95,
@@ -162,34 +170,44 @@ def evaluate(
     device: Device = "cpu",
     as_json: AsJson = False,
 ) -> None:
-    """pass@1 and cons@k on held-out problems, with 95 % intervals."""
+    """pass@1 and cons@k on held-out problems, with 95 % intervals.
+
+    A file (.jsonl, .jsonl.gz, .json, .parquet) is asked whole; of a recipe's environments only what training left out.
+    """
     from rich.console import Console
 
     from rorqual.engine import Engine
-    from rorqual.evals.run import compare, gains_table, table
+    from rorqual.evals.run import compare, gains_table, sampling_params, table
     from rorqual.evals.run import evaluate as run
-    from rorqual.evals.tasks import split_tasks
+    from rorqual.evals.tasks import open_task, split_tasks
 
     _choice("--template", template, ("chat", "r1-zero", "plain"))
+    settings: dict[str, Any] = {
+        "seed": seed, "template": template, "temperature": temperature, "top_p": top_p, "max_tokens": max_tokens,
+        "thinking_budget": thinking_budget,
+    }  # fmt: skip
+    sampling_params(samples, problems, **settings)
+    opened = [open_task(task) for task in split_tasks(tasks)]
     computed = _dtype(dtype, device)
     directories = [_directory(model), *([] if against is None else [_directory(against)])]
     results = []
     for directory in directories:
-        engine = Engine(directory, dtype=computed, device=device)
-        result = run(
-            engine, engine.tokenizer, split_tasks(tasks), samples, problems, seed=seed, template=template,
-            temperature=temperature, top_p=top_p, max_tokens=max_tokens, thinking_budget=thinking_budget,
-        )  # fmt: skip
+        try:
+            engine = Engine(directory, dtype=computed, device=device)
+            result = run(engine, engine.tokenizer, opened, samples, problems, **settings)
+        except UserError:
+            if results and as_json:  # what the first model took hours for is not lost with the second
+                print(json.dumps(results[0]))
+            raise
         results.append(result | {"model": str(directory)})
+        if not as_json:
+            Console().print(table(results[-1]))
         del engine  # before the other model is loaded
     if against is not None:
         results[0] |= {"against": results[1], "gains": compare(results[1], results[0])}
     if as_json:
         print(json.dumps(results[0]))
-        return
-    for result in results:
-        Console().print(table(result))
-    if against is not None:
+    elif against is not None:
         Console().print(gains_table(results[0]["gains"]))
 
 
@@ -225,11 +243,12 @@ def generate(
     with loading(directory):
         engine = Engine(directory, weights=bits, dtype=computed, speculate=way, device=device)
     loaded = time.monotonic()
-    text = said if raw else templated(engine, [{"role": "user", "content": said.rstrip("\n")}])
+    asked = [{"role": "user", "content": said.rstrip("\n")}]
+    tokens = engine.encode(said) if raw else engine.encode(templated(engine, asked), begin=False)
     if as_json:
-        print(json.dumps(timed(engine, text, params) | {"load_seconds": loaded - started}, ensure_ascii=False))
+        print(json.dumps(timed(engine, tokens, params) | {"load_seconds": loaded - started}, ensure_ascii=False))
         return
-    for piece in engine.stream(text, params):
+    for piece in engine.stream(tokens, params):
         print(piece, end="", flush=True)
     print()
 
@@ -310,8 +329,7 @@ def serve(
             dtype=computed, weights=bits, chunk=512, speculate=way, device=device,
             cache_dtype=cache_format and getattr(torch, cache_format),
         )  # fmt: skip
-    called = name or (directory.parent if directory.name == "model" else directory).resolve().name.removesuffix(".gguf")
-    run(directory, engine, Options(called, keys, waiting, timeout), listening, page)
+    run(directory, engine, Options(name or _called(Path(model)), keys, waiting, timeout), listening, page)
 
 
 @app.command("import")
@@ -377,12 +395,18 @@ def speedrun(
 
 def _directory(model: str) -> Path:
     """A model's directory or .gguf file; a run's folder stands for the model in it, a Hub id for its snapshot."""
+    from rorqual.model.files import is_gguf, model_directory, unreadable
+
     path = _local(Path(model))
-    if path.suffix == ".gguf":
+    if is_gguf(path) and not path.is_dir():
         return path
-    for found in (path, path / "model"):
-        if (found / "config.json").exists():
-            return found
+    if os.path.lexists((found := model_directory(path)) / "config.json"):
+        return found
+    try:
+        if path.is_dir():
+            os.listdir(path)
+    except OSError as e:
+        raise unreadable(path, e) from None
     if path.exists() or path.is_absolute() or model.count("/") != 1:
         raise UserError(f"{model} is not a model: no config.json in it; give a Hugging Face directory or a Hub id")
     from huggingface_hub import snapshot_download
@@ -400,6 +424,13 @@ def _directory(model: str) -> Path:
 def _local(path: Path) -> Path:
     """A home and variables that a shell has left in it, as in --out=~/run."""
     return Path(local_path(str(path)))
+
+
+def _called(model: Path) -> str:
+    """What clients call what a user has named: a run by the run's name, a file without .gguf."""
+    path = model.resolve()
+    path = path.parent if path.name == "model" else path
+    return path.stem if path.suffix.lower() == ".gguf" else path.name
 
 
 def _bits(weights: str | None) -> Any:

@@ -45,10 +45,10 @@ def read_prompt(prompt: str) -> str:
     return said
 
 
-def timed(engine: Engine, text: str, params: SamplingParams) -> dict[str, Any]:
+def timed(engine: Engine, prompt: str | list[int], params: SamplingParams) -> dict[str, Any]:
     """One continuation, and how long it took."""
     started = time.monotonic()
-    request = engine.submit(text, params)
+    request = engine.submit(prompt, params)
     (sample,) = request.samples
     first = None
     while sample.finish is None:
@@ -151,7 +151,7 @@ def _history() -> Any:
 def reply(engine: Engine, messages: list[dict[str, str]], params: SamplingParams, console: Console) -> str:
     """Print a reply as it comes, and what it took; gives its text without the thoughts."""
     started = time.monotonic()
-    request = engine.submit(templated(engine, messages), replace(params, n=1))
+    request = engine.submit(engine.encode(templated(engine, messages), begin=False), replace(params, n=1))
     (sample,) = request.samples
     text = engine.text(sample)
     first = closed = None

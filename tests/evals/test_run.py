@@ -7,19 +7,21 @@ import torch
 from rich.console import Console
 
 from rorqual.data.tokenizer import train_tokenizer
-from rorqual.engine import Completion, Engine
+from rorqual.engine import Completion, Engine, SamplingParams
 from rorqual.errors import UserError
-from rorqual.evals.run import compare, evaluate, read_verdicts, table, thinking_curve
+from rorqual.evals.run import collect, compare, evaluate, read_verdicts, table, thinking_curve
+from rorqual.evals.tasks import open_task
 from rorqual.model import Transformer
 from rorqual.model.config import ModelConfig
 from rorqual.reason.environment import Problem
-from rorqual.recipe import TokenizerSection
+from rorqual.reason.rewards import Sample, score
+from rorqual.recipe import RewardSection, TokenizerSection
 
 
 class Sums:
     """A task of ten sums in two difficulties; the prompt is the right answer, for the scripted engine to use."""
 
-    name = "sums"
+    name, split = "sums", "all"
 
     def problems(self, n, seed):
         made = [Problem(f"{i}+{i}", str(2 * i), str(i), f"digits={1 + i // 5}", "sums") for i in range(10)]
@@ -40,6 +42,9 @@ class ScriptedEngine:
 
     def __init__(self, right):
         self.right, self.asked = right, []
+
+    def check(self, prompts, params):
+        pass
 
     def generate(self, prompts, params, progress=None):
         self.asked.append(params)
@@ -109,6 +114,99 @@ def test_truncated_completions_have_no_answer():
 
     row = run(Cut(lambda p: 4))["tasks"]["sums"]
     assert (row["truncated_share"], row["pass_at_1"], row["cons_at_k"]) == (1.0, 0.0, None)
+
+
+def test_answers_that_a_prompt_began_are_read_as_rewards_read_them(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text('{"question": "6*4?", "answer": 24}\n')
+
+    class Said:
+        def check(self, prompts, params):
+            assert prompts == ["6*4?\n<think>"]
+
+        def generate(self, prompts, params, progress=None):
+            texts = [
+                "</think><answer>24</answer>",
+                "24",
+                "</think>It is 24.",
+                "24</think>",
+                "</think><answer>24</answer>",
+            ]
+            reasons = ["stop", "stop", "stop", "stop", "length"]
+            return [Completion(t, [0], [], reason) for t, reason in zip(texts, reasons, strict=True)]
+
+    class Tokenizer:
+        chat_template = None
+
+        def __call__(self, text):
+            return SimpleNamespace(input_ids=[])
+
+        def decode(self, ids):
+            return ""
+
+    (task,) = [open_task(str(path))]
+    params = SamplingParams(n=5)
+    found = collect(Said(), Tokenizer(), task, task.problems(9, 0), params, "plain")
+    assert found.correct == [True, False, True, False, False]
+    samples = [
+        Sample(task.problems(9, 0)[0], "<think>" + c.text, 1, c.finish_reason == "length") for c in found.completions
+    ]
+    rewards = score(samples, {"mine": task.environment}, RewardSection(), 9)
+    assert rewards.correct.tolist() == found.correct
+
+
+def test_two_models_are_compared_whatever_their_templates(tmp_path):
+    class Other(Sums):
+        def prompt(self, problem, tokenizer, template):
+            return "<user>" + super().prompt(problem, tokenizer, template)
+
+    options = {"samples": 4, "problems": 10, "quiet": True}
+    before, after = (evaluate(ScriptedEngine(lambda p: 2), None, [task], **options) for task in (Sums(), Other()))
+    assert compare(before, after)["sums"]["gain"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"samples": 0}, "samples = 0"),
+        ({"problems": -1}, "problems = -1"),
+        ({"temperature": float("nan")}, "temperature = nan"),
+        ({"temperature": -1}, "temperature = -1"),
+        ({"top_p": 0}, "top_p = 0"),
+        ({"max_tokens": 0}, "max_tokens = 0"),
+        ({"thinking_budget": -1}, "thinking_budget = -1"),
+        ({"template": "chatml"}, "template = 'chatml'"),
+        ({"k": 5}, "k = 5"),
+    ],
+)
+def test_settings_are_checked_before_anything_is_sampled(options, message):
+    engine = ScriptedEngine(lambda p: 1)
+    with pytest.raises(UserError, match=message):
+        run(engine, **options)
+    assert not engine.asked
+
+
+def test_all_tasks_are_checked_before_the_first_is_asked():
+    class Refusing(ScriptedEngine):
+        def check(self, prompts, params):
+            if any("long" in prompt for prompt in prompts):
+                raise UserError("prompt 1 has 9 tokens, but the model's context holds 8")
+
+    class Long(Sums):
+        name = "long"
+
+        def prompt(self, problem, tokenizer, template):
+            return "long" + problem.answer
+
+    engine = Refusing(lambda p: 1)
+    with pytest.raises(UserError, match="task long: prompt 1 has 9 tokens"):
+        evaluate(engine, None, [Sums(), Long()], samples=2, problems=3, quiet=True)
+    assert not engine.asked
+
+
+@pytest.mark.parametrize("seed", [-1, -(2**63), 2**63])
+def test_any_seed_is_one(seed):
+    assert run(ScriptedEngine(lambda p: 2), seed=seed)["tasks"]["sums"]["interval"] == [0.5, 0.5]
 
 
 def test_the_result_is_json_and_a_table():

@@ -64,6 +64,9 @@ def test_same_answers_in_other_spelling_vote_together():
         ("3 × 4", "4*3"),
         ("-5", "- 5"),
         ("-(2-3)", "3-2"),
+        ("1/2", "0.5"),
+        (r"\frac{1}{2}", "½"),
+        ("1,000 eggs", "1e3"),
     ],
 )
 def test_canonical_joins(one, other):

@@ -4,13 +4,8 @@ from pathlib import Path
 import pytest
 
 from rorqual.errors import UserError
-from rorqual.evals.tasks import open_task, read_answer, split_tasks
-from rorqual.reason.environment import Problem
+from rorqual.evals.tasks import open_task, opening, split_tasks
 from rorqual.recipe import EnvironmentSection
-
-
-def problem(answer):
-    return Problem(question="?", answer=answer, key="", difficulty="", family="")
 
 
 def test_a_name_with_options_configures_the_dataset():
@@ -51,12 +46,54 @@ def test_a_section_and_a_file_are_tasks(tmp_path):
         ("countdown:min_numbers", "options are written name:option=value"),
         ("countdown:colour=3", "its fields are"),
         ("humaneval:n=3", "humaneval takes no options"),
+        ("mine.jsonl:option=1", r"a file takes no options; write mine.jsonl"),
+        ("mine.parquet:size=1", r"a file takes no options; write mine.parquet"),
+        ("folder/none.jsonl", "folder/none.jsonl does not exist"),
+        ("folder/none", "folder/none does not exist"),
     ],
 )
 def test_bad_names_are_one_sentence(name, message):
     with pytest.raises(UserError, match=message) as caught:
         open_task(name)
     assert "\n" not in str(caught.value)
+
+
+def rows_of(path, n=12, **fields):
+    path.write_text(
+        "".join(json.dumps({"question": f"What is {i}+1?", "answer": i + 1} | fields) + "\n" for i in range(n))
+    )
+    return path
+
+
+def test_a_file_is_asked_whole_and_a_recipe_what_training_left_out(tmp_path):
+    path = rows_of(tmp_path / "mine.jsonl", 300)
+    whole = open_task(str(path))
+    assert [p.answer for p in whole.problems(1000, seed=0)] == [str(i + 1) for i in range(300)]
+    assert whole.problems(5, seed=1) == whole.problems(5, seed=1) != whole.problems(5, seed=2)
+    assert whole.problems(5, seed=-1)
+    held_out = open_task(EnvironmentSection(name="mine", path=str(path)))
+    assert {p.split for p in held_out.problems(10, seed=0)} == {"test"}
+    assert (whole.split, held_out.split) == ("all", "test")
+
+
+def test_every_line_of_a_file_is_a_problem_also_where_two_ask_the_same(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text('{"question": "Which?", "answer": "a1"}\n{"question": "Which?", "answer": "b2"}\n')
+    task = open_task(str(path))
+    asked = task.problems(9, seed=0)
+    assert task.score(asked, ["", ""], ["a1", "a1"]) == [True, False]
+
+
+@pytest.mark.parametrize("name", ["a,b.jsonl", "part:2.jsonl", "with space.jsonl", "[1].jsonl"])
+def test_files_of_any_name(tmp_path, name):
+    path = str(rows_of(tmp_path / name))
+    (task,) = split_tasks(path)
+    assert len(open_task(task).problems(99, seed=0)) == 12
+
+
+def test_a_prompt_that_opens_the_thinking_is_part_of_the_text():
+    assert opening("Q\n<think>\n") == "<think>"
+    assert opening("Q <think> so?") == ""
 
 
 def test_splitting_the_command_lines_tasks():
@@ -72,22 +109,3 @@ def test_splitting_the_command_lines_tasks():
     assert [open_task(section).name for section in sections] == ["chain_sum", "basic_arithmetic"]
     with pytest.raises(UserError, match="empty task"):
         split_tasks("countdown,,humaneval")
-
-
-@pytest.mark.parametrize(
-    ("prompt", "text", "gold", "answer"),
-    [
-        ("Q", "<think>1+1</think><answer> 2 </answer>", "2", "2"),
-        ("Q <think>", "1+1 is 2</think><answer>2</answer>", "2", "2"),
-        ("Q <think>", "1+1 = 2", "2", None),
-        ("Q", "<think>1+1</think> it is 2", "2", None),
-        ("Q", "So 12 + 30 = 42.", "42", "42"),
-        ("Q", "The answer is 1,234 apples, out of 2000.", "1234", "1234"),
-        ("Q", r"Thus \boxed{x+1}", "x+1", "x+1"),
-        ("Q", "The answer is **blue**.", "blue", "blue"),
-        ("Q", "I do not know", "42", None),
-        ("Q", "I do not know", "blue", None),
-    ],
-)
-def test_reading_answers(prompt, text, gold, answer):
-    assert read_answer(problem(gold), prompt, text) == answer

@@ -291,7 +291,7 @@ def test_damaged_shards(saved):
     index.write_text(json.dumps({"weight_map": places["weight_map"] | {name: shards[0].name}}))
     assert refuses(saved, shards[0].name, name)
     index.write_text("{")
-    assert refuses(saved, "index.json", "not a valid index")
+    assert refuses(saved, "index.json", "not valid JSON")
 
 
 def test_any_damage_to_a_header_is_one_sentence(saved):

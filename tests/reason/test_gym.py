@@ -37,6 +37,21 @@ def test_a_dataset_told_apart_by_words_is_split_by_its_text():
     assert all(" " in p.key and not p.key[0].isdigit() for problems in splits.values() for p in problems)
 
 
+@pytest.mark.parametrize("spelling", ["{}", "{}.0", "+{}", "**{}**", r"\boxed{{{}}}", "${}$", "{}.", "0{}"])
+def test_a_number_is_right_however_it_is_written(spelling):
+    source = open_environment(EnvironmentSection(name="basic_arithmetic", config={"min_digits": 1, "max_digits": 1}))
+    problem = next(p for p in source.problems("train", 20) if p.answer.isdigit())
+    assert source.correct(problem, spelling.format(problem.answer))
+    assert not source.correct(problem, spelling.format(int(problem.answer) + 1))
+
+
+def test_signs_of_operators_in_countdown():
+    source = open_environment(EnvironmentSection(name="countdown"))
+    problem = source.problems("train", 1)[0]
+    assert source.correct(problem, problem.answer.replace("*", "×").replace("-", "−").replace("/", "÷"))
+    assert source.correct(problem, rf"$ {problem.answer.replace('*', chr(92) + 'times ')} $")
+
+
 def test_partial_credit_is_not_correct():
     source = environment("countdown")
     problem = source.problems("dev", 1)[0]

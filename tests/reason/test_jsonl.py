@@ -1,12 +1,14 @@
+import gzip
 import json
 import threading
 import time
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from rorqual.errors import UserError
 from rorqual.reason.environment import open_environment
-from rorqual.reason.jsonl import math_equal
 from rorqual.reason.worker import Worker
 from rorqual.recipe import EnvironmentSection
 
@@ -66,20 +68,133 @@ def test_prompt_over_the_fields_all_lines_have(tmp_path):
             environment(path, prompt="{" + field + "}")
 
 
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [
-        ([{"question": "1", "answer": "1"}, "{broken"], r"q.jsonl, line 2 is not valid JSON"),
-        ([{"question": "1", "answer": "1"}, "", [1]], r"q.jsonl, line 3 holds a list, not a JSON object"),
-        ([{"question": "1"}], r"line 1: field answer is missing"),
-        ([{"question": ["1"], "answer": "1"}], r"line 1: field question is missing or not text"),
-        ([], r"has no lines"),
-    ],
-)
+BROKEN = [
+    ([{"question": "1", "answer": "1"}, "{broken"], r"q.jsonl, line 2 is not valid JSON"),
+    ([{"question": "1", "answer": "1"}, "", [1]], r"q.jsonl, line 3 holds a list, not a JSON object"),
+    ([{"question": "1"}], r"line 1: field answer is missing \(it may also be called target or solution\)"),
+    ([{"answer": "1"}], r"line 1: field question is missing"),
+    ([{"question": ["1"], "answer": "1"}], r"line 1: field question is a list, not text"),
+    ([{"question": None, "answer": "1"}], r"line 1: field question is null"),
+    ([{"question": "1", "answer": None}], r"line 1: field answer is null"),
+    ([{"question": "1", "answer": {"value": 1}}], r"line 1: field answer is a dict"),
+    ([{"question": "1", "answer": ["1", "2"]}], r"line 1: field answer is a list"),
+    (['{"question": "1", "answer": NaN}'], r"line 1: field answer is nan, not text or a number"),
+    (['{"question": "1", "answer": 1e999}'], r"line 1: field answer is inf"),
+    ([{"question": True, "answer": "1"}], r"line 1: field question is a bool"),
+    ([{"question": " ", "answer": "1"}], r"line 1: field question is empty"),
+    ([{"question": "1", "answer": ""}], r"line 1: field answer is empty"),
+    ([{"question": "1", "answer": "6 * 7 = 42\n####  "}], r"line 1: the answer ends without one"),
+    (
+        ['{"question": "1", "answer": "1"}', '{"question": "\\ud800", "answer": "1"}'],
+        "line 2: field 'question' holds a lone",
+    ),
+    (['{"question": "1", "answer": "x\\udc00"}'], "line 1: field 'answer' holds a lone surrogate"),
+    (['{"question": "1", "answer": "1", "unit": "\\udc00"}'], "line 1: field 'unit' holds a lone surrogate"),
+    ([], r"has no lines"),
+]
+
+
+@pytest.mark.parametrize(("rows", "message"), BROKEN)
 def test_broken_lines_are_named(tmp_path, rows, message):
     with pytest.raises(UserError, match=message) as error:
         environment(write(tmp_path / "q.jsonl", rows))
     assert "\n" not in str(error.value)
+
+
+def test_a_field_that_the_prompt_needs_is_not_null(tmp_path):
+    rows = [{"question": "1", "answer": "1", "unit": "m"}, {"question": "2", "answer": "2", "unit": None}]
+    with pytest.raises(UserError, match=r"line 2: field unit is null, and the prompt of mine uses it"):
+        environment(write(tmp_path / "q.jsonl", rows), prompt="{question} in {unit}")
+    with pytest.raises(UserError, match=r"prompt '\{question:d\}' cannot be filled"):
+        environment(tmp_path / "q.jsonl", prompt="{question:d}")
+
+
+ROWS = [{"question": f"What is {n} + {n}?", "answer": 2 * n} for n in range(5)]
+
+
+def as_parquet(path):
+    parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
+
+
+def as_gzip(path):
+    with gzip.open(path, "wt") as file:
+        file.writelines(json.dumps(row) + "\n" for row in ROWS)
+
+
+FORMATS = {
+    "q.jsonl": lambda path: write(path, ROWS),
+    "q.jsonl.gz": as_gzip,
+    "q.parquet": as_parquet,
+    "q.json": lambda path: path.write_text(json.dumps(ROWS, indent=1)),
+    "mark.json": lambda path: path.write_text("\ufeff" + json.dumps(ROWS)),
+    "crlf.jsonl": lambda path: path.write_bytes("\r\n\r\n".join(map(json.dumps, ROWS)).encode()),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_gives_the_same_problems(tmp_path, name):
+    FORMATS[name](tmp_path / name)
+    assert [(p.question, p.answer) for p in environment(tmp_path / name).everything()] == [
+        (row["question"], str(row["answer"])) for row in ROWS
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{}", "holds no list but a dict"),
+        ("[1]", "entry 1 holds a int"),
+        ('{"question": "1"}\n{"question": "2"}', "is not valid JSON .* name it .jsonl"),
+        ("[" * 100_000, "is not valid JSON"),
+        ('[{"question": "1", "answer": "\\udc00"}]', "entry 1: field 'answer' holds a lone surrogate"),
+    ],
+)
+def test_a_list_that_cannot_be_read(tmp_path, text, message):
+    (tmp_path / "q.json").write_text(text)
+    with pytest.raises(UserError, match=message):
+        environment(tmp_path / "q.json")
+
+
+@pytest.mark.parametrize(
+    ("row", "question", "answer"),
+    [
+        ({"problem": "1+1", "answer": 2}, "1+1", "2"),
+        ({"prompt": "1+1", "target": "2"}, "1+1", "2"),
+        ({"problem": "1+1", "solution": r"So $1+1 = \boxed{2}$.", "answer": "2"}, "1+1", "2"),
+        ({"problem": "1+1", "solution": r"So $1+1 = \boxed{\frac{4}{2}}$."}, "1+1", r"\frac{4}{2}"),
+        ({"question": "1+1", "answer": "1 and 1 is <<1+1=2>>2.\n#### 2"}, "1+1", "2"),
+        ({"question": "1+1", "answer": 2.0}, "1+1", "2.0"),
+        ({"question": "1+1", "answer": -2}, "1+1", "-2"),
+        ({"question": "Is it so?", "answer": True}, "Is it so?", "True"),
+    ],
+)
+def test_what_question_and_answer_are_called(tmp_path, row, question, answer):
+    (problem,) = environment(write(tmp_path / "q.jsonl", [row])).everything()
+    assert (problem.question, problem.answer) == (question, answer)
+
+
+def test_equal_questions_keep_their_own_answers(tmp_path):
+    rows = [{"question": "Which?", "answer": "a1"}, {"question": "Which?", "answer": "b2"}]
+    source = environment(write(tmp_path / "q.jsonl", rows))
+    first, second = source.everything()
+    assert source.correct(first, "a1")
+    assert not source.correct(second, "a1")
+
+
+def test_the_question_itself_is_no_answer(tmp_path):
+    rows = [{"question": "What is 6*4?", "answer": 24}, {"question": "Which is more, 1/2 or 1/3?", "answer": "1/2"}]
+    product, half = environment(write(tmp_path / "q.jsonl", rows)).everything()
+    source = environment(tmp_path / "q.jsonl")
+    assert not source.correct(product, "6*4")
+    assert not source.correct(product, r"$6 \times 4$")
+    assert source.correct(product, "24")
+    assert source.correct(product, "12+12")
+    assert source.correct(half, "1/2")
+
+
+def test_a_file_takes_no_config(tmp_path):
+    with pytest.raises(UserError, match=r"is a file, which takes no config \(size\)"):
+        environment(write(tmp_path / "q.jsonl", ROWS), config={"size": 3})
 
 
 def test_missing_file(tmp_path):
@@ -87,28 +202,28 @@ def test_missing_file(tmp_path):
         environment(tmp_path / "none.jsonl")
 
 
-def test_equal_in_any_thread():
-    found = []
-    thread = threading.Thread(target=lambda: found.append(math_equal("1/2", "0.5")))
-    thread.start()
-    thread.join()
-    assert found == [1.0]
+def integral(n):
+    return {"task": "math", "gold": rf"\int_0^{n} x\,dx", "answer": r"1/2"}
 
 
 def test_a_comparison_that_hangs_is_given_up_and_the_next_one_works():
-    hang = "!".join(["(" * 3 + "9" * 9] + [")"] * 3)  # 999999999!!! as LaTeX, which sympy tries to write out
-    math_equal("1", "2")  # the process is up
-    start = time.monotonic()
-    assert math_equal("1", f"${hang}$", timeout=1.0) == 0.0
-    assert 1.0 <= time.monotonic() - start < 3.0
-    assert math_equal("1/2", "0.5") == 1.0
-
-
-def test_a_worker_that_is_killed_starts_anew():
     worker = Worker()
-    request = {"task": "math", "gold": "1/2", "answer": "0.5"}
-    assert worker.call(request, 20.0) == 1.0
+    hang = "!".join(["(" * 3 + "9" * 9] + [")"] * 3)  # 999999999!!! as LaTeX, which sympy tries to write out
+    assert worker.call(integral(1), 60.0) == 1.0  # the process is up
+    start = time.monotonic()
+    assert worker.call({"task": "math", "gold": "1", "answer": f"${hang}$"}, 1.0) is None
+    assert 1.0 <= time.monotonic() - start < 3.0
+    assert worker.call(integral(1), 60.0) == 1.0
+    worker.close()
+
+
+def test_a_worker_that_is_killed_starts_anew_in_any_thread():
+    worker, found = Worker(), []
+    assert worker.call(integral(2), 60.0) == 0.0
     worker._process.kill()
     worker._process.wait()
-    assert worker.call(request, 20.0) == 1.0
+    thread = threading.Thread(target=lambda: found.append(worker.call(integral(1), 60.0)))
+    thread.start()
+    thread.join()
+    assert found == [1.0]
     worker.close()

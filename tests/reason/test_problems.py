@@ -1,7 +1,8 @@
 import pytest
 
 from rorqual.errors import UserError
-from rorqual.reason.environment import extract_answer, open_environment, split_of
+from rorqual.reason.environment import open_environment, split_of
+from rorqual.reason.problems import CHUNK, KEPT
 from rorqual.recipe import EnvironmentSection
 
 COUNTDOWN = {"min_numbers": 3, "max_numbers": 3, "max_value": 30, "min_target": 1, "max_target": 99}
@@ -95,19 +96,11 @@ def test_the_prompt_does_not_move_a_problem_to_another_split():
         assert plain[problem.metadata["question"]] == problem.split
 
 
-@pytest.mark.parametrize(
-    ("text", "answer"),
-    [
-        ("<think>a</think><answer> 1+2 </answer>", "1+2"),
-        ("<think>a<answer>9</answer></think><answer>3</answer>", "3"),
-        ("<think>a<answer>3</answer>", None),
-        ("<answer>3</answer>", None),
-        ("<think>a</think>3", None),
-        ("<think>a</think><answer>1</answer><answer>2</answer>", None),
-        ("<think>a</think></think><answer>1</answer>", None),
-        ("<think>a</think><answer></answer>", ""),
-        ("<think>a</think><answer>two\nlines</answer>", "two\nlines"),
-    ],
-)
-def test_extract_answer(text, answer):
-    assert extract_answer(text) == answer
+def test_the_chunk_that_is_asked_for_is_kept_however_old():
+    sums = environment("chain_sum", SMALL)
+    sums.chunked(0, 0)
+    for chunk in range(KEPT - 2):  # so that of seed 0 only the chunk ahead is left, the oldest of all
+        sums.chunked(1, chunk * CHUNK)
+    assert next(iter(sums._chunks)) == (0, 1)
+    assert sums.chunked(0, CHUNK) == environment("chain_sum", SMALL).candidate(0, CHUNK)
+    assert len(sums._chunks) == KEPT

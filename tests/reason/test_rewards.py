@@ -80,7 +80,7 @@ def sample(text, length=10):
     return Sample(Problem("q", "3", "k", "", "sums"), text, length, length == 100)
 
 
-GOOD, WRONG, BARE = "<think>a ✓</think><answer>3</answer>", "<think>a ✓</think><answer>4</answer>", "3"
+GOOD, WRONG, BARE = "<think>a ✓</think><answer>3</answer>", "<think>a ✓</think><answer>4</answer>", "I cannot say"
 
 
 def test_total_is_the_weighted_sum_and_parts_stay_apart():
@@ -93,6 +93,12 @@ def test_total_is_the_weighted_sum_and_parts_stay_apart():
     assert "language" not in found.parts
     assert found.total.tolist() == pytest.approx([2.75, -0.75, 0.0])
     assert found.correct.tolist() == [True, False, False]
+
+
+def test_a_truncated_answer_is_not_right():
+    found = rewards.score([sample(GOOD, 100)], {"sums": Equal()}, RewardSection(), 100)
+    assert not found.correct.any()
+    assert found.parts["accuracy"].tolist() == [0]
 
 
 def test_accuracy_is_known_even_where_it_does_not_count():

@@ -76,8 +76,20 @@ def lines(folder):
     return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
 
 
+def test_rollouts_stop_at_every_end_token(tmp_path, model_dir):
+    (model_dir / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
+    checked = recipe(tmp_path, model_dir)
+    environments = [open_environment(section) for section in checked.environments]
+    trainer = RLTrainer(load_model(model_dir), load_tokenizer(model_dir), environments, checked)
+    assert trainer.engine.eos == (0, 7, 9)
+
+
 def test_a_run_leaves_a_model_metrics_and_a_ledger(tmp_path, model_dir):
+    own = {"temperature": 0.3, "eos_token_id": [7, 0]}
+    (model_dir / "generation_config.json").write_text(json.dumps(own))
     run_dir = rl(recipe(tmp_path, model_dir))
+    made = json.loads((run_dir / "model" / "generation_config.json").read_text())
+    assert {key: made.get(key) for key in own} == own
     load_model(run_dir / "model")
     load_tokenizer(run_dir / "model")
     found = {line["step"]: line for line in lines(tmp_path)}

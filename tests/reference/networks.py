@@ -67,6 +67,9 @@ CONFIGS = {
     "llama": LLAMA | {"tie_word_embeddings": True},
     "llama3": LLAMA | {"num_key_value_heads": 2, "rope_scaling": LLAMA3, "rope_theta": 5e5},
     "llama-biases": LLAMA | {"attention_bias": True, "mlp_bias": True, "head_dim": 10, "num_key_value_heads": 2},
+    "llama-yarn-untruncated": LLAMA
+    | {"rope_scaling": {k: v for k, v in yarn(4, 1, 1).items() if "mscale" not in k} | {"truncate": False}}
+    | {"rope_theta": 500.0},
     "llama-linear": LLAMA | {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
 }
 

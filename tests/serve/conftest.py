@@ -146,7 +146,7 @@ def start(directory):
     """Servers with settings of their own."""
     running = []
 
-    def begin(**options):
+    def begin(directory=directory, **options):
         running.append(Server(directory, **options))
         return running[-1]
 

@@ -3,12 +3,14 @@ from pathlib import Path
 
 import pytest
 
-from rorqual.data.tokenizer import save_tokenizer, train_tokenizer
+from rorqual.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
+from rorqual.engine import Engine
 from rorqual.errors import UserError
 from rorqual.model.checkpoint import load_model, save_model
 from rorqual.plan.estimate import plan_text
 from rorqual.recipe import TokenizerSection, load_recipe, parse_recipe
 from rorqual.train.dry_run import dry_run
+from rorqual.train.prepare import tokenizer_of
 from rorqual.train.pretrain import pretrain
 from rorqual.train.sft import sft
 
@@ -43,6 +45,27 @@ def test_fine_tuning_learns_the_answers(chat_recipe):
     assert lines[-1]["loss"] < 0.2 * lines[0]["loss"]
     assert load_model(run_dir / "model").config.vocab_size == 262
     assert "loss on the assistant's turns" in (run_dir / "model" / "README.md").read_text()
+
+
+def test_what_the_release_says_is_kept_from_run_to_run(chat_recipe, tmp_path):
+    """Sampling and all end tokens; the second run takes the first one's folder for its model."""
+    own = {"do_sample": True, "temperature": 0.3, "top_p": 0.8, "eos_token_id": [7, 0]}
+    (tmp_path / "base" / "generation_config.json").write_text(json.dumps(own))
+    for name, base in (("first", tmp_path / "base"), ("second", tmp_path / "runs" / "first")):
+        recipe = chat_recipe(steps=1)
+        recipe.name, recipe.model.path = name, str(base)
+        made = json.loads((sft(recipe) / "model" / "generation_config.json").read_text())
+        assert {key: made.get(key) for key in own} == own
+    assert Engine(tmp_path / "runs" / "second").eos == (0, 7)
+
+
+def test_a_tokenizer_without_an_end_token_takes_the_models(chat_recipe, tmp_path):
+    settings = tmp_path / "base" / "tokenizer_config.json"
+    said = json.loads(settings.read_text())
+    del said["eos_token"]
+    settings.write_text(json.dumps(said))
+    assert load_tokenizer(tmp_path / "base").eos_token_id is None
+    assert tokenizer_of(chat_recipe().model).eos_token_id == 0
 
 
 def test_the_tokenizer_must_fit_the_model(chat_recipe, tmp_path):

@@ -48,13 +48,13 @@ RECIPES = {
 }  # fmt: skip
 
 
-def start(made, resume=False):
-    with open_run(made, resume) as run_dir:
-        return run_dir
-
-
 def recipe(kind):
     return parse_recipe(RECIPES[kind][0] | {"name": "run"}, kind)
+
+
+def start(recipe, resume):
+    with open_run(recipe, resume) as run_dir:
+        return run_dir
 
 
 @pytest.mark.parametrize("kind", RECIPES)

@@ -1,12 +1,14 @@
 """Byte-level BPE (Sennrich et al. 2016; Radford et al. 2019), trained here or read from a Hugging Face directory."""
 
 import json
+import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rorqual.errors import UserError
+from rorqual.model.files import foreign, model_directory, read_json
 from rorqual.recipe import TokenizerSection
 
 if TYPE_CHECKING:
@@ -117,22 +119,55 @@ def _number_merges(count: int) -> list[tuple[str, str]]:
 
 
 def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerFast":
-    """The tokenizer of a Hugging Face directory (`tokenizer.json`, with its configuration and chat template).
+    """The tokenizer of a Hugging Face directory or a run's folder (`tokenizer.json`, with its configuration and chat
+    template). What tokenizer_config.json says of BOS (add_bos_token) wins over tokenizer.json.
 
     Raises UserError when it is missing or cannot be read.
     """
     from transformers import PreTrainedTokenizerFast
 
-    file = Path(path) / "tokenizer.json"
-    if not file.is_file():
+    path = Path(path)
+    path = path if (path / "tokenizer.json").is_file() else model_directory(path)
+    file, settings = path / "tokenizer.json", path / "tokenizer_config.json"
+    if not os.path.lexists(file):
         raise UserError(f"{file} does not exist; give a directory that holds a tokenizer.json")
+    if wrong := foreign(file, b"{"):
+        raise UserError(wrong)
+    said = read_json(settings) if os.path.lexists(settings) else {}
+    bos = said.get("add_bos_token")
+    if not isinstance(bos, bool | None):
+        raise UserError(f"{settings}: add_bos_token = {bos!r:.60} must be true or false, or null")
+    template = said.get("chat_template")
+    named = isinstance(template, list) and all(
+        isinstance(t, dict) and {"name", "template"} <= t.keys() for t in template
+    )
+    if not isinstance(template, str | dict | None) and not named:
+        raise UserError(f"{settings}: chat_template must be a text, or a list of objects with name and template")
     try:
         # Not AutoTokenizer: for some architectures it rebuilds the pre-tokenizer and so changes the tokens.
-        return PreTrainedTokenizerFast.from_pretrained(str(path), local_files_only=True)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(str(path), local_files_only=True)
+        if bos is not None:
+            _add_bos(tokenizer, bos)
+        return tokenizer
     except Exception as e:  # tokenizers raises bare Exception for malformed files
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         reason = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in reason)  # the file's own bytes
         raise UserError(f"{file} or the files beside it cannot be read ({reason}); restore them from the source") from e
+
+
+def beginning(tokenizer: "PreTrainedTokenizerFast") -> tuple[int, ...]:
+    """What a tokenizer puts before every text, such as BOS. What it puts behind is no part of a text to go on with."""
+    bare, whole = tokenizer("a", add_special_tokens=False).input_ids, tokenizer("a").input_ids
+    starts = range(len(whole) - len(bare) + 1)
+    return tuple(whole[: next((i for i in starts if whole[i : i + len(bare)] == bare), 0)])
+
+
+def _add_bos(tokenizer: "PreTrainedTokenizerFast", wanted: bool) -> None:
+    """Let a tokenizer begin texts with BOS, or not: transformers 5 goes by tokenizer.json alone, where many releases
+    (DeepSeek's) leave it to tokenizer_config.json.
+    """
+    if tokenizer.bos_token_id is not None and wanted != (tokenizer.bos_token_id in beginning(tokenizer)):
+        tokenizer.add_bos_token = wanted
 
 
 def save_tokenizer(tokenizer: "PreTrainedTokenizerFast", path: str | Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 
+from rorqual.data.tokenizer import beginning
 from rorqual.engine.blocks import BLOCK, Blocks
 from rorqual.engine.cache import BlockCache, block_bytes
 from rorqual.engine.grammar import Compiler, Grammar, Guide
@@ -79,10 +80,8 @@ class Engine:
         self.speculate: Way | None = speculate
         self.cache_dtype = cache_dtype or model.head_weight.dtype
         self.block_bytes = block_bytes(model.config, self.cache_dtype, int(speculate == "mtp"))
-        eos = set(model.config.eos_token_ids)
-        if tokenizer is not None and tokenizer.eos_token_id is not None:
-            eos.add(tokenizer.eos_token_id)
-        self.eos = tuple(sorted(eos))
+        self.eos = tuple(sorted(model.released.ends_with(tokenizer, model.config)))
+        self.begin = () if tokenizer is None else beginning(tokenizer)
         self._scheduler: Scheduler | None = None
         self._texts: dict[Sample, TextStream] = {}
         self._compiler: Compiler | None = None
@@ -198,6 +197,11 @@ class Engine:
                     scheduler.cancel(request)
         return [self.completion(sample) for request in requests for sample in request.samples]
 
+    def check(self, prompts: Sequence[str] | Sequence[Sequence[int]], params: SamplingParams | None = None) -> None:
+        """Raise what `generate` would raise for these prompts, UserError, before anything is computed."""
+        for i, prompt in enumerate(prompts):
+            self._request(prompt, params or SamplingParams(), f"prompt {i + 1}", 0)
+
     def stream(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> Iterator[str]:
         """The text of one continuation, piece by piece as it is made. Raises UserError without a tokenizer."""
         if self.tokenizer is None:
@@ -220,7 +224,7 @@ class Engine:
 
     def _request(self, prompt: str | Sequence[int], params: SamplingParams, name: str, seed: int) -> Request:
         context = self.model.config.max_position_embeddings
-        ids = tuple(self._encode(prompt) if isinstance(prompt, str) else prompt)
+        ids = tuple(self.encode(prompt) if isinstance(prompt, str) else prompt)
         if not ids:
             raise UserError(f"{name} is empty; give at least one token")
         if len(ids) >= context:
@@ -234,6 +238,13 @@ class Engine:
         if params.stop and self.tokenizer is None:
             raise UserError("this engine has no tokenizer, which stop strings need; give stop_token_ids")
         room = min(params.max_tokens, context - len(ids))
+        if params.max_length is not None:
+            if len(ids) >= params.max_length:
+                raise UserError(
+                    f"{name} has {len(ids)} tokens, but the model's max_length allows {params.max_length} with the "
+                    "answer; say how long that may be (max_tokens)"
+                )
+            room = min(room, params.max_length - len(ids))
         if self.cache_bytes is not None or (self._scheduler is not None and not self._scheduler.idle):
             most = (self._count(self.cache_bytes) if self.cache_bytes else self._scheduler.blocks.count) - 2
             most *= BLOCK
@@ -285,6 +296,13 @@ class Engine:
 
     def _count(self, cache_bytes: int) -> int:
         return cache_bytes // self.block_bytes
+
+    def encode(self, text: str, begin: bool = True) -> list[int]:
+        """A text's tokens. begin: it is a bare text, to be begun as the tokenizer begins all (BOS), unless it begins so
+        already; a conversation begins as its template says.
+        """
+        ids = self._encode(text)
+        return [*self.begin, *ids] if begin and tuple(ids[: len(self.begin)]) != self.begin else ids
 
     def _encode(self, text: str) -> list[int]:
         if self.tokenizer is None:

@@ -10,13 +10,19 @@ from torch import Tensor
 
 from rorqual.errors import UserError
 
+WHITE = r"(\r?\n){0,2}[ \t]{0,20}"  # between two tokens of JSON, as in llama.cpp's grammars
+
 
 @dataclass(frozen=True)
 class Grammar:
-    """kind: what `text` is written in. A Lark grammar is llguidance's dialect: `start:` is its first rule."""
+    """kind: what `text` is written in. A Lark grammar is llguidance's dialect: `start:` is its first rule.
+
+    source: the field that asked for it, for error messages.
+    """
 
     kind: Literal["json_schema", "regex", "lark"]
     text: str
+    source: str = ""
 
 
 class Compiler:
@@ -44,8 +50,11 @@ class Compiler:
             problem = matcher.get_error() if matcher.is_error() else ""
         except ValueError as e:
             problem = str(e)
+        if not problem and matcher.is_stopped() and not matcher.is_accepting():
+            problem = "no text fits it; does a $ref lead to itself?"
         if problem:
-            raise UserError(f"the {grammar.kind.replace('_', ' ')} cannot be followed: {problem.strip()}")
+            name = grammar.source or f"the {grammar.kind.replace('_', ' ')}"
+            raise UserError(f"{name} cannot be followed: {problem.strip()}")
         return Guide(matcher, self, after)
 
 
@@ -81,4 +90,9 @@ class Guide:
 
 def json_grammar(schema: dict[str, Any] | None) -> Grammar:
     """Text that is JSON of this schema; None: any object."""
-    return Grammar("json_schema", json.dumps({"type": "object"} if schema is None else schema))
+    return Grammar("json_schema", json.dumps(bounded({"type": "object"} if schema is None else schema)))
+
+
+def bounded(schema: dict[str, Any]) -> dict[str, Any]:
+    """A schema of JSON with little white space, which small models else go on with for ever."""
+    return {"x-guidance": {"whitespace_pattern": WHITE}} | schema

@@ -10,6 +10,7 @@ from rorqual.errors import UserError
 from rorqual.kernels.machine import fastest_dtype
 from rorqual.model import Transformer
 from rorqual.model.checkpoint import load_model
+from rorqual.model.files import is_gguf, model_directory
 from rorqual.precision.lowbit import Bits, load_converted
 from rorqual.precision.store import load_packed, packed_already
 from rorqual.process import release_memory
@@ -21,30 +22,32 @@ if TYPE_CHECKING:
 def open_model(
     path: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", weights: Bits | None = None
 ) -> tuple[Transformer, "PreTrainedTokenizerFast"]:
-    """A Hugging Face directory, its `weights` packed into so many bits; packed ones and .gguf files stay as they are.
+    """A Hugging Face directory or a run's folder, its `weights` packed into so many bits; packed ones and .gguf files
+    stay as they are.
 
     `dtype`, by default what `device` computes fastest, is that of what is not packed, and so of the KV cache.
     Raises UserError for what cannot be read, and for a device that is not there or takes no packed weights.
     """
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise UserError("device cuda: PyTorch finds no GPU here; leave it out to compute on the CPU")
-    if Path(path).suffix == ".gguf":
+    if is_gguf(path) and not Path(path).is_dir():
         _check_packed_on(device)
         from rorqual.precision.gguf import load_gguf
 
         return load_gguf(path, dtype)
+    path = model_directory(path)
     tokenizer = load_tokenizer(path)
     release_memory()
-    if packed_already(Path(path)):
+    if packed_already(path):
         _check_packed_on(device)
-        return load_packed(Path(path), dtype), tokenizer
+        return load_packed(path, dtype), tokenizer
     if weights is None:
         try:
             return load_model(path, dtype or fastest_dtype(device), device), tokenizer
         except torch.OutOfMemoryError:
             raise UserError(f"device {device}: no memory for the weights of {path}; try bfloat16 or the CPU") from None
     _check_packed_on(device)
-    return load_converted(Path(path), weights, dtype or fastest_dtype()), tokenizer
+    return load_converted(path, weights, dtype or fastest_dtype()), tokenizer
 
 
 def _check_packed_on(device: torch.device | str) -> None:

@@ -1,27 +1,27 @@
 """How a model wants to be sampled."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from rorqual.engine.sampler import SamplingParams
 from rorqual.errors import UserError
+from rorqual.model.released import Released
 
-R1 = {"temperature": 0.6, "top_p": 0.95}  # R1's settings, "Evaluation"
+DEFAULTS = {"temperature": 0.6, "top_p": 0.95, "max_tokens": 512}  # R1's settings, "Evaluation"; our length
 
 
-def recommended(directory: Path, **given: Any) -> SamplingParams:
-    """What is given (and not None), else what the model's generation_config.json says, else R1's settings.
+def recommended(model: str | Path, **given: Any) -> SamplingParams:
+    """What is given (and not None), else what the model's release says (generation_config.json, or a GGUF file's
+    header), else R1's settings.
 
-    Raises UserError for a file that is not JSON.
+    Raises UserError for a file that cannot be read, a wrong value in it, or a setting that we cannot honour.
     """
-    path = directory / "generation_config.json"
-    try:
-        own = json.loads(path.read_text()) if path.exists() else {}
-    except ValueError as e:
-        raise UserError(f"{path} is not valid JSON ({e}); restore the file from its source") from None
-    if not isinstance(own, dict):
-        raise UserError(f"{path} must hold a JSON object; restore the file from its source")
-    names = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "max_tokens": "max_new_tokens"}
-    found = {ours: own[theirs] for ours, theirs in names.items() if own.get(theirs)}
-    return SamplingParams(**R1 | {"max_tokens": 512} | found | {k: v for k, v in given.items() if v is not None})
+    released = Released.read(model)
+    if released.unhonoured:
+        raise UserError(released.unhonoured[0])
+    said, given = dict(released.sampling), {name: value for name, value in given.items() if value is not None}
+    if "max_tokens" in given:
+        said.pop("max_length", None)
+    elif "max_length" in said:
+        said["max_tokens"] = said["max_length"]
+    return SamplingParams(**DEFAULTS | said | given)

@@ -20,6 +20,7 @@ class SamplingParams:
     they occur; `logit_bias` adds to single tokens' logits. `stop` ends the answer before one of these
     strings, wherever they stand after the thinking.
     `grammar`: the form that the answer, not the thinking before it, must have.
+    `max_length`: tokens that prompt and answer have together at most.
     `thinking_budget`: after that many tokens without `</think>` the engine closes the thinking itself. `logprobs`: how
     many of the most probable tokens to report at every place. `ignore_eos`: the end token does not end the answer.
     """
@@ -33,6 +34,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     logit_bias: tuple[tuple[int, float], ...] = field(default=())
     max_tokens: int = 256
+    max_length: int | None = None
     n: int = 1
     seed: int | None = None
     stop: tuple[str, ...] = ()
@@ -53,6 +55,7 @@ class SamplingParams:
             ("frequency_penalty", abs(self.frequency_penalty) < float("inf"), "must be a number"),
             ("logit_bias", all(abs(b) < float("inf") for _, b in self.logit_bias), "must be numbers"),
             ("max_tokens", self.max_tokens >= 1, "must be at least 1"),
+            ("max_length", self.max_length is None or self.max_length >= 1, "must be at least 1"),
             ("n", self.n >= 1, "must be at least 1"),
             ("stop", all(self.stop), "must not be empty"),
             ("thinking_budget", self.thinking_budget is None or self.thinking_budget >= 0, "must be ≥ 0"),

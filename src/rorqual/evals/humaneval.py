@@ -2,25 +2,22 @@
 
 import os
 import random
-import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
+from rorqual.evals.program import function
 from rorqual.evals.sandbox import Limits, isolation, run_program
 from rorqual.reason.environment import Problem
 from rorqual.reason.prompts import Template, prompt_text
 
 INSTRUCTION = "Complete this Python function. Answer with the whole function in one ```python block.\n\n"
-# Where a model that only continues text has left the function (Codex paper, §2.1).
-STOPS = re.compile(r"\n(?:class |def |#|if |print\(|@|```|<)")
-FENCE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
 
 
 class HumanEval:
     """The task as `evaluate` sees it. Raises UserError at once where model code cannot be isolated."""
 
-    name = "humaneval"
+    name, split = "humaneval", "all"
 
     def __init__(self, limits: Limits | None = None) -> None:
         self.limits = limits or Limits()
@@ -42,7 +39,10 @@ class HumanEval:
         return None
 
     def score(self, problems: Sequence[Problem], texts: Sequence[str], answers: Sequence[str | None]) -> list[bool]:
-        """Whether each completion passes its problem's tests; several sandboxes run at a time."""
+        """Whether each completion passes its problem's tests; several sandboxes run at a time.
+
+        A truncated one is run too: models that only continue text do not end, and the function stands before the cut.
+        """
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             return list(pool.map(self._passes, problems, texts))
 
@@ -70,17 +70,4 @@ def load() -> list[Problem]:
 def program(problem: Problem, text: str) -> str:
     """The function as completed, its tests, and the call that runs them."""
     name = problem.metadata["entry_point"]
-    return f"{_function(problem.question, text, name)}\n\n{problem.metadata['test']}\n\ncheck({name})\n"
-
-
-def _function(prompt: str, text: str, name: str) -> str:
-    text = text.rpartition("</think>")[2]
-    blocks = FENCE.findall(text)
-    if not blocks:
-        stop = STOPS.search(text)
-        return prompt + (text[: stop.start()] if stop else text)
-    code = next((block for block in reversed(blocks) if f"def {name}(" in block), None)
-    if code is None:
-        return prompt + blocks[-1]
-    # A whole function leans on the prompt's imports and helpers: everything before the function itself.
-    return prompt[: prompt.rindex(f"def {name}(")] + "\n" + code
+    return f"{function(problem.question, text, name)}\n\n{problem.metadata['test']}\n\ncheck({name})\n"

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from rich.console import Console
@@ -20,7 +20,7 @@ from rich.table import Table
 from rorqual.engine import Completion, Engine, SamplingParams
 from rorqual.errors import UserError
 from rorqual.evals.stats import cons_at_k, interval, paired_difference, pass_at_1, pass_at_k
-from rorqual.evals.tasks import Task, open_task
+from rorqual.evals.tasks import Task, open_task, opening
 from rorqual.reason.environment import Problem
 from rorqual.reason.prompts import Template
 from rorqual.reason.rewards import RIGHT, WRONG, claims_right
@@ -53,37 +53,37 @@ def evaluate(
     """pass@1, cons@k and pass@k of every task, with 95 % bootstrap intervals over problems.
 
     tasks: names as on the command line, recipe sections, environments or `Task`s. k (default: `samples`) is for cons@k,
-    a vote of the first k samples, and pass@k, over all draws of k. The result can be written as JSON; `tasks[name]`
-    has pass_at_1, interval, cons_at_k, cons_interval, pass_at_k, pass_k_interval, mean_tokens, truncated_share,
-    answered_share, verified_share (the last verdict before `</think>` is ✓), verdict_precision (of ✓ verdicts: every
-    line that `check_line` can judge, else the last one by the final answer), by_difficulty, and scores [P] with
-    questions_hash for `compare`.
-    Raises UserError for an unknown task, too few problems, or model code that cannot be isolated.
+    a vote of the first k samples, and pass@k, over all draws of k. A truncated answer is no answer. The result can be
+    written as JSON; `tasks[name]` has split ("all": a file or benchmark as a whole), pass_at_1, interval, cons_at_k,
+    cons_interval, pass_at_k, pass_k_interval, mean_tokens, truncated_share, answered_share, verified_share (the last
+    verdict before `</think>` is ✓), verdict_precision (of ✓ verdicts: every line that `check_line` can judge, else the
+    last one by the final answer), by_difficulty, and scores [P] with questions_hash for `compare`.
+    Raises UserError for an unknown task, too few problems, a question longer than the context, settings that no engine
+    takes, or model code that cannot be isolated; all before anything is sampled.
     """
-    if samples < 1 or problems < 1:
-        raise UserError(f"samples = {samples}, problems = {problems}: both must be at least 1")
+    params = sampling_params(
+        samples, problems, seed=seed, template=template, temperature=temperature, top_p=top_p, max_tokens=max_tokens,
+        thinking_budget=thinking_budget,
+    )  # fmt: skip
     if k is not None and not 1 <= k <= samples:
         raise UserError(f"k = {k}: must be between 1 and samples = {samples}")
     opened = [open_task(task, split) for task in tasks]
     names = [task.name for task in opened]
     if doubled := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(f"task {doubled[0]} is given twice, and the two could not be told apart; leave one out")
-    params = SamplingParams(
-        temperature=temperature,
-        top_p=top_p,
-        max_tokens=max_tokens,
-        n=samples,
-        seed=seed,
-        thinking_budget=thinking_budget,
-    )
     started, results = time.monotonic(), {}
+    drawn = [task.problems(problems, seed) for task in opened]
+    for task, chosen in zip(opened, drawn, strict=True):
+        try:
+            engine.check([task.prompt(problem, tokenizer, template) for problem in chosen], params)
+        except UserError as e:
+            raise UserError(f"task {task.name}: {e}") from None
     with _progress(quiet) as bar:
-        for task in opened:
-            chosen = task.problems(problems, seed)
+        for task, chosen in zip(opened, drawn, strict=True):
             line = bar.add_task(task.name, total=len(chosen) * samples)
             advance = functools.partial(bar.advance, line)
             found = collect(engine, tokenizer, task, chosen, params, template, advance)
-            results[task.name] = summarise(found, k, seed, check_line)
+            results[task.name] = summarise(found, k, seed, check_line) | {"split": task.split}
     return {
         "tasks": results,
         "samples": samples,
@@ -97,6 +97,15 @@ def evaluate(
         "thinking_budget": thinking_budget,
         "seconds": time.monotonic() - started,
     }
+
+
+def sampling_params(samples: int, problems: int, template: Template = "chat", **settings: Any) -> SamplingParams:
+    """Those settings of `evaluate` that an engine takes. Raises UserError for any that cannot be."""
+    if samples < 1 or problems < 1:
+        raise UserError(f"samples = {samples}, problems = {problems}: both must be at least 1")
+    if template not in get_args(Template):
+        raise UserError(f"template = {template!r}: must be one of {', '.join(get_args(Template))}")
+    return SamplingParams(n=samples, **settings)
 
 
 def thinking_curve(
@@ -200,13 +209,16 @@ def collect(
 ) -> Collected:
     """Sample `params.n` answers to each of the problems and judge them; `progress` is told of completions."""
     prompts = [task.prompt(problem, tokenizer, template) for problem in problems]
-    completions = engine.generate(prompts, params, progress=progress)
+    chat = template == "chat" and getattr(tokenizer, "chat_template", None)  # which has begun the prompts itself
+    texts = [engine.encode(p, begin=False) for p in prompts] if chat else prompts
+    completions = engine.generate(texts, params, progress=progress)
     asked = [problem for problem in problems for _ in range(params.n)]
+    texts = [opening(prompts[i // params.n]) + c.text for i, c in enumerate(completions)]
     answers = [
-        task.answer(asked[i], prompts[i // params.n], c.text) if c.finish_reason == "stop" else None
+        task.answer(asked[i], prompts[i // params.n], texts[i]) if c.finish_reason == "stop" else None
         for i, c in enumerate(completions)
     ]
-    correct = task.score(asked, [c.text for c in completions], answers)
+    correct = task.score(asked, texts, answers)
     return Collected(problems, prompts, completions, answers, correct)
 
 
@@ -223,7 +235,8 @@ def summarise(
     }
     return rows.summary(everything) | {
         "by_difficulty": by_difficulty,
-        "questions_hash": hashlib.sha256("\0".join(collected.prompts).encode()).hexdigest(),
+        # Of what is asked, whatever templates put around it.
+        "questions_hash": hashlib.sha256("\0".join(p.question for p in problems).encode()).hexdigest(),
         "scores": pass_at_1(rows.correct).tolist(),
     }
 

@@ -11,6 +11,8 @@ from fractions import Fraction
 
 import numpy as np
 
+from rorqual.reason.judge import number_in
+
 RESAMPLES = 2000
 
 
@@ -61,7 +63,7 @@ def interval(values: np.ndarray, seed: int = 0, level: float = 0.95, resamples: 
     values = np.asarray(values, dtype=float)
     if not len(values):
         raise ValueError("an interval needs at least one problem")
-    picks = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))  # [R, P]
+    picks = np.random.default_rng(seed % 2**64).integers(len(values), size=(resamples, len(values)))  # [R, P]
     low, high = np.quantile(values[picks].mean(axis=1), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
@@ -81,6 +83,8 @@ def paired_difference(before: np.ndarray, after: np.ndarray, seed: int = 0) -> t
 
 def canonical(answer: str) -> str:
     """One spelling for answers that mean the same: spaces, case, number format, order of sums and products."""
+    if (number := number_in(answer)) is not None:
+        return number
     text = " ".join(answer.split()).strip("$ ").removesuffix(".")
     arithmetic = re.sub(r"(?<=\d),(?=\d{3}\b)", "", text)
     arithmetic = arithmetic.replace("×", "*").replace("·", "*").replace("÷", "/").replace("−", "-")

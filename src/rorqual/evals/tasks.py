@@ -1,10 +1,14 @@
-"""What can be evaluated: any reasoning-gym dataset, a JSONL file of question/answer pairs, the environments of a recipe
-for reinforcement learning, and HumanEval.
+"""What can be evaluated: any reasoning-gym dataset, a file of questions and answers, the environments of a recipe for
+reinforcement learning, and HumanEval.
+
+A file is asked whole, as benchmarks are. Of a recipe's environments, its files too, and of datasets the held-out split
+is asked, which training left out.
 
 On the command line a task is `name` or `name:option=value,…`: `gsm-symbolic`,
 `countdown:min_numbers=3,max_numbers=3`, `mine.jsonl`, `rl-recipe.toml`, `humaneval`.
 """
 
+import random
 import re
 import tomllib
 from collections.abc import Sequence
@@ -12,17 +16,24 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rorqual.errors import UserError
-from rorqual.reason.environment import Environment, Problem, extract_answer, open_environment
+from rorqual.reason.answers import OPEN, read_answer
+from rorqual.reason.environment import Environment, JsonlEnvironment, Problem, open_environment
 from rorqual.reason.prompts import Template, prompt_text
 from rorqual.recipe import EnvironmentSection, load_recipe
 
-NUMBER = r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?"
+FILES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
+
+
+def opening(prompt: str) -> str:
+    """The `<think>` with which a prompt has begun the completion's text."""
+    return OPEN if prompt.rstrip().endswith(OPEN) else ""
 
 
 class Task(Protocol):
-    """Problems of a held-out split, how to ask them, and how to judge what comes back."""
+    """Problems that training left out, how to ask them, and how to judge what comes back."""
 
     name: str
+    split: str  # which problems of their source: "test", "dev", or "all" of a benchmark
 
     def problems(self, n: int, seed: int) -> list[Problem]: ...
 
@@ -30,7 +41,7 @@ class Task(Protocol):
         """The text the model continues."""
 
     def answer(self, problem: Problem, prompt: str, text: str) -> str | None:
-        """What a finished completion votes for; None where it gives no answer."""
+        """What a finished completion votes for; None where it gives no answer. `text`: with what `opening` says."""
 
     def score(self, problems: Sequence[Problem], texts: Sequence[str], answers: Sequence[str | None]) -> list[bool]:
         """Whether each completion solves its problem."""
@@ -49,10 +60,23 @@ class EnvironmentTask:
         return prompt_text(problem.question, template, tokenizer)
 
     def answer(self, problem: Problem, prompt: str, text: str) -> str | None:
-        return read_answer(problem, prompt, text)
+        return read_answer(text, problem.answer)
 
     def score(self, problems: Sequence[Problem], texts: Sequence[str], answers: Sequence[str | None]) -> list[bool]:
         return [self.environment.correct(p, a) for p, a in zip(problems, answers, strict=True)]
+
+
+class FileTask(EnvironmentTask):
+    """A file of questions and answers, whole: every line is a problem of its own, also where two ask the same."""
+
+    def __init__(self, path: str) -> None:
+        self.file = JsonlEnvironment(EnvironmentSection(name=Path(path).stem, path=path))
+        super().__init__(self.file, name=path, split="all")
+
+    def problems(self, n: int, seed: int) -> list[Problem]:
+        """All in the file's order, or a random `n` of them chosen by `seed`."""
+        everything = self.file.everything()
+        return everything if n >= len(everything) else random.Random(seed).sample(everything, n)
 
 
 def open_task(task: "str | Task | EnvironmentSection | Environment", split: str = "test") -> Task:
@@ -64,6 +88,10 @@ def open_task(task: "str | Task | EnvironmentSection | Environment", split: str 
     if not isinstance(task, str):
         return task
     name, colon, options = task.partition(":")
+    if task.lower().endswith(FILES) or "/" in name:
+        if colon and name.lower().endswith(FILES):
+            raise UserError(f"task {task!r}: a file takes no options; write {name}")
+        return FileTask(task)
     if name == "humaneval":
         if colon:
             raise UserError(f"task {task!r}: humaneval takes no options; write humaneval")
@@ -71,10 +99,9 @@ def open_task(task: "str | Task | EnvironmentSection | Environment", split: str 
 
         return HumanEval()
     config = _options(task, options) if colon else {}
-    if name.endswith(".jsonl"):
-        section = EnvironmentSection(name=Path(name).stem, path=name, config=config)
-    else:
-        section = EnvironmentSection(name=name.replace("-", "_"), config=config)
+    if name.lower().endswith(FILES):
+        raise UserError(f"task {task!r}: a file takes no options; write {name}")
+    section = EnvironmentSection(name=name.replace("-", "_"), config=config)
     return EnvironmentTask(open_environment(section), name=task, split=split)
 
 
@@ -83,6 +110,8 @@ def split_tasks(text: str) -> list[str | EnvironmentSection]:
 
     A recipe stands for its environments. Raises UserError for an empty word or a recipe that cannot be read.
     """
+    if Path(text).is_file() and text.lower().endswith(FILES):  # whatever commas its name holds
+        return [text]
     words = [word.strip() for word in re.split(r",(?![^\[]*\])", text)]
     tasks: list[str] = []
     for word in words:
@@ -94,7 +123,7 @@ def split_tasks(text: str) -> list[str | EnvironmentSection]:
             tasks.append(word)
     every: list[str | EnvironmentSection] = []
     for task in tasks:
-        every += load_recipe(task, "rl").environments if task.endswith(".toml") else [task]
+        every += load_recipe(task, "rl").environments if task.lower().endswith(".toml") else [task]
     return every
 
 
@@ -103,25 +132,3 @@ def _options(task: str, text: str) -> dict[str, Any]:
         return tomllib.loads(f"v = {{{text}}}")["v"]
     except tomllib.TOMLDecodeError:
         raise UserError(f"task {task!r}: options are written name:option=value,option=value, as in TOML") from None
-
-
-def read_answer(problem: Problem, prompt: str, text: str) -> str | None:
-    """The answer of one finished completion.
-
-    A completion that uses the R1 format is held to it. One without any of its tags, to a prompt that did not open
-    <think> itself, is read as benchmarks read chat models, so that a gain is not a gain of format alone: \\boxed{…},
-    else "answer is …", else, for a number, the last number.
-    """
-    if prompt.rstrip().endswith("<think>") or re.search(r"</?(?:think|answer)>", text):
-        return extract_answer(text)
-    if boxed := re.findall(r"\\boxed\{([^{}]+)\}", text):
-        return boxed[-1].strip()
-    numeric = re.fullmatch(NUMBER, problem.answer.strip()) is not None
-    if said := re.findall(r"answer(?: is|:)[ *:$]*([^\n]+)", text, re.IGNORECASE):
-        phrase = said[-1].strip(" .*$")
-        number = re.search(NUMBER, phrase)
-        if not numeric or number:
-            return number[0].replace(",", "") if numeric else phrase
-    if numeric and (numbers := re.findall(NUMBER, text)):
-        return numbers[-1].replace(",", "")
-    return None

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from rorqual.errors import UserError
 from rorqual.kernels.machine import fastest_dtype
 from rorqual.model.config import ModelConfig
+from rorqual.model.files import model_directory, read_json
 from rorqual.model.fp8 import SCALE_SUFFIX, block_size, expand, scale_shape
+from rorqual.model.released import GENERATION, Released
 from rorqual.model.shards import PIECE_BYTES, StoredTensor, read_header, write_shard
 from rorqual.model.transformer import Layer, Transformer
 
@@ -29,8 +31,9 @@ EMBEDDING = "model.embed_tokens.weight"
 # Files that describe a model beside its weights, copied as they are.
 COMPANIONS = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "chat_template.jinja", "generation_config.json",
+    "merges.txt", "chat_template.jinja", GENERATION,
 )  # fmt: skip
+TEMPLATES = "additional_chat_templates"  # a directory: those with names
 
 
 def release_tensors(model: Transformer) -> dict[str, Tensor]:
@@ -121,16 +124,15 @@ class Release:
 
 def open_release(path: Path) -> Release:
     """Check a directory, before anything large is read. Raises UserError."""
-    config = ModelConfig.load(path)
-    stored = stored_tensors(path)
-    if not any(name.startswith(f"model.layers.{config.num_hidden_layers}.") for name in stored):
-        config = config.replace(num_nextn_predict_layers=0)
-    raw = json.loads((path / "config.json").read_text())
+    path = model_directory(path)
+    config, released, stored = described(path)
+    raw = read_json(path / "config.json")
     if not isinstance(raw.get("quantization_config"), dict | None):
         raise UserError(f"{path / 'config.json'}: quantization_config must be an object; restore the file")
     block = block_size(raw, str(path / "config.json"))
     _check(path, _telling_shapes(config), stored, set(), block)
     model = meta_model(config)
+    model.released = released
     optional = set(_shared_copies(model))
     if config.tie_word_embeddings:
         optional.add("lm_head.weight")
@@ -142,8 +144,18 @@ def open_release(path: Path) -> Release:
     return Release(model, stored, [name for name in expected if name not in optional], block)
 
 
+def described(path: Path) -> tuple[ModelConfig, Released, dict[str, StoredTensor]]:
+    """What a directory says of its network and its use, and where its tensors lie. Raises UserError."""
+    config = ModelConfig.load(path)
+    released = Released.beside(path, config)
+    stored = stored_tensors(path)
+    if not any(name.startswith(f"model.layers.{config.num_hidden_layers}.") for name in stored):
+        config = config.replace(num_nextn_predict_layers=0)
+    return config, released, stored
+
+
 def load_model(path: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Transformer:
-    """Read a Hugging Face directory of a supported architecture, one piece of a tensor at a time.
+    """Read a Hugging Face directory (or a run's folder) of a supported architecture, one piece of a tensor at a time.
 
     `dtype` defaults to FP32 where the weights are stored so, else to what `device` computes fastest
     (kernels/machine.py); `stored_dtype` gives what they are stored in. Block-scaled FP8 weights are expanded.
@@ -171,9 +183,10 @@ def stored_dtype(path: str | Path) -> torch.dtype:
 def stored_tensors(path: Path) -> dict[str, StoredTensor]:
     """All tensors of a directory that matter, over its shards."""
     index = path / INDEX
-    if index.is_file():
+    if os.path.lexists(index):
+        found = read_json(index)
         try:
-            places = json.loads(index.read_text())["weight_map"]
+            places = found["weight_map"]
             files = sorted(set(places.values()))
             if not all(word.isprintable() and "/" not in word for word in (*files, *places)):
                 raise ValueError("a name in it is damaged")
@@ -183,7 +196,7 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
         for name, file in places.items():
             if name not in tensors or tensors[name].path.name != file:
                 raise UserError(f"{path / file}: tensor {name} is missing, though {INDEX} places it there")
-    elif (path / WEIGHTS).is_file():
+    elif os.path.lexists(path / WEIGHTS):
         tensors = read_header(path / WEIGHTS)
     elif any(path.glob("pytorch_model*.bin")):
         raise UserError(
@@ -260,7 +273,7 @@ def save_model(
     try:
         shutil.rmtree(temporary, ignore_errors=True)  # of a save that was killed
         temporary.mkdir(parents=True)
-        _write_configs(model, temporary)
+        _write_configs(model, temporary, tokenizer)
         write_weights(release_tensors(model), temporary, max_shard_bytes)
         if tokenizer is not None:
             _write_tokenizer(tokenizer, temporary)
@@ -272,12 +285,20 @@ def save_model(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _write_configs(model: Transformer, path: Path) -> None:
+def _write_configs(model: Transformer, path: Path, tokenizer: "PreTrainedTokenizerBase | None") -> None:
     config = model.config
     dtype = str(model.head_weight.dtype).removeprefix("torch.")
     write_json(path / "config.json", config.to_dict() | {"torch_dtype": dtype})
-    tokens = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    write_json(path / "generation_config.json", {name: t for name, t in tokens.items() if t is not None})
+    write_json(path / GENERATION, model.released.generation_config(config, tokenizer))
+
+
+def copy_companions(source: Path, dest: Path) -> None:
+    """What describes a model beside its weights, as it is."""
+    for name in COMPANIONS:
+        if (source / name).is_file():
+            shutil.copy(source / name, dest / name)
+    if (source / TEMPLATES).is_dir():
+        shutil.copytree(source / TEMPLATES, dest / TEMPLATES, dirs_exist_ok=True)
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
@@ -322,6 +343,8 @@ def put_in_place(temporary: Path, path: Path) -> None:
         new = {file.name for file in temporary.iterdir()}
         old = {INDEX, *(file.name for file in path.glob("model*.safetensors"))}
         for name in sorted(new, key=lambda n: n == INDEX):  # the index last, when all it names is there
+            if (path / name).is_dir():  # such as that of the templates
+                shutil.rmtree(path / name)
             os.replace(temporary / name, path / name)
         for name in old - new:  # shards of a former layout
             (path / name).unlink(missing_ok=True)

@@ -4,13 +4,14 @@ Supported architectures: deepseek_v3 (V3, R1), deepseek_v2 (V2, V2-Lite), qwen2 
 R1-Distill family, SmolLM2). Field names are those of the releases.
 """
 
-import json
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin
 
 from rorqual.errors import UserError
+from rorqual.model.files import is_gguf, model_directory, read_json
+from rorqual.model.foreign import refuse_foreign, rope_of
 
 ARCHITECTURES = {
     "deepseek_v3": "DeepseekV3ForCausalLM",
@@ -33,6 +34,8 @@ ROPE_FIELDS = {
     "yarn": ("factor", "original_max_position_embeddings"),
 }
 ROPE_OPTIONS = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor")
+# Of a release with experts: left out, they would mean one thing here and another in the release's own code.
+EXPERTS_MUST_SAY = ("n_group", "topk_group", "norm_topk_prob", "routed_scaling_factor", "first_k_dense_replace")
 
 
 @dataclass(frozen=True)
@@ -145,6 +148,10 @@ class ModelConfig:
         for name in ROPE_OPTIONS:
             if scaling.get(name) not in (None, 0) and not _moderate(scaling[name]):
                 raise UserError(f"model.rope_scaling.{name} = {scaling[name]!r}: must be a number ≥ 0")
+        if scaling.get("attention_factor") == 0:
+            raise UserError("model.rope_scaling.attention_factor = 0: must be above 0")
+        if not isinstance(scaling.get("truncate"), bool | None):
+            raise UserError(f"model.rope_scaling.truncate = {scaling['truncate']!r}: must be true or false")
         if kind == "llama3" and scaling["low_freq_factor"] == scaling["high_freq_factor"]:
             raise UserError("model.rope_scaling.low_freq_factor: must differ from high_freq_factor")
 
@@ -189,52 +196,49 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any], source: str = "config.json") -> "ModelConfig":
-        """Read a Hugging Face config; keys that do not shape the network are passed over."""
-        raw = dict(raw)
+        """Read a Hugging Face config. A null is as if the key were not there. Keys that do not shape the network are
+        passed over; of those that would shape it otherwise than we compute, UserError names one.
+        """
+        said, raw = raw, {name: value for name, value in raw.items() if value is not None}
         model_type = raw.get("model_type")
         if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
             raise UserError(
                 f"{source}: model_type {model_type!r} is not supported; choose one of {', '.join(ARCHITECTURES)}"
             )
-        rope = raw.pop("rope_parameters", None)  # transformers 5 keeps theta and scaling together
-        if isinstance(rope, dict):
-            rope = dict(rope)
-            raw["rope_theta"] = rope.pop("rope_theta", raw.get("rope_theta", 10000.0))
-            raw.setdefault("rope_scaling", rope if rope.get("rope_type", "default") != "default" else None)
-        scaling = raw.get("rope_scaling")
-        if isinstance(scaling, dict):
-            scaling = dict(scaling)
-            scaling["rope_type"] = scaling.pop("type", scaling.get("rope_type"))
-            raw["rope_scaling"] = scaling
+        raw |= rope_of(raw, source)
         if model_type in ("qwen2",):
             raw["attention_bias"] = True
         if not model_type.startswith("deepseek"):
-            raw["rope_interleave"] = False
-        names = {f.name for f in fields(cls)}
+            raw.setdefault("rope_interleave", False)
         required = [n for n in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
                                 "num_attention_heads") if n not in raw]  # fmt: skip
         if required:
             raise UserError(f"{source}: {required[0]} is missing")
         raw.setdefault("initializer_range", 0.02)
+        names = {f.name for f in fields(cls)}
         # Some releases write -1 for a token that there is not.
-        given = {k: None if k.endswith("_token_id") and v == -1 else v for k, v in raw.items() if k in names}
+        given = {k: v for k, v in raw.items() if k in names and not (k.endswith("_token_id") and v == -1)}
         try:
-            return cls(**given)
+            config = cls(**given)
         except UserError as e:
             raise UserError(f"{source}: {e}") from None
+        refuse_foreign(said, config.num_hidden_layers, config.max_position_embeddings, source)
+        return config
 
     @classmethod
     def load(cls, directory: str | Path) -> "ModelConfig":
-        path = Path(directory) / "config.json"
-        try:
-            raw = json.loads(path.read_text())
-        except FileNotFoundError:
-            raise UserError(f"{path} does not exist; a model is a directory with config.json in it") from None
-        except (ValueError, RecursionError) as e:
-            raise UserError(f"{path} is not valid JSON ({e}); restore the file from its source") from None
-        if not isinstance(raw, dict):
-            raise UserError(f"{path} must hold a JSON object, not a {type(raw).__name__}")
-        return cls.from_dict(raw, str(path))
+        """What a model directory, or a run's folder for the model in it, says of its network. Raises UserError."""
+        path = model_directory(directory) / "config.json"
+        if is_gguf(path.parent) and not path.parent.is_dir():
+            raise UserError(
+                f"{path.parent} is a GGUF file, where a model directory is needed; make one: "
+                f"rorqual import {path.parent} DIRECTORY"
+            )
+        raw = read_json(path)
+        config = cls.from_dict(raw, str(path))
+        if missing := [n for n in EXPERTS_MUST_SAY if config.n_routed_experts and raw.get(n) is None]:
+            raise UserError(f"{path}: {missing[0]} is missing, without which the experts cannot be computed")
+        return config
 
     def to_dict(self) -> dict[str, Any]:
         """The Hugging Face `config.json` of this network."""

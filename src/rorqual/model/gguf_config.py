@@ -5,6 +5,7 @@ Sizes come from the tensors where they can, so that a damaged header cannot ask 
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,41 @@ import torch
 from rorqual.errors import UserError
 from rorqual.model.config import ModelConfig
 from rorqual.model.gguf_file import GGUFTensor
+from rorqual.model.released import Released
 from rorqual.model.rope import rope_frequencies
 
 Fields, Stored = Mapping[str, Any], Mapping[str, GGUFTensor]
 ARCHITECTURES = ("llama", "qwen2", "deepseek2")
+# A header's keys of sampling (gguf-py, Keys.General), and generation_config.json's names for them.
+SAMPLING = {
+    "general.sampling.temp": "temperature",
+    "general.sampling.top_p": "top_p",
+    "general.sampling.top_k": "top_k",
+    "general.sampling.min_p": "min_p",
+    "general.sampling.penalty_repeat": "repetition_penalty",
+}
+# Keys of an architecture that would shape the network otherwise → values with which they do not.
+FOREIGN: dict[str, tuple[Any, ...]] = {
+    "attention.causal": (True,),
+    "attention.clamp_kqv": (0,),
+    "attention.max_alibi_bias": (0,),
+    "attention.scale": (0,),
+    "attention.output_scale": (0, 1),
+    "attention.temperature_length": (0,),
+    "attention.temperature_scale": (0, 1),
+    "attention.indexer.top_k": (0,),
+    "attn_logit_softcapping": (0,),
+    "final_logit_softcapping": (0,),
+    "router_logit_softcapping": (0,),
+    "logit_scale": (0, 1),
+    "residual_scale": (0, 1),
+    "embedding_scale": (0, 1),
+    "swiglu_clamp_exp": (0,),
+    "swiglu_clamp_shexp": (0,),
+    "use_parallel_residual": (False,),
+    "hidden_activation": ("silu", "swish"),
+    "activation_function": ("silu", "swish"),
+}
 SOFTMAX, SIGMOID = 1, 2  # llama.cpp's numbers for the scores of experts
 
 
@@ -43,7 +75,52 @@ def config_of(fields: Fields, stored: Stored) -> ModelConfig:
             for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
         },
     )
+    _refuse_foreign(fields, config, architecture)
     return config.replace(rope_scaling=_rope_scaling(fields, stored, config, architecture))
+
+
+def released_of(fields: Fields, config: ModelConfig, source: str) -> Released:
+    """What a header says of the model's use, as a generation_config.json would. Raises UserError for wrong values."""
+    below = config.vocab_size
+    ends = [number(fields, f"tokenizer.ggml.{t}_token_id", None, least=0, below=below) for t in ("eos", "eot", "eom")]
+    said = {theirs: _short(fields[ours]) for ours, theirs in SAMPLING.items() if ours in fields}
+    said["eos_token_id"] = list(dict.fromkeys(t for t in ends if t is not None)) or None
+    released = Released.of(config, said, "general.sampling")
+    window = fields.get("general.sampling.penalty_last_n", -1)
+    wrong = [
+        f"{source}: {name} = {fields[name]!r:.80} is not done here; give the sampling yourself from Python, or take a "
+        "file without it"
+        for name in ("general.sampling.xtc_probability", "general.sampling.mirostat")
+        if fields.get(name)
+    ]
+    if said.get("repetition_penalty", 1) != 1 and window != -1 and window < config.max_position_embeddings:
+        wrong.append(f"{source}: general.sampling.penalty_last_n = {window!r:.80} is not done here; only -1 (all) is")
+    return replace(released, unhonoured=tuple(wrong))
+
+
+def _short(value: Any) -> Any:
+    return float(str(np.float32(value))) if isinstance(value, float) else value  # 0.6, not 0.6000000238418579
+
+
+def _refuse_foreign(fields: Fields, config: ModelConfig, architecture: str) -> None:
+    """Raises UserError for what would shape the network otherwise than we compute it."""
+    for name, neutral in FOREIGN.items():
+        value = fields.get(f"{architecture}.{name}")
+        if value is not None and not any(value == n for n in neutral):
+            raise UserError(f"{architecture}.{name} = {value!r:.60} is not computed here; take another file")
+    window, context = fields.get(f"{architecture}.attention.sliding_window"), config.max_position_embeddings
+    if window and not (type(window) is int and window >= context):
+        raise UserError(
+            f"{architecture}.attention.sliding_window = {window!r:.60} is not computed here, and is shorter than the "
+            f"context of {context}; take another file"
+        )
+    width = config.qk_rope_head_dim if config.is_mla else config.head_dim
+    turned = fields.get(f"{architecture}.rope.dimension_count", width)
+    if turned != width:
+        raise UserError(
+            f"{architecture}.rope.dimension_count = {turned!r:.60} of {width}: only whole heads are turned here; "
+            "take another file"
+        )
 
 
 def _grouped(fields: Fields, stored: Stored, architecture: str, heads: int) -> dict[str, Any]:
@@ -132,9 +209,15 @@ def _rope_scaling(fields: Fields, stored: Stored, config: ModelConfig, architect
                 return scaling
         raise UserError("rope_freqs.weight is not Llama 3's; this way of stretching the context is not supported")
     name = f"{architecture}.rope.scaling"
-    kind = fields.get(f"{name}.type", "none")
+    # A factor without a type stretches linearly, as llama.cpp reads it; scale_linear is the name of old files.
+    factor = f"{name}.factor" if f"{name}.factor" in fields else f"{architecture}.rope.scale_linear"
+    kind = fields.get(f"{name}.type", "linear" if factor in fields else "none")
+    for own in ("attn_factor", "yarn_attn_factor", "yarn_ext_factor"):
+        if fields.get(f"{name}.{own}", 1.0) != 1.0:
+            raise UserError(f"{name}.{own} = {fields[f'{name}.{own}']!r:.60} is not computed here; take another file")
     if kind == "linear":
-        return {"rope_type": "linear", "factor": real(fields, f"{name}.factor")}
+        stretch = real(fields, factor)
+        return None if stretch == 1.0 else {"rope_type": "linear", "factor": stretch}
     if kind == "yarn" and config.is_mla:
         return _yarn(fields, name)
     if kind != "none":

@@ -83,7 +83,7 @@ def open_gguf(path: str | Path) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
     parts = fields.get("split.count", 1)
     if parts == 1:
         return fields, tensors
-    found = re.fullmatch(r"(.*-)00001(-of-\d{5}\.gguf)", path.name)
+    found = re.fullmatch(r"(.*-)00001(-of-\d{5}\.gguf)", path.name, re.IGNORECASE)
     if not found or type(parts) is not int:
         raise UserError(f"it is one of {parts} parts; give the first, whose name ends in -00001-of-{parts:05}.gguf")
     for number in range(2, parts + 1):

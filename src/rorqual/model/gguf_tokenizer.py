@@ -88,22 +88,35 @@ def tokenizer_of(fields: Fields, config: ModelConfig) -> "PreTrainedTokenizerFas
     unknown = number(fields, "tokenizer.ggml.unknown_token_id", None, least=0, below=len(tokens))
     if unknown is not None:
         named["unk_token"] = tokens[unknown]
-    if fields.get("tokenizer.ggml.add_bos_token", split == "llama-bpe") and "bos_token" in named:
+    begins = fields.get("tokenizer.ggml.add_bos_token", split == "llama-bpe")
+    if not isinstance(begins, bool):
+        raise UserError(f"tokenizer.ggml.add_bos_token = {begins!r:.60} must be true or false; fetch the file again")
+    if begins and "bos_token" in named:
         bos = named["bos_token"]
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, config.bos_token_id)]
         )
-    template = fields.get("tokenizer.chat_template")
-    if not isinstance(template, str | None):
-        raise UserError("tokenizer.chat_template is no text; fetch the file again")
     fast = PreTrainedTokenizerFast(
         tokenizer_object=_AsItIs(tokenizer),
         model_max_length=config.max_position_embeddings,
         clean_up_tokenization_spaces=False,
         **named,
     )
-    fast.chat_template = template
+    fast.chat_template = _templates(fields)
     return fast
+
+
+def _templates(fields: Fields) -> str | dict[str, str] | None:
+    """The chat template, or several by name."""
+    names = fields.get("tokenizer.chat_templates", [])
+    if not isinstance(names, list):
+        raise UserError("tokenizer.chat_templates is no list; fetch the file again")
+    keys = {"default": "tokenizer.chat_template"} | {name: f"tokenizer.chat_template.{name}" for name in names}
+    found = {name: fields[key] for name, key in keys.items() if key in fields}
+    for name, template in found.items():
+        if not isinstance(template, str):
+            raise UserError(f"{keys[name]} is no text; fetch the file again")
+    return found if found.keys() - {"default"} else found.get("default")
 
 
 class _AsItIs:

@@ -54,8 +54,10 @@ def _yarn(frequencies: Tensor, theta: float, s: dict) -> tuple[Tensor, float]:
     def index_of(rotations: float) -> float:  # the frequency that turns `rotations` times in the original context
         return width * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))
 
-    low = max(math.floor(index_of(s.get("beta_fast") or 32)), 0)
-    high = min(math.ceil(index_of(s.get("beta_slow") or 1)), width - 1)
+    low, high = index_of(s.get("beta_fast") or 32), index_of(s.get("beta_slow") or 1)
+    if s.get("truncate") is not False:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, width - 1)
     steps = torch.arange(len(frequencies), dtype=torch.float32, device="cpu")
     interpolated = ((steps - low) / max(high - low, 1e-3)).clamp(0, 1)
     frequencies = frequencies / factor * interpolated + frequencies * (1 - interpolated)

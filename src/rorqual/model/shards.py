@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from rorqual.errors import UserError
+from rorqual.model.files import foreign, unreadable
 
 PIECE_BYTES = 8 << 20
 HEADER_BYTES = 100_000_000  # at most, as in the safetensors library
@@ -51,9 +52,12 @@ class StoredTensor:
         """Rows [first, last) of the tensor. Raises UserError when they are not there."""
         last = self.shape[0] if last is None else min(last, self.shape[0])
         buffer = bytearray((last - first) * self.row_bytes)
-        with self.path.open("rb", buffering=0) as file:
-            file.seek(self.start + first * self.row_bytes)
-            length = file.readinto(buffer)
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                file.seek(self.start + first * self.row_bytes)
+                length = file.readinto(buffer)
+        except OSError as e:
+            raise unreadable(self.path, e) from None
         if length != len(buffer):
             raise UserError(f"{self.path} ends inside tensor {self.name}; the file is truncated, fetch it again")
         flat = torch.frombuffer(buffer, dtype=self.dtype) if buffer else torch.empty(0, dtype=self.dtype)
@@ -66,17 +70,17 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         size = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(size - 8, HEADER_BYTES):
+            if size < 8 or HEADER_BYTES >= length > size - 8:
+                raise ValueError("it ends inside its header: the download was cut short")
+            if length > HEADER_BYTES:
                 raise ValueError("its header is longer than it can be")
             entries = json.loads(file.read(length))
         entries.pop("__metadata__", None)
         tensors = {name: _stored(path, name, entry, 8 + length) for name, entry in entries.items()}
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; fetch the missing shard") from None
     except OSError as e:
-        raise UserError(f"{path} cannot be read ({e.strerror})") from None
+        raise unreadable(path, e) from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-        raise UserError(f"{path} is not a valid safetensors file ({e}); fetch it again") from None
+        raise UserError(foreign(path) or f"{path} is not a valid safetensors file ({e}); fetch it again") from None
     for t in tensors.values():
         if t.start + math.prod(t.shape) * t.dtype.itemsize > size:
             raise UserError(f"{path} ends inside tensor {t.name}; the file is truncated, fetch it again")

@@ -13,6 +13,7 @@ from rorqual.model.config import ModelConfig
 from rorqual.model.layers import Linear, RMSNorm, SwiGLU
 from rorqual.model.moe import MixtureOfExperts, Routing
 from rorqual.model.past import Cache
+from rorqual.model.released import Released
 from rorqual.model.rope import rope_frequencies, rope_table
 
 Table = tuple[Tensor, Tensor]
@@ -75,11 +76,14 @@ class Decoder(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A causal language model. Parameters are named as in the releases, routed experts stacked per layer."""
+    """A causal language model. Parameters are named as in the releases, routed experts stacked per layer.
+
+    `released`: what its release says of its use, which goes where the network goes.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.released = config, Released.of(config)
         self.model = Decoder(config)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)

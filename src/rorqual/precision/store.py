@@ -4,7 +4,6 @@ That layout (`pack-quantized`: four or eight numbers to an int32, a scale for an
 transformers and vLLM read too. Embedding and head stay as they are there; we pack them when we load.
 """
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,18 +14,19 @@ from torch import Tensor, nn
 from rorqual.errors import UserError
 from rorqual.kernels.lowbit import GROUP, Packed, pack, unpack_numbers
 from rorqual.kernels.machine import fastest_dtype
-from rorqual.model import ModelConfig, Transformer
+from rorqual.model import Transformer
 from rorqual.model.checkpoint import (
-    COMPANIONS,
+    copy_companions,
+    described,
     load_model,
     meta_model,
     put_in_place,
     release_tensors,
     stored_dtype,
-    stored_tensors,
     write_json,
     write_weights,
 )
+from rorqual.model.files import model_directory, read_json
 from rorqual.model.layers import Linear
 from rorqual.model.moe import Experts
 from rorqual.model.shards import StoredTensor
@@ -39,11 +39,12 @@ METHOD = "compressed-tensors"
 
 def quantize(source: Path, dest: Path, bits: Bits) -> None:
     """Write `source` with its linears in `bits` to `dest`. Raises UserError."""
+    source = model_directory(source)
     if packed_already(source):
         raise UserError(f"{source} is packed already; give the directory that it was made from")
     model = load_model(source, stored_dtype(source))
     smooth(model)
-    raw = json.loads((source / "config.json").read_text())
+    raw = read_json(source / "config.json")
     tensors = dict(release_tensors(model))
     for name, module in model.named_modules():
         if not packable(module):
@@ -60,8 +61,7 @@ def quantize(source: Path, dest: Path, bits: Bits) -> None:
         temporary.mkdir(parents=True)
         raw.pop("quantization_config", None)
         write_json(temporary / "config.json", raw | {"quantization_config": _description(bits)})
-        for name in (name for name in COMPANIONS if (source / name).is_file()):
-            shutil.copy(source / name, temporary / name)
+        copy_companions(source, temporary)
         write_weights(tensors, temporary, 5_000_000_000)
         put_in_place(temporary, dest)
     except OSError as e:
@@ -98,9 +98,8 @@ def _description(bits: Bits) -> dict[str, Any]:
 def packed_already(path: Path) -> bool:
     """Whether a directory's config.json describes weights in this layout."""
     try:
-        raw = json.loads((path / "config.json").read_text())
-        return raw["quantization_config"]["quant_method"] == METHOD
-    except (OSError, ValueError, KeyError, TypeError):  # whoever loads it will say what is wrong
+        return read_json(path / "config.json")["quantization_config"]["quant_method"] == METHOD
+    except (UserError, KeyError, TypeError):  # whoever loads it will say what is wrong
         return False
 
 
@@ -109,24 +108,21 @@ def load_packed(path: Path, dtype: torch.dtype | None = None) -> Transformer:
 
     Raises UserError for other settings of the layout than ours, and for tensors that are missing or misshapen.
     """
-    raw = json.loads((path / "config.json").read_text())
-    described = raw["quantization_config"]
-    bits = next((b for b in ROUNDINGS if described.get("config_groups") == _description(b)["config_groups"]), None)
-    if bits is None or described.get("format") != "pack-quantized":
+    layout = read_json(path / "config.json")["quantization_config"]
+    bits = next((b for b in ROUNDINGS if layout.get("config_groups") == _description(b)["config_groups"]), None)
+    if bits is None or layout.get("format") != "pack-quantized":
         raise UserError(
             f"{path / 'config.json'}: quantization_config is not what `rorqual quantize` writes (4 bits with a scale "
             "for 32 or 8 bits with one for an output); quantise the original release"
         )
-    config = ModelConfig.load(path)
-    stored = stored_tensors(path)
-    if not any(name.startswith(f"model.layers.{config.num_hidden_layers}.") for name in stored):
-        config = config.replace(num_nextn_predict_layers=0)
+    config, released, stored = described(path)
     # Looked for before a network of so many layers is built, which a damaged number could make endless.
     last = f"model.layers.{config.num_hidden_layers + config.num_nextn_predict_layers - 1}.input_layernorm.weight"
     if last not in stored:
         raise UserError(f"{path}: tensor {last} is missing; the files are incomplete or config.json is another's")
     reader = _Reader(path, stored, bits)
     model = meta_model(config)
+    model.released = released
     dtype = dtype or fastest_dtype()
     for name, module in list(model.named_modules()):
         release_memory()  # what unpacking the one before took

@@ -2,7 +2,7 @@
 
 from rorqual.reason.gym import ReasoningGymEnvironment
 from rorqual.reason.jsonl import JsonlEnvironment
-from rorqual.reason.problems import Environment, Problem, ProblemStream, extract_answer, split_of
+from rorqual.reason.problems import Environment, Problem, ProblemStream, split_of
 from rorqual.recipe import EnvironmentSection
 
 __all__ = [
@@ -11,14 +11,13 @@ __all__ = [
     "Problem",
     "ProblemStream",
     "ReasoningGymEnvironment",
-    "extract_answer",
     "open_environment",
     "split_of",
 ]
 
 
 def open_environment(section: EnvironmentSection) -> Environment:
-    """A JSONL file where the section has a `path`, else the reasoning-gym dataset called `name`.
+    """A file of questions and answers where the section has a `path`, else the reasoning-gym dataset called `name`.
 
     Raises UserError for an unknown dataset, a config it refuses, an unknown prompt field or a broken file.
     """

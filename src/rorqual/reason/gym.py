@@ -9,12 +9,15 @@ from typing import Any
 
 from rorqual.errors import UserError
 from rorqual.reason import countdown, graph, knights
+from rorqual.reason.judge import number_in
+from rorqual.reason.notation import plain, unwrap
 from rorqual.reason.problems import Environment, Problem, PromptFormat, integers, number_key, text_key
 from rorqual.reason.worker import shared_worker
 from rorqual.recipe import EnvironmentSection
 
 BLOCK = 1000  # candidates of one dataset object: some allocate by size, none needs more
 PROBE = 16  # problems looked at to see whether numbers tell a dataset's problems apart
+DECIMAL = re.compile(r"-?\d+(?:\.\d+)?")
 TIMEOUT = 5.0  # seconds for a checker that evaluates the answer
 
 # Checkers that pass the answer to sympy's parse_expr or to eval, and what they may be shown.
@@ -59,7 +62,18 @@ class ReasoningGymEnvironment(Environment):
         )
 
     def check(self, problem: Problem, answer: str) -> float:
-        """reasoning-gym's score; what a checker would evaluate is filtered and checked in a process of its own."""
+        """reasoning-gym's score, whatever the answer is wrapped in.
+
+        Most of its checkers compare text: a number that equals the right one is checked as the right one is written.
+        """
+        spellings = [answer, plain(answer) if self.family == "countdown" else unwrap(answer)]
+        right = problem.answer
+        if DECIMAL.fullmatch(right) and "/" not in plain(answer) and number_in(answer) == number_in(right):
+            spellings.append(right)
+        return max(self._score(problem, spelling) for spelling in dict.fromkeys(spellings))
+
+    def _score(self, problem: Problem, answer: str) -> float:
+        """What a checker would evaluate is filtered and checked in a process of its own."""
         if self.family == "countdown":
             return countdown.score(answer, problem.metadata["numbers"], problem.metadata["target"])
         entry = {

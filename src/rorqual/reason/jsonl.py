@@ -1,34 +1,52 @@
-"""Question/answer pairs from a .jsonl, .jsonl.gz or .parquet file, checked by math-verify."""
+"""Questions and answers from a file of the user's own: .jsonl, .jsonl.gz, .json (a list) or .parquet."""
 
+import json
+import math
 from collections.abc import Iterator
+from decimal import Decimal
 from pathlib import Path
 from random import Random
 from typing import Any
 
-from rorqual.data.corpus import read_records
+from rorqual.data.corpus import find_files, read_records
 from rorqual.errors import UserError
+from rorqual.reason import judge
 from rorqual.reason.problems import Environment, Problem, PromptFormat, integers, number_key, text_key
-from rorqual.reason.worker import shared_worker
 from rorqual.recipe import EnvironmentSection
 
-TIMEOUT = 5.0  # seconds for one comparison
+# The first of these fields that a record has; benchmarks differ in their names.
+QUESTION = ("question", "problem", "prompt")
+ANSWER = ("answer", "target", "solution")
 
 
 class JsonlEnvironment(Environment):
-    """One record each with `question`, `answer` and, if wanted, `difficulty` and fields for the prompt."""
+    """One record each with a question, an answer and, if wanted, `difficulty` and fields for the prompt.
+
+    Raises UserError, with file and line, for a record that cannot be asked or judged.
+    """
+
+    remedy = "add lines to its file"
 
     def __init__(self, section: EnvironmentSection) -> None:
         super().__init__(section.name, section.weight)
+        if section.config:
+            raise UserError(
+                f"environment {section.name}: {section.path} is a file, which takes no config "
+                f"({', '.join(section.config)}); leave it out"
+            )
         places, rows = [], []
-        for where, row in _rows(Path(section.path)):
+        for where, row in _records(section.path):
             places.append(where)
-            rows.append(row)
+            rows.append(_checked(where, row))
         if not rows:
             raise UserError(f"{section.path} has no lines; write one JSON object with question and answer a line")
         prompt = None
         if section.prompt is not None:
             shared = set.intersection(*(set(row) for row in rows)) - {"answer"}
             prompt = PromptFormat(section.prompt, shared, section.name)
+            for where, row in zip(places, rows, strict=True):
+                if empty := next((name for name in prompt.names if row[name] is None), None):
+                    raise UserError(f"{where}: field {empty} is null, and the prompt of {section.name} uses it; add it")
         self._problems = [_problem(row, prompt, section.name, where) for where, row in zip(places, rows, strict=True)]
         self._orders: dict[tuple[int, int], list[int]] = {}
 
@@ -48,39 +66,86 @@ class JsonlEnvironment(Environment):
         return list(self._problems)
 
     def check(self, problem: Problem, answer: str) -> float:
-        """1 when math-verify finds the answer equal to the right one within the time-out, else 0."""
-        return math_equal(problem.answer, answer)
+        """1 where the judge finds the answer the same as the right one, and not copied from the question; else 0."""
+        copied = judge.copies(problem.question, problem.answer, answer)
+        return float(not copied and judge.same(problem.answer, answer))
 
 
-def math_equal(gold: str, answer: str, timeout: float = TIMEOUT) -> float:
-    """1.0 if math-verify calls the two equal, 0.0 if not or if it takes more than `timeout` seconds.
+def _records(pattern: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(Place, record) of every file that the path or glob names."""
+    path = Path(pattern).expanduser()
+    if path.name.lower().endswith(".json") and path.is_file():
+        yield from _listed(path)
+        return
+    for file in find_files(pattern):
+        if file.name.lower().endswith(".txt"):
+            raise UserError(f"{file} is text, not questions and answers; give a .jsonl, .json or .parquet file")
+        yield from read_records(file)
 
-    math-verify's own time-outs need signals and so the main thread; here a worker process is killed instead.
-    """
-    if answer.strip() == gold.strip():
-        return 1.0
-    result = shared_worker().call({"task": "math", "gold": gold, "answer": answer[:2000]}, timeout)
-    return 0.0 if result is None else float(result)
+
+def _listed(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as e:
+        raise UserError(f"{path} cannot be read ({e.strerror or e}); check the file") from e
+    except (ValueError, RecursionError) as e:  # UnicodeDecodeError is a ValueError
+        raise UserError(f"{path} is not valid JSON ({e}); name it .jsonl where it has one object a line") from None
+    if not isinstance(rows, list):
+        raise UserError(f"{path} holds no list but a {type(rows).__name__}; write a list of questions and answers")
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise UserError(f"{path}, entry {number} holds a {type(row).__name__}, not a JSON object; mend it")
+        yield f"{path}, entry {number}", row
 
 
-def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    if not path.exists():
-        raise UserError(f"{path} does not exist; give a JSONL file of question/answer pairs")
-    for where, row in read_records(path):
-        for name in ("question", "answer"):
-            if isinstance(row.get(name), bool) or not isinstance(row.get(name), str | int | float):
-                raise UserError(f"{where}: field {name} is missing or not text; add it")
-        yield where, row
+def _checked(where: str, row: dict[str, Any]) -> dict[str, Any]:
+    """The record with `question` and `answer` as text, whatever they are called."""
+    (asked, question), (given, answer) = (_field(where, row, names) for names in (QUESTION, ANSWER))
+    rest = {name: value for name, value in row.items() if name not in (asked, given)}
+    checked = rest | {"question": question, "answer": judge.final_answer(answer)}
+    if not checked["answer"]:
+        raise UserError(f"{where}: the answer ends without one ({answer[-20:]!r}); add it")
+    try:
+        json.dumps(checked, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError:
+        name = next(name for name, value in checked.items() if _surrogate(value))
+        raise UserError(f"{where}: field {name!r} holds a lone surrogate, which is no character; mend it") from None
+    return checked
+
+
+def _field(where: str, row: dict[str, Any], names: tuple[str, ...]) -> tuple[str, str]:
+    """Its name and its text."""
+    name = next((name for name in names if name in row), None)
+    if name is None:
+        raise UserError(
+            f"{where}: field {names[0]} is missing (it may also be called {' or '.join(names[1:])}); add it"
+        )
+    value = row[name]
+    if isinstance(value, bool) and names is ANSWER:
+        return name, str(value)
+    number = isinstance(value, int | float | Decimal) and not isinstance(value, bool)
+    if not isinstance(value, str) and not (number and math.isfinite(value)):
+        found = "null" if value is None else value if number else f"a {type(value).__name__}"
+        raise UserError(f"{where}: field {name} is {found}, not text or a number; mend it")
+    text = str(value)
+    if not text.strip():
+        raise UserError(f"{where}: field {name} is empty; add it")
+    return name, text
+
+
+def _surrogate(value: Any) -> bool:
+    return any("\ud800" <= c <= "\udfff" for c in json.dumps(value, ensure_ascii=False, default=str))
 
 
 def _problem(row: dict[str, Any], prompt: PromptFormat | None, family: str, where: str) -> Problem:
-    question = str(row["question"])
+    question = row["question"]
     numbers = integers(question)
+    difficulty = row.get("difficulty")
     return Problem(
         question=prompt(row) if prompt else question,
-        answer=str(row["answer"]),
+        answer=row["answer"],
         key=number_key(numbers) if numbers else text_key(question),
-        difficulty=str(row.get("difficulty", "")),
+        difficulty="" if difficulty is None else str(difficulty),
         family=family,
         where=where,
         metadata=row,

@@ -19,6 +19,7 @@ from rorqual.errors import UserError
 Split = Literal["train", "dev", "test"]
 TRAIN, DEV = 0.8, 0.1  # shares of the keys; the rest is test
 CHUNK = 64  # candidates generated at once
+KEPT = 16  # chunks
 
 
 @dataclass(frozen=True)
@@ -55,20 +56,11 @@ def integers(text: str) -> list[int]:
     return [int(run) for run in re.findall(r"\d{1,4000}", text)]
 
 
-def extract_answer(text: str) -> str | None:
-    """What stands in the `<answer>…</answer>` that follows `</think>`; None unless there is exactly one."""
-    _, closed, rest = text.partition("</think>")
-    if not closed or "</think>" in rest:
-        return None
-    found = re.findall(r"<answer>(.*?)</answer>", rest, re.DOTALL)
-    return found[0].strip() if len(found) == 1 else None
-
-
 class PromptFormat:
     """A recipe's `prompt`: a Python format string over a problem's fields, lists joined by spaces."""
 
     def __init__(self, template: str, known: Iterable[str], environment: str) -> None:
-        self.template = template
+        self.template, self.environment = template, environment
         known = sorted(known)
         try:
             names = list(_names(template))
@@ -83,7 +75,12 @@ class PromptFormat:
 
     def __call__(self, fields: dict[str, Any]) -> str:
         joined = {k: " ".join(map(str, v)) if isinstance(v, list | tuple) else v for k, v in fields.items()}
-        return self.template.format_map(joined)
+        try:
+            return self.template.format_map(joined)
+        except (ValueError, TypeError) as e:  # {question:d}
+            raise UserError(
+                f"environment {self.environment}: prompt {self.template!r} cannot be filled ({e})"
+            ) from None
 
 
 def _names(template: str) -> Iterator[str]:
@@ -97,12 +94,14 @@ def _names(template: str) -> Iterator[str]:
 class Environment(ABC):
     """Gives problems and scores answers. Candidate `index` under `seed` is the same problem for ever."""
 
+    remedy = "widen its config"  # where there are too few problems
+
     def __init__(self, family: str, weight: float) -> None:
         self.family, self.weight = family, weight
         self.fits: Callable[[Problem], bool] | None = None  # others are passed over
         self._chunks: dict[tuple[int, int], Future[list[Problem | None]]] = {}
         self._ahead = ThreadPoolExecutor(1, thread_name_prefix=f"problems-{family}")
-        self._scores: dict[tuple[str, str], float] = {}
+        self._scores: dict[tuple[str, str, str], float] = {}
 
     @abstractmethod
     def candidate(self, seed: int, index: int) -> Problem | None:
@@ -128,7 +127,7 @@ class Environment(ABC):
         """Score in [0, 1] of the extracted answer; no answer is worth 0. Cached."""
         if answer is None or not answer.strip():
             return 0.0
-        at = (problem.question, answer)
+        at = (problem.question, problem.answer, answer)
         if at not in self._scores:
             if len(self._scores) >= 100_000:
                 self._scores.clear()
@@ -159,7 +158,7 @@ class Environment(ABC):
         if len(found) < n:
             raise UserError(
                 f"environment {self.family}: {n} distinct {split} problems were asked for but only {len(found)} exist; "
-                f"ask for fewer or widen its config"
+                f"ask for fewer or {self.remedy}"
             )
         return list(found.values())
 
@@ -169,9 +168,10 @@ class Environment(ABC):
         for wanted in (chunk, chunk + 1):
             if (seed, wanted) not in self._chunks:
                 self._chunks[seed, wanted] = self._ahead.submit(self._generate, seed, wanted)
-        while len(self._chunks) > 16:
+        found = self._chunks[seed, chunk]
+        while len(self._chunks) > KEPT:  # the oldest, which may be the one that is asked for
             self._chunks.pop(next(iter(self._chunks)))
-        return self._chunks[seed, chunk].result()[index % CHUNK]
+        return found.result()[index % CHUNK]
 
     def _generate(self, seed: int, chunk: int) -> list[Problem | None]:
         return [self.candidate(seed, index) for index in range(chunk * CHUNK, (chunk + 1) * CHUNK)]
@@ -190,5 +190,6 @@ class ProblemStream(Iterator[Problem]):
             if self.environment.takes(problem, self.split):
                 return problem
         raise UserError(
-            f"environment {self.environment.family}: no {self.split} problem among 10000 candidates; widen its config"
+            f"environment {self.environment.family}: no {self.split} problem among 10000 candidates; "
+            f"{self.environment.remedy}"
         )

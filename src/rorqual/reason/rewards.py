@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from rorqual.errors import UserError
-from rorqual.reason.problems import Environment, Problem, extract_answer
+from rorqual.reason.answers import read_answer
+from rorqual.reason.problems import Environment, Problem
 from rorqual.recipe import RewardSection
 
 RIGHT, WRONG = "✓", "✗"  # how a model marks a candidate in its thinking
@@ -58,10 +59,14 @@ def score(
 ) -> Rewards:
     """Score N samples. Parts of weight 0 are not computed, but for accuracy, which every report needs.
 
+    A truncated answer is not right, whatever stands in it: the model has not said that it ends there.
     `environments` by family; `verdict(sample, correct)` scores the model's own verdict, by default `marked_verdict`.
     """
     verdict = verdict or marked_verdict
-    correct = [environments[s.problem.family].correct(s.problem, extract_answer(s.text)) for s in samples]
+    correct = [
+        not s.truncated and environments[s.problem.family].correct(s.problem, read_answer(s.text, s.problem.answer))
+        for s in samples
+    ]
     scorers: dict[str, Callable[[int], float]] = {
         "accuracy": lambda i: float(correct[i]),
         "format": lambda i: format_reward(samples[i].text),

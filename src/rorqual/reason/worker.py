@@ -89,11 +89,12 @@ def shared_worker() -> Worker:
 
 
 def _math(request: dict[str, Any]) -> float:
-    from math_verify import parse, verify
+    """Both as LaTeX and whole: what math-verify finds in the middle of a text must not stand for all of it."""
+    from math_verify import LatexExtractionConfig, parse, verify
 
     gold, answer = (
-        parse(text, parsing_timeout=None) or parse(f"${text}$", parsing_timeout=None)
-        for text in (request["gold"], request["answer"])
+        parse(f"${request[name].strip().strip('$')}$", [LatexExtractionConfig()], "no_fallback", parsing_timeout=None)
+        for name in ("gold", "answer")
     )
     return float(verify(gold, answer, timeout_seconds=None))
 

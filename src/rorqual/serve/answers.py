@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rorqual.engine import Engine
-from rorqual.serve.tools import Call, CallReader
+from rorqual.serve.tools import CallReader, Made
 from rorqual.serve.worker import Piece
 
 ENCODE = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps would make an encoder every time
@@ -94,7 +94,7 @@ class ChatChoice:
     top: int
     reasoning: str = ""
     content: str = ""
-    calls: list[Call] = field(default_factory=list)
+    calls: list[Made] = field(default_factory=list)
     likely: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: {"content": [], "reasoning_content": []})
     finish: str | None = None
     reasoning_tokens: int = 0
@@ -118,7 +118,9 @@ class ChatChoice:
             delta["tool_calls"] = [{"index": len(self.calls) + i} | c.as_dict() for i, c in enumerate(calls)]
             self.calls += calls
         if last:
-            self.finish = "tool_calls" if self.calls else piece.finish
+            # "length" says that more was to come, of which there may be another call.
+            whole = piece.finish == "stop" and not (self.reader and self.reader.cut_off)
+            self.finish = "tool_calls" if self.calls and whole else piece.finish
         if not delta and not last and likely is None:
             return None
         return {"index": self.index, "delta": delta, "logprobs": likely, "finish_reason": self.finish}

@@ -14,6 +14,7 @@ from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
+from rorqual.data.tools import JSON
 from rorqual.engine import Grammar, SamplingParams
 from rorqual.engine.grammar import json_grammar
 from rorqual.serve import shapes
@@ -26,11 +27,10 @@ from rorqual.serve.protocol import (
     DetokenizeRequest,
     Sampling,
     TokenizeRequest,
-    ToolChoice,
 )
 from rorqual.serve.service import Service
 from rorqual.serve.sse import EventStream, unless_gone
-from rorqual.serve.tools import CallReader, forced, marker_of
+from rorqual.serve.tools import CallReader, call_grammar, must_call, offered
 from rorqual.serve.worker import Ticket
 
 
@@ -67,15 +67,19 @@ def build_app(service: Service) -> FastAPI:
         started = time.monotonic()
         service.check_model(body.model)
         service.check_count(body.n)
-        tools = body.tools if body.tool_choice != "none" else None
-        prompt = await service.chat_prompt(body.messages, tools, extra=body.chat_template_kwargs)
+        tools = offered(body)
+        prompt = await service.chat_prompt(
+            body.messages, tools, body.add_generation_prompt, body.unfinished, body.chat_template_kwargs
+        )
         wanted = body.max_completion_tokens or body.max_tokens
         service.check_prompt(prompt, "messages", wanted)
-        params = service.sampling(body, [prompt], wanted, body.top_logprobs, forced(body) or response_grammar(body))
-        must = body.tool_choice == "required" or isinstance(body.tool_choice, ToolChoice)
+        must, form = must_call(body), service.chat.habits(bool(tools)).format
+        grammar = call_grammar(body, form, service.marks, body.schema()) or response_grammar(body)
+        params = service.sampling(body, [prompt], wanted, body.top_logprobs, grammar)
 
         def choice(index: int) -> ChatChoice:
-            reader = CallReader(marker_of(service.template), must, body.parallel_tool_calls) if tools else None
+            names = {t.function.name for t in tools}
+            reader = CallReader(JSON if must else form, names, body.parallel_tool_calls) if tools else None
             return ChatChoice(index, service.vocabulary, reader, body.logprobs, body.top_logprobs)
 
         head = Head("chat.completion", options.name, "chatcmpl")
@@ -90,6 +94,8 @@ def build_app(service: Service) -> FastAPI:
         given = body.prompts()
         if not given:
             raise ApiError(400, "prompt is empty; give at least one token", "prompt")
+        if service.longest and "max_tokens" not in body.model_fields_set:
+            body.max_tokens = None  # the release's word comes before OpenAI's 16
         if body.max_tokens == 0 and not body.echo:
             raise ApiError(400, "max_tokens: 0 makes sense only with echo", "max_tokens")
         service.check_count(len(given) * body.n)
@@ -135,7 +141,13 @@ def build_app(service: Service) -> FastAPI:
         if body.prompt is not None:
             tokens = await service.encode(body.prompt, body.add_special_tokens)
         else:
-            tokens = await service.chat_prompt(body.messages or [], body.tools, body.add_generation_prompt)
+            tokens = await service.chat_prompt(
+                body.messages or [],
+                body.tools or [],
+                body.add_generation_prompt,
+                body.continue_final_message or bool(body.messages[-1].prefix),
+                body.chat_template_kwargs,
+            )
         return {"count": len(tokens), "max_model_len": service.context, "tokens": tokens}
 
     @app.post("/detokenize", response_model=shapes.Text, responses=bodies)
@@ -167,10 +179,8 @@ def build_app(service: Service) -> FastAPI:
 
 def response_grammar(body: ChatRequest) -> Grammar | None:
     """What response_format asks for."""
-    wanted = body.response_format
-    if wanted is None or wanted.type == "text":
-        return None
-    return json_grammar(None if wanted.json_schema is None else wanted.json_schema.schema_)
+    schema = body.schema()
+    return None if schema is None else json_grammar(schema)
 
 
 def model_card(service: Service) -> dict[str, Any]:

@@ -28,7 +28,7 @@ async def answer(
     """A reply as it grows, thoughts in a fold, with a line of figures; `opened` is told of its ticket."""
     started = time.monotonic()
     try:
-        prompt = await service.chat_prompt(body.messages, None)
+        prompt = await service.chat_prompt(body.messages, [])
         service.check_prompt(prompt, "the conversation", None)
         most = min(body.max_tokens or service.context, service.context - len(prompt))
         params = service.sampling(body, [prompt], most, 0, None)

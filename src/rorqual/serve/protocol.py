@@ -1,11 +1,11 @@
 """What clients may send: OpenAI's chat and text completions, with the sampling settings that open servers add."""
 
-import contextlib
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from rorqual.data.tools import too_deep
 from rorqual.engine import Grammar, SamplingParams
 from rorqual.engine.grammar import json_grammar
 
@@ -17,57 +17,55 @@ STOPS_MOST, BIASES_MOST = 32, 1024
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
 
 
-class Part(BaseModel):
-    """Of a message's content; only text is understood."""
-
-    type: Literal["text"]
-    text: str
-
-
-class FunctionCall(BaseModel):
-    name: str
-    arguments: str
+def _shallow(schema: dict[str, Any]) -> dict[str, Any]:
+    if too_deep(schema):
+        raise ValueError("is nested too deeply; make it flatter")
+    return schema
 
 
-class ToolCall(BaseModel):
-    id: str = ""
-    type: Literal["function"] = "function"
-    function: FunctionCall
+Schema = Annotated[dict[str, Any], AfterValidator(_shallow)]
 
 
 class Message(BaseModel):
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[Part] | None = None
-    tool_calls: list[ToolCall] | None = None
-    tool_call_id: str | None = None
+    """Of a conversation; `rorqual.data.messages` reads it, as it does those of training data.
 
-    def for_template(self) -> dict[str, Any]:
-        """As chat templates expect it: content as one text, a call's arguments as an object."""
-        content = self.content if isinstance(self.content, str | None) else "".join(p.text for p in self.content)
-        message: dict[str, Any] = {
-            "role": "system" if self.role == "developer" else self.role,
-            "content": content or "",
-        }
-        if self.tool_calls:
-            calls = [c.model_dump() for c in self.tool_calls]
-            for call in calls:
-                with contextlib.suppress(ValueError):  # the model wrote it, and can be shown it as it was
-                    call["function"]["arguments"] = json.loads(call["function"]["arguments"])
-            message["tool_calls"] = calls
-        if self.tool_call_id:
-            message["tool_call_id"] = self.tool_call_id
-        return message
+    What clients got from other servers they send back, so that no further field is refused.
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: str | list[Any] | None = Field(None, description="text, or parts of type text or refusal")
+    refusal: str | None = None
+    tool_calls: list[Any] | None = Field(None, description="an assistant's, as they were answered")
+    function_call: dict[str, Any] | None = None
+    tool_call_id: str | None = None
+    prefix: bool | None = Field(
+        None, description="of the last message: the answer goes on with it, as in DeepSeek's API"
+    )
 
 
 class Function(BaseModel):
     name: Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_.-]+$")]
     description: str | None = None
-    parameters: dict[str, Any] = Field(default_factory=lambda: {"type": "object", "properties": {}})
+    parameters: Schema | None = None
+    strict: bool | None = None
+
+    @property
+    def schema_(self) -> dict[str, Any]:
+        """Of its arguments, which are an object; without parameters it is empty."""
+        if self.parameters is None:
+            return {"type": "object", "properties": {}, "additionalProperties": False}
+        return self.parameters | {"type": "object"}
 
 
 class Tool(BaseModel):
     type: Literal["function"]
     function: Function
+
+    def for_template(self) -> dict[str, Any]:
+        function = {key: value for key, value in self.function if value is not None}
+        return {"type": self.type, "function": {"parameters": {"type": "object", "properties": {}}} | function}
 
 
 class ChosenFunction(BaseModel):
@@ -79,11 +77,26 @@ class ToolChoice(BaseModel):
     function: ChosenFunction
 
 
+class Allowed(BaseModel):
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[ToolChoice], Field(min_length=1)]
+
+
+class AllowedTools(BaseModel):
+    """Only these of the tools may be called."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: Allowed
+
+    def names(self) -> list[str]:
+        return [t.function.name for t in self.allowed_tools.tools]
+
+
 class JsonSchema(BaseModel):
     model_config = ConfigDict(populate_by_name=True)
 
     name: str = "answer"
-    schema_: dict[str, Any] = Field(alias="schema", default_factory=lambda: {"type": "object"})
+    schema_: Schema = Field(alias="schema", default_factory=lambda: {"type": "object"})
 
 
 class ResponseFormat(BaseModel):
@@ -102,7 +115,7 @@ class StructuredOutputs(BaseModel):
 
     model_config = ConfigDict(populate_by_name=True)
 
-    json_: dict[str, Any] | None = Field(alias="json", default=None)
+    json_: Schema | None = Field(alias="json", default=None)
     regex: str | None = None
     choice: Annotated[list[str], Field(min_length=1)] | None = None
     grammar: str | None = None
@@ -141,10 +154,10 @@ class Sampling(BaseModel):
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, le=1 << 31)] | None = None
-    min_p: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    repetition_penalty: Annotated[float, Field(gt=0, le=100)] = 1.0
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    min_p: Annotated[float, Field(ge=0, lt=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     logit_bias: (
         Annotated[dict[TokenId, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=BIASES_MOST)] | None
     ) = None
@@ -172,15 +185,16 @@ class Sampling(BaseModel):
             temperature=given(self.temperature, recommended.temperature),
             top_p=given(self.top_p, recommended.top_p),
             top_k=max(0, given(self.top_k, recommended.top_k)),
-            min_p=self.min_p,
-            repetition_penalty=self.repetition_penalty,
-            presence_penalty=self.presence_penalty,
-            frequency_penalty=self.frequency_penalty,
-            logit_bias=tuple((self.logit_bias or {}).items()),
+            min_p=given(self.min_p, recommended.min_p),
+            repetition_penalty=given(self.repetition_penalty, recommended.repetition_penalty),
+            presence_penalty=given(self.presence_penalty, recommended.presence_penalty),
+            frequency_penalty=given(self.frequency_penalty, recommended.frequency_penalty),
+            logit_bias=tuple((dict(recommended.logit_bias) | (self.logit_bias or {})).items()),
             max_tokens=max_tokens,
+            max_length=recommended.max_length,
             n=self.n,
             seed=None if self.seed is None else self.seed % (1 << 63),
-            stop=self.stops(),
+            stop=recommended.stop if self.stop is None else self.stops(),
             stop_token_ids=tuple(self.stop_token_ids),
             ignore_eos=self.ignore_eos,
             thinking_budget=self.thinking_budget,
@@ -197,20 +211,37 @@ class ChatRequest(Sampling):
     top_logprobs: Annotated[int, Field(ge=0, le=LOGPROBS_MOST)] = 0
     response_format: ResponseFormat | None = None
     tools: list[Tool] | None = None
-    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice | AllowedTools | None = None
     parallel_tool_calls: bool = True
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    add_generation_prompt: bool | None = None  # None: where the last message is not to be continued
+    continue_final_message: bool = False
 
     @model_validator(mode="after")
     def _fits_together(self) -> "ChatRequest":
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs: true")
         names = [t.function.name for t in self.tools or []]
-        if isinstance(self.tool_choice, ToolChoice) and self.tool_choice.function.name not in names:
-            raise ValueError(f"tool_choice names {self.tool_choice.function.name!r}, which is not among tools")
+        chosen = [self.tool_choice.function.name] if isinstance(self.tool_choice, ToolChoice) else []
+        chosen = self.tool_choice.names() if isinstance(self.tool_choice, AllowedTools) else chosen
+        for name in chosen:
+            if name not in names:
+                raise ValueError(f"tool_choice names {name!r}, which is not among tools")
         if self.tool_choice == "required" and not names:
             raise ValueError("tool_choice is 'required', but tools is empty")
         return self
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether the answer goes on with the last message."""
+        return self.continue_final_message or bool(self.messages[-1].prefix)
+
+    def schema(self) -> dict[str, Any] | None:
+        """Of the JSON that response_format asks for; None where it asks for none."""
+        wanted = self.response_format
+        if wanted is None or wanted.type == "text":
+            return None
+        return {"type": "object"} if wanted.json_schema is None else wanted.json_schema.schema_
 
 
 class CompletionRequest(Sampling):
@@ -233,7 +264,9 @@ class TokenizeRequest(BaseModel):
     prompt: str | None = None
     messages: list[Message] | None = None
     tools: list[Tool] | None = None
-    add_generation_prompt: bool = True
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     add_special_tokens: bool = True
 
     @model_validator(mode="after")

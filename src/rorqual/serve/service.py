@@ -5,9 +5,12 @@ import contextlib
 import inspect
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
+from rorqual.data.messages import read_messages
+from rorqual.data.template import ChatTemplate
 from rorqual.engine import Engine, Grammar, SamplingParams
 from rorqual.engine.blocks import BLOCK
 from rorqual.engine.score import Ranked, score
@@ -15,8 +18,7 @@ from rorqual.errors import UserError
 from rorqual.serve.answers import Vocabulary
 from rorqual.serve.errors import ApiError
 from rorqual.serve.metrics import Metrics
-from rorqual.serve.protocol import Sampling, Tool
-from rorqual.serve.tools import told
+from rorqual.serve.protocol import Message, Sampling, Tool
 from rorqual.serve.worker import Busy, Failed, Piece, Ticket, Worker
 
 
@@ -37,46 +39,64 @@ class Service:
     def __init__(self, engine: Engine, recommended: SamplingParams, options: Options) -> None:
         self.engine, self.recommended, self.options = engine, recommended, options
         self.context = context_of(engine)
+        self.longest: int | None = engine.model.released.sampling.get("max_tokens")  # of an answer, says the release
         self.worker = Worker(engine, options.waiting)
         self.metrics = Metrics(engine)
         self.vocabulary = Vocabulary(engine)
         self.template = str(getattr(engine.tokenizer, "chat_template", None) or "")
+        self.chat = ChatTemplate(engine.tokenizer)
         self._tokenizing = asyncio.Lock()
 
     # -- prompts
 
     async def chat_prompt(
-        self, messages: Sequence[Any], tools: list[Tool] | None, add: bool = True, extra: dict[str, Any] | None = None
+        self,
+        messages: Sequence[Message],
+        tools: list[Tool],
+        generation: bool | None = None,
+        unfinished: bool = False,
+        settings: dict[str, Any] | None = None,
     ) -> list[int]:
+        """Tokens of a conversation. generation: an answer is to follow; None: unless it goes on with the last message
+        (unfinished). settings: the template's own.
+        """
         if not self.template:
             raise ApiError(400, "this model has no chat template; use /v1/completions")
-        said = [m.for_template() for m in messages]
-        described, extra = None, extra or {}
+        if unfinished and generation:
+            name = "add_generation_prompt"
+            raise ApiError(
+                400, f"{name}: true begins a new message, but the last is to be continued; leave it out", name
+            )
         # These are the server's own to give: with a template of its own, a request could run for ever.
-        reserved = inspect.signature(self.engine.tokenizer.apply_chat_template).parameters.keys() & extra.keys()
+        reserved = (
+            inspect.signature(self.engine.tokenizer.apply_chat_template).parameters.keys() & (settings or {}).keys()
+        )
         if reserved:
             name = "chat_template_kwargs"
             raise ApiError(400, f"{name}: {min(reserved)!r} is not for a template; leave it out", name)
-        if tools:
-            said = told(said, tools, self.template)
-            described = [t.model_dump(exclude_none=True) for t in tools]
 
         def render() -> list[int]:
-            text = self.engine.tokenizer.apply_chat_template(
-                said, tools=described, tokenize=False, add_generation_prompt=add, **extra
-            )
+            said = read_messages([dict(m) for m in messages], "messages")
+            described = [t.for_template() for t in tools] or None
+            text = self.chat.render(said, described, generation is not False, unfinished, settings)
             return self.engine.tokenizer(text, add_special_tokens=False).input_ids
 
         try:
             return await self._aside(render)
-        except Exception as e:  # a template raises what it likes about messages that it does not expect
-            raise ApiError(400, f"the model's chat template refuses these messages: {e}", param="messages") from e
+        except UserError as e:
+            place, said, _ = str(e).partition(": ")
+            raise ApiError(400, str(e), place if said and place.startswith("messages") else "messages") from e
+
+    @cached_property
+    def marks(self) -> dict[str, int]:
+        """Tokens that stand for a text as a whole."""
+        return {token.content: number for number, token in self.engine.tokenizer.added_tokens_decoder.items()}
 
     async def encode(self, text: str, special: bool) -> list[int]:
-        """special: with what the tokenizer puts before (or behind) a text."""
+        """special: with what the tokenizer puts before a text, unless it is there."""
         if any("\ud800" <= c <= "\udfff" for c in text):
             raise ApiError(400, "prompt holds half a character (a lone surrogate); send whole ones", "prompt")
-        return await self._aside(lambda: self.engine.tokenizer(text, add_special_tokens=special).input_ids)
+        return await self._aside(lambda: self.engine.encode(text, begin=special))
 
     def check_tokens(self, tokens: Sequence[int], param: str) -> None:
         size = self.engine.model.config.vocab_size
@@ -113,10 +133,11 @@ class Service:
     def sampling(
         self, body: Sampling, prompts: list[list[int]], wanted: int | None, logprobs: int, grammar: Grammar | None
     ) -> SamplingParams:
-        """`wanted`: tokens an answer may have; None: as many as there is room for."""
+        """`wanted`: tokens an answer may have; None: as many as the release says, else as there is room for."""
         room = self.context - max(map(len, prompts))
         try:
-            return body.params(self.recommended, wanted or room, logprobs, grammar)
+            params = body.params(self.recommended, wanted or min(self.longest or room, room), logprobs, grammar)
+            return params if wanted is None else replace(params, max_length=None)
         except UserError as e:
             raise ApiError(400, str(e)) from e
 

@@ -4,8 +4,6 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from rorqual.serve.protocol import ToolCall
-
 Finish = Literal["stop", "length", "tool_calls", "cancelled"]
 
 
@@ -57,6 +55,17 @@ class LikelyHere(Likely):
 class ChatLogprobs(Shape):
     content: list[LikelyHere]
     reasoning_content: list[LikelyHere]
+
+
+class FunctionCall(Shape):
+    name: str
+    arguments: str = Field(description="an object, as JSON")
+
+
+class ToolCall(Shape):
+    id: str
+    type: Literal["function"]
+    function: FunctionCall
 
 
 class AssistantMessage(Shape):

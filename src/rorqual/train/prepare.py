@@ -1,6 +1,7 @@
 """From a recipe to a model: loaded or of random weights, with its tokenizer, checked against each other."""
 
-from pathlib import Path
+from dataclasses import fields
+from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,6 +10,7 @@ from rorqual.data.tokenizer import load_tokenizer
 from rorqual.errors import UserError
 from rorqual.model import ModelConfig, Transformer
 from rorqual.model.checkpoint import load_model
+from rorqual.model.released import Released
 from rorqual.recipe import ChatDataSection, DataSection, DistillRecipe, ModelSection, TrainSection
 from rorqual.train.rng import set_seed
 
@@ -45,6 +47,10 @@ def model_config(
     """
     if section.path is not None:
         return ModelConfig.load(section.path)
+    known = {f.name for f in fields(ModelConfig)} | {"hidden_act", "rope_parameters"}
+    for name in section.config.keys() - known:
+        near = get_close_matches(name, known, 1)
+        raise UserError(f"field model.config.{name} is unknown; {f'did you mean {near[0]}?' if near else 'remove it'}")
     defaults = {"model_type": "deepseek_v3", "vocab_size": vocab_size, "eos_token_id": eos_token_id}
     if length > ModelConfig.max_position_embeddings:
         defaults["max_position_embeddings"] = length
@@ -79,7 +85,10 @@ def tokenizer_of(section: ModelSection) -> "PreTrainedTokenizerFast":
     """The tokenizer in the model's directory. Raises UserError when the recipe starts from random weights."""
     if section.path is None:
         raise UserError("model.path is missing: fine-tuning starts from a trained model's directory")
-    return load_tokenizer(Path(section.path))
+    tokenizer = load_tokenizer(section.path)
+    if tokenizer.eos_token_id is None and (ends := Released.read(section.path).end_tokens):
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ends[0])  # it ends what is learnt too
+    return tokenizer
 
 
 def set_threads(section: TrainSection) -> None:

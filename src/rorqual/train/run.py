@@ -18,7 +18,6 @@ from rorqual.train.inputs import keep_inputs
 # What may change between a run and its continuation without changing the weights it ends with.
 FREE = {"out", "track", "train.eval_every", "train.save_every", "train.keep", "save_every", "eval_every", "keep",
         "sample_every", "eval_problems", "data.workers"}  # fmt: skip
-
 # What training leaves behind that a run can go on from, or that took its time to make.
 WORK = ("checkpoints", "samples.jsonl", "samples.partial.jsonl", "student", "model", "ledger.json")
 
@@ -42,8 +41,8 @@ def open_run(recipe: Recipe, resume: bool) -> Iterator[Path]:
     if inside and not inside & {"recipe.toml", *WORK}:
         raise UserError(f"{run_dir} holds files that are no run's ({min(inside)}); give another name")
     with locked(run_dir / ".lock", f"{run_dir}: another process trains in it"):
-        saved = run_dir / "recipe.toml"
-        begun = _has_work(run_dir)
+        saved, begun = run_dir / "recipe.toml", _has_work(run_dir)
+        same_text = True  # as that which an earlier start, which never trained, took its tokenizer from
         if begun:
             if not resume:
                 raise UserError(f"{run_dir} already holds a run; continue it with --resume or give another name")
@@ -51,13 +50,13 @@ def open_run(recipe: Recipe, resume: bool) -> Iterator[Path]:
             if recipe.model.dtype == "auto":
                 recipe.model.dtype = before.get("model.dtype", "auto")
             _check_same(recipe, before, saved)
-        elif saved.exists() and _of_tokenizer(_read(saved)) != _of_tokenizer(_resolved(recipe)):
-            shutil.rmtree(run_dir / "tokenizer", ignore_errors=True)  # of another recipe; data/ goes by content
+        elif saved.exists():
+            same_text = _of_tokenizer(_read(saved)) == _of_tokenizer(_resolved(recipe))
         if recipe.model.dtype == "auto":
             recipe.model.dtype = dtype_name(fastest_dtype())
         write_text(saved, to_toml(recipe.model_dump()), then="or set out to a writable place")
-        if not keep_inputs(run_dir, recipe, begun):
-            shutil.rmtree(run_dir / "tokenizer", ignore_errors=True)  # learnt from other text
+        if not (keep_inputs(run_dir, recipe, begun) and same_text):
+            shutil.rmtree(run_dir / "tokenizer", ignore_errors=True)
         yield run_dir
 
 

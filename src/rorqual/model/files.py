@@ -1,0 +1,91 @@
+"""A model's files: where they are, and what is wrong with one that cannot be read."""
+
+import errno
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from rorqual.errors import UserError
+
+# Where a run keeps the model it made; of a distillation it is the student's run.
+IN_A_RUN = ("model", "student/model")
+REMEDIES = {
+    errno.EACCES: "let this user read it",
+    errno.EPERM: "let this user read it",
+    errno.EMFILE: "this process has too many files open; raise the limit (ulimit -n)",
+    errno.ENFILE: "the system has too many files open; close some programs",
+    errno.EIO: "the disk reported an error; check it, or fetch the file again",
+    errno.ESTALE: "the network drive has lost it; mount it again",
+}
+BEGINNINGS = {
+    b"version https://git-lfs": "is a Git LFS pointer, not the file itself; run 'git lfs pull' there",
+    b"GGUF": "is a GGUF file; give it as the model, with a name that ends in .gguf",
+    b"PK\x03\x04": "is a zip archive, as PyTorch writes; convert it to safetensors with transformers' save_pretrained",
+    b"\x80\x02": "is a Python pickle, which can run code when read; convert it to safetensors",
+    b"\x1f\x8b": "is compressed with gzip; unpack it",
+}
+
+
+def is_gguf(path: str | Path) -> bool:
+    return Path(path).suffix.lower() == ".gguf"
+
+
+def model_directory(path: str | Path) -> Path:
+    """A model's directory; a run's folder stands for the model in it."""
+    path = Path(path)
+    for found in (path, *(path / inner for inner in IN_A_RUN)):
+        if os.path.exists(found / "config.json"):
+            return found
+    return path
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises UserError saying what is wrong with the file."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise unreadable(path, e) from None
+    except (ValueError, RecursionError) as e:
+        raise UserError(
+            foreign(path, b"{") or f"{path} is not valid JSON ({e}); restore the file from its source"
+        ) from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} must hold a JSON object, not {type(found).__name__}; restore it from its source")
+    return found
+
+
+def unreadable(path: Path, error: OSError) -> UserError:
+    """What an error of the system means for a file that was to be read."""
+    if isinstance(error, FileNotFoundError):
+        if path.is_symlink():
+            return UserError(f"{path} is a link to {path.readlink()}, which does not exist; fetch the file again")
+        return UserError(f"{path} does not exist; fetch it, or check the name")
+    if isinstance(error, IsADirectoryError):
+        return UserError(f"{path} is a directory, where a file belongs; remove it and fetch the file")
+    if isinstance(error, NotADirectoryError):
+        return UserError(f"{path} does not exist: {path.parent} is no directory; check the name")
+    remedy = REMEDIES.get(error.errno or 0, "check the disk, or fetch the file again")
+    return UserError(f"{path} cannot be read ({error.strerror or error}); {remedy}")
+
+
+def foreign(path: Path, due: bytes = b"") -> str | None:
+    """A sentence where a file is evidently something else than it should be; None where it is not. due: how it should
+    begin.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            begin = file.read(64)
+    except OSError as e:
+        return str(unreadable(path, e))
+    if size == 0:
+        return f"{path} is empty; fetch it again"
+    if begin.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        return f"{path} is a web page, not the file itself; fetch it again, logged in where the site asks for it"
+    for mark, sentence in BEGINNINGS.items():
+        if begin.startswith(mark) and mark != due:
+            return f"{path} {sentence}"
+    if due != b"{" and begin.lstrip()[:1] == b"{" and b"\0" not in begin:
+        return f"{path} is a JSON text, not the file itself; fetch it again"
+    return None
