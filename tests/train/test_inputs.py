@@ -13,7 +13,8 @@ from rorqual.train.run import open_run
 FILES = {
     "m/config.json": "{}", "m/model.safetensors": "weights", "m/tokenizer.json": "{}", "m/README.md": "words",
     "t/model/config.json": "{}", "t/ledger.json": "{}", "tok/tokenizer.json": "{}",
-    "a.jsonl": '{"text": "a"}\n', "b.jsonl": '{"text": "b"}\n', "set/state.json": "{}", "q.json": "[]\n", "set/data.arrow": "rows",
+    "a.jsonl": '{"text": "a"}\n', "b.jsonl": '{"text": "b"}\n', "q.json": "[]\n",
+    "set/state.json": "{}", "set/data.arrow": "rows",
 }  # fmt: skip
 TRAIN = {"steps": 3}
 
