@@ -105,6 +105,22 @@ def test_missing_recipe(rorqual, tmp_path):
     one_sentence(rorqual("pretrain", tmp_path / "none.toml"), "none.toml", "does not exist")
 
 
+def test_a_home_and_variables_that_the_shell_left(rorqual, recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("HERE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    recipe()
+    status, _, err = rorqual("pretrain", "~/tiny.toml", "out=$HERE/runs", "train.steps=1")
+    assert status == 0, err
+    assert (tmp_path / "runs" / "tiny" / "model").exists()
+    assert rorqual("report", "${HERE}/runs/tiny")[0] == 0
+    assert rorqual("quantize", "~/runs/tiny", "~/packed", "--format=int8")[0] == 0
+    assert (tmp_path / "packed" / "config.json").exists()
+    assert rorqual("generate", "~/packed", "a", "--max-tokens=2", "--raw")[0] == 0
+    assert not (tmp_path / "~").exists()
+    one_sentence(rorqual("generate", "$NO_SUCH_NAME/m", "a"), "$NO_SUCH_NAME/m", "is not set")
+
+
 def test_recipe_of_another_verb(rorqual, recipe):
     one_sentence(rorqual("sft", recipe(), "kind=pretrain"), "rorqual pretrain")
 

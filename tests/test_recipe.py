@@ -39,7 +39,7 @@ def changed(kind, field, value):
     [
         ("pretrain", "optimizer.betas", ([0.9, 9.5], [9, 0.95], [0.9, 1.0], [-0.1, 0.95], [0.9], [NAN, 0.9], "ab")),
         ("pretrain", "optimizer.lr", (0, -1.0, NAN, INF, 10**400, "1e-3", True)),
-        ("pretrain", "optimizer.eps", (0, NAN, 2.0)),
+        ("pretrain", "optimizer.eps", (0, 1e-300, NAN, 2.0)),
         ("pretrain", "optimizer.clip", (0, INF)),
         ("pretrain", "optimizer.weight_decay", (-0.1, NAN, 1e6)),
         ("pretrain", "schedule.warmup", (-0.1, 1.1, NAN, 0.9)),  # 0.9 and wsd's decay of 0.2 are longer than the run
@@ -48,11 +48,12 @@ def changed(kind, field, value):
         ("pretrain", "mtp.switch_at", (2, NAN)),
         ("pretrain", "balance.bias_speed", (-1, INF)),
         ("pretrain", "data.valid_fraction", (1.0, -0.1, NAN)),
-        ("pretrain", "data.sequence_length", (1, 2**40, 256.0)),
+        ("pretrain", "data.sequence_length", (1, 2**30, 256.0)),
         ("pretrain", "data.sources.0.weight", (0, NAN, INF)),
         ("pretrain", "data.sources.0.path", ("", "a\0b", "~nobodys-name/t.txt", "$NO_SUCH_NAME/t.txt")),
         ("pretrain", "train.batch_ramp", ([0, 0.5], [2, NAN], [2, 0.0], [2, 1.5], [9, 0.5], [2])),
-        ("pretrain", "train.batch_size", (0, 2**40, True, "8", 8.0)),
+        ("pretrain", "train.batch_size", (0, 2**30, True, "8", 8.0)),
+        ("pretrain", "train.steps", (0, 10**20, True, "8", 8.0)),
         ("pretrain", "train.epochs", (3,)),  # beside steps
         ("pretrain", "train.ema", (0, 1, NAN)),
         ("pretrain", "model.config", ({"a": NAN}, {"a": [{"b": datetime.date(2026, 1, 1)}]})),

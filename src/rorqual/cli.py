@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from rorqual.errors import UserError, file_error
+from rorqual.paths import local_path
 from rorqual.process import tune
 
 app = typer.Typer(
@@ -102,14 +103,16 @@ def rl(recipe: RecipeFile, overrides: Overrides = None, resume: Resume = False, 
     from rorqual.kernels.machine import compute_dtype, dtype_name
     from rorqual.model import ModelConfig
     from rorqual.plan.cost import memory, parameters
-    from rorqual.reason.rl import predict_rl
+    from rorqual.reason.environment import open_environment
+    from rorqual.reason.rl import check_problems, predict_rl
     from rorqual.reason.rl import rl as run
     from rorqual.recipe import load_recipe
     from rorqual.train.prepare import tokenizer_of
 
     checked = load_recipe(recipe, "rl", overrides)
     if dry_run:
-        tokenizer_of(checked.model)
+        tokenizer = tokenizer_of(checked.model)
+        check_problems(checked, tokenizer, [open_environment(section) for section in checked.environments])
         config = ModelConfig.load(checked.model.path)
         total, active = parameters(config)
         dtype = dtype_name(compute_dtype(checked.model.dtype))
@@ -316,7 +319,7 @@ def serve(
             raise UserError(f"{option} {value:g}: must be above 0")
     if cache_format is not None:
         _choice("--cache-format", cache_format, ("int8",))
-    keys = read_keys(api_keys)
+    keys = read_keys(api_keys and _local(api_keys))
     check_address(host, keys, anonymous)
     bits, way, computed = _bits(weights), _way(speculate), _dtype(dtype, device)
     directory = _directory(model)
@@ -339,7 +342,8 @@ def import_(
     """Bring a model in as a Hugging Face directory."""
     from rorqual.model.gguf import import_model
 
-    import_model(source, destination)
+    destination = _local(destination)
+    import_model(local_path(source), destination)
     print(f"{destination}: a Hugging Face directory; try: rorqual chat {destination}")
 
 
@@ -353,6 +357,7 @@ def quantize(
     from rorqual.precision.store import quantize as run
 
     _choice("--format", format, ("int4", "int8"))
+    destination = _local(destination)
     run(_directory(str(model)), destination, format)  # type: ignore[arg-type]
     print(f"{destination}: try: rorqual chat {destination}")
 
@@ -375,7 +380,7 @@ def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="a run's fold
     """Write RUN/report.html and RUN/figures/."""
     from rorqual.report import write_report
 
-    print(write_report(run))
+    print(write_report(_local(run)))
 
 
 @app.command()
@@ -387,14 +392,14 @@ def speedrun(
     """From nothing to a small R1: tokenizer, pre-training, GRPO, rejection sampling and SFT, evaluation, report."""
     from rorqual.speedrun import speedrun as run
 
-    run(out, seed, minutes)
+    run(out and _local(out), seed, minutes)
 
 
 def _directory(model: str) -> Path:
     """A model's directory or .gguf file; a run's folder stands for the model in it, a Hub id for its snapshot."""
     from rorqual.model.files import is_gguf, model_directory, unreadable
 
-    path = Path(model)
+    path = _local(Path(model))
     if is_gguf(path) and not path.is_dir():
         return path
     if os.path.lexists((found := model_directory(path)) / "config.json"):
@@ -416,6 +421,11 @@ def _directory(model: str) -> Path:
             f"{model} is neither a directory nor to be had from the Hub ({type(e).__name__}); check the name and the "
             "network"
         ) from e
+
+
+def _local(path: Path) -> Path:
+    """A home and variables that a shell has left in it, as in --out=~/run."""
+    return Path(local_path(str(path)))
 
 
 def _called(model: Path) -> str:

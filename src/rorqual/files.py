@@ -1,5 +1,6 @@
 """Files as every part of the program writes and owns them."""
 
+import codecs
 import os
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,25 @@ try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
+
+
+def read_text(path: Path) -> str:
+    """A text file in UTF-8, with or without byte order mark, or in UTF-16 with one, as PowerShell writes.
+
+    Raises UserError naming the line for any other encoding; FileNotFoundError passes.
+    """
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        raise
+    except OSError as e:
+        raise file_error(path, e, "read") from e
+    encoding = "utf-16" if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+    try:
+        return raw.decode(encoding)
+    except UnicodeDecodeError as e:
+        line = raw.count(b"\n", 0, e.start) + 1
+        raise UserError(f"{path}, line {line} is not UTF-8 text ({e.reason}); save the file as UTF-8") from None
 
 
 def write_text(path: Path, text: str, then: str = "") -> None:

@@ -1,9 +1,7 @@
-"""Paths as people write them, text files as their editors save them."""
+"""Paths as people write them."""
 
-import codecs
 import os
 import re
-from pathlib import Path
 
 from rorqual.errors import UserError
 
@@ -30,22 +28,3 @@ def local_path(text: str) -> str:
     if path.startswith("~"):
         raise UserError(f"{text}: {path.partition('/')[0]} is nobody's home; write the path in full, or as ./{text}")
     return path
-
-
-def read_text(path: Path) -> str:
-    """A text file in UTF-8, with or without byte order mark, or in UTF-16 with one, as PowerShell writes.
-
-    Raises UserError naming the line for any other encoding; FileNotFoundError passes.
-    """
-    try:
-        raw = path.read_bytes()
-    except FileNotFoundError:
-        raise
-    except OSError as e:
-        raise UserError(f"{path} cannot be read ({e.strerror}); check the path and its permissions") from e
-    encoding = "utf-16" if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
-    try:
-        return raw.decode(encoding)
-    except UnicodeDecodeError as e:
-        line = raw.count(b"\n", 0, e.start) + 1
-        raise UserError(f"{path}, line {line} is not UTF-8 text ({e.reason}); save the file as UTF-8") from None

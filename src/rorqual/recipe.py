@@ -11,7 +11,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from rorqual.errors import UserError
-from rorqual.paths import local_path, read_text
+from rorqual.files import read_text
+from rorqual.paths import local_path
 from rorqual.sections import (
     BalanceSection,
     ChatDataSection,
@@ -34,6 +35,7 @@ from rorqual.sections import (
     ScheduleSection,
     Section,
     Share,
+    Size,
     Source,
     TokenizerSection,
     TrainSection,
@@ -143,10 +145,10 @@ class DistillRecipe(Recipe):
     template: Literal["chat", "r1-zero", "plain"] = "chat"
     reward: RewardSection = RewardSection()
     problems: Count = 1000
-    samples: Count = 8
+    samples: Size = 8
     keep_per_problem: Count = 1
     temperature: Positive = 1.0
-    max_tokens: Count = 256
+    max_tokens: Size = 256
     sequence_length: Length = 512
     optimizer: FineTuningOptimizer = FineTuningOptimizer()
     schedule: FineTuningSchedule = FineTuningSchedule()
@@ -218,24 +220,21 @@ def _override(raw: dict[str, Any], word: str) -> tuple[Place, str]:
         value = value["v"] if len(value) == 1 else text
     except (ValueError, RecursionError):
         value = text
-    place: list[int | str] = []
+    place: Place = ()
     here: Any = raw
-    *parents, last = key.split(".")
-    for name in (*parents, None):
-        if not isinstance(here, dict | list):
-            raise UserError(f"override {word!r}: {'.'.join(map(str, place))} is not a section")
-        field = last if name is None else name
+    for name in key.split("."):
+        field: int | str = name
+        where = ".".join(map(str, place))
         if isinstance(here, list):
-            if not field.isdecimal() or int(field) >= len(here):
-                raise UserError(
-                    f"override {word!r}: {'.'.join(map(str, place))} has entries 0 to {len(here) - 1}, and no {field!r}"
-                )
-            field = int(field)
-        place.append(field)
-        if name is not None:
-            here = here[field] if isinstance(here, list) else here.setdefault(field, {})
-    _set(raw, tuple(place), value)
-    return tuple(place), text
+            if not name.isdecimal() or int(name) >= len(here):
+                raise UserError(f"override {word!r}: {where} has entries 0 to {len(here) - 1}, and no {name!r}")
+            field = int(name)
+        elif not isinstance(here, dict):
+            raise UserError(f"override {word!r}: {where} is not a section")
+        place = (*place, field)
+        here = here[field] if isinstance(here, list) else here.setdefault(field, {})
+    _set(raw, place, value)
+    return place, text
 
 
 def _set(raw: Any, place: Place, value: Any) -> None:

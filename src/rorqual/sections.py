@@ -10,13 +10,14 @@ from rorqual.errors import UserError
 from rorqual.paths import local_path
 
 Count = Annotated[int, Field(ge=1, lt=1 << 31)]
+Size = Annotated[int, Field(ge=1, le=1 << 20)]  # of what is in memory at once
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, le=1e12)]
 NotNegative = Annotated[float, Field(ge=0, le=1e12)]
 Weight = Annotated[float, Field(ge=1e-6, le=1e6)]  # beside those of its kind
 Beta = Annotated[float, Field(ge=0, lt=1)]
 LocalPath = Annotated[str, Field(min_length=1), AfterValidator(local_path)]
-Length = Annotated[int, Field(ge=2, lt=1 << 31)]  # of a sequence
+Length = Annotated[int, Field(ge=2, le=1 << 20)]  # of a sequence
 V3_CONSTANT = 10 / 14.8  # V3 §4.2: the share of the run, in tokens, that the learning rate stays at its peak
 
 
@@ -90,7 +91,7 @@ class OptimizerSection(Section):
     lr: Positive = 3e-4  # AdamW (everything, or what Muon leaves)
     muon_lr: Positive = 0.02  # Muon, on matrices
     betas: tuple[Beta, Beta] = Field((0.9, 0.95), strict=False)
-    eps: float = Field(1e-8, gt=0, lt=1)
+    eps: float = Field(1e-8, ge=1e-30, lt=1)
     weight_decay: NotNegative = 0.1
     clip: Positive = 1.0
 
@@ -163,10 +164,10 @@ class TrainSection(Section):
     steps: Count | None = None
     seconds: Positive | None = None  # stop by the clock; schedules then follow time
     epochs: Positive | None = None
-    batch_size: Count = 8  # sequences an optimizer step
+    batch_size: Size = 8  # sequences an optimizer step
     # (first batch size, fraction of the run to reach batch_size)
-    batch_ramp: tuple[Count, Annotated[float, Field(gt=0, le=1)]] | None = Field(None, strict=False)
-    micro_batch: Count | None = None  # sequences a forward pass at most; None: the whole batch
+    batch_ramp: tuple[Size, Annotated[float, Field(gt=0, le=1)]] | None = Field(None, strict=False)
+    micro_batch: Size | None = None  # sequences a forward pass at most; None: the whole batch
     ema: float | None = Field(None, gt=0, lt=1)
     eval_every: Count = 100
     save_every: Count = 200
@@ -229,8 +230,8 @@ class RewardSection(Section):
 class GRPOSection(Section):
     """Group relative policy optimisation (R1 §2.1); defaults are R1-Zero's (R1 supplement)."""
 
-    group_size: int = Field(16, ge=2, lt=1 << 31)
-    questions_per_step: Count = 32
+    group_size: int = Field(16, ge=2, le=1 << 20)
+    questions_per_step: Size = 32
     mini_batches: Count = 1  # optimizer steps a rollout; 1 is on-policy
     clip_low: float = Field(0.2, gt=0, lt=1)
     clip_high: Positive = 0.2
@@ -240,9 +241,9 @@ class GRPOSection(Section):
     average: Literal["sequence", "token"] = "sequence"
     drop_flat_groups: bool = False  # leave out groups whose rewards are all equal
     temperature: Positive = 1.0
-    max_tokens: Count = 256
+    max_tokens: Size = 256
     micro_tokens: int = Field(16384, ge=64, lt=1 << 31)  # tokens a forward pass in training
-    rollout_slots: Count = 256  # sequences decoded at once
+    rollout_slots: Size = 256  # sequences decoded at once
 
     @model_validator(mode="after")
     def _enough_questions(self) -> "GRPOSection":

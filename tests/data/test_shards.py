@@ -196,7 +196,7 @@ def test_full_disk(source, tokenizer, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UserError, match=r"cannot be written .*No space left"):
+    with pytest.raises(UserError, match=r"cannot be written .*the disk is full"):
         pack_source(source, tokenizer, tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
 

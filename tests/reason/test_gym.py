@@ -122,3 +122,22 @@ def test_safe_expression(text, safe):
 )
 def test_safe_literal(text, safe):
     assert _safe_literal(text) is safe
+
+
+def test_a_candidate_that_fails_is_passed_over(monkeypatch):
+    source = environment("chain_sum", prompt="{expression}")
+    whole = [source.candidate(0, index).question for index in range(6)]
+    broken, dataset = environment("chain_sum", prompt="{expression}"), type(source._block[1])
+    real = dataset.__getitem__
+
+    def sometimes(self, index):
+        if index == 2:
+            raise KeyError("a fault in the dataset")
+        found = real(self, index)
+        if index == 4:
+            found = found | {"metadata": {k: v for k, v in found["metadata"].items() if k != "expression"}}
+        return found
+
+    monkeypatch.setattr(dataset, "__getitem__", sometimes)
+    found = [broken.candidate(0, index) for index in range(6)]
+    assert [problem and problem.question for problem in found] == [*whole[:2], None, whole[3], None, whole[5]]

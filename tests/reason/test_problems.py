@@ -81,7 +81,9 @@ def test_prompt_is_a_format_over_the_metadata():
     assert problem.question == f"make {problem.metadata['target']} from {numbers}"
 
 
-@pytest.mark.parametrize("prompt", ["make {goal}", "make {}", "make {target", "{answer}"])
+@pytest.mark.parametrize(
+    "prompt", ["make {goal}", "make {}", "make {target", "{answer}", "{target:{width}}", "{target.x}"]
+)
 def test_bad_prompt_is_one_sentence(prompt):
     with pytest.raises(UserError, match="environment countdown: prompt") as error:
         environment(prompt=prompt)

@@ -82,6 +82,20 @@ def test_half_a_minute_learns_something_and_says_that_it_is_too_short(tmp_path, 
     assert result["k"] == FEW_SAMPLES
 
 
-def test_no_time_at_all_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"at least 0\.5"):
-        speedrun(tmp_path / "run", seed=0, minutes=0.1)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"minutes": 0.1}, r"--minutes 0\.1: at least 0\.5"),
+        ({"minutes": float("nan")}, r"--minutes nan"),
+        ({"minutes": float("inf")}, r"--minutes inf"),
+        ({"seed": -1}, r"--seed -1"),
+        ({"seed": 2**63}, r"--seed 9223372036854775808"),
+        ({"out": "file"}, r"file cannot be made \(Not a directory\)"),
+    ],
+)
+def test_impossible_options_are_refused(tmp_path, options, message):
+    (tmp_path / "file").write_text("")
+    options = {"out": "run", "seed": 0, "minutes": 0.5} | options
+    with pytest.raises(UserError, match=message):
+        speedrun(**options | {"out": tmp_path / options["out"]})
+    assert not (tmp_path / "run").exists()

@@ -13,7 +13,8 @@ from rorqual.train.run import open_run
 FILES = {
     "m/config.json": "{}", "m/model.safetensors": "weights", "m/tokenizer.json": "{}", "m/README.md": "words",
     "t/model/config.json": "{}", "t/ledger.json": "{}", "tok/tokenizer.json": "{}",
-    "a.jsonl": '{"text": "a"}\n', "b.jsonl": '{"text": "b"}\n', "set/state.json": "{}", "set/data.arrow": "rows",
+    "a.jsonl": '{"text": "a"}\n', "b.jsonl": '{"text": "b"}\n', "q.json": "[]\n",
+    "set/state.json": "{}", "set/data.arrow": "rows",
 }  # fmt: skip
 TRAIN = {"steps": 3}
 
@@ -42,8 +43,8 @@ RECIPES = {
         ["b.jsonl", "t/model/config.json"],
     ),
     "distill": (
-        {"model": {"path": "m"}, "teacher": "t", "environments": [{"name": "a", "path": "a.jsonl"}], "train": TRAIN},
-        ["a.jsonl", "m/config.json", "m/model.safetensors", "m/tokenizer.json", "t/model/config.json"],
+        {"model": {"path": "m"}, "teacher": "t", "environments": [{"name": "a", "path": "q.json"}], "train": TRAIN},
+        ["m/config.json", "m/model.safetensors", "m/tokenizer.json", "q.json", "t/model/config.json"],
     ),
 }  # fmt: skip
 

@@ -4,7 +4,7 @@ from rorqual.data.tokenizer import train_tokenizer
 from rorqual.errors import UserError
 from rorqual.model import ModelConfig, Transformer
 from rorqual.model.checkpoint import save_model
-from rorqual.recipe import ModelSection, TokenizerSection, parse_recipe
+from rorqual.recipe import DataSection, ModelSection, TokenizerSection, parse_recipe
 from rorqual.train.dry_run import dry_run
 from rorqual.train.prepare import check_length, model_config
 from rorqual.train.pretrain import pretrain
@@ -20,7 +20,7 @@ LLAMA = {
 )
 def test_the_context_holds_what_was_trained(own, length, context):
     section = ModelSection(config=LLAMA | own)
-    check_length(section, length)
+    check_length(section, DataSection(sources=[{"path": "a.txt"}], sequence_length=length))
     assert model_config(section, 300, length=length).max_position_embeddings == context
 
 
@@ -41,3 +41,7 @@ def test_training_beyond_the_context_is_refused_before_the_start(make_recipe, tm
         with pytest.raises(UserError, match=r"data\.sequence_length = 65: .* holds 64 .*lower it$"):
             run(parse_recipe(raw, "sft"))
     assert not (tmp_path / "runs").exists()
+    del raw["data"]["sequence_length"]
+    left_open = parse_recipe(raw, "sft")
+    dry_run(left_open)
+    assert left_open.data.sequence_length == 64

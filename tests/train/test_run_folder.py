@@ -24,7 +24,12 @@ def test_a_recipe_survives_toml(make_recipe):
 
 
 def test_keys_that_need_quotes():
-    values = {"a b": {"c.d": [1, 2.5, True, "x"]}, "list": [{"x": 1}, {"y": {"z": 2}}], "empty": []}
+    values = {
+        "é": {"": "\x7f\x00\u2028\\u007f"},
+        "a b": {"c.d": [1, 2.5, True, "x"]},
+        "list": [{"x": 1}, {"y": {"z": 2}}],
+        "empty": [],
+    }
     assert tomllib.loads(to_toml(values)) == values
 
 

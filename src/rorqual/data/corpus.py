@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from rorqual.data.cut import rejoined
-from rorqual.errors import UserError
+from rorqual.errors import UserError, file_error
 from rorqual.paths import local_path
 from rorqual.recipe import Source
 
@@ -48,7 +48,7 @@ def find_files(pattern: str) -> list[Path]:
             raise UserError(f"{pattern} is a directory but not a saved dataset; name the files, e.g. {pattern}/*.jsonl")
         found = [path] if path.is_file() else _glob(path)
     except OSError as e:
-        raise UserError(f"{pattern} cannot be looked up ({e.strerror}); check the path and its permissions") from e
+        raise file_error(pattern, e, "looked up") from e
     if not found:
         raise UserError(f"{pattern} does not exist; check the path")
     for file in found:
@@ -109,7 +109,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             f"{path} cannot be read as gzip ({e}); it is damaged, cut short or no gzip file: fetch it again"
         ) from e
     except OSError as e:
-        raise UserError(f"{path} cannot be read ({e.strerror or e}); check the file") from e
+        raise file_error(path, e, "read") from e
 
 
 def _open(path: Path) -> BinaryIO:
@@ -171,7 +171,7 @@ def _read_txt(path: Path) -> Iterator[str]:
         line += e.object.count(b"\n", 0, e.start)
         raise UserError(f"{path}, line {line} is not UTF-8 text ({e.reason}); convert the file") from None
     except OSError as e:
-        raise UserError(f"{path} cannot be read ({e.strerror or e}); check the file") from e
+        raise file_error(path, e, "read") from e
 
 
 def _read_parquet(path: Path, column: str | None) -> Iterator[tuple[str, dict[str, Any]]]:

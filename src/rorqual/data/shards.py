@@ -26,7 +26,7 @@ from rorqual.data.corpus import describe, read_texts
 from rorqual.data.cut import pieces
 from rorqual.data.fim import FillInTheMiddle
 from rorqual.data.splits import SPLITS, Encoded, Writer
-from rorqual.errors import UserError
+from rorqual.errors import UserError, file_error
 from rorqual.recipe import Source
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def pack_source(
             writer.finish(source.path)
             partial.rename(packed)
         except OSError as e:
-            raise UserError(f"{packed} cannot be written ({e}); free space or choose another place") from e
+            raise file_error(packed, e, then="or choose another place") from e
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return {split: _map(packed, split) for split in SPLITS}

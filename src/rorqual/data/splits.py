@@ -120,7 +120,10 @@ class Writer:
             print(f"{name}: too small to hold any of it out; its share is not in the validation", file=sys.stderr)
 
     def _give(self, source: Split, target: Split, due: float) -> None:
-        """About so many bytes from the end: whole documents, and of one too long for that its own end."""
+        """About so many bytes from the end: whole documents, and of one too long for that its own end.
+
+        Where a short document is all that could be given, it goes whole to a side that has none.
+        """
         left = due
         while len(source) > 1 and source.sizes[-1] <= left:
             left -= source.sizes[-1]

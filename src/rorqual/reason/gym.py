@@ -50,6 +50,8 @@ class ReasoningGymEnvironment(Environment):
         if entry is None:
             return None
         fields = _fields(self.family, entry)
+        if self._prompt and not self._prompt.names <= fields.keys():
+            return None  # some datasets do not give every problem the same fields
         return Problem(
             question=self._prompt(fields) if self._prompt else entry["question"],
             answer="" if entry["answer"] is None else str(entry["answer"]),
@@ -102,7 +104,7 @@ class ReasoningGymEnvironment(Environment):
             self._block = (seed, block), _dataset(self.family, self.config, base, BLOCK)
         try:
             return self._block[1][place]
-        except (ValueError, IndexError, RuntimeError):  # how the datasets say that an attempt failed
+        except Exception:  # how the datasets say that an attempt failed: ValueError, IndexError, KeyError, …
             return None
 
 

@@ -63,7 +63,7 @@ class PromptFormat:
         self.template, self.environment = template, environment
         known = sorted(known)
         try:
-            names = [name for _, name, _, _ in Formatter().parse(template) if name is not None]
+            names = list(_names(template))
         except ValueError as e:
             raise UserError(f"environment {environment}: prompt {template!r} is not a format string ({e})") from None
         self.names = set(names)
@@ -81,6 +81,14 @@ class PromptFormat:
             raise UserError(
                 f"environment {self.environment}: prompt {self.template!r} cannot be filled ({e})"
             ) from None
+
+
+def _names(template: str) -> Iterator[str]:
+    """The fields of a format string, also those within others' formats: {question:{width}}."""
+    for _, name, inner, _ in Formatter().parse(template):
+        if name is not None:
+            yield name
+            yield from _names(inner or "")
 
 
 class Environment(ABC):

@@ -120,7 +120,7 @@ def distill(recipe: DistillRecipe, resume: bool = False) -> Path:
     Raises UserError for whatever the user can mend, Stopped after SIGINT or SIGTERM.
     """
     tokenizer_of(recipe.model)
-    check_length(recipe.model, recipe.sequence_length, "sequence_length")
+    check_length(recipe.model, recipe, "sequence_length")
     environments = [open_environment(section) for section in recipe.environments]
     with open_run(recipe, resume) as run_dir:
         samples = run_dir / "samples.jsonl"

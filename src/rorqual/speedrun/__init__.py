@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rorqual.errors import UserError
+from rorqual.errors import UserError, file_error
 from rorqual.reason.environment import open_environment
 from rorqual.report import write_report
 from rorqual.speedrun.level import choose_level, machine_line, training_speed
@@ -33,15 +33,22 @@ from rorqual.speedrun.stages import (
 )
 from rorqual.train.rng import set_seed
 
+LONGEST = 60 * 24 * 30  # minutes
+
 
 def speedrun(out: Path | None, seed: int, minutes: float) -> dict[str, Any]:
     """Run everything into `out` (default: a new folder in runs/) and give what summary.json holds."""
-    if minutes < 0.5:
-        raise UserError(f"--minutes {minutes:g}: at least 0.5 are needed")
+    if not 0.5 <= minutes <= LONGEST:
+        raise UserError(f"--minutes {minutes:g}: at least 0.5 are needed, and {LONGEST:,} at most")
+    if not 0 <= seed < 1 << 63:
+        raise UserError(f"--seed {seed}: must be from 0 to {(1 << 63) - 1}")
     run_dir = out or _fresh(Path("runs"))
-    if run_dir.exists() and any(run_dir.iterdir()):
-        raise UserError(f"{run_dir} is not empty; give another --out, or remove it")
-    run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        if run_dir.exists() and any(run_dir.iterdir()):
+            raise UserError(f"{run_dir} is not empty; give another --out, or remove it")
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise file_error(run_dir, e, "made") from e
     story = _begin(run_dir, seed, Budget(minutes))
 
     _chapter(story, "1. documents and tokenizer", "documents", write_corpus)

@@ -11,9 +11,8 @@ from rorqual.train.prepare import check_length, model_config, set_threads, token
 def dry_run(recipe: PretrainRecipe | SFTRecipe) -> dict[str, Any]:
     """Parameters, FLOPs, memory and time (`plan_text` prints them). Raises UserError as the run itself would."""
     set_threads(recipe.train)
-    vocabulary, length = _vocabulary(recipe), recipe.data.sequence_length
-    check_length(recipe.model, length)
-    return predict(model_config(recipe.model, vocabulary, length=length), recipe)
+    check_length(recipe.model, recipe.data)
+    return predict(model_config(recipe.model, _vocabulary(recipe), length=recipe.data.sequence_length), recipe)
 
 
 def _vocabulary(recipe: PretrainRecipe | SFTRecipe) -> int:

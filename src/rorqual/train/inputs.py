@@ -13,11 +13,11 @@ from typing import Any
 from rorqual.data.corpus import find_files
 from rorqual.errors import UserError, file_error
 from rorqual.files import write_text
+from rorqual.model.files import model_directory
 from rorqual.recipe import DistillRecipe, PretrainRecipe, Recipe, RLRecipe, SFTRecipe
 
 NAME = "inputs.json"
 OF_A_MODEL = ("*.safetensors", "*.gguf", "*.json", "*.jinja", "*.model")
-MODEL_IN = (".", "model", "student/model")  # of a directory that stands for the model in it
 
 Inputs = dict[str, dict[str, Any]]
 
@@ -60,15 +60,14 @@ def files_of(recipe: Recipe) -> list[Path]:
 def _of_model(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
-    for folder in (path / inner for inner in MODEL_IN):
-        if (folder / "config.json").exists() or (folder / "tokenizer.json").exists():
-            return [file for pattern in OF_A_MODEL for file in folder.glob(pattern) if file.is_file()]
-    return []
+    return [file for pattern in OF_A_MODEL for file in model_directory(path).glob(pattern) if file.is_file()]
 
 
 def _of_data(path: str) -> list[Path]:
     if Path(path).is_dir():  # a dataset
         return [file for file in Path(path).rglob("*") if file.is_file()]
+    if Path(path).is_file():
+        return [Path(path)]
     try:
         return find_files(path)
     except UserError:

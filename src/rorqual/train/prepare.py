@@ -11,22 +11,31 @@ from rorqual.errors import UserError
 from rorqual.model import ModelConfig, Transformer
 from rorqual.model.checkpoint import load_model
 from rorqual.model.released import Released
-from rorqual.recipe import ModelSection, TrainSection
+from rorqual.recipe import ChatDataSection, DataSection, DistillRecipe, ModelSection, TrainSection
 from rorqual.train.rng import set_seed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
-def check_length(section: ModelSection, length: int, field: str = "data.sequence_length") -> None:
-    """Raises UserError for training at more tokens than the model's context holds: its release would be of no use."""
+def check_length(
+    section: ModelSection, data: DataSection | ChatDataSection | DistillRecipe, field: str = "data.sequence_length"
+) -> None:
+    """Lower a `sequence_length` that the recipe leaves open to what the model's context holds.
+
+    Raises UserError for a longer one that it gives: the release would not take what it was trained at.
+    """
+    length = data.sequence_length
     if section.path is not None:
         context, remedy = ModelConfig.load(section.path).max_position_embeddings, "lower it"
     else:
         context = section.config.get("max_position_embeddings", length)
         remedy = "lower it or raise model.config.max_position_embeddings"
-    if isinstance(context, int) and context < length:
+    if not isinstance(context, int) or not 2 <= context < length:
+        return
+    if "sequence_length" in data.model_fields_set:
         raise UserError(f"{field} = {length}: the model's context holds {context} (max_position_embeddings); {remedy}")
+    data.sequence_length = context
 
 
 def model_config(

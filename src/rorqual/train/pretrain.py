@@ -20,7 +20,7 @@ def pretrain(recipe: PretrainRecipe, resume: bool = False) -> Path:
     Raises UserError for whatever the user can mend, Stopped after SIGINT or SIGTERM.
     """
     set_threads(recipe.train)
-    check_length(recipe.model, recipe.data.sequence_length)
+    check_length(recipe.model, recipe.data)
     with open_run(recipe, resume) as run_dir:
         tokenizer = _tokenizer(recipe, run_dir)
         model = build_model(recipe.model, tokenizer, recipe.seed, recipe.data.sequence_length)

@@ -1,6 +1,7 @@
 """The folder of a run: out/name with recipe.toml, metrics.jsonl, checkpoints/, model/ and ledger.json."""
 
 import json
+import re
 import shutil
 import tomllib
 from collections.abc import Iterator
@@ -72,7 +73,7 @@ def to_toml(values: dict[str, Any], prefix: str = "") -> str:
     """Nested dictionaries as TOML; None is left out, which is how a recipe says it."""
     lines, tables = [], []
     for key, value in values.items():
-        name = _value(key) if not key.replace("_", "").replace("-", "").isalnum() else key
+        name = key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else _value(key)
         if isinstance(value, dict):
             tables.append(f"\n[{prefix}{name}]\n{to_toml(value, f'{prefix}{name}.')}")
         elif isinstance(value, list) and value and all(isinstance(v, dict) for v in value):
@@ -89,7 +90,7 @@ def _value(value: Any) -> str:
         return "{" + ", ".join(f"{_value(k)} = {_value(v)}" for k, v in value.items() if v is not None) + "}"
     if isinstance(value, float):
         return repr(value)
-    return json.dumps(value, ensure_ascii=False)
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # which TOML wants escaped, and JSON not
 
 
 def _read(saved: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ def sft(recipe: SFTRecipe, resume: bool = False) -> Path:
     """
     set_threads(recipe.train)
     tokenizer = tokenizer_of(recipe.model)
-    check_length(recipe.model, recipe.data.sequence_length)
+    check_length(recipe.model, recipe.data)
     with open_run(recipe, resume) as run_dir:
         loader, valid, samples = open_chat_data(recipe.data, tokenizer, recipe.seed)
         if samples.shortened or samples.dropped:
