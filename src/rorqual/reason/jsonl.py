@@ -47,7 +47,7 @@ class JsonlEnvironment(Environment):
             for where, row in zip(places, rows, strict=True):
                 if empty := next((name for name in prompt.names if row[name] is None), None):
                     raise UserError(f"{where}: field {empty} is null, and the prompt of {section.name} uses it; add it")
-        self._problems = [_problem(row, prompt, section.name) for row in rows]
+        self._problems = [_problem(row, prompt, section.name, where) for where, row in zip(places, rows, strict=True)]
         self._orders: dict[tuple[int, int], list[int]] = {}
 
     def candidate_count(self) -> int:
@@ -137,7 +137,7 @@ def _surrogate(value: Any) -> bool:
     return any("\ud800" <= c <= "\udfff" for c in json.dumps(value, ensure_ascii=False, default=str))
 
 
-def _problem(row: dict[str, Any], prompt: PromptFormat | None, family: str) -> Problem:
+def _problem(row: dict[str, Any], prompt: PromptFormat | None, family: str, where: str) -> Problem:
     question = row["question"]
     numbers = integers(question)
     difficulty = row.get("difficulty")
@@ -147,5 +147,6 @@ def _problem(row: dict[str, Any], prompt: PromptFormat | None, family: str) -> P
         key=number_key(numbers) if numbers else text_key(question),
         difficulty="" if difficulty is None else str(difficulty),
         family=family,
+        where=where,
         metadata=row,
     )

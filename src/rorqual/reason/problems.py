@@ -29,6 +29,7 @@ class Problem:
     key: str  # what decides the split
     difficulty: str  # a label to group results by, e.g. "num_terms=3"; "" when the source has none
     family: str  # the environment's name
+    where: str = field(default="", compare=False)  # the file and line of a problem of the user's own
     metadata: dict[str, Any] = field(default_factory=dict, compare=False)
 
     @property
