@@ -27,7 +27,7 @@ class Safetensors(Exception):
             "x.bin cannot be written (the disk is full); free space",
         ),
         (Safetensors("header too large"), "x.bin cannot be written (header too large); check the file and its disk"),
-        (OSError(errno.ESTALE, "-"), f"x.bin cannot be written ({os.strerror(errno.ESTALE)}); check the file"),
+        (OSError(errno.ESTALE, "-"), f"x.bin cannot be written ({os.strerror(errno.ESTALE)}); mount the network drive"),
     ],
 )
 def test_an_error_is_told_with_its_own_cause(error, sentence):

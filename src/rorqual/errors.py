@@ -26,6 +26,7 @@ REMEDIES = {
     errno.ENOTDIR: "a file lies where a folder should be; move it away",
     errno.ENOENT: "check that it is still there",
     errno.EIO: "check the disk",
+    errno.ESTALE: "mount the network drive again",
 }
 
 
@@ -44,7 +45,7 @@ def file_error(path: str | os.PathLike[str], error: Exception, done: str = "writ
 
 
 def _code(error: Exception) -> int | None:
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and error.errno is not None:
         return error.errno
     found = re.search(r"\(os error (\d+)\)", str(error))
     return int(found[1]) if found else None

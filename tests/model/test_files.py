@@ -10,7 +10,8 @@ from gguf_files import network, write
 from rorqual import load_model, load_tokenizer, save_model
 from rorqual.engine.load import open_model
 from rorqual.errors import UserError
-from rorqual.model.gguf import import_gguf
+from rorqual.model.gguf import import_gguf, import_model
+from rorqual.precision.store import quantize
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4665\nsize 134\n"
 CONTENTS = {
@@ -88,9 +89,9 @@ def test_a_directory_or_a_broken_link_in_its_place(model, name):
 @pytest.mark.parametrize(
     ("number", "words"),
     [
-        (errno.EACCES, "cannot be read (Permission denied); let this user read it"),
-        (errno.EMFILE, "cannot be read (Too many open files); this process has too many files open"),
-        (errno.EIO, "cannot be read (Input/output error); the disk reported an error"),
+        (errno.EACCES, "cannot be read (Permission denied); change its permissions"),
+        (errno.EMFILE, "cannot be read (Too many open files); raise the limit of open files"),
+        (errno.EIO, "cannot be read (Input/output error); check the disk"),
     ],
 )
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json", "model.safetensors", "a.gguf"])
@@ -116,3 +117,21 @@ def test_a_gguf_file_where_a_directory_is_needed(model):
 def test_saving_keeps_no_directory_from_being_replaced(model):
     save_model(load_model(model), model, load_tokenizer(model))
     assert load_model(model).config.model_type == "llama"
+
+
+def test_a_model_is_not_written_over_what_it_is_made_from(model, tmp_path):
+    before = (model / "model.safetensors").read_bytes()
+    for make in (import_model, lambda source, dest: quantize(source, dest, "int4")):
+        with pytest.raises(UserError, match="is the model itself; give another directory"):
+            make(model, model.parent / "." / model.name)
+    assert (model / "model.safetensors").read_bytes() == before
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "model-of-mine.safetensors").write_text("mine")
+    for make in (import_model, lambda source, dest: quantize(source, dest, "int4")):
+        with pytest.raises(UserError, match=r"holds files that are no model's \(model-of-mine.safetensors\)"):
+            make(model, home)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match=r"file cannot be written \(Not a directory\)"):
+        import_model(model, tmp_path / "file")
+    assert [p.name for p in home.iterdir()] == ["model-of-mine.safetensors"]

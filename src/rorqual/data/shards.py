@@ -98,8 +98,10 @@ def read_index(packed: Path) -> dict:
     path = packed / "index.json"
     try:
         return json.loads(path.read_text())
-    except (OSError, ValueError) as e:
-        raise UserError(f"{path} cannot be read ({e}); delete {packed} to have it made again") from e
+    except OSError as e:
+        raise file_error(path, e, "read", f"or delete {packed} to have it made again") from e
+    except ValueError as e:
+        raise UserError(f"{path} is damaged ({e}); delete {packed} to have it made again") from e
 
 
 def _map(packed: Path, split: str) -> Documents:
@@ -108,8 +110,10 @@ def _map(packed: Path, split: str) -> Documents:
     try:
         offsets = np.load(packed / f"{split}.offsets.npy", allow_pickle=False)
         tokens = np.memmap(path, dtype=index["dtype"], mode="r") if offsets[-1] else np.empty(0, index["dtype"])
-    except (OSError, ValueError) as e:
-        raise UserError(f"{path} cannot be read ({e}); delete {packed} to have it made again") from e
+    except OSError as e:
+        raise file_error(e.filename or path, e, "read", f"or delete {packed} to have it made again") from e
+    except (ValueError, KeyError, TypeError, EOFError) as e:
+        raise UserError(f"{path} is damaged ({e}); delete {packed} to have it made again") from e
     if len(tokens) != offsets[-1]:
         raise UserError(f"{path} holds {len(tokens)} tokens, not {offsets[-1]}; delete {packed} to have it made again")
     return Documents(tokens, offsets)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rorqual.errors import UserError
+from rorqual.errors import UserError, file_error
 from rorqual.model.files import foreign, model_directory, read_json
 from rorqual.recipe import TokenizerSection
 
@@ -177,4 +177,4 @@ def save_tokenizer(tokenizer: "PreTrainedTokenizerFast", path: str | Path) -> No
         config = Path(path) / "tokenizer_config.json"
         config.write_text(config.read_text().replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"'))
     except Exception as e:  # the Rust side reports a full disk as a bare Exception
-        raise UserError(f"{path}: the tokenizer cannot be written ({e}); free space or choose another place") from e
+        raise file_error(path, e, then="or choose another place") from e

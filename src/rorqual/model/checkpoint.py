@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from rorqual.errors import UserError
+from rorqual.errors import UserError, file_error
 from rorqual.kernels.machine import fastest_dtype
 from rorqual.model.config import ModelConfig
 from rorqual.model.files import model_directory, read_json
@@ -279,8 +279,7 @@ def save_model(
             _write_tokenizer(tokenizer, temporary)
         put_in_place(temporary, path)
     except OSError as e:
-        reason = e.strerror or e
-        raise UserError(f"{path}: the model cannot be saved ({reason}); free space or choose another place") from e
+        raise file_error(path, e, "saved", "or choose another place") from e
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -1,23 +1,14 @@
 """A model's files: where they are, and what is wrong with one that cannot be read."""
 
-import errno
 import json
 import os
 from pathlib import Path
 from typing import Any
 
-from rorqual.errors import UserError
+from rorqual.errors import UserError, file_error
 
 # Where a run keeps the model it made; of a distillation it is the student's run.
 IN_A_RUN = ("model", "student/model")
-REMEDIES = {
-    errno.EACCES: "let this user read it",
-    errno.EPERM: "let this user read it",
-    errno.EMFILE: "this process has too many files open; raise the limit (ulimit -n)",
-    errno.ENFILE: "the system has too many files open; close some programs",
-    errno.EIO: "the disk reported an error; check it, or fetch the file again",
-    errno.ESTALE: "the network drive has lost it; mount it again",
-}
 BEGINNINGS = {
     b"version https://git-lfs": "is a Git LFS pointer, not the file itself; run 'git lfs pull' there",
     b"GGUF": "is a GGUF file; give it as the model, with a name that ends in .gguf",
@@ -38,6 +29,18 @@ def model_directory(path: str | Path) -> Path:
         if os.path.exists(found / "config.json"):
             return found
     return path
+
+
+def check_destination(path: Path, source: Path | None = None) -> None:
+    """Raises UserError where a model is to be written over what it is made from, or among files that are no model's."""
+    if source is not None and path.exists() and path.samefile(source):
+        raise UserError(f"{path} is the model itself; give another directory to write")
+    try:
+        foreign = path.exists() and not (path / "config.json").exists() and next(path.iterdir(), None)
+    except OSError as e:
+        raise file_error(path, e, then="or give another directory") from e
+    if foreign:
+        raise UserError(f"{path} holds files that are no model's ({foreign.name}); give another directory to write")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -65,8 +68,7 @@ def unreadable(path: Path, error: OSError) -> UserError:
         return UserError(f"{path} is a directory, where a file belongs; remove it and fetch the file")
     if isinstance(error, NotADirectoryError):
         return UserError(f"{path} does not exist: {path.parent} is no directory; check the name")
-    remedy = REMEDIES.get(error.errno or 0, "check the disk, or fetch the file again")
-    return UserError(f"{path} cannot be read ({error.strerror or error}); {remedy}")
+    return file_error(path, error, "read")
 
 
 def foreign(path: Path, due: bytes = b"") -> str | None:

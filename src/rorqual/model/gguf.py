@@ -18,7 +18,7 @@ from torch import Tensor
 from rorqual.errors import UserError
 from rorqual.model.checkpoint import allocate, copy_companions, load_model, meta_model, save_model, stored_dtype
 from rorqual.model.config import ModelConfig
-from rorqual.model.files import foreign, is_gguf, model_directory, unreadable
+from rorqual.model.files import check_destination, foreign, is_gguf, model_directory, unreadable
 from rorqual.model.gguf_config import config_of, released_of
 from rorqual.model.gguf_file import GGUFTensor, open_gguf
 from rorqual.model.gguf_tokenizer import tokenizer_of
@@ -74,6 +74,7 @@ def import_model(src: str | Path, dest: str | Path) -> None:
     of any supported architecture. Raises UserError.
     """
     path = Path(src)
+    check_destination(Path(dest), model_directory(path) if path.is_dir() else None)
     if str(src) == "smollm2":
         import_gguf(smollm2_file(), dest)
     elif path.is_dir():

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rorqual.errors import UserError
+from rorqual.errors import UserError, file_error
 from rorqual.kernels.lowbit import GROUP, Packed, pack, unpack_numbers
 from rorqual.kernels.machine import fastest_dtype
 from rorqual.model import Transformer
@@ -26,7 +26,7 @@ from rorqual.model.checkpoint import (
     write_json,
     write_weights,
 )
-from rorqual.model.files import model_directory, read_json
+from rorqual.model.files import check_destination, model_directory, read_json
 from rorqual.model.layers import Linear
 from rorqual.model.moe import Experts
 from rorqual.model.shards import StoredTensor
@@ -40,6 +40,7 @@ METHOD = "compressed-tensors"
 def quantize(source: Path, dest: Path, bits: Bits) -> None:
     """Write `source` with its linears in `bits` to `dest`. Raises UserError."""
     source = model_directory(source)
+    check_destination(dest, source)
     if packed_already(source):
         raise UserError(f"{source} is packed already; give the directory that it was made from")
     model = load_model(source, stored_dtype(source))
@@ -65,7 +66,7 @@ def quantize(source: Path, dest: Path, bits: Bits) -> None:
         write_weights(tensors, temporary, 5_000_000_000)
         put_in_place(temporary, dest)
     except OSError as e:
-        raise UserError(f"{dest}: cannot be written ({e.strerror or e}); free space or choose another place") from e
+        raise file_error(dest, e, then="or choose another place") from e
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

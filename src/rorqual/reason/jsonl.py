@@ -9,7 +9,7 @@ from random import Random
 from typing import Any
 
 from rorqual.data.corpus import find_files, read_records
-from rorqual.errors import UserError
+from rorqual.errors import UserError, file_error
 from rorqual.reason import judge
 from rorqual.reason.problems import Environment, Problem, PromptFormat, integers, number_key, text_key
 from rorqual.recipe import EnvironmentSection
@@ -87,7 +87,7 @@ def _listed(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         rows = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as e:
-        raise UserError(f"{path} cannot be read ({e.strerror or e}); check the file") from e
+        raise file_error(path, e, "read") from e
     except (ValueError, RecursionError) as e:  # UnicodeDecodeError is a ValueError
         raise UserError(f"{path} is not valid JSON ({e}); name it .jsonl where it has one object a line") from None
     if not isinstance(rows, list):

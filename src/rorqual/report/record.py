@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rorqual.errors import UserError
+from rorqual.errors import UserError, file_error
 
 ORDER = ("pretrain", "sft", "rl", "distill")  # in which a recipe's stages follow each other
 FILES = ("metrics.jsonl", "ledger.json")
@@ -157,4 +157,4 @@ def _read_text(path: Path) -> str:
     except FileNotFoundError:
         return ""
     except OSError as e:
-        raise UserError(f"{path} cannot be read ({e.strerror}); check its permissions") from None
+        raise file_error(path, e, "read") from None

@@ -98,6 +98,8 @@ def _read(path: Path) -> Inputs:
             return found
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, AttributeError) as e:
-        raise UserError(f"{path} cannot be read ({e}); restore it, or delete it to trust the data as it is") from e
+    except OSError as e:
+        raise file_error(path, e, "read") from e
+    except (ValueError, AttributeError) as e:
+        raise UserError(f"{path} is damaged ({e}); restore it, or delete it to trust the data as it is") from e
     raise UserError(f"{path} is not what was written; restore it, or delete it to trust the data as it is")

@@ -95,9 +95,11 @@ def _value(value: Any) -> str:
 
 def _read(saved: Path) -> dict[str, Any]:
     try:
-        return _flat(tomllib.loads(saved.read_text()))
-    except (OSError, tomllib.TOMLDecodeError) as e:
-        raise UserError(f"{saved} cannot be read ({e}); restore it, or start a run with another name") from e
+        return _flat(tomllib.loads(saved.read_text(encoding="utf-8")))
+    except OSError as e:
+        raise file_error(saved, e, "read", "or start a run with another name") from e
+    except ValueError as e:  # no TOML, or no text
+        raise UserError(f"{saved} is damaged ({e}); restore it, or start a run with another name") from e
 
 
 def _resolved(recipe: Recipe) -> dict[str, Any]:
