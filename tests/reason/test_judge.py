@@ -184,7 +184,10 @@ DIFFERENT = {
         ("x-ray", "ray"),
     ],
     "beyond the rules: math-verify": [
-        (r"\int_0^1 x\,dx", r"\int_0^1 y^2\,dy"), (r"\sum_{k=1}^{3} k", "7"), (r"\int x\,dx", "blue"),
+        (r"\vec{v}", r"\vec{w}"), (r"\mathbb{R}", r"\mathbb{Z}"), (r"A \cap B", r"A \cup B"),
+        (r"\frac{d}{dx} x^2", "x"),
+        (r"\int_0^1 x\,dx", r"\int_0^1 y^2\,dy"), (r"\sum_{k=1}^{3} k", "$7$ and $6$"), ("+", "-"), ("<", ">"),
+        (r"\sum_{k=1}^{3} k", "7"), (r"\int x\,dx", "blue"),
     ],
     "of every kind": [
         ("5", "5 or more"), ("5", "5+"), ("5", "5..10"), ("5", "5/0"), ("0", "-"), ("0", "no"), ("1", "yes"),

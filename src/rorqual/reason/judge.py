@@ -27,7 +27,7 @@ from decimal import Decimal
 from rorqual.reason import algebra, units
 from rorqual.reason.algebra import NotMathematics, Tree
 from rorqual.reason.equality import equal, without_name
-from rorqual.reason.notation import boxes, plain, squeeze
+from rorqual.reason.notation import boxes, plain, squeeze, unwrap
 from rorqual.reason.values import Undecided, exactly
 from rorqual.reason.worker import shared_worker
 
@@ -66,6 +66,8 @@ NUMBER = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
 @functools.lru_cache(maxsize=1 << 14)
 def same(right: str, given: str) -> bool:
     """Whether `given` says what `right` says; never longer than TIMEOUT."""
+    if given.strip() == right.strip():
+        return bool(given.strip())
     given = given[:LONGEST].rpartition("####")[2]
     gold, said = plain(right), plain(given)
     if not said:
@@ -239,7 +241,7 @@ def _beyond(gold: str) -> bool:
 
 
 def _by_math_verify(right: str, given: str) -> bool:
-    request = {"task": "math", "gold": right, "answer": given}
+    request = {"task": "math", "gold": unwrap(right), "answer": unwrap(given)}
     return bool(shared_worker().call(request, TIMEOUT))
 
 
