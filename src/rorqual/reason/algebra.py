@@ -53,8 +53,8 @@ def parse(text: str, thousands: bool = True) -> Tree:
 
     Raises NotMathematics.
     """
-    if len(text) > LONGEST:
-        raise NotMathematics("too long")
+    if len(text) > LONGEST or re.search(r"\\frac\s*\{\s*d[a-z]?\s*\}\s*\{\s*d", text):
+        raise NotMathematics("too long, or a derivative, which is no fraction")
     for pattern in (
         r"(?<![\d.,])(\d{1,3}(?:,\d{3})+)(?![\d,])",
         r"(?<![\d.,] )(?<![\d.,])(\d{1,3}(?: \d{3})+)(?![\d/])",

@@ -14,9 +14,9 @@ PARTS = {"half": 2, "third": 3, "quarter": 4, "fourth": 4, "fifth": 5, "sixth": 
 TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
 WORDS = {word: i for i, word in enumerate(ONES)} | {word: 20 + 10 * i for i, word in enumerate(TENS)}
 UNITS = {
-    "%": "percent pct percentage", "$": "dollar usd", "€": "euro eur", "£": "pound-sterling gbp", "°": "degree deg",
+    "%": "percent pct percentage", "$": "dollar usd", "€": "euro eur", "£": "quid gbp", "°": "degree deg",
     "m": "meter metre", "cm": "centimeter centimetre", "mm": "millimeter millimetre", "km": "kilometer kilometre",
-    "g": "gram", "kg": "kilogram kilo", "mg": "milligram", "lb": "pound", "oz": "ounce", "l": "liter litre",
+    "g": "gram", "kg": "kilogram kilo", "mg": "milligram", "lb": "lbs", "oz": "ounce", "l": "liter litre",
     "ml": "milliliter millilitre", "s": "second sec", "min": "minute", "h": "hour hr", "ms": "millisecond",
     "in": "inch inches", "ft": "foot feet", "yd": "yard", "mi": "mile", "rad": "radian", "hz": "hertz", "j": "joule",
     "n": "newton", "w": "watt", "v": "volt", "°c": "celsius", "°f": "fahrenheit", "¢": "cent",
@@ -68,6 +68,13 @@ def split(text: str) -> Quantity:
     while words and words[0] in SCALES:
         scale *= SCALES[words.pop(0)]
     return Quantity(body, frozenset(unit | set(words) - {"%"}), "%" in words, scale)
+
+
+def agree(first: frozenset[str], second: frozenset[str]) -> bool:
+    """Whether one unit is the other or a part of it, or left out. Pounds are money and weight."""
+    if first and second and "pound" in first | second and first | second <= {"pound", "lb", "£"}:
+        return True
+    return first <= second or second <= first
 
 
 def in_digits(text: str) -> str:

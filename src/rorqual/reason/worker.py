@@ -93,7 +93,7 @@ def _math(request: dict[str, Any]) -> float:
     from math_verify import LatexExtractionConfig, parse, verify
 
     gold, answer = (
-        parse(f"${request[name].strip().strip('$')}$", [LatexExtractionConfig()], "no_fallback", parsing_timeout=None)
+        parse(f"${request[name].replace('$', ' ')}$", [LatexExtractionConfig()], "no_fallback", parsing_timeout=None)
         for name in ("gold", "answer")
     )
     return float(verify(gold, answer, timeout_seconds=None))
