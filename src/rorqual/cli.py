@@ -308,6 +308,7 @@ def serve(
     import torch
 
     from rorqual.engine import Engine
+    from rorqual.engine.recommended import recommended
     from rorqual.serve.run import bind, check_address, read_keys
     from rorqual.serve.run import serve as run
     from rorqual.serve.service import Options
@@ -322,6 +323,7 @@ def serve(
     check_address(host, keys, anonymous)
     bits, way, computed = _bits(weights), _way(speculate), _dtype(dtype, device)
     directory = _directory(model)
+    sampling = recommended(directory)
     listening = bind(host, port)
     with loading(directory):
         engine = Engine(
@@ -329,7 +331,7 @@ def serve(
             dtype=computed, weights=bits, chunk=512, speculate=way, device=device,
             cache_dtype=cache_format and getattr(torch, cache_format),
         )  # fmt: skip
-    run(directory, engine, Options(name or _called(Path(model)), keys, waiting, timeout), listening, page)
+    run(sampling, engine, Options(name or _called(Path(model)), keys, waiting, timeout), listening, page)
 
 
 @app.command("import")

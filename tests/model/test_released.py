@@ -94,6 +94,7 @@ def test_what_cannot_be_honoured_is_refused_where_it_would_count(model, name, va
     ("generation", "config", "ends"),
     [
         (None, 2, {2}),
+        ({"pad_token_id": 99999, "bos_token_id": None}, 2, {2}),  # beyond the vocabulary, as in some releases
         ({}, 2, {2}),
         ({"eos_token_id": [0, 1]}, 2, {0, 1, 2}),
         ({"eos_token_id": 0}, [1, 2], {0, 1, 2}),
@@ -153,6 +154,7 @@ def test_header_of_a_gguf_file(tmp_path):
         ({"tokenizer__chat_templates": ["rag"], "tokenizer__chat_template__rag": 3}, "chat_template.rag is no text"),
         ({"general__sampling__temp": -1.0}, "temperature = -1.0"),
         ({"general__sampling__top_k": "many"}, "top_k = 'many'"),
+        ({"general__sampling__penalty_last_n": "all"}, "penalty_last_n = 'all'"),
         ({"llama__attention__sliding_window": 16}, "attention.sliding_window = 16"),
         ({"llama__rope__dimension_count": 4}, "rope.dimension_count = 4"),
         ({"llama__attention__causal": False}, "attention.causal = False"),
@@ -184,12 +186,15 @@ def test_rope_of_a_gguf_file(tmp_path, fields, scaling):
     assert load_model(tmp_path / "model").config.rope_scaling == scaling
 
 
-@pytest.mark.parametrize("name", ["general.sampling.mirostat", "general.sampling.xtc_probability"])
+@pytest.mark.parametrize("name", ["mirostat", "xtc_probability", "penalty_last_n"])
 def test_samplers_of_a_gguf_file_that_we_do_not_have(tmp_path, name):
-    file = write(tmp_path / "a.gguf", network(), **{name.replace(".", "__"): 1})
-    with pytest.raises(UserError, match=f"{name} = 1 is not done here"):
-        recommended(file)
-    assert Engine(file).eos == (2,)
+    fields = {f"general__sampling__{name}": 1, "general__sampling__penalty_repeat": 1.1}
+    file = write(tmp_path / "a.gguf", network(), **fields)
+    import_gguf(file, tmp_path / "model")  # which keeps it
+    for model, source in ((file, r"a\.gguf: general\.sampling"), (tmp_path / "model", r"generation_config\.json")):
+        with pytest.raises(UserError, match=f"{source}: {name} = 1 is not done here"):
+            recommended(model)
+        assert Engine(model).eos == (2,)
 
 
 def test_templates_by_name_in_a_gguf_file(tmp_path):

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rorqual.reason.answers import read_answer
 from rorqual.reason.documents import (
     RIGHT,
     STEP,
@@ -19,9 +20,13 @@ from rorqual.reason.documents import (
     line_is_right,
     write_documents,
 )
-from rorqual.reason.environment import extract_answer, open_environment
+from rorqual.reason.environment import open_environment
 from rorqual.reason.problems import Problem, number_key
 from rorqual.speedrun.level import LEVELS
+
+
+def is_right(environment, document):
+    return environment.correct(document.problem, read_answer(document.completion, document.problem.answer))
 
 
 @pytest.fixture(scope="module", params=LEVELS, ids=lambda level: level.name)
@@ -55,7 +60,9 @@ def test_countdown_documents_mark_truly_and_do_not_repeat_themselves(environment
             assert mark in (RIGHT, WRONG)
             assert line_is_right(document.problem, steps) == (mark == RIGHT)
         solved = lines[-1].endswith(RIGHT)
-        assert environment.correct(document.problem, extract_answer(document.completion)) == solved
+        assert (
+            environment.correct(document.problem, read_answer(document.completion, document.problem.answer)) == solved
+        )
         right, given_up = right + solved, given_up + (not solved)
     assert right > given_up > 50, "both kinds are there, or reinforcement learning has nothing to choose from"
 
@@ -64,7 +71,7 @@ def test_chain_documents_end_right_and_find_their_slips(environments):
     environment = environments["chain_sum"]
     kinds = {"at once": 0, "steps": 0, "checked": 0, "corrected": 0}
     for document in documents(environment.problems("train", 300, 1), 900, 0):
-        assert environment.correct(document.problem, extract_answer(document.completion))
+        assert is_right(environment, document)
         text = document.thinking
         kind = "corrected" if WRONG in text else "checked" if RIGHT in text else "steps" if text else "at once"
         kinds[kind] += 1
@@ -82,7 +89,9 @@ def test_graph_documents_mark_truly_and_answer_as_they_mark():
             steps, mark = line.rsplit(" ", 1)
             assert line_is_right(document.problem, steps) is (mark == RIGHT)
         given_up = bool(lines) and lines[-1].endswith(WRONG)
-        assert environment.correct(document.problem, extract_answer(document.completion)) != given_up
+        assert (
+            environment.correct(document.problem, read_answer(document.completion, document.problem.answer)) != given_up
+        )
         kinds["given up" if given_up else ("at once", "first try", "again", "again")[len(lines)]] += 1
     assert min(kinds.values()) > 30, kinds
 
@@ -104,7 +113,7 @@ def test_graph_documents_mark_truly_and_answer_as_they_mark():
 )
 def test_colorings_are_judged(line, right):
     puzzle = {"vertices": [0, 1, 2, 3], "edges": [(0, 1), (0, 2), (1, 2), (1, 3)], "color_options": [1, 2, 3]}
-    problem = Problem("", "", "", "", "graph_color", {"puzzle": puzzle})
+    problem = Problem("", "", "", "", "graph_color", metadata={"puzzle": puzzle})
     assert line_is_right(problem, line) is right
 
 
@@ -114,7 +123,7 @@ def test_colorings_are_judged(line, right):
 )
 def test_whatever_a_model_writes_is_judged(family, line):
     puzzle = {"vertices": [0, 1], "edges": [(0, 1)], "color_options": [1, 2, 3]}
-    problem = Problem("", "3", "", "", family, {"numbers": [1, 2], "target": 3, "puzzle": puzzle})
+    problem = Problem("", "3", "", "", family, metadata={"numbers": [1, 2], "target": 3, "puzzle": puzzle})
     assert line_is_right(problem, line) in (True, False, None)
 
 

@@ -127,10 +127,8 @@ def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerFast":
     from transformers import PreTrainedTokenizerFast
 
     path = Path(path)
-    path = path if (path / "tokenizer.json").is_file() else model_directory(path)
+    path = path if os.path.isfile(path / "tokenizer.json") else model_directory(path)
     file, settings = path / "tokenizer.json", path / "tokenizer_config.json"
-    if not os.path.lexists(file):
-        raise UserError(f"{file} does not exist; give a directory that holds a tokenizer.json")
     if wrong := foreign(file, b"{"):
         raise UserError(wrong)
     said = read_json(settings) if os.path.lexists(settings) else {}

@@ -43,7 +43,7 @@ def model_directory(path: str | Path) -> Path:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises UserError saying what is wrong with the file."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as e:
         raise unreadable(path, e) from None
     except (ValueError, RecursionError) as e:

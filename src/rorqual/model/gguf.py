@@ -8,6 +8,7 @@ import importlib.util
 import math
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ def import_gguf(path: str | Path, dest: str | Path) -> None:
     """
     with reading(path):
         fields, stored = open_gguf(path)
-        model, places = outline(fields, stored, str(path))
+        model, places = outline(fields, stored)
         tokenizer = tokenizer_of(fields, model.config)
         allocate(model, torch.float32, "cpu")
         ours = tensors_of(model)
@@ -143,18 +144,17 @@ def described(path: str | Path) -> Released:
     """What a file says of its model's use. Raises UserError."""
     with reading(path):
         fields, stored = open_gguf(path)
-        return released_of(fields, config_of(fields, stored), str(path))
+        released = released_of(fields, config_of(fields, stored))
+    return replace(released, unhonoured=tuple(f"{path}: {sentence}" for sentence in released.unhonoured))
 
 
-def outline(
-    fields: dict[str, Any], stored: dict[str, GGUFTensor], source: str
-) -> tuple[Transformer, dict[str, list[str]]]:
+def outline(fields: dict[str, Any], stored: dict[str, GGUFTensor]) -> tuple[Transformer, dict[str, list[str]]]:
     """The network without its numbers, and for each of its tensors those of the file that it is made of.
 
     Their shapes fit and nothing is missing, else a UserError is raised.
     """
     model = meta_model(config_of(fields, stored))
-    model.released = released_of(fields, model.config, source)
+    model.released = released_of(fields, model.config)
     ours = tensors_of(model)
     places: dict[str, list[str]] = defaultdict(list)
     for name in sorted(stored):  # gate before up, keys before values, as they lie in our tensors

@@ -5,7 +5,6 @@ Sizes come from the tensors where they can, so that a damaged header cannot ask 
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -26,6 +25,10 @@ SAMPLING = {
     "general.sampling.top_k": "top_k",
     "general.sampling.min_p": "min_p",
     "general.sampling.penalty_repeat": "repetition_penalty",
+    # transformers has no names for these.
+    "general.sampling.penalty_last_n": "penalty_last_n",
+    "general.sampling.xtc_probability": "xtc_probability",
+    "general.sampling.mirostat": "mirostat",
 }
 # Keys of an architecture that would shape the network otherwise → values with which they do not.
 FOREIGN: dict[str, tuple[Any, ...]] = {
@@ -79,23 +82,16 @@ def config_of(fields: Fields, stored: Stored) -> ModelConfig:
     return config.replace(rope_scaling=_rope_scaling(fields, stored, config, architecture))
 
 
-def released_of(fields: Fields, config: ModelConfig, source: str) -> Released:
+def released_of(fields: Fields, config: ModelConfig) -> Released:
     """What a header says of the model's use, as a generation_config.json would. Raises UserError for wrong values."""
     below = config.vocab_size
     ends = [number(fields, f"tokenizer.ggml.{t}_token_id", None, least=0, below=below) for t in ("eos", "eot", "eom")]
     said = {theirs: _short(fields[ours]) for ours, theirs in SAMPLING.items() if ours in fields}
     said["eos_token_id"] = list(dict.fromkeys(t for t in ends if t is not None)) or None
-    released = Released.of(config, said, "general.sampling")
-    window = fields.get("general.sampling.penalty_last_n", -1)
-    wrong = [
-        f"{source}: {name} = {fields[name]!r:.80} is not done here; give the sampling yourself from Python, or take a "
-        "file without it"
-        for name in ("general.sampling.xtc_probability", "general.sampling.mirostat")
-        if fields.get(name)
-    ]
-    if said.get("repetition_penalty", 1) != 1 and window != -1 and window < config.max_position_embeddings:
-        wrong.append(f"{source}: general.sampling.penalty_last_n = {window!r:.80} is not done here; only -1 (all) is")
-    return replace(released, unhonoured=tuple(wrong))
+    window = number(fields, "general.sampling.penalty_last_n", -1, least=-1)
+    if window >= config.max_position_embeddings or said.get("repetition_penalty", 1) == 1:
+        said.pop("penalty_last_n", None)  # it changes nothing
+    return Released.of(config, said, "general.sampling")
 
 
 def _short(value: Any) -> Any:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rorqual.model.config import ModelConfig
 
 GENERATION = "generation_config.json"
+LARGEST = 1 << 31  # what a token id is below
 SUPPRESSED = -1e9  # a logit's bias with which its token never comes
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -81,6 +82,10 @@ UNHONOURED: dict[str, tuple[Any, ...]] = {
     "max_time": (),
     "token_healing": (False,),
     "watermarking_config": (),
+    # llama.cpp's, from a GGUF file's header
+    "penalty_last_n": (-1,),
+    "xtc_probability": (0,),
+    "mirostat": (0,),
 }
 
 
@@ -100,8 +105,8 @@ class Released:
     def of(cls, config: "ModelConfig", generation: Mapping[str, Any] | None = None, source: str = "") -> "Released":
         """What config.json and generation_config.json (`source`) say together. Raises UserError for wrong values."""
         said = {name: value for name, value in (generation or {}).items() if value is not None}
-        for name in TOKENS:
-            _ids(said.get(name), name, source, config.vocab_size)
+        for name in ("bos_token_id", "pad_token_id"):  # some lie beyond the network's vocabulary, and are not made
+            _ids(said.get(name), name, source, LARGEST)
         for name, (_, fits, words) in HONOURED.items():
             if name in said and not fits(said[name]):
                 raise UserError(f"{source}: {name} = {said[name]!r:.80} must be {words}, or null")

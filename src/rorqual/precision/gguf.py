@@ -51,7 +51,7 @@ def load_gguf(path: str | Path, dtype: torch.dtype | None = None) -> tuple[Trans
     dtype = dtype or fastest_dtype()
     with reading(path):
         fields, stored = open_gguf(path)
-        model, places = outline(fields, stored, str(path))
+        model, places = outline(fields, stored)
         tokenizer = tokenizer_of(fields, model.config)
         fields.clear()
         for place, names in places.items():

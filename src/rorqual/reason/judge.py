@@ -8,7 +8,7 @@ What the rules hold to, where one could differ:
 
 - An expression counts as its value: 2^{10} is 1024, 6*4 is 24.
 - A unit, a currency or "x =" that one side leaves out is no difference; two different ones are. Units aren't converted.
-- 50% is 0.5, and also 50 where the other side has no percent sign.
+- 50% is 0.5, and also 50 where the other side has no percent sign and is not itself below 1.
 - A decimal equals a fraction or root if it is exact, or its rounding to six significant digits or more. Decimals of 15
   digits and more are floating-point numbers and equal to 12 digits.
 - Lists without brackets and sets are in any order; (…) and […] are not. An answer that lists several values ("3 or 4")
@@ -43,6 +43,8 @@ LEAD = re.compile(
 CHOICE = re.compile(
     r"(?i:(?:option|choice|answer)\s+)?(?:\(([A-Ja-j])\)|([A-Ja-j])(?:[.):](?=\s|$)|$))\s*(.*)", re.DOTALL
 )
+# After a choice: another one, or words that take it back.
+TAKEN_BACK = re.compile(r"^(?:or|and|nor|but|no|not|is|isn't|[,/&])(?!\w)|\([A-Ja-j]\)|(?i:\bor\b)\s+[A-J]\b")
 YES, NO = {"yes", "true"}, {"no", "false"}
 ARTICLE = re.compile(r"(?:the|an?)\s+(?=\w)")
 DIGITS = re.compile(r"-?\d{1,15}(?:\.\d{1,10})?")  # the usual case
@@ -50,8 +52,9 @@ RATIO = re.compile(r"(\d+(?:\s*:\s*\d+)+)\s*([ap]\.?m\.?)?", re.IGNORECASE)
 DATE = re.compile(r"\d{4}[-/.]\d{1,2}[-/.]\d{1,2}|\d{1,2}[-/.]\d{1,2}[-/.]\d{4}")
 # Words by which the number in a sentence is not what the sentence says.
 TURNED = re.compile(
-    r"\b(?:not|no|never|none|cannot|neither|nor|or|either|if|unless|except|without|but|wrong|incorrect|false|less|more"
-    r"|fewer|greater|smaller|larger|least|most|over|under|above|below|between|than|maybe|perhaps|possibly|probably"
+    r"\b(?:up to|any|such as|until|before|after|from|maybe|perhaps|possibly|probably"
+    r"|not|no|never|none|cannot|neither|nor|or|either|if|unless|except|without|but|wrong|incorrect|false|less|more"
+    r"|fewer|greater|smaller|larger|least|most|over|under|above|below|between|than"
     r"|might|may|could|unsure|unknown|guess|twice|half|double|thirds?|quarters?|times|minus|plus|squared|cubed|factorial"
     r"|to the power|point|negative|million|billion|thousand|hundred|dozen|trillion|percent|halves|fourths?"
     r"|fifths?|sixths?|sevenths?|eighths?|ninths?|tenths?)\b|n't\b|\?|[*/^+=<>%]",
@@ -145,7 +148,7 @@ def _same_quantity(right: tuple[Tree, units.Quantity], found: tuple[Tree, units.
         gold_parts.unit <= said_parts.unit or said_parts.unit <= gold_parts.unit
     ):  # fmt: skip
         return False
-    if _equal(gold, said):
+    if _equal(gold, said) and not (said_parts.percent and not gold_parts.percent and _below_one(gold)):
         return True
     if gold_parts.percent != said_parts.percent:
         hundredth = algebra.number(100)
@@ -164,6 +167,11 @@ def _equal(gold: Tree, said: Tree) -> bool:
         return (value is gold) != (other is said) and equal(value, other)
     except Undecided:
         return False
+
+
+def _below_one(tree: Tree) -> bool:
+    value = exactly(tree)
+    return value is not None and 0 < abs(value) < 1
 
 
 def _one_number(text: str) -> str | None:
@@ -192,7 +200,9 @@ def _numbers(text: str) -> list[int]:
 
 def _choice(gold: str, said: str) -> bool:
     match = CHOICE.fullmatch(said[LEAD.match(said).end() :])
-    return match is not None and (match[1] or match[2]).upper() == gold.upper()
+    if match is None or TAKEN_BACK.search(match[3]):
+        return False
+    return (match[1] or match[2]).upper() == gold.upper()
 
 
 def _by_words(gold: str, said: str) -> bool:
@@ -215,7 +225,7 @@ def _by_words(gold: str, said: str) -> bool:
 def words(text: str) -> str:
     """Words to compare: case, quotes, articles in front and punctuation that separates nothing left out."""
     text = unicodedata.normalize("NFKC", text).casefold()
-    text = re.sub(r"(?<!\w)[.,;:!?\"'()]+|[.,;:!?\"'()]+(?!\w)", " ", text)
+    text = re.sub(r"(?<!\w)[.,;:!\"'()]+|[.,;:!\"'()]+(?!\w)", " ", text)
     return (
         ARTICLE.sub("", " ".join(text.split()), count=1)
         if ARTICLE.match(" ".join(text.split()))

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import uvicorn
 
-from rorqual.engine import Engine
-from rorqual.engine.recommended import recommended
+from rorqual.engine import Engine, SamplingParams
 from rorqual.errors import UserError
 from rorqual.serve.app import build_app
 from rorqual.serve.service import Options, Service
@@ -73,15 +72,16 @@ def bind(host: str, port: int) -> socket.socket:
     return found
 
 
-def serve(directory: Path, engine: Engine, options: Options, listening: socket.socket, page: bool) -> None:
-    """Answer until SIGINT or SIGTERM; then take no more, finish what was accepted, and return.
+def serve(recommended: SamplingParams, engine: Engine, options: Options, listening: socket.socket, page: bool) -> None:
+    """Answer until SIGINT or SIGTERM; then take no more, finish what was accepted, and return. recommended: how to
+    sample where a request does not say.
 
     Raises UserError where the cache has no room for a conversation.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     for chatty in ("uvicorn.error", "httpx"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
-    service = Service(engine, recommended(directory), options)
+    service = Service(engine, recommended, options)
     if service.context < SHORTEST:
         raise UserError(
             f"the cache of {engine.cache_bytes} bytes holds {service.context} tokens of a conversation; "
