@@ -69,7 +69,7 @@ def changed(kind, field, value):
         ("rl", "seconds", (5,)),  # beside steps
         ("rl", "decay", (NAN, 1.5)),
         ("distill", "keep_per_problem", (9,)),
-        ("distill", "temperature", (NAN, 0)),
+        ("distill", "temperature", (NAN, 0, 1e-300, 1e300)),
         ("distill", "teacher", ("", "$NO_SUCH_NAME")),
     ],
 )  # fmt: skip

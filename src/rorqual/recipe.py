@@ -37,6 +37,7 @@ from rorqual.sections import (
     Share,
     Size,
     Source,
+    Temperature,
     TokenizerSection,
     TrainSection,
 )
@@ -147,7 +148,7 @@ class DistillRecipe(Recipe):
     problems: Count = 1000
     samples: Size = 8
     keep_per_problem: Count = 1
-    temperature: Positive = 1.0
+    temperature: Temperature = 1.0
     max_tokens: Size = 256
     sequence_length: Length = 512
     optimizer: FineTuningOptimizer = FineTuningOptimizer()

@@ -14,6 +14,7 @@ Size = Annotated[int, Field(ge=1, le=1 << 20)]  # of what is in memory at once
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, le=1e12)]
 NotNegative = Annotated[float, Field(ge=0, le=1e12)]
+Temperature = Annotated[float, Field(ge=0.01, le=100)]  # logits are divided by it
 Weight = Annotated[float, Field(ge=1e-6, le=1e6)]  # beside those of its kind
 Beta = Annotated[float, Field(ge=0, lt=1)]
 LocalPath = Annotated[str, Field(min_length=1), AfterValidator(local_path)]
@@ -240,7 +241,7 @@ class GRPOSection(Section):
     normalise_std: bool = True
     average: Literal["sequence", "token"] = "sequence"
     drop_flat_groups: bool = False  # leave out groups whose rewards are all equal
-    temperature: Positive = 1.0
+    temperature: Temperature = 1.0
     max_tokens: Size = 256
     micro_tokens: int = Field(16384, ge=64, lt=1 << 31)  # tokens a forward pass in training
     rollout_slots: Size = 256  # sequences decoded at once

@@ -1,5 +1,6 @@
 import io
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -201,6 +202,13 @@ def test_all_tasks_are_checked_before_the_first_is_asked():
     engine = Refusing(lambda p: 1)
     with pytest.raises(UserError, match="task long: prompt 1 has 9 tokens"):
         evaluate(engine, None, [Sums(), Long()], samples=2, problems=3, quiet=True)
+
+    class OfAFile(Long):
+        def problems(self, n, seed):
+            return [replace(problem, where="mine.jsonl, line 7") for problem in super().problems(n, seed)]
+
+    with pytest.raises(UserError, match=r"^mine\.jsonl, line 7: prompt 1 has 9 tokens"):
+        evaluate(engine, None, [Sums(), OfAFile()], samples=2, problems=3, quiet=True)
     assert not engine.asked
 
 

@@ -74,10 +74,11 @@ def evaluate(
     started, results = time.monotonic(), {}
     drawn = [task.problems(problems, seed) for task in opened]
     for task, chosen in zip(opened, drawn, strict=True):
-        try:
-            engine.check([task.prompt(problem, tokenizer, template) for problem in chosen], params)
-        except UserError as e:
-            raise UserError(f"task {task.name}: {e}") from None
+        for problem in chosen:
+            try:
+                engine.check([task.prompt(problem, tokenizer, template)], params)
+            except UserError as e:
+                raise UserError(f"{problem.where or f'task {task.name}'}: {e}") from None
     with _progress(quiet) as bar:
         for task, chosen in zip(opened, drawn, strict=True):
             line = bar.add_task(task.name, total=len(chosen) * samples)
