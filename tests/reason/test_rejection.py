@@ -21,6 +21,9 @@ class Teacher:
     def __init__(self, tokenizer, scripts):
         self.tokenizer, self.scripts, self.asked = tokenizer, scripts, []
 
+    def opening(self, prompt):
+        return "<think>"
+
     def generate(self, prompts, params):
         found = []
         for prompt in prompts:

@@ -23,13 +23,14 @@ import numpy as np
 
 from rorqual.data.corpus import describe, read_texts
 from rorqual.data.fim import FillInTheMiddle
+from rorqual.data.marks import framed_as_special
 from rorqual.errors import UserError
 from rorqual.recipe import Source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-FORMAT = 1
+FORMAT = 2
 SPLITS = ("train", "valid")
 BATCH_DOCUMENTS, BATCH_CHARACTERS = 1024, 1 << 20
 
@@ -61,7 +62,8 @@ def pack_source(
 
     A document is held out by a hash of its text, so copies of it stay on one side and the split is the same for
     every seed. If that holds out none, though some are asked for, the last document is taken. Documents held out by
-    hash are never rearranged by `fim`. Raises UserError for unreadable or empty sources and when the disk is full.
+    hash are never rearranged by `fim`. Names of special tokens in a document are text. Raises UserError for
+    unreadable or empty sources and when the disk is full.
     """
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no eos_token to end documents with; set it in tokenizer_config.json")
@@ -123,7 +125,8 @@ class _Encoder:
     ) -> None:
         from tokenizers import Tokenizer
 
-        self.tokenizer = Tokenizer.from_str(backend)
+        self.tokenizer = Tokenizer.from_str(framed_as_special(backend))
+        self.tokenizer.encode_special_tokens = True  # their names in a document are text
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         self.eos, self.dtype, self.fim = eos, dtype, fim

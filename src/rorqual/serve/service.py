@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rorqual.data.marks import HALF, encode, plain, plain_message
 from rorqual.engine import Engine, Grammar, SamplingParams
 from rorqual.engine.blocks import BLOCK
 from rorqual.engine.score import Ranked, score
@@ -50,7 +51,8 @@ class Service:
     ) -> list[int]:
         if not self.template:
             raise ApiError(400, "this model has no chat template; use /v1/completions")
-        said = [m.for_template() for m in messages]
+        tokenizer = self.engine.tokenizer
+        said = [plain_message(m.for_template(), tokenizer) for m in messages]
         described, extra = None, extra or {}
         # These are the server's own to give: with a template of its own, a request could run for ever.
         reserved = inspect.signature(self.engine.tokenizer.apply_chat_template).parameters.keys() & extra.keys()
@@ -58,25 +60,31 @@ class Service:
             name = "chat_template_kwargs"
             raise ApiError(400, f"{name}: {min(reserved)!r} is not for a template; leave it out", name)
         if tools:
-            said = told(said, tools, self.template)
-            described = [t.model_dump(exclude_none=True) for t in tools]
+            described = plain([t.model_dump(exclude_none=True) for t in tools], tokenizer)
+            said = told(said, [Tool.model_validate(t) for t in described], self.template)
 
         def render() -> list[int]:
-            text = self.engine.tokenizer.apply_chat_template(
-                said, tools=described, tokenize=False, add_generation_prompt=add, **extra
+            text = tokenizer.apply_chat_template(
+                said, tools=described, tokenize=False, add_generation_prompt=add, **plain(extra, tokenizer)
             )
-            return self.engine.tokenizer(text, add_special_tokens=False).input_ids
+            return encode(text, tokenizer)
 
         try:
             return await self._aside(render)
+        except UserError as e:
+            raise ApiError(400, f"messages: {e}", "messages") from e
         except Exception as e:  # a template raises what it likes about messages that it does not expect
             raise ApiError(400, f"the model's chat template refuses these messages: {e}", param="messages") from e
 
     async def encode(self, text: str, special: bool) -> list[int]:
         """special: with what the tokenizer puts before (or behind) a text."""
-        if any("\ud800" <= c <= "\udfff" for c in text):
+        if HALF.search(text):
             raise ApiError(400, "prompt holds half a character (a lone surrogate); send whole ones", "prompt")
         return await self._aside(lambda: self.engine.tokenizer(text, add_special_tokens=special).input_ids)
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """What tokens of a prompt read, without the names of special ones."""
+        return self.engine.tokenizer.decode([t for t in tokens if t not in self.vocabulary.speller.hidden])
 
     def check_tokens(self, tokens: Sequence[int], param: str) -> None:
         size = self.engine.model.config.vocab_size
