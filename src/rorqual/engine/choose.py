@@ -140,7 +140,7 @@ def _adjust(rows: Rows, row: int, logits: Tensor) -> None:
     made = rows.tokens[row, : rows.count[row]]
     if params.adjusts:
         logits.copy_(adjust(logits, params, torch.tensor(running.request.prompt), from_numpy(made)))
-    if running.guide is not None and (forbidden := running.guide.forbidden(made.tolist())) is not None:
+    if running.guide is not None and (forbidden := running.guide.forbidden(made.tolist(), logits)) is not None:
         logits.masked_fill_(forbidden.to(logits.device), float("-inf"))
     if params.logprobs:
         logp = log_shares(logits, params.temperature)

@@ -64,8 +64,11 @@ class Guide:
     def copy(self) -> "Guide":
         return Guide(self._matcher.deep_copy(), self._compiler, self._opens, self._closes, self._thinking)
 
-    def forbidden(self, made: list[int]) -> Tensor | None:
-        """After the answer's tokens so far: which of the vocabulary [V] may not come next; None: any may."""
+    def forbidden(self, made: list[int], logits: Tensor) -> Tensor | None:
+        """After the answer's tokens so far: which of the vocabulary [V] may not come next; None: any may.
+
+        logits [V]: thinking may begin where it is what the model would say if it were free.
+        """
         for token in made[self._read :]:
             if self._read == 0 and token == self._opens:
                 self._thinking = True
@@ -83,7 +86,7 @@ class Guide:
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         allowed = np.unpackbits(bits, bitorder="little")[: self._compiler.vocabulary]
         forbidden[: len(allowed)] = torch.from_numpy(allowed == 0)
-        if self._read == 0 and self._opens is not None:
+        if self._read == 0 and self._opens is not None and int(logits.argmax()) == self._opens:
             forbidden[self._opens] = False
         return forbidden
 
