@@ -51,7 +51,7 @@ def ask(url, path, **body):
             said = "".join(p["delta"].get(name) or "" for p in parts)
             assert said == (choice["message"].get(name) or "")
     for name, values in (choice["logprobs"] or {}).items():
-        assert sum((p["logprobs"][name] for p in parts if p["logprobs"]), []) == values
+        assert [v for p in parts if p["logprobs"] for v in p["logprobs"][name]] == values
     return choice
 
 
