@@ -35,7 +35,8 @@ def read_chat(
     """Tokenise every sample of a .jsonl, .jsonl.gz or .parquet file, or glob of them.
 
     A record holds `messages` (role and content), or `prompt` and `completion`: either both lists of messages, or
-    both strings, which are taken as they are, without the chat template, and ended with the eos token.
+    both strings, which are taken as they are, without the chat template, and ended with the eos token. In messages
+    the names of control tokens are text, but for an assistant's thoughts and calls (rorqual.data.marks).
     Raises UserError naming file and line for whatever does not fit.
     """
     from rich.console import Console

@@ -113,7 +113,8 @@ def read_answer(problem: Problem, prompt: str, text: str) -> str | None:
     else "answer is …", else, for a number, the last number.
     """
     if prompt.rstrip().endswith("<think>") or re.search(r"</?(?:think|answer)>", text):
-        return extract_answer(text)
+        shut = prompt.rstrip().endswith("</think>")  # the prompt has left the thinking out
+        return extract_answer("</think>" * shut + text)
     if boxed := re.findall(r"\\boxed\{([^{}]+)\}", text):
         return boxed[-1].strip()
     numeric = re.fullmatch(NUMBER, problem.answer.strip()) is not None
