@@ -80,6 +80,8 @@ def test_splitting_the_command_lines_tasks():
         ("Q", "<think>1+1</think><answer> 2 </answer>", "2", "2"),
         ("Q <think>", "1+1 is 2</think><answer>2</answer>", "2", "2"),
         ("Q <think>", "1+1 = 2", "2", None),
+        ("Q <think>\n\n</think>\n", "<answer>2</answer>", "2", "2"),  # thinking left out by the prompt
+        ("Q <think>\n\n</think>\n", "It is 2.", "2", "2"),
         ("Q", "<think>1+1</think> it is 2", "2", None),
         ("Q", "So 12 + 30 = 42.", "42", "42"),
         ("Q", "The answer is 1,234 apples, out of 2000.", "1234", "1234"),
