@@ -92,7 +92,9 @@ def templated(engine: Engine, messages: list[dict[str, str]]) -> str:
 
 
 def talk(engine: Engine, params: SamplingParams, system: str | None = None) -> None:
-    """Ask and answer until the input ends."""
+    """Ask and answer until the input ends. Raises UserError for a system's message that is not text."""
+    if HALF.search(system or ""):
+        raise UserError("--system is not UTF-8 text; convert it")
     console = Console(highlight=False)
     console.print("Ctrl-C stops a reply, Ctrl-D ends.", style="dim")
     beginning = [] if system is None else [{"role": "system", "content": system}]

@@ -88,6 +88,14 @@ def test_half_a_character_is_a_sentence(tokenizer):
         rendered(tokenizer, user("a\ud800"))
 
 
+@pytest.mark.parametrize("record", [{"messages": [user("a\ud800")]}, {"prompt": "a", "completion": "\udfff"}])
+def test_half_a_character_in_a_sample_is_told_with_its_line(tokenizer, record):
+    for message in record.get("messages", []):
+        record = {"messages": [message, {"role": "assistant", "content": "b"}]}
+    with pytest.raises(UserError, match=r"a\.jsonl, line 3: .*half a character"):
+        encode_sample(record, tokenizer, "a.jsonl, line 3")
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_sample_s_pieces_are_the_tokens_of_the_whole(kind):
     tokenizer = vocabulary(kind, CONTROL, WORDS)

@@ -131,16 +131,33 @@ def test_offsets_and_echo_are_of_the_text_that_was_sent(url, limit):
     assert found["logprobs"]["token_logprobs"][0] is None
 
 
-def test_half_a_character_is_refused_in_a_sentence(url):
-    for body in (
-        {"messages": [{"role": "user", "content": "a\ud800"}]},
-        {"messages": [{"role": "user", "content": "a"}], "chat_template_kwargs": {"opened": "\ud800"}},
-        {"prompt": "\udfff", "max_tokens": 1},
-    ):
-        path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
-        answer = httpx.post(url + path, content=json.dumps(body), timeout=60)
-        assert answer.status_code == 400
-        assert "Traceback" not in answer.text
+HALF = "a\ud800"
+TOOL = {"type": "function", "function": {"name": "f", "description": HALF}}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"messages": [{"role": "user", "content": HALF}]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": HALF}]}]},
+        {"chat_template_kwargs": {"opened": HALF}},
+        {"tools": [TOOL]},
+        {"stop": [HALF]},
+        {"stop": HALF},
+        {"structured_outputs": {"regex": HALF}},
+        {"structured_outputs": {"choice": [HALF]}},
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "s", "schema": {"const": HALF}}}},
+        {"model": HALF},
+        {"prompt": HALF},
+        {"prompt": ["a", "\udfff"]},
+    ],
+)
+def test_half_a_character_is_refused_in_a_sentence(url, body):
+    path = "/v1/completions" if "prompt" in body else "/v1/chat/completions"
+    more = {"max_tokens": 4} if "prompt" in body else {"messages": [{"role": "user", "content": "a"}], "max_tokens": 4}
+    answer = httpx.post(url + path, content=json.dumps(more | body), timeout=60)
+    assert answer.status_code in (400, 404), answer.text
+    assert len(answer.json()["error"]["message"]) > 10
 
 
 def test_sentencepiece_in_a_completion_and_a_chat(tmp_path, begin):

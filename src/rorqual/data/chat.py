@@ -77,7 +77,10 @@ def encode_sample(record: dict[str, Any], tokenizer: "PreTrainedTokenizerFast", 
     marks: list[int] = []
     # Pieces are encoded one by one, as they are when a model answers, so no token spans prompt and answer.
     for text, bears_loss in _pieces(record, tokenizer, where):
-        ids = encode(text, tokenizer, after=tokens[-1] if tokens else None)
+        try:
+            ids = encode(text, tokenizer, after=tokens[-1] if tokens else None)
+        except UserError as e:
+            raise UserError(f"{where}: {e}") from None
         tokens += ids
         marks += [int(bears_loss)] * len(ids)
     return tokens, marks

@@ -21,12 +21,12 @@ THINK = ("<think>", "</think>")
 SHAPE = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
 FRAMED = re.compile(r"<[|｜].+[|｜]>")  # Qwen's, Llama's, DeepSeek's
 # What a model itself writes in its turn, though some tokenizers call these tokens special: thoughts, calls, answers.
-SPOKEN = re.compile("think|tool(?!.*(?:response|output|result))|answer", re.IGNORECASE)
+SPOKEN = re.compile("(?!.*(?:response|output|result|available)).*(?:think|tool|call|answer)", re.IGNORECASE)
 
 
 def is_special(name: str, special: bool) -> bool:
     """Whether a token of this name is no part of any text that a model writes."""
-    return special and not SPOKEN.search(name)
+    return special and not SPOKEN.match(name)
 
 
 def plain(value: Any, tokenizer: "PreTrainedTokenizerFast") -> Any:
@@ -53,8 +53,8 @@ def encode(text: str, tokenizer: "PreTrainedTokenizerFast", after: int | None = 
     """
     if HALF.search(text):
         raise UserError("the text holds half a character (a lone surrogate), which no tokenizer reads; use whole ones")
-    if after is not None and text and not _byte_level(tokenizer):
-        added = tokenizer.added_tokens_decoder.get(after)
+    if after is not None and text and not (names := _names(tokenizer)).byte_level:
+        added = names.added.get(after)
         # What a model has written after a mark begins with the space that its tokens spell, not with one more.
         before = "\n" if added is None or text[0] == " " else added.content
         ids, known = encode(before + text, tokenizer), encode(before, tokenizer)
@@ -83,7 +83,8 @@ class _Names:
 
     def __init__(self, tokenizer: "PreTrainedTokenizerFast") -> None:
         template = str(getattr(tokenizer, "chat_template", None) or "")
-        added = getattr(tokenizer, "added_tokens_decoder", {})
+        self.added = added = getattr(tokenizer, "added_tokens_decoder", {})
+        self.byte_level = "ByteLevel" in str(getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None))
         self._tokenizer = tokenizer
         self.control = {
             number: t.content
@@ -94,7 +95,7 @@ class _Names:
         model = [
             name
             for number, name in self.control.items()
-            if name not in THINK and not SPOKEN.search(name) and (added[number].special or FRAMED.fullmatch(name))
+            if name not in THINK and not SPOKEN.match(name) and (added[number].special or FRAMED.fullmatch(name))
         ]
         self.model = _pattern(model)
         self._letters: Any = None
@@ -131,7 +132,7 @@ _known: "WeakKeyDictionary[Any, tuple[Any, _Names]]" = WeakKeyDictionary()
 
 
 def _names(tokenizer: "PreTrainedTokenizerFast") -> _Names:
-    state = getattr(tokenizer, "chat_template", None), len(getattr(tokenizer, "added_tokens_decoder", ()))
+    state = getattr(tokenizer, "chat_template", None), getattr(tokenizer, "__len__", int)()
     found = _known.get(tokenizer)
     if found is None or found[0] != state:
         _known[tokenizer] = found = state, _Names(tokenizer)
@@ -156,12 +157,6 @@ def _break(value: Any, names: re.Pattern[str]) -> Any:
     if isinstance(value, list | tuple):
         return [_break(inner, names) for inner in value]
     return value
-
-
-def _byte_level(tokenizer: "PreTrainedTokenizerFast") -> bool:
-    from tokenizers.decoders import ByteLevel
-
-    return isinstance(tokenizer.backend_tokenizer.decoder, ByteLevel)
 
 
 def _nameless(tokenizer: "PreTrainedTokenizerFast", control: dict[int, str]) -> tuple[Any, str]:
