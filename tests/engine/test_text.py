@@ -18,7 +18,7 @@ def tokenizer():
 def fed(tokenizer, said, stop=(), thinking=False, step=1):
     """The stream after `said`, and whether what it had shown ever had to be taken back."""
     tokens = tokenizer(said).input_ids
-    stream = TextStream(Speller(tokenizer), stop, thinking)
+    stream = TextStream(Speller(tokenizer), stop, "<think>" * thinking)
     for end in [*range(step, len(tokens), step), len(tokens)]:
         before = stream.reasoning, stream.content
         stream.feed(tokens[:end], last=end == len(tokens))
@@ -136,6 +136,13 @@ def test_the_stop_string_that_is_complete_first_ends_the_answer(tokenizer, said,
     assert stream.stopped == (content != whole)
 
 
+@pytest.mark.parametrize("opening", ["</think>", "<think>\n\n</think>\n"])
+def test_line_breaks_before_the_answer_are_no_part_of_it_either_where_thinking_is_left_out(tokenizer, opening):
+    stream = TextStream(Speller(tokenizer), ("\n\n",), opening)
+    stream.feed(tokenizer("\n\nso it\n\nis").input_ids, last=True)
+    assert (stream.reasoning, stream.content) == ("", "so it")
+
+
 def test_a_search_finds_what_find_finds():
     rng = random.Random(0)
     for _ in range(500):
@@ -165,7 +172,7 @@ def test_a_search_finds_what_find_finds():
 )
 def test_without_tokens_for_the_marks_the_text_tells(said, thinking, reasoning, content, step):
     bare = vocabulary(BYTE_LEVEL)
-    tokens, stream = bare(said).input_ids, TextStream(Speller(bare), (), thinking)
+    tokens, stream = bare(said).input_ids, TextStream(Speller(bare), (), "<think>" * thinking)
     for end in [*range(step, len(tokens), step), len(tokens)]:
         stream.feed(tokens[:end], last=end == len(tokens))
     assert (stream.reasoning, stream.content, stream.text) == (reasoning, content, said)

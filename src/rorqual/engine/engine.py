@@ -253,12 +253,12 @@ class Engine:
         # Whoever may yet open the thinking is watched, since the budget counts from there.
         silent = think_end is not None and self.think is not None and not thinking
         watched = bool(params.stop) or silent
-        return Request(ids, params, room, seed, stops, think_end, watched, thinking, silent, guide)
+        return Request(ids, params, room, seed, stops, think_end, watched, opening, silent, guide)
 
     def _add(self, scheduler: Scheduler, request: Request) -> None:
         if request.watched and self.speller is not None:
             for sample in request.samples:
-                self._texts[sample] = TextStream(self.speller, request.params.stop, request.thinking)
+                self._texts[sample] = TextStream(self.speller, request.params.stop, request.opening)
         scheduler.add(request)
 
     def _ready(self, requests: list[Request], at_least: int = 0) -> Scheduler:

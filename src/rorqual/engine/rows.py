@@ -57,8 +57,8 @@ class Request:
     stop_ids: tuple[int, ...]
     think_end: int | None = None  # given where there is a thinking budget
     watched: bool = False  # somebody reads the tokens while they are made
-    thinking: bool = False  # the prompt opens it
-    silent: bool = False  # it does not, and a thinking budget holds only if the model does
+    opening: str = ""  # what the prompt has written of the answer's thinking
+    silent: bool = False  # that leaves none open, and a thinking budget holds only if the model does
     guide: Guide | None = None
     cached: int = 0  # tokens of the prompt that lay in the cache already
     samples: list[Sample] = field(default_factory=list)

@@ -143,19 +143,20 @@ class TextStream:
     `text` is all that was shown, of which `reasoning` and `content` are the thoughts and the answer, each without the
     empty lines that thinking ends and begins with. `stopped` says that a stop string came, before which the text ends;
     of several the one that is complete first. They count in the answer only: what ends an answer, say an empty line, is
-    common in thoughts. `thinking`: the prompt has opened it. `thoughts`: tokens, from the first on, that belong to it.
+    common in thoughts. `opening`: what the prompt has written (`Speller.opening`). `thoughts`: tokens, from the first on,
+    that belong to the thinking.
     """
 
-    def __init__(self, speller: Speller, stop: tuple[str, ...] = (), thinking: bool = False) -> None:
+    def __init__(self, speller: Speller, stop: tuple[str, ...] = (), opening: str = "") -> None:
         self._speller, self._think = speller, speller.think or (-1, -1)
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._stops, self._firsts = [Search(s) for s in stop], {s[0] for s in stop}
         self._read = 0  # tokens
         self.text = self.reasoning = self.content = ""
-        self.stopped, self.thinking = False, thinking
+        self.stopped, self.thinking = False, leaves_open(opening)
         self.reasoning_tokens = self.thoughts = 0
-        self._begun = thinking  # whether the answer, or its thinking, has
-        self._trim = thinking  # line breaks that come now are neither thoughts nor answer
+        self._begun = self.thinking  # whether the answer, or its thinking, has
+        self._trim = bool(opening)  # line breaks that come now are neither thoughts nor answer
         self._lead = ""  # white space before the model opens its thinking, if it does
         self._held = ""  # of the answer: what may be the beginning of a stop string
         self._closing = Search(THINK[1]) if speller.think is None else None
