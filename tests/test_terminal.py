@@ -15,7 +15,8 @@ import pytest
 
 from reasoner import save_reasoner
 from rorqual.cli import main
-from rorqual.terminal import complete_blocks, markdown
+from rorqual.errors import UserError
+from rorqual.terminal import complete_blocks, markdown, read_prompt, talk
 
 UP, CTRL_C, CTRL_D = "\x1b[A", "\x03", "\x04"
 ANSWER = """It is *so*:
@@ -213,3 +214,14 @@ def test_blocks_are_printed_for_good_only_when_they_are_whole():
 def test_formulas_and_products_are_what_they_were():
     shown = markdown(r"\(x\) *and* 3*4 or `\n*2`" + "\n```\na\\b*c*d\n```").markup
     assert shown == r"\\(x\\) *and* 3\*4 or `\n*2`" + "\n```\na\\b*c*d\n```"
+
+
+def test_a_prompt_that_is_not_text_is_a_sentence(monkeypatch):
+    """Python hands such bytes over as half characters."""
+    with pytest.raises(UserError, match="the prompt is not UTF-8"):
+        read_prompt("caf\udce9")
+    monkeypatch.setattr("sys.stdin", io.StringIO("caf\udce9"))
+    with pytest.raises(UserError, match="standard input is not UTF-8"):
+        read_prompt("-")
+    with pytest.raises(UserError, match="--system is not UTF-8"):
+        talk(None, None, "caf\udce9")

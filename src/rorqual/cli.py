@@ -3,6 +3,7 @@
 Heavy imports stay inside the verbs, so that `--help` and a mistyped word answer at once.
 """
 
+import io
 import json
 import os
 import sys
@@ -54,6 +55,8 @@ def main() -> None:
     tune()
     from rorqual.train.signals import Stopped
 
+    if isinstance(sys.stdout, io.TextIOWrapper):  # what a terminal's encoding lacks is no reason to stop
+        sys.stdout.reconfigure(errors="replace")
     try:
         app()
     except UserError as e:

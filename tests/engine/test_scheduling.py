@@ -213,7 +213,7 @@ class Letters:
 
     eos_token_id = 0
 
-    decoder = None
+    decoder = "ByteLevel"
 
     @property
     def backend_tokenizer(self):
@@ -222,9 +222,8 @@ class Letters:
     def get_vocab(self):
         return {}
 
-    def decode(self, tokens, **_):
-        raw = b"".join(b"\xc3" if t == 59 else b"\xa9" if t == 58 else bytes([97 + t % 26]) for t in tokens)
-        return raw.decode(errors="replace")
+    def convert_ids_to_tokens(self, token):
+        return "\u00c3" if token == 59 else "\u00a9" if token == 58 else chr(97 + token % 26)
 
 
 def test_stop_strings_end_the_text_before_them_and_never_show(model, prompts):

@@ -23,6 +23,9 @@ class Teacher:
         self.tokenizer, self.scripts, self.asked = tokenizer, scripts, []
         self.model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=512))
 
+    def opening(self, prompt):
+        return "<think>"
+
     def generate(self, prompts, params):
         found = []
         for prompt in prompts:

@@ -141,6 +141,20 @@ def client(server):
     return server.client()
 
 
+@pytest.fixture(scope="module")
+def begin():
+    """Servers of other models."""
+    running = []
+
+    def one(directory):
+        running.append(Server(directory))
+        return running[-1].url
+
+    yield one
+    for server in running:
+        server.stop()
+
+
 @pytest.fixture
 def start(directory):
     """Servers with settings of their own."""

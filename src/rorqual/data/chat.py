@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rorqual.data.corpus import find_files, read_records
+from rorqual.data.marks import encode, plain_message
 from rorqual.data.shards import Documents
 from rorqual.errors import UserError
 
@@ -34,7 +35,8 @@ def read_chat(
     """Tokenise every sample of a .jsonl, .jsonl.gz or .parquet file, or glob of them.
 
     A record holds `messages` (role and content), or `prompt` and `completion`: either both lists of messages, or
-    both strings, which are taken as they are, without the chat template, and ended with the eos token.
+    both strings, which are taken as they are, without the chat template, and ended with the eos token. In messages
+    the names of control tokens are text, but for an assistant's thoughts and calls (rorqual.data.marks).
     Raises UserError naming file and line for whatever does not fit.
     """
     from rich.console import Console
@@ -75,7 +77,10 @@ def encode_sample(record: dict[str, Any], tokenizer: "PreTrainedTokenizerFast", 
     marks: list[int] = []
     # Pieces are encoded one by one, as they are when a model answers, so no token spans prompt and answer.
     for text, bears_loss in _pieces(record, tokenizer, where):
-        ids = tokenizer.encode(text, add_special_tokens=False)
+        try:
+            ids = encode(text, tokenizer, after=tokens[-1] if tokens else None)
+        except UserError as e:
+            raise UserError(f"{where}: {e}") from None
         tokens += ids
         marks += [int(bears_loss)] * len(ids)
     return tokens, marks
@@ -117,6 +122,7 @@ def _turns(
     changes what it has already written; one that does is an error, not a wrong mask.
     """
     done = ""
+    messages = [plain_message(message, tokenizer) for message in messages]
     for i, message in enumerate(messages):
         if message["role"] != "assistant" or i < first:
             continue

@@ -25,6 +25,7 @@ import numpy as np
 from rorqual.data.corpus import describe, read_texts
 from rorqual.data.cut import pieces
 from rorqual.data.fim import FillInTheMiddle
+from rorqual.data.marks import framed_as_special
 from rorqual.data.splits import SPLITS, Encoded, Writer
 from rorqual.errors import UserError, file_error
 from rorqual.recipe import Source
@@ -67,8 +68,8 @@ def pack_source(
     A document is held out by a hash of its text, so copies of it stay on one side and the split is the same for
     every seed; one above `PIECE` characters piece by piece, so that the share holds for bytes as for documents. If that
     holds out none, though some are asked for, the last document is taken, or the end of it where it is the only one or
-    much longer than the share. What is held out by hash is never rearranged by `fim`. Raises UserError for unreadable
-    or empty sources and when the disk is full.
+    much longer than the share. What is held out by hash is never rearranged by `fim`. Names of special tokens in a
+    document are text. Raises UserError for unreadable or empty sources and when the disk is full.
     """
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no eos_token to end documents with; set it in tokenizer_config.json")
@@ -127,7 +128,8 @@ class _Encoder:
     ) -> None:
         from tokenizers import Tokenizer
 
-        self.tokenizer = Tokenizer.from_str(backend)
+        self.tokenizer = Tokenizer.from_str(framed_as_special(backend))
+        self.tokenizer.encode_special_tokens = True  # their names in a document are text
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         self.eos, self.dtype, self.fim = eos, dtype, fim

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from rorqual.data.marks import plain, plain_message
 from rorqual.data.messages import Message
 from rorqual.data.tools import FORMATS, HERMES, Call, Format, as_object, format_of, whole_characters
 from rorqual.errors import UserError
@@ -66,13 +67,15 @@ class ChatTemplate:
         unfinished: bool = False,
         settings: dict[str, Any] | None = None,
     ) -> str:
-        """A conversation as text; messages and tools are as `read_messages` and `read_tools` give them.
+        """A conversation as text for `marks.encode`; messages and tools as `read_messages` and `read_tools` give them.
 
         generation: an answer is to follow. unfinished: the last message is to be continued. settings: the template's
         own. Raises UserError, with the template's words where it does not accept the conversation.
         """
         if not self.tokenizer.chat_template:
             raise UserError("the tokenizer has no chat template; add chat_template.jinja beside tokenizer.json")
+        messages = [plain_message(message, self.tokenizer) for message in messages]
+        tools, settings = plain(tools, self.tokenizer), plain(settings or {}, self.tokenizer)
         said = messages[-1]["content"] or ""
         if unfinished:
             if "tool_calls" in messages[-1]:
@@ -80,7 +83,7 @@ class ChatTemplate:
             messages = [*messages[:-1], messages[-1] | {"content": said + END}]
         try:
             prepared, told = self._prepared(messages, tools)
-            text = self._apply(prepared, told, generation and not unfinished, settings or {})
+            text = self._apply(prepared, told, generation and not unfinished, settings)
         except RecursionError:
             raise UserError("the chat template cannot show what is nested so deeply; make it flatter") from None
         except Exception as e:  # a template raises what it likes

@@ -11,7 +11,7 @@ from rorqual.engine.forward import Lanes
 from rorqual.engine.rows import Floats, Integers, Rows
 from rorqual.engine.sampler import adjust
 from rorqual.kernels import cpu
-from rorqual.kernels.draw import draw
+from rorqual.kernels.draw import draw, log_shares
 from rorqual.kernels.extend import ENDED, LACKING, LENGTH, TOKEN, UNREADY
 
 
@@ -140,9 +140,9 @@ def _adjust(rows: Rows, row: int, logits: Tensor) -> None:
     made = rows.tokens[row, : rows.count[row]]
     if params.adjusts:
         logits.copy_(adjust(logits, params, torch.tensor(running.request.prompt), from_numpy(made)))
-    if running.guide is not None and (forbidden := running.guide.forbidden(made.tolist())) is not None:
+    if running.guide is not None and (forbidden := running.guide.forbidden(made.tolist(), logits)) is not None:
         logits.masked_fill_(forbidden.to(logits.device), float("-inf"))
     if params.logprobs:
-        logp = (logits / (params.temperature or 1.0)).log_softmax(-1)
+        logp = log_shares(logits, params.temperature)
         best = logp.topk(min(params.logprobs, len(logp)))
         running.top.append(list(zip(best.indices.tolist(), best.values.tolist(), strict=True)))

@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from rorqual.data.marks import encode
 from rorqual.data.tokenizer import beginning
 from rorqual.engine.blocks import BLOCK, Blocks
 from rorqual.engine.cache import BlockCache, block_bytes
@@ -17,7 +17,7 @@ from rorqual.engine.rows import Request, Sample
 from rorqual.engine.sampler import SamplingParams
 from rorqual.engine.scheduler import Counts, Scheduler
 from rorqual.engine.speculate import Way
-from rorqual.engine.text import Speller, TextStream
+from rorqual.engine.text import Speller, TextStream, leaves_open
 from rorqual.errors import UserError
 from rorqual.kernels import cpu
 from rorqual.kernels.lowbit import Packed
@@ -85,7 +85,8 @@ class Engine:
         self._scheduler: Scheduler | None = None
         self._texts: dict[Sample, TextStream] = {}
         self._compiler: Compiler | None = None
-        self.think = None if tokenizer is None else thinking_tokens(tokenizer)
+        self.speller = None if tokenizer is None else Speller(tokenizer, self.eos)
+        self.think = None if self.speller is None else self.speller.think
 
     # -- requests that come and go
 
@@ -109,6 +110,8 @@ class Engine:
             if (text := self._texts.get(sample)) is None:
                 continue
             text.feed(self._shown(sample), last=sample.finish is not None)
+            if text.thinking and sample.silent and sample.finish is None:
+                self._scheduler.rows.begin_thinking(sample)
             if text.stopped and sample.finish != "stop":
                 if sample.finish is None:
                     self._scheduler.end(self._scheduler.rows.samples.index(sample), "stop")
@@ -160,7 +163,7 @@ class Engine:
     def completion(self, sample: Sample) -> Completion:
         """What a finished sample has become."""
         stream = self._texts.pop(sample, None)
-        text = stream.text if stream is not None else self._decode(self._shown(sample))
+        text = stream.text if stream is not None else self._spell(self._shown(sample))
         return Completion(text, sample.tokens, sample.logprobs, sample.finish or "", sample.request.cached, sample.top)
 
     # -- all at once
@@ -255,18 +258,18 @@ class Engine:
                 )
         think_end = None if params.thinking_budget is None else self._think_end()
         stops = (() if params.ignore_eos else self.eos) + params.stop_token_ids
-        thinking = self._opens_thinking(ids)
-        guide = None if params.grammar is None else self._guide(params.grammar, thinking)
-        return Request(ids, params, room, seed, stops, think_end, bool(params.stop), thinking, guide)
-
-    @cached_property
-    def _speller(self) -> Speller:
-        return Speller(self.tokenizer)
+        opening = self.opening(ids)
+        thinking = leaves_open(opening)
+        guide = None if params.grammar is None else self._guide(params.grammar, thinking, silent=bool(opening))
+        # Whoever may yet open the thinking is watched, since the budget counts from there.
+        silent = think_end is not None and self.think is not None and not thinking
+        watched = bool(params.stop) or silent
+        return Request(ids, params, room, seed, stops, think_end, watched, opening, silent, guide)
 
     def _add(self, scheduler: Scheduler, request: Request) -> None:
-        if request.watched and self.tokenizer is not None:
+        if request.watched and self.speller is not None:
             for sample in request.samples:
-                self._texts[sample] = TextStream(self._speller, request.params.stop, self.think, request.thinking)
+                self._texts[sample] = TextStream(self.speller, request.params.stop, request.opening)
         scheduler.add(request)
 
     def _ready(self, requests: list[Request], at_least: int = 0) -> Scheduler:
@@ -307,7 +310,7 @@ class Engine:
     def _encode(self, text: str) -> list[int]:
         if self.tokenizer is None:
             raise UserError("this engine has no tokenizer; give token ids or pass tokenizer=")
-        return self.tokenizer(text, add_special_tokens=False).input_ids
+        return encode(text, self.tokenizer)
 
     def _think_end(self) -> int:
         ids = self._encode("</think>")
@@ -315,33 +318,21 @@ class Engine:
             raise UserError("thinking_budget needs a tokenizer with </think> as one token")
         return ids[0]
 
-    def _opens_thinking(self, prompt: tuple[int, ...]) -> bool:
-        """Whether a prompt leaves thinking open for the answer to go on with."""
-        if self.think is None:
-            return False
-        last = next((t for t in reversed(prompt) if t in self.think), None)
-        return last == self.think[0]
+    def opening(self, prompt: Sequence[int]) -> str:
+        """What a prompt has written of the answer's thinking, from its mark on; "" for none (`Speller.opening`)."""
+        return "" if self.speller is None else self.speller.opening(prompt)
 
-    def _guide(self, grammar: Grammar, thinking: bool) -> Guide:
+    def _guide(self, grammar: Grammar, thinking: bool, silent: bool) -> Guide:
         if self.tokenizer is None:
             raise UserError("this engine has no tokenizer, which a grammar needs")
         if self._compiler is None:
             self._compiler = Compiler(self.tokenizer, self.model.config.vocab_size, self.eos)
-        return self._compiler.guide(grammar, self.think[1] if self.think and thinking else None)
+        return self._compiler.guide(grammar, self.think, thinking, silent)
 
     def _shown(self, sample: Sample) -> list[int]:
         """A sample's tokens but for the one that ended it."""
         tokens = sample.tokens
         return tokens[:-1] if tokens and tokens[-1] in sample.request.stop_ids else tokens
 
-    def _decode(self, tokens: list[int]) -> str:
-        if self.tokenizer is None:
-            return ""
-        return self.tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-
-
-def thinking_tokens(tokenizer: Any) -> tuple[int, int] | None:
-    """The tokens that open and close thinking; None for a model that has none."""
-    vocabulary = tokenizer.get_vocab()
-    found = vocabulary.get("<think>"), vocabulary.get("</think>")
-    return None if None in found else found
+    def _spell(self, tokens: list[int]) -> str:
+        return "" if self.speller is None else self.speller.decode(tokens)

@@ -36,8 +36,11 @@ class Compiler:
         self.vocabulary, self.ends = vocabulary, ends
         self._tokens = from_tokenizer(tokenizer, n_vocab=vocabulary, eos_token=list(ends))
 
-    def guide(self, grammar: Grammar, after: int | None) -> "Guide":
-        """after: the token from which on the grammar holds; None: from the start. Raises UserError for a bad one."""
+    def guide(self, grammar: Grammar, think: tuple[int, int] | None, thinking: bool, silent: bool) -> "Guide":
+        """The grammar holds for the answer: after the token that closes the thinking, where the prompt has opened it
+        (`thinking`); else from the start, unless a model that the prompt has not told to be `silent` opens it first.
+        think: the tokens that open and close it. Raises UserError for a bad grammar.
+        """
         from llguidance import LLMatcher
 
         written = {
@@ -55,28 +58,35 @@ class Compiler:
         if problem:
             name = grammar.source or f"the {grammar.kind.replace('_', ' ')}"
             raise UserError(f"{name} cannot be followed: {problem.strip()}")
-        return Guide(matcher, self, after)
+        opens, closes = think or (None, None)
+        return Guide(matcher, self, None if thinking or silent else opens, closes, thinking and closes is not None)
 
 
 class Guide:
     """One sample's place in its grammar."""
 
-    def __init__(self, matcher: Any, compiler: Compiler, after: int | None) -> None:
-        self._matcher, self._compiler, self._after = matcher, compiler, after
+    def __init__(self, matcher: Any, compiler: Compiler, opens: int | None, closes: int | None, thinking: bool) -> None:
+        self._matcher, self._compiler = matcher, compiler
+        self._opens, self._closes, self._thinking = opens, closes, thinking
         self._read = 0  # tokens of the answer that the matcher has seen, or that came before it began
 
     def copy(self) -> "Guide":
-        return Guide(self._matcher.deep_copy(), self._compiler, self._after)
+        return Guide(self._matcher.deep_copy(), self._compiler, self._opens, self._closes, self._thinking)
 
-    def forbidden(self, made: list[int]) -> Tensor | None:
-        """After the answer's tokens so far: which of the vocabulary [V] may not come next; None: any may."""
+    def forbidden(self, made: list[int], logits: Tensor) -> Tensor | None:
+        """After the answer's tokens so far: which of the vocabulary [V] may not come next; None: any may.
+
+        logits [V]: thinking may begin where it is what the model would say if it were free.
+        """
         for token in made[self._read :]:
-            self._read += 1
-            if self._after is None:
+            if self._read == 0 and token == self._opens:
+                self._thinking = True
+            elif not self._thinking:
                 self._matcher.consume_token(token)
-            elif token == self._after:
-                self._after = None
-        if self._after is not None:
+            elif token == self._closes:
+                self._thinking = False
+            self._read += 1
+        if self._thinking:
             return None
         forbidden = torch.ones(self._compiler.vocabulary, dtype=torch.bool)
         if self._matcher.is_stopped() or self._matcher.is_error():
@@ -85,6 +95,8 @@ class Guide:
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         allowed = np.unpackbits(bits, bitorder="little")[: self._compiler.vocabulary]
         forbidden[: len(allowed)] = torch.from_numpy(allowed == 0)
+        if self._read == 0 and self._opens is not None and int(logits.argmax()) == self._opens:
+            forbidden[self._opens] = False
         return forbidden
 
 

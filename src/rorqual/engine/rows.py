@@ -40,6 +40,7 @@ class Sample:
     window: Floats | None = None  # [WINDOW] random numbers, from token WINDOW·windows on
     windows: int = 0
     closed: bool = False  # the thinking has ended
+    silent: bool = False  # nor has it begun
     guide: Guide | None = None  # its place in the grammar that the request names
     lookup: "Lookup | None" = None  # its past, where drafts come from there
     finish: str | None = None  # "stop", "length" or "cancelled"
@@ -56,13 +57,17 @@ class Request:
     stop_ids: tuple[int, ...]
     think_end: int | None = None  # given where there is a thinking budget
     watched: bool = False  # somebody reads the tokens while they are made
-    thinking: bool = False  # the prompt opens it
+    opening: str = ""  # what the prompt has written of the answer's thinking
+    silent: bool = False  # that leaves none open, and a thinking budget holds only if the model does
     guide: Guide | None = None
     cached: int = 0  # tokens of the prompt that lay in the cache already
     samples: list[Sample] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.samples = [Sample(self, j, guide=self.guide and self.guide.copy()) for j in range(self.params.n)]
+        self.samples = [
+            Sample(self, j, closed=self.silent, silent=self.silent, guide=self.guide and self.guide.copy())
+            for j in range(self.params.n)
+        ]
 
     @property
     def done(self) -> bool:
@@ -206,6 +211,10 @@ class Rows:
         sample.tokens, sample.logprobs = self.tokens[row, :count].tolist(), self.logprobs[row, :count].tolist()
         sample.closed = bool(self.closed[row])
         return sample
+
+    def begin_thinking(self, sample: Sample) -> None:
+        """What its budget counts has begun."""
+        sample.silent, self.closed[self.samples.index(sample)] = False, 0
 
     def remove(self, gone: list[int]) -> None:
         """Free rows; the last ones move into the holes."""

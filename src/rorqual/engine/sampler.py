@@ -9,6 +9,8 @@ from rorqual.engine.grammar import Grammar
 from rorqual.errors import UserError
 from rorqual.kernels.draw import Cut
 
+LARGEST = 1e30
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -88,4 +90,4 @@ def adjust(logits: Tensor, params: SamplingParams, prompt: Tensor, made: Tensor)
         logits = logits.index_add(0, tokens, -params.presence_penalty - params.frequency_penalty * counts)
     for token, bias in params.logit_bias:
         logits = logits.index_add(0, torch.tensor([token], device=logits.device), logits.new_tensor([bias]))
-    return logits
+    return logits.clamp(-LARGEST, LARGEST)  # extreme penalties make infinities, whose differences are no numbers

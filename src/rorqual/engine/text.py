@@ -1,130 +1,254 @@
 """Text from tokens as they come: no half characters, nothing of a stop string, the thinking apart from the answer."""
 
+import codecs
+import re
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from tokenizers.decoders import ByteLevel
+from rorqual.data.marks import FRAMED, THINK, is_special
 
-UNFINISHED = "\ufffd"  # what a character decodes to while bytes of it are missing
-PATIENCE = 32  # tokens that may wait for the end of a character: what is none yet will not become one
-AGAIN = 8  # tokens before the new ones that are decoded with them, since a tokenizer may join what stands side by side
+BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # one byte, in SentencePiece's vocabularies
+LATELY = 64  # tokens of a prompt in which an opened thinking is looked for where no token marks it
+OPEN = re.compile(r"<think>\s*\Z")
+SHUT = re.compile(r"(?:<think>\s*)?</think>\s*\Z")
 
 
 class Speller:
-    """Text of tokens, for any number of streams."""
+    """What single tokens read, for any number of streams.
 
-    def __init__(self, tokenizer: Any) -> None:
-        # Not the tokenizer's own decode, which takes several times as long around this one.
-        self._tokenizer = tokenizer.backend_tokenizer
-        self._alone = isinstance(self._tokenizer.decoder, ByteLevel)
-        self._known: dict[int, str | None] = {}
+    `hidden`: tokens that are no part of any text: special ones, but for marks that a model writes in its own turn, and
+    `ends`. `think`: the tokens that open and close thinking; None for a vocabulary that has none.
+    """
 
-    def decode(self, tokens: list[int]) -> str:
-        return self._tokenizer.decode(tokens, skip_special_tokens=False)
+    def __init__(self, tokenizer: Any, ends: Iterable[int] = ()) -> None:
+        from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-    def alone(self, token: int) -> str | None:
-        """What a token reads whatever stands beside it, as in byte-level vocabularies; None for part of a character,
-        and in other vocabularies.
+        self._tokenizer = tokenizer
+        self._added = getattr(tokenizer, "added_tokens_decoder", {})
+        self._bytes = {char: byte for byte, char in bytes_to_unicode().items()}
+        decoder = str(getattr(tokenizer.backend_tokenizer, "decoder", None))
+        self._byte_level, self._pieces = "ByteLevel" in decoder, "▁" in decoder or "ByteFallback" in decoder
+        self._known: dict[int, bytes] = {}
+        self.think = thinking_tokens(tokenizer)
+        self._walls = {*ends, *(n for n, t in self._added.items() if t.special or FRAMED.fullmatch(t.content))}
+        self._walls -= set(self.think or ())
+        self.hidden = {*ends, *(n for n, t in self._added.items() if is_special(t.content, t.special))}
+        self.hidden -= set(self.think or ())
+
+    def bytes(self, token: int) -> bytes:
+        """A token may be less than a character, and hidden ones are read by their names."""
+        found = self._known.get(token)
+        if found is None:
+            found = self._known[token] = self._read(token)
+        return found
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of what follows another text: SentencePiece's first space stays."""
+        return b"".join(self.bytes(t) for t in tokens if t not in self.hidden).decode(errors="replace")
+
+    def opening(self, prompt: Sequence[int]) -> str:
+        """What a prompt has written of the answer: the mark that opens its thinking and what follows, or marks with
+        nothing between and behind them, which leave it out; else "". Marks of earlier turns do not count.
         """
-        if not self._alone:
-            return None
-        if token not in self._known:
-            text = self.decode([token])
-            self._known[token] = None if UNFINISHED in text else text
-        return self._known[token]
+        if self.think is None:
+            lately = self.decode(prompt[-LATELY:])
+            found = OPEN.search(lately) or SHUT.search(lately)
+            return found[0] if found else ""
+        opens, closes = self.think
+        begin = closed = None
+        for at in range(len(prompt) - 1, -1, -1):
+            token = prompt[at]
+            if token == opens:
+                begin = at
+            elif token == closes and closed is None:
+                closed = at
+            if begin is not None or token in self._walls:
+                break
+        if closed is None:
+            return "" if begin is None else self.decode(prompt[begin:])
+        said = self.decode(prompt[closed if begin is None else begin :])
+        return said if SHUT.fullmatch(said) else ""
+
+    def _read(self, token: int) -> bytes:
+        if token in self._added:
+            return self._added[token].content.encode()
+        if self._byte_level:
+            piece = self._tokenizer.convert_ids_to_tokens(token) or ""
+            if all(char in self._bytes for char in piece):
+                return bytes(self._bytes[char] for char in piece)
+            return str(piece).encode()
+        if self._pieces:
+            piece = self._tokenizer.convert_ids_to_tokens(token) or ""
+            byte = BYTE.fullmatch(piece)
+            return bytes([int(byte[1], 16)]) if byte else piece.replace("▁", " ").encode()
+        return self._tokenizer.decode([token]).encode()
+
+
+def thinking_tokens(tokenizer: Any) -> tuple[int, int] | None:
+    """The tokens that open and close thinking; None for a model that has none."""
+    vocabulary = tokenizer.get_vocab()
+    found = tuple(vocabulary.get(name) for name in THINK)
+    return None if None in found else found
+
+
+def leaves_open(opening: str) -> bool:
+    """Whether thinking goes on after what a prompt has written of it."""
+    return bool(opening) and not SHUT.fullmatch(opening)
+
+
+class Search:
+    """Looks for a string in a text that comes piece by piece (Knuth, Morris and Pratt 1977).
+
+    A character takes the same time however long the string and the text are. `at`: how much of the string stands at
+    the end of the text.
+    """
+
+    def __init__(self, text: str) -> None:
+        self.text, self.at = text, 0
+        self._borders = [0]  # of the string's beginnings: the longest end that is a beginning; made as far as needed
+
+    def feed(self, piece: str) -> int | None:
+        """How much of the piece there is up to the string's end; None where it is not complete."""
+        text, at, i = self.text, self.at, 0
+        while True:
+            if at == 0:
+                i = piece.find(text[0], i)
+                if i < 0:
+                    break
+            elif i == len(piece):
+                break
+            elif piece[i] != text[at]:
+                at = self._border(at)
+                continue
+            at, i = at + 1, i + 1
+            if at == len(text):
+                self.at = at
+                return i
+        self.at = at
+        return None
+
+    def _border(self, length: int) -> int:
+        text, borders = self.text, self._borders
+        while len(borders) < length:
+            at, char = borders[-1], text[len(borders)]
+            while at and text[at] != char:
+                at = borders[at - 1]
+            borders.append(at + (text[at] == char))
+        return borders[length - 1]
 
 
 class TextStream:
     """`feed` takes a continuation's tokens, all so far, and gives the text that can be shown since the last call.
 
-    `text` is all that was shown; `stopped` says that a stop string came, before which the text ends. `think`: the
-    tokens that open and close thinking, where the model has them; `thinking`: the prompt has opened it. Stop strings
-    count in the answer only: what ends an answer, say an empty line, is common in thoughts.
+    `text` is all that was shown, of which `reasoning` and `content` are the thoughts and the answer, each without the
+    empty lines that thinking ends and begins with. `stopped` says that a stop string came, before which the text ends;
+    of several the one that is complete first. They count in the answer only: what ends an answer, say an empty line, is
+    common in thoughts. `opening`: what the prompt has written (`Speller.opening`). `thoughts`: tokens, from the first
+    on, that belong to the thinking.
     """
 
-    def __init__(
-        self, speller: Speller, stop: tuple[str, ...], think: tuple[int, int] | None = None, thinking: bool = False
-    ) -> None:
-        self._speller, self._stop, self._think = speller, stop, think
-        self._read = 0  # tokens that are in _whole
-        self._whole = ""  # decoded, shown or held back
-        self.text = ""
-        self.stopped = False
-        self.thinking = thinking
-        self.reasoning_tokens = 0
-        # Where in the text the thoughts lie, and where the answer begins.
-        self._thoughts, self._answer = slice(0, 0), 0
-
-    @property
-    def reasoning(self) -> str:
-        return self.text[self._thoughts].lstrip("\n")
-
-    @property
-    def content(self) -> str:
-        return "" if self.thinking else self.text[self._answer :].lstrip("\n")
+    def __init__(self, speller: Speller, stop: tuple[str, ...] = (), opening: str = "") -> None:
+        self._speller, self._think = speller, speller.think or (-1, -1)
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._stops, self._firsts = [Search(s) for s in stop], {s[0] for s in stop}
+        self._read = 0  # tokens
+        self.text = self.reasoning = self.content = ""
+        self.stopped, self.thinking = False, leaves_open(opening)
+        self.reasoning_tokens = self.thoughts = 0
+        self._begun = self.thinking  # whether the answer, or its thinking, has
+        self._trim = bool(opening)  # line breaks that come now are neither thoughts nor answer
+        self._lead = ""  # white space before the model opens its thinking, if it does
+        self._held = ""  # of the answer: what may be the beginning of a stop string
+        self._closing = Search(THINK[1]) if speller.think is None else None
 
     def feed(self, tokens: list[int], last: bool = False) -> str:
         """last: no more will come, so what was held back is shown."""
         if self.stopped:
             return ""
-        spelt = [self._speller.alone(token) for token in tokens[self._read :]]
-        if None not in spelt:
-            self._whole += "".join(text for text in spelt if text)  # a tenth of the time of decoding
+        before, speller = len(self.text), self._speller
+        for token in tokens[self._read :]:
+            self._read += 1
+            if token in self._think and self._mark(token):
+                continue
+            if self.thinking:
+                self.reasoning_tokens += 1
+                self.thoughts = self._read
+            if token in speller.hidden:
+                continue
+            if piece := self._utf8.decode(speller.bytes(token)):
+                self._say(piece)
+                if self.stopped:
+                    break
+        if last and not self.stopped:
+            self._say(self._utf8.decode(b"", True), last=True)
+        return self.text[before:]
+
+    def _mark(self, token: int) -> bool:
+        """Whether a token opens or closes thinking here; elsewhere it is text."""
+        if token == self._think[0]:
+            if self._begun and (self.text or not self.thinking):
+                return False
+        elif not self.thinking:
+            return False
+        if rest := self._utf8.decode(b"", True):
+            self._say(rest)
+        self._turn(token == self._think[0])
+        self.thoughts = self._read - (token == self._think[1])
+        return True
+
+    def _turn(self, opens: bool) -> None:
+        self.text += self._lead + THINK[not opens]
+        self._lead, self.thinking, self._begun, self._trim = "", opens, True, True
+
+    def _say(self, piece: str, last: bool = False) -> None:
+        """Add text, none of it a mark that is a token."""
+        if not self._begun:
+            self._lead += piece
+            said = self._lead.lstrip()
+            if self._closing is not None and said.startswith(THINK[0]):
+                self._lead, piece = self._lead[: len(self._lead) - len(said)], said[len(THINK[0]) :]
+                self._turn(opens=True)
+            elif not last and (not said or (self._closing is not None and THINK[0].startswith(said))):
+                return
+            else:
+                piece, self._lead, self._begun = self._lead, "", True
+        if self.thinking:
+            self._reason(piece, last)
         else:
-            tokens = tokens if last else self._readable(tokens)
-            if len(tokens) == self._read:
-                return ""
-            start = max(0, self._read - AGAIN)
-            before, after = self._speller.decode(tokens[start : self._read]), self._speller.decode(tokens[start:])
-            # Usually the new text follows; where the tokenizer reads the old tokens differently now, everything counts.
-            self._whole = (
-                self._whole + after[len(before) :] if after.startswith(before) else self._speller.decode(tokens)
-            )
-        self._split(tokens)
-        self._read = len(tokens)
-        first = self._answer
-        found = [at for s in self._stop if (at := self._whole.find(s, max(first, len(self.text) - len(s)))) >= 0]
-        if found and not self.thinking:
-            self.stopped, end = True, min(found)
-        else:
-            end = len(self._whole) - (0 if last or self.thinking else self._held_back())
-        piece = self._whole[len(self.text) : end]
+            self._answer(piece, last)
+
+    def _reason(self, piece: str, last: bool) -> None:
+        rest = None
+        if self._closing is not None:
+            end, piece = self._closing.feed(piece), self._held + piece
+            if end is None:
+                piece, self._held = _split(piece, 0 if last else self._closing.at)
+            else:
+                end += len(self._held)
+                piece, rest, self._held = piece[: end - len(THINK[1])], piece[end:], ""
         self.text += piece
-        return piece
+        self.reasoning += piece if self.reasoning else piece.lstrip("\n")
+        if rest is not None:
+            self._turn(opens=False)
+            self._answer(rest, last)
 
-    def _readable(self, tokens: list[int]) -> list[int]:
-        """As many as end with a whole character. A token may end one and begin the next, so that many may wait."""
-        start = max(0, self._read - AGAIN)
-        for end in range(len(tokens), self._read, -1):
-            if not self._speller.decode(tokens[start:end]).endswith(UNFINISHED):
-                return tokens[:end]
-        return tokens if len(tokens) - self._read >= PATIENCE else tokens[: self._read]
+    def _answer(self, piece: str, last: bool) -> None:
+        if self._trim:
+            rest = piece.lstrip("\n")
+            self.text += piece[: len(piece) - len(rest)]
+            self._trim, piece = not rest, rest
+        if self._stops and (self._held or last or not self._firsts.isdisjoint(piece)):
+            ends = [(end, -len(s.text)) for s in self._stops if (end := s.feed(piece)) is not None]
+            before, piece = len(self._held), self._held + piece
+            if ends:
+                self.stopped, self._held = True, ""
+                piece = piece[: before + sum(min(ends))]
+            else:
+                piece, self._held = _split(piece, 0 if last else max(s.at for s in self._stops))
+        self.text += piece
+        self.content += piece
 
-    def _split(self, tokens: list[int]) -> None:
-        """Note where thinking opens and closes, by the tokens that say so."""
-        if self._think is None:
-            return
-        opens, closes = self._think
-        if self._read == 0 and tokens and tokens[0] == opens:
-            self.thinking, self._thoughts = True, slice(len(self._speller.decode(tokens[:1])), None)
-        elif self._read == 0 and self.thinking:
-            self._thoughts = slice(0, None)
-        if not self.thinking:
-            return
-        began = int(bool(tokens) and tokens[0] == opens)
-        if closes in tokens[self._read :]:
-            at = tokens.index(closes)
-            self.thinking, self.reasoning_tokens = False, at - began
-            self._thoughts = slice(self._thoughts.start, len(self._speller.decode(tokens[:at])))
-            self._answer = len(self._speller.decode(tokens[: at + 1]))
-        else:
-            self.reasoning_tokens = len(tokens) - began
 
-    def _held_back(self) -> int:
-        """Characters at the end that may be the beginning of a stop string."""
-        if not self._stop:
-            return 0
-        longest = max(len(s) for s in self._stop) - 1
-        for count in range(min(longest, len(self._whole) - self._answer), 0, -1):
-            if any(s.startswith(self._whole[-count:]) for s in self._stop):
-                return count
-        return 0
+def _split(text: str, last: int) -> tuple[str, str]:
+    """A text but for its last characters, and these."""
+    return text[: len(text) - last], text[len(text) - last :]

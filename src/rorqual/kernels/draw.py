@@ -40,11 +40,19 @@ def draw(logits: Tensor, cut: Cut, uniform: Tensor) -> tuple[Tensor, Tensor]:
 
 def draw_reference(logits: Tensor, cut: Cut, uniform: Tensor) -> tuple[Tensor, Tensor]:
     logits = logits.float()
-    # Below 0 before the division, of which the smallest temperatures make no numbers otherwise.
-    below = (logits - logits.amax(-1, keepdim=True)) / (max(cut.temperature, 1e-30) if cut.temperature else 1.0)
-    probs = below.softmax(-1)
+    probs = _below(logits, cut.temperature).softmax(-1)
     words = first_above(_left(probs, cut), uniform) if cut.temperature else logits.argmax(-1)
     return words, probs.gather(1, words[:, None]).squeeze(1).log()
+
+
+def log_shares(logits: Tensor, temperature: float) -> Tensor:
+    """log softmax(logits/temperature) [..., V]; at temperature 0 that of softmax(logits)."""
+    return _below(logits, temperature).log_softmax(-1)
+
+
+def _below(logits: Tensor, temperature: float) -> Tensor:
+    # Below 0 before the division, of which the smallest temperatures make no numbers otherwise.
+    return (logits - logits.amax(-1, keepdim=True)) / (max(temperature, 1e-30) if temperature else 1.0)
 
 
 def _left(probs: Tensor, cut: Cut) -> Tensor:

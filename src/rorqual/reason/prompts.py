@@ -2,6 +2,7 @@
 
 from typing import Any, Literal
 
+from rorqual.data.marks import encode, plain
 from rorqual.errors import UserError
 
 Template = Literal["chat", "r1-zero", "plain"]
@@ -13,24 +14,23 @@ R1_ZERO = (
     "<think> </think> and the answer within <answer> </answer>, that is: "
     "<think> the thinking </think> <answer> the answer </answer>.\nUser: {question}\nAssistant:"
 )
-# Where the prompt already opens the thinking, the completion starts within it.
-OPENING: dict[str, str] = {"chat": "", "r1-zero": "", "plain": "<think>"}
 
 
 def prompt_text(question: str, template: Template, tokenizer: Any) -> str:
     """`chat`: the tokenizer's chat template; `r1-zero`: R1-Zero's conversation; `plain`: question, newline, <think>.
 
-    The last two begin with whatever the tokenizer puts before every text, as chat templates do by themselves.
+    Names of control tokens in the question stay text, to whoever encodes this by rorqual.data.marks.encode. The last
+    two begin with whatever the tokenizer puts before every text, as chat templates do by themselves.
     """
     if template == "chat":
         if getattr(tokenizer, "chat_template", None) is None:
             raise UserError("template = 'chat': the tokenizer has no chat template; use 'r1-zero' or 'plain'")
-        messages = [{"role": "user", "content": question}]
+        messages = [{"role": "user", "content": plain(question, tokenizer)}]
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    begin = tokenizer.decode(tokenizer("").input_ids)
+    begin, question = tokenizer.decode(tokenizer("").input_ids), plain(question, tokenizer)
     return begin + (R1_ZERO.replace("{question}", question) if template == "r1-zero" else f"{question}\n<think>")
 
 
 def render(question: str, template: Template, tokenizer: Any) -> list[int]:
     """Token ids of the prompt."""
-    return tokenizer(prompt_text(question, template, tokenizer), add_special_tokens=False).input_ids
+    return encode(prompt_text(question, template, tokenizer), tokenizer)

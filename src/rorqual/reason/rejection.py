@@ -11,7 +11,7 @@ from rorqual.errors import UserError, file_error
 from rorqual.files import write_text
 from rorqual.reason.environment import Environment, open_environment
 from rorqual.reason.problems import Problem
-from rorqual.reason.prompts import OPENING, Template, prompt_text
+from rorqual.reason.prompts import Template, prompt_text
 from rorqual.reason.rewards import Verdict, score
 from rorqual.reason.rollout import derived_seed, sample_groups
 from rorqual.reason.room import leave_room
@@ -45,7 +45,8 @@ def rejection_sample(
     Kept are only right, untruncated answers, at most `keep_per_problem` different ones a problem: those of highest
     reward, among equals the shorter, since a longer one holds more detours for the same result. Each is
     {"prompt", "completion", "family", "reward", "length"}; prompt and completion are text as the model saw and wrote
-    it. `progress` is told how many problems are done. Raises NothingRight when no answer is right.
+    it (names of control tokens in the question broken, as rorqual.data.marks has them). `progress` is told how many
+    problems are done. Raises NothingRight when no answer is right.
     """
     kept: list[dict[str, Any]] = []
     for done, rows in rejection_batches(
@@ -96,7 +97,7 @@ def rejection_batches(
             kept += [
                 {
                     "prompt": prompt,
-                    "completion": rollout.samples[i].text.removeprefix(OPENING[template]),
+                    "completion": rollout.texts[i],
                     "family": problem.family,
                     "reward": float(rewards.total[i]),
                     "length": rollout.samples[i].length,

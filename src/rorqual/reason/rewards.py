@@ -30,7 +30,7 @@ UNSPACED = ("CJK", "HIRAGANA", "KATAKANA", "THAI")  # scripts without spaces: ev
 
 @dataclass(frozen=True)
 class Sample:
-    """One answer to a problem. `text` includes a `<think>` that the prompt opened, but no stop token."""
+    """One answer to a problem. `text` includes what the prompt has written of it (`<think>`), but no stop token."""
 
     problem: Problem
     text: str

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from rorqual.engine import Engine, SamplingParams
 from rorqual.reason.problems import Problem
-from rorqual.reason.prompts import OPENING, Template, render
+from rorqual.reason.prompts import Template, render
 from rorqual.reason.rewards import Sample
 
 
@@ -19,6 +19,7 @@ class Rollout:
     prompts: list[list[int]]  # [Q] token ids
     completions: list[list[int]]  # [Q·G] token ids, the stop token included
     logprobs: list[list[float]]  # of the completions' tokens when they were sampled
+    texts: list[str]  # of the completions, as the model wrote them
     samples: list[Sample]  # [Q·G]
     seconds: float
 
@@ -32,8 +33,9 @@ def sample_groups(engine: Engine, problems: Sequence[Problem], template: Templat
     start = time.monotonic()
     prompts = [render(p.question, template, engine.tokenizer) for p in problems]
     completions = engine.generate(prompts, params)
+    openings = [engine.opening(prompt) for prompt in prompts]
     samples = [
-        Sample(problems[i // params.n], OPENING[template] + c.text, len(c.tokens), c.finish_reason == "length")
+        Sample(problems[i // params.n], openings[i // params.n] + c.text, len(c.tokens), c.finish_reason == "length")
         for i, c in enumerate(completions)
     ]
     return Rollout(
@@ -41,6 +43,7 @@ def sample_groups(engine: Engine, problems: Sequence[Problem], template: Templat
         prompts=prompts,
         completions=[c.tokens for c in completions],
         logprobs=[c.logprobs for c in completions],
+        texts=[c.text for c in completions],
         samples=samples,
         seconds=time.monotonic() - start,
     )

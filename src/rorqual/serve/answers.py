@@ -1,5 +1,6 @@
 """Answers as OpenAI's clients read them, whole or in chunks, with DeepSeek's fields for reasoning and cache hits."""
 
+import codecs
 import json
 import time
 import uuid
@@ -18,25 +19,30 @@ class Vocabulary:
     """What single tokens stand for."""
 
     def __init__(self, engine: Engine) -> None:
-        from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-        self.tokenizer = engine.tokenizer
-        self.hidden = {*engine.eos, *(engine.think or ())}  # not part of any text an answer shows
-        self._bytes = {char: byte for byte, char in bytes_to_unicode().items()}
-
-    def bytes(self, token: int) -> bytes:
-        """A token may be less than a character."""
-        piece = self.tokenizer.convert_ids_to_tokens(token) or ""
-        if token not in self.tokenizer.added_tokens_decoder and all(c in self._bytes for c in piece):
-            return bytes(self._bytes[c] for c in piece)
-        return str(piece).encode()
+        assert engine.speller is not None
+        self.speller = engine.speller
+        self.bytes = engine.speller.bytes
+        self.hidden = {*engine.speller.hidden, *(engine.think or ())}  # not part of what a chat's answer shows
 
     def text(self, token: int) -> str:
         return self.bytes(token).decode(errors="replace")
 
     def logprob(self, token: int, logprob: float) -> dict[str, Any]:
         raw = self.bytes(token)
-        return {"token": raw.decode(errors="replace"), "logprob": max(logprob, IMPOSSIBLE), "bytes": list(raw)}
+        return {"token": raw.decode(errors="replace"), "logprob": finite(logprob), "bytes": list(raw)}
+
+
+def finite(logprob: float) -> float:
+    """As JSON has it."""
+    return logprob if logprob > IMPOSSIBLE else IMPOSSIBLE
+
+
+def ranked(token: int, logprob: float, top: list[tuple[int, float]], count: int) -> list[tuple[int, float]]:
+    """The `count` most probable tokens at a place; the chosen one, first among equals, with its own number."""
+    others = [pair for pair in top[:count] if pair[0] != token]
+    if len(others) == count and (not others or not logprob >= others[-1][1]):
+        return others
+    return sorted([(token, logprob), *others], key=lambda pair: -finite(pair[1]))[:count]
 
 
 @dataclass
@@ -148,8 +154,8 @@ class ChatChoice:
             if token in self.vocabulary.hidden:
                 continue
             entry = self.vocabulary.logprob(token, logprob)
-            ranked = piece.top[i][: self.top] if piece.top else []
-            entry["top_logprobs"] = [self.vocabulary.logprob(*pair) for pair in ranked]
+            best = ranked(token, logprob, piece.top[i], self.top) if piece.top else []
+            entry["top_logprobs"] = [self.vocabulary.logprob(*pair) for pair in best]
             found["reasoning_content" if i < piece.thoughts else "content"].append(entry)
         for name, entries in found.items():
             self.likely[name] += entries
@@ -171,11 +177,15 @@ class TextChoice:
     finish: str | None = None
     reasoning_tokens: int = 0
     tokens: int = 0
+    _utf8: Any = field(default_factory=lambda: codecs.getincrementaldecoder("utf-8")("replace"))
     _length: int = 0  # of the text that tokens with log-probabilities make
 
     def prompt(self, tokens: list[int], logprobs: list[float | None], top: list[list[tuple[int, float]]]) -> None:
         """Log-probabilities of the prompt itself, the first token having none."""
+        # SentencePiece puts a space before a text, which is no part of what was sent.
+        self._length = min(0, len(self.echo) - len(self.vocabulary.speller.decode(tokens)))
         self._note(tokens, logprobs, top)
+        self._length = len(self.echo)
 
     def take(self, piece: Piece) -> dict[str, Any] | None:
         said, likely = piece.content if self.tokens else self.echo + piece.content, None
@@ -192,18 +202,31 @@ class TextChoice:
             return None
         return {"index": self.index, "text": said, "logprobs": likely, "finish_reason": self.finish}
 
+    def echoed(self) -> dict[str, Any]:
+        """The prompt alone."""
+        self.text, self.finish = self.echo, "length"
+        return self.whole()
+
     def whole(self) -> dict[str, Any]:
         likely = None if self.top is None else self.likely
         return {"index": self.index, "text": self.text, "logprobs": likely, "finish_reason": self.finish}
 
     def _note(self, tokens: list[int], logprobs: Any, top: list[list[tuple[int, float]]]) -> None:
+        """`text_offset` counts characters of the text: parts of one all begin where it does, and what is not shown
+        takes no place. Where tokens read the same, `top_logprobs` has the chosen one, else the most probable.
+        """
         if self.top is None:
             return
+        read = self.vocabulary.text
         for i, (token, logprob) in enumerate(zip(tokens, logprobs, strict=True)):
-            text = self.vocabulary.text(token)
-            self.likely["tokens"].append(text)
-            self.likely["token_logprobs"].append(None if logprob is None else max(logprob, IMPOSSIBLE))
-            ranked = {self.vocabulary.text(t): max(p, IMPOSSIBLE) for t, p in (top[i][: self.top] if top else [])}
-            self.likely["top_logprobs"].append(ranked or None)
-            self.likely["text_offset"].append(self._length)
-            self._length += len(text)
+            self.likely["tokens"].append(read(token))
+            self.likely["token_logprobs"].append(None if logprob is None else finite(logprob))
+            found: dict[str, float] = {}
+            if top and self.top and logprob is not None:
+                for other, value in [*ranked(token, logprob, top[i], self.top), (token, logprob)]:
+                    found.setdefault(read(other), finite(value))
+                found[read(token)] = finite(logprob)
+            self.likely["top_logprobs"].append(found or None)
+            self.likely["text_offset"].append(max(0, self._length))
+            if token not in self.vocabulary.speller.hidden:
+                self._length += len(self._utf8.decode(self.vocabulary.bytes(token)))

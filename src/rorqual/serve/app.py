@@ -106,7 +106,8 @@ def build_app(service: Service) -> FastAPI:
         params = service.sampling(body, prompts, body.max_tokens, body.logprobs or 0, None)
         choices = []
         for i, prompt in enumerate(prompts):
-            echo = service.engine.tokenizer.decode(prompt) if body.echo else ""
+            sent = given[i]
+            echo = "" if not body.echo else sent if isinstance(sent, str) else service.text(sent)
             made = [TextChoice(i * params.n + j, service.vocabulary, body.logprobs, echo) for j in range(params.n)]
             if body.echo and body.logprobs is not None:
                 found = await unless_gone(request.receive, service.score(prompt, body.logprobs, started))
@@ -117,9 +118,7 @@ def build_app(service: Service) -> FastAPI:
             choices += made
         head = Head("text_completion", options.name, "cmpl")
         if body.max_tokens == 0:
-            for c in choices:
-                c.text, c.finish = c.echo, "length"
-            return JSONResponse(head.whole([c.whole() for c in choices], Usage(sum(map(len, prompts)))))
+            return echoed(service, body, head, choices, Usage(sum(map(len, prompts))), started)
         return await answer(service, request, body, head, choices, prompts, params, started, raw=True)
 
     @app.get("/v1/models", response_model=shapes.ModelList, responses=shapes.problems(401))
@@ -175,6 +174,23 @@ def build_app(service: Service) -> FastAPI:
         raise ApiError(405, "this path takes another method") if known else ApiError(404, "there is no such path")
 
     return app
+
+
+def echoed(
+    service: Service, body: Sampling, head: Head, choices: list[TextChoice], usage: Usage, started: float
+) -> Response:
+    """Prompts alone, whole or as a stream."""
+    if not body.stream:
+        return JSONResponse(head.whole([c.echoed() for c in choices], usage))
+
+    async def chunks() -> AsyncIterator[str]:
+        for c in choices:
+            yield head.chunk([c.echoed()])
+        if body.stream_options is not None and body.stream_options.include_usage:
+            yield head.chunk([], usage)
+        yield "[DONE]"
+
+    return EventStream(chunks(), service.left(started), lambda: None)
 
 
 def response_grammar(body: ChatRequest) -> Grammar | None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from rorqual.data.marks import HALF, encode
 from rorqual.data.messages import read_messages
 from rorqual.data.template import ChatTemplate
 from rorqual.engine import Engine, Grammar, SamplingParams
@@ -79,7 +80,7 @@ class Service:
             said = read_messages([dict(m) for m in messages], "messages")
             described = [t.for_template() for t in tools] or None
             text = self.chat.render(said, described, generation is not False, unfinished, settings)
-            return self.engine.tokenizer(text, add_special_tokens=False).input_ids
+            return encode(text, self.engine.tokenizer)
 
         try:
             return await self._aside(render)
@@ -94,9 +95,13 @@ class Service:
 
     async def encode(self, text: str, special: bool) -> list[int]:
         """special: with what the tokenizer puts before a text, unless it is there."""
-        if any("\ud800" <= c <= "\udfff" for c in text):
+        if HALF.search(text):
             raise ApiError(400, "prompt holds half a character (a lone surrogate); send whole ones", "prompt")
         return await self._aside(lambda: self.engine.encode(text, begin=special))
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """What tokens of a prompt read, without the names of special ones."""
+        return self.engine.tokenizer.decode([t for t in tokens if t not in self.vocabulary.speller.hidden])
 
     def check_tokens(self, tokens: Sequence[int], param: str) -> None:
         size = self.engine.model.config.vocab_size

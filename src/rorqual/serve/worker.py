@@ -201,13 +201,10 @@ class Worker:
         reasoning, content = ("", text.text) if ticket.raw else (text.reasoning, text.content)
         thought, answered, made = ticket.said.get(sample, (0, 0, 0))
         ticket.said[sample] = len(reasoning), len(content), len(sample.tokens)
-        # A token without text yet, part of a character, is a thought while thinking goes on.
-        began = self.engine.think is not None and sample.tokens[:1] == [self.engine.think[0]]
-        end = len(sample.tokens) if text.thinking else text.reasoning_tokens + began
         index = ticket.requests.index(sample.request) * ticket.params.n + sample.number
         return Piece(
             index, reasoning[thought:], content[answered:], sample.tokens[made:], sample.logprobs[made:],
-            sample.top[made:], sample.finish, max(0, end - made), text.reasoning_tokens,
+            sample.top[made:], sample.finish, max(0, text.thoughts - made), text.reasoning_tokens,
         )  # fmt: skip
 
 
