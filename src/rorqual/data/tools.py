@@ -57,7 +57,7 @@ class Format:
 
     def tell(self, tools: list[dict[str, Any]]) -> str:
         """What a model is told of functions by a server whose chat template tells nothing."""
-        described = "\n".join(as_json(tool["function"]) for tool in tools)
+        described = "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in tools)
         example = "{its arguments}".join(self.halves("its name")).join(self.around)
         return f"You can call these functions:\n{described}\nTo call one, answer with\n{example}\nand nothing after it."
 
