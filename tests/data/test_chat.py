@@ -137,8 +137,8 @@ def test_templates_that_cannot_be_masked(tokenizer):
     [
         ({"text": "x"}, r"a\.jsonl, line 1 has neither messages nor prompt and completion .* \['text'\]"),
         ({"messages": []}, "non-empty list"),
-        ({"messages": [{"role": "user"}]}, "needs a role and a content"),
-        ({"messages": [turn("user", None)]}, "needs a role and a content"),
+        ({"messages": [{"role": "user"}]}, r"line 1: messages\.0: needs a content"),
+        ({"messages": [turn("user", None)]}, r"messages\.0: needs a content"),
         ({"prompt": "x", "completion": [turn("assistant", "y")]}, "both text or both lists"),
         ({"messages": [turn("user", "only a question")]}, "no sample with an assistant's turn"),
     ],
