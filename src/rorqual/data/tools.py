@@ -164,12 +164,14 @@ def whole_characters(text: str) -> bool:
 
 
 def as_object(text: str) -> dict[str, Any] | None:
-    """A call's arguments as an object; None where they are none, be it that a model went astray."""
+    """A call's arguments as an object; None where they are none that can be shown, be it that a model went astray."""
     try:
         value = DECODER.decode(text)
     except (ValueError, RecursionError):
         return None
-    return value if isinstance(value, dict) and not too_deep(value) else None
+    if not isinstance(value, dict) or too_deep(value):
+        return None
+    return value if whole_characters(json.dumps(value, ensure_ascii=False)) else None
 
 
 def too_deep(value: Any) -> bool:
