@@ -1,4 +1,6 @@
 import gzip
+import json
+import tracemalloc
 
 import pyarrow
 import pytest
@@ -6,6 +8,8 @@ from made_documents import write_jsonl
 from pyarrow import parquet
 
 from rorqual.data.chat import encode_sample, read_chat
+from rorqual.data.messages import read_messages, read_tools
+from rorqual.data.template import ChatTemplate
 from rorqual.data.tokenizer import train_tokenizer
 from rorqual.errors import UserError
 from rorqual.recipe import TokenizerSection
@@ -137,8 +141,8 @@ def test_templates_that_cannot_be_masked(tokenizer):
     [
         ({"text": "x"}, r"a\.jsonl, line 1 has neither messages nor prompt and completion .* \['text'\]"),
         ({"messages": []}, "non-empty list"),
-        ({"messages": [{"role": "user"}]}, "needs a role and a content"),
-        ({"messages": [turn("user", None)]}, "needs a role and a content"),
+        ({"messages": [{"role": "user"}]}, r"line 1: messages\.0: needs a content"),
+        ({"messages": [turn("user", None)]}, r"messages\.0: needs a content"),
         ({"prompt": "x", "completion": [turn("assistant", "y")]}, "both text or both lists"),
         ({"messages": [turn("user", "only a question")]}, "no sample with an assistant's turn"),
     ],
@@ -146,6 +150,118 @@ def test_templates_that_cannot_be_masked(tokenizer):
 def test_records_that_do_not_fit(tokenizer, tmp_path, record, message):
     with pytest.raises(UserError, match=message):
         read_chat(str(write_jsonl(tmp_path / "a.jsonl", [record])), tokenizer, 64)
+
+
+TOOLED = """\
+{%- if tools %}{{ '<|system|>' }}{% for t in tools %}{{ t | tojson }}{% endfor %}{% endif %}
+{%- for m in messages %}{{ '<|' + m['role'] + '|>' + (m['content'] or '') }}
+{%- for c in m['tool_calls'] or [] %}{{ '<tool_call>' + (c['function'] | tojson) + '</tool_call>' }}{% endfor %}
+{%- if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"""
+LOOK = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
+WRITTEN = '<tool_call>{"name": "look", "arguments": {"city": "Oslo"}}</tool_call><|endoftext|>'
+
+
+def calling(arguments, **more):
+    return {"role": "assistant", "tool_calls": [{"type": "function", "function": {
+        "name": "look", "arguments": arguments}}]} | more  # fmt: skip
+
+
+def looking(arguments, **more):
+    talk = [turn("user", "Oslo?"), calling(arguments), turn("tool", "rain"), turn("assistant", "Rain.")]
+    return {"messages": talk, "tools": [LOOK]} | more
+
+
+def test_a_model_is_told_of_tools_and_learns_its_calls(tokenizer):
+    tooled = with_template(tokenizer, TOOLED)
+    wanted = None
+    for record in (
+        looking('{"city": "Oslo"}'),
+        looking({"city": "Oslo"}),
+        looking({"city": "Oslo"}, tools=json.dumps([LOOK])),
+        looking({"city": "Oslo"}, tools=[LOOK["function"]]),
+        looking({"city": "Oslo"}) | {"messages": None, "prompt": looking("")["messages"][:1],
+                                     "completion": looking({"city": "Oslo"})["messages"][1:]},
+    ):  # fmt: skip
+        sample = encode_sample(record, tooled)
+        assert with_loss(sample, tooled) == [WRITTEN, "Rain.<|endoftext|>"]
+        text = tooled.decode(sample[0])
+        assert text.startswith("<|system|>" + json.dumps(LOOK))
+        wanted = wanted or text
+        assert text == wanted
+
+
+@pytest.mark.parametrize("name", ["told", "silent"])
+def test_training_shows_what_serving_shows(tokenizer, name):
+    served = with_template(tokenizer, {"told": TOOLED, "silent": tokenizer.chat_template}[name])
+    record = looking('{"city": "Oslo"}')
+    sample = encode_sample(record, served)
+    prompt = ChatTemplate(served).render(read_messages(record["messages"][:3], ""), read_tools([LOOK], ""))
+    assert served.decode(sample[0]) == prompt + "Rain.<|endoftext|>"
+    assert "look" in prompt
+    assert all("look" in said or said == "Rain.<|endoftext|>" for said in with_loss(sample, served))
+
+
+def test_parquets_nulls_are_not_taught(tokenizer, tmp_path):
+    tooled = with_template(tokenizer, TOOLED)
+    other = looking({"day": "Monday"})
+    parquet.write_table(pyarrow.Table.from_pylist([looking({"city": "Oslo"}), other]), tmp_path / "a.parquet")
+    write_jsonl(tmp_path / "a.jsonl", [looking({"city": "Oslo"}), other])
+    splits = [read_chat(str(tmp_path / name), tooled, 400) for name in ("a.parquet", "a.jsonl")]
+    assert tooled.decode(splits[0].train.tokens) == tooled.decode(splits[1].train.tokens)
+    assert "null" not in tooled.decode(splits[0].train.tokens)
+    write_jsonl(tmp_path / "b.jsonl", [looking({"city": None})])  # here somebody has written it
+    assert '{"city": null}' in tooled.decode(read_chat(str(tmp_path / "b.jsonl"), tooled, 400).train.tokens)
+
+
+def test_an_answer_of_no_weight_bears_no_loss(tokenizer):
+    record = {
+        "messages": [
+            turn("user", "a"),
+            turn("assistant", "b") | {"weight": 0},
+            turn("user", "c"),
+            turn("assistant", "d"),
+        ]
+    }
+    assert with_loss(encode_sample(record, tokenizer), tokenizer) == ["d<|endoftext|>"]
+
+
+ONE_CALL = TOOLED.replace(
+    "{%- for c in", "{%- if m['tool_calls'] | length > 1 %}{{ raise_exception('one') }}{% endif %}{%- for c in"
+)
+
+
+@pytest.mark.parametrize(
+    ("record", "template", "message"),
+    [
+        (looking("{}", tools="not JSON"), TOOLED, r"line 3: tools: is text, but not JSON"),
+        (looking("{}", tools=[{"type": "search"}]), TOOLED, r"line 3: tools\.0: must be a function"),
+        ({"messages": [None]}, TOOLED, r"line 3: messages\.0: must be an object"),
+        ({"messages": None}, TOOLED, r"line 3 has neither messages .* but \[\]"),
+        ({"messages": [turn("robot", "a")]}, TOOLED, r"messages\.0\.role: must be one of"),
+        ({"messages": [turn("user", "a"), turn("assistant", "b") | {"weight": 2}]}, TOOLED, "weight: must be 0 or 1"),
+        ({"messages": [turn("user", "a"), turn("assistant", "b") | {"reasoning_content": "hm"}]}, TOOLED,
+         "leaves out part of message 2"),
+        ({"prompt": "a", "completion": "b", "tools": [LOOK]}, TOOLED, "does not tell of tools where"),
+        ({"prompt": "a\ud800", "completion": "b"}, TOOLED, "half a character"),
+        ({"messages": [turn("user", "a\ud800"), turn("assistant", "b")]}, TOOLED, "half a character"),
+        ({"prompt": [turn("user", "a")], "completion": "b"}, TOOLED, "both be text, or both lists"),
+        ({"messages": [turn("user", "a"), calling("{}", tool_calls=calling("{}")["tool_calls"] * 2)]}, ONE_CALL,
+         "ends a turn with each call"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_shown_is_refused_with_its_line(tokenizer, record, template, message):
+    with pytest.raises(UserError, match=message):
+        encode_sample(record, with_template(tokenizer, template), "a.jsonl, line 3")
+
+
+def test_tokens_take_few_bytes(tokenizer, tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "a", "completion": " whale 500" * 500} for _ in range(100)])
+    tracemalloc.start()
+    split = read_chat(str(path), tokenizer, 10_000)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 12 * len(split.train.tokens) + (2 << 20)
 
 
 def test_text_files_are_not_chat_data(tokenizer, tmp_path):

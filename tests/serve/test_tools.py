@@ -1,13 +1,17 @@
 """Calls in what models say, whole or letter by letter, and the grammars that keep them to their schemas."""
 
 import pytest
+from pydantic import ValidationError
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from rorqual.data.tools import DEEPSEEK, DEEPSEEK_V31, HERMES, JSON, LLAMA, MISTRAL, Call
-from rorqual.engine.grammar import Compiler
+from rorqual.engine.grammar import Compiler, json_grammar
+from rorqual.errors import UserError
+from rorqual.serve.answers import ChatChoice
 from rorqual.serve.protocol import ChatRequest
 from rorqual.serve.tools import CallReader, call_grammar, offered
+from rorqual.serve.worker import Piece
 
 FORMS = {"hermes": HERMES, "v3": DEEPSEEK, "v3.1": DEEPSEEK_V31, "mistral": MISTRAL, "llama": LLAMA, "json": JSON}
 ADD, TAKE = Call("add", '{"a": {"b": "</tool_call> }"}}'), Call("take", "{}")
@@ -143,23 +147,40 @@ def strict(name="book"):
     return [t | {"function": t["function"] | {"strict": t["function"]["name"] == name}} for t in tools]
 
 
-@pytest.fixture(scope="module", params=["letters", "tokens"])
-def follows(request):
-    """Whether an answer is one of a grammar's, where marks are letters or tokens of their own."""
+def compiler_of(marks):
+    """Grammars for a vocabulary of bytes and these marks."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(["<end>", *alphabet])}, merges=[]))
     words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     words.decoder = decoders.ByteLevel()
     words.add_special_tokens(["<end>"])
-    words.add_tokens([AddedToken(m, normalized=False) for m in MARKS if request.param == "tokens"])
+    words.add_tokens([AddedToken(mark, normalized=False) for mark in marks])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>")
     compiler = Compiler(tokenizer, len(tokenizer), (0,))
-    marks = {t.content: i for i, t in tokenizer.added_tokens_decoder.items()}
+    compiler.tokenizer = tokenizer
+    return compiler
+
+
+def guided(compiler, grammar):
+    """A guide from the answer's beginning."""
+    return compiler.guide(grammar, None)
+
+
+@pytest.fixture(scope="module")
+def compiler():
+    return compiler_of([])
+
+
+@pytest.fixture(scope="module", params=["letters", "tokens"])
+def follows(request):
+    """Whether an answer is one of a grammar's, where marks are letters or tokens of their own."""
+    compiler = compiler_of(MARKS if request.param == "tokens" else [])
+    marks = {token.content: number for number, token in compiler.tokenizer.added_tokens_decoder.items()}
 
     def check(form, body, said, answer=None):
-        guide, made = compiler.guide(call_grammar(body, form, marks, answer), None), []
-        for token in [*tokenizer(said, add_special_tokens=False).input_ids, 0]:
-            if (forbidden := guide.forbidden(made)) is not None and forbidden[token]:
+        guide, made = guided(compiler, call_grammar(body, form, marks, answer)), []
+        for token in [*compiler.tokenizer(said, add_special_tokens=False).input_ids, 0]:
+            if guide.forbidden(made)[token]:
                 return False
             made.append(token)
         return True
@@ -216,6 +237,68 @@ def test_an_answer_of_a_schema_may_be_a_call_instead(follows, form):
     assert follows(form, body, form.write([Call("list", "{}")]), schema)
     assert follows(form, body, '{"sum": 1}', schema)
     assert not follows(form, body, "one", schema)
+
+
+LOOPS = {"$defs": {"A": {"$ref": "#/$defs/B"}, "B": {"$ref": "#/$defs/A"}}, "$ref": "#/$defs/A"}
+DEEP = {"type": "object", "properties": {"a": {"type": "array"}}}
+for _ in range(200):
+    DEEP = {"type": "object", "properties": {"a": DEEP}}
+
+
+def test_what_no_text_can_follow_is_refused(compiler):
+    tools = [{"type": "function", "function": {"name": "book", "parameters": {"anyOf": [LOOPS["$defs"]["A"]]} | LOOPS}}]
+    loops = call_grammar(request(tools=tools, tool_choice="required"), HERMES, {})
+    for grammar, says in (
+        (loops, r"^tools cannot be followed: .*level exceeded$"),
+        (json_grammar(LOOPS), r"^the json schema cannot be followed: no text fits it"),
+    ):
+        with pytest.raises(UserError, match=says):
+            guided(compiler, grammar)
+    for change in (
+        {"tools": [{"type": "function", "function": {"name": "book", "parameters": DEEP}}]},
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": DEEP}}},
+        {"structured_outputs": {"json": DEEP}},
+    ):
+        with pytest.raises(ValidationError, match="nested too deeply"):
+            request(**change)
+
+
+@pytest.mark.parametrize(
+    ("said", "right"),
+    [('{"a": 1}', True), ('{\n    "a": [\n        1\n    ]\n}', True), ('{\r\n"a":1}', True), ("{\n\n\n}", False),
+     ("{" + " " * 21 + "}", False), ('{"a":\n\n\n1}', False)],
+)  # fmt: skip
+def test_white_space_within_json_comes_to_an_end(compiler, said, right):
+    guide = guided(compiler, json_grammar(None))
+    ids = compiler.tokenizer(said, add_special_tokens=False).input_ids
+    assert all(not guide.forbidden(ids[:n])[token] for n, token in enumerate(ids)) is right
+
+
+# -- answers
+
+
+@pytest.mark.parametrize(
+    ("said", "finish", "wanted"),
+    [
+        (HERMES.write([ADD]), "stop", (1, "tool_calls")),
+        (HERMES.write([ADD]) + '<tool_call>{"na', "length", (1, "length")),
+        (HERMES.write([ADD]), "length", (1, "length")),
+        (HERMES.write([ADD]) + '<tool_call>{"na', "stop", (1, "stop")),  # at a stop string
+        ('<tool_call>{"na', "length", (0, "length")),
+        ("So.", "stop", (0, "stop")),
+        (HERMES.write([ADD, TAKE]), "stop", (2, "tool_calls")),
+        (HERMES.write([ADD]), "cancelled", (1, "cancelled")),
+    ],
+)
+def test_only_a_list_of_calls_that_is_whole_is_called_so(said, finish, wanted):
+    choice = ChatChoice(0, None, CallReader(HERMES, BOTH), False, 0)
+    chunks = [choice.take(Piece(0, "", letter, [0], [], [], None, 0, 0)) for letter in said]
+    chunks.append(choice.take(Piece(0, "", "", [0], [], [], finish, 0, 0)))
+    streamed = [c for chunk in chunks if chunk for c in chunk["delta"].get("tool_calls", [])]
+    assert (len(streamed), chunks[-1]["finish_reason"]) == wanted
+    assert [c["index"] for c in streamed] == list(range(wanted[0]))
+    whole = choice.whole()
+    assert (len(whole["message"].get("tool_calls", [])), whole["finish_reason"]) == wanted
 
 
 def test_no_more_is_kept_than_has_to_be():

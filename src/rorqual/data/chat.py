@@ -1,15 +1,20 @@
 """Chat data for supervised fine-tuning: the loss is on the assistant's turns only."""
 
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from rorqual.data.corpus import find_files, read_records
-from rorqual.data.marks import encode, plain_message
+from rorqual.data.marks import encode, unbroken
+from rorqual.data.messages import Message, read_messages, read_tools, without_nulls
 from rorqual.data.shards import Documents
+from rorqual.data.template import ChatTemplate
+from rorqual.data.tools import as_json, as_object, whole_characters
 from rorqual.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,22 +39,24 @@ def read_chat(
 ) -> ChatSplit:
     """Tokenise every sample of a .jsonl, .jsonl.gz or .parquet file, or glob of them.
 
-    A record holds `messages` (role and content), or `prompt` and `completion`: either both lists of messages, or
-    both strings, which are taken as they are, without the chat template, and ended with the eos token. In messages
-    the names of control tokens are text, but for an assistant's thoughts and calls (rorqual.data.marks).
-    Raises UserError naming file and line for whatever does not fit.
+    A record holds `messages`, or `prompt` and `completion`: either both lists of messages, or both strings, which are
+    taken as they are, without the chat template, and ended with the eos token. Messages are as in OpenAI's API, with
+    `tool_calls` and results; `tools` beside them are the functions that the model is told of, as a server tells it.
+    In messages the names of control tokens are text, but for an assistant's thoughts and calls (rorqual.data.marks).
+    An assistant's message of `weight` 0 bears no loss. Raises UserError naming file and line for whatever does not fit.
     """
     from rich.console import Console
     from rich.progress import track
 
-    samples: dict[bool, list[Sample]] = {False: [], True: []}
+    samples = {False: _Samples(), True: _Samples()}
+    template = ChatTemplate(tokenizer)
     shortened = dropped = 0
-    records = (pair for file in find_files(path) for pair in read_records(file))
+    records = (pair for file in find_files(path) for pair in _records(file))
     console = Console(stderr=True)
     for where, record in track(
         records, f"tokenising {path}", console=console, transient=True, disable=not console.is_terminal
     ):
-        tokens, marks = encode_sample(record, tokenizer, where)
+        tokens, marks = encode_sample(record, tokenizer, where, template)
         if len(tokens) > sequence_length + 1:
             tokens, marks = tokens[: sequence_length + 1], marks[: sequence_length + 1]
             shortened += 1
@@ -58,25 +65,62 @@ def read_chat(
             continue
         digest = blake2b(np.array(tokens, np.int64), digest_size=8).digest()
         held_out = int.from_bytes(digest, "little") < valid_fraction * 2**64
-        samples[held_out].append((tokens, marks))
+        samples[held_out].append(tokens, marks)
     if not samples[False] and not samples[True]:
         raise UserError(
             f"{path} holds no sample with an assistant's turn within data.sequence_length = {sequence_length}; "
             f"check the file or raise sequence_length"
         )
     if not samples[False]:
-        samples[False].append(samples[True].pop())
+        samples[False].append(*samples[True].pop())
     if valid_fraction and not samples[True] and len(samples[False]) > 1:
-        samples[True].append(samples[False].pop())
-    return ChatSplit(_documents(samples[False]), _documents(samples[True]), shortened, dropped)
+        samples[True].append(*samples[False].pop())
+    return ChatSplit(samples[False].documents(), samples[True].documents(), shortened, dropped)
 
 
-def encode_sample(record: dict[str, Any], tokenizer: "PreTrainedTokenizerFast", where: str = "sample") -> Sample:
-    """One record's tokens, and for each 1 where it bears loss, else 0."""
+def _records(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    for where, record in read_records(file):
+        yield where, without_nulls(record) if file.suffix == ".parquet" else record
+
+
+class _Samples:
+    """Samples end to end, in five bytes a token: as lists of Python's integers they took sixty."""
+
+    def __init__(self) -> None:
+        self.tokens, self.marks, self.ends = array("i"), array("B"), array("q", [0])
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    def append(self, tokens: Sequence[int], marks: Sequence[int]) -> None:
+        self.tokens.extend(tokens)
+        self.marks.extend(marks)
+        self.ends.append(len(self.tokens))
+
+    def pop(self) -> tuple[array, array]:
+        self.ends.pop()
+        start = self.ends[-1]
+        last = self.tokens[start:], self.marks[start:]
+        del self.tokens[start:], self.marks[start:]
+        return last
+
+    def documents(self) -> Documents:
+        return Documents(
+            np.frombuffer(self.tokens, np.int32), np.array(self.ends, np.int64), np.frombuffer(self.marks, np.uint8)
+        )
+
+
+def encode_sample(
+    record: dict[str, Any],
+    tokenizer: "PreTrainedTokenizerFast",
+    where: str = "sample",
+    template: ChatTemplate | None = None,
+) -> Sample:
+    """One record's tokens, and for each 1 where it bears loss, else 0. template: the tokenizer's, tried out before."""
     tokens: list[int] = []
     marks: list[int] = []
     # Pieces are encoded one by one, as they are when a model answers, so no token spans prompt and answer.
-    for text, bears_loss in _pieces(record, tokenizer, where):
+    for text, bears_loss in _pieces(record, tokenizer, template or ChatTemplate(tokenizer), where):
         try:
             ids = encode(text, tokenizer, after=tokens[-1] if tokens else None)
         except UserError as e:
@@ -86,77 +130,92 @@ def encode_sample(record: dict[str, Any], tokenizer: "PreTrainedTokenizerFast", 
     return tokens, marks
 
 
-def _pieces(record: dict[str, Any], tokenizer: "PreTrainedTokenizerFast", where: str) -> Iterator[Piece]:
+def _pieces(
+    record: dict[str, Any], tokenizer: "PreTrainedTokenizerFast", template: ChatTemplate, where: str
+) -> Iterator[Piece]:
+    tools = read_tools(record.get("tools"), f"{where}: tools")
     prompt, completion = record.get("prompt"), record.get("completion")
     if record.get("messages") is not None:
-        yield from _turns(_messages(record["messages"], where), 0, tokenizer, where)
+        yield from _turns(_messages(record["messages"], f"{where}: messages"), 0, tools, template, where)
     elif isinstance(prompt, str) and isinstance(completion, str):
+        if tools:
+            raise UserError(f"{where}: the template does not tell of tools where the prompt is text; give messages")
+        if not whole_characters(prompt + completion):
+            raise UserError(f"{where} holds half a character (a lone surrogate); mend it")
         end = tokenizer.eos_token or ""
         yield prompt, False
         yield completion if end and completion.endswith(end) else completion + end, True
     elif prompt is not None and completion is not None and not isinstance(prompt, str):
-        before = _messages(prompt, where)
-        yield from _turns(before + _messages(completion, where), len(before), tokenizer, where)
+        if not isinstance(prompt, list) or not isinstance(completion, list) or not completion:
+            raise UserError(f"{where}: prompt and completion must both be text, or both lists of messages; mend them")
+        messages = _messages([*prompt, *completion], f"{where}: prompt and completion")
+        yield from _turns(messages, len(prompt), tools, template, where)
     else:
+        given = sorted(name for name, value in record.items() if value is not None)
         raise UserError(
             f"{where} has neither messages nor prompt and completion (both text or both lists of messages) but "
-            f"{sorted(record)}; mend it"
+            f"{given}; mend it"
         )
 
 
-def _messages(value: Any, where: str) -> list[dict[str, str]]:
-    if not isinstance(value, list) or not value:
-        raise UserError(f"{where}: messages must be a non-empty list; mend it")
-    for message in value:
-        if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
-            raise UserError(f"{where}: message {message!r:.80} needs a role and a content, both text; mend it")
-    return value
+def _messages(value: Any, where: str) -> list[Message]:
+    messages = read_messages(value, where)
+    for n, message in enumerate(messages):
+        if message["content"] is None and "tool_calls" not in message:
+            raise UserError(f"{where}.{n}: needs a content, or an assistant's tool_calls; mend it")
+        if message.get("weight", 1) not in (0, 1):
+            raise UserError(f"{where}.{n}.weight: must be 0 or 1, not {message['weight']!r:.80}; mend it")
+    return messages
 
 
 def _turns(
-    messages: list[dict[str, str]], first: int, tokenizer: "PreTrainedTokenizerFast", where: str
+    messages: list[Message], first: int, tools: list[dict[str, Any]] | None, template: ChatTemplate, where: str
 ) -> Iterator[Piece]:
     """The rendered conversation, cut around the assistant's turns from message `first` on.
 
     A turn is what the template adds to the prompt that asked for it. That holds for any template which never
     changes what it has already written; one that does is an error, not a wrong mask.
     """
-    done = ""
-    messages = [plain_message(message, tokenizer) for message in messages]
+
+    def render(count: int, generation: bool) -> str:
+        try:
+            return template.render(messages[:count], tools, generation)
+        except UserError as e:
+            raise UserError(f"{where}: {e}") from e
+
+    done, end = "", template.tokenizer.eos_token
     for i, message in enumerate(messages):
-        if message["role"] != "assistant" or i < first:
+        if message["role"] != "assistant" or i < first or message.get("weight") == 0:
             continue
-        prompt = _render(messages[:i], True, tokenizer, where) if i else ""
-        answered = _render(messages[: i + 1], False, tokenizer, where)
+        prompt = render(i, True) if i else ""
+        answered = render(i + 1, False)
         if not (prompt.startswith(done) and answered.startswith(prompt)):
             raise UserError(
                 f"{where}: the chat template changes earlier text when message {i + 1} is added, so the assistant's "
                 f"part cannot be told apart; give this conversation as prompt and completion, both text"
             )
         answer = answered[len(prompt) :]
-        if message["content"].strip() not in answer:
+        if not all(words in unbroken(answer) for words in _said(message)):
             raise UserError(
                 f"{where}: the chat template leaves out part of message {i + 1} (such as its thinking); give this "
                 f"conversation as prompt and completion, both text"
             )
-        if tokenizer.eos_token and tokenizer.eos_token in answer:  # what follows the end is never generated
-            answer = answer[: answer.rindex(tokenizer.eos_token) + len(tokenizer.eos_token)]
+        several = len(message.get("tool_calls", [])) > 1
+        if several and (not template.habits(bool(tools)).several or answer.count(end or "\0") > 1):
+            raise UserError(
+                f"{where}: the chat template ends a turn with each call, but message {i + 1} makes several; split it"
+            )
+        if end and end in answer:  # what follows the end is never generated
+            answer = answer[: answer.rindex(end) + len(end)]
         yield prompt[len(done) :], False
         yield answer, True
         done = prompt + answer
 
 
-def _render(messages: list[dict[str, str]], generation: bool, tokenizer: "PreTrainedTokenizerFast", where: str) -> str:
-    if not tokenizer.chat_template:
-        raise UserError(f"{where}: the tokenizer has no chat template; add chat_template.jinja beside tokenizer.json")
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
-    except Exception as e:  # whatever the template itself raises
-        raise UserError(f"{where}: the chat template does not accept these messages ({e}); mend them") from e
-
-
-def _documents(samples: list[Sample]) -> Documents:
-    offsets = np.concatenate([[0], np.cumsum([len(tokens) for tokens, _ in samples])]).astype(np.int64)
-    tokens = np.array([token for sample, _ in samples for token in sample], np.int32)
-    marks = np.array([mark for _, sample in samples for mark in sample], np.uint8)
-    return Documents(tokens, offsets, marks)
+def _said(message: Message) -> Iterator[str]:
+    """What must stand in the text of an assistant's message, as it is however a template writes it."""
+    yield (message["content"] or "").strip()
+    yield from (str(message.get(name, "")).strip() for name in ("reasoning_content", "reasoning", "thinking"))
+    for call in message.get("tool_calls", []):
+        names = [call["function"]["name"], *(as_object(call["function"]["arguments"]) or {})]
+        yield from (name for name in names if name.isascii() and as_json(name) == f'"{name}"')

@@ -140,7 +140,8 @@ def _tool(value: Any, where: str) -> dict[str, Any]:
     function = value.get("function", value) if isinstance(value, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise UserError(f"{where}: must be a function with a name, not {_shown(value)}; mend it")
-    function = {key: v for key, v in function.items() if v is not None and key != "type"}
+    # `strict` is said to whoever serves a model, not to the model.
+    function = {key: v for key, v in function.items() if v is not None and key not in ("type", "strict")}
     if "parameters" in function:
         function["parameters"] = _parsed(function["parameters"], f"{where}.function.parameters")
         if not isinstance(function["parameters"], dict):

@@ -27,7 +27,7 @@ class Habits:
     format: how it writes calls. tells: it describes tools. system, results: it shows messages of role system and tool.
     calls: it shows calls, with `empty` for the content of a message that says nothing else, and arguments as `objects`
     or as text. It also shows content beside calls (`spoken`), arguments that are no object (`broken`), `several` calls
-    in a message, and takes ids of any length (`any_id`).
+    in a message, calls `written` in the content, and takes ids of any length (`any_id`).
     """
 
     format: Format
@@ -41,6 +41,7 @@ class Habits:
     spoken: bool = False
     broken: bool = False
     several: bool = False
+    written: bool = True
 
 
 class ChatTemplate:
@@ -145,11 +146,8 @@ def _calling(message: Message, habits: Habits) -> list[Message]:
     calls, content = message["tool_calls"], message["content"] or ""
     arguments = [as_object(call["function"]["arguments"]) for call in calls]
     rest = {key: value for key, value in message.items() if key not in ("content", "tool_calls")}
-    if (
-        not habits.calls
-        or (content.strip() and not habits.spoken)
-        or (habits.objects and None in arguments and not habits.broken)
-    ):
+    lost = (content.strip() and not habits.spoken) or (None in arguments and not habits.broken)
+    if not habits.calls or (lost and habits.written):
         written = habits.format.write([Call(**call["function"]) for call in calls])
         return [rest | {"content": f"{content}\n{written}" if content.strip() else written}]
     shown = [
@@ -228,6 +226,9 @@ def try_out(apply: Callable[[list[Message], Tools | None], str], tools: bool) ->
         beside = {} if content is ABSENT else {"content": content}
         return [ask, {"role": "assistant", "tool_calls": calls} | beside]
 
+    def said(content: str) -> Message:
+        return {"role": "assistant", "content": content}
+
     ask = {"role": "user", "content": ASK}
     plain, prompt = shown([ask], told=False), shown([ask]) or ""
     found: dict[str, Any] = {}
@@ -250,6 +251,7 @@ def try_out(apply: Callable[[list[Message], Tools | None], str], tools: bool) ->
             "broken": shown(call(empty, LOOK, arguments=PLACE), PLACE) is not None,
             "several": FIND in two if LOOK in seen else two.count(PLACE) > text.count(PLACE),
             "results": shown([*call(empty, LOOK), result], DONE) is not None,
+            "written": shown([ask, said(SAID), result, said(TOLD)], SAID, TOLD) is not None,
         }
         break
     if form is None:  # then in that by whose mark it tells how to call

@@ -57,7 +57,7 @@ class Format:
 
     def tell(self, tools: list[dict[str, Any]]) -> str:
         """What a model is told of functions by a server whose chat template tells nothing."""
-        described = "\n".join(as_json(tool["function"]) for tool in tools)
+        described = "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in tools)
         example = "{its arguments}".join(self.halves("its name")).join(self.around)
         return f"You can call these functions:\n{described}\nTo call one, answer with\n{example}\nand nothing after it."
 
@@ -164,12 +164,14 @@ def whole_characters(text: str) -> bool:
 
 
 def as_object(text: str) -> dict[str, Any] | None:
-    """A call's arguments as an object; None where they are none, be it that a model went astray."""
+    """A call's arguments as an object; None where they are none that can be shown, be it that a model went astray."""
     try:
         value = DECODER.decode(text)
     except (ValueError, RecursionError):
         return None
-    return value if isinstance(value, dict) and not too_deep(value) else None
+    if not isinstance(value, dict) or too_deep(value):
+        return None
+    return value if whole_characters(json.dumps(value, ensure_ascii=False)) else None
 
 
 def too_deep(value: Any) -> bool:

@@ -53,11 +53,14 @@ class Compiler:
             problem = matcher.get_error() if matcher.is_error() else ""
         except ValueError as e:
             problem = str(e)
-        if not problem and matcher.is_stopped() and not matcher.is_accepting():
-            problem = "no text fits it; does a $ref lead to itself?"
+        if not problem:
+            matcher.compute_bitmask()  # only now is it known whether there is a first token
+            problem = "no text fits it; does a $ref lead to itself?" if matcher.is_error() else ""
         if problem:
-            name = grammar.source or f"the {grammar.kind.replace('_', ' ')}"
-            raise UserError(f"{name} cannot be followed: {problem.strip()}")
+            name, said = f"the {grammar.kind.replace('_', ' ')}", problem.strip()
+            if grammar.source:  # whose writer has not seen the grammar that the other lines show
+                name, said = grammar.source, said.splitlines()[0]
+            raise UserError(f"{name} cannot be followed: {said}")
         opens, closes = think or (None, None)
         return Guide(matcher, self, None if thinking or silent else opens, closes, thinking and closes is not None)
 

@@ -73,13 +73,15 @@ def build_app(service: Service) -> FastAPI:
         )
         wanted = body.max_completion_tokens or body.max_tokens
         service.check_prompt(prompt, "messages", wanted)
-        must, form = must_call(body), service.chat.habits(bool(tools)).format
-        grammar = call_grammar(body, form, service.marks, body.schema()) or response_grammar(body)
+        grammar, reading = response_grammar(body), None  # reading: how calls are read, where there may be any
+        if tools:
+            form = service.chat.habits(True).format
+            grammar = call_grammar(body, form, service.marks, body.schema()) or grammar
+            reading = JSON if must_call(body) else form, {t.function.name for t in tools}, body.parallel_tool_calls
         params = service.sampling(body, [prompt], wanted, body.top_logprobs, grammar)
 
         def choice(index: int) -> ChatChoice:
-            names = {t.function.name for t in tools}
-            reader = CallReader(JSON if must else form, names, body.parallel_tool_calls) if tools else None
+            reader = None if reading is None else CallReader(*reading)
             return ChatChoice(index, service.vocabulary, reader, body.logprobs, body.top_logprobs)
 
         head = Head("chat.completion", options.name, "chatcmpl")

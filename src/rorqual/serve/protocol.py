@@ -64,7 +64,7 @@ class Tool(BaseModel):
     function: Function
 
     def for_template(self) -> dict[str, Any]:
-        function = {key: value for key, value in self.function if value is not None}
+        function = {key: value for key, value in self.function if value is not None and key != "strict"}
         return {"type": self.type, "function": {"parameters": {"type": "object", "properties": {}}} | function}
 
 
