@@ -38,7 +38,19 @@ class Sums:
         return [p.answer == a for p, a in zip(problems, answers, strict=True)]
 
 
-class ScriptedEngine:
+class Texts:
+    """Of an engine that takes a prompt's text for its tokens."""
+
+    tokenizer = None
+
+    def encode(self, text, begin=True):
+        return text
+
+    def opening(self, prompt):
+        return "<think>" if prompt.endswith("<think>") else ""
+
+
+class ScriptedEngine(Texts):
     """Right `right` times of n (the first ones), the rest wrong in different ways; asked params are kept."""
 
     def __init__(self, right):
@@ -121,7 +133,7 @@ def test_answers_that_a_prompt_began_are_read_as_rewards_read_them(tmp_path):
     path = tmp_path / "mine.jsonl"
     path.write_text('{"question": "6*4?", "answer": 24}\n')
 
-    class Said:
+    class Said(Texts):
         def check(self, prompts, params):
             assert prompts == ["6*4?\n<think>"]
 

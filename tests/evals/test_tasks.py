@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from rorqual.errors import UserError
-from rorqual.evals.tasks import open_task, opening, split_tasks
+from rorqual.evals.tasks import open_task, split_tasks
 from rorqual.recipe import EnvironmentSection
 
 
@@ -89,11 +89,6 @@ def test_files_of_any_name(tmp_path, name):
     path = str(rows_of(tmp_path / name))
     (task,) = split_tasks(path)
     assert len(open_task(task).problems(99, seed=0)) == 12
-
-
-def test_a_prompt_that_opens_the_thinking_is_part_of_the_text():
-    assert opening("Q\n<think>\n") == "<think>"
-    assert opening("Q <think> so?") == ""
 
 
 def test_splitting_the_command_lines_tasks():

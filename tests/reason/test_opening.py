@@ -5,7 +5,8 @@ import pytest
 from puppets import BYTE_LEVEL, END, LEGACY, LETTER, SAY, puppet, vocabulary
 from rorqual.data.chat import encode_sample
 from rorqual.engine import Engine, SamplingParams
-from rorqual.reason.problems import Environment, Problem, extract_answer
+from rorqual.reason.answers import read_answer
+from rorqual.reason.problems import Environment, Problem
 from rorqual.reason.prompts import render
 from rorqual.reason.rejection import rejection_sample
 from rorqual.reason.rewards import format_reward
@@ -47,7 +48,7 @@ def asked(question):
 )
 def test_a_sample_has_what_its_prompt_has_written_of_it(question, opened, way, text, reward):
     (sample,) = sample_groups(engine(opened), [asked(question)], way, GREEDY).samples
-    assert (sample.text, format_reward(sample.text), extract_answer(sample.text)) == (text, reward, "24")
+    assert (sample.text, format_reward(sample.text), read_answer(sample.text, "24")) == (text, reward, "24")
 
 
 def test_where_the_marks_are_no_tokens_the_prompt_s_end_tells():

@@ -163,7 +163,7 @@ def compiler_of(marks):
 
 def guided(compiler, grammar):
     """A guide from the answer's beginning."""
-    return compiler.guide(grammar, None)
+    return compiler.guide(grammar, None, thinking=False, silent=False)
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +180,7 @@ def follows(request):
     def check(form, body, said, answer=None):
         guide, made = guided(compiler, call_grammar(body, form, marks, answer)), []
         for token in [*compiler.tokenizer(said, add_special_tokens=False).input_ids, 0]:
-            if guide.forbidden(made)[token]:
+            if guide.forbidden(made, None)[token]:
                 return False
             made.append(token)
         return True
@@ -271,7 +271,7 @@ def test_what_no_text_can_follow_is_refused(compiler):
 def test_white_space_within_json_comes_to_an_end(compiler, said, right):
     guide = guided(compiler, json_grammar(None))
     ids = compiler.tokenizer(said, add_special_tokens=False).input_ids
-    assert all(not guide.forbidden(ids[:n])[token] for n, token in enumerate(ids)) is right
+    assert all(not guide.forbidden(ids[:n], None)[token] for n, token in enumerate(ids)) is right
 
 
 # -- answers

@@ -14,7 +14,7 @@ from rorqual.data.marks import encode, unbroken
 from rorqual.data.messages import Message, read_messages, read_tools, without_nulls
 from rorqual.data.shards import Documents
 from rorqual.data.template import ChatTemplate
-from rorqual.data.tools import as_json, as_object, whole_characters
+from rorqual.data.tools import as_json, as_object
 from rorqual.errors import UserError
 
 if TYPE_CHECKING:
@@ -140,8 +140,6 @@ def _pieces(
     elif isinstance(prompt, str) and isinstance(completion, str):
         if tools:
             raise UserError(f"{where}: the template does not tell of tools where the prompt is text; give messages")
-        if not whole_characters(prompt + completion):
-            raise UserError(f"{where} holds half a character (a lone surrogate); mend it")
         end = tokenizer.eos_token or ""
         yield prompt, False
         yield completion if end and completion.endswith(end) else completion + end, True

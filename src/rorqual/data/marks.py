@@ -21,7 +21,9 @@ THINK = ("<think>", "</think>")
 SHAPE = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
 FRAMED = re.compile(r"<[|｜].+[|｜]>")  # Qwen's, Llama's, DeepSeek's
 # What a model itself writes in its turn, though some tokenizers call these tokens special: thoughts, calls, answers.
-SPOKEN = re.compile("(?!.*(?:response|output|result|available)).*(?:think|tool|call|answer)", re.IGNORECASE)
+SPOKEN = re.compile(
+    r"(?!.*(?:response|output|result|available)).*(?:think|tool|call|answer|python_tag|\[ARGS\])", re.IGNORECASE
+)
 
 
 def is_special(name: str, special: bool) -> bool:

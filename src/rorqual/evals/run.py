@@ -20,7 +20,7 @@ from rich.table import Table
 from rorqual.engine import Completion, Engine, SamplingParams
 from rorqual.errors import UserError
 from rorqual.evals.stats import cons_at_k, interval, paired_difference, pass_at_1, pass_at_k
-from rorqual.evals.tasks import Task, open_task, opening
+from rorqual.evals.tasks import Task, open_task
 from rorqual.reason.environment import Problem
 from rorqual.reason.prompts import Template
 from rorqual.reason.rewards import RIGHT, WRONG, claims_right
@@ -76,7 +76,7 @@ def evaluate(
     for task, chosen in zip(opened, drawn, strict=True):
         for problem in chosen:
             try:
-                engine.check([task.prompt(problem, tokenizer, template)], params)
+                engine.check([tokens_of(engine, task.prompt(problem, tokenizer, template), template)], params)
             except UserError as e:
                 raise UserError(f"{problem.where or f'task {task.name}'}: {e}") from None
     with _progress(quiet) as bar:
@@ -210,17 +210,22 @@ def collect(
 ) -> Collected:
     """Sample `params.n` answers to each of the problems and judge them; `progress` is told of completions."""
     prompts = [task.prompt(problem, tokenizer, template) for problem in problems]
-    chat = template == "chat" and getattr(tokenizer, "chat_template", None)  # which has begun the prompts itself
-    texts = [engine.encode(p, begin=False) for p in prompts] if chat else prompts
-    completions = engine.generate(texts, params, progress=progress)
+    encoded = [tokens_of(engine, prompt, template) for prompt in prompts]
+    completions = engine.generate(encoded, params, progress=progress)
     asked = [problem for problem in problems for _ in range(params.n)]
-    texts = [opening(prompts[i // params.n]) + c.text for i, c in enumerate(completions)]
+    openings = [engine.opening(prompt) for prompt in encoded]
+    texts = [openings[i // params.n] + c.text for i, c in enumerate(completions)]
     answers = [
         task.answer(asked[i], prompts[i // params.n], texts[i]) if c.finish_reason == "stop" else None
         for i, c in enumerate(completions)
     ]
     correct = task.score(asked, texts, answers)
     return Collected(problems, prompts, completions, answers, correct)
+
+
+def tokens_of(engine: Engine, prompt: str, template: Template) -> Sequence[int]:
+    """Of a task's prompt; what a chat template has rendered has begun by itself."""
+    return engine.encode(prompt, begin=template != "chat" or not getattr(engine.tokenizer, "chat_template", None))
 
 
 def summarise(

@@ -16,17 +16,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rorqual.errors import UserError
-from rorqual.reason.answers import OPEN, read_answer
+from rorqual.reason.answers import read_answer
 from rorqual.reason.environment import Environment, JsonlEnvironment, Problem, open_environment
 from rorqual.reason.prompts import Template, prompt_text
 from rorqual.recipe import EnvironmentSection, load_recipe
 
 FILES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
-
-
-def opening(prompt: str) -> str:
-    """The `<think>` with which a prompt has begun the completion's text."""
-    return OPEN if prompt.rstrip().endswith(OPEN) else ""
 
 
 class Task(Protocol):
@@ -41,7 +36,8 @@ class Task(Protocol):
         """The text the model continues."""
 
     def answer(self, problem: Problem, prompt: str, text: str) -> str | None:
-        """What a finished completion votes for; None where it gives no answer. `text`: with what `opening` says."""
+        """What a finished completion votes for; None where it gives no answer. `text`: with what the
+        prompt has opened of it (`Engine.opening`)."""
 
     def score(self, problems: Sequence[Problem], texts: Sequence[str], answers: Sequence[str | None]) -> list[bool]:
         """Whether each completion solves its problem."""
