@@ -246,7 +246,7 @@ def test_what_cannot_be_is_refused_in_words(client, change, says):
         ("/v1/completions", b'{"prompt": "\\ud800"}', "prompt"),
         ("/v1/completions", b'{"prompt": "a", "logit_bias": {"\\ud800": 1}}', "logit_bias"),
         ("/tokenize", b'{"messages": [{"role": "user", "content": "a"}], "tools": [{"type": "function", "function":'
-         b'{"name": "f", "parameters": {"\\ud800": 1}}}]}', "messages"),
+         b'{"name": "f", "parameters": {"\\ud800": 1}}}]}', "tools"),
         ("/detokenize", b'{"tokens": [99999999999999]}', "tokens.0"),
     ],
 )  # fmt: skip

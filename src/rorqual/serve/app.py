@@ -8,17 +8,16 @@ from importlib.metadata import version
 from typing import Any
 
 from fastapi import Depends, FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
-from rorqual.engine import Grammar, SamplingParams
-from rorqual.engine.grammar import json_grammar
+from rorqual.engine import SamplingParams
 from rorqual.serve import shapes
 from rorqual.serve.answers import ChatChoice, Head, TextChoice, Usage
-from rorqual.serve.errors import ApiError, on_api_error, on_bug, on_http, on_invalid
+from rorqual.serve.body import JsonRoute
+from rorqual.serve.errors import ApiError, on_api_error, on_bug, on_http
 from rorqual.serve.guard import Guard
 from rorqual.serve.protocol import (
     ChatRequest,
@@ -33,6 +32,8 @@ from rorqual.serve.sse import EventStream, unless_gone
 from rorqual.serve.tools import CallReader, forced, marker_of
 from rorqual.serve.worker import Ticket
 
+METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
+
 
 def build_app(service: Service) -> FastAPI:
     """The application; `service.worker` runs while it does."""
@@ -46,11 +47,12 @@ def build_app(service: Service) -> FastAPI:
     options = service.options
     app = FastAPI(
         title="Rorqual", version=version("rorqual"), lifespan=lifespan, docs_url=None, redoc_url=None,
+        redirect_slashes=False,
         dependencies=[Depends(HTTPBearer(auto_error=False))] if options.keys else [],  # described; the guard checks it
     )  # fmt: skip
+    app.router.route_class = JsonRoute
     app.state.leaving = []  # what to call so that connections end which no answer ends
     app.add_exception_handler(ApiError, on_api_error)
-    app.add_exception_handler(RequestValidationError, on_invalid)
     app.add_exception_handler(HTTPException, on_http)
     app.add_exception_handler(Exception, on_bug)
 
@@ -59,7 +61,10 @@ def build_app(service: Service) -> FastAPI:
         path = getattr(route, "path", None) or "other"  # a client's own words would make figures without end
         service.metrics.requests.labels(path, str(status or 499)).inc()
 
-    app.add_middleware(Guard, keys=options.keys, max_body=options.max_body, timeout=options.timeout, counted=counted)
+    app.add_middleware(
+        Guard, keys=options.keys, host=options.host, origins=options.origins, max_body=options.max_body,
+        timeout=options.timeout, counted=counted,
+    )  # fmt: skip
 
     @app.post("/v1/chat/completions", responses=shapes.streamed(shapes.ChatAnswer))
     async def chat(body: ChatRequest, request: Request) -> Response:
@@ -67,11 +72,15 @@ def build_app(service: Service) -> FastAPI:
         started = time.monotonic()
         service.check_model(body.model)
         service.check_count(body.n)
+        if body.structured_outputs is not None and forced(body) is not None:
+            raise ApiError(
+                400, "structured_outputs: a call must be made, whose form its tool gives", "structured_outputs"
+            )
         tools = body.tools if body.tool_choice != "none" else None
-        prompt = await service.chat_prompt(body.messages, tools, extra=body.chat_template_kwargs)
+        prompt = await service.chat_prompt(body.messages, tools, extra=template_kwargs(service, body))
         wanted = body.max_completion_tokens or body.max_tokens
         service.check_prompt(prompt, "messages", wanted)
-        params = service.sampling(body, [prompt], wanted, body.top_logprobs, forced(body) or response_grammar(body))
+        params = service.sampling(body, [prompt], wanted, body.top_logprobs, forced(body) or body.form())
         must = body.tool_choice == "required" or isinstance(body.tool_choice, ToolChoice)
 
         def choice(index: int) -> ChatChoice:
@@ -97,7 +106,7 @@ def build_app(service: Service) -> FastAPI:
         for prompt in prompts:
             service.check_prompt(prompt, "prompt", body.max_tokens)
             service.check_tokens(prompt, "prompt")
-        params = service.sampling(body, prompts, body.max_tokens, body.logprobs or 0, None)
+        params = service.sampling(body, prompts, body.max_tokens, body.logprobs or 0, body.form())
         choices = []
         for i, prompt in enumerate(prompts):
             echo = service.engine.tokenizer.decode(prompt) if body.echo else ""
@@ -116,26 +125,28 @@ def build_app(service: Service) -> FastAPI:
             return JSONResponse(head.whole([c.whole() for c in choices], Usage(sum(map(len, prompts)))))
         return await answer(service, request, body, head, choices, prompts, params, started, raw=True)
 
-    @app.get("/v1/models", response_model=shapes.ModelList, responses=shapes.problems(401))
+    @app.get("/v1/models", response_model=shapes.ModelList, responses=shapes.problems(401, 403))
     async def models() -> Any:
         """The one model served."""
         return {"object": "list", "data": [model_card(service)]}
 
-    @app.get("/v1/models/{name:path}", response_model=shapes.ModelCard, responses=shapes.problems(400, 401, 404))
+    @app.get("/v1/models/{name:path}", response_model=shapes.ModelCard, responses=shapes.problems(400, 401, 403, 404))
     async def model(name: str) -> Any:
         service.check_model(name)
         return model_card(service)
 
-    bodies = shapes.problems(400, 401, 404, 408, 413)
+    bodies = shapes.problems(400, 401, 403, 404, 408, 413, 415)
 
     @app.post("/tokenize", response_model=shapes.Tokens, responses=bodies)
     async def tokenize(body: TokenizeRequest) -> Any:
         """A text's tokens, or a conversation's."""
         service.check_model(body.model)
         if body.prompt is not None:
-            tokens = await service.encode(body.prompt, body.add_special_tokens)
+            tokens = await service.encode(body.prompt, body.add_special_tokens is not False)
         else:
-            tokens = await service.chat_prompt(body.messages or [], body.tools, body.add_generation_prompt)
+            tokens = await service.chat_prompt(
+                body.messages or [], body.tools, body.add_generation_prompt, body.chat_template_kwargs
+            )
         return {"count": len(tokens), "max_model_len": service.context, "tokens": tokens}
 
     @app.post("/detokenize", response_model=shapes.Text, responses=bodies)
@@ -145,32 +156,40 @@ def build_app(service: Service) -> FastAPI:
         service.check_tokens(body.tokens, "tokens")
         return {"prompt": service.engine.tokenizer.decode(body.tokens)}
 
-    @app.get("/health", responses={200: {"model": shapes.Health}, 503: {"model": shapes.Health}})
+    @app.get("/health", responses={200: {"model": shapes.Health}, 503: {"model": shapes.Health}} | shapes.problems(403))
     async def health() -> Response:
         """Whether the engine runs; needs no key."""
         well = service.worker.alive
         return JSONResponse({"status": "ok" if well else "the engine has stopped"}, 200 if well else 503)
 
-    @app.get("/metrics", response_class=PlainTextResponse, responses=shapes.problems(401))
+    @app.get("/metrics", response_class=PlainTextResponse, responses=shapes.problems(401, 403))
     async def metrics() -> Response:
         """Figures for Prometheus."""
         return PlainTextResponse(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    @app.api_route("/v1/{rest:path}", methods=["GET", "POST", "PUT", "PATCH", "DELETE"], include_in_schema=False)
+    @app.api_route("/v1/{rest:path}", methods=METHODS, include_in_schema=False)
     async def nothing(request: Request) -> None:
         """Before the page, which is mounted at the root and would answer in its own way."""
         known = [r for r in app.routes if r.matches(request.scope)[0] is Match.PARTIAL]
-        raise ApiError(405, "this path takes another method") if known else ApiError(404, "there is no such path")
+        methods = sorted({method for route in known for method in getattr(route, "methods", ())})
+        if methods:
+            raise ApiError(405, f"this path takes {', '.join(methods)}", Allow=", ".join(methods))
+        raise ApiError(404, "there is no such path; /openapi.json lists those there are")
 
     return app
 
 
-def response_grammar(body: ChatRequest) -> Grammar | None:
-    """What response_format asks for."""
-    wanted = body.response_format
-    if wanted is None or wanted.type == "text":
-        return None
-    return json_grammar(None if wanted.json_schema is None else wanted.json_schema.schema_)
+def template_kwargs(service: Service, body: ChatRequest) -> dict[str, Any]:
+    """What the template is told beside messages and tools."""
+    effort = body.reasoning_effort
+    if effort is None or "reasoning_effort" in body.chat_template_kwargs:
+        return body.chat_template_kwargs
+    if "reasoning_effort" in service.template:
+        return body.chat_template_kwargs | {"reasoning_effort": effort}
+    if effort != "medium":  # which is what OpenAI's models do unasked
+        name = "reasoning_effort"
+        raise ApiError(400, f"{name}: this model's template does not read it; send thinking_budget", name)
+    return body.chat_template_kwargs
 
 
 def model_card(service: Service) -> dict[str, Any]:

@@ -4,42 +4,48 @@ import contextlib
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from rorqual.engine import Grammar, SamplingParams
 from rorqual.engine.grammar import json_grammar
+from rorqual.serve.fields import AsItIs, Biases, Count, Integer, Prompt, Sent, Several, TokenId
 
 N_MOST = 128  # answers to one request
-LOGPROBS_MOST = 20
+LOGPROBS_MOST, TOOLS_MOST = 20, 1024
 # Every one of these costs time at every token, of all that run.
-STOPS_MOST, BIASES_MOST = 32, 1024
-
-TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
+STOPS_MOST = 32
 
 
-class Part(BaseModel):
+class Told(Sent):
+    """Of a conversation, to which clients add what other servers gave them; nothing of that is refused."""
+
+    model_config = ConfigDict(extra="ignore")
+
+
+class Part(Told):
     """Of a message's content; only text is understood."""
 
     type: Literal["text"]
     text: str
 
 
-class FunctionCall(BaseModel):
+class FunctionCall(Told):
     name: str
     arguments: str
 
 
-class ToolCall(BaseModel):
+class ToolCall(Told):
     id: str = ""
     type: Literal["function"] = "function"
     function: FunctionCall
 
 
-class Message(BaseModel):
+class Message(Told):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[Part] | None = None
-    tool_calls: list[ToolCall] | None = None
+    content: str | Several[Part] | None = None
+    tool_calls: Several[ToolCall] | None = None
     tool_call_id: str | None = None
+    prefix: Literal[False] = False  # DeepSeek's way to have a message continued
 
     def for_template(self) -> dict[str, Any]:
         """As chat templates expect it: content as one text, a call's arguments as an object."""
@@ -59,34 +65,37 @@ class Message(BaseModel):
         return message
 
 
-class Function(BaseModel):
+class Function(Sent):
     name: Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_.-]+$")]
     description: str | None = None
     parameters: dict[str, Any] = Field(default_factory=lambda: {"type": "object", "properties": {}})
+    strict: bool = Field(default=False, exclude=True)
 
 
-class Tool(BaseModel):
+class Tool(Sent):
     type: Literal["function"]
     function: Function
 
 
-class ChosenFunction(BaseModel):
+class ChosenFunction(Sent):
     name: str
 
 
-class ToolChoice(BaseModel):
+class ToolChoice(Sent):
     type: Literal["function"]
     function: ChosenFunction
 
 
-class JsonSchema(BaseModel):
+class JsonSchema(Sent):
     model_config = ConfigDict(populate_by_name=True)
 
     name: str = "answer"
+    description: str | None = None
+    strict: bool = True  # it is followed to the letter, whatever this says
     schema_: dict[str, Any] = Field(alias="schema", default_factory=lambda: {"type": "object"})
 
 
-class ResponseFormat(BaseModel):
+class ResponseFormat(Sent):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
@@ -97,7 +106,7 @@ class ResponseFormat(BaseModel):
         return self
 
 
-class StructuredOutputs(BaseModel):
+class StructuredOutputs(Sent):
     """One of these, as vLLM names them."""
 
     model_config = ConfigDict(populate_by_name=True)
@@ -128,11 +137,13 @@ def json_choice(choices: list[str]) -> Grammar:
     return Grammar("lark", "start: " + " | ".join(json.dumps(c, ensure_ascii=False) for c in choices))
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(Sent):
     include_usage: bool = False
+    include_obfuscation: Literal[False] = False
+    continuous_usage_stats: Literal[False] = False
 
 
-class Sampling(BaseModel):
+class Sampling(AsItIs):
     """Common to both; None: what the model's generation_config.json recommends."""
 
     model: str | None = None
@@ -140,21 +151,35 @@ class Sampling(BaseModel):
     stream_options: StreamOptions | None = None
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1, le=1 << 31)] | None = None
+    top_k: Annotated[Integer, Field(ge=-1, le=1 << 31)] | None = None
     min_p: Annotated[float, Field(ge=0, lt=1)] = 0.0
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] = 1.0
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
-    logit_bias: (
-        Annotated[dict[TokenId, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=BIASES_MOST)] | None
-    ) = None
-    n: Annotated[int, Field(ge=1, le=N_MOST)] = 1
-    seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
+    logit_bias: Biases = Field(default_factory=dict)
+    n: Annotated[Integer, Field(ge=1, le=N_MOST)] = 1
+    seed: Annotated[Integer, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
     stop: str | Annotated[list[str], Field(max_length=STOPS_MOST)] | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=STOPS_MOST)] = Field(default_factory=list)
     ignore_eos: bool = False
-    thinking_budget: Annotated[int, Field(ge=0, le=1 << 40)] | None = None
+    thinking_budget: Annotated[Integer, Field(ge=0, le=1 << 40)] | None = None
     structured_outputs: StructuredOutputs | None = None
+    response_format: ResponseFormat | None = None
+
+    @model_validator(mode="after")
+    def _one_form(self) -> "Sampling":
+        if self.structured_outputs is not None and self.response_format is not None:
+            raise ValueError("give structured_outputs or response_format, not both")
+        return self
+
+    def form(self) -> Grammar | None:
+        """What an answer must be."""
+        if self.structured_outputs is not None:
+            return self.structured_outputs.as_grammar()
+        wanted = self.response_format
+        if wanted is None or wanted.type == "text":
+            return None
+        return json_grammar(None if wanted.json_schema is None else wanted.json_schema.schema_)
 
     def stops(self) -> tuple[str, ...]:
         found = [self.stop] if isinstance(self.stop, str) else self.stop or []
@@ -166,8 +191,6 @@ class Sampling(BaseModel):
         def given(value: Any, fallback: Any) -> Any:
             return fallback if value is None else value
 
-        if grammar is None and self.structured_outputs is not None:
-            grammar = self.structured_outputs.as_grammar()
         return SamplingParams(
             temperature=given(self.temperature, recommended.temperature),
             top_p=given(self.top_p, recommended.top_p),
@@ -176,7 +199,7 @@ class Sampling(BaseModel):
             repetition_penalty=self.repetition_penalty,
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,
-            logit_bias=tuple((self.logit_bias or {}).items()),
+            logit_bias=tuple(self.logit_bias.items()),
             max_tokens=max_tokens,
             n=self.n,
             seed=None if self.seed is None else self.seed % (1 << 63),
@@ -190,21 +213,33 @@ class Sampling(BaseModel):
 
 
 class ChatRequest(Sampling):
-    messages: Annotated[list[Message], Field(min_length=1)]
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    messages: Annotated[Several[Message], Field(min_length=1)]
+    max_tokens: Count | None = None
+    max_completion_tokens: Count | None = None
     logprobs: bool = False
-    top_logprobs: Annotated[int, Field(ge=0, le=LOGPROBS_MOST)] = 0
-    response_format: ResponseFormat | None = None
-    tools: list[Tool] | None = None
+    top_logprobs: Annotated[Integer, Field(ge=0, le=LOGPROBS_MOST)] = 0
+    tools: Annotated[Several[Tool], Field(max_length=TOOLS_MOST)] | None = None
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
     parallel_tool_calls: bool = True
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    reasoning_effort: str | None = None  # for templates that read it
+    # What is done anyway.
+    add_generation_prompt: Literal[True] = True
+    add_special_tokens: Literal[False] = False
+    continue_final_message: Literal[False] = False
+    echo: Literal[False] = False
+    include_reasoning: Literal[True] = True
+    modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
+    separate_reasoning: Literal[True] = True
+    stream_reasoning: Literal[True] = True
+    verbosity: Literal["medium"] = "medium"
 
     @model_validator(mode="after")
     def _fits_together(self) -> "ChatRequest":
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs: true")
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            raise ValueError("max_tokens and max_completion_tokens say different things; give one of them")
         names = [t.function.name for t in self.tools or []]
         if isinstance(self.tool_choice, ToolChoice) and self.tool_choice.function.name not in names:
             raise ValueError(f"tool_choice names {self.tool_choice.function.name!r}, which is not among tools")
@@ -214,11 +249,20 @@ class ChatRequest(Sampling):
 
 
 class CompletionRequest(Sampling):
-    prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
+    prompt: Prompt
     add_special_tokens: bool = True  # to a prompt given as text, those that the tokenizer puts before one
-    max_tokens: Annotated[int, Field(ge=0)] | None = 16
-    logprobs: Annotated[int, Field(ge=0, le=LOGPROBS_MOST)] | None = None
+    max_tokens: Annotated[Integer, Field(ge=0, le=1 << 40)] = 16
+    logprobs: Annotated[Integer, Field(ge=0, le=LOGPROBS_MOST)] | None = None
     echo: bool = False
+    # What is done anyway.
+    best_of: Integer | None = None
+    suffix: Literal[""] = ""
+
+    @model_validator(mode="after")
+    def _all_of_them(self) -> "CompletionRequest":
+        if self.best_of not in (None, self.n):
+            raise ValueError("best_of: all answers made are given, so that it must be n")
+        return self
 
     def prompts(self) -> list[str | list[int]]:
         if isinstance(self.prompt, str):
@@ -228,21 +272,29 @@ class CompletionRequest(Sampling):
         return list(self.prompt)  # type: ignore[arg-type]
 
 
-class TokenizeRequest(BaseModel):
+class TokenizeRequest(Sent):
+    """A text, or messages with what belongs to them."""
+
     model: str | None = None
     prompt: str | None = None
-    messages: list[Message] | None = None
-    tools: list[Tool] | None = None
+    add_special_tokens: bool | None = None  # to a text; messages have those of their template
+    messages: Several[Message] | None = None
+    tools: Annotated[Several[Tool], Field(max_length=TOOLS_MOST)] | None = None
     add_generation_prompt: bool = True
-    add_special_tokens: bool = True
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _one(self) -> "TokenizeRequest":
         if (self.prompt is None) == (not self.messages):
             raise ValueError("give either prompt or messages")
+        others = self.model_fields_set & {"tools", "add_generation_prompt", "chat_template_kwargs"}
+        if self.prompt is not None and others:
+            raise ValueError(f"{min(others)} goes with messages, not with a prompt")
+        if self.messages and self.add_special_tokens:
+            raise ValueError("add_special_tokens goes with a prompt, not with messages")
         return self
 
 
-class DetokenizeRequest(BaseModel):
+class DetokenizeRequest(Sent):
     model: str | None = None
-    tokens: list[TokenId]
+    tokens: Several[TokenId]

@@ -22,13 +22,17 @@ from rorqual.serve.worker import Busy, Failed, Piece, Ticket, Worker
 
 @dataclass(frozen=True)
 class Options:
-    """name: what clients call the model. keys: who may ask (none: everybody). waiting: samples that may queue."""
+    """name: what clients call the model. keys: who may ask (none: everybody). waiting: samples that may queue.
+    host: the address it listens on. origins: of pages that may ask, beside its own and this machine's.
+    """
 
     name: str
     keys: tuple[str, ...] = ()
     waiting: int = 256
     timeout: float = 600.0  # seconds a request may take
     max_body: int = 8 << 20  # bytes
+    host: str = "127.0.0.1"
+    origins: tuple[str, ...] = ()
 
 
 class Service:
