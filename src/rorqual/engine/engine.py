@@ -15,6 +15,7 @@ from rorqual.engine.load import open_model
 from rorqual.engine.rows import Request, Sample
 from rorqual.engine.sampler import SamplingParams
 from rorqual.engine.scheduler import Counts, Scheduler
+from rorqual.engine.score import Scoring
 from rorqual.engine.speculate import Way
 from rorqual.engine.text import Speller, TextStream
 from rorqual.errors import UserError
@@ -85,7 +86,6 @@ class Engine:
         self.eos = tuple(sorted(eos))
         self._scheduler: Scheduler | None = None
         self._texts: dict[Sample, TextStream] = {}
-        self._compiler: Compiler | None = None
         self.think = None if tokenizer is None else thinking_tokens(tokenizer)
 
     # -- requests that come and go
@@ -97,6 +97,19 @@ class Engine:
         scheduler = self._ready([request], at_least=DEFAULT_BYTES)
         self._add(scheduler, request)
         return request
+
+    def score(self, tokens: Sequence[int], top: int) -> Request:
+        """Take a text in to be scored, with the `top` most probable tokens at every place; `step` works on it, a chunk
+        at a time, until the request is done. Raises UserError for a text that context or cache do not hold.
+        """
+        request = self._request(tokens, SamplingParams(max_tokens=1), "the text", 0)
+        request.samples, request.scoring = [], Scoring(request.prompt, self.model.head_weight, top)
+        self._add(self._ready([request], at_least=DEFAULT_BYTES), request)
+        return request
+
+    def compile(self, grammar: Grammar) -> Grammar:
+        """A grammar with which `submit` is quick. Another thread may do this. Raises UserError for a bad one."""
+        return self._grammars.compile(grammar)
 
     def step(self, begins: Callable[[], None] | None = None) -> list[Sample]:
         """Make a token for every running sequence; returns the samples that ended, and watched ones, which grew.
@@ -305,11 +318,13 @@ class Engine:
         return last == self.think[0]
 
     def _guide(self, grammar: Grammar, thinking: bool) -> Guide:
+        return self._grammars.guide(grammar, self.think[1] if self.think and thinking else None)
+
+    @cached_property
+    def _grammars(self) -> Compiler:
         if self.tokenizer is None:
             raise UserError("this engine has no tokenizer, which a grammar needs")
-        if self._compiler is None:
-            self._compiler = Compiler(self.tokenizer, self.model.config.vocab_size, self.eos)
-        return self._compiler.guide(grammar, self.think[1] if self.think and thinking else None)
+        return Compiler(self.tokenizer, self.model.config.vocab_size, self.eos)
 
     def _shown(self, sample: Sample) -> list[int]:
         """A sample's tokens but for the one that ended it."""

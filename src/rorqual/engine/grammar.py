@@ -1,7 +1,7 @@
 """Structured output: at every place only tokens that can still lead to a text of the asked-for form (llguidance)."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -17,6 +17,7 @@ class Grammar:
 
     kind: Literal["json_schema", "regex", "lark"]
     text: str
+    matcher: Any = field(default=None, compare=False, repr=False)  # once it is compiled
 
 
 class Compiler:
@@ -30,8 +31,8 @@ class Compiler:
         self.vocabulary, self.ends = vocabulary, ends
         self._tokens = from_tokenizer(tokenizer, n_vocab=vocabulary, eos_token=list(ends))
 
-    def guide(self, grammar: Grammar, after: int | None) -> "Guide":
-        """after: the token from which on the grammar holds; None: from the start. Raises UserError for a bad one."""
+    def compile(self, grammar: Grammar) -> Grammar:
+        """With its matcher, which takes seconds for a large one. Raises UserError for a bad one."""
         from llguidance import LLMatcher
 
         written = {
@@ -46,7 +47,12 @@ class Compiler:
             problem = str(e)
         if problem:
             raise UserError(f"the {grammar.kind.replace('_', ' ')} cannot be followed: {problem.strip()}")
-        return Guide(matcher, self, after)
+        return replace(grammar, matcher=matcher)
+
+    def guide(self, grammar: Grammar, after: int | None) -> "Guide":
+        """after: the token from which on the grammar holds; None: from the start. Raises UserError for a bad one."""
+        compiled = grammar if grammar.matcher is not None else self.compile(grammar)
+        return Guide(compiled.matcher.deep_copy(), self, after)
 
 
 class Guide:

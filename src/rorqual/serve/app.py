@@ -154,7 +154,7 @@ def build_app(service: Service) -> FastAPI:
         """The text of tokens."""
         service.check_model(body.model)
         service.check_tokens(body.tokens, "tokens")
-        return {"prompt": service.engine.tokenizer.decode(body.tokens)}
+        return {"prompt": await service.decode(body.tokens)}
 
     @app.get("/health", responses={200: {"model": shapes.Health}, 503: {"model": shapes.Health}} | shapes.problems(403))
     async def health() -> Response:

@@ -1,10 +1,10 @@
 """From a request's bytes to what they say: one JSON object, read strictly, every field of it known."""
 
-import asyncio
 import difflib
 import json
 from collections.abc import Awaitable, Callable
 from email.message import Message
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -13,13 +13,14 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect
 
+from rorqual.serve.aside import aside, kind_of
 from rorqual.serve.errors import ApiError
 
 M = TypeVar("M", bound=BaseModel)
 # The parser keeps the interpreter to itself, and the engine waiting: a quarter of a second for 8 MiB of short numbers.
 MOST_VALUES = 1 << 18
 DEEPEST = 100  # what is nested in one another; what reads it later recurses
-SHORT = 1 << 15  # bytes that are read at once; longer bodies are in a thread
+SHORT = 1 << 15  # bytes that are read at once; longer bodies are read aside
 REMEDIES = {
     "audio": "only text is spoken here",
     "chat_template": "the template is the model's own; chat_template_kwargs sets what it reads",
@@ -55,8 +56,8 @@ class JsonRoute(APIRoute):
             headers = request.headers
             if (encoding := headers.get("content-encoding", "identity").lower()) != "identity":
                 raise ApiError(415, f"Content-Encoding {encoding}: send the body as it is", "Content-Encoding")
-            work = (checked, raw, model, headers.get("content-type", ""))
-            body = work[0](*work[1:]) if len(raw) <= SHORT else await asyncio.to_thread(*work)
+            work = partial(checked, raw, model, headers.get("content-type", ""))
+            body = work() if len(raw) <= SHORT else await aside(work, kind_of(len(raw)))
             return await answer(Read(request, body))
 
         return read

@@ -40,7 +40,15 @@ class Sent(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _null_is_absent(cls, said: Any) -> Any:
-        return {name: value for name, value in said.items() if value is not None} if isinstance(said, dict) else said
+        if not isinstance(said, dict):
+            return said
+        given = {name: value for name, value in said.items() if value is not None}
+        if len(given) > len(cls.model_fields) and cls.model_config["extra"] == "forbid":
+            # One unknown field is enough to be told, and 200 000 would take seconds.
+            known = {field.alias or name for name, field in cls.model_fields.items()}
+            unknown = [name for name in given if name not in known]
+            given = {name: value for name, value in given.items() if name in known or name == unknown[0]}
+        return given
 
 
 def _whole(value: Any) -> Any:

@@ -11,7 +11,7 @@ from rorqual.engine.grammar import json_grammar
 from rorqual.serve.fields import AsItIs, Biases, Count, Integer, Prompt, Sent, Several, TokenId
 
 N_MOST = 128  # answers to one request
-LOGPROBS_MOST, TOOLS_MOST = 20, 1024
+LOGPROBS_MOST, TOOLS_MOST, MESSAGES_MOST, CHOICES_MOST = 20, 1024, 1 << 14, 1024
 # Every one of these costs time at every token, of all that run.
 STOPS_MOST = 32
 
@@ -113,7 +113,7 @@ class StructuredOutputs(Sent):
 
     json_: dict[str, Any] | None = Field(alias="json", default=None)
     regex: str | None = None
-    choice: Annotated[list[str], Field(min_length=1)] | None = None
+    choice: Annotated[Several[str], Field(min_length=1, max_length=CHOICES_MOST)] | None = None
     grammar: str | None = None
 
     @model_validator(mode="after")
@@ -213,7 +213,7 @@ class Sampling(AsItIs):
 
 
 class ChatRequest(Sampling):
-    messages: Annotated[Several[Message], Field(min_length=1)]
+    messages: Annotated[Several[Message], Field(min_length=1, max_length=MESSAGES_MOST)]
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
     logprobs: bool = False
@@ -278,7 +278,7 @@ class TokenizeRequest(Sent):
     model: str | None = None
     prompt: str | None = None
     add_special_tokens: bool | None = None  # to a text; messages have those of their template
-    messages: Several[Message] | None = None
+    messages: Annotated[Several[Message], Field(max_length=MESSAGES_MOST)] | None = None
     tools: Annotated[Several[Tool], Field(max_length=TOOLS_MOST)] | None = None
     add_generation_prompt: bool = True
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)

@@ -4,20 +4,24 @@ import asyncio
 import contextlib
 import inspect
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from rorqual.engine import Engine, Grammar, SamplingParams
 from rorqual.engine.blocks import BLOCK
-from rorqual.engine.score import Ranked, score
+from rorqual.engine.score import Ranked
 from rorqual.errors import UserError
 from rorqual.serve.answers import Vocabulary
+from rorqual.serve.aside import aside, kind_of
 from rorqual.serve.errors import ApiError
 from rorqual.serve.metrics import Metrics
 from rorqual.serve.protocol import Sampling, Tool
 from rorqual.serve.tools import told
 from rorqual.serve.worker import Busy, Failed, Piece, Ticket, Worker
+
+FORM_MOST = 1 << 17  # characters of a schema or grammar: to compile one of twice the size takes twenty seconds
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,6 @@ class Service:
         self.metrics = Metrics(engine)
         self.vocabulary = Vocabulary(engine)
         self.template = str(getattr(engine.tokenizer, "chat_template", None) or "")
-        self._tokenizing = asyncio.Lock()
 
     # -- prompts
 
@@ -72,7 +75,7 @@ class Service:
             return self.engine.tokenizer(text, add_special_tokens=False).input_ids
 
         try:
-            return await self._aside(render)
+            return await aside(render, kind_of(sum(len(str(m.content)) for m in messages)))
         except Exception as e:  # a template raises what it likes about messages that it does not expect
             raise ApiError(400, f"the model's chat template refuses these messages: {e}", param="messages") from e
 
@@ -80,17 +83,17 @@ class Service:
         """special: with what the tokenizer puts before (or behind) a text."""
         if any("\ud800" <= c <= "\udfff" for c in text):
             raise ApiError(400, "prompt holds half a character (a lone surrogate); send whole ones", "prompt")
-        return await self._aside(lambda: self.engine.tokenizer(text, add_special_tokens=special).input_ids)
+        work = lambda: self.engine.tokenizer(text, add_special_tokens=special).input_ids  # noqa: E731
+        return await aside(work, kind_of(len(text)))
+
+    async def decode(self, tokens: list[int]) -> str:
+        work = lambda: self.engine.tokenizer.backend_tokenizer.decode_batch([tokens], skip_special_tokens=False)  # noqa: E731
+        return (await aside(work, kind_of(len(tokens))))[0]
 
     def check_tokens(self, tokens: Sequence[int], param: str) -> None:
         size = self.engine.model.config.vocab_size
         if not all(0 <= t < size for t in tokens):
             raise ApiError(400, f"{param}: token ids must be from 0 to {size - 1}", param)
-
-    async def _aside(self, work: Callable[[], Any]) -> Any:
-        """In a thread: a long prompt takes the tokenizer a while. One at a time, since it is not made for more."""
-        async with self._tokenizing:
-            return await asyncio.to_thread(work)
 
     # -- answers
 
@@ -134,6 +137,14 @@ class Service:
 
     async def admit(self, prompts: list[list[int]], params: SamplingParams, raw: bool) -> Ticket:
         """A ticket that the engine has accepted; must be closed."""
+        if params.grammar is not None:
+            if len(params.grammar.text) > FORM_MOST:
+                raise ApiError(400, f"the form of the answer has more than {FORM_MOST} characters; make it smaller")
+            try:
+                compiled = await aside(partial(self.engine.compile, params.grammar), "grammar")
+            except UserError as e:
+                raise ApiError(400, str(e)) from e
+            params = replace(params, grammar=compiled)
         try:
             ticket = self.worker.open(prompts, params, raw)
         except Busy:
@@ -177,11 +188,13 @@ class Service:
         """A prompt's own log-probabilities."""
         try:
             async with asyncio.timeout(self.left(started)):
-                return await self.worker.ask(lambda engine: score(engine.model, prompt, top))
+                return await self.worker.score(prompt, top)
         except Busy:
             raise busy() from None
         except TimeoutError:
             raise self._late() from None
+        except Failed as e:
+            raise failed(e) from e
         except UserError as e:
             raise ApiError(400, str(e), "prompt") from e
 
