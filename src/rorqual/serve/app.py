@@ -4,6 +4,7 @@ import contextlib
 import json
 import time
 from collections.abc import AsyncIterator
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -16,6 +17,7 @@ from starlette.routing import Match
 from rorqual.engine import SamplingParams
 from rorqual.serve import shapes
 from rorqual.serve.answers import ChatChoice, Head, TextChoice, Usage
+from rorqual.serve.aside import aside, kind_of
 from rorqual.serve.body import JsonRoute
 from rorqual.serve.errors import ApiError, on_api_error, on_bug, on_http
 from rorqual.serve.guard import Guard
@@ -116,7 +118,7 @@ def build_app(service: Service) -> FastAPI:
                 if isinstance(found, Response):  # nobody is there any more
                     return found
                 for c in made:
-                    c.prompt(prompt, *found)
+                    await aside(partial(c.prompt, prompt, *found), kind_of(len(prompt)))
             choices += made
         head = Head("text_completion", options.name, "cmpl")
         if body.max_tokens == 0:
