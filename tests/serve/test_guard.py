@@ -119,6 +119,16 @@ def test_head_is_a_get_without_a_body():
     assert ask("HEAD", keys=("k",)).status_code == 401
 
 
+def test_nothing_is_said_over_websockets():
+    sent = []
+
+    async def send(message):
+        sent.append(message["type"])
+
+    asyncio.run(Guard(None, (), "127.0.0.1", (), 9, 9.0, None)({"type": "websocket"}, None, send))
+    assert sent == ["websocket.close"]
+
+
 @pytest.mark.parametrize(
     ("text", "keys"),
     [

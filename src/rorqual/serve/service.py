@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from rorqual.data.tokenizer import token_ids
 from rorqual.engine import Engine, Grammar, SamplingParams
 from rorqual.engine.blocks import BLOCK
 from rorqual.engine.score import Ranked
@@ -72,7 +73,7 @@ class Service:
             text = self.engine.tokenizer.apply_chat_template(
                 said, tools=described, tokenize=False, add_generation_prompt=add, **extra
             )
-            return self.engine.tokenizer(text, add_special_tokens=False).input_ids
+            return token_ids(self.engine.tokenizer, text)
 
         try:
             return await aside(render, kind_of(sum(len(str(m.content)) for m in messages)))
@@ -83,11 +84,12 @@ class Service:
         """special: with what the tokenizer puts before (or behind) a text."""
         if any("\ud800" <= c <= "\udfff" for c in text):
             raise ApiError(400, "prompt holds half a character (a lone surrogate); send whole ones", "prompt")
-        work = lambda: self.engine.tokenizer(text, add_special_tokens=special).input_ids  # noqa: E731
-        return await aside(work, kind_of(len(text)))
+        return await aside(partial(token_ids, self.engine.tokenizer, text, special), kind_of(len(text)))
 
     async def decode(self, tokens: list[int]) -> str:
-        work = lambda: self.engine.tokenizer.backend_tokenizer.decode_batch([tokens], skip_special_tokens=False)  # noqa: E731
+        """In a batch of one: alone, it keeps the interpreter to itself."""
+        backend = self.engine.tokenizer.backend_tokenizer
+        work = partial(backend.decode_batch, [tokens], skip_special_tokens=False)
         return (await aside(work, kind_of(len(tokens))))[0]
 
     def check_tokens(self, tokens: Sequence[int], param: str) -> None:
