@@ -282,3 +282,45 @@ def test_doctor_says_what_is_in_use_and_why(rorqual, monkeypatch):
     assert all(word in out for word in ("processor", "compiled functions", "dtype auto", "PyTorch"))
     _, out, _ = rorqual("doctor", "--json")
     assert json.loads(out)["dtype auto"].split(":")[0] in ("float32", "bfloat16")
+
+
+NO_NUMBERS = ("nan", "inf", "-inf", "1e400", "-1", "1e300")
+
+
+@pytest.mark.parametrize(
+    ("verb", "option", "wrong"),
+    [
+        ("serve", "--port", ("-1", "65536", "9" * 400)),
+        ("serve", "--slots", ("0", "-1", "9" * 400)),
+        ("serve", "--waiting", ("-1", "9" * 400)),
+        ("serve", "--cache-gb", (*NO_NUMBERS, "0")),
+        ("serve", "--timeout", (*NO_NUMBERS, "0")),
+        ("generate", "--temperature", NO_NUMBERS),
+        ("generate", "--top-p", (*NO_NUMBERS, "0", "1.1")),
+        ("generate", "--max-tokens", ("0", "-1", "9" * 400)),
+        ("generate", "--thinking-budget", ("-1", "9" * 400)),
+        ("generate", "--seed", ("9" * 30,)),
+        ("chat", "--temperature", NO_NUMBERS),
+        ("chat", "--top-p", (*NO_NUMBERS, "0")),
+        ("chat", "--max-tokens", ("0", "-1")),
+        ("chat", "--thinking-budget", ("-1",)),
+        ("eval", "--samples", ("0", "-1", "9" * 400)),
+        ("eval", "--problems", ("0", "-1", "9" * 400)),
+        ("eval", "--temperature", NO_NUMBERS),
+        ("eval", "--top-p", (*NO_NUMBERS, "0")),
+        ("eval", "--max-tokens", ("0", "-1")),
+        ("eval", "--thinking-budget", ("-1",)),
+        ("eval", "--seed", ("9" * 30,)),
+        ("speedrun", "--seed", ("-1", "9" * 30)),
+        ("speedrun", "--minutes", (*NO_NUMBERS, "0")),
+    ],
+)
+def test_numbers_that_cannot_be_are_refused_before_anything_is_done(rorqual, verb, option, wrong):
+    words = {"speedrun": (), "eval": ("none", "--tasks", "none")}.get(verb, ("none",))
+    for number in wrong:
+        one_sentence(rorqual(verb, *words, option, number), option)
+
+
+def test_a_name_can_be_seen(rorqual):
+    for name in ("", " ", "a\nb", "a\udcffb"):
+        one_sentence(rorqual("serve", "none", "--name", name), "--name")

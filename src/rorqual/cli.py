@@ -30,10 +30,39 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key=value …]"
 Resume = Annotated[bool, typer.Option("--resume", help="continue the run where its newest checkpoint stands")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print the plan (parameters, FLOPs, memory, time) and stop")]
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object instead of text")]
-Temperature = Annotated[float | None, typer.Option(help="0 is greedy; default: the model's own, else 0.6")]
-TopP = Annotated[float | None, typer.Option(help="nucleus kept when sampling; default: the model's own, else 0.95")]
-MaxTokens = Annotated[int | None, typer.Option(help="tokens to make at most; default: the model's own, else 512")]
-ThinkingBudget = Annotated[int | None, typer.Option(help="close </think> after so many tokens")]
+
+
+def within(least: float, most: float, above: bool = False) -> Any:
+    """A callback for an option: a number from `least` (above: not that itself) to `most`, else UserError."""
+
+    def check(option: typer.CallbackParam, value: float | None) -> float | None:
+        if value is not None and not (least < value <= most if above else least <= value <= most):
+            said = f"{value:g}" if isinstance(value, float) else str(value)
+            limits = f"above {least} and at most {most}" if above else f"from {least} to {most}"
+            raise UserError(f"{option.opts[0]} {said}: must be {limits}")
+        return value
+
+    return check
+
+
+MOST = 10**12  # of what has no end of its own: tokens, problems
+SEEDS = -(2**63), 2**63 - 1
+Temperature = Annotated[
+    float | None, typer.Option(callback=within(0, 100), help="0 is greedy; default: the model's own, else 0.6")
+]
+TopP = Annotated[
+    float | None,
+    typer.Option(
+        callback=within(0, 1, above=True), help="nucleus kept when sampling; default: the model's own, else 0.95"
+    ),
+]
+MaxTokens = Annotated[
+    int | None,
+    typer.Option(callback=within(1, MOST), help="tokens to make at most; default: the model's own, else 512"),
+]
+ThinkingBudget = Annotated[
+    int | None, typer.Option(callback=within(0, MOST), help="close </think> after so many tokens")
+]
 Weights = Annotated[str | None, typer.Option(help="pack the weights into int4 or int8 while loading")]
 Speculate = Annotated[
     str,
@@ -158,16 +187,20 @@ def evaluate(
             help="comma-separated: reasoning-gym datasets, files of questions and answers, an rl recipe, humaneval"
         ),
     ],
-    samples: Annotated[int, typer.Option(help="answers a problem")] = 8,
+    samples: Annotated[int, typer.Option(callback=within(1, 10**6), help="answers a problem")] = 8,
     problems: Annotated[
-        int, typer.Option(help="problems a task: from the held-out split, or of a file, all if it has no more")
+        int,
+        typer.Option(
+            callback=within(1, MOST),
+            help="problems a task: from the held-out split, or of a file, all if it has no more",
+        ),
     ] = 200,
     template: Annotated[str, typer.Option(help="chat, r1-zero or plain")] = "chat",
-    temperature: Annotated[float, typer.Option(help="of sampling")] = 0.6,
-    top_p: Annotated[float, typer.Option(help="nucleus kept when sampling")] = 0.95,
-    max_tokens: Annotated[int, typer.Option(help="tokens an answer at most")] = 1024,
+    temperature: Annotated[float, typer.Option(callback=within(0, 100), help="of sampling")] = 0.6,
+    top_p: Annotated[float, typer.Option(callback=within(0, 1, above=True), help="nucleus kept when sampling")] = 0.95,
+    max_tokens: Annotated[int, typer.Option(callback=within(1, MOST), help="tokens an answer at most")] = 1024,
     thinking_budget: ThinkingBudget = None,
-    seed: Annotated[int, typer.Option(help="of problems and sampling")] = 0,
+    seed: Annotated[int, typer.Option(callback=within(*SEEDS), help="of problems and sampling")] = 0,
     against: Annotated[str | None, typer.Option(help="another model: the gain over it, problem by problem")] = None,
     dtype: Dtype = "auto",
     device: Device = "cpu",
@@ -223,7 +256,7 @@ def generate(
     top_p: TopP = None,
     max_tokens: MaxTokens = None,
     thinking_budget: ThinkingBudget = None,
-    seed: Annotated[int | None, typer.Option(help="the same seed gives the same text")] = None,
+    seed: Annotated[int | None, typer.Option(callback=within(*SEEDS), help="the same seed gives the same text")] = None,
     weights: Weights = None,
     dtype: Dtype = "auto",
     speculate: Speculate = "auto",
@@ -290,14 +323,24 @@ def chat(
 def serve(
     model: ModelDir,
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="port to listen on; 0 takes a free one")] = 8000,
+    port: Annotated[int, typer.Option(callback=within(0, 65535), help="port to listen on; 0 takes a free one")] = 8000,
     name: Annotated[str | None, typer.Option(help="what clients call the model; default: the directory's name")] = None,
     api_keys: Annotated[Path | None, typer.Option(help="a file of keys, one a line; else RORQUAL_API_KEYS")] = None,
+    allow_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="https://…: pages there may use the server, and it may be asked by that name; repeat for more"
+        ),
+    ] = None,
     anonymous: Annotated[bool, typer.Option("--anonymous", help="listen on a public address without keys")] = False,
-    slots: Annotated[int, typer.Option(help="sequences at a time")] = 64,
-    cache_gb: Annotated[float, typer.Option(help="memory for the past of all sequences, in GiB")] = 1.0,
-    waiting: Annotated[int, typer.Option(help="sequences that may wait; beyond, 429")] = 256,
-    timeout: Annotated[float, typer.Option(help="seconds a request may take")] = 600.0,
+    slots: Annotated[int, typer.Option(callback=within(1, 10_000), help="sequences at a time")] = 64,
+    cache_gb: Annotated[
+        float, typer.Option(callback=within(0, 10**6, above=True), help="memory for the past of all sequences, in GiB")
+    ] = 1.0,
+    waiting: Annotated[int, typer.Option(callback=within(0, 10**6), help="sequences that may wait; beyond, 429")] = 256,
+    timeout: Annotated[
+        float, typer.Option(callback=within(0, 10**6, above=True), help="seconds a request may take")
+    ] = 600.0,
     dtype: Dtype = "auto",
     weights: Weights = None,
     cache_format: Annotated[
@@ -312,18 +355,18 @@ def serve(
 
     from rorqual.engine import Engine
     from rorqual.engine.recommended import recommended
-    from rorqual.serve.run import bind, check_address, read_keys
+    from rorqual.serve.run import bind, check_address, check_origins, read_keys
     from rorqual.serve.run import serve as run
     from rorqual.serve.service import Options
     from rorqual.terminal import loading
 
-    for option, value in (("--slots", slots), ("--cache-gb", cache_gb), ("--timeout", timeout)):
-        if value <= 0:
-            raise UserError(f"{option} {value:g}: must be above 0")
+    if name is not None and not (name.strip() and name.isprintable()):
+        raise UserError(f"--name {name!r}: give letters that can be seen, or leave it out")
     if cache_format is not None:
         _choice("--cache-format", cache_format, ("int8",))
     keys = read_keys(api_keys and _local(api_keys))
     check_address(host, keys, anonymous)
+    origins = check_origins(allow_origin or ())
     bits, way, computed = _bits(weights), _way(speculate), _dtype(dtype, device)
     directory = _directory(model)
     sampling = recommended(directory)
@@ -334,7 +377,8 @@ def serve(
             dtype=computed, weights=bits, chunk=512, speculate=way, device=device,
             cache_dtype=cache_format and getattr(torch, cache_format),
         )  # fmt: skip
-    run(sampling, engine, Options(name or _called(Path(model)), keys, waiting, timeout), listening, page)
+    options = Options(name or _called(Path(model)), keys, waiting, timeout, host=host, origins=origins)
+    run(sampling, engine, options, listening, page)
 
 
 @app.command("import")
@@ -388,8 +432,10 @@ def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="a run's fold
 
 @app.command()
 def speedrun(
-    seed: Annotated[int, typer.Option(help="of everything random")] = 0,
-    minutes: Annotated[float, typer.Option(help="wall time of the whole run")] = 10.0,
+    seed: Annotated[int, typer.Option(callback=within(0, 2**32 - 1), help="of everything random")] = 0,
+    minutes: Annotated[
+        float, typer.Option(callback=within(0, 10**6, above=True), help="wall time of the whole run")
+    ] = 10.0,
     out: Annotated[Path | None, typer.Option(help="the run's folder; default: a new one in runs/")] = None,
 ) -> None:
     """From nothing to a small R1: tokenizer, pre-training, GRPO, rejection sampling and SFT, evaluation, report."""

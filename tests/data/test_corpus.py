@@ -76,9 +76,9 @@ JSONL = b'{"text": "one"}\n{"text": "two"}\n'
         ("a.jsonl", codecs.BOM_UTF8 + JSONL),
         ("a.jsonl", JSONL.rstrip()),
         ("a.jsonl", JSONL + b'\n{"text": null}\n{"text": ""}\n'),
-        ("a.jsonl", gzip.compress(JSONL)),
-        ("A.JSONL.GZ", gzip.compress(JSONL[:16]) + gzip.compress(JSONL[16:])),
-        ("a.jsonl.gz", gzip.compress(JSONL) + b"\0" * 100),
+        ("a.jsonl", gzip.compress(JSONL, mtime=0)),
+        ("A.JSONL.GZ", gzip.compress(JSONL[:16], mtime=0) + gzip.compress(JSONL[16:], mtime=0)),
+        ("a.jsonl.gz", gzip.compress(JSONL, mtime=0) + b"\0" * 100),
         ("with [brackets] in/a[1].jsonl", JSONL),
     ],
 )
@@ -128,8 +128,8 @@ def test_unreadable_sources(tmp_path):
     (tmp_path / "bytes.jsonl").write_bytes(b'{"text": "\xff"}\n')
     (tmp_path / "a.csv").write_text("a,b")
     (tmp_path / "plain.jsonl.gz").write_bytes(JSONL)
-    (tmp_path / "more.jsonl.gz").write_bytes(gzip.compress(JSONL) + b"more")
-    whole = gzip.compress(json.dumps({"text": "x" * 1000}).encode())
+    (tmp_path / "more.jsonl.gz").write_bytes(gzip.compress(JSONL, mtime=0) + b"more")
+    whole = gzip.compress(json.dumps({"text": "x" * 1000}).encode(), mtime=0)
     (tmp_path / "cut.jsonl.gz").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "sum.jsonl.gz").write_bytes(whole[:-8] + b"\0\0\0\0" + whole[-4:])
     rows = [{"body": "x", "number": 1, "list": ["x"], "bytes": b"x", "nested": {"text": "x"}}]
@@ -170,7 +170,7 @@ def test_unreadable_sources(tmp_path):
 def test_a_gzip_file_damaged_anywhere(tmp_path):
     draw = random.Random(1)
     lines = [json.dumps({"text": "".join(draw.choice("abcdefghij ") for _ in range(200))}) for _ in range(100)]
-    whole, path = gzip.compress("\n".join(lines).encode()), tmp_path / "a.jsonl.gz"
+    whole, path = gzip.compress("\n".join(lines).encode(), mtime=0), tmp_path / "a.jsonl.gz"
     for place in range(20, len(whole) - 20, len(whole) // 25):
         path.write_bytes(whole[:place] + bytes(b ^ 0xFF for b in whole[place : place + 8]) + whole[place + 8 :])
         with pytest.raises(UserError, match=r"a\.jsonl\.gz cannot be read as gzip"):

@@ -1,3 +1,4 @@
+import copy
 import errno
 import json
 
@@ -5,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rorqual.data.tokenizer import FIM_TOKENS, load_tokenizer, save_tokenizer, train_tokenizer
+from rorqual.data.tokenizer import FIM_TOKENS, load_tokenizer, save_tokenizer, token_ids, train_tokenizer
 from rorqual.errors import UserError
 from rorqual.recipe import TokenizerSection
 
@@ -27,6 +28,20 @@ def tokenizer():
 def test_any_text_round_trips(tokenizer, text):
     ids = tokenizer.encode(text, add_special_tokens=False)
     assert tokenizer.decode(ids) == text
+
+
+def test_tokens_are_those_of_the_tokenizers_own_call(tokenizer):
+    from tokenizers.processors import TemplateProcessing
+
+    mine = copy.deepcopy(tokenizer)
+    mine.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|user|> $A", special_tokens=[("<|user|>", mine.convert_tokens_to_ids("<|user|>"))]
+    )
+    for text in ("", " ", *TEXTS[:3], "<think>", "é🐋" * 50):
+        for special in (False, True):
+            mine.backend_tokenizer.enable_truncation(3)
+            mine.backend_tokenizer.enable_padding(length=400)
+            assert token_ids(mine, text, special) == mine(text, add_special_tokens=special).input_ids
 
 
 @pytest.mark.parametrize("count", [1, 9, 10, 11, 57, 100, 101, 150, 555, 1000])
@@ -94,5 +109,5 @@ def test_errors(tokenizer, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(type(tokenizer), "save_pretrained", full)
-    with pytest.raises(UserError, match="No space left"):
+    with pytest.raises(UserError, match="the disk is full"):
         save_tokenizer(tokenizer, tmp_path)

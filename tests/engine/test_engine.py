@@ -1,5 +1,7 @@
 """Batched generation says what one forward pass after another would say."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tiny import DEVICES, GROUPED, LATENT, agree, greedy_by_full_passes, logits
@@ -108,8 +110,13 @@ class ThinkTokenizer:
     def get_vocab(self):
         return {"</think>": 42}
 
+    truncation = padding = None
+
     def __call__(self, text, add_special_tokens=False):
-        return type("Encoding", (), {"input_ids": [42] if text == "</think>" else [1, 2]})
+        return SimpleNamespace(input_ids=[42] if text == "</think>" else [1, 2])
+
+    def encode_batch_fast(self, texts, add_special_tokens):
+        return [SimpleNamespace(ids=self(text).input_ids) for text in texts]
 
     def decode(self, tokens, **_):
         return " ".join(map(str, tokens))

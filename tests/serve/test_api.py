@@ -1,5 +1,7 @@
 """The API through OpenAI's own client."""
 
+import asyncio
+import gzip
 import json
 
 import httpx
@@ -7,6 +9,8 @@ import openai
 import pytest
 
 from rorqual.engine import Engine, SamplingParams
+from rorqual.serve.answers import ENCODE
+from rorqual.serve.sse import EventStream
 
 NO_THINKING = {"chat_template_kwargs": {"think": False}}
 ASK = [{"role": "user", "content": "what is 12 and 7?"}]
@@ -246,7 +250,7 @@ def test_what_cannot_be_is_refused_in_words(client, change, says):
         ("/v1/completions", b'{"prompt": "\\ud800"}', "prompt"),
         ("/v1/completions", b'{"prompt": "a", "logit_bias": {"\\ud800": 1}}', "logit_bias"),
         ("/tokenize", b'{"messages": [{"role": "user", "content": "a"}], "tools": [{"type": "function", "function":'
-         b'{"name": "f", "parameters": {"\\ud800": 1}}}]}', "messages"),
+         b'{"name": "f", "parameters": {"\\ud800": 1}}}]}', "tools"),
         ("/detokenize", b'{"tokens": [99999999999999]}', "tokens.0"),
     ],
 )  # fmt: skip
@@ -263,6 +267,88 @@ def test_other_mistakes_have_their_status(server, client):
     assert httpx.post(server.url + "/v1/nothing").json()["error"]["type"] == "not_found_error"
     assert httpx.get(server.url + "/v1/chat/completions").status_code == 405
     assert httpx.get(server.url + "/v1/models/tiny").json()["max_model_len"] == 2048
+
+
+@pytest.mark.parametrize("kind", ["application/x-www-form-urlencoded", "text/plain", None])
+def test_json_by_another_name(server, kind):
+    headers = {} if kind is None else {"Content-Type": kind}
+    content = json.dumps({"messages": ASK, "max_tokens": 2, "n": None}).encode()
+    assert httpx.post(server.url + "/v1/chat/completions", content=content, headers=headers).status_code == 200
+    refused = httpx.post(server.url + "/tokenize", content=b"prompt=a", headers=headers)
+    assert refused.status_code == 400
+    assert kind is None or kind in refused.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "allow"),
+    [
+        ("HEAD", "/health", 200, None),
+        ("HEAD", "/v1/models", 200, None),
+        ("HEAD", "/v1/chat/completions", 405, "POST"),
+        ("GET", "/v1/completions", 405, "POST"),
+        ("DELETE", "/v1/models/tiny", 405, "GET"),
+        ("OPTIONS", "/v1/completions", 405, "POST"),
+        ("PUT", "/tokenize", 405, "POST"),
+        ("POST", "/health", 405, "GET"),
+        ("POST", "/v1/completions/", 404, None),
+        ("POST", "/tokenize/", 404, None),
+        ("POST", "//v1/completions", 404, None),
+        ("POST", "/v1//completions", 404, None),
+        ("GET", "/v1/models?limit=5", 200, None),
+        ("TRACE", "/v1/models", 405, None),
+    ],
+)
+def test_methods_and_paths(server, method, path, status, allow):
+    answer = httpx.request(method, server.url + path)
+    assert answer.status_code == status
+    assert (answer.content == b"") == (method == "HEAD")
+    assert allow is None or answer.headers["allow"] == allow
+    assert status == 200 or method == "HEAD" or set(answer.json()["error"]) == {"message", "type", "param", "code"}
+
+
+def test_what_is_packed_is_not_unpacked(server):
+    body = gzip.compress(json.dumps({"messages": ASK}).encode())
+    answer = httpx.post(server.url + "/v1/chat/completions", content=body, headers={"Content-Encoding": "gzip"})
+    assert answer.status_code == 415
+    assert answer.json()["error"]["param"] == "Content-Encoding"
+
+
+def test_a_completion_has_the_form_that_is_asked_for(client):
+    form = {"type": "json_schema", "json_schema": {"name": "s", "schema": SCHEMA}}
+    answer = client.completions.create(
+        model="tiny", prompt="what", max_tokens=200, seed=1, extra_body={"response_format": form}
+    )
+    assert set(json.loads(answer.choices[0].text)) == {"sum", "sure"}
+
+
+@pytest.mark.parametrize(("effort", "status"), [(None, 200), ("medium", 200), ("high", 400)])
+def test_an_effort_is_for_templates_that_read_it(server, effort, status, monkeypatch):
+    body = {"messages": ASK, "max_tokens": 2, "reasoning_effort": effort}
+    assert httpx.post(server.url + "/v1/chat/completions", json=body).status_code == status
+    told = []
+    prompt = server.service.chat_prompt
+    monkeypatch.setattr(server.service, "template", server.service.template + "{{ reasoning_effort }}")
+    monkeypatch.setattr(server.service, "chat_prompt", lambda *a, **k: (told.append(a[-1]), prompt(*a, **k))[1])
+    assert httpx.post(server.url + "/v1/chat/completions", json=body).status_code == 200
+    assert told == [{"reasoning_effort": effort} if effort else {}]
+
+
+def test_an_event_is_one_line_whatever_it_says():
+    said = {"text": "a\u2028b\u2029c\x85d\x0be\x1cf\r\ng"}
+    sent = []
+
+    async def events():
+        yield ENCODE(said)
+
+    async def send(message):
+        sent.append(message.get("body", b""))
+
+    async def receive():
+        await asyncio.Event().wait()
+
+    asyncio.run(EventStream(events(), 10.0, lambda: None)({"type": "http"}, receive, send))
+    lines = b"".join(sent).decode().splitlines()
+    assert [json.loads(line.removeprefix("data: ")) for line in lines if line] == [said]
 
 
 def test_tokens_there_and_back(server):

@@ -3,8 +3,9 @@
 import json
 
 import pytest
+import torch
 
-from rorqual.engine.score import score
+from rorqual.engine.score import Scoring
 
 lm_eval = pytest.importorskip("lm_eval.evaluator")
 
@@ -69,7 +70,10 @@ def test_choices_are_scored_as_the_engine_scores_them(server, directory, tasks):
         question = engine.tokenizer(sample["doc"]["question"]).input_ids
         for choice, ((found, greedy),) in zip(sample["doc"]["choices"], sample["resps"], strict=True):
             whole = question + engine.tokenizer(" " + choice).input_ids
-            logprobs, ranked = score(engine.model, whole, 1)
+            scoring = Scoring(tuple(whole), engine.model.head_weight, 1)
+            with torch.inference_mode():
+                scoring.read(engine.model(torch.tensor([whole]))[0], 0)  # all at once
+            logprobs, ranked = scoring.logprobs, scoring.ranked
             assert float(found) == pytest.approx(sum(logprobs[len(question) :]), abs=1e-3)
             best = [r[0][0] for r in ranked[len(question) :]] == whole[len(question) :]
             assert str(greedy) == str(best)

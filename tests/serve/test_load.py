@@ -66,7 +66,7 @@ def test_who_does_not_read_is_left(start, monkeypatch):
     body = json.dumps({"prompt": "what is", "max_tokens": 500, "n": 100, "stream": True, "logprobs": 20})
     with socket.create_connection(("127.0.0.1", httpx.URL(server.url).port)) as slow:
         slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        slow.sendall(f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        slow.sendall(f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
                      f"Content-Length: {len(body)}\r\n\r\n{body}".encode())  # fmt: skip
         assert slow.recv(1)
         assert server.settled() == 0

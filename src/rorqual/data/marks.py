@@ -10,6 +10,7 @@ import re
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
+from rorqual.data.tokenizer import token_ids
 from rorqual.errors import UserError
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def encode(text: str, tokenizer: "PreTrainedTokenizerFast", after: int | None = 
         if ids[: len(known)] == known:
             return ids[len(known) :]
     if BREAK not in text:
-        return tokenizer(text, add_special_tokens=False).input_ids
+        return token_ids(tokenizer, text)
     return _names(tokenizer).encode(text)
 
 

@@ -168,6 +168,19 @@ def _add_bos(tokenizer: "PreTrainedTokenizerFast", wanted: bool) -> None:
         tokenizer.add_bos_token = wanted
 
 
+def token_ids(tokenizer: "PreTrainedTokenizerFast", text: str, special: bool = False) -> list[int]:
+    """A text's tokens. special: with those that the tokenizer puts before and behind a text.
+
+    The tokenizer's own call takes twice as long, and keeps other threads from the interpreter for 0.1 s per megabyte.
+    """
+    backend = tokenizer.backend_tokenizer
+    if backend.truncation is not None:
+        backend.no_truncation()
+    if backend.padding is not None:
+        backend.no_padding()
+    return backend.encode_batch_fast([text], add_special_tokens=special)[0].ids
+
+
 def save_tokenizer(tokenizer: "PreTrainedTokenizerFast", path: str | Path) -> None:
     """Write `tokenizer.json`, `tokenizer_config.json` and, if there is one, `chat_template.jinja` into `path`."""
     try:

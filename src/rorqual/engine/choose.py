@@ -3,7 +3,6 @@
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor, from_numpy
 
@@ -139,7 +138,7 @@ def _adjust(rows: Rows, row: int, logits: Tensor) -> None:
     params = running.request.params
     made = rows.tokens[row, : rows.count[row]]
     if params.adjusts:
-        logits.copy_(adjust(logits, params, torch.tensor(running.request.prompt), from_numpy(made)))
+        logits.copy_(adjust(logits, params, from_numpy(running.request.known), from_numpy(made)))
     if running.guide is not None and (forbidden := running.guide.forbidden(made.tolist(), logits)) is not None:
         logits.masked_fill_(forbidden.to(logits.device), float("-inf"))
     if params.logprobs:

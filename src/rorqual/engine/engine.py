@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ from rorqual.engine.load import open_model
 from rorqual.engine.rows import Request, Sample
 from rorqual.engine.sampler import SamplingParams
 from rorqual.engine.scheduler import Counts, Scheduler
+from rorqual.engine.score import Scoring
 from rorqual.engine.speculate import Way
 from rorqual.engine.text import Speller, TextStream, leaves_open
 from rorqual.errors import UserError
@@ -84,7 +86,6 @@ class Engine:
         self.begin = () if tokenizer is None else beginning(tokenizer)
         self._scheduler: Scheduler | None = None
         self._texts: dict[Sample, TextStream] = {}
-        self._compiler: Compiler | None = None
         self.speller = None if tokenizer is None else Speller(tokenizer, self.eos)
         self.think = None if self.speller is None else self.speller.think
 
@@ -97,6 +98,19 @@ class Engine:
         scheduler = self._ready([request], at_least=DEFAULT_BYTES)
         self._add(scheduler, request)
         return request
+
+    def score(self, tokens: Sequence[int], top: int) -> Request:
+        """Take a text in to be scored, with the `top` most probable tokens at every place; `step` works on it, a chunk
+        at a time, until the request is done. Raises UserError for a text that context or cache do not hold.
+        """
+        request = self._request(tokens, SamplingParams(max_tokens=1), "the text", 0)
+        request.samples, request.scoring = [], Scoring(request.prompt, self.model.head_weight, top)
+        self._add(self._ready([request], at_least=DEFAULT_BYTES), request)
+        return request
+
+    def compile(self, grammar: Grammar) -> Grammar:
+        """A grammar with which `submit` is quick. Another thread may do this. Raises UserError for a bad one."""
+        return self._grammars.compile(grammar)
 
     def step(self, begins: Callable[[], None] | None = None) -> list[Sample]:
         """Make a token for every running sequence; returns the samples that ended, and watched ones, which grew.
@@ -323,11 +337,13 @@ class Engine:
         return "" if self.speller is None else self.speller.opening(prompt)
 
     def _guide(self, grammar: Grammar, thinking: bool, silent: bool) -> Guide:
+        return self._grammars.guide(grammar, self.think, thinking, silent)
+
+    @cached_property
+    def _grammars(self) -> Compiler:
         if self.tokenizer is None:
             raise UserError("this engine has no tokenizer, which a grammar needs")
-        if self._compiler is None:
-            self._compiler = Compiler(self.tokenizer, self.model.config.vocab_size, self.eos)
-        return self._compiler.guide(grammar, self.think, thinking, silent)
+        return Compiler(self.tokenizer, self.model.config.vocab_size, self.eos)
 
     def _shown(self, sample: Sample) -> list[int]:
         """A sample's tokens but for the one that ended it."""

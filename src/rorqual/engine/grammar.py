@@ -1,7 +1,7 @@
 """Structured output: at every place only tokens that can still lead to a text of the asked-for form (llguidance)."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -23,6 +23,7 @@ class Grammar:
     kind: Literal["json_schema", "regex", "lark"]
     text: str
     source: str = ""
+    matcher: Any = field(default=None, compare=False, repr=False)  # once it is compiled
 
 
 class Compiler:
@@ -36,11 +37,8 @@ class Compiler:
         self.vocabulary, self.ends = vocabulary, ends
         self._tokens = from_tokenizer(tokenizer, n_vocab=vocabulary, eos_token=list(ends))
 
-    def guide(self, grammar: Grammar, think: tuple[int, int] | None, thinking: bool, silent: bool) -> "Guide":
-        """The grammar holds for the answer: after the token that closes the thinking, where the prompt has opened it
-        (`thinking`); else from the start, unless a model that the prompt has not told to be `silent` opens it first.
-        think: the tokens that open and close it. Raises UserError for a bad grammar.
-        """
+    def compile(self, grammar: Grammar) -> Grammar:
+        """With its matcher, which takes seconds for a large one. Raises UserError for a bad one."""
         from llguidance import LLMatcher
 
         written = {
@@ -61,8 +59,17 @@ class Compiler:
             if grammar.source:  # whose writer has not seen the grammar that the other lines show
                 name, said = grammar.source, said.splitlines()[0]
             raise UserError(f"{name} cannot be followed: {said}")
+        return replace(grammar, matcher=matcher)
+
+    def guide(self, grammar: Grammar, think: tuple[int, int] | None, thinking: bool, silent: bool) -> "Guide":
+        """The grammar holds for the answer: after the token that closes the thinking, where the prompt has opened it
+        (`thinking`); else from the start, unless a model that the prompt has not told to be `silent` opens it first.
+        think: the tokens that open and close it. Raises UserError for a bad grammar.
+        """
+        compiled = grammar if grammar.matcher is not None else self.compile(grammar)
         opens, closes = think or (None, None)
-        return Guide(matcher, self, None if thinking or silent else opens, closes, thinking and closes is not None)
+        begins = None if thinking or silent else opens
+        return Guide(compiled.matcher.deep_copy(), self, begins, closes, thinking and closes is not None)
 
 
 class Guide:

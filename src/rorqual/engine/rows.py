@@ -4,6 +4,7 @@ NumPy's, since an operation on so few numbers takes it a fifth of PyTorch's time
 """
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from rorqual.engine.blocks import BLOCK, SPARE
 from rorqual.engine.grammar import Guide
 from rorqual.engine.sampler import SamplingParams
+from rorqual.engine.score import Scoring
 from rorqual.kernels.draw import Cut
 from rorqual.kernels.extend import Extend
 
@@ -48,7 +50,7 @@ class Sample:
 
 @dataclass(eq=False)
 class Request:
-    """A prompt to be continued params.n times."""
+    """A prompt to be continued params.n times, or only to be scored."""
 
     prompt: tuple[int, ...]
     params: SamplingParams
@@ -61,6 +63,7 @@ class Request:
     silent: bool = False  # that leaves none open, and a thinking budget holds only if the model does
     guide: Guide | None = None
     cached: int = 0  # tokens of the prompt that lay in the cache already
+    scoring: Scoring | None = None  # then there are no samples
     samples: list[Sample] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -71,7 +74,12 @@ class Request:
 
     @property
     def done(self) -> bool:
-        return all(s.finish for s in self.samples)
+        return all(s.finish for s in self.samples) if self.scoring is None else self.scoring.done
+
+    @cached_property
+    def known(self) -> Integers:
+        """The prompt's different tokens; to look for them at every token would take milliseconds."""
+        return np.unique(self.prompt)
 
 
 class Rows:

@@ -1,6 +1,7 @@
 """From logits to the next token. n rows, V vocabulary."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -70,6 +71,12 @@ class SamplingParams:
     def cut(self) -> Cut:
         return Cut(self.temperature, self.top_p, self.top_k, self.min_p)
 
+    @cached_property
+    def biases(self) -> tuple[Tensor, Tensor]:
+        """Of logit_bias the tokens and what is added."""
+        tokens, biases = zip(*self.logit_bias, strict=True)
+        return torch.tensor(tokens), torch.tensor(biases)
+
     @property
     def adjusts(self) -> bool:
         """Whether the logits depend on what came before or on single tokens' biases."""
@@ -81,13 +88,14 @@ def adjust(logits: Tensor, params: SamplingParams, prompt: Tensor, made: Tensor)
     """One row's logits [V] → those with penalties for the tokens of prompt and answer, and biases."""
     logits = logits.float()
     if params.repetition_penalty != 1:
-        seen = torch.cat([prompt, made]).unique().to(logits.device)
+        seen = torch.cat([prompt, made]).to(logits.device)  # some twice, which does no harm
         old = logits[seen]
         p = params.repetition_penalty
         logits = logits.index_put((seen,), torch.where(old > 0, old / p, old * p))
     if params.presence_penalty or params.frequency_penalty:
-        tokens, counts = made.to(logits.device).unique(return_counts=True)
-        logits = logits.index_add(0, tokens, -params.presence_penalty - params.frequency_penalty * counts)
-    for token, bias in params.logit_bias:
-        logits = logits.index_add(0, torch.tensor([token], device=logits.device), logits.new_tensor([bias]))
+        counts = torch.bincount(made.to(logits.device), minlength=len(logits))
+        logits = logits - params.presence_penalty * (counts > 0) - params.frequency_penalty * counts
+    if params.logit_bias:
+        tokens, biases = params.biases
+        logits = logits.index_add(0, tokens.to(logits.device), biases.to(logits.device))
     return logits.clamp(-LARGEST, LARGEST)  # extreme penalties make infinities, whose differences are no numbers

@@ -167,7 +167,7 @@ class Scheduler:
             if free < self.rows.size and promised > self.blocks.free:
                 return
             self.waiting.popleft()
-            if self.keep:
+            if self.keep and job.request.scoring is None:  # which every token is to be read for
                 self._find(job)
             self.jobs.append(job)
             free -= len(job.samples)
@@ -264,6 +264,8 @@ class Scheduler:
         self.counts.prompt_tokens += len(states)
         ended: list[Job] = []
         for (job, length), part in zip(jobs, states.split([length for _, length in jobs]), strict=True):
+            if job.request.scoring is not None:
+                job.request.scoring.read(part, job.done)
             job.done += length
             if self.keep:
                 self._remember(job.tokens[: job.done], job.blocks)
@@ -271,7 +273,10 @@ class Scheduler:
                 job.logits, job.state = logits[len(ended) : len(ended) + 1].clone(), part[-1:].clone()
                 ended.append(job)
                 self.jobs.remove(job)
-                self.ready.append(job)
+                if job.samples:
+                    self.ready.append(job)
+                else:
+                    self.blocks.release(job.blocks)
         return ended
 
     # -- tokens

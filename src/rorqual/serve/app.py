@@ -4,22 +4,23 @@ import contextlib
 import json
 import time
 from collections.abc import AsyncIterator
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
 from fastapi import Depends, FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
 from rorqual.data.tools import JSON
-from rorqual.engine import Grammar, SamplingParams
-from rorqual.engine.grammar import json_grammar
+from rorqual.engine import SamplingParams
 from rorqual.serve import shapes
 from rorqual.serve.answers import ChatChoice, Head, TextChoice, Usage
-from rorqual.serve.errors import ApiError, on_api_error, on_bug, on_http, on_invalid
+from rorqual.serve.aside import aside, kind_of
+from rorqual.serve.body import JsonRoute
+from rorqual.serve.errors import ApiError, on_api_error, on_bug, on_http
 from rorqual.serve.guard import Guard
 from rorqual.serve.protocol import (
     ChatRequest,
@@ -32,6 +33,8 @@ from rorqual.serve.service import Service
 from rorqual.serve.sse import EventStream, unless_gone
 from rorqual.serve.tools import CallReader, call_grammar, must_call, offered
 from rorqual.serve.worker import Ticket
+
+METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
 
 
 def build_app(service: Service) -> FastAPI:
@@ -46,11 +49,12 @@ def build_app(service: Service) -> FastAPI:
     options = service.options
     app = FastAPI(
         title="Rorqual", version=version("rorqual"), lifespan=lifespan, docs_url=None, redoc_url=None,
+        redirect_slashes=False,
         dependencies=[Depends(HTTPBearer(auto_error=False))] if options.keys else [],  # described; the guard checks it
     )  # fmt: skip
+    app.router.route_class = JsonRoute
     app.state.leaving = []  # what to call so that connections end which no answer ends
     app.add_exception_handler(ApiError, on_api_error)
-    app.add_exception_handler(RequestValidationError, on_invalid)
     app.add_exception_handler(HTTPException, on_http)
     app.add_exception_handler(Exception, on_bug)
 
@@ -59,7 +63,10 @@ def build_app(service: Service) -> FastAPI:
         path = getattr(route, "path", None) or "other"  # a client's own words would make figures without end
         service.metrics.requests.labels(path, str(status or 499)).inc()
 
-    app.add_middleware(Guard, keys=options.keys, max_body=options.max_body, timeout=options.timeout, counted=counted)
+    app.add_middleware(
+        Guard, keys=options.keys, host=options.host, origins=options.origins, max_body=options.max_body,
+        timeout=options.timeout, counted=counted,
+    )  # fmt: skip
 
     @app.post("/v1/chat/completions", responses=shapes.streamed(shapes.ChatAnswer))
     async def chat(body: ChatRequest, request: Request) -> Response:
@@ -68,15 +75,20 @@ def build_app(service: Service) -> FastAPI:
         service.check_model(body.model)
         service.check_count(body.n)
         tools = offered(body)
-        prompt = await service.chat_prompt(
-            body.messages, tools, body.add_generation_prompt, body.unfinished, body.chat_template_kwargs
-        )
+        settings = template_kwargs(service, body)
+        prompt = await service.chat_prompt(body.messages, tools, body.add_generation_prompt, body.unfinished, settings)
         wanted = body.max_completion_tokens or body.max_tokens
         service.check_prompt(prompt, "messages", wanted)
-        grammar, reading = response_grammar(body), None  # reading: how calls are read, where there may be any
+        grammar, reading = body.form(), None  # reading: how calls are read, where there may be any
         if tools:
             form = service.chat.habits(True).format
-            grammar = call_grammar(body, form, service.marks, body.schema()) or grammar
+            calls = call_grammar(body, form, service.marks, body.schema())
+            if calls is not None and body.structured_outputs is not None:
+                raise ApiError(
+                    400, "structured_outputs: a tool gives the form of its calls; leave one of the two out",
+                    "structured_outputs",
+                )  # fmt: skip
+            grammar = calls or grammar
             reading = JSON if must_call(body) else form, {t.function.name for t in tools}, body.parallel_tool_calls
         params = service.sampling(body, [prompt], wanted, body.top_logprobs, grammar)
 
@@ -105,42 +117,42 @@ def build_app(service: Service) -> FastAPI:
         for prompt in prompts:
             service.check_prompt(prompt, "prompt", body.max_tokens)
             service.check_tokens(prompt, "prompt")
-        params = service.sampling(body, prompts, body.max_tokens, body.logprobs or 0, None)
+        params = service.sampling(body, prompts, body.max_tokens, body.logprobs or 0, body.form())
         choices = []
         for i, prompt in enumerate(prompts):
             sent = given[i]
-            echo = "" if not body.echo else sent if isinstance(sent, str) else service.text(sent)
+            echo = "" if not body.echo else sent if isinstance(sent, str) else await service.text(sent)
             made = [TextChoice(i * params.n + j, service.vocabulary, body.logprobs, echo) for j in range(params.n)]
             if body.echo and body.logprobs is not None:
                 found = await unless_gone(request.receive, service.score(prompt, body.logprobs, started))
                 if isinstance(found, Response):  # nobody is there any more
                     return found
                 for c in made:
-                    c.prompt(prompt, *found)
+                    await aside(partial(c.prompt, prompt, *found), kind_of(len(prompt)))
             choices += made
         head = Head("text_completion", options.name, "cmpl")
         if body.max_tokens == 0:
             return echoed(service, body, head, choices, Usage(sum(map(len, prompts))), started)
         return await answer(service, request, body, head, choices, prompts, params, started, raw=True)
 
-    @app.get("/v1/models", response_model=shapes.ModelList, responses=shapes.problems(401))
+    @app.get("/v1/models", response_model=shapes.ModelList, responses=shapes.problems(401, 403))
     async def models() -> Any:
         """The one model served."""
         return {"object": "list", "data": [model_card(service)]}
 
-    @app.get("/v1/models/{name:path}", response_model=shapes.ModelCard, responses=shapes.problems(400, 401, 404))
+    @app.get("/v1/models/{name:path}", response_model=shapes.ModelCard, responses=shapes.problems(400, 401, 403, 404))
     async def model(name: str) -> Any:
         service.check_model(name)
         return model_card(service)
 
-    bodies = shapes.problems(400, 401, 404, 408, 413)
+    bodies = shapes.problems(400, 401, 403, 404, 408, 413, 415)
 
     @app.post("/tokenize", response_model=shapes.Tokens, responses=bodies)
     async def tokenize(body: TokenizeRequest) -> Any:
         """A text's tokens, or a conversation's."""
         service.check_model(body.model)
         if body.prompt is not None:
-            tokens = await service.encode(body.prompt, body.add_special_tokens)
+            tokens = await service.encode(body.prompt, body.add_special_tokens is not False)
         else:
             tokens = await service.chat_prompt(
                 body.messages or [],
@@ -156,24 +168,27 @@ def build_app(service: Service) -> FastAPI:
         """The text of tokens."""
         service.check_model(body.model)
         service.check_tokens(body.tokens, "tokens")
-        return {"prompt": service.engine.tokenizer.decode(body.tokens)}
+        return {"prompt": await service.decode(body.tokens)}
 
-    @app.get("/health", responses={200: {"model": shapes.Health}, 503: {"model": shapes.Health}})
+    @app.get("/health", responses={200: {"model": shapes.Health}, 503: {"model": shapes.Health}} | shapes.problems(403))
     async def health() -> Response:
         """Whether the engine runs; needs no key."""
         well = service.worker.alive
         return JSONResponse({"status": "ok" if well else "the engine has stopped"}, 200 if well else 503)
 
-    @app.get("/metrics", response_class=PlainTextResponse, responses=shapes.problems(401))
+    @app.get("/metrics", response_class=PlainTextResponse, responses=shapes.problems(401, 403))
     async def metrics() -> Response:
         """Figures for Prometheus."""
         return PlainTextResponse(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    @app.api_route("/v1/{rest:path}", methods=["GET", "POST", "PUT", "PATCH", "DELETE"], include_in_schema=False)
+    @app.api_route("/v1/{rest:path}", methods=METHODS, include_in_schema=False)
     async def nothing(request: Request) -> None:
         """Before the page, which is mounted at the root and would answer in its own way."""
         known = [r for r in app.routes if r.matches(request.scope)[0] is Match.PARTIAL]
-        raise ApiError(405, "this path takes another method") if known else ApiError(404, "there is no such path")
+        methods = sorted({method for route in known for method in getattr(route, "methods", ())})
+        if methods:
+            raise ApiError(405, f"this path takes {', '.join(methods)}", Allow=", ".join(methods))
+        raise ApiError(404, "there is no such path; /openapi.json lists those there are")
 
     return app
 
@@ -195,10 +210,17 @@ def echoed(
     return EventStream(chunks(), service.left(started), lambda: None)
 
 
-def response_grammar(body: ChatRequest) -> Grammar | None:
-    """What response_format asks for."""
-    schema = body.schema()
-    return None if schema is None else json_grammar(schema)
+def template_kwargs(service: Service, body: ChatRequest) -> dict[str, Any]:
+    """What the template is told beside messages and tools."""
+    effort = body.reasoning_effort
+    if effort is None or "reasoning_effort" in body.chat_template_kwargs:
+        return body.chat_template_kwargs
+    if "reasoning_effort" in service.template:
+        return body.chat_template_kwargs | {"reasoning_effort": effort}
+    if effort != "medium":  # which is what OpenAI's models do unasked
+        name = "reasoning_effort"
+        raise ApiError(400, f"{name}: this model's template does not read it; send thinking_budget", name)
+    return body.chat_template_kwargs
 
 
 def model_card(service: Service) -> dict[str, Any]:

@@ -3,18 +3,17 @@
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
 from rorqual.data.tools import too_deep
 from rorqual.engine import Grammar, SamplingParams
 from rorqual.engine.grammar import json_grammar
+from rorqual.serve.fields import AsItIs, Biases, Count, Integer, Prompt, Sent, Several, TokenId
 
 N_MOST = 128  # answers to one request
-LOGPROBS_MOST = 20
+LOGPROBS_MOST, TOOLS_MOST, MESSAGES_MOST, CHOICES_MOST = 20, 1024, 1 << 14, 1024
 # Every one of these costs time at every token, of all that run.
-STOPS_MOST, BIASES_MOST = 32, 1024
-
-TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
+STOPS_MOST = 32
 
 
 def _shallow(schema: dict[str, Any]) -> dict[str, Any]:
@@ -26,7 +25,7 @@ def _shallow(schema: dict[str, Any]) -> dict[str, Any]:
 Schema = Annotated[dict[str, Any], AfterValidator(_shallow)]
 
 
-class Message(BaseModel):
+class Message(Sent):
     """Of a conversation; `rorqual.data.messages` reads it, as it does those of training data.
 
     What clients got from other servers they send back, so that no further field is refused.
@@ -45,7 +44,7 @@ class Message(BaseModel):
     )
 
 
-class Function(BaseModel):
+class Function(Sent):
     name: Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_.-]+$")]
     description: str | None = None
     parameters: Schema | None = None
@@ -59,7 +58,7 @@ class Function(BaseModel):
         return self.parameters | {"type": "object"}
 
 
-class Tool(BaseModel):
+class Tool(Sent):
     type: Literal["function"]
     function: Function
 
@@ -68,21 +67,21 @@ class Tool(BaseModel):
         return {"type": self.type, "function": {"parameters": {"type": "object", "properties": {}}} | function}
 
 
-class ChosenFunction(BaseModel):
+class ChosenFunction(Sent):
     name: str
 
 
-class ToolChoice(BaseModel):
+class ToolChoice(Sent):
     type: Literal["function"]
     function: ChosenFunction
 
 
-class Allowed(BaseModel):
+class Allowed(Sent):
     mode: Literal["auto", "required"]
-    tools: Annotated[list[ToolChoice], Field(min_length=1)]
+    tools: Annotated[Several[ToolChoice], Field(min_length=1, max_length=TOOLS_MOST)]
 
 
-class AllowedTools(BaseModel):
+class AllowedTools(Sent):
     """Only these of the tools may be called."""
 
     type: Literal["allowed_tools"]
@@ -92,14 +91,16 @@ class AllowedTools(BaseModel):
         return [t.function.name for t in self.allowed_tools.tools]
 
 
-class JsonSchema(BaseModel):
+class JsonSchema(Sent):
     model_config = ConfigDict(populate_by_name=True)
 
     name: str = "answer"
+    description: str | None = None
+    strict: bool = True  # it is followed to the letter, whatever this says
     schema_: Schema = Field(alias="schema", default_factory=lambda: {"type": "object"})
 
 
-class ResponseFormat(BaseModel):
+class ResponseFormat(Sent):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
@@ -110,14 +111,14 @@ class ResponseFormat(BaseModel):
         return self
 
 
-class StructuredOutputs(BaseModel):
+class StructuredOutputs(Sent):
     """One of these, as vLLM names them."""
 
     model_config = ConfigDict(populate_by_name=True)
 
     json_: Schema | None = Field(alias="json", default=None)
     regex: str | None = None
-    choice: Annotated[list[str], Field(min_length=1)] | None = None
+    choice: Annotated[Several[str], Field(min_length=1, max_length=CHOICES_MOST)] | None = None
     grammar: str | None = None
 
     @model_validator(mode="after")
@@ -141,11 +142,13 @@ def json_choice(choices: list[str]) -> Grammar:
     return Grammar("lark", "start: " + " | ".join(json.dumps(c, ensure_ascii=False) for c in choices))
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(Sent):
     include_usage: bool = False
+    include_obfuscation: Literal[False] = False
+    continuous_usage_stats: Literal[False] = False
 
 
-class Sampling(BaseModel):
+class Sampling(AsItIs):
     """Common to both; None: what the model's generation_config.json recommends."""
 
     model: str | None = None
@@ -153,21 +156,35 @@ class Sampling(BaseModel):
     stream_options: StreamOptions | None = None
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1, le=1 << 31)] | None = None
+    top_k: Annotated[Integer, Field(ge=-1, le=1 << 31)] | None = None
     min_p: Annotated[float, Field(ge=0, lt=1)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    logit_bias: (
-        Annotated[dict[TokenId, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=BIASES_MOST)] | None
-    ) = None
-    n: Annotated[int, Field(ge=1, le=N_MOST)] = 1
-    seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
+    logit_bias: Biases | None = None
+    n: Annotated[Integer, Field(ge=1, le=N_MOST)] = 1
+    seed: Annotated[Integer, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
     stop: str | Annotated[list[str], Field(max_length=STOPS_MOST)] | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=STOPS_MOST)] = Field(default_factory=list)
     ignore_eos: bool = False
-    thinking_budget: Annotated[int, Field(ge=0, le=1 << 40)] | None = None
+    thinking_budget: Annotated[Integer, Field(ge=0, le=1 << 40)] | None = None
     structured_outputs: StructuredOutputs | None = None
+    response_format: ResponseFormat | None = None
+
+    @model_validator(mode="after")
+    def _one_form(self) -> "Sampling":
+        if self.structured_outputs is not None and self.response_format is not None:
+            raise ValueError("give structured_outputs or response_format, not both")
+        return self
+
+    def form(self) -> Grammar | None:
+        """What an answer must be."""
+        if self.structured_outputs is not None:
+            return self.structured_outputs.as_grammar()
+        wanted = self.response_format
+        if wanted is None or wanted.type == "text":
+            return None
+        return json_grammar(None if wanted.json_schema is None else wanted.json_schema.schema_)
 
     def stops(self) -> tuple[str, ...]:
         found = [self.stop] if isinstance(self.stop, str) else self.stop or []
@@ -179,8 +196,6 @@ class Sampling(BaseModel):
         def given(value: Any, fallback: Any) -> Any:
             return fallback if value is None else value
 
-        if grammar is None and self.structured_outputs is not None:
-            grammar = self.structured_outputs.as_grammar()
         return SamplingParams(
             temperature=given(self.temperature, recommended.temperature),
             top_p=given(self.top_p, recommended.top_p),
@@ -204,23 +219,33 @@ class Sampling(BaseModel):
 
 
 class ChatRequest(Sampling):
-    messages: Annotated[list[Message], Field(min_length=1)]
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    messages: Annotated[Several[Message], Field(min_length=1, max_length=MESSAGES_MOST)]
+    max_tokens: Count | None = None
+    max_completion_tokens: Count | None = None
     logprobs: bool = False
-    top_logprobs: Annotated[int, Field(ge=0, le=LOGPROBS_MOST)] = 0
-    response_format: ResponseFormat | None = None
-    tools: list[Tool] | None = None
+    top_logprobs: Annotated[Integer, Field(ge=0, le=LOGPROBS_MOST)] = 0
+    tools: Annotated[Several[Tool], Field(max_length=TOOLS_MOST)] | None = None
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | AllowedTools | None = None
     parallel_tool_calls: bool = True
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    reasoning_effort: str | None = None  # for templates that read it
     add_generation_prompt: bool | None = None  # None: where the last message is not to be continued
     continue_final_message: bool = False
+    # What is done anyway.
+    add_special_tokens: Literal[False] = False
+    echo: Literal[False] = False
+    include_reasoning: Literal[True] = True
+    modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
+    separate_reasoning: Literal[True] = True
+    stream_reasoning: Literal[True] = True
+    verbosity: Literal["medium"] = "medium"
 
     @model_validator(mode="after")
     def _fits_together(self) -> "ChatRequest":
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs: true")
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            raise ValueError("max_tokens and max_completion_tokens say different things; give one of them")
         names = [t.function.name for t in self.tools or []]
         chosen = [self.tool_choice.function.name] if isinstance(self.tool_choice, ToolChoice) else []
         chosen = self.tool_choice.names() if isinstance(self.tool_choice, AllowedTools) else chosen
@@ -245,11 +270,20 @@ class ChatRequest(Sampling):
 
 
 class CompletionRequest(Sampling):
-    prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
+    prompt: Prompt
     add_special_tokens: bool = True  # to a prompt given as text, those that the tokenizer puts before one
-    max_tokens: Annotated[int, Field(ge=0)] | None = 16
-    logprobs: Annotated[int, Field(ge=0, le=LOGPROBS_MOST)] | None = None
+    max_tokens: Annotated[Integer, Field(ge=0, le=1 << 40)] = 16
+    logprobs: Annotated[Integer, Field(ge=0, le=LOGPROBS_MOST)] | None = None
     echo: bool = False
+    # What is done anyway.
+    best_of: Integer | None = None
+    suffix: Literal[""] = ""
+
+    @model_validator(mode="after")
+    def _all_of_them(self) -> "CompletionRequest":
+        if self.best_of not in (None, self.n):
+            raise ValueError("best_of: all answers made are given, so that it must be n")
+        return self
 
     def prompts(self) -> list[str | list[int]]:
         if isinstance(self.prompt, str):
@@ -259,23 +293,30 @@ class CompletionRequest(Sampling):
         return list(self.prompt)  # type: ignore[arg-type]
 
 
-class TokenizeRequest(BaseModel):
+class TokenizeRequest(Sent):
+    """A text, or messages with what belongs to them."""
+
     model: str | None = None
     prompt: str | None = None
-    messages: list[Message] | None = None
-    tools: list[Tool] | None = None
+    add_special_tokens: bool | None = None  # to a text; messages have those of their template
+    messages: Annotated[Several[Message], Field(max_length=MESSAGES_MOST)] | None = None
+    tools: Annotated[Several[Tool], Field(max_length=TOOLS_MOST)] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
-    add_special_tokens: bool = True
 
     @model_validator(mode="after")
     def _one(self) -> "TokenizeRequest":
         if (self.prompt is None) == (not self.messages):
             raise ValueError("give either prompt or messages")
+        others = self.model_fields_set & {"tools", "add_generation_prompt", "chat_template_kwargs"}
+        if self.prompt is not None and others:
+            raise ValueError(f"{min(others)} goes with messages, not with a prompt")
+        if self.messages and self.add_special_tokens:
+            raise ValueError("add_special_tokens goes with a prompt, not with messages")
         return self
 
 
-class DetokenizeRequest(BaseModel):
+class DetokenizeRequest(Sent):
     model: str | None = None
-    tokens: list[TokenId]
+    tokens: Several[TokenId]

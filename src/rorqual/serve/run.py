@@ -1,12 +1,13 @@
 """`rorqual serve`: a model, an address, and an end that loses nothing."""
 
 import gc
-import ipaddress
 import logging
 import math
 import os
+import re
 import signal
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 
 import uvicorn
@@ -14,6 +15,7 @@ import uvicorn
 from rorqual.engine import Engine, SamplingParams
 from rorqual.errors import UserError
 from rorqual.serve.app import build_app
+from rorqual.serve.guard import is_loopback
 from rorqual.serve.service import Options, Service
 from rorqual.serve.sse import READING
 
@@ -27,34 +29,52 @@ log = logging.getLogger("rorqual.serve")
 
 
 def read_keys(path: Path | None) -> tuple[str, ...]:
-    """Keys from a file, one a line, `#` beginning a comment; else from the environment, comma-separated.
+    """Keys from a file, one a line, `#` beginning a comment; else from the environment, comma-separated or one a line.
 
-    Raises UserError for a file that is not there or holds no key.
+    Raises UserError for a file that is not there or holds no key, and for what no header can carry.
     """
     if path is None:
-        return tuple(key.strip() for key in os.environ.get(KEYS_VARIABLE, "").split(",") if key.strip())
-    try:
-        lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as e:
-        why = getattr(e, "strerror", "it is not text")
-        raise UserError(f"--api-keys {path}: {why}; give a file with one key a line") from None
-    keys = tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))
-    if not keys:
-        raise UserError(f"--api-keys {path} holds no key; write one a line")
-    return keys
+        name, text = KEYS_VARIABLE, os.environ.get(KEYS_VARIABLE, "")
+        lines = text.replace(",", "\n").split("\n")
+    else:
+        name = f"--api-keys {path}"
+        try:
+            text = path.read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError) as e:
+            why = getattr(e, "strerror", "it is not UTF-8")
+            raise UserError(f"{name}: {why}; give a file with one key a line") from None
+        lines = ["" if line.strip().startswith("#") else line for line in text.split("\n")]
+    keys = []
+    for number, line in enumerate(lines, 1):
+        key = line.strip()
+        # What follows is never said: keys are secret.
+        if not key.isprintable() or re.search(r"\s#", key):
+            raise UserError(f"{name}: key {number} holds a comment or a control character; write keys alone on a line")
+        if key:
+            keys.append(key)
+    if text and not keys:
+        raise UserError(f"{name} holds no key; write one a line")
+    return tuple(keys)
 
 
 def check_address(host: str, keys: tuple[str, ...], anonymous: bool) -> None:
     """Raises UserError where everybody on the network could use the model without a key."""
-    try:
-        loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:  # a name
-        loopback = False
-    if not loopback and not keys and not anonymous:
+    if not is_loopback(host) and not keys and not anonymous:
         raise UserError(
             f"--host {host} is open to the network, and there is no API key; give --api-keys FILE or set "
             f"{KEYS_VARIABLE}, or say --anonymous"
         )
+
+
+def check_origins(origins: Sequence[str]) -> tuple[str, ...]:
+    """As a browser says them. Raises UserError for what is no origin."""
+    found = []
+    for origin in origins:
+        said = origin.strip().lower().rstrip("/")
+        if not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#\s*@]+", said):
+            raise UserError(f"--allow-origin {origin}: give scheme://host, with :port where a browser shows one")
+        found.append(said)
+    return tuple(found)
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -64,9 +84,11 @@ def bind(host: str, port: int) -> socket.socket:
     found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         found.bind((host, port))
-    except (OSError, OverflowError) as e:
+    except (OSError, OverflowError, ValueError) as e:
         found.close()
-        why = getattr(e, "strerror", "a port is from 0 to 65535")
+        why = getattr(e, "strerror", None) or (
+            "a port is from 0 to 65535" if isinstance(e, OverflowError) else "this is no address"
+        )
         raise UserError(f"cannot listen on {host}:{port} ({why}); choose another --port or --host") from None
     found.listen(2048)
     return found

@@ -4,9 +4,9 @@ import asyncio
 import contextlib
 import inspect
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from rorqual.data.marks import HALF, encode
@@ -14,24 +14,31 @@ from rorqual.data.messages import read_messages
 from rorqual.data.template import ChatTemplate
 from rorqual.engine import Engine, Grammar, SamplingParams
 from rorqual.engine.blocks import BLOCK
-from rorqual.engine.score import Ranked, score
+from rorqual.engine.score import Ranked
 from rorqual.errors import UserError
 from rorqual.serve.answers import Vocabulary
+from rorqual.serve.aside import aside, kind_of
 from rorqual.serve.errors import ApiError
 from rorqual.serve.metrics import Metrics
 from rorqual.serve.protocol import Message, Sampling, Tool
 from rorqual.serve.worker import Busy, Failed, Piece, Ticket, Worker
 
+FORM_MOST = 1 << 17  # characters of a schema or grammar: to compile one of twice the size takes twenty seconds
+
 
 @dataclass(frozen=True)
 class Options:
-    """name: what clients call the model. keys: who may ask (none: everybody). waiting: samples that may queue."""
+    """name: what clients call the model. keys: who may ask (none: everybody). waiting: samples that may queue.
+    host: the address it listens on. origins: of pages that may ask, beside its own and this machine's.
+    """
 
     name: str
     keys: tuple[str, ...] = ()
     waiting: int = 256
     timeout: float = 600.0  # seconds a request may take
     max_body: int = 8 << 20  # bytes
+    host: str = "127.0.0.1"
+    origins: tuple[str, ...] = ()
 
 
 class Service:
@@ -46,7 +53,6 @@ class Service:
         self.vocabulary = Vocabulary(engine)
         self.template = str(getattr(engine.tokenizer, "chat_template", None) or "")
         self.chat = ChatTemplate(engine.tokenizer)
-        self._tokenizing = asyncio.Lock()
 
     # -- prompts
 
@@ -83,7 +89,7 @@ class Service:
             return encode(text, self.engine.tokenizer)
 
         try:
-            return await self._aside(render)
+            return await aside(render, kind_of(sum(len(str(m.content)) for m in messages)))
         except UserError as e:
             place, said, _ = str(e).partition(": ")
             raise ApiError(400, str(e), place if said and place.startswith("messages") else "messages") from e
@@ -97,21 +103,22 @@ class Service:
         """special: with what the tokenizer puts before a text, unless it is there."""
         if HALF.search(text):
             raise ApiError(400, "prompt holds half a character (a lone surrogate); send whole ones", "prompt")
-        return await self._aside(lambda: self.engine.encode(text, begin=special))
+        return await aside(partial(self.engine.encode, text, special), kind_of(len(text)))
 
-    def text(self, tokens: Sequence[int]) -> str:
+    async def text(self, tokens: Sequence[int]) -> str:
         """What tokens of a prompt read, without the names of special ones."""
-        return self.engine.tokenizer.decode([t for t in tokens if t not in self.vocabulary.speller.hidden])
+        return await self.decode([t for t in tokens if t not in self.vocabulary.speller.hidden])
+
+    async def decode(self, tokens: list[int]) -> str:
+        """In a batch of one: alone, it keeps the interpreter to itself."""
+        backend = self.engine.tokenizer.backend_tokenizer
+        work = partial(backend.decode_batch, [tokens], skip_special_tokens=False)
+        return (await aside(work, kind_of(len(tokens))))[0]
 
     def check_tokens(self, tokens: Sequence[int], param: str) -> None:
         size = self.engine.model.config.vocab_size
         if not all(0 <= t < size for t in tokens):
             raise ApiError(400, f"{param}: token ids must be from 0 to {size - 1}", param)
-
-    async def _aside(self, work: Callable[[], Any]) -> Any:
-        """In a thread: a long prompt takes the tokenizer a while. One at a time, since it is not made for more."""
-        async with self._tokenizing:
-            return await asyncio.to_thread(work)
 
     # -- answers
 
@@ -156,6 +163,14 @@ class Service:
 
     async def admit(self, prompts: list[list[int]], params: SamplingParams, raw: bool) -> Ticket:
         """A ticket that the engine has accepted; must be closed."""
+        if params.grammar is not None:
+            if len(params.grammar.text) > FORM_MOST:
+                raise ApiError(400, f"the form of the answer has more than {FORM_MOST} characters; make it smaller")
+            try:
+                compiled = await aside(partial(self.engine.compile, params.grammar), "grammar")
+            except UserError as e:
+                raise ApiError(400, str(e)) from e
+            params = replace(params, grammar=compiled)
         try:
             ticket = self.worker.open(prompts, params, raw)
         except Busy:
@@ -199,11 +214,13 @@ class Service:
         """A prompt's own log-probabilities."""
         try:
             async with asyncio.timeout(self.left(started)):
-                return await self.worker.ask(lambda engine: score(engine.model, prompt, top))
+                return await self.worker.score(prompt, top)
         except Busy:
             raise busy() from None
         except TimeoutError:
             raise self._late() from None
+        except Failed as e:
+            raise failed(e) from e
         except UserError as e:
             raise ApiError(400, str(e), "prompt") from e
 

@@ -146,9 +146,11 @@ def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     said = {
         400: "the request is wrong: `message` says where",
         401: "no valid API key",
+        403: "somebody else's page, or another name than this machine's",
         404: "no such model",
         408: "the request did not come to its end in time",
         413: "the request is too large",
+        415: "the body is no JSON in UTF-8, sent as it is",
         429: "the queue is full; Retry-After says when to come back",
         500: "the server failed; send the request again",
         503: "the engine has stopped",
@@ -166,5 +168,5 @@ def streamed(model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
     }
     return {
         200: {"model": model, "description": "the answer", "content": {"text/event-stream": events}},
-        **problems(400, 401, 404, 408, 413, 429, 500, 504),
+        **problems(400, 401, 403, 404, 408, 413, 415, 429, 500, 504),
     }

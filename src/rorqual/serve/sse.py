@@ -7,6 +7,9 @@ from typing import Any
 from starlette.responses import Response
 
 Receive = Callable[[], Awaitable[Any]]
+# Where many readers end a line (Python's splitlines, httpx's iter_lines) and the format does not; within JSON's texts
+# they may be written so.
+LINE_ENDS = {"\x85": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"}
 READING = 10.0  # seconds for a client to read the end of an answer
 
 
@@ -41,7 +44,7 @@ async def _gone(receive: Receive) -> None:
 
 
 class EventStream(Response):
-    """One event for every text; `closed` is called in any case, once.
+    """One event for every text, which is JSON; `closed` is called in any case, once.
 
     The events take `seconds` at most; who has not read them READING seconds later is left alone.
     """
@@ -65,5 +68,7 @@ class EventStream(Response):
     async def _send(self, send: Callable[[Any], Awaitable[None]]) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         async for event in self._events:
+            for end, written in LINE_ENDS.items():
+                event = event.replace(end, written)
             await send({"type": "http.response.body", "body": f"data: {event}\n\n".encode(), "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -6,10 +6,12 @@ import queue
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from rorqual.engine import Engine, SamplingParams
 from rorqual.engine.rows import Request, Sample
+from rorqual.engine.score import Ranked
 from rorqual.errors import UserError
 
 log = logging.getLogger("rorqual.serve")
@@ -81,6 +83,7 @@ class Worker:
         self.count = 0  # samples under way
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._tickets: dict[Request, Ticket] = {}
+        self._scores: dict[asyncio.Future[Request], Request] = {}
         self._grown: dict[Ticket, list[Piece | Exception]] = {}  # by the last step, not handed on yet
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._stopping = False
@@ -113,28 +116,24 @@ class Worker:
         self.count -= ticket.samples
         self._inbox.put(lambda: self._cancel(ticket))
 
-    async def ask(self, work: Callable[[Engine], Any]) -> Any:
-        """Let the engine's thread do something between two steps; it takes a place as a sample does."""
+    async def score(self, prompt: list[int], top: int) -> tuple[list[float | None], list[Ranked]]:
+        """Of a prompt the log-probabilities, and the most probable tokens; it takes a place as a sample does.
+
+        Raises Busy, UserError for a prompt that cannot be, Failed.
+        """
         if self.count >= self.limit:
             raise Busy
         loop = asyncio.get_running_loop()
-        answer: asyncio.Future[Any] = loop.create_future()
-
-        def do() -> None:
-            if answer.cancelled():
-                return
-            try:
-                result, error = work(self.engine), None
-            except Exception as e:
-                result, error = None, e
-            _call(loop, lambda: _settle(answer, result, error))
-
+        answer: asyncio.Future[Request] = loop.create_future()
         self.count += 1
         try:
-            self._inbox.put(do)
-            return await answer
+            self._inbox.put(lambda: self._submit_score(prompt, top, answer))
+            scoring = (await answer).scoring
+            assert scoring is not None
+            return scoring.logprobs, scoring.ranked
         finally:
             self.count -= 1
+            self._inbox.put(lambda: self._cancel_score(answer))
 
     # -- in the engine's thread
 
@@ -148,6 +147,7 @@ class Worker:
                 self._hand_on()
                 _hand({ticket: [_failed(e)] for ticket in self._tickets.values()})
                 self._tickets.clear()
+                self._settle_scores([(answer, None, _failed(e)) for answer in self._scores])
         self._hand_on()
 
     def _work(self) -> None:
@@ -164,6 +164,8 @@ class Worker:
         for sample in self.engine.step(self._hand_on):
             if (ticket := self._tickets.get(sample.request)) is not None:
                 grown.setdefault(ticket, []).append(self._piece(ticket, sample))
+        if self._scores:
+            self._settle_scores([(answer, request, None) for answer, request in self._scores.items() if request.done])
         for ticket in grown:
             ticket.cached = sum(r.cached for r in ticket.requests)
             for request in [r for r in ticket.requests if r.done and r in self._tickets]:
@@ -195,6 +197,29 @@ class Worker:
         for request in ticket.requests:
             if self._tickets.pop(request, None) is not None:
                 self.engine.cancel(request)
+
+    def _submit_score(self, prompt: list[int], top: int, answer: "asyncio.Future[Request]") -> None:
+        if answer.cancelled():
+            return
+        error: Exception
+        try:
+            self._scores[answer] = self.engine.score(prompt, top)
+            return
+        except UserError as e:
+            error = e
+        except BaseException as e:
+            log.exception("the engine could not take a text in")
+            error = _failed(e)
+        self._settle_scores([(answer, None, error)])
+
+    def _settle_scores(self, found: "list[tuple[asyncio.Future[Request], Request | None, Exception | None]]") -> None:
+        for answer, request, error in found:
+            self._scores.pop(answer, None)
+            _call(answer.get_loop(), partial(_settle, answer, request, error))
+
+    def _cancel_score(self, answer: "asyncio.Future[Request]") -> None:
+        if (request := self._scores.pop(answer, None)) is not None:
+            self.engine.cancel(request)
 
     def _piece(self, ticket: Ticket, sample: Sample) -> Piece:
         text = self.engine.text(sample)
