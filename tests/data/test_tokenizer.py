@@ -111,3 +111,12 @@ def test_errors(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(type(tokenizer), "save_pretrained", full)
     with pytest.raises(UserError, match="the disk is full"):
         save_tokenizer(tokenizer, tmp_path)
+
+
+@pytest.mark.parametrize("longest", [{}, "512", [1], True])
+def test_settings_of_another_type_are_named(tokenizer, tmp_path, longest):
+    save_tokenizer(tokenizer, tmp_path)
+    file = tmp_path / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_max_length": longest}))
+    with pytest.raises(UserError, match=r"tokenizer_config.json: model_max_length = .* must be a number, or null"):
+        load_tokenizer(tmp_path)

@@ -125,10 +125,14 @@ def hurt_bytes(path, rng):
 
 
 def hurt_json(path, rng):
-    if rng.random() < 0.3:
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError:  # weights, a template
+        value = None
+    if value is None or rng.random() < 0.3:
         hurt_bytes(path, rng)
     else:
-        path.write_text(json.dumps(odd(rng, json.loads(path.read_bytes()))))
+        path.write_text(json.dumps(odd(rng, value)))
 
 
 def hurt_lines(path, rng):
@@ -229,6 +233,8 @@ def options_of(verb):
                 option = rng.choice(OPTIONS[verb])
                 large = option in ("--max-tokens", "--samples", "--minutes", "--slots", "--cache-gb")
                 values = [v for v in VALUES if not (large and v.startswith("9"))]
+                if option == "--minutes":  # and what is a time would be taken
+                    values = [v for v in values if v not in ("1.5", " 1", "1_0")]
                 words += [option, rng.choice(values)]
         elif verb == "speedrun":
             words = ["doctor"]

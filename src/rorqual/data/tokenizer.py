@@ -135,6 +135,9 @@ def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerFast":
     bos = said.get("add_bos_token")
     if not isinstance(bos, bool | None):
         raise UserError(f"{settings}: add_bos_token = {bos!r:.60} must be true or false, or null")
+    longest = said.get("model_max_length")
+    if isinstance(longest, bool) or not isinstance(longest, int | float | None):
+        raise UserError(f"{settings}: model_max_length = {longest!r:.60} must be a number, or null")
     template = said.get("chat_template")
     named = isinstance(template, list) and all(
         isinstance(t, dict) and {"name", "template"} <= t.keys() for t in template
@@ -146,6 +149,7 @@ def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerFast":
         tokenizer = PreTrainedTokenizerFast.from_pretrained(str(path), local_files_only=True)
         if bos is not None:
             _add_bos(tokenizer, bos)
+        tokenizer("a")  # which fails where the settings are no tokenizer's
         return tokenizer
     except Exception as e:  # tokenizers raises bare Exception for malformed files
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
