@@ -120,3 +120,14 @@ def test_settings_of_another_type_are_named(tokenizer, tmp_path, longest):
     file.write_text(json.dumps(json.loads(file.read_text()) | {"model_max_length": longest}))
     with pytest.raises(UserError, match=r"tokenizer_config.json: model_max_length = .* must be a number, or null"):
         load_tokenizer(tmp_path)
+
+
+def test_an_id_that_no_vocabulary_needs(tokenizer, tmp_path):
+    save_tokenizer(tokenizer, tmp_path)
+    file = tmp_path / "tokenizer.json"
+    described = json.loads(file.read_text())
+    token = next(iter(described["model"]["vocab"]))
+    described["model"]["vocab"][token] = 2**31 - 1
+    file.write_text(json.dumps(described))
+    with pytest.raises(UserError, match=r"tokenizer.json .*a token has the id 2147483647"):
+        load_tokenizer(tmp_path)

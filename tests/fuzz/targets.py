@@ -99,7 +99,7 @@ def make_seeds(folder):
 
 def _finished_run(folder):
     """A run that was stopped, so that --resume and report have what they read."""
-    recipe = pretrain_recipe(str(folder / "corpus.txt")) | {"name": "done", "out": str(folder / "runs")}
+    recipe = pretrain_recipe() | {"name": "done"}
     recipe["train"] = TRAIN | {"save_every": 1, "keep": 9}
     (folder / "done.toml").write_text(to_toml(recipe))
     code = "import sys; sys.argv = sys.argv[:1] + ['pretrain', 'done.toml']; from rorqual.cli import main; main()"
@@ -270,17 +270,8 @@ def overrides(verb):
 
 
 def resumed(file, hurt):
-    """A target that goes on with a run, a file of which is damaged; its corpus lies where the seeds were made."""
-
-    def prepare(folder, rng):
-        for name in ("done.toml", "runs/done/recipe.toml"):
-            path = folder / name
-            path.write_text(path.read_text().replace(str(folder.parent / "seeds"), str(folder)))
-        if rng is not None:
-            hurt(rng.choice(sorted(folder.glob(file))), rng)
-        return ["pretrain", "done.toml", "--resume"], b""
-
-    return Target(prepare, ("runs/done/",))
+    """A target that goes on with a run, a file of which is damaged."""
+    return on(file, hurt, "pretrain", "done.toml", "--resume", writes=("runs/done/",))
 
 
 ASK = ("generate", "model", "what is 1 and 2?", "--max-tokens", "4", "--json")

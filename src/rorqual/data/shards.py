@@ -113,7 +113,7 @@ def _map(packed: Path, split: str) -> Documents:
         tokens = np.memmap(path, dtype=index["dtype"], mode="r") if offsets[-1] else np.empty(0, index["dtype"])
     except OSError as e:
         raise file_error(e.filename or path, e, "read", f"or delete {packed} to have it made again") from e
-    except (ValueError, KeyError, TypeError, EOFError) as e:
+    except Exception as e:  # numpy reads the header by Python's own tokenizer and raises whatever that does
         raise UserError(f"{path} is damaged ({e}); delete {packed} to have it made again") from e
     if len(tokens) != offsets[-1]:
         raise UserError(f"{path} holds {len(tokens)} tokens, not {offsets[-1]}; delete {packed} to have it made again")

@@ -29,6 +29,9 @@ CHAT_TEMPLATE = """\
 {%- if message['role'] == 'assistant' %}{{- eos_token }}{% endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|assistant|>' }}{% endif %}"""
+LARGEST_ID = (
+    1 << 24
+)  # tokenizers writes one number for every id up to the largest, and ends the process where memory ends
 
 
 def train_tokenizer(texts: Iterable[str], section: TokenizerSection, fim: bool = False) -> "PreTrainedTokenizerFast":
@@ -150,6 +153,9 @@ def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerFast":
         if bos is not None:
             _add_bos(tokenizer, bos)
         tokenizer("a")  # which fails where the settings are no tokenizer's
+        largest = max(tokenizer.get_vocab().values(), default=0)
+        if largest >= LARGEST_ID:
+            raise ValueError(f"a token has the id {largest}, which no vocabulary needs")
         return tokenizer
     except Exception as e:  # tokenizers raises bare Exception for malformed files
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
