@@ -269,6 +269,18 @@ def overrides(verb):
     return Target(prepare, ("runs/",))
 
 
+SAID = "what is 1 and 2? <think> é 🐋\n/help\n\n".encode()
+
+
+def heard(*words):
+    """A target that reads odd words from standard input."""
+
+    def prepare(folder, rng):
+        return list(words), SAID if rng is None else damaged(rng, SAID * rng.choice([1, 1, 40]), len(SAID))
+
+    return Target(prepare)
+
+
 def resumed(file, hurt):
     """A target that goes on with a run, a file of which is damaged."""
     return on(file, hurt, "pretrain", "done.toml", "--resume", writes=("runs/done/",))
@@ -299,6 +311,11 @@ TARGETS = {
     "generate-weights": on("model/*.safetensors", hurt_bytes, *ASK),
     "generate-gguf": on("model.gguf", hurt_bytes, "generate", "model.gguf", "hi", "--max-tokens", "4", "--json"),
     "generate-template": on("model/chat_template.jinja", hurt_bytes, *ASK),
+    "generate-words": heard("generate", "model", "-", *ASK[3:]),
+    "generate-raw": heard("generate", "model", "-", "--raw", *ASK[3:]),
+    "chat-words": heard("chat", "model", "--max-tokens", "4"),
+    "eval-against": on("student/*", hurt_json, *EVAL, "--against", "student"),
+    "distill-teacher": on("model/*", hurt_json, "distill", "distill.toml", **RUNS),
     "sft-model": on("student/*.json", hurt_json, "sft", "sft.toml", **RUNS),
     "rl-model": on("model/*.json", hurt_json, "rl", "rl.toml", **RUNS),
     "eval-model": on("model/*.json", hurt_json, *EVAL),
@@ -316,7 +333,7 @@ TARGETS = {
     "resume-tokenizer": resumed("runs/done/tokenizer/*.json", hurt_json),
     "resume-data": resumed("runs/done/data/*/*", hurt_bytes),
 }  # fmt: skip
-for name in ("distill-recipe", "distill-overrides", "distill-problems"):
+for name in ("distill-recipe", "distill-overrides", "distill-problems", "distill-teacher"):
     TARGETS[name].status = 2  # a teacher of random weights gets nothing right
 for name in ("serve-model", "serve-keys"):
     prepare = TARGETS[name].prepare
