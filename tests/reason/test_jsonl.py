@@ -86,10 +86,10 @@ BROKEN = [
     ([{"question": "1", "answer": "6 * 7 = 42\n####  "}], r"line 1: the answer ends without one"),
     (
         ['{"question": "1", "answer": "1"}', '{"question": "\\ud800", "answer": "1"}'],
-        "line 2: field 'question' holds a lone",
+        "line 2: field 'question' holds half",
     ),
-    (['{"question": "1", "answer": "x\\udc00"}'], "line 1: field 'answer' holds a lone surrogate"),
-    (['{"question": "1", "answer": "1", "unit": "\\udc00"}'], "line 1: field 'unit' holds a lone surrogate"),
+    (['{"question": "1", "answer": "x\\udc00"}'], "line 1: field 'answer' holds half a character"),
+    (['{"question": "1", "answer": "1", "unit": "\\udc00"}'], "line 1: field 'unit' holds half a character"),
     ([], r"has no lines"),
 ]
 
@@ -146,7 +146,7 @@ def test_every_format_gives_the_same_problems(tmp_path, name):
         ("[1]", "entry 1 holds a int"),
         ('{"question": "1"}\n{"question": "2"}', "is not valid JSON .* name it .jsonl"),
         ("[" * 100_000, "is not valid JSON"),
-        ('[{"question": "1", "answer": "\\udc00"}]', "entry 1: field 'answer' holds a lone surrogate"),
+        ('[{"question": "1", "answer": "\\udc00"}]', "entry 1: field 'answer' holds half a character"),
     ],
 )
 def test_a_list_that_cannot_be_read(tmp_path, text, message):

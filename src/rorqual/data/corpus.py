@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from rorqual.characters import whole
 from rorqual.data.cut import rejoined
 from rorqual.errors import UserError, file_error
 from rorqual.paths import local_path
@@ -149,10 +150,8 @@ def _text(record: dict[str, Any], field: str, where: str) -> Iterator[str]:
         return
     if not isinstance(text, str):
         raise UserError(f"{where}: field {field!r} holds a {type(text).__name__}, not text; mend it or set text_field")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise UserError(f"{where}: field {field!r} holds a lone surrogate, which is no character; mend it") from None
+    if not whole(text):
+        raise UserError(f"{where}: field {field!r} holds half a character (a lone surrogate); mend it")
     if text:
         yield text
 

@@ -10,13 +10,13 @@ import re
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
+from rorqual.characters import whole
 from rorqual.data.tokenizer import token_ids
 from rorqual.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-HALF = re.compile("[\ud800-\udfff]")
 BREAK = "\ufdd0"  # a noncharacter, which Unicode keeps for what programs do among themselves
 THINK = ("<think>", "</think>")
 SHAPE = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
@@ -54,7 +54,7 @@ def encode(text: str, tokenizer: "PreTrainedTokenizerFast", after: int | None = 
 
     after: the token that it goes on from; SentencePiece's vocabularies would else begin a word with it.
     """
-    if HALF.search(text):
+    if not whole(text):
         raise UserError("the text holds half a character (a lone surrogate), which no tokenizer reads; use whole ones")
     if after is not None and text and not (names := _names(tokenizer)).byte_level:
         added = names.added.get(after)

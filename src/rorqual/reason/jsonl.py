@@ -8,6 +8,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from rorqual.characters import whole_inside
 from rorqual.data.corpus import find_files, read_records
 from rorqual.errors import UserError, file_error
 from rorqual.reason import judge
@@ -105,11 +106,8 @@ def _checked(where: str, row: dict[str, Any]) -> dict[str, Any]:
     checked = rest | {"question": question, "answer": judge.final_answer(answer)}
     if not checked["answer"]:
         raise UserError(f"{where}: the answer ends without one ({answer[-20:]!r}); add it")
-    try:
-        json.dumps(checked, ensure_ascii=False, default=str).encode()
-    except UnicodeEncodeError:
-        name = next(name for name, value in checked.items() if _surrogate(value))
-        raise UserError(f"{where}: field {name!r} holds a lone surrogate, which is no character; mend it") from None
+    if half := [name for name, value in checked.items() if not whole_inside([name, value])]:
+        raise UserError(f"{where}: field {half[0]!r} holds half a character (a lone surrogate); mend it")
     return checked
 
 
@@ -131,10 +129,6 @@ def _field(where: str, row: dict[str, Any], names: tuple[str, ...]) -> tuple[str
     if not text.strip():
         raise UserError(f"{where}: field {name} is empty; add it")
     return name, text
-
-
-def _surrogate(value: Any) -> bool:
-    return any("\ud800" <= c <= "\udfff" for c in json.dumps(value, ensure_ascii=False, default=str))
 
 
 def _problem(row: dict[str, Any], prompt: PromptFormat | None, family: str, where: str) -> Problem:

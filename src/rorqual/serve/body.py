@@ -13,6 +13,7 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect
 
+from rorqual.characters import whole_inside
 from rorqual.serve.aside import aside, kind_of
 from rorqual.serve.errors import ApiError
 
@@ -157,10 +158,8 @@ def _depth(value: Any) -> int:
 def _check_characters(said: dict[str, Any]) -> None:
     """Raises ApiError for half a character, which no text holds."""
     for name, value in said.items():
-        try:
-            json.dumps([name, value], ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise ApiError(400, f"{name} holds half a character (a lone surrogate); send whole ones", name) from None
+        if not whole_inside([name, value]):
+            raise ApiError(400, f"{name} holds half a character (a lone surrogate); send whole ones", name)
 
 
 def _refusal(error: ValidationError, model: type[BaseModel], said: Any) -> ApiError:
