@@ -229,7 +229,7 @@ class ModelConfig:
     def load(cls, directory: str | Path) -> "ModelConfig":
         """What a model directory, or a run's folder for the model in it, says of its network. Raises UserError."""
         path = model_directory(directory) / "config.json"
-        if is_gguf(path.parent) and not path.parent.is_dir():
+        if is_gguf(path.parent):
             raise UserError(
                 f"{path.parent} is a GGUF file, where a model directory is needed; make one: "
                 f"rorqual import {path.parent} DIRECTORY"

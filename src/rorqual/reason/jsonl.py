@@ -9,12 +9,13 @@ from random import Random
 from typing import Any
 
 from rorqual.characters import whole_inside
-from rorqual.data.corpus import find_files, read_records
+from rorqual.data.corpus import find_files, named, read_records
 from rorqual.errors import UserError, file_error
 from rorqual.reason import judge
 from rorqual.reason.problems import Environment, Problem, PromptFormat, integers, number_key, text_key
 from rorqual.recipe import EnvironmentSection
 
+SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
 # The first of these fields that a record has; benchmarks differ in their names.
 QUESTION = ("question", "problem", "prompt")
 ANSWER = ("answer", "target", "solution")
@@ -74,14 +75,8 @@ class JsonlEnvironment(Environment):
 
 def _records(pattern: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """(Place, record) of every file that the path or glob names."""
-    path = Path(pattern).expanduser()
-    if path.name.lower().endswith(".json") and path.is_file():
-        yield from _listed(path)
-        return
-    for file in find_files(pattern):
-        if file.name.lower().endswith(".txt"):
-            raise UserError(f"{file} is text, not questions and answers; give a .jsonl, .json or .parquet file")
-        yield from read_records(file)
+    for file in find_files(pattern, SUFFIXES):
+        yield from _listed(file) if named(file, ".json") else read_records(file)
 
 
 def _listed(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
