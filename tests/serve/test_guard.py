@@ -157,10 +157,12 @@ def test_keys_are_read_as_they_are_written(tmp_path, text, keys):
 
 
 def test_a_file_of_keys_that_cannot_be_read_is_named(tmp_path):
-    (tmp_path / "utf-16").write_text("first", encoding="utf-16")
-    for name in ("utf-16", "nothing", "."):
+    (tmp_path / "latin-1").write_text("clé", encoding="latin-1")
+    for name in ("latin-1", "nothing", "."):
         with pytest.raises(UserError, match="--api-keys"):
             read_keys(tmp_path / name)
+    (tmp_path / "utf-16").write_text("first", encoding="utf-16")  # as PowerShell writes
+    assert read_keys(tmp_path / "utf-16") == ("first",)
 
 
 def test_keys_from_the_environment(monkeypatch):

@@ -14,6 +14,7 @@ import uvicorn
 
 from rorqual.engine import Engine, SamplingParams
 from rorqual.errors import UserError
+from rorqual.files import read_text
 from rorqual.serve.app import build_app
 from rorqual.serve.guard import is_loopback
 from rorqual.serve.service import Options, Service
@@ -39,10 +40,11 @@ def read_keys(path: Path | None) -> tuple[str, ...]:
     else:
         name = f"--api-keys {path}"
         try:
-            text = path.read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as e:
-            why = getattr(e, "strerror", "it is not UTF-8")
-            raise UserError(f"{name}: {why}; give a file with one key a line") from None
+            text = read_text(path)
+        except FileNotFoundError:
+            raise UserError(f"{name} does not exist; give a file with one key a line") from None
+        except UserError as e:  # which begins with the path
+            raise UserError(f"--api-keys {e}") from None
         lines = ["" if line.strip().startswith("#") else line for line in text.split("\n")]
     keys = []
     for number, line in enumerate(lines, 1):
