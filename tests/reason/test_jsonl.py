@@ -2,6 +2,7 @@ import gzip
 import json
 import threading
 import time
+from pathlib import Path
 
 import pyarrow
 import pytest
@@ -137,6 +138,15 @@ def test_every_format_gives_the_same_problems(tmp_path, name):
     assert [(p.question, p.answer) for p in environment(tmp_path / name).everything()] == [
         (row["question"], str(row["answer"])) for row in ROWS
     ]
+
+
+def test_a_glob_names_files_of_any_format(tmp_path):
+    for name in ("a.JSON", "b.parquet", "c.JSONL"):
+        FORMATS[f"q{Path(name).suffix.lower()}"](tmp_path / name)
+    assert len(environment(tmp_path / "*").everything()) == 3 * len(ROWS)
+    (tmp_path / "d.txt").write_text("text")
+    with pytest.raises(UserError, match=r"d\.txt is none of \.jsonl, .*; convert or rename it"):
+        environment(tmp_path / "*")
 
 
 @pytest.mark.parametrize(
