@@ -17,7 +17,8 @@ from rich.markdown import Markdown
 from rich.status import Status
 from rich.text import Text
 
-from rorqual.data.marks import HALF, plain_message
+from rorqual.data.marks import HALF
+from rorqual.data.template import ChatTemplate
 from rorqual.engine import Engine, SamplingParams
 from rorqual.errors import UserError
 
@@ -81,11 +82,7 @@ def templated(engine: Engine, messages: list[dict[str, str]]) -> str:
     """A conversation in the model's own words. Raises UserError where it has none for it."""
     if getattr(engine.tokenizer, "chat_template", None) is None:
         raise UserError("this model has no chat template (chat_template.jinja); use `rorqual generate --raw`")
-    try:
-        said = [plain_message(message, engine.tokenizer) for message in messages]
-        return engine.tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
-    except Exception as e:  # a template raises what it likes
-        raise UserError(f"the model's chat template refuses this conversation ({e}); say it otherwise") from e
+    return ChatTemplate(engine.tokenizer).render(messages)
 
 
 # -- a conversation
