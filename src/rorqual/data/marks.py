@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 
 from rorqual.characters import whole
 from rorqual.data.tokenizer import token_ids
+from rorqual.data.tools import FORMATS
 from rorqual.errors import UserError
 
 if TYPE_CHECKING:
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 BREAK = "\ufdd0"  # a noncharacter, which Unicode keeps for what programs do among themselves
 THINK = ("<think>", "</think>")
+# What calls and results stand between, also where the template has no word of it.
+TOOL = {word.strip() for form in FORMATS for word in (*form.opens, form.end or "", *form.around, *form.result)}
 SHAPE = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
 FRAMED = re.compile(r"<[|｜].+[|｜]>")  # Qwen's, Llama's, DeepSeek's
 # What a model itself writes in its turn, though some tokenizers call these tokens special: thoughts, calls, answers.
@@ -144,7 +147,7 @@ def _names(tokenizer: "PreTrainedTokenizerFast") -> _Names:
 
 def _is_mark(name: str, template: str) -> bool:
     """Of an added token that is not called special: some tokenizers have HTML's tags among these, which are text."""
-    return bool(FRAMED.fullmatch(name) or (SHAPE.fullmatch(name) and name in template))
+    return bool(FRAMED.fullmatch(name) or (SHAPE.fullmatch(name) and (name in template or name in TOOL)))
 
 
 def _pattern(names: Any) -> re.Pattern[str]:

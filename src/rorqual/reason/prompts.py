@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 from rorqual.data.marks import encode, plain
 from rorqual.data.template import ChatTemplate
+from rorqual.data.tokenizer import beginning
 from rorqual.errors import UserError
 
 Template = Literal["chat", "r1-zero", "plain"]
@@ -27,7 +28,7 @@ def prompt_text(question: str, template: Template, tokenizer: Any) -> str:
         if getattr(tokenizer, "chat_template", None) is None:
             raise UserError("template = 'chat': the tokenizer has no chat template; use 'r1-zero' or 'plain'")
         return ChatTemplate(tokenizer).render([{"role": "user", "content": question}])
-    begin, question = tokenizer.decode(tokenizer("").input_ids), plain(question, tokenizer)
+    begin, question = tokenizer.decode(list(beginning(tokenizer))), plain(question, tokenizer)
     return begin + (R1_ZERO.replace("{question}", question) if template == "r1-zero" else f"{question}\n<think>")
 
 

@@ -43,6 +43,12 @@ class Message(Sent):
         None, description="of the last message: the answer goes on with it, as in DeepSeek's API"
     )
 
+    @model_validator(mode="after")
+    def _only_an_answer_goes_on(self) -> "Message":
+        if self.prefix and self.role != "assistant":
+            raise ValueError("prefix is for an assistant's message; leave it out")
+        return self
+
 
 class Function(Sent):
     name: Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_.-]+$")]

@@ -16,7 +16,7 @@ from rorqual.engine import Engine, SamplingParams
 from rorqual.errors import UserError
 from rorqual.files import read_text
 from rorqual.serve.app import build_app
-from rorqual.serve.guard import is_loopback
+from rorqual.serve.guard import PORTS, is_loopback
 from rorqual.serve.service import Options, Service
 from rorqual.serve.sse import READING
 
@@ -75,7 +75,7 @@ def check_origins(origins: Sequence[str]) -> tuple[str, ...]:
         said = origin.strip().lower().rstrip("/")
         if not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#\s*@]+", said):
             raise UserError(f"--allow-origin {origin}: give scheme://host, with :port where a browser shows one")
-        found.append(said)
+        found.append(said.removesuffix(PORTS.get(said.partition("://")[0], "")))
     return tuple(found)
 
 

@@ -76,9 +76,8 @@ class Service:
                 400, f"{name}: true begins a new message, but the last is to be continued; leave it out", name
             )
         # These are the server's own to give: with a template of its own, a request could run for ever.
-        reserved = (
-            inspect.signature(self.engine.tokenizer.apply_chat_template).parameters.keys() & (settings or {}).keys()
-        )
+        known = inspect.signature(self.engine.tokenizer.apply_chat_template).parameters.keys()
+        reserved = (settings or {}).keys() & {*known, "conversations", "messages", "self"}
         if reserved:
             name = "chat_template_kwargs"
             raise ApiError(400, f"{name}: {min(reserved)!r} is not for a template; leave it out", name)
