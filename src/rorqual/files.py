@@ -37,15 +37,15 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path, then: str) -> Any:
-    """What a JSON file of a run says. Raises UserError, with what to do `then` where it cannot be read or is damaged;
-    FileNotFoundError passes.
+    """What a JSON file of ours says. Raises UserError, with what to do `then` where it is damaged; FileNotFoundError
+    passes.
     """
     try:
         return json.loads(path.read_bytes())
     except FileNotFoundError:
         raise
     except OSError as e:
-        raise file_error(path, e, "read", f"or {then}") from e
+        raise file_error(path, e, "read") from e
     except (ValueError, RecursionError) as e:
         raise UserError(f"{path} is damaged ({e}); {then}") from e
 

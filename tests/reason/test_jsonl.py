@@ -84,7 +84,7 @@ BROKEN = [
     ([{"question": True, "answer": "1"}], r"line 1: field question is a bool"),
     ([{"question": " ", "answer": "1"}], r"line 1: field question is empty"),
     ([{"question": "1", "answer": ""}], r"line 1: field answer is empty"),
-    ([{"question": "1", "answer": "6 * 7 = 42\n####  "}], r"line 1: the answer ends without one"),
+    ([{"question": "1", "answer": "6 * 7 = 42\n####  "}], r"line 1: there is no answer behind ####"),
     (
         ['{"question": "1", "answer": "1"}', '{"question": "\\ud800", "answer": "1"}'],
         "line 2: field 'question' holds half",

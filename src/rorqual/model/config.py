@@ -237,7 +237,9 @@ class ModelConfig:
         raw = read_json(path)
         config = cls.from_dict(raw, str(path))
         if missing := [n for n in EXPERTS_MUST_SAY if config.n_routed_experts and raw.get(n) is None]:
-            raise UserError(f"{path}: {missing[0]} is missing, without which the experts cannot be computed")
+            raise UserError(
+                f"{path}: {missing[0]} is missing, without which experts cannot be computed; restore the file"
+            )
         return config
 
     def to_dict(self) -> dict[str, Any]:

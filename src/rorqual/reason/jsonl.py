@@ -100,7 +100,7 @@ def _checked(where: str, row: dict[str, Any]) -> dict[str, Any]:
     rest = {name: value for name, value in row.items() if name not in (asked, given)}
     checked = rest | {"question": question, "answer": judge.final_answer(answer)}
     if not checked["answer"]:
-        raise UserError(f"{where}: the answer ends without one ({answer[-20:]!r}); add it")
+        raise UserError(f"{where}: there is no answer behind #### or in \\boxed ({answer[-20:]!r}); add it")
     if half := [name for name, value in checked.items() if not whole_inside([name, value])]:
         raise UserError(f"{where}: field {half[0]!r} holds half a character (a lone surrogate); mend it")
     return checked

@@ -196,7 +196,9 @@ class Sampling(AsItIs):
         found = [self.stop] if isinstance(self.stop, str) else self.stop or []
         return tuple(s for s in found if s)
 
-    def params(self, recommended: SamplingParams, max_tokens: int, logprobs: int, grammar: Grammar | None) -> Any:
+    def params(
+        self, recommended: SamplingParams, max_tokens: int, logprobs: int, grammar: Grammar | None
+    ) -> SamplingParams:
         """Raises UserError for what the engine refuses."""
 
         def given(value: Any, fallback: Any) -> Any:
