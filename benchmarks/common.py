@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from machines import machine_class
+from rorqual import strict_json
 from rorqual.errors import UserError
 from rorqual.kernels.machine import fastest_dtype
 from rorqual.plan.machine import describe_machine
@@ -149,10 +150,10 @@ def report(
     }
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(found, indent=1) + "\n")
+        args.out.write_text(strict_json.dumps(found, indent=1) + "\n")
         print(f"kept in {args.out}", file=sys.stderr)
     if args.json:
-        print(json.dumps(found))
+        print(strict_json.dumps(found))
     else:
         print(_said_of(machine))
         if failed:

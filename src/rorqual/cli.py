@@ -4,7 +4,6 @@ Heavy imports stay inside the verbs, so that `--help` and a mistyped word answer
 """
 
 import io
-import json
 import os
 import sys
 import time
@@ -13,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from rorqual import strict_json
 from rorqual.errors import UserError, file_error
 from rorqual.paths import local_path
 from rorqual.process import tune
@@ -233,7 +233,7 @@ def evaluate(
             result = run(engine, engine.tokenizer, opened, samples, problems, **settings)
         except UserError:
             if results and as_json:  # what the first model took hours for is not lost with the second
-                print(json.dumps(results[0]))
+                print(strict_json.dumps(results[0]))
             raise
         results.append(result | {"model": str(directory)})
         if not as_json:
@@ -242,7 +242,7 @@ def evaluate(
     if against is not None:
         results[0] |= {"against": results[1], "gains": compare(results[1], results[0])}
     if as_json:
-        print(json.dumps(results[0]))
+        print(strict_json.dumps(results[0]))
     elif against is not None:
         Console().print(gains_table(results[0]["gains"]))
 
@@ -282,7 +282,8 @@ def generate(
     asked = [{"role": "user", "content": said.rstrip("\n")}]
     tokens = engine.encode(said) if raw else engine.encode(templated(engine, asked), begin=False)
     if as_json:
-        print(json.dumps(timed(engine, tokens, params) | {"load_seconds": loaded - started}, ensure_ascii=False))
+        found = timed(engine, tokens, params) | {"load_seconds": loaded - started}
+        print(strict_json.dumps(found, ensure_ascii=False))
         return
     for piece in engine.stream(tokens, params):
         print(piece, end="", flush=True)
@@ -416,7 +417,7 @@ def doctor(as_json: AsJson = False) -> None:
 
     found = diagnose()
     if as_json:
-        print(json.dumps(dict(found)))
+        print(strict_json.dumps(dict(found)))
         return
     for part, sentence in found:
         print(f"{part:<40} {sentence}")
@@ -449,7 +450,7 @@ def _directory(model: str) -> Path:
     from rorqual.model.files import is_gguf, model_directory, unreadable
 
     path = _local(Path(model))
-    if is_gguf(path) and not path.is_dir():
+    if is_gguf(path):
         return path
     if os.path.lexists((found := model_directory(path)) / "config.json"):
         return found
@@ -479,9 +480,11 @@ def _local(path: Path) -> Path:
 
 def _called(model: Path) -> str:
     """What clients call what a user has named: a run by the run's name, a file without .gguf."""
+    from rorqual.model.files import is_gguf
+
     path = model.resolve()
     path = path.parent if path.name == "model" else path
-    return path.stem if path.suffix.lower() == ".gguf" else path.name
+    return path.stem if is_gguf(path) else path.name
 
 
 def _bits(weights: str | None) -> Any:

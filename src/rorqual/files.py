@@ -1,11 +1,13 @@
 """Files as every part of the program writes and owns them."""
 
 import codecs
+import json
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rorqual.errors import UserError, file_error
 
@@ -32,6 +34,20 @@ def read_text(path: Path) -> str:
     except UnicodeDecodeError as e:
         line = raw.count(b"\n", 0, e.start) + 1
         raise UserError(f"{path}, line {line} is not UTF-8 text ({e.reason}); save the file as UTF-8") from None
+
+
+def read_json(path: Path, then: str) -> Any:
+    """What a JSON file of ours says. Raises UserError, with what to do `then` where it is damaged; FileNotFoundError
+    passes.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise
+    except OSError as e:
+        raise file_error(path, e, "read") from e
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{path} is damaged ({e}); {then}") from e
 
 
 def write_text(path: Path, text: str, then: str = "") -> None:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from rorqual.characters import whole
 from rorqual.errors import UserError
 from rorqual.files import read_text
 from rorqual.paths import local_path
@@ -214,7 +215,7 @@ def _override(raw: dict[str, Any], word: str) -> tuple[Place, str]:
     key, sign, text = word.partition("=")
     if not sign or not key:
         raise UserError(f"override {word!r} is not of the form key=value, e.g. train.steps=100")
-    if any("\ud800" <= c <= "\udfff" for c in word):
+    if not whole(word):
         raise UserError(f"override {word!r} holds bytes that are not UTF-8 text; write it in UTF-8")
     try:
         value = tomllib.loads(f"v = {text}")

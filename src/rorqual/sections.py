@@ -195,7 +195,7 @@ class ChatDataSection(Section):
 
 
 class EnvironmentSection(Section):
-    """Problems from a reasoning-gym dataset (`name`, `config`) or a JSONL file of question/answer (`path`)."""
+    """Problems from a reasoning-gym dataset (`name`, `config`) or a file of questions and answers (`path`)."""
 
     name: str
     config: Config = {}

@@ -17,7 +17,8 @@ from rich.markdown import Markdown
 from rich.status import Status
 from rich.text import Text
 
-from rorqual.data.marks import HALF, plain_message
+from rorqual.characters import whole
+from rorqual.data.template import ChatTemplate
 from rorqual.engine import Engine, SamplingParams
 from rorqual.errors import UserError
 
@@ -36,14 +37,14 @@ def loading(model: Path) -> Status:
 def read_prompt(prompt: str) -> str:
     """The prompt; `-` stands for standard input. Raises UserError for an empty one, or one that is not text."""
     if prompt != "-":
-        if HALF.search(prompt):  # as Python has them from arguments
+        if not whole(prompt):  # as Python has them from arguments
             raise UserError("the prompt is not UTF-8 text; convert it, or give it on standard input as UTF-8")
         return prompt
     try:
         said = sys.stdin.read()
     except UnicodeDecodeError as e:
         raise UserError(f"standard input is not UTF-8 text (byte {e.start}); convert it") from None
-    if HALF.search(said):  # in the C locale, bytes that are no UTF-8 come so
+    if not whole(said):  # in the C locale, bytes that are no UTF-8 come so
         raise UserError("standard input is not UTF-8 text; convert it")
     if not said.strip():
         raise UserError("standard input is empty; give a prompt there, or as an argument")
@@ -81,11 +82,7 @@ def templated(engine: Engine, messages: list[dict[str, str]]) -> str:
     """A conversation in the model's own words. Raises UserError where it has none for it."""
     if getattr(engine.tokenizer, "chat_template", None) is None:
         raise UserError("this model has no chat template (chat_template.jinja); use `rorqual generate --raw`")
-    try:
-        said = [plain_message(message, engine.tokenizer) for message in messages]
-        return engine.tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
-    except Exception as e:  # a template raises what it likes
-        raise UserError(f"the model's chat template refuses this conversation ({e}); say it otherwise") from e
+    return ChatTemplate(engine.tokenizer).render(messages)
 
 
 # -- a conversation
@@ -93,7 +90,7 @@ def templated(engine: Engine, messages: list[dict[str, str]]) -> str:
 
 def talk(engine: Engine, params: SamplingParams, system: str | None = None) -> None:
     """Ask and answer until the input ends. Raises UserError for a system's message that is not text."""
-    if HALF.search(system or ""):
+    if not whole(system or ""):
         raise UserError("--system is not UTF-8 text; convert it")
     console = Console(highlight=False)
     console.print("Ctrl-C stops a reply, Ctrl-D ends.", style="dim")

@@ -207,7 +207,8 @@ def test_parquets_nulls_are_not_taught(tokenizer, tmp_path):
     other = looking({"day": "Monday"})
     parquet.write_table(pyarrow.Table.from_pylist([looking({"city": "Oslo"}), other]), tmp_path / "a.parquet")
     write_jsonl(tmp_path / "a.jsonl", [looking({"city": "Oslo"}), other])
-    splits = [read_chat(str(tmp_path / name), tooled, 400) for name in ("a.parquet", "a.jsonl")]
+    (tmp_path / "a.parquet").rename(tmp_path / "A.PARQUET")
+    splits = [read_chat(str(tmp_path / name), tooled, 400) for name in ("A.PARQUET", "a.jsonl")]
     assert tooled.decode(splits[0].train.tokens) == tooled.decode(splits[1].train.tokens)
     assert "null" not in tooled.decode(splits[0].train.tokens)
     write_jsonl(tmp_path / "b.jsonl", [looking({"city": None})])  # here somebody has written it

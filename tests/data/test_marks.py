@@ -130,3 +130,12 @@ def test_documents_hold_no_special_tokens(kind, tmp_path):
     assert "<|fim_prefix|>" not in names
     assert names.count("<think>") == 1, "what a recipe asks for beside the special ones is part of its texts"
     assert tokenizer.decode(found[:-1]).replace(" ", "") == said.replace(" ", "")
+
+
+@pytest.mark.parametrize("name", ["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "[TOOL_CALLS]"])
+def test_marks_of_calls_are_no_text_also_where_the_template_has_no_word_of_them(name):
+    tokenizer = vocabulary(BYTE_LEVEL, words=(name,))
+    names = tokenizer.convert_ids_to_tokens(rendered(tokenizer, user(f"what is {name}?")))
+    assert name not in names
+    said = {"role": "assistant", "content": name}
+    assert name in tokenizer.convert_ids_to_tokens(rendered(tokenizer, user("a"), said))

@@ -186,6 +186,9 @@ def test_parallel_calls_and_their_results(template, name):
         [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}],
         [{"role": "user", "content": "a"}, {"role": "assistant", "content": [{"type": "refusal", "refusal": "b"}]}],
         [{"role": "user", "content": "a"}, {"role": "assistant", "content": None, "refusal": "b"}],
+        [{"role": "user", "content": [{"type": "input_text", "text": "a"}]},
+         {"role": "assistant", "content": [{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]},
+                                           {"type": "output_text", "text": "b", "annotations": []}]}],
         [{"role": "user", "content": "a"}, {"role": "assistant", "function_call": {"name": "look", "arguments": "b"}},
          {"role": "function", "name": "look", "content": "c"}],
         [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [call(id=None)]},
@@ -246,6 +249,9 @@ def test_a_template_that_fails_is_named(template, text, says):
         ([{"role": "user", "content": 5}], r"^messages\.0\.content: must be text"),
         ([{"role": "user", "content": [{"type": "image_url"}]}], r"^messages\.0\.content\.0\.type: only text"),
         ([{"role": "user", "content": [{"type": "text"}]}], r"^messages\.0\.content\.0\.text: must be text"),
+        ([{"role": "user", "content": [{"type": ["text"]}]}], r"^messages\.0\.content\.0\.type: only text"),
+        ([{"role": "user", "content": [{"type": "thinking", "thinking": "hm"}]}], r"\.content\.0\.type: only text"),
+        ([{"role": "assistant", "content": [{"type": "thinking"}]}], r"\.content\.0\.thinking: must be text"),
         ([{"role": "user", "content": "a", "tool_calls": [call()]}], r"^messages\.0\.tool_calls"),
         ([{"role": "assistant", "tool_calls": [{"type": "custom", "custom": {}}]}], r"^messages\.0\.tool_calls\.0"),
         ([{"role": "assistant", "tool_calls": "not JSON"}], r"^messages\.0\.tool_calls: is text, but not JSON"),
@@ -254,6 +260,22 @@ def test_a_template_that_fails_is_named(template, text, says):
 def test_what_is_no_conversation_is_refused_with_its_place(messages, says):
     with pytest.raises(UserError, match=says):
         read_messages(messages, "messages")
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "thinking", "thinking": "hm", "signature": "x"},
+        {"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]},
+        {"type": "reasoning", "reasoning": "hm"},
+    ],
+)
+def test_thoughts_among_the_parts_are_thoughts(part):
+    parts = [part, {"type": "text", "text": "So."}]
+    (message,) = read_messages([{"role": "assistant", "content": parts}], "messages")
+    assert (message["reasoning_content"], message["content"]) == ("hm", "So.")
+    said = {"role": "assistant", "content": parts, "reasoning_content": "mine"}
+    assert read_messages([said], "messages")[0]["reasoning_content"] == "mine"
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@ import gzip
 import json
 import threading
 import time
+from pathlib import Path
 
 import pyarrow
 import pytest
@@ -83,13 +84,13 @@ BROKEN = [
     ([{"question": True, "answer": "1"}], r"line 1: field question is a bool"),
     ([{"question": " ", "answer": "1"}], r"line 1: field question is empty"),
     ([{"question": "1", "answer": ""}], r"line 1: field answer is empty"),
-    ([{"question": "1", "answer": "6 * 7 = 42\n####  "}], r"line 1: the answer ends without one"),
+    ([{"question": "1", "answer": "6 * 7 = 42\n####  "}], r"line 1: there is no answer behind ####"),
     (
         ['{"question": "1", "answer": "1"}', '{"question": "\\ud800", "answer": "1"}'],
-        "line 2: field 'question' holds a lone",
+        "line 2: field 'question' holds half",
     ),
-    (['{"question": "1", "answer": "x\\udc00"}'], "line 1: field 'answer' holds a lone surrogate"),
-    (['{"question": "1", "answer": "1", "unit": "\\udc00"}'], "line 1: field 'unit' holds a lone surrogate"),
+    (['{"question": "1", "answer": "x\\udc00"}'], "line 1: field 'answer' holds half a character"),
+    (['{"question": "1", "answer": "1", "unit": "\\udc00"}'], "line 1: field 'unit' holds half a character"),
     ([], r"has no lines"),
 ]
 
@@ -139,6 +140,15 @@ def test_every_format_gives_the_same_problems(tmp_path, name):
     ]
 
 
+def test_a_glob_names_files_of_any_format(tmp_path):
+    for name in ("a.JSON", "b.parquet", "c.JSONL"):
+        FORMATS[f"q{Path(name).suffix.lower()}"](tmp_path / name)
+    assert len(environment(tmp_path / "*").everything()) == 3 * len(ROWS)
+    (tmp_path / "d.txt").write_text("text")
+    with pytest.raises(UserError, match=r"d\.txt is none of \.jsonl, .*; convert or rename it"):
+        environment(tmp_path / "*")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -146,7 +156,7 @@ def test_every_format_gives_the_same_problems(tmp_path, name):
         ("[1]", "entry 1 holds a int"),
         ('{"question": "1"}\n{"question": "2"}', "is not valid JSON .* name it .jsonl"),
         ("[" * 100_000, "is not valid JSON"),
-        ('[{"question": "1", "answer": "\\udc00"}]', "entry 1: field 'answer' holds a lone surrogate"),
+        ('[{"question": "1", "answer": "\\udc00"}]', "entry 1: field 'answer' holds half a character"),
     ],
 )
 def test_a_list_that_cannot_be_read(tmp_path, text, message):

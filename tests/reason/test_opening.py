@@ -5,6 +5,7 @@ import pytest
 from puppets import BYTE_LEVEL, END, LEGACY, LETTER, SAY, puppet, vocabulary
 from rorqual.data.chat import encode_sample
 from rorqual.engine import Engine, SamplingParams
+from rorqual.errors import UserError
 from rorqual.reason.answers import read_answer
 from rorqual.reason.problems import Environment, Problem
 from rorqual.reason.prompts import render
@@ -81,3 +82,9 @@ def test_a_distilled_sample_trains_on_the_tokens_that_were_sampled(opened, kind)
         assert tokens[marks.index(1) :] == made
     question = next(iter(Sums("sums", 1.0).problems("train", 1, 0))).question
     assert ASKED in tokenizer.decode(render(question, "chat", tokenizer)).replace("  ", " ")
+
+
+def test_a_template_that_refuses_a_question_is_one_sentence():
+    tokenizer = vocabulary(BYTE_LEVEL, words=WORDS, template="{{ raise_exception('no system message') }}")
+    with pytest.raises(UserError, match=r"does not accept these messages .*no system message"):
+        render("6 times 4", "chat", tokenizer)

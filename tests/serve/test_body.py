@@ -99,6 +99,7 @@ def test_what_is_free_keeps_its_nulls():
         ({"logit_bias": {"5": "1"}}, "logit_bias.5"),
         ({"logit_bias": {str(i): 1 for i in range(2000)}}, "logit_bias"),
         ({"messages": [None]}, "messages.0"),
+        ({"messages": [{"role": "user", "content": "a", "prefix": True}]}, "messages.0"),
     ],
 )
 def test_what_is_not_done_is_refused_by_name(change, param):

@@ -104,6 +104,23 @@ def test_a_page_of_the_server_itself_may_ask_by_whatever_name():
     headers = {"Host": "box.lan:8000", "Origin": "http://box.lan:8000"}
     assert ask(headers=headers, host="0.0.0.0").status_code == 200
     assert ask(headers=headers, host="127.0.0.1").status_code == 403  # rebinding
+    for name, origin, status in (
+        ("Box.lan:443", "https://box.lan", 200),  # nginx's $host:$server_port
+        ("box.lan", "http://box.lan:80", 200),
+        ("box.lan:443", "http://box.lan", 403),
+        ("box.lan:80", "https://box.lan", 403),
+        ("", "null", 403),
+    ):
+        assert ask(headers={"Host": name, "Origin": origin}, host="0.0.0.0").status_code == status
+
+
+def test_a_page_from_the_network_may_ask_this_machine_where_it_is_allowed():
+    """Chrome asks first, with a header of its own."""
+    first = {"Origin": "https://mine.example", "Access-Control-Request-Method": "POST",
+             "Access-Control-Request-Private-Network": "true"}  # fmt: skip
+    answer = ask("OPTIONS", "/v1/chat/completions", first, origins=("https://mine.example",))
+    assert (answer.status_code, answer.headers["access-control-allow-private-network"]) == (200, "true")
+    assert ask("OPTIONS", "/v1/chat/completions", first).status_code == 403
 
 
 def test_a_page_reads_why_it_is_refused_and_needs_a_key_as_all_do():
@@ -157,10 +174,12 @@ def test_keys_are_read_as_they_are_written(tmp_path, text, keys):
 
 
 def test_a_file_of_keys_that_cannot_be_read_is_named(tmp_path):
-    (tmp_path / "utf-16").write_text("first", encoding="utf-16")
-    for name in ("utf-16", "nothing", "."):
+    (tmp_path / "latin-1").write_text("clé", encoding="latin-1")
+    for name in ("latin-1", "nothing", "."):
         with pytest.raises(UserError, match="--api-keys"):
             read_keys(tmp_path / name)
+    (tmp_path / "utf-16").write_text("first", encoding="utf-16")  # as PowerShell writes
+    assert read_keys(tmp_path / "utf-16") == ("first",)
 
 
 def test_keys_from_the_environment(monkeypatch):
@@ -181,8 +200,9 @@ def test_a_key_may_come_in_either_code(sent):
 
 
 def test_origins_are_what_a_browser_says():
-    assert check_origins(["HTTPS://Mine.example/", "tauri://localhost"]) == (
-        "https://mine.example", "tauri://localhost",
+    given = ["HTTPS://Mine.example/", "tauri://localhost", "https://a.example:443", "http://a.example:443"]
+    assert check_origins(given) == (
+        "https://mine.example", "tauri://localhost", "https://a.example", "http://a.example:443",
     )  # fmt: skip
     for wrong in ("mine.example", "*", "https://mine.example/chat", "", "https://", "https://a b"):
         with pytest.raises(UserError, match="--allow-origin"):

@@ -119,7 +119,7 @@ def test_a_run_of_before_there_was_such_a_file(here):
     assert len(json.loads((run_dir / inputs.NAME).read_text())) == 5
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"a": 1}', '{"a": {"size": 1}}'])
+@pytest.mark.parametrize("text", ["", "[]", "[" * 100_000, '{"a": 1}', '{"a": {"size": 1}}'])
 def test_a_damaged_list_is_named(here, text):
     made = recipe("pretrain")
     run_dir = start(made, resume=False)

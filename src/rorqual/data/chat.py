@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rorqual.data.corpus import find_files, read_records
+from rorqual.data.corpus import find_files, named, read_records
 from rorqual.data.marks import encode, unbroken
 from rorqual.data.messages import Message, read_messages, read_tools, without_nulls
 from rorqual.data.shards import Documents
@@ -80,7 +80,7 @@ def read_chat(
 
 def _records(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     for where, record in read_records(file):
-        yield where, without_nulls(record) if file.suffix == ".parquet" else record
+        yield where, without_nulls(record) if named(file, ".parquet") else record
 
 
 class _Samples:

@@ -6,13 +6,13 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from rorqual.characters import whole
 from rorqual.data.cut import rejoined
 from rorqual.errors import UserError, file_error
-from rorqual.paths import local_path
 from rorqual.recipe import Source
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
@@ -33,16 +33,16 @@ def read_texts(source: Source) -> Iterator[str]:
             yield from _text(record, source.text_field, f"{source.path}, row {number}")
         return
     for path in find_files(source.path):
-        if _named(path, ".txt"):
+        if named(path, ".txt"):
             yield from rejoined(_read_txt(path), TXT_DOCUMENT)
         else:
             for where, record in read_records(path, source.text_field):
                 yield from _text(record, source.text_field, where)
 
 
-def find_files(pattern: str) -> list[Path]:
+def find_files(pattern: str, suffixes: Sequence[str] = SUFFIXES) -> list[Path]:
     """The file or files that a path or glob names, sorted. What exists as it is written is taken so, brackets too."""
-    path = Path(local_path(pattern))
+    path = Path(pattern)
     try:
         if path.is_dir():
             raise UserError(f"{pattern} is a directory but not a saved dataset; name the files, e.g. {pattern}/*.jsonl")
@@ -52,8 +52,8 @@ def find_files(pattern: str) -> list[Path]:
     if not found:
         raise UserError(f"{pattern} does not exist; check the path")
     for file in found:
-        if not _named(file, *SUFFIXES):
-            raise UserError(f"{file} is none of {', '.join(SUFFIXES)}; convert or rename it")
+        if not named(file, *suffixes):
+            raise UserError(f"{file} is none of {', '.join(suffixes)}; convert or rename it")
     return found
 
 
@@ -68,7 +68,8 @@ def _glob(path: Path) -> list[Path]:
     return []
 
 
-def _named(path: Path, *suffixes: str) -> bool:
+def named(path: Path, *suffixes: str) -> bool:
+    """Whether a file's name ends so, in whatever case."""
     return path.name.lower().endswith(suffixes)
 
 
@@ -77,9 +78,9 @@ def read_records(path: Path, column: str | None = None) -> Iterator[tuple[str, d
 
     `column` limits what is read from Parquet.
     """
-    if _named(path, ".parquet"):
+    if named(path, ".parquet"):
         yield from _read_parquet(path, column)
-    elif _named(path, ".jsonl", ".jsonl.gz"):
+    elif named(path, ".jsonl", ".jsonl.gz"):
         yield from _read_jsonl(path)
     else:
         raise UserError(f"{path} is not .jsonl, .jsonl.gz or .parquet; convert it")
@@ -114,7 +115,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _open(path: Path) -> BinaryIO:
     file = open(path, "rb")  # noqa: SIM115 (closed by the caller, or with the gzip file)
-    packed = _named(path, ".gz") or file.peek(2)[:2] == b"\x1f\x8b"
+    packed = named(path, ".gz") or file.peek(2)[:2] == b"\x1f\x8b"
     return gzip.GzipFile(fileobj=file) if packed else file
 
 
@@ -149,10 +150,8 @@ def _text(record: dict[str, Any], field: str, where: str) -> Iterator[str]:
         return
     if not isinstance(text, str):
         raise UserError(f"{where}: field {field!r} holds a {type(text).__name__}, not text; mend it or set text_field")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise UserError(f"{where}: field {field!r} holds a lone surrogate, which is no character; mend it") from None
+    if not whole(text):
+        raise UserError(f"{where}: field {field!r} holds half a character (a lone surrogate); mend it")
     if text:
         yield text
 
@@ -196,7 +195,7 @@ def _read_parquet(path: Path, column: str | None) -> Iterator[tuple[str, dict[st
 
 def _is_dataset(path: str) -> bool:
     """Whether a path is a datasets directory (save_to_disk) or, not being on this disk, a name on the Hub."""
-    here = Path(local_path(path))
+    here = Path(path)
     try:
         if here.is_dir():
             return (here / "state.json").is_file() or (here / "dataset_dict.json").is_file()
@@ -222,7 +221,7 @@ def _rows(source: Source) -> Iterator[dict[str, Any]]:
 def _open_dataset(source: Source) -> Any:
     import datasets
 
-    here = Path(local_path(source.path))
+    here = Path(source.path)
     try:
         if not here.is_dir():
             return datasets.load_dataset(source.path, split=source.split)

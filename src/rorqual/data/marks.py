@@ -10,15 +10,18 @@ import re
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
+from rorqual.characters import whole
 from rorqual.data.tokenizer import token_ids
+from rorqual.data.tools import FORMATS
 from rorqual.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-HALF = re.compile("[\ud800-\udfff]")
 BREAK = "\ufdd0"  # a noncharacter, which Unicode keeps for what programs do among themselves
 THINK = ("<think>", "</think>")
+# What calls and results stand between, also where the template has no word of it.
+TOOL = {word.strip() for form in FORMATS for word in (*form.opens, form.end or "", *form.around, *form.result)}
 SHAPE = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
 FRAMED = re.compile(r"<[|｜].+[|｜]>")  # Qwen's, Llama's, DeepSeek's
 # What a model itself writes in its turn, though some tokenizers call these tokens special: thoughts, calls, answers.
@@ -54,7 +57,7 @@ def encode(text: str, tokenizer: "PreTrainedTokenizerFast", after: int | None = 
 
     after: the token that it goes on from; SentencePiece's vocabularies would else begin a word with it.
     """
-    if HALF.search(text):
+    if not whole(text):
         raise UserError("the text holds half a character (a lone surrogate), which no tokenizer reads; use whole ones")
     if after is not None and text and not (names := _names(tokenizer)).byte_level:
         added = names.added.get(after)
@@ -144,7 +147,7 @@ def _names(tokenizer: "PreTrainedTokenizerFast") -> _Names:
 
 def _is_mark(name: str, template: str) -> bool:
     """Of an added token that is not called special: some tokenizers have HTML's tags among these, which are text."""
-    return bool(FRAMED.fullmatch(name) or (SHAPE.fullmatch(name) and name in template))
+    return bool(FRAMED.fullmatch(name) or (SHAPE.fullmatch(name) and (name in template or name in TOOL)))
 
 
 def _pattern(names: Any) -> re.Pattern[str]:

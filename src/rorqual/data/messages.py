@@ -17,6 +17,9 @@ ROLES = {
     "function": "tool",  # OpenAI's before there were tools
     "ipython": "tool",  # Llama 3's
 }
+# Of a content's parts, the field with the text.
+TEXTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
+THOUGHTS = {"thinking": "thinking", "reasoning": "reasoning"}  # an assistant's alone
 # Read here or by a server, and not for the template.
 OWN = {"role", "content", "tool_calls", "function_call", "tool_call_id", "refusal", "prefix"}
 
@@ -65,11 +68,13 @@ def _message(value: Any, where: str) -> Message:
     role = value.get("role")
     if not isinstance(role, str) or role not in ROLES:
         raise UserError(f"{where}.role: must be one of {', '.join(ROLES)}, not {_shown(role)}; mend it")
-    content = _text(value.get("content"), f"{where}.content")
+    content, thoughts = _text(value.get("content"), f"{where}.content", role == "assistant")
     if content is None and isinstance(value.get("refusal"), str):
         content = value["refusal"]
     message: Message = {key: v for key, v in value.items() if key not in OWN and v is not None}
     message |= {"role": ROLES[role], "content": content}
+    if thoughts:
+        message.setdefault("reasoning_content", thoughts)
     calls = _parsed(value.get("tool_calls"), f"{where}.tool_calls")
     if not calls and value.get("function_call"):
         calls = [{"function": value["function_call"]}]
@@ -82,24 +87,34 @@ def _message(value: Any, where: str) -> Message:
     return message
 
 
-def _text(content: Any, where: str) -> str | None:
-    """A content's text: as it is, or of its parts."""
+def _text(content: Any, where: str, assistant: bool = False) -> tuple[str | None, str]:
+    """A content's text and an assistant's thoughts: as they are, or of its parts."""
     if content is None or isinstance(content, str):
-        return content
+        return content, ""
     if not isinstance(content, list | tuple):
         raise UserError(f"{where}: must be text or a list of parts, not {_shown(content)}; mend it")
-    return "".join(_part(part, f"{where}.{n}") for n, part in enumerate(content))
+    said = thought = ""
+    for n, part in enumerate(content):
+        if assistant and isinstance(part, dict) and str(part.get("type")) in THOUGHTS:
+            thought += _part(part, f"{where}.{n}", THOUGHTS)
+        else:
+            said += _part(part, f"{where}.{n}", TEXTS)
+    return said, thought
 
 
-def _part(part: Any, where: str) -> str:
+def _part(part: Any, where: str, fields: dict[str, str]) -> str:
     if isinstance(part, str):
         return part
     kind = part.get("type") if isinstance(part, dict) else part
-    if kind not in ("text", "refusal"):
+    name = fields.get(kind) if isinstance(kind, str) else None
+    if name is None:
         raise UserError(f"{where}.type: only text can be read, not {_shown(kind)}; leave the part out")
-    if not isinstance(part.get(kind), str):
-        raise UserError(f"{where}.{kind}: must be text, not {_shown(part.get(kind))}; mend it")
-    return part[kind]
+    text = part.get(name)
+    if isinstance(text, list) and fields is THOUGHTS:  # Mistral's, of parts themselves
+        return _text(text, f"{where}.{name}")[0] or ""
+    if not isinstance(text, str):
+        raise UserError(f"{where}.{name}: must be text, not {_shown(text)}; mend it")
+    return text
 
 
 def _call(value: Any, where: str) -> dict[str, Any]:

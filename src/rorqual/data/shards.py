@@ -28,6 +28,7 @@ from rorqual.data.fim import FillInTheMiddle
 from rorqual.data.marks import framed_as_special
 from rorqual.data.splits import SPLITS, Encoded, Writer
 from rorqual.errors import UserError, file_error
+from rorqual.files import read_json
 from rorqual.recipe import Source
 
 if TYPE_CHECKING:
@@ -96,13 +97,11 @@ def pack_source(
 
 
 def read_index(packed: Path) -> dict:
-    path = packed / "index.json"
+    path, then = packed / "index.json", f"delete {packed} to have it made again"
     try:
-        return json.loads(path.read_text())
-    except OSError as e:
-        raise file_error(path, e, "read", f"or delete {packed} to have it made again") from e
-    except ValueError as e:
-        raise UserError(f"{path} is damaged ({e}); delete {packed} to have it made again") from e
+        return read_json(path, then)
+    except FileNotFoundError as e:
+        raise file_error(path, e, "read", f"or {then}") from e
 
 
 def _map(packed: Path, split: str) -> Documents:

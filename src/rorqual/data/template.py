@@ -6,9 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from rorqual.characters import whole
 from rorqual.data.marks import plain, plain_message
 from rorqual.data.messages import Message
-from rorqual.data.tools import FORMATS, HERMES, Call, Format, as_object, format_of, whole_characters
+from rorqual.data.tools import FORMATS, HERMES, Call, Format, as_object, format_of
 from rorqual.errors import UserError
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ class ChatTemplate:
             raise UserError("the chat template cannot show what is nested so deeply; make it flatter") from None
         except Exception as e:  # a template raises what it likes
             raise UserError(f"the chat template does not accept these messages ({_reason(e)}); mend them") from e
-        if not whole_characters(text):
+        if not whole(text):
             raise UserError("the messages hold half a character (a lone surrogate); give whole ones")
         if not unfinished:
             return text

@@ -10,6 +10,8 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any
 
+from rorqual.characters import whole, whole_inside
+
 DEEPEST = 100  # levels
 NAME, ARGUMENTS = "\x00name\x00", "\x00arguments\x00"  # in a Format's `call`
 
@@ -151,16 +153,7 @@ def format_of(text: str, name: str) -> Format | None:
 def as_json(value: Any) -> str:
     """JSON that can be sent: half characters are escaped, which no UTF-8 can hold."""
     text = json.dumps(value, ensure_ascii=False)
-    return text if whole_characters(text) else json.dumps(value)
-
-
-def whole_characters(text: str) -> bool:
-    """Whether a text can be encoded: JSON lets half characters (lone surrogates) through."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    return text if whole(text) else json.dumps(value)
 
 
 def as_object(text: str) -> dict[str, Any] | None:
@@ -171,7 +164,7 @@ def as_object(text: str) -> dict[str, Any] | None:
         return None
     if not isinstance(value, dict) or too_deep(value):
         return None
-    return value if whole_characters(json.dumps(value, ensure_ascii=False)) else None
+    return value if whole_inside(value) else None
 
 
 def too_deep(value: Any) -> bool:
@@ -206,6 +199,6 @@ def _call(value: Any, name: str | None) -> Call | None:
         arguments = as_object(arguments)
     elif arguments is None or arguments == "":
         arguments = {}
-    if not isinstance(arguments, dict) or too_deep(arguments) or not name or not whole_characters(name):
+    if not isinstance(arguments, dict) or too_deep(arguments) or not name or not whole(name):
         return None
     return Call(name, as_json(arguments))

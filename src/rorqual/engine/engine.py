@@ -250,8 +250,9 @@ class Engine:
                 "(max_position_embeddings); shorten it"
             )
         vocabulary = self.model.config.vocab_size
-        if not all(0 <= t < vocabulary for t in (*ids, *(t for t, _ in params.logit_bias))):
-            raise UserError(f"{name}: token ids must be from 0 to {vocabulary - 1}")
+        for of, tokens in ((name, ids), ("logit_bias", (t for t, _ in params.logit_bias))):
+            if not all(0 <= t < vocabulary for t in tokens):
+                raise UserError(f"{of}: token ids must be from 0 to {vocabulary - 1}")
         if params.stop and self.tokenizer is None:
             raise UserError("this engine has no tokenizer, which stop strings need; give stop_token_ids")
         room = min(params.max_tokens, context - len(ids))

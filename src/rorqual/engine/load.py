@@ -30,7 +30,7 @@ def open_model(
     """
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise UserError("device cuda: PyTorch finds no GPU here; leave it out to compute on the CPU")
-    if is_gguf(path) and not Path(path).is_dir():
+    if is_gguf(path):
         _check_packed_on(device)
         from rorqual.precision.gguf import load_gguf
 

@@ -15,13 +15,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from rorqual.data.corpus import named
 from rorqual.errors import UserError
 from rorqual.reason.answers import read_answer
 from rorqual.reason.environment import Environment, JsonlEnvironment, Problem, open_environment
+from rorqual.reason.jsonl import SUFFIXES
 from rorqual.reason.prompts import Template, prompt_text
 from rorqual.recipe import EnvironmentSection, load_recipe
-
-FILES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
 
 
 class Task(Protocol):
@@ -84,9 +84,9 @@ def open_task(task: "str | Task | EnvironmentSection | Environment", split: str 
     if not isinstance(task, str):
         return task
     name, colon, options = task.partition(":")
-    if task.lower().endswith(FILES) or "/" in name:
-        if colon and name.lower().endswith(FILES):
-            raise UserError(f"task {task!r}: a file takes no options; write {name}")
+    if colon and named(Path(name), *SUFFIXES):
+        raise UserError(f"task {task!r}: a file takes no options; write {name}")
+    if named(Path(task), *SUFFIXES) or "/" in name:
         return FileTask(task)
     if name == "humaneval":
         if colon:
@@ -95,8 +95,6 @@ def open_task(task: "str | Task | EnvironmentSection | Environment", split: str 
 
         return HumanEval()
     config = _options(task, options) if colon else {}
-    if name.lower().endswith(FILES):
-        raise UserError(f"task {task!r}: a file takes no options; write {name}")
     section = EnvironmentSection(name=name.replace("-", "_"), config=config)
     return EnvironmentTask(open_environment(section), name=task, split=split)
 
@@ -106,7 +104,7 @@ def split_tasks(text: str) -> list[str | EnvironmentSection]:
 
     A recipe stands for its environments. Raises UserError for an empty word or a recipe that cannot be read.
     """
-    if Path(text).is_file() and text.lower().endswith(FILES):  # whatever commas its name holds
+    if Path(text).is_file() and named(Path(text), *SUFFIXES):  # whatever commas its name holds
         return [text]
     words = [word.strip() for word in re.split(r",(?![^\[]*\])", text)]
     tasks: list[str] = []

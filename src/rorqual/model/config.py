@@ -229,7 +229,7 @@ class ModelConfig:
     def load(cls, directory: str | Path) -> "ModelConfig":
         """What a model directory, or a run's folder for the model in it, says of its network. Raises UserError."""
         path = model_directory(directory) / "config.json"
-        if is_gguf(path.parent) and not path.parent.is_dir():
+        if is_gguf(path.parent):
             raise UserError(
                 f"{path.parent} is a GGUF file, where a model directory is needed; make one: "
                 f"rorqual import {path.parent} DIRECTORY"
@@ -237,7 +237,9 @@ class ModelConfig:
         raw = read_json(path)
         config = cls.from_dict(raw, str(path))
         if missing := [n for n in EXPERTS_MUST_SAY if config.n_routed_experts and raw.get(n) is None]:
-            raise UserError(f"{path}: {missing[0]} is missing, without which the experts cannot be computed")
+            raise UserError(
+                f"{path}: {missing[0]} is missing, without which experts cannot be computed; restore the file"
+            )
         return config
 
     def to_dict(self) -> dict[str, Any]:

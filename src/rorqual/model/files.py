@@ -19,7 +19,8 @@ BEGINNINGS = {
 
 
 def is_gguf(path: str | Path) -> bool:
-    return Path(path).suffix.lower() == ".gguf"
+    """Whether a file is named as GGUF files are; a directory of such a name is none."""
+    return Path(path).suffix.lower() == ".gguf" and not Path(path).is_dir()
 
 
 def model_directory(path: str | Path) -> Path:

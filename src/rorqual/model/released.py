@@ -126,7 +126,7 @@ class Released:
         """Of a directory, a run's folder or a .gguf file. Raises UserError for what cannot be read, or wrong values."""
         from rorqual.model.config import ModelConfig
 
-        if is_gguf(path) and not Path(path).is_dir():
+        if is_gguf(path):
             from rorqual.model.gguf import described
 
             return described(path)

@@ -8,12 +8,14 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from rorqual.data.corpus import find_files, read_records
+from rorqual.characters import whole_inside
+from rorqual.data.corpus import find_files, named, read_records
 from rorqual.errors import UserError, file_error
 from rorqual.reason import judge
 from rorqual.reason.problems import Environment, Problem, PromptFormat, integers, number_key, text_key
 from rorqual.recipe import EnvironmentSection
 
+SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
 # The first of these fields that a record has; benchmarks differ in their names.
 QUESTION = ("question", "problem", "prompt")
 ANSWER = ("answer", "target", "solution")
@@ -73,14 +75,8 @@ class JsonlEnvironment(Environment):
 
 def _records(pattern: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """(Place, record) of every file that the path or glob names."""
-    path = Path(pattern).expanduser()
-    if path.name.lower().endswith(".json") and path.is_file():
-        yield from _listed(path)
-        return
-    for file in find_files(pattern):
-        if file.name.lower().endswith(".txt"):
-            raise UserError(f"{file} is text, not questions and answers; give a .jsonl, .json or .parquet file")
-        yield from read_records(file)
+    for file in find_files(pattern, SUFFIXES):
+        yield from _listed(file) if named(file, ".json") else read_records(file)
 
 
 def _listed(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -104,12 +100,9 @@ def _checked(where: str, row: dict[str, Any]) -> dict[str, Any]:
     rest = {name: value for name, value in row.items() if name not in (asked, given)}
     checked = rest | {"question": question, "answer": judge.final_answer(answer)}
     if not checked["answer"]:
-        raise UserError(f"{where}: the answer ends without one ({answer[-20:]!r}); add it")
-    try:
-        json.dumps(checked, ensure_ascii=False, default=str).encode()
-    except UnicodeEncodeError:
-        name = next(name for name, value in checked.items() if _surrogate(value))
-        raise UserError(f"{where}: field {name!r} holds a lone surrogate, which is no character; mend it") from None
+        raise UserError(f"{where}: there is no answer behind #### or in \\boxed ({answer[-20:]!r}); add it")
+    if half := [name for name, value in checked.items() if not whole_inside([name, value])]:
+        raise UserError(f"{where}: field {half[0]!r} holds half a character (a lone surrogate); mend it")
     return checked
 
 
@@ -131,10 +124,6 @@ def _field(where: str, row: dict[str, Any], names: tuple[str, ...]) -> tuple[str
     if not text.strip():
         raise UserError(f"{where}: field {name} is empty; add it")
     return name, text
-
-
-def _surrogate(value: Any) -> bool:
-    return any("\ud800" <= c <= "\udfff" for c in json.dumps(value, ensure_ascii=False, default=str))
 
 
 def _problem(row: dict[str, Any], prompt: PromptFormat | None, family: str, where: str) -> Problem:

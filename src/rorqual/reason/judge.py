@@ -241,10 +241,13 @@ def _by_math_verify(right: str, given: str) -> bool:
 
 def is_value(text: str) -> bool:
     """Whether all of the text is a number, an expression or the like, a unit included; a letter may be a choice."""
+    if len(text) > algebra.LONGEST:
+        return False
     text = plain(text)
     return CHOICE.fullmatch(text) is None and _quantity(text, given=False) is not None
 
 
+@functools.lru_cache(maxsize=1 << 12)  # asked for every answer to a question
 def is_mathematics(right: str) -> bool:
     """Whether the right answer is a value or other mathematics, rather than words."""
     return is_value(right) or "\\" in plain(right)

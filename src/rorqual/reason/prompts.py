@@ -3,6 +3,8 @@
 from typing import Any, Literal
 
 from rorqual.data.marks import encode, plain
+from rorqual.data.template import ChatTemplate
+from rorqual.data.tokenizer import beginning
 from rorqual.errors import UserError
 
 Template = Literal["chat", "r1-zero", "plain"]
@@ -25,9 +27,8 @@ def prompt_text(question: str, template: Template, tokenizer: Any) -> str:
     if template == "chat":
         if getattr(tokenizer, "chat_template", None) is None:
             raise UserError("template = 'chat': the tokenizer has no chat template; use 'r1-zero' or 'plain'")
-        messages = [{"role": "user", "content": plain(question, tokenizer)}]
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    begin, question = tokenizer.decode(tokenizer("").input_ids), plain(question, tokenizer)
+        return ChatTemplate(tokenizer).render([{"role": "user", "content": question}])
+    begin, question = tokenizer.decode(list(beginning(tokenizer))), plain(question, tokenizer)
     return begin + (R1_ZERO.replace("{question}", question) if template == "r1-zero" else f"{question}\n<think>")
 
 

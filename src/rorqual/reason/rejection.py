@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -80,7 +81,7 @@ def rejection_batches(
     drawn = _draw(environments, problems, seed)
     for first in range(start, len(drawn), BATCH):
         batch = drawn[first : first + BATCH]
-        sampling = SamplingParams(**vars(params) | {"seed": derived_seed(seed, "rejection", first)})
+        sampling = replace(params, seed=derived_seed(seed, "rejection", first))
         rollout = sample_groups(engine, batch, template, sampling)
         rewards = score(rollout.samples, by_family, reward, params.max_tokens, verdict)
         kept: list[dict[str, Any]] = []

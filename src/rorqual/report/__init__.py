@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from rorqual.errors import file_error
+from rorqual.files import write_text
 from rorqual.report.page import render
 from rorqual.report.plots import draw_all
 from rorqual.report.record import read_run
@@ -20,7 +21,8 @@ def write_report(run_dir: str | Path) -> Path:
     run = read_run(Path(run_dir))
     page = run.path / "report.html"
     try:
-        page.write_text(render(run, draw_all(run, run.path / "figures")), encoding="utf-8")
+        text = render(run, draw_all(run, run.path / "figures"))
     except OSError as e:
-        raise file_error(e.filename or page, e) from None
+        raise file_error(e.filename or run.path / "figures", e) from None
+    write_text(page, text)
     return page

@@ -13,13 +13,14 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect
 
+from rorqual.characters import whole_inside
+from rorqual.data.tools import DEEPEST, too_deep
 from rorqual.serve.aside import aside, kind_of
 from rorqual.serve.errors import ApiError
 
 M = TypeVar("M", bound=BaseModel)
 # The parser keeps the interpreter to itself, and the engine waiting: a quarter of a second for 8 MiB of short numbers.
 MOST_VALUES = 1 << 18
-DEEPEST = 100  # what is nested in one another; what reads it later recurses
 SHORT = 1 << 15  # bytes that are read at once; longer bodies are read aside
 REMEDIES = {
     "audio": "only text is spoken here",
@@ -109,7 +110,7 @@ def _object(raw: bytes, content_type: str) -> dict[str, Any]:
         raise ApiError(400, f"the body is not valid JSON{form}: {e}") from None
     if not isinstance(said, dict):
         raise ApiError(400, "the body must be a JSON object")
-    if raw.count(b"[") + raw.count(b"{") > DEEPEST and _depth(said) > DEEPEST:
+    if raw.count(b"[") + raw.count(b"{") > DEEPEST and too_deep(said):
         raise ApiError(400, f"the body is nested more than {DEEPEST} deep")
     if b"\\u" in raw:
         _check_characters(said)
@@ -141,26 +142,11 @@ def _no_number(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-def _depth(value: Any) -> int:
-    level, depth = [value], 0
-    while level:
-        depth += 1
-        level = [
-            inner
-            for outer in level
-            for inner in (outer.values() if isinstance(outer, dict) else outer)
-            if isinstance(inner, (dict, list))
-        ]
-    return depth
-
-
 def _check_characters(said: dict[str, Any]) -> None:
     """Raises ApiError for half a character, which no text holds."""
     for name, value in said.items():
-        try:
-            json.dumps([name, value], ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise ApiError(400, f"{name} holds half a character (a lone surrogate); send whole ones", name) from None
+        if not whole_inside([name, value]):
+            raise ApiError(400, f"{name} holds half a character (a lone surrogate); send whole ones", name)
 
 
 def _refusal(error: ValidationError, model: type[BaseModel], said: Any) -> ApiError:

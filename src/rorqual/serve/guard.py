@@ -18,6 +18,7 @@ Send = Callable[[dict[str, Any]], Awaitable[None]]
 CLOSED = ("/v1", "/tokenize", "/detokenize", "/metrics", "/openapi.json")
 
 
+PORTS = {"http": ":80", "https": ":443"}  # which a browser leaves out, and some proxies write
 LOCAL = r"https?://(localhost|127\.\d+\.\d+\.\d+|\[::1\])\.?(:\d+)?"  # pages of this machine
 HOST = re.compile(r"(?P<name>\[[^\[\]]*\]|[^:\[\]@/]+)(:\d*)?")
 
@@ -54,7 +55,7 @@ class Guard:
         self.names = names if is_loopback(host) else None  # None: any
         self.cors = CORSMiddleware(
             self._answer, allow_origins=origins, allow_origin_regex=LOCAL, allow_methods=["GET", "POST"],
-            allow_headers=["*"], expose_headers=["Retry-After"],
+            allow_headers=["*"], expose_headers=["Retry-After"], allow_private_network=True,
         )  # fmt: skip
 
     async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
@@ -115,7 +116,9 @@ class Guard:
         if self.keys and scope["method"] != "OPTIONS":  # a page that has a key may ask
             return
         for origin in origins:
-            own = urlsplit(origin).netloc.lower() in [host.lower() for host in hosts] if "://" in origin else False
+            scheme, _, name = origin.lower().partition("://")
+            usual = PORTS.get(scheme, "")
+            own = name and name.removesuffix(usual) in [host.lower().removesuffix(usual) for host in hosts]
             if not own and not self.cors.is_allowed_origin(origin):
                 raise ApiError(
                     403, f"Origin {origin}: pages of others may not use this server; start it with --allow-origin "

@@ -1,11 +1,13 @@
 """The chat page at `/`, of gradio's parts: it keeps conversations in the browser and talks to the same worker."""
 
 import hmac
+import json
 from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi import FastAPI
 
+from rorqual.serve.body import checked
 from rorqual.serve.conversation import Message, Stopped, Talk, answer, fold, kept, said, titles, until_question
 from rorqual.serve.errors import ApiError
 from rorqual.serve.protocol import ChatRequest
@@ -69,11 +71,15 @@ def page_of(service: Service) -> Any:
         if known and not any(known):
             yield [*history, fold("⚠ this server wants an API key; write it under Settings, then try again", "")], ""
             return
-        body = ChatRequest(
-            messages=said(history, system),  # type: ignore[arg-type]
-            temperature=temperature, top_p=top_p, max_tokens=int(longest),
-            thinking_budget=None if budget is None else int(budget), seed=None if seed is None else int(seed),
-        )  # fmt: skip
+        wanted = {
+            "messages": said(history, system), "temperature": temperature, "top_p": top_p, "max_tokens": longest,
+            "thinking_budget": budget, "seed": seed,
+        }  # fmt: skip
+        try:
+            body = checked(json.dumps(wanted).encode(), ChatRequest)
+        except ApiError as e:
+            yield [*history, fold(f"⚠ {e.message}", "")], ""
+            return
         session = request.session_hash or ""
         try:
             async for messages, line in answer(service, body, lambda ticket: running.update({session: ticket})):

@@ -43,6 +43,12 @@ class Message(Sent):
         None, description="of the last message: the answer goes on with it, as in DeepSeek's API"
     )
 
+    @model_validator(mode="after")
+    def _only_an_answer_goes_on(self) -> "Message":
+        if self.prefix and self.role != "assistant":
+            raise ValueError("prefix is for an assistant's message; leave it out")
+        return self
+
 
 class Function(Sent):
     name: Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_.-]+$")]
@@ -190,7 +196,9 @@ class Sampling(AsItIs):
         found = [self.stop] if isinstance(self.stop, str) else self.stop or []
         return tuple(s for s in found if s)
 
-    def params(self, recommended: SamplingParams, max_tokens: int, logprobs: int, grammar: Grammar | None) -> Any:
+    def params(
+        self, recommended: SamplingParams, max_tokens: int, logprobs: int, grammar: Grammar | None
+    ) -> SamplingParams:
         """Raises UserError for what the engine refuses."""
 
         def given(value: Any, fallback: Any) -> Any:

@@ -14,8 +14,9 @@ import uvicorn
 
 from rorqual.engine import Engine, SamplingParams
 from rorqual.errors import UserError
+from rorqual.files import read_text
 from rorqual.serve.app import build_app
-from rorqual.serve.guard import is_loopback
+from rorqual.serve.guard import PORTS, is_loopback
 from rorqual.serve.service import Options, Service
 from rorqual.serve.sse import READING
 
@@ -39,10 +40,11 @@ def read_keys(path: Path | None) -> tuple[str, ...]:
     else:
         name = f"--api-keys {path}"
         try:
-            text = path.read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as e:
-            why = getattr(e, "strerror", "it is not UTF-8")
-            raise UserError(f"{name}: {why}; give a file with one key a line") from None
+            text = read_text(path)
+        except FileNotFoundError:
+            raise UserError(f"{name} does not exist; give a file with one key a line") from None
+        except UserError as e:  # which begins with the path
+            raise UserError(f"--api-keys {e}") from None
         lines = ["" if line.strip().startswith("#") else line for line in text.split("\n")]
     keys = []
     for number, line in enumerate(lines, 1):
@@ -73,7 +75,7 @@ def check_origins(origins: Sequence[str]) -> tuple[str, ...]:
         said = origin.strip().lower().rstrip("/")
         if not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#\s*@]+", said):
             raise UserError(f"--allow-origin {origin}: give scheme://host, with :port where a browser shows one")
-        found.append(said)
+        found.append(said.removesuffix(PORTS.get(said.partition("://")[0], "")))
     return tuple(found)
 
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
-from rorqual.data.marks import HALF, encode
+from rorqual.characters import whole
+from rorqual.data.marks import encode
 from rorqual.data.messages import read_messages
 from rorqual.data.template import ChatTemplate
 from rorqual.engine import Engine, Grammar, SamplingParams
@@ -75,9 +76,8 @@ class Service:
                 400, f"{name}: true begins a new message, but the last is to be continued; leave it out", name
             )
         # These are the server's own to give: with a template of its own, a request could run for ever.
-        reserved = (
-            inspect.signature(self.engine.tokenizer.apply_chat_template).parameters.keys() & (settings or {}).keys()
-        )
+        known = inspect.signature(self.engine.tokenizer.apply_chat_template).parameters.keys()
+        reserved = (settings or {}).keys() & {*known, "conversations", "messages", "self"}
         if reserved:
             name = "chat_template_kwargs"
             raise ApiError(400, f"{name}: {min(reserved)!r} is not for a template; leave it out", name)
@@ -101,7 +101,7 @@ class Service:
 
     async def encode(self, text: str, special: bool) -> list[int]:
         """special: with what the tokenizer puts before a text, unless it is there."""
-        if HALF.search(text):
+        if not whole(text):
             raise ApiError(400, "prompt holds half a character (a lone surrogate); send whole ones", "prompt")
         return await aside(partial(self.engine.encode, text, special), kind_of(len(text)))
 

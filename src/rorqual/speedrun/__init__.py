@@ -12,7 +12,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from rorqual import strict_json
 from rorqual.errors import UserError, file_error
+from rorqual.files import write_text
 from rorqual.reason.environment import open_environment
 from rorqual.report import write_report
 from rorqual.speedrun.level import choose_level, machine_line, training_speed
@@ -111,17 +113,17 @@ def _recommend_sampling(path: Path, max_tokens: int) -> None:
     """Chat samples as reinforcement learning did; past that length the model has never been."""
     own = json.loads(path.read_text())
     own |= {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "max_new_tokens": max_tokens}
-    path.write_text(json.dumps(own, indent=2) + "\n")
+    write_text(path, json.dumps(own, indent=2) + "\n")
 
 
 def _finish(story: Story, summary: dict[str, Any]) -> None:
     summary["total_seconds"] = story.budget.spent
     summary["seconds"] = story.seconds
     path = story.run_dir / "summary.json"
-    path.write_text(json.dumps(summary, indent=1, ensure_ascii=False))
+    write_text(path, strict_json.dumps(summary, indent=1, ensure_ascii=False))
     page = write_report(story.run_dir)
     summary["total_seconds"] = story.budget.spent  # the page, which takes seconds itself, has what was spent before it
-    path.write_text(json.dumps(summary, indent=1, ensure_ascii=False))
+    write_text(path, strict_json.dumps(summary, indent=1, ensure_ascii=False))
     story.console.print(table(summary), difficulty_table(summary))
     for family, gain in summary["gains"].get("rl", {}).items():
         low, high = gain["interval"]

@@ -84,7 +84,7 @@ class Checkpoints:
         except (OSError, SafetensorError) as e:
             _discard(temporary)
             intact = f"; step {self.steps()[-1]} is intact" if self.steps() else ""
-            raise UserError(f"{file_error(final, e, then='continue with --resume')}{intact}") from e
+            raise UserError(f"{file_error(final, e, then='then continue with --resume')}{intact}") from e
         self._prune()
 
     def load_latest(self) -> tuple[int, dict[str, Tensor], dict[str, Any]] | None:

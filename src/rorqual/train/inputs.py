@@ -10,9 +10,9 @@ from hashlib import blake2b, file_digest
 from pathlib import Path
 from typing import Any
 
-from rorqual.data.corpus import find_files
+from rorqual.data.corpus import SUFFIXES, find_files
 from rorqual.errors import UserError, file_error
-from rorqual.files import write_text
+from rorqual.files import read_json, write_text
 from rorqual.model.files import model_directory
 from rorqual.recipe import DistillRecipe, PretrainRecipe, Recipe, RLRecipe, SFTRecipe
 
@@ -69,7 +69,7 @@ def _of_data(path: str) -> list[Path]:
     if Path(path).is_file():
         return [Path(path)]
     try:
-        return find_files(path)
+        return find_files(path, (*SUFFIXES, ".json"))
     except UserError:
         return []
 
@@ -92,14 +92,12 @@ def _same(a: dict[str, Any] | None, b: dict[str, Any] | None) -> bool:
 
 
 def _read(path: Path) -> Inputs:
+    then = "restore it, or delete it to trust the data as it is"
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if all(isinstance(v, dict) and {"size", "blake2b", "told"} <= v.keys() for v in found.values()):
-            return found
+        found = read_json(path, then)
     except FileNotFoundError:
         return {}
-    except OSError as e:
-        raise file_error(path, e, "read") from e
-    except (ValueError, AttributeError) as e:
-        raise UserError(f"{path} is damaged ({e}); restore it, or delete it to trust the data as it is") from e
-    raise UserError(f"{path} is not what was written; restore it, or delete it to trust the data as it is")
+    entries = found.values() if isinstance(found, dict) else [None]
+    if not all(isinstance(v, dict) and {"size", "blake2b", "told"} <= v.keys() for v in entries):
+        raise UserError(f"{path} is not what was written; {then}")
+    return found

@@ -10,6 +10,7 @@ from typing import Any
 
 from rorqual import strict_json
 from rorqual.errors import UserError, file_error
+from rorqual.files import write_text
 
 Metric = float | int | str | list[float] | None
 _KEPT = "metrics.damaged.jsonl"
@@ -122,9 +123,7 @@ def _drop_after(path: Path, step: int) -> int:
             damaged += number < len(lines)
     if damaged:
         os.replace(path, path.with_name(_KEPT))
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept) if step else "", encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, "".join(kept) if step else "", then="then continue with --resume")
     return damaged
 
 
