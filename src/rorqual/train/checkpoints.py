@@ -188,6 +188,7 @@ class Checkpoints:
     def _remove(self, step: int) -> None:
         # Renamed first, so that an interrupted deletion never looks like a checkpoint.
         going = self.directory / f".going-step-{step}"
+        _discard(going)  # of a deletion that was interrupted
         try:
             os.replace(self.path(step), going)
         except OSError as e:

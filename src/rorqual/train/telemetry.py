@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -122,9 +122,18 @@ def _drop_after(path: Path, step: int) -> int:
         except (ValueError, KeyError, TypeError, RecursionError):
             damaged += number < len(lines)
     if damaged:
-        os.replace(path, path.with_name(_KEPT))
+        shutil.copyfile(path, _unused(path.with_name(_KEPT)))
     write_text(path, "".join(kept) if step else "", then="then continue with --resume")
     return damaged
+
+
+def _unused(path: Path) -> Path:
+    """The path, or the first of PATH-2, PATH-3, … that is free."""
+    number, found = 1, path
+    while found.exists():
+        number += 1
+        found = path.with_stem(f"{path.stem}-{number}")
+    return found
 
 
 def _tracker(name: str, resume: bool) -> Any:
