@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from tiny import DEVICES, GROUPED, LATENT, agree, greedy_by_full_passes, logits
@@ -186,8 +187,53 @@ def test_sampling_follows_the_distribution_it_is_cut_to():
     [
         {"temperature": -1}, {"top_p": 0}, {"top_p": 1.5}, {"top_k": -1}, {"max_tokens": 0}, {"n": 0}, {"min_p": 1},
         {"repetition_penalty": 0}, {"presence_penalty": float("nan")}, {"logprobs": -1}, {"stop": ("",)},
+        {"temperature": "0.5"}, {"temperature": True}, {"n": 1.5}, {"n": "2"}, {"seed": "a"}, {"stop": (1,)},
+        {"stop": 5}, {"stop_token_ids": (1 << 70,)}, {"stop_token_ids": 5}, {"logit_bias": {"5": 1}},
+        {"logit_bias": [5]}, {"grammar": "a"},
     ],
 )  # fmt: skip
 def test_wrong_parameters_are_named(wrong):
     with pytest.raises(UserError, match=next(iter(wrong))):
         SamplingParams(**wrong)
+
+
+def test_parameters_as_they_are_usually_written():
+    written = {
+        "stop": "END", "stop_token_ids": [5], "logit_bias": {7: 1}, "n": 2.0, "temperature": np.float32(0.5),
+        "seed": np.int64(3), "top_k": None, "max_tokens": None,
+    }  # fmt: skip
+    assert SamplingParams(**written) == SamplingParams(
+        temperature=0.5, n=2, seed=3, stop=("END",), stop_token_ids=(5,), logit_bias=((7, 1.0),)
+    )
+
+
+def test_prompts_as_they_are_usually_written(model):
+    params = SamplingParams(temperature=0.0, max_tokens=3)
+    engine = Engine(model)
+    ids = [3, 5, 7]
+    (wanted,) = engine.generate([ids], params)
+    for written in (ids, [np.array(ids)], np.array([ids]), torch.tensor([ids]), [torch.tensor(ids)], (tuple(ids),)):
+        assert engine.generate(written, params) == [wanted]
+    assert engine.generate([], params) == engine.generate(np.zeros((0, 3)), params) == []
+    for wrong in ([None], [[1.5]], [b"ab"], [["a"]], [5.0]):
+        with pytest.raises(UserError, match="prompt 1 must be text or token ids"):
+            engine.generate(wrong, params)
+
+
+@pytest.mark.parametrize("wrong", [{"slots": 0}, {"chunk": 0}, {"cache_bytes": -1}, {"speculate": "guess"}])
+def test_an_engine_that_could_make_nothing_is_refused(model, wrong):
+    with pytest.raises(UserError, match=next(iter(wrong))):
+        Engine(model, **wrong)
+
+
+def test_a_cache_of_nothing_holds_nothing(model):
+    with pytest.raises(UserError, match="the cache holds 0"):
+        Engine(model, cache_bytes=0).generate([[3, 5]], SamplingParams(max_tokens=3))
+
+
+def test_every_seed_is_one_of_its_own(model):
+    """Also beyond 63 bits, where NumPy would make floats of them."""
+    engine = Engine(model)
+    seeds = (-1, -2, (1 << 63) + 1, (1 << 63) + 2, 1)
+    said = {s: engine.generate([[3]], SamplingParams(seed=s, max_tokens=20, ignore_eos=True))[0].tokens for s in seeds}
+    assert len({tuple(tokens) for tokens in said.values()}) == len(seeds)

@@ -1,6 +1,7 @@
 """Who opens the thinking, the prompt or the model: rewards and training samples have the same answer."""
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from puppets import BYTE_LEVEL, END, LEGACY, LETTER, SAY, puppet, vocabulary
 from rorqual.data.chat import encode_sample
@@ -57,6 +58,15 @@ def test_where_the_marks_are_no_tokens_the_prompt_s_end_tells():
     says = {">": "6*4", "6*4": f"</think>{ANSWER}", f"</think>{ANSWER}": END}
     found = sample_groups(Engine(puppet(tokenizer, says), tokenizer), [asked("6 times 4")], "plain", GREEDY)
     assert found.samples[0].text == f"<think>6*4</think>{ANSWER}"
+
+
+@pytest.mark.parametrize("way", ["r1-zero", "plain"])
+def test_a_prompt_has_what_stands_before_every_text_and_not_what_stands_behind(way):
+    tokenizer = vocabulary(BYTE_LEVEL, words=WORDS, bos="<begin>")
+    special = [(name, tokenizer.convert_tokens_to_ids(name)) for name in ("<begin>", END)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"<begin> $A {END}", special_tokens=special)
+    names = tokenizer.convert_ids_to_tokens(render(f"a {END}?", way, tokenizer))
+    assert (names[0], names.count("<begin>"), names.count(END)) == ("<begin>", 1, 0)
 
 
 class Sums(Environment):

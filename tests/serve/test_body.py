@@ -131,7 +131,8 @@ def test_two_fields_must_not_say_different_things():
     ):
         with pytest.raises(ApiError):
             read(body)
-    for change in ({"tools": [TOOL]}, {"add_generation_prompt": False}, {"chat_template_kwargs": {"a": 1}}):
+    for change in ({"tools": [TOOL]}, {"add_generation_prompt": False}, {"chat_template_kwargs": {"a": 1}},
+                   {"continue_final_message": True}):  # fmt: skip
         with pytest.raises(ApiError, match="goes with messages"):
             read(TEXT | change, TokenizeRequest)
     with pytest.raises(ApiError, match="goes with a prompt"):
@@ -201,8 +202,8 @@ def test_what_is_no_request_is_refused_in_words(raw, kind, status, says):
 
 @pytest.mark.parametrize(
     "kind",
-    ["", "application/json", "application/json; charset=UTF-8", "text/plain", "application/x-www-form-urlencoded",
-     "nonsense"],
+    ["", "application/json", "application/json; charset=UTF-8", "text/json; charset", "text/plain",
+     "application/x-www-form-urlencoded", "nonsense"],
 )  # fmt: skip
 def test_json_is_read_whatever_it_is_called(kind):
     assert checked(b'\xef\xbb\xbf{"prompt": "a \\ud83d\\udc0b"}', CompletionRequest, kind).prompt == "a 🐋"

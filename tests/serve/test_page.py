@@ -1,9 +1,11 @@
 """The chat page: what a reply becomes, and the page itself in a browser."""
 
+import asyncio
 import re
 import shutil
 import signal
 import time
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -11,7 +13,7 @@ import pytest
 from rorqual.engine import SamplingParams
 from rorqual.serve.conversation import fold, markdown
 from rorqual.serve.conversation import said as spoken
-from rorqual.serve.page import add_page
+from rorqual.serve.page import add_page, page_of
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = [
@@ -68,6 +70,23 @@ def test_a_page_with_keys_wants_one(start):
     assert page.status_code == 200
     assert "API key" in page.text
     assert "kittiwake-4711" not in page.text
+
+
+@pytest.mark.parametrize("wrong", [{"seed": 2**70}, {"seed": 1.5}, {"temperature": 200}, {"system": "a\ud800"}])
+def test_settings_that_cannot_be_are_told_on_the_page(server, wrong):
+    (reply, *_) = (f.fn for f in page_of(server.service).fns.values() if getattr(f.fn, "__name__", "") == "reply")
+    given = {
+        "history": [{"role": "user", "content": "both?"}], "system": "", "temperature": 1, "top_p": 1, "longest": 4,
+        "budget": None, "seed": None, "key": "", "request": SimpleNamespace(session_hash="a"),
+    }  # fmt: skip
+
+    async def last():
+        return [shown async for shown in reply(**given | wrong)][-1]
+
+    history, _ = asyncio.run(last())
+    assert history[0]["content"] == "both?"
+    name = "messages" if "system" in wrong else next(iter(wrong))
+    assert history[-1]["metadata"]["title"].startswith(f"⚠ {name}")
 
 
 @pytest.fixture(scope="module")

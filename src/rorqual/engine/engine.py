@@ -12,6 +12,7 @@ from rorqual.data.marks import encode
 from rorqual.data.tokenizer import beginning
 from rorqual.engine.blocks import BLOCK, Blocks
 from rorqual.engine.cache import BlockCache, block_bytes
+from rorqual.engine.given import several, token_ids
 from rorqual.engine.grammar import Compiler, Grammar, Guide
 from rorqual.engine.load import open_model
 from rorqual.engine.rows import Request, Sample
@@ -69,6 +70,11 @@ class Engine:
         cache_bytes: int | None = None, prefix_cache: bool = False, chunk: int = CHUNK,
         speculate: Way | Literal["auto"] | None = None, cache_dtype: torch.dtype | None = None, **load: Any,
     ) -> None:  # fmt: skip
+        for name, value, least in (("slots", slots, 1), ("chunk", chunk, 1), ("cache_bytes", cache_bytes or 0, 0)):
+            if value < least:
+                raise UserError(f"{name} = {value}: must be at least {least}")
+        if speculate not in (None, "auto", "mtp", "lookup"):
+            raise UserError(f'speculate = {speculate!r}: must be "mtp", "lookup" or "auto", or None')
         if not isinstance(model, Transformer):
             model, own = open_model(model, **load)
             tokenizer = tokenizer or own
@@ -188,15 +194,17 @@ class Engine:
         params: SamplingParams | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> list[Completion]:
-        """Continue every prompt (text, or token ids) params.n times; entries i·n … i·n+n-1 belong to prompt i.
+        """Continue every prompt (text, or token ids) params.n times; entries i·n … i·n+n-1 belong to prompt i. One
+        prompt alone counts as a list of one.
 
         The same seed gives the same completions. Raises UserError for a prompt that leaves no room in the context.
         """
         params = params or SamplingParams()
-        if not prompts:
-            return []
         seed = torch.seed() if params.seed is None else params.seed
-        requests = [self._request(p, params, f"prompt {i + 1}", seed + (i << 32)) for i, p in enumerate(prompts)]
+        asked = enumerate(several(prompts))
+        requests = [self._request(p, params, f"prompt {i + 1}", seed + (i << 32)) for i, p in asked]
+        if not requests:
+            return []
         scheduler = self._ready(requests)
         for request in requests:
             self._add(scheduler, request)
@@ -216,7 +224,7 @@ class Engine:
 
     def check(self, prompts: Sequence[str] | Sequence[Sequence[int]], params: SamplingParams | None = None) -> None:
         """Raise what `generate` would raise for these prompts, UserError, before anything is computed."""
-        for i, prompt in enumerate(prompts):
+        for i, prompt in enumerate(several(prompts)):
             self._request(prompt, params or SamplingParams(), f"prompt {i + 1}", 0)
 
     def stream(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> Iterator[str]:
@@ -241,7 +249,7 @@ class Engine:
 
     def _request(self, prompt: str | Sequence[int], params: SamplingParams, name: str, seed: int) -> Request:
         context = self.model.config.max_position_embeddings
-        ids = tuple(self.encode(prompt) if isinstance(prompt, str) else prompt)
+        ids = tuple(self.encode(prompt)) if isinstance(prompt, str) else token_ids(prompt, name)
         if not ids:
             raise UserError(f"{name} is empty; give at least one token")
         if len(ids) >= context:
@@ -264,8 +272,8 @@ class Engine:
                 )
             room = min(room, params.max_length - len(ids))
         if self.cache_bytes is not None or (self._scheduler is not None and not self._scheduler.idle):
-            most = (self._count(self.cache_bytes) if self.cache_bytes else self._scheduler.blocks.count) - 2
-            most *= BLOCK
+            bounded = self.cache_bytes is not None
+            most = ((self._count(self.cache_bytes) if bounded else self._scheduler.blocks.count) - 2) * BLOCK
             if len(ids) + room > most:
                 raise UserError(
                     f"{name} with its answer takes {len(ids) + room} tokens, but the cache holds {max(0, most)}; lower "

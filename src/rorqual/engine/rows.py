@@ -132,7 +132,7 @@ class Rows:
         self.samples.append(sample)
         self.place[row], self.count[row] = place, len(sample.tokens)
         self.limit[row], self.closed[row] = request.room, sample.closed
-        self.budget[row] = NEVER if request.think_end is None else params.thinking_budget
+        self.budget[row] = NEVER if request.think_end is None else min(params.thinking_budget or 0, NEVER)
         self.think_end[row] = -1 if request.think_end is None else request.think_end
         if len(self._cuts) > self.size:  # those of sequences long gone
             self._cuts = {}
@@ -157,7 +157,9 @@ class Rows:
             self.logprobs[row, : len(sample.tokens)] = sample.logprobs
         if sample.generator is None:
             # Philox: its key is the seed, all of it, where torch's generator would look at the lower 32 bits only.
-            sample.generator = np.random.Generator(np.random.Philox(key=[request.seed % (1 << 64), sample.number]))
+            # Of a list with a number beyond 2^63 NumPy makes floats, and seeds fall together.
+            key = np.array([request.seed % (1 << 64), sample.number], dtype=np.uint64)
+            sample.generator = np.random.Generator(np.random.Philox(key=key))
         if sample.window is None:
             sample.window = _next_window(sample.generator)
         self.uniform[row] = sample.window

@@ -1,16 +1,20 @@
 """From logits to the next token. n rows, V vocabulary."""
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from rorqual.engine.given import number
 from rorqual.engine.grammar import Grammar
 from rorqual.errors import UserError
 from rorqual.kernels.draw import Cut
 
 LARGEST = 1e30
+NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+WHOLE = ("top_k", "max_tokens", "max_length", "n", "seed", "thinking_budget", "logprobs")
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,9 @@ class SamplingParams:
     `max_length`: tokens that prompt and answer have together at most.
     `thinking_budget`: after that many tokens without `</think>` the engine closes the thinking itself. `logprobs`: how
     many of the most probable tokens to report at every place. `ignore_eos`: the end token does not end the answer.
+
+    None stands for the default; one stop string may stand alone, and biases in a dictionary. Raises UserError for what
+    cannot be.
     """
 
     temperature: float = 1.0
@@ -48,6 +55,24 @@ class SamplingParams:
     logprobs: int = 0
 
     def __post_init__(self) -> None:
+        for f in fields(self):
+            if (value := getattr(self, f.name)) is None:
+                object.__setattr__(self, f.name, f.default)
+            elif f.name in NUMBERS or f.name in WHOLE:
+                object.__setattr__(self, f.name, number(f.name, value, whole=f.name in WHOLE))
+        stop, biases = self.stop, self.logit_bias
+        pairs = biases.items() if isinstance(biases, Mapping) else biases
+        try:
+            object.__setattr__(self, "stop", (stop,) if isinstance(stop, str) else tuple(stop))
+            ids = tuple(number("stop_token_ids", t, whole=True) for t in self.stop_token_ids)
+            object.__setattr__(self, "stop_token_ids", ids)
+            pairs = tuple((number("logit_bias", t, whole=True), float(number("logit_bias", b))) for t, b in pairs)
+            object.__setattr__(self, "logit_bias", pairs)
+        except (TypeError, ValueError):
+            raise UserError(
+                "stop must be a text or a list of texts, stop_token_ids a list of token ids, logit_bias a dictionary "
+                "of token ids and numbers"
+            ) from None
         for name, ok, remedy in (
             ("temperature", 0 <= self.temperature < float("inf"), "must be ≥ 0"),
             ("top_p", 0 < self.top_p <= 1, "must be in (0, 1]"),
@@ -60,9 +85,11 @@ class SamplingParams:
             ("max_tokens", self.max_tokens >= 1, "must be at least 1"),
             ("max_length", self.max_length is None or self.max_length >= 1, "must be at least 1"),
             ("n", self.n >= 1, "must be at least 1"),
-            ("stop", all(self.stop), "must not be empty"),
+            ("stop", all(isinstance(s, str) and s for s in self.stop), "must be texts, and not empty"),
+            ("stop_token_ids", all(0 <= t < 1 << 31 for t in self.stop_token_ids), "must be token ids"),
             ("thinking_budget", self.thinking_budget is None or self.thinking_budget >= 0, "must be ≥ 0"),
             ("logprobs", self.logprobs >= 0, "must be ≥ 0"),
+            ("grammar", self.grammar is None or isinstance(self.grammar, Grammar), "must be a Grammar"),
         ):
             if not ok:
                 raise UserError(f"{name} = {getattr(self, name)}: {remedy}")

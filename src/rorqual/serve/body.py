@@ -92,7 +92,7 @@ def checked(raw: bytes, model: type[M], content_type: str = "") -> M:
 def _object(raw: bytes, content_type: str) -> dict[str, Any]:
     about = Message()
     about["Content-Type"] = content_type
-    charset = str(about.get_param("charset", "utf-8")).lower()
+    charset = str(about.get_param("charset") or "utf-8").lower()
     if charset not in ("utf-8", "utf8", "us-ascii"):
         raise ApiError(415, f"Content-Type says charset {charset}; JSON is sent in UTF-8", "Content-Type")
     if not raw.strip():

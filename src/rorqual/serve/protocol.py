@@ -318,6 +318,7 @@ class TokenizeRequest(Sent):
         if (self.prompt is None) == (not self.messages):
             raise ValueError("give either prompt or messages")
         others = self.model_fields_set & {"tools", "add_generation_prompt", "chat_template_kwargs"}
+        others |= {"continue_final_message"} if self.continue_final_message else set()
         if self.prompt is not None and others:
             raise ValueError(f"{min(others)} goes with messages, not with a prompt")
         if self.messages and self.add_special_tokens:
