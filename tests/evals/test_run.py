@@ -151,7 +151,7 @@ def test_answers_that_a_prompt_began_are_read_as_rewards_read_them(tmp_path):
     class Tokenizer:
         chat_template = None
 
-        def __call__(self, text):
+        def __call__(self, text, add_special_tokens=True):
             return SimpleNamespace(input_ids=[])
 
         def decode(self, ids):
@@ -269,7 +269,7 @@ def test_impossible_requests(options):
 class NoPrefix:
     """As much of a tokenizer as a plain prompt needs: one that puts nothing before a text."""
 
-    def __call__(self, text):
+    def __call__(self, text, add_special_tokens=True):
         return SimpleNamespace(input_ids=[])
 
     def decode(self, ids):
