@@ -24,6 +24,7 @@ REMEDIES = {
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.EISDIR: "a folder lies in its place; move it away",
     errno.ENOTDIR: "a file lies where a folder should be; move it away",
+    errno.EEXIST: "a file, or a link that leads nowhere, lies in its place; move it away",
     errno.ENOENT: "check that it is still there",
     errno.EIO: "check the disk",
     errno.ESTALE: "mount the network drive again",

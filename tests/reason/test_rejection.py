@@ -160,6 +160,24 @@ def test_a_killed_distillation_keeps_its_samples(tokenizer, dense, tmp_path, mon
     assert killed.read_text() == whole.read_text()
 
 
+def test_a_student_that_cannot_start_costs_no_samples(tokenizer, dense, tmp_path, monkeypatch):
+    """What the student alone reads may change until it has begun; then its own run holds to it."""
+    save_model(dense, tmp_path / "student", tokenizer)
+    teacher = Teacher(tokenizer, [GOOD, LONG])
+    monkeypatch.setattr(rejection, "Engine", lambda path: teacher)
+    few = {"problems": 4, "train": {"steps": 1, "batch_size": 2}}
+    with pytest.raises(UserError, match="no sample with an assistant's turn within"):
+        distill(distill_recipe(tmp_path, **few, sequence_length=2))
+    asked = len(teacher.asked)
+    with pytest.raises(UserError, match="samples was 2 and is 3 now"):
+        distill(distill_recipe(tmp_path, **few, samples=3), resume=True)
+    again = distill_recipe(tmp_path, **few, optimizer={"lr": 1e-3})
+    assert (distill(again, resume=True) / "student" / "model" / "config.json").exists()
+    assert len(teacher.asked) == asked
+    with pytest.raises(UserError, match=r"student/recipe\.toml: optimizer\.lr was 0\.001 and is 0\.01 now"):
+        distill(distill_recipe(tmp_path, **few), resume=True)
+
+
 def test_nothing_right_leaves_the_name_free(tokenizer, dense, tmp_path, monkeypatch):
     save_model(dense, tmp_path / "student", tokenizer)
     monkeypatch.setattr(rejection, "sft", lambda recipe, resume: None)
