@@ -101,6 +101,16 @@ def test_broken_lines_are_named(tmp_path, rows, message):
     assert "\n" not in str(error.value)
 
 
+def test_numbers_beyond_floats(tmp_path):
+    """JSON's integers have no end: 2 to the 2000th is an answer."""
+    rows = [{"question": "2^2000", "answer": 2**2000}, {"question": 10**400, "answer": "1"}]
+    mine = environment(write(tmp_path / "q.jsonl", rows))
+    first, second = mine.everything()
+    assert mine.correct(first, str(2**2000))
+    assert not mine.correct(first, str(2**2000 + 1))
+    assert second.question == str(10**400)
+
+
 def test_a_field_that_the_prompt_needs_is_not_null(tmp_path):
     rows = [{"question": "1", "answer": "1", "unit": "m"}, {"question": "2", "answer": "2", "unit": None}]
     with pytest.raises(UserError, match=r"line 2: field unit is null, and the prompt of mine uses it"):

@@ -124,7 +124,7 @@ def _field(where: str, row: dict[str, Any], names: tuple[str, ...]) -> tuple[str
     if isinstance(value, bool) and names is ANSWER:
         return name, str(value)
     number = isinstance(value, int | float | Decimal) and not isinstance(value, bool)
-    if not isinstance(value, str) and not (number and math.isfinite(value)):
+    if not isinstance(value, str) and not (number and (isinstance(value, int) or math.isfinite(value))):
         found = "null" if value is None else value if number else f"a {type(value).__name__}"
         raise UserError(f"{where}: field {name} is {found}, not text or a number; mend it")
     text = str(value)
