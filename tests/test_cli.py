@@ -92,7 +92,7 @@ def test_dry_run_of_rl_says_what_it_needs_and_starts_nothing(rorqual, recipe, tm
     path = tmp_path / "rl.toml"
     path.write_text(
         f'name = "sharp"\nout = "{tmp_path}"\nsteps = 2\n[model]\npath = "{tmp_path}/tiny/model"\n'
-        '[[environments]]\nname = "chain_sum"\n'
+        '[[environments]]\nname = "chain_sum"\nprompt = "{expression}"\n[grpo]\nmax_tokens = 16\n'
     )
     status, out, err = rorqual("rl", path, "--dry-run")
     assert status == 0, err

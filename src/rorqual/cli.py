@@ -139,11 +139,12 @@ def rl(recipe: RecipeFile, overrides: Overrides = None, resume: Resume = False, 
     from rorqual.reason.rl import check_problems, predict_rl
     from rorqual.reason.rl import rl as run
     from rorqual.recipe import load_recipe
-    from rorqual.train.prepare import tokenizer_of
+    from rorqual.train.prepare import check_model, tokenizer_of
 
     checked = load_recipe(recipe, "rl", overrides)
     if dry_run:
         tokenizer = tokenizer_of(checked.model)
+        check_model(checked.model)
         check_problems(checked, tokenizer, [open_environment(section) for section in checked.environments])
         config = ModelConfig.load(checked.model.path)
         total, active = parameters(config)

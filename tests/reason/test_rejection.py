@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -158,6 +159,15 @@ def test_a_killed_distillation_keeps_its_samples(tokenizer, dense, tmp_path, mon
     assert not partial.exists()
     whole = distill(distill_recipe(tmp_path, name="whole")) / "samples.jsonl"
     assert killed.read_text() == whole.read_text()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_full_disk_is_told_once():
+    """Closing the file tries again to write what was left, and must not say so in place of the first failure."""
+    with rejection._open_to_append(Path("/dev/full")) as file:
+        file.write("{}\n")
+        with pytest.raises(OSError, match="No space left"):
+            file.flush()
 
 
 def test_a_student_that_cannot_start_costs_no_samples(tokenizer, dense, tmp_path, monkeypatch):

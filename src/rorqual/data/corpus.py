@@ -15,7 +15,8 @@ from rorqual.errors import UserError, file_error
 from rorqual.paths import local_path
 from rorqual.recipe import Source
 
-SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
+RECORDS = (".jsonl", ".jsonl.gz", ".parquet")
+SUFFIXES = (".txt", *RECORDS)
 TXT_DOCUMENT = 1 << 15  # characters
 READ = 1 << 16  # bytes at a time
 PARQUET_ROWS = 256  # in memory at a time; a row may be a book
@@ -40,10 +41,18 @@ def read_texts(source: Source) -> Iterator[str]:
                 yield from _text(record, source.text_field, where)
 
 
-def find_files(pattern: str) -> list[Path]:
-    """The file or files that a path or glob names, sorted. What exists as it is written is taken so, brackets too."""
+def find_files(pattern: str, suffixes: tuple[str, ...] = SUFFIXES) -> list[Path]:
+    """The file or files that a path or glob names, sorted. What exists as it is written is taken so, brackets too.
+
+    Raises UserError for those whose names end otherwise than in `suffixes`.
+    """
     path = Path(local_path(pattern))
     try:
+        if path.is_dir() and _is_dataset(str(path)):
+            raise UserError(
+                f"{pattern} is a saved dataset, which only pretrain reads; write it as a file, with the dataset's "
+                "to_parquet, and give that"
+            )
         if path.is_dir():
             raise UserError(f"{pattern} is a directory but not a saved dataset; name the files, e.g. {pattern}/*.jsonl")
         found = [path] if path.is_file() else _glob(path)
@@ -52,8 +61,8 @@ def find_files(pattern: str) -> list[Path]:
     if not found:
         raise UserError(f"{pattern} does not exist; check the path")
     for file in found:
-        if not _named(file, *SUFFIXES):
-            raise UserError(f"{file} is none of {', '.join(SUFFIXES)}; convert or rename it")
+        if not _named(file, *suffixes):
+            raise UserError(f"{file} is none of {', '.join(suffixes)}; convert or rename it")
     return found
 
 

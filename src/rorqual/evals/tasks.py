@@ -84,7 +84,7 @@ def open_task(task: "str | Task | EnvironmentSection | Environment", split: str 
     if not isinstance(task, str):
         return task
     name, colon, options = task.partition(":")
-    if task.lower().endswith(FILES) or "/" in name:
+    if task.lower().endswith(FILES) or "/" in name or Path(task).is_file():
         if colon and name.lower().endswith(FILES):
             raise UserError(f"task {task!r}: a file takes no options; write {name}")
         return FileTask(task)

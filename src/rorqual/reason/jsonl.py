@@ -8,8 +8,9 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from rorqual.data.corpus import find_files, read_records
+from rorqual.data.corpus import RECORDS, find_files, read_records
 from rorqual.errors import UserError, file_error
+from rorqual.files import read_text
 from rorqual.reason import judge
 from rorqual.reason.problems import Environment, Problem, PromptFormat, integers, number_key, text_key
 from rorqual.recipe import EnvironmentSection
@@ -17,6 +18,7 @@ from rorqual.recipe import EnvironmentSection
 # The first of these fields that a record has; benchmarks differ in their names.
 QUESTION = ("question", "problem", "prompt")
 ANSWER = ("answer", "target", "solution")
+FORMATS = (*RECORDS, ".json")
 
 
 class JsonlEnvironment(Environment):
@@ -73,22 +75,16 @@ class JsonlEnvironment(Environment):
 
 def _records(pattern: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """(Place, record) of every file that the path or glob names."""
-    path = Path(pattern).expanduser()
-    if path.name.lower().endswith(".json") and path.is_file():
-        yield from _listed(path)
-        return
-    for file in find_files(pattern):
-        if file.name.lower().endswith(".txt"):
-            raise UserError(f"{file} is text, not questions and answers; give a .jsonl, .json or .parquet file")
-        yield from read_records(file)
+    for file in find_files(pattern, FORMATS):
+        yield from _listed(file) if file.name.lower().endswith(".json") else read_records(file)
 
 
 def _listed(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as e:
+        rows = json.loads(read_text(path))
+    except FileNotFoundError as e:
         raise file_error(path, e, "read") from e
-    except (ValueError, RecursionError) as e:  # UnicodeDecodeError is a ValueError
+    except (ValueError, RecursionError) as e:
         raise UserError(f"{path} is not valid JSON ({e}); name it .jsonl where it has one object a line") from None
     if not isinstance(rows, list):
         raise UserError(f"{path} holds no list but a {type(rows).__name__}; write a list of questions and answers")

@@ -10,7 +10,7 @@ from hashlib import blake2b, file_digest
 from pathlib import Path
 from typing import Any
 
-from rorqual.data.corpus import find_files
+from rorqual.data.corpus import SUFFIXES, find_files
 from rorqual.errors import UserError, file_error
 from rorqual.files import write_text
 from rorqual.model.files import model_directory
@@ -73,7 +73,7 @@ def _of_data(path: str) -> list[Path]:
     if Path(path).is_file():
         return [Path(path)]
     try:
-        return find_files(path)
+        return find_files(path, (*SUFFIXES, ".json"))
     except UserError:
         return []
 
