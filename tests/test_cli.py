@@ -2,6 +2,7 @@
 
 import errno
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -99,6 +100,16 @@ def test_dry_run_of_rl_says_what_it_needs_and_starts_nothing(rorqual, recipe, tm
     for word in ("parameters", "active", "memory", "tokens", "flops", "seconds"):
         assert word in out
     assert not (tmp_path / "sharp").exists()
+
+
+def test_help_answers_before_torch_is_loaded():
+    """So does Ctrl-C: while it loads there is nobody yet who would catch it."""
+    code = (
+        "import sys; from rorqual.cli import main; sys.argv[1:] = ['--help']\n"
+        "try: main()\n"
+        "except SystemExit: sys.exit(7 if 'torch' in sys.modules else 0)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60).returncode == 0
 
 
 def test_missing_recipe(rorqual, tmp_path):

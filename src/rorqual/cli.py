@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from rorqual.errors import UserError, file_error
+from rorqual.errors import Stopped, UserError, file_error
 from rorqual.paths import local_path
 from rorqual.process import tune
 
@@ -82,8 +82,6 @@ ModelDir = Annotated[
 def main() -> None:
     """Run the command line; every mistake of the user's ends in one sentence and a non-zero exit."""
     tune()
-    from rorqual.train.signals import Stopped
-
     if isinstance(sys.stdout, io.TextIOWrapper):  # what a terminal's encoding lacks is no reason to stop
         sys.stdout.reconfigure(errors="replace")
     try:

@@ -1,4 +1,4 @@
-"""The one exception a user is meant to see."""
+"""The exceptions a user is meant to see."""
 
 import errno
 import os
@@ -10,6 +10,14 @@ class UserError(Exception):
 
     The command line prints the message alone and exits with status 2; a library caller can catch it.
     """
+
+
+class Stopped(Exception):
+    """A run saved and ended because a signal asked it to; `exit_code` is 128 + the signal, as shells expect."""
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + number
 
 
 REMEDIES = {
