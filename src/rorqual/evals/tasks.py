@@ -8,6 +8,7 @@ On the command line a task is `name` or `name:option=value,…`: `gsm-symbolic`,
 `countdown:min_numbers=3,max_numbers=3`, `mine.jsonl`, `rl-recipe.toml`, `humaneval`.
 """
 
+import os
 import random
 import re
 import tomllib
@@ -84,11 +85,11 @@ def open_task(task: "str | Task | EnvironmentSection | Environment", split: str 
     if not isinstance(task, str):
         return task
     name, colon, options = task.partition(":")
-    if task.lower().endswith(FILES) or "/" in name or Path(task).is_file():
+    if task.lower().endswith(FILES) or "/" in name or os.path.isfile(task):
         if colon and name.lower().endswith(FILES):
             raise UserError(f"task {task!r}: a file takes no options; write {name}")
         return FileTask(task)
-    if name == "humaneval":
+    if name.lower() == "humaneval":
         if colon:
             raise UserError(f"task {task!r}: humaneval takes no options; write humaneval")
         from rorqual.evals.humaneval import HumanEval
@@ -106,7 +107,7 @@ def split_tasks(text: str) -> list[str | EnvironmentSection]:
 
     A recipe stands for its environments. Raises UserError for an empty word or a recipe that cannot be read.
     """
-    if Path(text).is_file() and text.lower().endswith(FILES):  # whatever commas its name holds
+    if os.path.isfile(text) and text.lower().endswith(FILES):  # whatever commas its name holds
         return [text]
     words = [word.strip() for word in re.split(r",(?![^\[]*\])", text)]
     tasks: list[str] = []
