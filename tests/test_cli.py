@@ -2,6 +2,7 @@
 
 import errno
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -92,13 +93,23 @@ def test_dry_run_of_rl_says_what_it_needs_and_starts_nothing(rorqual, recipe, tm
     path = tmp_path / "rl.toml"
     path.write_text(
         f'name = "sharp"\nout = "{tmp_path}"\nsteps = 2\n[model]\npath = "{tmp_path}/tiny/model"\n'
-        '[[environments]]\nname = "chain_sum"\n'
+        '[[environments]]\nname = "chain_sum"\nprompt = "{expression}"\n[grpo]\nmax_tokens = 16\n'
     )
     status, out, err = rorqual("rl", path, "--dry-run")
     assert status == 0, err
     for word in ("parameters", "active", "memory", "tokens", "flops", "seconds"):
         assert word in out
     assert not (tmp_path / "sharp").exists()
+
+
+def test_help_answers_before_torch_is_loaded():
+    """So does Ctrl-C: while it loads there is nobody yet who would catch it."""
+    code = (
+        "import sys; from rorqual.cli import main; sys.argv[1:] = ['--help']\n"
+        "try: main()\n"
+        "except SystemExit: sys.exit(7 if 'torch' in sys.modules else 0)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60).returncode == 0
 
 
 def test_missing_recipe(rorqual, tmp_path):

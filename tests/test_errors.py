@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import sys
 
 import pytest
 
@@ -47,3 +48,8 @@ def test_json_has_no_number_that_is_not_finite():
     assert json.loads(text, parse_constant=pytest.fail) == {
         "a": "nan", "b": [1.5, "inf", {"c": ["-inf", True, None, "NaN"]}], "d": 3,
     }  # fmt: skip
+
+
+def test_json_s_integers_have_no_end():
+    values = (1, -2.5, sys.float_info.max, 10**400, -(10**400), float("inf"), float("nan"), True, None, "1", [1])
+    assert [value for value in values if strict_json.is_finite(value)] == [1, -2.5, sys.float_info.max]

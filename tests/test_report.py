@@ -230,6 +230,34 @@ def test_faults_are_one_sentence(tmp_path):
         write_report(tmp_path)
 
 
+DEEP = "[" * 100_000
+ODD = [
+    ("metrics.jsonl", f'{DEEP}\n{{"step": 1, "loss": 1.0}}\n{{"step": {"9" * 400}, "loss": 1.0}}\n', None),
+    ("metrics.jsonl", f'{{"step": 1, "loss": {"9" * 400}}}\n{{"step": 2, "loss": -1e308}}\n', None),
+    ("metrics.jsonl", '{"step": 1, "loss": "nan"}\n{"step": 2, "loss": {"a": [1]}}\n', None),
+    ("ledger.json", DEEP, r"ledger.json is not valid JSON .*; delete it to report without it"),
+    ("ledger.json", '{"stages": {"rl": 3}}', r"ledger.json: stages\.rl is not what a run writes \(3\); delete it"),
+    ("ledger.json", '{"stages": {"rl": null}, "total": null}', None),
+    ("summary.json", '{"stages": 5}', r"summary.json: stages is not what a run writes \(5\)"),
+    ("summary.json", '{"stages": [{"name": "rl", "tasks": {"sums": [1]}}]}', r"stages\.0\.tasks\.sums is not what"),
+    ("summary.json", '{"stages": [{"tasks": {"a": {"pass_at_1": 1, "interval": 7}}}]}', r"tasks\.a\.interval is not"),
+    ("summary.json", '{"by_difficulty": {"sums": 7}}', r"by_difficulty\.sums is not what"),
+    ("summary.json", '{"model": {"total": 5, "active": "x"}}', r"model\.active is not what"),
+    ("summary.json", '{"stages": null, "samples": [null], "gains": {"rl": null}, "notes": null}', None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "text", "refused"), ODD)
+def test_files_that_no_run_wrote(tmp_path, name, text, refused):
+    write_metrics(tmp_path, [{"step": 1, "loss": 1.0}])
+    (tmp_path / name).write_text(text)
+    if refused is None:
+        assert write_report(tmp_path).exists()
+    else:
+        with pytest.raises(UserError, match=refused):
+            write_report(tmp_path)
+
+
 def test_a_page_that_cannot_be_written(tmp_path):
     write_metrics(tmp_path, [{"step": 1, "loss": 1.0}])
     (tmp_path / "report.html").mkdir()

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from rorqual import strict_json
-from rorqual.errors import UserError, file_error
+from rorqual.errors import Stopped, UserError, file_error
 from rorqual.paths import local_path
 from rorqual.process import tune
 
@@ -82,8 +82,6 @@ ModelDir = Annotated[
 def main() -> None:
     """Run the command line; every mistake of the user's ends in one sentence and a non-zero exit."""
     tune()
-    from rorqual.train.signals import Stopped
-
     if isinstance(sys.stdout, io.TextIOWrapper):  # what a terminal's encoding lacks is no reason to stop
         sys.stdout.reconfigure(errors="replace")
     try:
@@ -139,11 +137,12 @@ def rl(recipe: RecipeFile, overrides: Overrides = None, resume: Resume = False, 
     from rorqual.reason.rl import check_problems, predict_rl
     from rorqual.reason.rl import rl as run
     from rorqual.recipe import load_recipe
-    from rorqual.train.prepare import tokenizer_of
+    from rorqual.train.prepare import check_model, tokenizer_of
 
     checked = load_recipe(recipe, "rl", overrides)
     if dry_run:
         tokenizer = tokenizer_of(checked.model)
+        check_model(checked.model)
         check_problems(checked, tokenizer, [open_environment(section) for section in checked.environments])
         config = ModelConfig.load(checked.model.path)
         total, active = parameters(config)

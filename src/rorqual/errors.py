@@ -1,4 +1,4 @@
-"""The one exception a user is meant to see."""
+"""The exceptions a user is meant to see."""
 
 import errno
 import os
@@ -10,6 +10,14 @@ class UserError(Exception):
 
     The command line prints the message alone and exits with status 2; a library caller can catch it.
     """
+
+
+class Stopped(Exception):
+    """A run saved and ended because a signal asked it to; `exit_code` is 128 + the signal, as shells expect."""
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + number
 
 
 REMEDIES = {
@@ -24,6 +32,7 @@ REMEDIES = {
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.EISDIR: "a folder lies in its place; move it away",
     errno.ENOTDIR: "a file lies where a folder should be; move it away",
+    errno.EEXIST: "a file, or a link that leads nowhere, lies in its place; move it away",
     errno.ENOENT: "check that it is still there",
     errno.EIO: "check the disk",
     errno.ESTALE: "mount the network drive again",

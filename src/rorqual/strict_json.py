@@ -5,6 +5,7 @@ JSON knows no NaN and no Infinity, and most readers (jq, browsers, databases) re
 
 import json
 import math
+import sys
 from typing import Any
 
 
@@ -17,6 +18,11 @@ def finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [finite(v) for v in value]
     return value
+
+
+def is_finite(value: Any) -> bool:
+    """Whether it is a number, and one that a float can hold: JSON's integers have no end."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def dumps(value: Any, **options: Any) -> str:

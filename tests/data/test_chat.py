@@ -215,6 +215,14 @@ def test_parquets_nulls_are_not_taught(tokenizer, tmp_path):
     assert '{"city": null}' in tooled.decode(read_chat(str(tmp_path / "b.jsonl"), tooled, 400).train.tokens)
 
 
+def test_functions_are_tools(tokenizer):
+    """OpenAI's name for them before there were tools."""
+    tooled = with_template(tokenizer, TOOLED)
+    record = looking({"city": "Oslo"})
+    older = {"messages": record["messages"], "functions": [record["tools"][0]["function"]]}
+    assert encode_sample(older, tooled) == encode_sample(record, tooled)
+
+
 def test_an_answer_of_no_weight_bears_no_loss(tokenizer):
     record = {
         "messages": [
@@ -267,7 +275,7 @@ def test_tokens_take_few_bytes(tokenizer, tmp_path):
 
 def test_text_files_are_not_chat_data(tokenizer, tmp_path):
     (tmp_path / "a.txt").write_text("x")
-    with pytest.raises(UserError, match=r"a\.txt is not \.jsonl"):
+    with pytest.raises(UserError, match=r"a\.txt is none of \.jsonl, \.jsonl\.gz, \.parquet; convert"):
         read_chat(str(tmp_path / "a.txt"), tokenizer, 64)
 
 

@@ -104,3 +104,18 @@ def test_splitting_the_command_lines_tasks():
     assert [open_task(section).name for section in sections] == ["chain_sum", "basic_arithmetic"]
     with pytest.raises(UserError, match="empty task"):
         split_tasks("countdown,,humaneval")
+
+
+def test_a_long_list_of_tasks_is_no_file_name():
+    """No file's name has more than 255 bytes, and the system says so where one is looked for."""
+    names = [f"chain_sum:min_terms={n},max_terms={n}" for n in range(2, 20)]
+    assert split_tasks(",".join(names)) == names
+    with pytest.raises(UserError, match="not a dataset of reasoning-gym"):
+        open_task("x" * 300)
+
+
+def test_a_file_of_another_kind_is_told_as_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "q.csv").write_text("question,answer")
+    with pytest.raises(UserError, match=r"q\.csv is none of \.jsonl"):
+        open_task("q.csv")

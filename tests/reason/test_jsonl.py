@@ -102,6 +102,41 @@ def test_broken_lines_are_named(tmp_path, rows, message):
     assert "\n" not in str(error.value)
 
 
+NOT_PROBLEMS = [
+    ("q.txt", "words", r"q.txt is none of \.jsonl, \.jsonl\.gz, \.parquet, \.json; convert"),
+    ("q.csv", "words", r"q.csv is none of \.jsonl"),
+    ("set/state.json", "{}", r"set is a saved dataset, which only pretrain reads; write it as a file, .* to_parquet"),
+    ("some/q.jsonl", "{}", r"some is a directory but not a saved dataset; name the files"),
+    ("q.json", b"\xff", r"q.json, line 1 is not UTF-8 text .*; save the file as UTF-8"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "message"), NOT_PROBLEMS)
+def test_what_holds_no_problems(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=message):
+        environment(path if path.parent == tmp_path else path.parent)
+
+
+def test_lists_as_powershell_writes_them_and_several_at_once(tmp_path):
+    for name in "ab":
+        rows = [{"question": f"{name} {i}", "answer": "1"} for i in range(3)]
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows), encoding="utf-16")
+    assert [p.question for p in environment(tmp_path / "*.json").everything()][2:4] == ["a 2", "b 0"]
+
+
+def test_numbers_beyond_floats(tmp_path):
+    """JSON's integers have no end: 2 to the 2000th is an answer."""
+    rows = [{"question": "2^2000", "answer": 2**2000}, {"question": 10**400, "answer": "1"}]
+    mine = environment(write(tmp_path / "q.jsonl", rows))
+    first, second = mine.everything()
+    assert mine.correct(first, str(2**2000))
+    assert not mine.correct(first, str(2**2000 + 1))
+    assert second.question == str(10**400)
+
+
 def test_a_field_that_the_prompt_needs_is_not_null(tmp_path):
     rows = [{"question": "1", "answer": "1", "unit": "m"}, {"question": "2", "answer": "2", "unit": None}]
     with pytest.raises(UserError, match=r"line 2: field unit is null, and the prompt of mine uses it"):

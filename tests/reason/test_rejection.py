@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -158,6 +159,33 @@ def test_a_killed_distillation_keeps_its_samples(tokenizer, dense, tmp_path, mon
     assert not partial.exists()
     whole = distill(distill_recipe(tmp_path, name="whole")) / "samples.jsonl"
     assert killed.read_text() == whole.read_text()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_full_disk_is_told_once():
+    """Closing the file tries again to write what was left, and must not say so in place of the first failure."""
+    with rejection._open_to_append(Path("/dev/full")) as file:
+        file.write("{}\n")
+        with pytest.raises(OSError, match="No space left"):
+            file.flush()
+
+
+def test_a_student_that_cannot_start_costs_no_samples(tokenizer, dense, tmp_path, monkeypatch):
+    """What the student alone reads may change until it has begun; then its own run holds to it."""
+    save_model(dense, tmp_path / "student", tokenizer)
+    teacher = Teacher(tokenizer, [GOOD, LONG])
+    monkeypatch.setattr(rejection, "Engine", lambda path: teacher)
+    few = {"problems": 4, "train": {"steps": 1, "batch_size": 2}}
+    with pytest.raises(UserError, match="no sample with an assistant's turn within"):
+        distill(distill_recipe(tmp_path, **few, sequence_length=2))
+    asked = len(teacher.asked)
+    with pytest.raises(UserError, match="samples was 2 and is 3 now"):
+        distill(distill_recipe(tmp_path, **few, samples=3), resume=True)
+    again = distill_recipe(tmp_path, **few, optimizer={"lr": 1e-3})
+    assert (distill(again, resume=True) / "student" / "model" / "config.json").exists()
+    assert len(teacher.asked) == asked
+    with pytest.raises(UserError, match=r"student/recipe\.toml: optimizer\.lr was 0\.001 and is 0\.01 now"):
+        distill(distill_recipe(tmp_path, **few), resume=True)
 
 
 def test_nothing_right_leaves_the_name_free(tokenizer, dense, tmp_path, monkeypatch):

@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,24 @@ def test_dry_run_of_sft(chat_recipe):
     plan = dry_run(recipe)
     assert plan["tokens"] == 20 * 4 * 32
     assert not recipe.run_dir.exists()
+
+
+def test_dry_run_refuses_what_cannot_be_trained(chat_recipe, tmp_path):
+    (tmp_path / "q4.gguf").write_bytes(b"GGUF")
+    packed = shutil.copytree(chat_recipe().model.path, tmp_path / "packed")
+    config = json.loads((packed / "config.json").read_text())
+    (packed / "config.json").write_text(
+        json.dumps(config | {"quantization_config": {"quant_method": "compressed-tensors"}})
+    )
+    for path, message in (
+        (tmp_path / "q4.gguf", "q4.gguf is a GGUF file, where a model directory is needed; make one: rorqual import"),
+        (packed, "quant_method 'compressed-tensors' is not supported"),
+    ):
+        for start in (dry_run, sft):
+            recipe = chat_recipe()
+            recipe.model.path = str(path)
+            with pytest.raises(UserError, match=message):
+                start(recipe)
 
 
 def test_dry_run_says_what_a_run_takes_and_starts_nothing(make_recipe):

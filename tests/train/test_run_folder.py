@@ -141,10 +141,41 @@ def test_a_run_that_did_something_is_protected(make_recipe, name):
         start(make_recipe())
     with pytest.raises(UserError, match=r"tokenizer.vocab_size was 300 and is 400 now"):
         start(make_recipe(tokenizer__vocab_size=400), resume=True)
+    (run_dir / "checkpoints" / "step-1").mkdir(parents=True, exist_ok=True)
     assert start(make_recipe(), resume=True) == run_dir
     (run_dir / "recipe.toml").unlink()
     with pytest.raises(UserError, match=r"recipe.toml cannot be read"):
         start(make_recipe(), resume=True)
+
+
+@pytest.mark.parametrize("name", ["model/config.json", "ledger.json"])
+def test_a_run_that_has_ended_is_not_trained_again_because_its_checkpoints_are_gone(make_recipe, name):
+    run_dir = start(make_recipe())
+    (run_dir / name).parent.mkdir(exist_ok=True)
+    (run_dir / name).write_text("something")
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"has ended .* and has no checkpoints to continue from; put checkpoints/"):
+            start(make_recipe(), resume=True)
+        (run_dir / "checkpoints").mkdir(exist_ok=True)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("name", ["checkpoints", "model", "student", "samples.jsonl"])
+def test_a_link_to_a_disk_that_is_absent_is_named(make_recipe, tmp_path, name, resume):
+    run_dir = start(make_recipe())
+    (run_dir / "metrics.jsonl").write_text('{"step": 1}\n')
+    (run_dir / name).symlink_to(tmp_path / "disk")
+    with pytest.raises(UserError, match=rf"{name} is a link to .*disk, which does not exist; mount its disk, or"):
+        start(make_recipe(), resume)
+    assert (run_dir / "metrics.jsonl").stat().st_size
+
+
+def test_a_run_folder_that_is_a_link_to_nowhere(make_recipe, tmp_path):
+    run_dir = make_recipe().run_dir
+    run_dir.parent.mkdir(parents=True, exist_ok=True)
+    run_dir.symlink_to(tmp_path / "disk")
+    with pytest.raises(UserError, match="a file, or a link that leads nowhere, lies in its place; move it away"):
+        start(make_recipe())
 
 
 @pytest.mark.parametrize("resume", [False, True])

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rorqual.data.corpus import find_files, named, read_records
+from rorqual.data.corpus import RECORDS, find_files, named, read_records
 from rorqual.data.marks import encode, unbroken
 from rorqual.data.messages import Message, read_messages, read_tools, without_nulls
 from rorqual.data.shards import Documents
@@ -51,7 +51,7 @@ def read_chat(
     samples = {False: _Samples(), True: _Samples()}
     template = ChatTemplate(tokenizer)
     shortened = dropped = 0
-    records = (pair for file in find_files(path) for pair in _records(file))
+    records = (pair for file in find_files(path, RECORDS) for pair in _records(file))
     console = Console(stderr=True)
     for where, record in track(
         records, f"tokenising {path}", console=console, transient=True, disable=not console.is_terminal
@@ -133,7 +133,8 @@ def encode_sample(
 def _pieces(
     record: dict[str, Any], tokenizer: "PreTrainedTokenizerFast", template: ChatTemplate, where: str
 ) -> Iterator[Piece]:
-    tools = read_tools(record.get("tools"), f"{where}: tools")
+    field = "functions" if record.get("tools") is None else "tools"  # OpenAI's name before there were tools
+    tools = read_tools(record.get(field), f"{where}: {field}")
     prompt, completion = record.get("prompt"), record.get("completion")
     if record.get("messages") is not None:
         yield from _turns(_messages(record["messages"], f"{where}: messages"), 0, tools, template, where)

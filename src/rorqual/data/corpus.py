@@ -15,7 +15,8 @@ from rorqual.data.cut import rejoined
 from rorqual.errors import UserError, file_error
 from rorqual.recipe import Source
 
-SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
+RECORDS = (".jsonl", ".jsonl.gz", ".parquet")
+SUFFIXES = (".txt", *RECORDS)
 TXT_DOCUMENT = 1 << 15  # characters
 READ = 1 << 16  # bytes at a time
 PARQUET_ROWS = 256  # in memory at a time; a row may be a book
@@ -41,9 +42,17 @@ def read_texts(source: Source) -> Iterator[str]:
 
 
 def find_files(pattern: str, suffixes: Sequence[str] = SUFFIXES) -> list[Path]:
-    """The file or files that a path or glob names, sorted. What exists as it is written is taken so, brackets too."""
+    """The file or files that a path or glob names, sorted. What exists as it is written is taken so, brackets too.
+
+    Raises UserError for those whose names end otherwise than in `suffixes`.
+    """
     path = Path(pattern)
     try:
+        if path.is_dir() and _is_dataset(str(path)):
+            raise UserError(
+                f"{pattern} is a saved dataset, which only pretrain reads; write it as a file, with the dataset's "
+                "to_parquet, and give that"
+            )
         if path.is_dir():
             raise UserError(f"{pattern} is a directory but not a saved dataset; name the files, e.g. {pattern}/*.jsonl")
         found = [path] if path.is_file() else _glob(path)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rorqual.errors import UserError, file_error
-from rorqual.model.files import foreign, model_directory, read_json
+from rorqual.model.files import check_directory, foreign, model_directory, read_json
 from rorqual.recipe import TokenizerSection
 
 if TYPE_CHECKING:
@@ -129,6 +129,7 @@ def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerFast":
     """
     from transformers import PreTrainedTokenizerFast
 
+    check_directory(path)
     path = Path(path)
     path = path if os.path.isfile(path / "tokenizer.json") else model_directory(path)
     file, settings = path / "tokenizer.json", path / "tokenizer_config.json"

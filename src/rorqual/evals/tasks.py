@@ -8,6 +8,7 @@ On the command line a task is `name` or `name:option=value,…`: `gsm-symbolic`,
 `countdown:min_numbers=3,max_numbers=3`, `mine.jsonl`, `rl-recipe.toml`, `humaneval`.
 """
 
+import os
 import random
 import re
 import tomllib
@@ -86,9 +87,9 @@ def open_task(task: "str | Task | EnvironmentSection | Environment", split: str 
     name, colon, options = task.partition(":")
     if colon and named(Path(name), *SUFFIXES):
         raise UserError(f"task {task!r}: a file takes no options; write {name}")
-    if named(Path(task), *SUFFIXES) or "/" in name:
+    if named(Path(task), *SUFFIXES) or "/" in name or os.path.isfile(task):
         return FileTask(task)
-    if name == "humaneval":
+    if name.lower() == "humaneval":
         if colon:
             raise UserError(f"task {task!r}: humaneval takes no options; write humaneval")
         from rorqual.evals.humaneval import HumanEval
@@ -104,7 +105,7 @@ def split_tasks(text: str) -> list[str | EnvironmentSection]:
 
     A recipe stands for its environments. Raises UserError for an empty word or a recipe that cannot be read.
     """
-    if Path(text).is_file() and named(Path(text), *SUFFIXES):  # whatever commas its name holds
+    if os.path.isfile(text) and named(Path(text), *SUFFIXES):  # whatever commas its name holds
         return [text]
     words = [word.strip() for word in re.split(r",(?![^\[]*\])", text)]
     tasks: list[str] = []

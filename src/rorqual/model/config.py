@@ -10,7 +10,7 @@ from types import NoneType, UnionType
 from typing import Any, get_args, get_origin
 
 from rorqual.errors import UserError
-from rorqual.model.files import is_gguf, model_directory, read_json
+from rorqual.model.files import check_directory, model_directory, read_json
 from rorqual.model.foreign import refuse_foreign, rope_of
 
 ARCHITECTURES = {
@@ -228,12 +228,8 @@ class ModelConfig:
     @classmethod
     def load(cls, directory: str | Path) -> "ModelConfig":
         """What a model directory, or a run's folder for the model in it, says of its network. Raises UserError."""
+        check_directory(directory)
         path = model_directory(directory) / "config.json"
-        if is_gguf(path.parent):
-            raise UserError(
-                f"{path.parent} is a GGUF file, where a model directory is needed; make one: "
-                f"rorqual import {path.parent} DIRECTORY"
-            )
         raw = read_json(path)
         config = cls.from_dict(raw, str(path))
         if missing := [n for n in EXPERTS_MUST_SAY if config.n_routed_experts and raw.get(n) is None]:

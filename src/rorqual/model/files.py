@@ -23,6 +23,14 @@ def is_gguf(path: str | Path) -> bool:
     return Path(path).suffix.lower() == ".gguf" and not Path(path).is_dir()
 
 
+def check_directory(path: str | Path) -> None:
+    """Raises UserError for a GGUF file where only a directory of safetensors can be read."""
+    if is_gguf(path) and not Path(path).is_dir():
+        raise UserError(
+            f"{path} is a GGUF file, where a model directory is needed; make one: rorqual import {path} DIRECTORY"
+        )
+
+
 def model_directory(path: str | Path) -> Path:
     """A model's directory; a run's folder stands for the model in it."""
     path = Path(path)

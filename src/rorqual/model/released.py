@@ -4,13 +4,13 @@ Read in one place, from a directory's config.json and generation_config.json or 
 the network itself, so that engine, server, training and export go by the same (docs/settings.md says what wins).
 """
 
-import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rorqual import strict_json
 from rorqual.errors import UserError
 from rorqual.model.files import is_gguf, model_directory, read_json
 
@@ -24,7 +24,7 @@ TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def _real(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return strict_json.is_finite(value)
 
 
 def _whole(value: Any) -> bool:

@@ -9,13 +9,14 @@ from random import Random
 from typing import Any
 
 from rorqual.characters import whole_inside
-from rorqual.data.corpus import find_files, named, read_records
+from rorqual.data.corpus import RECORDS, find_files, named, read_records
 from rorqual.errors import UserError, file_error
+from rorqual.files import read_text
 from rorqual.reason import judge
 from rorqual.reason.problems import Environment, Problem, PromptFormat, integers, number_key, text_key
 from rorqual.recipe import EnvironmentSection
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
+SUFFIXES = (*RECORDS, ".json")
 # The first of these fields that a record has; benchmarks differ in their names.
 QUESTION = ("question", "problem", "prompt")
 ANSWER = ("answer", "target", "solution")
@@ -81,10 +82,10 @@ def _records(pattern: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _listed(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as e:
+        rows = json.loads(read_text(path))
+    except FileNotFoundError as e:
         raise file_error(path, e, "read") from e
-    except (ValueError, RecursionError) as e:  # UnicodeDecodeError is a ValueError
+    except (ValueError, RecursionError) as e:
         raise UserError(f"{path} is not valid JSON ({e}); name it .jsonl where it has one object a line") from None
     if not isinstance(rows, list):
         raise UserError(f"{path} holds no list but a {type(rows).__name__}; write a list of questions and answers")
@@ -117,7 +118,7 @@ def _field(where: str, row: dict[str, Any], names: tuple[str, ...]) -> tuple[str
     if isinstance(value, bool) and names is ANSWER:
         return name, str(value)
     number = isinstance(value, int | float | Decimal) and not isinstance(value, bool)
-    if not isinstance(value, str) and not (number and math.isfinite(value)):
+    if not isinstance(value, str) and not (number and (isinstance(value, int) or math.isfinite(value))):
         found = "null" if value is None else value if number else f"a {type(value).__name__}"
         raise UserError(f"{where}: field {name} is {found}, not text or a number; mend it")
     text = str(value)

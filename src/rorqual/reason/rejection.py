@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
@@ -17,7 +18,7 @@ from rorqual.reason.rewards import Verdict, score
 from rorqual.reason.rollout import derived_seed, sample_groups
 from rorqual.reason.room import leave_room
 from rorqual.recipe import ChatDataSection, DistillRecipe, RewardSection, SFTRecipe
-from rorqual.train.prepare import check_length, tokenizer_of
+from rorqual.train.prepare import check_length, check_model, tokenizer_of
 from rorqual.train.run import open_run
 from rorqual.train.sft import sft
 
@@ -122,6 +123,7 @@ def distill(recipe: DistillRecipe, resume: bool = False) -> Path:
     Raises UserError for whatever the user can mend, Stopped after SIGINT or SIGTERM.
     """
     tokenizer_of(recipe.model)
+    check_model(recipe.model)
     check_length(recipe.model, recipe, "sequence_length")
     environments = [open_environment(section) for section in recipe.environments]
     with open_run(recipe, resume) as run_dir:
@@ -198,11 +200,17 @@ def _read_partial(path: Path) -> tuple[int, list[dict[str, Any]]]:
     return done, rows
 
 
-def _open_to_append(path: Path) -> TextIO:
+@contextmanager
+def _open_to_append(path: Path) -> Iterator[TextIO]:
     try:
-        return path.open("a", encoding="utf-8")
+        file = path.open("a", encoding="utf-8")
     except OSError as e:
         raise file_error(path, e, then="then continue with --resume") from e
+    try:
+        yield file
+    finally:
+        with suppress(OSError):  # each line was flushed, and a failure then has been told
+            file.close()
 
 
 def _draw(environments: Sequence[Environment], problems: int, seed: int) -> list[Problem]:

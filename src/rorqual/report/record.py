@@ -1,7 +1,7 @@
 """What a run left behind, read once."""
 
 import json
-import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 from rorqual.errors import UserError, file_error
 
 ORDER = ("pretrain", "sft", "rl", "distill")  # in which a recipe's stages follow each other
+DRAWN = 1e100  # beyond it matplotlib finds no ticks
 FILES = ("metrics.jsonl", "ledger.json")
 STAGES = {"pretrain": "pre-training", "sft": "fine-tuning", "rl": "reinforcement learning", "distill": "distillation"}
 TITLES = {
@@ -94,7 +95,29 @@ def stage_name(stage: dict[str, Any]) -> str:
 
 
 def is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether it can be drawn."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= DRAWN
+
+
+def _is_interval(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(is_number, value))
+
+
+# What the page relies on. A field that is null counts as absent; ANY: every other name.
+ANY = "*"
+OBJECT = {ANY: lambda value: True}
+Shape = dict[str, Any] | list[Any] | Callable[[Any], bool]
+RESULT = {"interval": _is_interval, "cons_interval": _is_interval, "by_difficulty": {ANY: {"interval": _is_interval}}}
+SUMMARY: Shape = {
+    "stages": [{"tasks": {ANY: RESULT}}],
+    "by_difficulty": {ANY: {ANY: {"interval": _is_interval}}},
+    "gains": {ANY: {ANY: {"interval": _is_interval}}},
+    "thinking_curve": {ANY: [{"interval": _is_interval}]},
+    "model": dict.fromkeys(("total", "active", "parameters_total", "parameters_active"), is_number),
+    "samples": [OBJECT],
+    "notes": [lambda note: True],
+}
+LEDGER: Shape = {"stages": {ANY: OBJECT}, "total": OBJECT, "predicted": OBJECT, "machine": OBJECT}
 
 
 def read_run(path: Path) -> Run:
@@ -109,9 +132,9 @@ def read_run(path: Path) -> Run:
         part = _read_part(folder, name)
         if part.lines or part.notes:
             parts.append(part)
-        if ledger := _read_json(folder / "ledger.json"):
+        if ledger := _read_json(folder / "ledger.json", LEDGER):
             ledgers[name] = ledger
-    run = Run(path, parts, _read_json(path / "summary.json"), ledgers, _read_text(path / "recipe.toml"))
+    run = Run(path, parts, _read_json(path / "summary.json", SUMMARY), ledgers, _read_text(path / "recipe.toml"))
     if not (run.parts or run.summary or run.ledgers):
         raise UserError(f"{path} holds no metrics.jsonl, summary.json or ledger.json; give a folder that a run wrote")
     return run
@@ -128,7 +151,7 @@ def _read_part(folder: Path, name: str) -> Part:
     for text in _read_text(folder / "metrics.jsonl").splitlines():
         try:
             line = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(line, dict) and is_number(line.get("step")):
             if "note" in line:
@@ -138,17 +161,35 @@ def _read_part(folder: Path, name: str) -> Part:
     return Part(name, lines, notes, _read_text(folder / "recipe.toml"))
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path, shape: Shape) -> dict[str, Any]:
     text = _read_text(path)
     if not text:
         return {}
     try:
         value = json.loads(text)
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise UserError(f"{path} is not valid JSON ({e}); delete it to report without it") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} must hold a JSON object, not a {type(value).__name__}; delete it to report without it")
-    return value
+    return _fitting(path, value, shape, "")
+
+
+def _fitting(path: Path, value: Any, shape: Shape, where: str) -> Any:
+    """The value without its nulls. Raises UserError naming the field where a file is not what a run writes."""
+    if isinstance(shape, dict) and isinstance(value, dict):
+        return {
+            name: _fitting(path, found, inner, f"{where}.{name}")
+            if (inner := shape.get(name, shape.get(ANY)))
+            else found
+            for name, found in value.items()
+            if found is not None
+        }
+    if isinstance(shape, list) and isinstance(value, list):
+        found = [found for found in value if found is not None]
+        return [_fitting(path, inner, shape[0], f"{where}.{number}") for number, inner in enumerate(found)]
+    if callable(shape) and shape(value):
+        return value
+    raise UserError(f"{path}: {where[1:]} is not what a run writes ({value!r:.60}); delete it to report without it")
 
 
 def _read_text(path: Path) -> str:

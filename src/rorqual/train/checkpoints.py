@@ -6,7 +6,6 @@ damaged-step-N. Everything else in the folder is not ours and left alone.
 """
 
 import json
-import math
 import os
 import re
 import shutil
@@ -208,7 +207,7 @@ class Checkpoints:
 
 
 def _is_score(score: Any) -> bool:
-    return isinstance(score, int | float) and not isinstance(score, bool) and math.isfinite(score)
+    return strict_json.is_finite(score)
 
 
 def _crc32(path: Path) -> int:

@@ -22,13 +22,17 @@ OF_A_MODEL = ("*.safetensors", "*.gguf", "*.json", "*.jinja", "*.model")
 Inputs = dict[str, dict[str, Any]]
 
 
-def keep_inputs(run_dir: Path, recipe: Recipe, begun: bool) -> bool:
+def keep_inputs(run_dir: Path, recipe: Recipe, begun: bool, moved_from: str | None = None) -> bool:
     """Write down what the recipe's files are now. False where a start before, which never trained, had others.
 
-    Raises UserError naming the first file that is another one now, when training has `begun`.
+    moved_from: the recipe's `out` when they were written down last. Raises UserError naming the first file that is
+    another one now, when training has `begun`.
     """
-    before = _read(run_dir / NAME)
-    now = {str(path): _describe(path, before.get(str(path), {})) for path in files_of(recipe)}
+    files = {str(path): path for path in files_of(recipe)}
+    before, out = _read(run_dir / NAME), Path(moved_from or recipe.out)
+    for name in [name for name in before if name not in files and Path(name).is_relative_to(out)]:
+        before[str(Path(recipe.out, Path(name).relative_to(out)))] = before.pop(name)
+    now = {name: _describe(path, before.get(name, {})) for name, path in files.items()}
     changed = [path for path in {**before, **now} if not _same(before.get(path), now.get(path))]
     if begun and before and changed:
         path = changed[0]
@@ -52,7 +56,7 @@ def files_of(recipe: Recipe) -> list[Path]:
     elif isinstance(recipe, RLRecipe | DistillRecipe):
         data = [section.path for section in recipe.environments if section.path is not None]
         if isinstance(recipe, DistillRecipe):
-            models.append(recipe.teacher)
+            models = [recipe.teacher]  # the student's run sees to the student
     found = {file for model in models if model is not None for file in _of_model(Path(model))}
     return sorted(found | {file for path in data for file in _of_data(path)})
 

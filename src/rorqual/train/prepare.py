@@ -2,6 +2,7 @@
 
 from dataclasses import fields
 from difflib import get_close_matches
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,7 +10,7 @@ import torch
 from rorqual.data.tokenizer import load_tokenizer
 from rorqual.errors import UserError
 from rorqual.model import ModelConfig, Transformer
-from rorqual.model.checkpoint import load_model
+from rorqual.model.checkpoint import load_model, open_release
 from rorqual.model.released import Released
 from rorqual.recipe import ChatDataSection, DataSection, DistillRecipe, ModelSection, TrainSection
 from rorqual.train.rng import set_seed
@@ -79,6 +80,12 @@ def build_model(section: ModelSection, tokenizer: "PreTrainedTokenizerFast", see
             "give the tokenizer the model was trained with"
         )
     return load_model(section.path, dtype=torch.float32)
+
+
+def check_model(section: ModelSection) -> None:
+    """Raises UserError for a model that cannot be trained, as `build_model` would; its weights are not read."""
+    if section.path is not None:
+        open_release(Path(section.path))
 
 
 def tokenizer_of(section: ModelSection) -> "PreTrainedTokenizerFast":

@@ -12,7 +12,7 @@ from typing import Any
 from rorqual.errors import UserError, file_error
 from rorqual.files import locked, write_text
 from rorqual.kernels.machine import dtype_name, fastest_dtype
-from rorqual.recipe import Recipe
+from rorqual.recipe import DistillRecipe, Recipe
 from rorqual.train.inputs import keep_inputs
 
 # What may change between a run and its continuation without changing the weights it ends with.
@@ -20,6 +20,9 @@ FREE = {"out", "track", "train.eval_every", "train.save_every", "train.keep", "s
         "sample_every", "eval_problems", "data.workers"}  # fmt: skip
 # What training leaves behind that a run can go on from, or that took its time to make.
 WORK = ("checkpoints", "samples.jsonl", "samples.partial.jsonl", "student", "model", "ledger.json")
+# What only the student of a distillation reads. Its own run, in student/, holds to it once it has begun, so that a
+# student that cannot start costs no samples.
+OF_THE_STUDENT = ("model.", "optimizer.", "schedule.", "balance.", "train.", "sequence_length")
 
 
 @contextmanager
@@ -30,7 +33,7 @@ def open_run(recipe: Recipe, resume: bool) -> Iterator[Path]:
     A start that failed before it trained is no run: the next one takes its place, whatever its recipe.
 
     Raises UserError when the folder holds a run and `resume` is false, when the recipe or its data are others, when
-    another process trains in the folder, or when it holds files that are no run's.
+    another process trains in the folder, when it holds files that are no run's, or when what to go on from is gone.
     """
     run_dir = recipe.run_dir
     try:
@@ -41,7 +44,7 @@ def open_run(recipe: Recipe, resume: bool) -> Iterator[Path]:
     if inside and not inside & {"recipe.toml", *WORK}:
         raise UserError(f"{run_dir} holds files that are no run's ({min(inside)}); give another name")
     with locked(run_dir / ".lock", f"{run_dir}: another process trains in it"):
-        saved, begun = run_dir / "recipe.toml", _has_work(run_dir)
+        saved, begun, moved_from = run_dir / "recipe.toml", _has_work(run_dir), recipe.out
         same_text = True  # as that which an earlier start, which never trained, took its tokenizer from
         if begun:
             if not resume:
@@ -50,23 +53,41 @@ def open_run(recipe: Recipe, resume: bool) -> Iterator[Path]:
             if recipe.model.dtype == "auto":
                 recipe.model.dtype = before.get("model.dtype", "auto")
             _check_same(recipe, before, saved)
+            _check_checkpoints(run_dir)
+            moved_from = before.get("out", recipe.out)
         elif saved.exists():
             same_text = _of_tokenizer(_read(saved)) == _of_tokenizer(_resolved(recipe))
         if recipe.model.dtype == "auto":
             recipe.model.dtype = dtype_name(fastest_dtype())
         write_text(saved, to_toml(recipe.model_dump()), then="or set out to a writable place")
-        if not (keep_inputs(run_dir, recipe, begun) and same_text):
+        if not (keep_inputs(run_dir, recipe, begun, moved_from) and same_text):
             shutil.rmtree(run_dir / "tokenizer", ignore_errors=True)
         yield run_dir
 
 
 def _has_work(run_dir: Path) -> bool:
-    """Whether there is anything to go on from."""
+    """Whether there is anything to go on from. Raises UserError for a link that leads nowhere: a disk may be absent."""
     try:
+        for path in (run_dir / name for name in WORK):
+            if path.is_symlink() and not path.exists():
+                raise UserError(
+                    f"{path} is a link to {path.readlink()}, which does not exist; mount its disk, or remove the link"
+                )
         return any(path.stat().st_size if path.is_file() else any(path.iterdir()) for path in
                    (run_dir / name for name in WORK) if path.exists())  # fmt: skip
     except OSError as e:
         raise file_error(e.filename or run_dir, e, "read") from e
+
+
+def _check_checkpoints(run_dir: Path) -> None:
+    """A run that has ended is not trained again from its beginning, over its model, because checkpoints/ is gone."""
+    ended = next((name for name in ("model", "ledger.json") if (run_dir / name).exists()), None)
+    checkpoints = run_dir / "checkpoints"
+    if ended and not (checkpoints.is_dir() and any(checkpoints.iterdir())):
+        raise UserError(
+            f"{run_dir} has ended ({ended} is there), and has no checkpoints to continue from; put checkpoints/ back, "
+            "or start again under another name"
+        )
 
 
 def to_toml(values: dict[str, Any], prefix: str = "") -> str:
@@ -113,13 +134,24 @@ def _of_tokenizer(fields: dict[str, Any]) -> dict[str, Any]:
 
 def _check_same(recipe: Recipe, before: dict[str, Any], saved: Path) -> None:
     now = _resolved(recipe)
+    free = OF_THE_STUDENT if isinstance(recipe, DistillRecipe) else ()
     for field in [*now, *before]:
-        if field not in FREE and before.get(field) != now.get(field):
+        if field in FREE or field.startswith(free):
+            continue
+        if before.get(field) != now.get(field) and _from_out(before, field) != _from_out(now, field):
             was, is_now = _shown(before, field), _shown(now, field)
             raise UserError(
                 f"{saved}: {field} was {was} and is {is_now} now; a resumed run must keep its recipe, "
                 "so set it back or give another name"
             )
+
+
+def _from_out(flat: dict[str, Any], field: str) -> Any:
+    """A value; of a path within `out` the part from there on, since a folder of runs may move."""
+    value, out = flat.get(field), flat.get("out")
+    if isinstance(value, str) and isinstance(out, str) and Path(value).is_relative_to(out):
+        return Path(value).relative_to(out)
+    return value
 
 
 def _shown(flat: dict[str, Any], field: str) -> str:

@@ -4,13 +4,7 @@ import signal
 import threading
 from types import FrameType
 
-
-class Stopped(Exception):
-    """A run saved and ended because a signal asked it to; `exit_code` is 128 + the signal, as shells expect."""
-
-    def __init__(self, number: int, message: str) -> None:
-        super().__init__(message)
-        self.exit_code = 128 + number
+from rorqual.errors import Stopped
 
 
 class StopSignals:
