@@ -81,7 +81,7 @@ class Sums(Environment):
 @pytest.mark.parametrize("opened", ["<think>", ""])
 def test_a_distilled_sample_trains_on_the_tokens_that_were_sampled(opened, kind):
     teacher = engine(opened, kind)
-    rows = rejection_sample(teacher, [Sums("sums", 1.0)], 3, "chat", RewardSection(), GREEDY)
+    ((_, rows),) = rejection_sample(teacher, [Sums("sums", 1.0)], 3, "chat", RewardSection(), GREEDY)
     tokenizer = teacher.tokenizer
     assert len(rows) == 3
     for row in rows:

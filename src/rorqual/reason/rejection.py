@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +14,7 @@ from rorqual.files import write_text
 from rorqual.reason.environment import Environment, open_environment
 from rorqual.reason.problems import Problem
 from rorqual.reason.prompts import Template, prompt_text
-from rorqual.reason.rewards import Verdict, score
+from rorqual.reason.rewards import score
 from rorqual.reason.rollout import derived_seed, sample_groups
 from rorqual.reason.room import leave_room
 from rorqual.recipe import ChatDataSection, DistillRecipe, RewardSection, SFTRecipe
@@ -38,44 +38,15 @@ def rejection_sample(
     params: SamplingParams,
     keep_per_problem: int = 1,
     seed: int = 0,
-    verdict: Verdict | None = None,
-    progress: Callable[[int], None] | None = None,
-) -> list[dict[str, Any]]:
-    """Sample `params.n` answers to each of `problems` training problems, shared among `environments` by weight, and
-    keep the best.
+    start: int = 0,
+) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+    """Sample `params.n` answers to each of `problems` training problems, shared among `environments` by weight; gives,
+    batch by batch, how many problems are done and what is kept of the batch.
 
     Kept are only right, untruncated answers, at most `keep_per_problem` different ones a problem: those of highest
     reward, among equals the shorter, since a longer one holds more detours for the same result. Each is
     {"prompt", "completion", "family", "reward", "length"}; prompt and completion are text as the model saw and wrote
-    it (names of control tokens in the question broken, as rorqual.data.marks has them). `progress` is told how many
-    problems are done. Raises NothingRight when no answer is right.
-    """
-    kept: list[dict[str, Any]] = []
-    for done, rows in rejection_batches(
-        engine, environments, problems, template, reward, params, keep_per_problem, seed, verdict
-    ):
-        kept += rows
-        if progress:
-            progress(done)
-    if not kept:
-        raise _nothing_right(params, problems)
-    return kept
-
-
-def rejection_batches(
-    engine: Engine,
-    environments: Sequence[Environment],
-    problems: int,
-    template: Template,
-    reward: RewardSection,
-    params: SamplingParams,
-    keep_per_problem: int = 1,
-    seed: int = 0,
-    verdict: Verdict | None = None,
-    start: int = 0,
-) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-    """What `rejection_sample` keeps, batch by batch, each with how many problems are done after it.
-
+    it (names of control tokens in the question broken, as rorqual.data.marks has them).
     `start`: problems that are done already; the batches after them are the same as without.
     """
     by_family = {e.family: e for e in environments}
@@ -84,7 +55,7 @@ def rejection_batches(
         batch = drawn[first : first + BATCH]
         sampling = replace(params, seed=derived_seed(seed, "rejection", first))
         rollout = sample_groups(engine, batch, template, sampling)
-        rewards = score(rollout.samples, by_family, reward, params.max_tokens, verdict)
+        rewards = score(rollout.samples, by_family, reward, params.max_tokens)
         kept: list[dict[str, Any]] = []
         for q, problem in enumerate(batch):
             members = [
@@ -107,13 +78,6 @@ def rejection_batches(
                 for i in best
             ]
         yield first + len(batch), kept
-
-
-def _nothing_right(params: SamplingParams, problems: int) -> NothingRight:
-    return NothingRight(
-        f"none of {params.n} answers to each of {problems} problems was right; take a stronger teacher, easier "
-        f"environments or more samples"
-    )
 
 
 def distill(recipe: DistillRecipe, resume: bool = False) -> Path:
@@ -160,7 +124,7 @@ def _teach(recipe: DistillRecipe, environments: Sequence[Environment], samples: 
     console = Console(stderr=True)
     with Progress(console=console, disable=not console.is_terminal) as bar, _open_to_append(partial) as file:
         task = bar.add_task("sampling from the teacher", total=recipe.problems, completed=start)
-        for done, rows in rejection_batches(
+        for done, rows in rejection_sample(
             engine, environments, recipe.problems, recipe.template, recipe.reward, params,
             recipe.keep_per_problem, recipe.seed, start=start,
         ):  # fmt: skip
@@ -176,7 +140,10 @@ def _teach(recipe: DistillRecipe, environments: Sequence[Environment], samples: 
         write_text(samples, lines, then="then continue with --resume")
     partial.unlink()
     if not kept:
-        raise _nothing_right(params, recipe.problems)
+        raise NothingRight(
+            f"none of {recipe.samples} answers to each of {recipe.problems} problems was right; take a stronger "
+            "teacher, easier environments or more samples"
+        )
 
 
 def _read_partial(path: Path) -> tuple[int, list[dict[str, Any]]]:
