@@ -50,6 +50,14 @@ def read_json(path: Path, then: str) -> Any:
         raise UserError(f"{path} is damaged ({e}); {then}") from e
 
 
+def check_link(path: Path) -> None:
+    """Raises UserError for a link that leads nowhere: its disk may be absent, and what it leads to be whole."""
+    if path.is_symlink() and not path.exists():
+        raise UserError(
+            f"{path} is a link to {path.readlink()}, which does not exist; mount its disk, or remove the link"
+        )
+
+
 def write_text(path: Path, text: str, then: str = "") -> None:
     """Write a file whole or not at all, in UTF-8. Raises UserError; `then`: what to do once its cause is mended."""
     temporary = path.with_name(f".{path.name}.writing")

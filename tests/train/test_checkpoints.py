@@ -209,6 +209,21 @@ def test_a_linked_checkpoint_is_used_and_only_the_link_removed(tmp_path):
     assert (elsewhere / "state.json").exists()
 
 
+@pytest.mark.parametrize("place", ["step-2", "step-2/tensors.safetensors", "step-2/state.json"])
+def test_a_link_to_a_disk_that_is_absent_is_no_damage(tmp_path, place):
+    store = Checkpoints(tmp_path, keep=2)
+    for step in (1, 2):
+        store.save(step, content(step), {})
+    link, disk, away = store.directory / place, tmp_path / "disk", tmp_path / "away"
+    link.rename(disk)
+    link.symlink_to(disk)
+    disk.rename(away)
+    with pytest.raises(UserError, match=rf"{place} is a link to .*disk, which does not exist; mount its disk"):
+        store.load_latest()
+    away.rename(disk)
+    assert store.load_latest()[0] == 2
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_weights_that_are_not_finite_are_not_saved(tmp_path, bad):
     store = Checkpoints(tmp_path, keep=1)

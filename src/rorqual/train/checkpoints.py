@@ -23,6 +23,7 @@ from torch import Tensor
 
 from rorqual import strict_json
 from rorqual.errors import UserError, file_error
+from rorqual.files import check_link
 
 TENSORS, STATE = "tensors.safetensors", "state.json"
 NAME = re.compile(r"step-(0|[1-9][0-9]*)")
@@ -91,9 +92,11 @@ class Checkpoints:
 
         A damaged one is set aside. Raises UserError for one that cannot be read, and when all are damaged.
         """
-        for debris in self._entries():
-            if DEBRIS.fullmatch(debris.name):
-                _discard(debris)
+        for entry in self._entries():
+            if DEBRIS.fullmatch(entry.name):
+                _discard(entry)
+            elif NAME.fullmatch(entry.name):
+                check_link(entry)
         for step in reversed(self.steps()):
             try:
                 return step, *self._read(step)
@@ -111,8 +114,7 @@ class Checkpoints:
 
     def best(self) -> int | None:
         """Step of the checkpoint with the lowest score."""
-        scored = {step: found["score"] for step, found in self._readable().items() if _is_score(found.get("score"))}
-        return min(scored, key=lambda step: scored[step]) if scored else None
+        return _best(self._readable())
 
     @contextmanager
     def another_version(self, step: int) -> Iterator[None]:
@@ -120,7 +122,7 @@ class Checkpoints:
         try:
             yield
         except (KeyError, TypeError, RuntimeError) as e:
-            what = str(e).splitlines()[0]
+            what = (str(e).splitlines() or [type(e).__name__])[0]
             raise UserError(
                 f"{self.path(step)} does not fit ({what}): another version wrote it; continue with that version, or "
                 "start again under another name"
@@ -137,6 +139,8 @@ class Checkpoints:
     def _read(self, step: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Raises Damaged when the content proves it, OSError when it cannot be read."""
         path = self.path(step)
+        for file in (path / STATE, path / TENSORS):
+            check_link(file)
         try:
             found = json.loads((path / STATE).read_bytes())
             crc32 = _crc32(path / TENSORS)
@@ -177,7 +181,8 @@ class Checkpoints:
 
     def _prune(self) -> None:
         """Of what can be read, keep the last `keep` good ones, all since, and the best."""
-        readable, best = self._readable(), self.best()
+        readable = self._readable()
+        best = _best(readable)
         good = [step for step, found in readable.items() if found.get("good", True)]
         first = good[-self.keep :][0] if good else 0
         for step in readable:
@@ -208,6 +213,11 @@ class Checkpoints:
 
 def _is_score(score: Any) -> bool:
     return strict_json.is_finite(score)
+
+
+def _best(states: dict[int, dict[str, Any]]) -> int | None:
+    scored = {step: found["score"] for step, found in states.items() if _is_score(found.get("score"))}
+    return min(scored, key=lambda step: scored[step]) if scored else None
 
 
 def _crc32(path: Path) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rorqual.errors import UserError, file_error
-from rorqual.files import locked, write_text
+from rorqual.files import check_link, locked, write_text
 from rorqual.kernels.machine import dtype_name, fastest_dtype
 from rorqual.recipe import DistillRecipe, Recipe
 from rorqual.train.inputs import keep_inputs
@@ -69,10 +69,7 @@ def _has_work(run_dir: Path) -> bool:
     """Whether there is anything to go on from. Raises UserError for a link that leads nowhere: a disk may be absent."""
     try:
         for path in (run_dir / name for name in WORK):
-            if path.is_symlink() and not path.exists():
-                raise UserError(
-                    f"{path} is a link to {path.readlink()}, which does not exist; mount its disk, or remove the link"
-                )
+            check_link(path)
         return any(path.stat().st_size if path.is_file() else any(path.iterdir()) for path in
                    (run_dir / name for name in WORK) if path.exists())  # fmt: skip
     except OSError as e:
