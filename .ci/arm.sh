@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-.venv/bin/python}
-TESTS=${*:-tests/kernels tests/engine/test_direct.py tests/engine/test_choose.py}
+TESTS=${*:-tests/kernels tests/engine/test_fused_cpu.py tests/engine/test_sampling.py}
 CROSS=aarch64-linux-gnu-g++ QEMU="qemu-aarch64 -L /usr/aarch64-linux-gnu"
 
 missing=

@@ -25,10 +25,10 @@ class Side:
     """The trainer of a speedrun's reinforcement learning."""
 
     def __init__(self, recipe_file: Path, dtype: str) -> None:
-        from rorqual.reason.environment import open_environment
-        from rorqual.reason.trainer import RLTrainer
         from rorqual.recipe import KINDS, parse_recipe
-        from rorqual.train.prepare import build_model, tokenizer_of
+        from rorqual.rl.envs.registry import open_environment
+        from rorqual.rl.grpo_trainer import GRPOTrainer
+        from rorqual.train.build_model import build_model, tokenizer_of
 
         raw = known(tomllib.loads(recipe_file.read_text()), KINDS["rl"])
         raw["model"]["dtype"] = dtype
@@ -36,7 +36,7 @@ class Side:
         recipe.optimizer.lr = recipe.optimizer.muon_lr = 1e-9
         tokenizer = tokenizer_of(recipe.model)
         environments = [open_environment(section) for section in recipe.environments]
-        self.trainer = RLTrainer(build_model(recipe.model, tokenizer, recipe.seed), tokenizer, environments, recipe)
+        self.trainer = GRPOTrainer(build_model(recipe.model, tokenizer, recipe.seed), tokenizer, environments, recipe)
         self.rollouts = timed(self.trainer.engine, "generate")
 
     def step(self) -> dict[str, float]:

@@ -8,15 +8,15 @@ from pathlib import Path
 MEASURE = r"""
 import re, sys
 from pathlib import Path
-from rorqual.kernels.lowbit import Packed
-from rorqual.process import release_memory
+from rorqual.kernels.quantized_linear import QuantizedWeight
+from rorqual.process_tuning import release_memory
 memory = lambda field: 1024 * int(re.search(field + r":\s+(\d+)", Path("/proc/self/status").read_text())[1])
 load(sys.argv[2])  # libraries load their code at first use
 release_memory()
 before = memory("VmRSS")
 model = load(sys.argv[1])
 size = sum(p.nbytes for p in model.parameters())
-size += sum(v.data.nbytes for m in model.modules() for v in vars(m).values() if isinstance(v, Packed))
+size += sum(v.data.nbytes for m in model.modules() for v in vars(m).values() if isinstance(v, QuantizedWeight))
 print((memory("VmHWM") - before) / size, size)
 """
 

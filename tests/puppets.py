@@ -5,9 +5,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from rorqual.checkpoint.huggingface import save_model
 from rorqual.data.tokenizer import save_tokenizer
 from rorqual.model import ModelConfig, Transformer
-from rorqual.model.checkpoint import save_model
 
 END, SAY = "<end>", "<say>"
 CHAT = (

@@ -2,9 +2,9 @@
 
 import torch
 
+from rorqual.checkpoint.huggingface import save_model
 from rorqual.data.tokenizer import save_tokenizer, train_tokenizer
 from rorqual.model import ModelConfig, Transformer
-from rorqual.model.checkpoint import save_model
 from rorqual.recipe import TokenizerSection
 
 TEMPLATE = (

@@ -7,8 +7,8 @@ import datetime
 import pytest
 
 from rorqual.errors import UserError
-from rorqual.reason.rewards import SCRIPTS
 from rorqual.recipe import RewardSection, load_recipe, parse_recipe
+from rorqual.rl.rewards import SCRIPTS
 
 TRAIN = {"steps": 3}
 BASE = {

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 from rorqual.processor import lower_torch
 
 if TYPE_CHECKING:
+    from rorqual.checkpoint.huggingface import load_model, save_model
     from rorqual.data.tokenizer import load_tokenizer
-    from rorqual.model.checkpoint import load_model, save_model
     from rorqual.model.config import ModelConfig
 
 lower_torch()  # before anything here imports torch
@@ -16,9 +16,9 @@ __all__ = ["ModelConfig", "load_model", "load_tokenizer", "save_model"]
 
 _HOMES = {
     "ModelConfig": "rorqual.model.config",
-    "load_model": "rorqual.model.checkpoint",
+    "load_model": "rorqual.checkpoint.huggingface",
     "load_tokenizer": "rorqual.data.tokenizer",
-    "save_model": "rorqual.model.checkpoint",
+    "save_model": "rorqual.checkpoint.huggingface",
 }
 
 

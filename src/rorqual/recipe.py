@@ -10,10 +10,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from rorqual.characters import whole
 from rorqual.errors import UserError
 from rorqual.files import read_text
-from rorqual.paths import local_path
+from rorqual.local_paths import local_path
+from rorqual.renamed import current_fields
 from rorqual.sections import (
     BalanceSection,
     ChatDataSection,
@@ -42,6 +42,7 @@ from rorqual.sections import (
     TokenizerSection,
     TrainSection,
 )
+from rorqual.unicode_checks import whole
 
 __all__ = [
     "BalanceSection",
@@ -199,7 +200,7 @@ Place = tuple[int | str, ...]  # of a field in a recipe, as pydantic gives it
 def _check(raw: dict[str, Any], kind: str, source: str, words: dict[Place, str]) -> Recipe:
     """`words`: what overrides say as it was written, for fields that take text (`name=2`)."""
     try:
-        return KINDS[kind].model_validate(raw)
+        return KINDS[kind].model_validate(current_fields(raw))
     except ValidationError as e:
         first = e.errors()[0]
         if first["type"] == "string_type" and first["loc"] in words:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from rorqual.errors import UserError
-from rorqual.paths import local_path
+from rorqual.local_paths import local_path
 
 Count = Annotated[int, Field(ge=1, lt=1 << 31)]
 Size = Annotated[int, Field(ge=1, le=1 << 20)]  # of what is in memory at once
@@ -240,11 +240,11 @@ class GRPOSection(Section):
     refresh_reference: int = Field(400, ge=0, lt=1 << 31)  # steps; 0: never
     normalise_std: bool = True
     average: Literal["sequence", "token"] = "sequence"
-    drop_flat_groups: bool = False  # leave out groups whose rewards are all equal
+    drop_zero_std_groups: bool = False  # leave out groups whose rewards are all equal
     temperature: Temperature = 1.0
     max_tokens: Size = 256
     micro_tokens: int = Field(16384, ge=64, lt=1 << 31)  # tokens a forward pass in training
-    rollout_slots: Size = 256  # sequences decoded at once
+    rollout_max_num_seqs: Size = 256  # sequences decoded at once
 
     @model_validator(mode="after")
     def _enough_questions(self) -> "GRPOSection":

@@ -13,9 +13,9 @@ import pytest
 import torch
 from tiny import GROUPED
 
+from rorqual.checkpoint.huggingface import save_model
 from rorqual.data.tokenizer import save_tokenizer, train_tokenizer
 from rorqual.model import Transformer
-from rorqual.model.checkpoint import save_model
 from rorqual.recipe import TokenizerSection
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"

@@ -9,9 +9,9 @@ import torch
 from tiny import DEVICES, GROUPED, LATENT, agree, greedy_by_full_passes, logits
 
 from rorqual.engine import Engine, SamplingParams
-from rorqual.engine.blocks import BLOCK
-from rorqual.engine.cache import block_bytes
-from rorqual.engine.text import Speller, TextStream
+from rorqual.engine.block_manager import BLOCK
+from rorqual.engine.detokenizer import IncrementalDetokenizer, TokenDecoder
+from rorqual.engine.paged_kv_cache import block_bytes
 from rorqual.errors import UserError
 from rorqual.model import Transformer
 
@@ -51,12 +51,14 @@ def all_free(engine):
 
 
 @pytest.mark.parametrize("prefix_cache", [False, True])
-@pytest.mark.parametrize("chunk", [7, 4096])
+@pytest.mark.parametrize("max_prefill_tokens", [7, 4096])
 @pytest.mark.parametrize("room", [None, 16, 9])
-def test_greedy_equals_full_passes_in_any_company(model, prompts, prefix_cache, chunk, room):
+def test_greedy_equals_full_passes_in_any_company(model, prompts, prefix_cache, max_prefill_tokens, room):
     expected = [greedy_by_full_passes(model, p, 40, to_the_end=True)[0] for p in prompts]
     memory = None if room is None else bytes_for(model, room)
-    engine = Engine(model, slots=12, chunk=chunk, prefix_cache=prefix_cache, cache_bytes=memory)
+    engine = Engine(
+        model, max_num_seqs=12, max_prefill_tokens=max_prefill_tokens, prefix_cache=prefix_cache, kv_cache_bytes=memory
+    )
     for turn in range(2):
         found = engine.generate(prompts, replace(GREEDY, ignore_eos=True))
         assert [c.tokens for c in found] == expected
@@ -64,20 +66,20 @@ def test_greedy_equals_full_passes_in_any_company(model, prompts, prefix_cache, 
             assert all(c.cached_tokens == (len(p) - 1) // BLOCK * BLOCK for c, p in zip(found, prompts, strict=True))
         assert all_free(engine)
     if room == 9:
-        assert engine._scheduler.counts.preempted > 0, "the cache was to be too small"
+        assert engine._scheduler.counters.preemptions > 0, "the cache was to be too small"
 
 
-@pytest.mark.parametrize("options", [{}, {"chunk": 7, "prefix_cache": True}, {"cache_bytes": 30}])
+@pytest.mark.parametrize("options", [{}, {"max_prefill_tokens": 7, "prefix_cache": True}, {"kv_cache_bytes": 30}])
 def test_greedy_answers_are_the_same_alone_and_among_32_others(model, options):
-    if "cache_bytes" in options:
-        options = {"cache_bytes": bytes_for(model, options["cache_bytes"])}
+    if "kv_cache_bytes" in options:
+        options = {"kv_cache_bytes": bytes_for(model, options["kv_cache_bytes"])}
     prompts = [[(7 * i + j * j) % 59 + 1 for j in range(1 + (5 * i) % 41)] for i in range(33)]
     params = replace(GREEDY, max_tokens=24, ignore_eos=True)
     alone = [Engine(model).generate([p], params)[0].tokens for p in prompts]
-    engine = Engine(model, slots=33, **options)
+    engine = Engine(model, max_num_seqs=33, **options)
     for _ in range(2):
         assert [c.tokens for c in engine.generate(prompts, params)] == alone
-    assert (engine.status().counts.preempted > 0) == ("cache_bytes" in options)
+    assert (engine.status().counters.preemptions > 0) == ("kv_cache_bytes" in options)
     assert all_free(engine)
 
 
@@ -85,12 +87,12 @@ def test_greedy_answers_are_the_same_alone_and_among_32_others(model, options):
 def test_samples_do_not_depend_on_company_or_preemption(model, prompts, room):
     params = SamplingParams(n=3, seed=5, max_tokens=30, ignore_eos=True)
     memory = None if room is None else bytes_for(model, room)
-    together = Engine(model, slots=9, cache_bytes=memory, chunk=20)
+    together = Engine(model, max_num_seqs=9, kv_cache_bytes=memory, max_prefill_tokens=20)
     found = [c.tokens for c in together.generate(prompts[:5], params)]
     wide = [c.tokens for c in Engine(model).generate(prompts[:5], params)]
     assert agree(found, wide, model)
     assert all_free(together)
-    assert together._scheduler.counts.preempted > 0 or room is None
+    assert together._scheduler.counters.preemptions > 0 or room is None
 
 
 def test_requests_with_different_wishes_share_a_batch(model, prompts):
@@ -107,11 +109,11 @@ def test_requests_with_different_wishes_share_a_batch(model, prompts):
         requests = [engine.submit(prompts[i], wishes[i]) for i in which]
         while not engine.idle:
             engine.step()
-        return [[engine.completion(s) for s in r.samples] for r in requests]
+        return [[engine.completion(s) for s in r.sequences] for r in requests]
 
-    together = run(Engine(model, slots=16), range(6))
+    together = run(Engine(model, max_num_seqs=16), range(6))
     for i in range(6):
-        (alone,) = run(Engine(model, slots=16), [i])
+        (alone,) = run(Engine(model, max_num_seqs=16), [i])
         assert [c.tokens for c in alone] == [c.tokens for c in together[i]]
     (reported,) = together[5]
     for token, logprob, best in zip(reported.tokens, reported.logprobs, reported.top_logprobs, strict=True):
@@ -151,7 +153,13 @@ def test_penalties_and_biases_change_the_logits_as_defined(model):
 def test_cancelling_frees_blocks_at_once_wherever_the_request_is(model, prompts):
     rng = random.Random(0)
     for _ in range(10):
-        engine = Engine(model, slots=4, chunk=8, cache_bytes=bytes_for(model, 24), prefix_cache=rng.random() < 0.5)
+        engine = Engine(
+            model,
+            max_num_seqs=4,
+            max_prefill_tokens=8,
+            kv_cache_bytes=bytes_for(model, 24),
+            prefix_cache=rng.random() < 0.5,
+        )
         expected = [greedy_by_full_passes(model, p, 40)[0] for p in prompts]
         requests = {i: engine.submit(p, GREEDY) for i, p in enumerate(prompts)}
         gone = rng.sample(sorted(requests), 6)
@@ -162,15 +170,15 @@ def test_cancelling_frees_blocks_at_once_wherever_the_request_is(model, prompts)
         while not engine.idle:
             engine.step()
         for i, request in requests.items():
-            (sample,) = request.samples
-            assert sample.finish is not None
+            (sample,) = request.sequences
+            assert sample.finish_reason is not None
             if i not in gone:
                 assert sample.tokens == expected[i]
         assert all_free(engine)
 
 
 def test_a_request_that_could_never_fit_is_refused(model):
-    engine = Engine(model, cache_bytes=bytes_for(model, 6))
+    engine = Engine(model, kv_cache_bytes=bytes_for(model, 6))
     engine.generate([[5] * 30], SamplingParams(max_tokens=34))
     with pytest.raises(UserError, match="takes 65 tokens, but the cache holds 64"):
         engine.generate([[5] * 30], SamplingParams(max_tokens=35))
@@ -178,9 +186,9 @@ def test_a_request_that_could_never_fit_is_refused(model):
 
 def test_the_cache_takes_what_was_stated(model):
     memory = bytes_for(model, 11) + 5
-    engine = Engine(model, cache_bytes=memory)
+    engine = Engine(model, kv_cache_bytes=memory)
     engine.generate([[5] * 30], SamplingParams(max_tokens=5))
-    held = sum(s.nbytes for layer in engine._scheduler.cache.layers for s in layer)
+    held = sum(s.nbytes for layer in engine._scheduler.kv_cache.layers for s in layer)
     assert memory - bytes_for(model, 1) < held <= memory
 
 
@@ -191,22 +199,22 @@ def test_forgetting_lets_new_weights_count(model, prompts):
         for p in model.parameters():
             if p.ndim > 1:
                 p.mul_(1.3)
-    engine.forget()
+    engine.reset_prefix_cache()
     assert [c.tokens for c in engine.generate(prompts, GREEDY)] == [
         greedy_by_full_passes(model, p, 40)[0] for p in prompts
     ]
 
 
 def test_many_ways_to_sample_do_not_pile_up(model):
-    engine = Engine(model, slots=3)
+    engine = Engine(model, max_num_seqs=3)
     for i in range(12):
         request = engine.submit([5, 6], SamplingParams(temperature=1 + i / 10, seed=i, max_tokens=4))
         while not engine.idle:
             engine.step()
-        alone = engine.completion(request.samples[0])
+        alone = engine.completion(request.sequences[0])
         (wide,) = Engine(model).generate([[5, 6]], request.params)
         assert alone.tokens == wide.tokens
-    assert len(engine._scheduler.rows._cuts) <= 4
+    assert len(engine._scheduler.batch._filters) <= 4
 
 
 class Letters:
@@ -243,7 +251,7 @@ def test_stop_strings_end_the_text_before_them_and_never_show(model, prompts):
 
 
 def test_text_comes_in_whole_characters():
-    stream = TextStream(Speller(Letters()), stop=("nop",))
+    stream = IncrementalDetokenizer(TokenDecoder(Letters()), stop=("nop",))
     tokens, shown = [], []
     for t in [1, 59, 58, 13, 14, 2, 59, 13, 14, 15, 3]:
         tokens.append(t)
@@ -254,11 +262,11 @@ def test_text_comes_in_whole_characters():
 
 
 def test_generating_does_not_mistake_what_others_submitted_for_its_own(model, prompts):
-    engine = Engine(model, slots=8)
+    engine = Engine(model, max_num_seqs=8)
     other = engine.submit(prompts[0], replace(GREEDY, max_tokens=3, ignore_eos=True))
     found = engine.generate(prompts[1:4], GREEDY)
     assert [c.tokens for c in found] == [greedy_by_full_passes(model, p, 40)[0] for p in prompts[1:4]]
-    assert engine.completion(other.samples[0]).tokens == greedy_by_full_passes(model, prompts[0], 3, True)[0]
+    assert engine.completion(other.sequences[0]).tokens == greedy_by_full_passes(model, prompts[0], 3, True)[0]
 
 
 def test_streaming_text_needs_a_tokenizer(model):

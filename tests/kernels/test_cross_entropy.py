@@ -43,8 +43,8 @@ def test_compiled_softmax_slope_matches_reference(dtype, tolerance):
     logits, targets, share = (4 * torch.randn(6, 77)).to(dtype), torch.randint(77, (6,)), torch.randn(6)
     logits[0, targets[0]], logits[1, targets[1]] = 30, -90
     exact = logits.float().clone()
-    right = ce.softmax_slope_reference_(exact, targets, share, 0.7)
-    found = ce.softmax_slope_(logits, targets, share, 0.7)
+    right = ce.softmax_grad_reference_(exact, targets, share, 0.7)
+    found = ce.softmax_grad_(logits, targets, share, 0.7)
     for mine, reference in zip((*found, logits), (*right, exact), strict=True):
         torch.testing.assert_close(mine.float(), reference, rtol=tolerance, atol=1e-6)
 
@@ -52,14 +52,14 @@ def test_compiled_softmax_slope_matches_reference(dtype, tolerance):
 def test_logits_that_are_not_finite_give_a_loss_that_is_not():
     logits = torch.randn(2, 9)
     logits[1, 4] = float("nan")
-    logprob, _ = ce.softmax_slope_(logits, torch.tensor([0, 0]), None)
+    logprob, _ = ce.softmax_grad_(logits, torch.tensor([0, 0]), None)
     assert logprob.isfinite().tolist() == [True, False]
 
 
 def test_a_target_outside_the_vocabulary_is_refused():
     for target in (-1, 9):
         with pytest.raises(IndexError, match="vocabulary of 9"):
-            ce.softmax_slope_(torch.randn(1, 9), torch.tensor([target]), None)
+            ce.softmax_grad_(torch.randn(1, 9), torch.tensor([target]), None)
 
 
 def test_chunk_size_does_not_change_the_loss(monkeypatch):

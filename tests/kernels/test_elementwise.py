@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rorqual.kernels import cpu
-from rorqual.kernels.add import add_into
+from rorqual.kernels.accumulate import accumulate
 from rorqual.kernels.norm import rms_norm, rms_norm_reference
 from rorqual.kernels.swiglu import swiglu, swiglu_joined, swiglu_reference
 from rorqual.processor import highest
@@ -79,7 +79,7 @@ def test_what_is_not_finite_stays_so(dtype):
 
 def test_add_into_keeps_what_bfloat16_would_lose():
     total, x = torch.full((1000,), 256.0), torch.full((1000,), 0.5, dtype=torch.bfloat16)
-    add_into(total, x)
+    accumulate(total, x)
     assert torch.equal(total, torch.full((1000,), 256.5))
 
 

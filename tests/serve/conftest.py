@@ -17,8 +17,8 @@ import uvicorn
 from reasoner import save_reasoner
 from rorqual.engine import Engine, SamplingParams
 from rorqual.serve.app import build_app
-from rorqual.serve.run import bind
-from rorqual.serve.service import Options, Service
+from rorqual.serve.server import bind
+from rorqual.serve.service import ModelService, Options
 
 
 @pytest.fixture(scope="session")
@@ -38,10 +38,10 @@ class Server:
     """A running service: `url`, `service`, and `stop`, which ends it as SIGTERM does."""
 
     def __init__(
-        self, directory, slots=8, cache_bytes=1 << 20, page=None, recommended=SamplingParams(), **options
+        self, directory, max_num_seqs=8, kv_cache_bytes=1 << 20, page=None, recommended=SamplingParams(), **options
     ):  # fmt: skip
-        engine = OneThread(directory, slots=slots, cache_bytes=cache_bytes, prefix_cache=True)
-        self.service = Service(engine, recommended, Options("tiny", **options))
+        engine = OneThread(directory, max_num_seqs=max_num_seqs, kv_cache_bytes=kv_cache_bytes, prefix_cache=True)
+        self.service = ModelService(engine, recommended, Options("tiny", **options))
         app = build_app(self.service)
         if page is not None:
             page(app, self.service)
@@ -61,10 +61,10 @@ class Server:
         until = time.monotonic() + seconds
         while time.monotonic() < until:
             now = self.service.engine.status()
-            if self.service.worker.count == now.running == now.waiting == now.blocks_held == 0:
+            if self.service.worker.count == now.running == now.waiting == now.blocks_used == 0:
                 break
             time.sleep(0.01)
-        return self.service.engine.status().blocks_held
+        return self.service.engine.status().blocks_used
 
     def stop(self):
         self.server.should_exit = True
@@ -79,7 +79,7 @@ class Process:
         self.log = log
         with log.open("a") as out:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", "from rorqual.cli import main; main()", "serve", str(directory), *options],
+                [sys.executable, "-c", "from rorqual.cli.app import main; main()", "serve", str(directory), *options],
                 stdout=out, stderr=out, env=os.environ | {"OMP_NUM_THREADS": "1"},
             )  # fmt: skip
         while not (found := re.findall(r"(http://[\d.]+:\d+)/v1", log.read_text())):
@@ -129,7 +129,7 @@ def server(directory):
 @pytest.fixture(scope="session")
 def small(directory):
     """Its cache has room for few tokens, so that nothing takes long whatever is asked for."""
-    running = Server(directory, cache_bytes=1 << 14)
+    running = Server(directory, kv_cache_bytes=1 << 14)
     assert running.service.context < 128
     yield running
     assert running.settled() == 0

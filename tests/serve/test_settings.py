@@ -6,8 +6,8 @@ import shutil
 import pytest
 
 from rorqual.engine import SamplingParams
-from rorqual.engine.recommended import recommended
-from rorqual.model.released import SUPPRESSED
+from rorqual.engine.generation_defaults import default_sampling
+from rorqual.model.release_settings import SUPPRESSED
 from rorqual.serve.protocol import ChatRequest, CompletionRequest
 
 RELEASE = {
@@ -30,7 +30,7 @@ def released(directory, tmp_path_factory):
 
 def params(released, **body):
     asked = ChatRequest(messages=[{"role": "user", "content": "?"}], **body)
-    return asked.params(recommended(released), 7, 0, None)
+    return asked.params(default_sampling(released), 7, 0, None)
 
 
 def test_what_a_request_leaves_out_is_the_releases(released):

@@ -5,17 +5,17 @@ import json
 import pytest
 
 from rorqual.errors import UserError
-from rorqual.reason.environment import open_environment
+from rorqual.rl.envs.registry import open_environment
 from rorqual.speedrun import speedrun
 from rorqual.speedrun import stages as stages_module
 from rorqual.speedrun.level import LEVELS, choose_level, machine_line, training_speed
 from rorqual.speedrun.outcome import FEW_SAMPLES, FIRST, difficulty_table, table
-from rorqual.speedrun.stages import Budget, Check, Story, needed
+from rorqual.speedrun.stages import Budget, Check, SpeedrunState, needed
 
 
 def story(tmp_path, minutes=10.0, speed=10_000.0, level=LEVELS[0]):
     environments = [open_environment(section) for section in level.environments]
-    return Story(tmp_path, 0, Budget(minutes), level, environments, speed)
+    return SpeedrunState(tmp_path, 0, Budget(minutes), level, environments, speed)
 
 
 def test_more_tokens_bring_harder_problems():

@@ -4,14 +4,14 @@ from pathlib import Path
 
 import pytest
 
+from rorqual.checkpoint.huggingface import load_model, save_model
 from rorqual.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from rorqual.engine import Engine
 from rorqual.errors import UserError
-from rorqual.model.checkpoint import load_model, save_model
 from rorqual.plan.estimate import plan_text
 from rorqual.recipe import TokenizerSection, load_recipe, parse_recipe
+from rorqual.train.build_model import tokenizer_of
 from rorqual.train.dry_run import dry_run
-from rorqual.train.prepare import tokenizer_of
 from rorqual.train.pretrain import pretrain
 from rorqual.train.sft import sft
 
@@ -57,7 +57,7 @@ def test_what_the_release_says_is_kept_from_run_to_run(chat_recipe, tmp_path):
         recipe.name, recipe.model.path = name, str(base)
         made = json.loads((sft(recipe) / "model" / "generation_config.json").read_text())
         assert {key: made.get(key) for key in own} == own
-    assert Engine(tmp_path / "runs" / "second").eos == (0, 7)
+    assert Engine(tmp_path / "runs" / "second").end_tokens == (0, 7)
 
 
 def test_a_tokenizer_without_an_end_token_takes_the_models(chat_recipe, tmp_path):

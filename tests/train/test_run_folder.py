@@ -10,7 +10,7 @@ import pytest
 
 from rorqual.errors import UserError
 from rorqual.recipe import PretrainRecipe
-from rorqual.train.run import open_run, to_toml
+from rorqual.train.run_folder import open_run, to_toml
 from rorqual.train.telemetry import Telemetry
 
 

@@ -10,10 +10,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from rorqual.characters import whole
-from rorqual.data.cut import rejoined
+from rorqual.data.text_pieces import rejoined
 from rorqual.errors import UserError, file_error
 from rorqual.recipe import Source
+from rorqual.unicode_checks import whole
 
 RECORDS = (".jsonl", ".jsonl.gz", ".parquet")
 SUFFIXES = (".txt", *RECORDS)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rorqual.data.packing import pack, ranges
-from rorqual.data.shards import Documents
+from rorqual.data.token_shards import Documents
 from rorqual.errors import UserError
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def document_mask(documents: Tensor) -> Tensor:
     return ((documents[:, :, None] == documents[:, None, :]) & causal)[:, None]
 
 
-class Rows:
+class PackedDataset:
     """Documents packed into rows of T + 1 tokens; any choice of rows becomes a Batch.
 
     `isolate` sets `Batch.documents`; `whole` cuts no document that fits a row.
@@ -112,7 +112,7 @@ class Loader:
     the epoch alone, so `state_dict()` is just the number of rows drawn from each.
     """
 
-    def __init__(self, sources: list[Rows], weights: list[float], seed: int) -> None:
+    def __init__(self, sources: list[PackedDataset], weights: list[float], seed: int) -> None:
         self.sources, self.seed = sources, seed
         self.shares = np.array(weights, np.float64) / sum(weights)
         self.drawn = np.zeros(len(sources), np.int64)
@@ -177,7 +177,7 @@ class Loader:
         return np.concatenate(out)
 
 
-def _identity(sources: list[Rows], shares: np.ndarray, seed: int) -> str:
+def _identity(sources: list[PackedDataset], shares: np.ndarray, seed: int) -> str:
     """Tells loaders apart that would not yield the same batches, without reading all tokens."""
     digest = blake2b(repr((seed, shares.tolist())).encode(), digest_size=8)
     for source in sources:
@@ -208,7 +208,9 @@ def _interleave(parts: list[tuple[list[int], Batch]], size: int) -> Batch:
 class Heldout:
     """Held-out rows of every source in a fixed order, with the bytes their targets spell."""
 
-    def __init__(self, sources: list[Rows], bytes_of_token: np.ndarray, weights: list[float] | None = None) -> None:
+    def __init__(
+        self, sources: list[PackedDataset], bytes_of_token: np.ndarray, weights: list[float] | None = None
+    ) -> None:
         """weights: of the sources in the mixture; None: all the same."""
         self.sources = sources
         self.bytes_of_token = torch.from_numpy(bytes_of_token)

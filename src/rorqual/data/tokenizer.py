@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rorqual.errors import UserError, file_error
-from rorqual.model.files import check_directory, foreign, model_directory, read_json
+from rorqual.model.model_directory import check_directory, foreign, model_directory, read_json
 from rorqual.recipe import TokenizerSection
 
 if TYPE_CHECKING:

@@ -2,6 +2,6 @@
 
 from rorqual.engine.engine import Completion, Engine
 from rorqual.engine.grammar import Grammar
-from rorqual.engine.sampler import SamplingParams
+from rorqual.engine.sampling_params import SamplingParams
 
 __all__ = ["Completion", "Engine", "Grammar", "SamplingParams"]

@@ -26,7 +26,7 @@ class Grammar:
     matcher: Any = field(default=None, compare=False, repr=False)  # once it is compiled
 
 
-class Compiler:
+class GrammarCompiler:
     """Grammars for one model's vocabulary; `ends` are the tokens that may stand where the text is complete."""
 
     def __init__(self, tokenizer: Any, vocabulary: int, ends: tuple[int, ...]) -> None:
@@ -61,7 +61,7 @@ class Compiler:
             raise UserError(f"{name} cannot be followed: {said}")
         return replace(grammar, matcher=matcher)
 
-    def guide(self, grammar: Grammar, think: tuple[int, int] | None, thinking: bool, silent: bool) -> "Guide":
+    def guide(self, grammar: Grammar, think: tuple[int, int] | None, thinking: bool, silent: bool) -> "GrammarState":
         """The grammar holds for the answer: after the token that closes the thinking, where the prompt has opened it
         (`thinking`); else from the start, unless a model that the prompt has not told to be `silent` opens it first.
         think: the tokens that open and close it. Raises UserError for a bad grammar.
@@ -69,19 +69,21 @@ class Compiler:
         compiled = grammar if grammar.matcher is not None else self.compile(grammar)
         opens, closes = think or (None, None)
         begins = None if thinking or silent else opens
-        return Guide(compiled.matcher.deep_copy(), self, begins, closes, thinking and closes is not None)
+        return GrammarState(compiled.matcher.deep_copy(), self, begins, closes, thinking and closes is not None)
 
 
-class Guide:
+class GrammarState:
     """One sample's place in its grammar."""
 
-    def __init__(self, matcher: Any, compiler: Compiler, opens: int | None, closes: int | None, thinking: bool) -> None:
+    def __init__(
+        self, matcher: Any, compiler: GrammarCompiler, opens: int | None, closes: int | None, thinking: bool
+    ) -> None:
         self._matcher, self._compiler = matcher, compiler
         self._opens, self._closes, self._thinking = opens, closes, thinking
         self._read = 0  # tokens of the answer that the matcher has seen, or that came before it began
 
-    def copy(self) -> "Guide":
-        return Guide(self._matcher.deep_copy(), self._compiler, self._opens, self._closes, self._thinking)
+    def copy(self) -> "GrammarState":
+        return GrammarState(self._matcher.deep_copy(), self._compiler, self._opens, self._closes, self._thinking)
 
     def forbidden(self, made: list[int], logits: Tensor) -> Tensor | None:
         """After the answer's tokens so far: which of the vocabulary [V] may not come next; None: any may.

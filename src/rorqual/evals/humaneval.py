@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
-from rorqual.evals.program import function
-from rorqual.evals.sandbox import Limits, isolation, run_program
-from rorqual.reason.environment import Problem
-from rorqual.reason.prompts import Template, prompt_text
+from rorqual.evals.extract_code import function
+from rorqual.rl.envs.registry import Problem
+from rorqual.rl.prompts import Template, prompt_text
+from rorqual.sandbox.run_program import Limits, isolation, run_program
 
 INSTRUCTION = "Complete this Python function. Answer with the whole function in one ```python block.\n\n"
 

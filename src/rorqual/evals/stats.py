@@ -11,7 +11,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from rorqual.reason.judge import number_in
+from rorqual.judge.judge import number_in
 
 RESAMPLES = 2000
 

@@ -18,11 +18,11 @@ from typing import Any, Protocol
 
 from rorqual.data.corpus import named
 from rorqual.errors import UserError
-from rorqual.reason.answers import read_answer
-from rorqual.reason.environment import Environment, JsonlEnvironment, Problem, open_environment
-from rorqual.reason.jsonl import SUFFIXES
-from rorqual.reason.prompts import Template, prompt_text
+from rorqual.judge.extract_answer import read_answer
 from rorqual.recipe import EnvironmentSection, load_recipe
+from rorqual.rl.envs.jsonl import SUFFIXES
+from rorqual.rl.envs.registry import Environment, JsonlEnvironment, Problem, open_environment
+from rorqual.rl.prompts import Template, prompt_text
 
 
 class Task(Protocol):

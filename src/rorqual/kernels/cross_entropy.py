@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 
 from rorqual.kernels import cpu
-from rorqual.kernels.add import add_into
+from rorqual.kernels.accumulate import accumulate
 
 CHUNK_BYTES = 64 << 20  # of logits held at once
 CHUNK_ROWS = 1024  # more rows make the product no faster, but push a small vocabulary's logits out of the cache
@@ -58,7 +58,7 @@ def token_logprobs_reference(
     return logp.gather(1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(-1).detach()
 
 
-def softmax_slope_(
+def softmax_grad_(
     logits: Tensor, targets: Tensor, share: Tensor | None, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """log p(targetᵢ) and the entropy of softmax(logits/temperature), both fp32 [n], of logits [n, V].
@@ -70,7 +70,7 @@ def softmax_slope_(
     if look and not (targets.min() >= 0 and targets.max() < logits.shape[1]):
         raise IndexError(f"a target lies outside the vocabulary of {logits.shape[1]} words")
     if not cpu.usable(logits) or not logits.is_contiguous():
-        return softmax_slope_reference_(logits, targets, share, temperature)
+        return softmax_grad_reference_(logits, targets, share, temperature)
     logprob, entropy = logits.new_empty(2, len(logits), dtype=torch.float32)
     share = None if share is None else share.float().contiguous()
     arguments = (*logits.shape, targets.long().contiguous(), share, temperature, logprob, entropy)
@@ -78,7 +78,7 @@ def softmax_slope_(
     return logprob, entropy
 
 
-def softmax_slope_reference_(
+def softmax_grad_reference_(
     logits: Tensor, targets: Tensor, share: Tensor | None, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     logp = log_softmax(logits.float() / temperature, dim=-1)
@@ -98,7 +98,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for rows, inputs, logits in _chunks(token_weights.nonzero()[:, 0], hidden, weight):
             share = token_weights[rows].float()
-            logp, _ = softmax_slope_(logits, targets[rows], share if wanted else None)
+            logp, _ = softmax_grad_(logits, targets[rows], share if wanted else None)
             loss -= logp @ share
             if gradients is not None:
                 gradients.add(logits, rows, inputs)
@@ -121,7 +121,7 @@ class _TokenLogprobs(torch.autograd.Function):
         ctx.gradients = None if slope is None else _Gradients(hidden, weight)
         for rows, inputs, logits in _chunks(torch.arange(len(hidden), device=hidden.device), hidden, weight):
             share = None if slope is None else slope[rows] / -temperature
-            logprobs[rows], entropy[rows] = softmax_slope_(logits, targets[rows], share, temperature)
+            logprobs[rows], entropy[rows] = softmax_grad_(logits, targets[rows], share, temperature)
             if ctx.gradients is not None:
                 ctx.gradients.add(logits, rows, inputs)
         ctx.save_for_backward(hidden, weight, targets, slope)
@@ -141,7 +141,7 @@ class _TokenLogprobs(torch.autograd.Function):
             return *gradients.scaled(None if grad.isfinite().all() else grad.sum()), None, None, None
         gradients = _Gradients(hidden, weight)
         for rows, inputs, logits in _chunks(grad.nonzero()[:, 0], hidden, weight):
-            softmax_slope_(logits, targets[rows], grad[rows] / -ctx.temperature, ctx.temperature)
+            softmax_grad_(logits, targets[rows], grad[rows] / -ctx.temperature, ctx.temperature)
             gradients.add(logits, rows, inputs)
         return *gradients.scaled(None), None, None, None
 
@@ -164,7 +164,7 @@ class _Gradients:
         if self.product is None:
             self.weight.addmm_(slope.T, inputs)
         else:
-            add_into(self.weight, torch.mm(slope.T, inputs, out=self.product))
+            accumulate(self.weight, torch.mm(slope.T, inputs, out=self.product))
 
     def scaled(self, factor: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         found = (self.hidden, self.weight)

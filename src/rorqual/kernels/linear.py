@@ -11,16 +11,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rorqual.kernels import cpu
-from rorqual.kernels.lowbit import Packed, lowbit_linear
+from rorqual.kernels.quantized_linear import QuantizedWeight, quantized_linear
 from rorqual.processor import allows
 
 FEW = 256  # rows up to which oneDNN, which packs the weights each time, is slower
 
 
-def linear(x: Tensor, weight: Tensor | Packed, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None = None) -> Tensor:
     """x [..., K], weight [N, K], bias [N] → [..., N]."""
-    if isinstance(weight, Packed):
-        return lowbit_linear(x, weight, bias)
+    if isinstance(weight, QuantizedWeight):
+        return quantized_linear(x, weight, bias)
     fits = bias is None or (bias.shape == weight.shape[:1] and cpu.usable(x, bias))
     if torch.is_grad_enabled() or not fits or not _usable(x, weight) or (rows := x[..., 0].numel()) > FEW:
         return linear_reference(x, weight, bias)
@@ -29,11 +29,11 @@ def linear(x: Tensor, weight: Tensor | Packed, bias: Tensor | None = None) -> Te
     return out.view(*x.shape[:-1], len(weight))
 
 
-def any_shape(weight: Tensor | Packed, rows: int) -> bool:
+def any_shape(weight: Tensor | QuantizedWeight, rows: int) -> bool:
     """Whether products of so many rows with such weights cost no more in a shape that was not there before, as
     oneDNN's in BF16 do: it compiles them, which takes longer than the product.
     """
-    if isinstance(weight, Packed):
+    if isinstance(weight, QuantizedWeight):
         return True
     compiles = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
     return not compiles or (rows <= FEW and cpu.has_dot_products())
@@ -43,10 +43,10 @@ def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     return F.linear(x, weight, bias)
 
 
-def grouped_linear(x: Tensor, weight: Tensor | Packed, ends: Tensor) -> Tensor:
+def grouped_linear(x: Tensor, weight: Tensor | QuantizedWeight, ends: Tensor) -> Tensor:
     """x [M, K] sorted by expert, weight [E, N, K] → [M, N]."""
-    if isinstance(weight, Packed):
-        return lowbit_linear(x, weight, ends=ends)
+    if isinstance(weight, QuantizedWeight):
+        return quantized_linear(x, weight, ends=ends)
     if not _groups(x, weight) or ends.shape != weight.shape[:1] or x.ndim != 2:
         return grouped_linear_reference(x, weight, ends)
     return _Grouped.apply(x, weight, ends)
@@ -60,11 +60,11 @@ def grouped_linear_reference(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
 
 
-def row_multiple(x: Tensor, weight: Tensor | Packed, mean_load: int) -> int:
+def row_multiple(x: Tensor, weight: Tensor | QuantizedWeight, mean_load: int) -> int:
     """What to fill an expert's rows up to, where oneDNN makes the product (see any_shape): filling up made the experts
     2.2 times faster at 512 rows each. Few rows have few shapes anyway.
     """
-    if isinstance(weight, Packed):
+    if isinstance(weight, QuantizedWeight):
         return 1
     slow = x.device.type == "cpu" and x.dtype == torch.bfloat16 and mean_load >= 128
     return 32 if slow and not _groups(x, weight) else 1

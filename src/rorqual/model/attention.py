@@ -2,7 +2,7 @@
 
 Shapes: B batch, T new tokens, S tokens attended to, H heads, G key/value heads, D hidden; C latent (kv_lora_rank),
 N / R query-key width without / with rotary embedding, V value width. A mask is bool [B, 1, T, S], true where a
-query may look, or several for sequences end to end (kernels/attention.py); None is causal. With a cache the new
+query may look, or several for sequences end to end (kernels/dense_attention.py); None is causal. With a cache the new
 tokens of all sequences lie end to end, B = 1, and it says what each of them sees (past.py).
 """
 
@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rorqual.kernels.attention import Mask, attention
-from rorqual.kernels.past import grouped_attention, latent_attention
-from rorqual.kernels.rotate import rotate
+from rorqual.kernels.dense_attention import Mask, attention
+from rorqual.kernels.paged_attention import grouped_attention, latent_attention
+from rorqual.kernels.rotary import apply_rotary
 from rorqual.model.config import ModelConfig
+from rorqual.model.kv_cache import CacheView, DecodeView, KVCache
 from rorqual.model.layers import Linear, RMSNorm
-from rorqual.model.past import Cache, Past, Singles
 from rorqual.model.rope import softmax_scale
 
 LATENT_NORM_EPS = 1e-6  # the release's, whatever rms_norm_eps says
@@ -38,7 +38,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
     return out.transpose(1, 2)[..., :width]
 
 
-def end_to_end(parts: list[Tensor]) -> Tensor:
+def concatenate(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
@@ -67,22 +67,24 @@ class MultiHeadLatentAttention(nn.Module):
         self.kv_b_proj = UpProjection(self.C, self.H * (self.N + self.V), bias=False)
         self.o_proj = Linear(self.H * self.V, hidden, bias=bias)
 
-    def forward(self, x: Tensor, table: tuple[Tensor, Tensor], mask: Mask = None, cache: Cache | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, table: tuple[Tensor, Tensor], mask: Mask = None, cache: KVCache | None = None
+    ) -> Tensor:
         q = self.q_proj(x) if hasattr(self, "q_proj") else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
         q_nope, q_rope = q.unflatten(-1, (self.H, self.N + self.R)).split((self.N, self.R), dim=-1)
-        q_rope = rotate(q_rope, table, self.interleave)
+        q_rope = apply_rotary(q_rope, table, self.interleave)
         latent, k_rope = self.kv_a_proj_with_mqa(x).split((self.C, self.R), dim=-1)
         latent = self.kv_a_layernorm(latent)
-        k_rope = rotate(k_rope.unsqueeze(2), table, self.interleave).squeeze(2)
+        k_rope = apply_rotary(k_rope.unsqueeze(2), table, self.interleave).squeeze(2)
         if cache is None:
             heads = self.expanded(q_nope, q_rope, latent, k_rope, mask)
         else:
             pasts = cache.append(self.layer, latent, k_rope)
-            heads = end_to_end([self.over(q_nope[:, p.tokens], q_rope[:, p.tokens], p) for p in pasts])
+            heads = concatenate([self.attend_cached(q_nope[:, p.tokens], q_rope[:, p.tokens], p) for p in pasts])
         return self.o_proj(heads.flatten(2))
 
-    def over(self, q_nope: Tensor, q_rope: Tensor, past: Past) -> Tensor:
-        if isinstance(past, Singles):
+    def attend_cached(self, q_nope: Tensor, q_rope: Tensor, past: CacheView) -> Tensor:
+        if isinstance(past, DecodeView):
             return self.absorbed(q_nope[0], q_rope[0], past).unsqueeze(0)
         return self.expanded(q_nope, q_rope, past.a, past.b, None)
 
@@ -93,7 +95,7 @@ class MultiHeadLatentAttention(nn.Module):
         q, k = torch.cat([q_nope, q_rope], dim=-1), torch.cat([k_nope, k_rope], dim=-1)
         return attend(q, k, v, mask, self.scale)
 
-    def absorbed(self, q_nope: Tensor, q_rope: Tensor, past: Singles) -> Tensor:
+    def absorbed(self, q_nope: Tensor, q_rope: Tensor, past: DecodeView) -> Tensor:
         """Decode: the up-projections move to the query and the output (V2 §2.1.2), so heads read latents alone.
 
         q_nope [n, H, N], q_rope [n, H, R], one token of each of n sequences → [n, H, V].
@@ -118,18 +120,20 @@ class GroupedQueryAttention(nn.Module):
         self.v_proj = Linear(config.hidden_size, self.G * self.W, bias=bias)
         self.o_proj = Linear(self.H * self.W, config.hidden_size, bias=bias and config.model_type == "llama")
 
-    def forward(self, x: Tensor, table: tuple[Tensor, Tensor], mask: Mask = None, cache: Cache | None = None) -> Tensor:
-        q = rotate(self.q_proj(x).unflatten(-1, (self.H, self.W)), table, self.interleave)
-        k = rotate(self.k_proj(x).unflatten(-1, (self.G, self.W)), table, self.interleave)
+    def forward(
+        self, x: Tensor, table: tuple[Tensor, Tensor], mask: Mask = None, cache: KVCache | None = None
+    ) -> Tensor:
+        q = apply_rotary(self.q_proj(x).unflatten(-1, (self.H, self.W)), table, self.interleave)
+        k = apply_rotary(self.k_proj(x).unflatten(-1, (self.G, self.W)), table, self.interleave)
         v = self.v_proj(x).unflatten(-1, (self.G, self.W))
         if cache is None:
             heads = attend(q, k, v, mask, self.scale)
         else:
             pasts = cache.append(self.layer, k, v)
-            heads = end_to_end([self.over(q[:, p.tokens], p) for p in pasts])
+            heads = concatenate([self.attend_cached(q[:, p.tokens], p) for p in pasts])
         return self.o_proj(heads.reshape(*x.shape[:2], self.H * self.W))
 
-    def over(self, q: Tensor, past: Past) -> Tensor:
-        if isinstance(past, Singles):
+    def attend_cached(self, q: Tensor, past: CacheView) -> Tensor:
+        if isinstance(past, DecodeView):
             return grouped_attention(q[0], past.a, past.b, past.tables, past.lengths, self.scale).unsqueeze(0)
         return attend(q, past.a, past.b, None, self.scale)

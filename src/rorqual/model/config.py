@@ -10,8 +10,8 @@ from types import NoneType, UnionType
 from typing import Any, get_args, get_origin
 
 from rorqual.errors import UserError
-from rorqual.model.files import check_directory, model_directory, read_json
-from rorqual.model.foreign import refuse_foreign, rope_of
+from rorqual.model.model_directory import check_directory, model_directory, read_json
+from rorqual.model.unsupported import refuse_foreign, rope_of
 
 ARCHITECTURES = {
     "deepseek_v3": "DeepseekV3ForCausalLM",

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rorqual.kernels.linear import grouped_linear, row_multiple
-from rorqual.kernels.permute import arrange, combine, dispatch
+from rorqual.kernels.moe_permute import permute, sort_by_expert, unpermute
 from rorqual.kernels.swiglu import swiglu_joined
 from rorqual.model.config import ModelConfig
 from rorqual.model.layers import SwiGLU
@@ -43,13 +43,13 @@ class Router(nn.Module):
         logits = F.linear(x.float(), self.weight.float())
         scores = logits.sigmoid() if self.scoring == "sigmoid" else logits.softmax(-1)
         with torch.no_grad():
-            chosen = self._choose(scores).topk(self.K, dim=-1, sorted=False).indices
+            chosen = self._selection_scores(scores).topk(self.K, dim=-1, sorted=False).indices
         weights = scores.gather(1, chosen)
         if self.normalise:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         return weights * self.factor, chosen, scores
 
-    def _choose(self, scores: Tensor) -> Tensor:
+    def _selection_scores(self, scores: Tensor) -> Tensor:
         """Scores for choosing only: with the correction bias, and zero or -inf outside the best groups."""
         biased = self.method == "noaux_tc"
         if biased:
@@ -90,9 +90,9 @@ class LocalDispatcher:
     def __call__(self, experts: Experts, x: Tensor, weights: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
         """→ output [N, D] and load [E]."""
         K, E = chosen.shape[1], len(experts.down_proj)
-        arrangement = arrange(chosen, E, row_multiple(x, experts.gate_up_proj, chosen.numel() // E))
-        y = experts(dispatch(x, arrangement, K), arrangement.ends)
-        return combine(y, weights, arrangement), arrangement.load
+        arrangement = sort_by_expert(chosen, E, row_multiple(x, experts.gate_up_proj, chosen.numel() // E))
+        y = experts(permute(x, arrangement, K), arrangement.ends)
+        return unpermute(y, weights, arrangement), arrangement.load
 
 
 class MixtureOfExperts(nn.Module):

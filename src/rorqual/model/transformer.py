@@ -6,14 +6,14 @@ B batch, T tokens, D hidden, V vocabulary.
 import torch
 from torch import Tensor, nn
 
-from rorqual.kernels.attention import Mask
+from rorqual.kernels.dense_attention import Mask
 from rorqual.kernels.linear import linear
 from rorqual.model.attention import GroupedQueryAttention, MultiHeadLatentAttention
 from rorqual.model.config import ModelConfig
+from rorqual.model.kv_cache import KVCache
 from rorqual.model.layers import Linear, RMSNorm, SwiGLU
 from rorqual.model.moe import MixtureOfExperts, Routing
-from rorqual.model.past import Cache
-from rorqual.model.released import Released
+from rorqual.model.release_settings import ReleaseSettings
 from rorqual.model.rope import rope_frequencies, rope_table
 
 Table = tuple[Tensor, Tensor]
@@ -34,7 +34,7 @@ class Layer(nn.Module):
             self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, config.mlp_bias)
 
     def forward(
-        self, x: Tensor, table: Table, mask: Mask, cache: Cache | None, routing: list[Routing] | None
+        self, x: Tensor, table: Table, mask: Mask, cache: KVCache | None, routing: list[Routing] | None
     ) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), table, mask, cache)
         h = self.post_attention_layernorm(x)
@@ -55,7 +55,7 @@ class MultiTokenModule(Layer):
         self.shared_head = nn.ModuleDict({"norm": RMSNorm(config.hidden_size, config.rms_norm_eps)})
 
     def forward(  # type: ignore[override]
-        self, h: Tensor, embedded: Tensor, table: Table, mask: Mask, cache: Cache | None,
+        self, h: Tensor, embedded: Tensor, table: Table, mask: Mask, cache: KVCache | None,
         routing: list[Routing] | None,
     ) -> Tensor:  # fmt: skip
         x = self.eh_proj(torch.cat([self.enorm(embedded), self.hnorm(h)], dim=-1))
@@ -83,7 +83,7 @@ class Transformer(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.config, self.released = config, Released.of(config)
+        self.config, self.released = config, ReleaseSettings.of(config)
         self.model = Decoder(config)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -114,13 +114,13 @@ class Transformer(nn.Module):
         tokens: Tensor,
         positions: Tensor | None = None,
         mask: Mask = None,
-        cache: Cache | None = None,
+        cache: KVCache | None = None,
         routing: list[Routing] | None = None,
     ) -> Tensor:
         """tokens [B, T] → hidden states after the last norm [B, T, D].
 
         positions [B, T] default to 0…T-1; mask bool [B, 1, T, S], true where a token may look (or several, see
-        kernels/attention.py), defaults to causal; `routing` collects one entry a mixture-of-experts layer.
+        kernels/dense_attention.py), defaults to causal; `routing` collects one entry a mixture-of-experts layer.
         """
         x = self.model.embed_tokens(tokens)
         table = self._table(tokens, positions, x.dtype)
@@ -128,11 +128,11 @@ class Transformer(nn.Module):
             x = layer(x, table, mask, cache, routing)
         return self.model.norm(x)
 
-    def logits(self, tokens: Tensor, **inputs: Tensor | Cache | None) -> Tensor:
+    def logits(self, tokens: Tensor, **inputs: Tensor | KVCache | None) -> Tensor:
         """tokens [B, T] → [B, T, V]; takes forward's arguments."""
         return linear(self(tokens, **inputs), self.head_weight)
 
-    def predict_ahead(
+    def mtp_hidden_states(
         self,
         hidden: Tensor,
         tokens: Tensor,
@@ -152,7 +152,7 @@ class Transformer(nn.Module):
             states.append(hidden)
         return states
 
-    def ahead(self, hidden: Tensor, following: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+    def ahead(self, hidden: Tensor, following: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
         """The first multi-token module over a cache: hidden [1, N, D] and the token after each [1, N] → states
         [1, N, D] that predict the one after that. The module's layer is the cache's num_hidden_layers-th.
         """

@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 
-from rorqual.kernels.machine import compute_dtype, dtype_name
+from rorqual.kernels.dtypes import compute_dtype, dtype_name
 from rorqual.model.config import ModelConfig
 from rorqual.plan.cost import flops_per_token, memory, mtp_flops_per_token, mtp_parameters, parameters
-from rorqual.plan.machine import describe_machine, matrix_peak, memory_total
+from rorqual.plan.hardware import describe_machine, matrix_peak, memory_total
 from rorqual.recipe import PretrainRecipe, SFTRecipe
 
 # Share of the measured matrix peak that training is expected to reach; one core of a busy EPYC gave 0.30–0.46 in

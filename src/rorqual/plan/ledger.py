@@ -7,7 +7,7 @@ import torch
 
 from rorqual import strict_json
 from rorqual.files import write_text
-from rorqual.plan.machine import describe_machine, matrix_peak
+from rorqual.plan.hardware import describe_machine, matrix_peak
 
 
 class Ledger:

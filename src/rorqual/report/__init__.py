@@ -4,9 +4,9 @@ from pathlib import Path
 
 from rorqual.errors import file_error
 from rorqual.files import write_text
-from rorqual.report.page import render
+from rorqual.report.html import render
 from rorqual.report.plots import draw_all
-from rorqual.report.record import read_run
+from rorqual.report.run_record import read_run
 
 __all__ = ["write_report"]
 

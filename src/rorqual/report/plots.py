@@ -6,8 +6,8 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 
-from rorqual.report.draw import THEMES, Theme, errorbars, grouped_bars, lines, save
-from rorqual.report.record import Part, Run, is_number
+from rorqual.report.charts import THEMES, Theme, errorbars, grouped_bars, lines, save
+from rorqual.report.run_record import Part, Run, is_number
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ CURVES = (
         "Flat groups have the same reward for every answer and give no gradient; truncated answers ran out of room; "
         "clipped tokens moved too far in one update. All three should stay low.",
         "%",
-        keys=(("flat_groups", "flat groups"), ("truncated", "truncated"), ("clip_share", "clipped tokens")),
+        keys=(("zero_std_groups", "groups of equal rewards"), ("truncated", "truncated"), ("clip_fraction", "clipped tokens")),
         scale=SHARE,
     ),
     Curve(

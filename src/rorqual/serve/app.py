@@ -1,4 +1,4 @@
-"""The routes. A request goes: guard → checked body → prompt tokens → Worker.open → pieces → answer or chunks."""
+"""The routes. A request goes: guard → checked body → prompt tokens → EngineThread.open → pieces → answer or chunks."""
 
 import contextlib
 import json
@@ -14,14 +14,13 @@ from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
-from rorqual.data.tools import JSON
+from rorqual.data.tool_formats import JSON
 from rorqual.engine import SamplingParams
-from rorqual.serve import shapes
-from rorqual.serve.answers import ChatChoice, Head, TextChoice, Usage
-from rorqual.serve.aside import aside, kind_of
-from rorqual.serve.body import JsonRoute
-from rorqual.serve.errors import ApiError, on_api_error, on_bug, on_http
-from rorqual.serve.guard import Guard
+from rorqual.serve import schemas
+from rorqual.serve.api_errors import ApiError, on_api_error, on_bug, on_http
+from rorqual.serve.background import kind_of, run_in_background
+from rorqual.serve.engine_thread import RequestHandle
+from rorqual.serve.middleware import AuthMiddleware
 from rorqual.serve.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -29,15 +28,16 @@ from rorqual.serve.protocol import (
     Sampling,
     TokenizeRequest,
 )
-from rorqual.serve.service import Service
+from rorqual.serve.request_body import JsonRoute
+from rorqual.serve.responses import ChatChoice, ResponseHeader, TextChoice, Usage
+from rorqual.serve.service import ModelService
 from rorqual.serve.sse import EventStream, unless_gone
-from rorqual.serve.tools import CallReader, call_grammar, must_call, offered
-from rorqual.serve.worker import Ticket
+from rorqual.serve.tool_calls import CallReader, call_grammar, must_call, offered
 
 METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
 
 
-def build_app(service: Service) -> FastAPI:
+def build_app(service: ModelService) -> FastAPI:
     """The application; `service.worker` runs while it does."""
 
     @contextlib.asynccontextmanager
@@ -64,11 +64,11 @@ def build_app(service: Service) -> FastAPI:
         service.metrics.requests.labels(path, str(status or 499)).inc()
 
     app.add_middleware(
-        Guard, keys=options.keys, host=options.host, origins=options.origins, max_body=options.max_body,
+        AuthMiddleware, keys=options.keys, host=options.host, origins=options.origins, max_body=options.max_body,
         timeout=options.timeout, counted=counted,
     )  # fmt: skip
 
-    @app.post("/v1/chat/completions", responses=shapes.streamed(shapes.ChatAnswer))
+    @app.post("/v1/chat/completions", responses=schemas.streamed(schemas.ChatAnswer))
     async def chat(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation. Thoughts come as `reasoning_content`, as in DeepSeek's API."""
         started = time.monotonic()
@@ -96,11 +96,11 @@ def build_app(service: Service) -> FastAPI:
             reader = None if reading is None else CallReader(*reading)
             return ChatChoice(index, service.vocabulary, reader, body.logprobs, body.top_logprobs)
 
-        head = Head("chat.completion", options.name, "chatcmpl")
+        head = ResponseHeader("chat.completion", options.name, "chatcmpl")
         choices = [choice(i) for i in range(params.n)]
         return await answer(service, request, body, head, choices, [prompt], params, started, raw=False)
 
-    @app.post("/v1/completions", responses=shapes.streamed(shapes.TextAnswer))
+    @app.post("/v1/completions", responses=schemas.streamed(schemas.TextAnswer))
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue texts, or token ids, as they are."""
         started = time.monotonic()
@@ -128,26 +128,26 @@ def build_app(service: Service) -> FastAPI:
                 if isinstance(found, Response):  # nobody is there any more
                     return found
                 for c in made:
-                    await aside(partial(c.prompt, prompt, *found), kind_of(len(prompt)))
+                    await run_in_background(partial(c.prompt, prompt, *found), kind_of(len(prompt)))
             choices += made
-        head = Head("text_completion", options.name, "cmpl")
+        head = ResponseHeader("text_completion", options.name, "cmpl")
         if body.max_tokens == 0:
             return echoed(service, body, head, choices, Usage(sum(map(len, prompts))), started)
         return await answer(service, request, body, head, choices, prompts, params, started, raw=True)
 
-    @app.get("/v1/models", response_model=shapes.ModelList, responses=shapes.problems(401, 403))
+    @app.get("/v1/models", response_model=schemas.ModelList, responses=schemas.problems(401, 403))
     async def models() -> Any:
         """The one model served."""
         return {"object": "list", "data": [model_card(service)]}
 
-    @app.get("/v1/models/{name:path}", response_model=shapes.ModelCard, responses=shapes.problems(400, 401, 403, 404))
+    @app.get("/v1/models/{name:path}", response_model=schemas.ModelCard, responses=schemas.problems(400, 401, 403, 404))
     async def model(name: str) -> Any:
         service.check_model(name)
         return model_card(service)
 
-    bodies = shapes.problems(400, 401, 403, 404, 408, 413, 415)
+    bodies = schemas.problems(400, 401, 403, 404, 408, 413, 415)
 
-    @app.post("/tokenize", response_model=shapes.Tokens, responses=bodies)
+    @app.post("/tokenize", response_model=schemas.Tokens, responses=bodies)
     async def tokenize(body: TokenizeRequest) -> Any:
         """A text's tokens, or a conversation's."""
         service.check_model(body.model)
@@ -163,20 +163,22 @@ def build_app(service: Service) -> FastAPI:
             )
         return {"count": len(tokens), "max_model_len": service.context, "tokens": tokens}
 
-    @app.post("/detokenize", response_model=shapes.Text, responses=bodies)
+    @app.post("/detokenize", response_model=schemas.Text, responses=bodies)
     async def detokenize(body: DetokenizeRequest) -> Any:
         """The text of tokens."""
         service.check_model(body.model)
         service.check_tokens(body.tokens, "tokens")
         return {"prompt": await service.decode(body.tokens)}
 
-    @app.get("/health", responses={200: {"model": shapes.Health}, 503: {"model": shapes.Health}} | shapes.problems(403))
+    @app.get(
+        "/health", responses={200: {"model": schemas.Health}, 503: {"model": schemas.Health}} | schemas.problems(403)
+    )
     async def health() -> Response:
         """Whether the engine runs; needs no key."""
         well = service.worker.alive
         return JSONResponse({"status": "ok" if well else "the engine has stopped"}, 200 if well else 503)
 
-    @app.get("/metrics", response_class=PlainTextResponse, responses=shapes.problems(401, 403))
+    @app.get("/metrics", response_class=PlainTextResponse, responses=schemas.problems(401, 403))
     async def metrics() -> Response:
         """Figures for Prometheus."""
         return PlainTextResponse(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
@@ -194,7 +196,7 @@ def build_app(service: Service) -> FastAPI:
 
 
 def echoed(
-    service: Service, body: Sampling, head: Head, choices: list[TextChoice], usage: Usage, started: float
+    service: ModelService, body: Sampling, head: ResponseHeader, choices: list[TextChoice], usage: Usage, started: float
 ) -> Response:
     """Prompts alone, whole or as a stream."""
     if not body.stream:
@@ -210,7 +212,7 @@ def echoed(
     return EventStream(chunks(), service.left(started), lambda: None)
 
 
-def template_kwargs(service: Service, body: ChatRequest) -> dict[str, Any]:
+def template_kwargs(service: ModelService, body: ChatRequest) -> dict[str, Any]:
     """What the template is told beside messages and tools."""
     effort = body.reasoning_effort
     if effort is None or "reasoning_effort" in body.chat_template_kwargs:
@@ -223,7 +225,7 @@ def template_kwargs(service: Service, body: ChatRequest) -> dict[str, Any]:
     return body.chat_template_kwargs
 
 
-def model_card(service: Service) -> dict[str, Any]:
+def model_card(service: ModelService) -> dict[str, Any]:
     return {
         "id": service.options.name,
         "object": "model",
@@ -234,13 +236,13 @@ def model_card(service: Service) -> dict[str, Any]:
 
 
 async def answer(
-    service: Service, request: Request, body: Sampling, head: Head, choices: list[Any], prompts: list[list[int]],
+    service: ModelService, request: Request, body: Sampling, head: ResponseHeader, choices: list[Any], prompts: list[list[int]],
     params: SamplingParams, started: float, raw: bool,
 ) -> Response:  # fmt: skip
     """Run it, and answer whole or in chunks; a client that goes away takes its request along."""
     usage = Usage(sum(map(len, prompts)))
 
-    def counted(ticket: Ticket) -> Usage:
+    def counted(ticket: RequestHandle) -> Usage:
         usage.cached = ticket.cached
         usage.made = sum(c.tokens for c in choices)
         usage.reasoning = sum(c.reasoning_tokens for c in choices)

@@ -5,10 +5,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
-from rorqual.data.tools import too_deep
+from rorqual.data.tool_formats import too_deep
 from rorqual.engine import Grammar, SamplingParams
 from rorqual.engine.grammar import json_grammar
-from rorqual.serve.fields import AsItIs, Biases, Count, Integer, Prompt, Sent, Several, TokenId
+from rorqual.serve.request_fields import AsItIs, Biases, Count, Integer, Prompt, Sent, Several, TokenId
 
 N_MOST = 128  # answers to one request
 LOGPROBS_MOST, TOOLS_MOST, MESSAGES_MOST, CHOICES_MOST = 20, 1024, 1 << 14, 1024
@@ -26,7 +26,7 @@ Schema = Annotated[dict[str, Any], AfterValidator(_shallow)]
 
 
 class Message(Sent):
-    """Of a conversation; `rorqual.data.messages` reads it, as it does those of training data.
+    """Of a conversation; `rorqual.data.chat_messages` reads it, as it does those of training data.
 
     What clients got from other servers they send back, so that no further field is refused.
     """

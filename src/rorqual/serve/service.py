@@ -9,47 +9,47 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
-from rorqual.characters import whole
-from rorqual.data.marks import encode
-from rorqual.data.messages import read_messages
-from rorqual.data.template import ChatTemplate
+from rorqual.data.chat_messages import read_messages
+from rorqual.data.chat_template import ChatTemplate
+from rorqual.data.special_tokens import encode
 from rorqual.engine import Engine, Grammar, SamplingParams
-from rorqual.engine.blocks import BLOCK
-from rorqual.engine.score import Ranked
+from rorqual.engine.block_manager import BLOCK
+from rorqual.engine.prompt_logprobs import Ranked
 from rorqual.errors import UserError
-from rorqual.serve.answers import Vocabulary
-from rorqual.serve.aside import aside, kind_of
-from rorqual.serve.errors import ApiError
-from rorqual.serve.metrics import Metrics
+from rorqual.serve.api_errors import ApiError
+from rorqual.serve.background import kind_of, run_in_background
+from rorqual.serve.engine_thread import EngineError, EngineThread, QueueFull, RequestHandle, TokenDelta
+from rorqual.serve.prometheus import Metrics
 from rorqual.serve.protocol import Message, Sampling, Tool
-from rorqual.serve.worker import Busy, Failed, Piece, Ticket, Worker
+from rorqual.serve.responses import Vocabulary
+from rorqual.unicode_checks import whole
 
 FORM_MOST = 1 << 17  # characters of a schema or grammar: to compile one of twice the size takes twenty seconds
 
 
 @dataclass(frozen=True)
 class Options:
-    """name: what clients call the model. keys: who may ask (none: everybody). waiting: samples that may queue.
+    """name: what clients call the model. keys: who may ask (none: everybody). max_queue: samples that may wait.
     host: the address it listens on. origins: of pages that may ask, beside its own and this machine's.
     """
 
     name: str
     keys: tuple[str, ...] = ()
-    waiting: int = 256
+    max_queue: int = 256
     timeout: float = 600.0  # seconds a request may take
     max_body: int = 8 << 20  # bytes
     host: str = "127.0.0.1"
     origins: tuple[str, ...] = ()
 
 
-class Service:
+class ModelService:
     """One model behind the routes; `recommended` is how it samples where a request does not say."""
 
     def __init__(self, engine: Engine, recommended: SamplingParams, options: Options) -> None:
         self.engine, self.recommended, self.options = engine, recommended, options
         self.context = context_of(engine)
         self.longest: int | None = engine.model.released.sampling.get("max_tokens")  # of an answer, says the release
-        self.worker = Worker(engine, options.waiting)
+        self.worker = EngineThread(engine, options.max_queue)
         self.metrics = Metrics(engine)
         self.vocabulary = Vocabulary(engine)
         self.template = str(getattr(engine.tokenizer, "chat_template", None) or "")
@@ -89,7 +89,7 @@ class Service:
             return encode(text, self.engine.tokenizer)
 
         try:
-            return await aside(render, kind_of(sum(len(str(m.content)) for m in messages)))
+            return await run_in_background(render, kind_of(sum(len(str(m.content)) for m in messages)))
         except UserError as e:
             place, said, _ = str(e).partition(": ")
             raise ApiError(400, str(e), place if said and place.startswith("messages") else "messages") from e
@@ -103,7 +103,7 @@ class Service:
         """special: with what the tokenizer puts before a text, unless it is there."""
         if not whole(text):
             raise ApiError(400, "prompt holds half a character (a lone surrogate); send whole ones", "prompt")
-        return await aside(partial(self.engine.encode, text, special), kind_of(len(text)))
+        return await run_in_background(partial(self.engine.encode, text, special), kind_of(len(text)))
 
     async def text(self, tokens: Sequence[int]) -> str:
         """What tokens of a prompt read, without the names of special ones."""
@@ -113,7 +113,7 @@ class Service:
         """In a batch of one: alone, it keeps the interpreter to itself."""
         backend = self.engine.tokenizer.backend_tokenizer
         work = partial(backend.decode_batch, [tokens], skip_special_tokens=False)
-        return (await aside(work, kind_of(len(tokens))))[0]
+        return (await run_in_background(work, kind_of(len(tokens))))[0]
 
     def check_tokens(self, tokens: Sequence[int], param: str) -> None:
         size = self.engine.model.config.vocab_size
@@ -154,26 +154,28 @@ class Service:
             raise ApiError(400, str(e)) from e
 
     @contextlib.asynccontextmanager
-    async def running(self, prompts: list[list[int]], params: SamplingParams, raw: bool) -> AsyncIterator[Ticket]:
+    async def running(
+        self, prompts: list[list[int]], params: SamplingParams, raw: bool
+    ) -> AsyncIterator[RequestHandle]:
         ticket = await self.admit(prompts, params, raw)
         try:
             yield ticket
         finally:
             self.worker.close(ticket)
 
-    async def admit(self, prompts: list[list[int]], params: SamplingParams, raw: bool) -> Ticket:
+    async def admit(self, prompts: list[list[int]], params: SamplingParams, raw: bool) -> RequestHandle:
         """A ticket that the engine has accepted; must be closed."""
         if params.grammar is not None:
             if len(params.grammar.text) > FORM_MOST:
                 raise ApiError(400, f"the form of the answer has more than {FORM_MOST} characters; make it smaller")
             try:
-                compiled = await aside(partial(self.engine.compile, params.grammar), "grammar")
+                compiled = await run_in_background(partial(self.engine.compile, params.grammar), "grammar")
             except UserError as e:
                 raise ApiError(400, str(e)) from e
             params = replace(params, grammar=compiled)
         try:
             ticket = self.worker.open(prompts, params, raw)
-        except Busy:
+        except QueueFull:
             raise busy() from None
         try:
             await ticket.accepted
@@ -181,12 +183,12 @@ class Service:
             self.worker.close(ticket)
             if isinstance(e, UserError):
                 raise ApiError(400, str(e)) from e
-            if isinstance(e, Failed):
+            if isinstance(e, EngineError):
                 raise failed(e) from e
             raise
         return ticket
 
-    async def pieces(self, ticket: Ticket, started: float) -> AsyncIterator[Piece]:
+    async def pieces(self, ticket: RequestHandle, started: float) -> AsyncIterator[TokenDelta]:
         """A ticket's pieces, timed; raises ApiError where it takes too long or the engine fails."""
         before: float | None = None
         left = ticket.samples
@@ -204,7 +206,7 @@ class Service:
                     before = now
                     left -= piece.finish is not None
                     yield piece
-        except Failed as e:
+        except EngineError as e:
             raise failed(e) from e
         finally:
             alarm.cancel()
@@ -215,11 +217,11 @@ class Service:
         try:
             async with asyncio.timeout(self.left(started)):
                 return await self.worker.score(prompt, top)
-        except Busy:
+        except QueueFull:
             raise busy() from None
         except TimeoutError:
             raise self._late() from None
-        except Failed as e:
+        except EngineError as e:
             raise failed(e) from e
         except UserError as e:
             raise ApiError(400, str(e), "prompt") from e
@@ -235,9 +237,9 @@ class Service:
 def context_of(engine: Engine) -> int:
     """Tokens a prompt and its answer may have: as many as the model knows places for and the cache has room for."""
     config = engine.model.config
-    if engine.cache_bytes is None:
+    if engine.kv_cache_bytes is None:
         return config.max_position_embeddings
-    blocks = engine.cache_bytes // engine.block_bytes
+    blocks = engine.kv_cache_bytes // engine.block_bytes
     return min(config.max_position_embeddings, max(0, blocks - 2) * BLOCK)
 
 
@@ -245,5 +247,5 @@ def busy() -> ApiError:
     return ApiError(429, "the server is busy and its queue is full; try again soon", code="queue_full", Retry_After="1")
 
 
-def failed(error: Failed) -> ApiError:
+def failed(error: EngineError) -> ApiError:
     return ApiError(500, f"the engine failed ({error}); send the request again")

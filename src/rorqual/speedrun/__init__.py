@@ -15,8 +15,8 @@ from typing import Any
 from rorqual import strict_json
 from rorqual.errors import UserError, file_error
 from rorqual.files import write_text
-from rorqual.reason.environment import open_environment
 from rorqual.report import write_report
+from rorqual.rl.envs.registry import open_environment
 from rorqual.speedrun.level import choose_level, machine_line, training_speed
 from rorqual.speedrun.outcome import difficulty_table, evaluate_stages, table
 from rorqual.speedrun.stages import (
@@ -25,7 +25,7 @@ from rorqual.speedrun.stages import (
     PRETRAIN_SHARE,
     RL_END,
     Budget,
-    Story,
+    SpeedrunState,
     distill_best,
     folders,
     needed,
@@ -71,13 +71,15 @@ def speedrun(out: Path | None, seed: int, minutes: float) -> dict[str, Any]:
     return summary
 
 
-def _begin(run_dir: Path, seed: int, budget: Budget) -> Story:
+def _begin(run_dir: Path, seed: int, budget: Budget) -> SpeedrunState:
     """Measure the machine, choose the level, and say what to expect."""
     set_seed(seed)
     speed = training_speed()
     tokens = PRETRAIN_SHARE * budget.seconds * speed
     level = choose_level(tokens)
-    story = Story(run_dir, seed, budget, level, [open_environment(section) for section in level.environments], speed)
+    story = SpeedrunState(
+        run_dir, seed, budget, level, [open_environment(section) for section in level.environments], speed
+    )
     plan = [
         machine_line(),
         f"pre-training does {speed:,.0f} tokens/s, so about {tokens / 1e6:.1f} M in this run",
@@ -94,7 +96,7 @@ def _begin(run_dir: Path, seed: int, budget: Budget) -> Story:
     return story
 
 
-def _chapter(story: Story, title: str, name: str, stage: Any) -> None:
+def _chapter(story: SpeedrunState, title: str, name: str, stage: Any) -> None:
     story.chapter(title)
     start = time.monotonic()
     stage(story)
@@ -116,7 +118,7 @@ def _recommend_sampling(path: Path, max_tokens: int) -> None:
     write_text(path, json.dumps(own, indent=2) + "\n")
 
 
-def _finish(story: Story, summary: dict[str, Any]) -> None:
+def _finish(story: SpeedrunState, summary: dict[str, Any]) -> None:
     summary["total_seconds"] = story.budget.spent
     summary["seconds"] = story.seconds
     path = story.run_dir / "summary.json"

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from rorqual.data.loader import Batch
-from rorqual.kernels.machine import compute_dtype, dtype_name
+from rorqual.kernels.dtypes import compute_dtype, dtype_name
 from rorqual.model import ModelConfig, Transformer
-from rorqual.plan.machine import describe_machine
+from rorqual.plan.hardware import describe_machine
 from rorqual.recipe import EnvironmentSection, OptimizerSection, ScheduleSection
 from rorqual.train.trainer import Trainer
 

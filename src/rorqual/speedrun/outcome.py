@@ -10,16 +10,16 @@ from rich import box
 from rich.table import Table
 
 from rorqual.engine import Engine, SamplingParams
-from rorqual.evals.run import Collected, collect, compare, summarise, thinking_curve
+from rorqual.evals.evaluate import Collected, collect, compare, summarise, thinking_curve
 from rorqual.evals.tasks import EnvironmentTask
-from rorqual.kernels.machine import compute_dtype, dtype_name
+from rorqual.kernels.dtypes import compute_dtype, dtype_name
 from rorqual.plan.cost import parameters
-from rorqual.reason.documents import line_is_right
-from rorqual.reason.problems import Problem
-from rorqual.reason.prompts import prompt_text
-from rorqual.reason.rollout import derived_seed
+from rorqual.rl.envs.environment import Problem
+from rorqual.rl.prompts import prompt_text
+from rorqual.rl.rollout import derived_seed
+from rorqual.speedrun.documents import line_is_right
 from rorqual.speedrun.level import MODEL
-from rorqual.speedrun.stages import END, TEMPLATE, Story, folders, open_engine, sampling
+from rorqual.speedrun.stages import END, TEMPLATE, SpeedrunState, folders, open_engine, sampling
 
 FIRST, LEAST, MOST = 24, 16, 1000  # test problems a family: in the first round, in a later one, in all
 SAMPLES, FEW_SAMPLES, SHORT = 8, 4, 4  # answers to each; few in runs of less than SHORT minutes, for more problems
@@ -29,7 +29,7 @@ REPORT = 12.0  # seconds for samples and the page with its figures, at the speed
 REPORT_SPEED = 11_000  # training tokens/s of the machine where that was measured
 
 
-def evaluate_stages(story: Story) -> dict[str, Any]:
+def evaluate_stages(story: SpeedrunState) -> dict[str, Any]:
     """Every stage's model on the same test problems, read for the first time now, and as many as there is time for."""
     left = story.budget.left(END) - REPORT * min(3.0, REPORT_SPEED / story.speed)
     ends = time.monotonic() + left
@@ -65,7 +65,9 @@ def evaluate_stages(story: Story) -> dict[str, Any]:
     }
 
 
-def _collect(story: Story, engines: dict[str, Engine], ends: float) -> tuple[dict[str, dict[str, Collected]], float]:
+def _collect(
+    story: SpeedrunState, engines: dict[str, Engine], ends: float
+) -> tuple[dict[str, dict[str, Collected]], float]:
     """Answers of every stage's model, by stage and family: in rounds of new problems for all, until time is up; and
     tokens/s. How long a problem takes is known after the first round, which is small.
     """
@@ -100,7 +102,7 @@ def _distinct(problems: Iterator[Problem]) -> Iterator[Problem]:
             yield problem
 
 
-def _thinking_curve(story: Story, engine: Engine, tokens: float) -> dict[str, list[dict[str, Any]]]:
+def _thinking_curve(story: SpeedrunState, engine: Engine, tokens: float) -> dict[str, list[dict[str, Any]]]:
     """Accuracy against the tokens allowed for thinking, on as many problems as `tokens` are enough for."""
     lengths = list(story.checks.values())[-1].length
     each = sum(sum(min(budget, length) + 12 for budget in BUDGETS) for length in lengths.values())
@@ -111,7 +113,7 @@ def _thinking_curve(story: Story, engine: Engine, tokens: float) -> dict[str, li
     }
 
 
-def _samples(story: Story) -> list[dict[str, str]]:
+def _samples(story: SpeedrunState) -> list[dict[str, str]]:
     """The same development problems answered before and after, for people to read."""
     engines = [open_engine(story.run_dir / folders(story)[which][1]) for which in (0, -1)]
     params = SamplingParams(max_tokens=story.level.max_tokens, seed=story.seed)

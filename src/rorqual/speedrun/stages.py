@@ -9,18 +9,18 @@ from typing import Any
 
 from rich.console import Console
 
+from rorqual.checkpoint.huggingface import save_model
 from rorqual.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from rorqual.engine import Engine
-from rorqual.evals.run import evaluate
-from rorqual.model.checkpoint import save_model
-from rorqual.reason.documents import LARGEST, write_documents
-from rorqual.reason.environment import Environment
-from rorqual.reason.rejection import NothingRight, distill
-from rorqual.reason.rl import rl
+from rorqual.evals.evaluate import evaluate
 from rorqual.recipe import ModelSection, TokenizerSection, parse_recipe
+from rorqual.rl.envs.registry import Environment
+from rorqual.rl.rejection_sampling import NothingRight, distill
+from rorqual.rl.rl_run import rl
+from rorqual.speedrun.documents import LARGEST, write_documents
 from rorqual.speedrun.level import BATCH, LENGTH, MODEL, OPTIMIZER, Level
-from rorqual.train.numbers import start_numbers
-from rorqual.train.prepare import build_model
+from rorqual.train.build_model import build_model
+from rorqual.train.number_init import start_numbers
 from rorqual.train.pretrain import pretrain
 
 # As DeepSeek's own template for R1: the assistant's turn begins inside the thinking.
@@ -73,7 +73,7 @@ class Check:
 
 
 @dataclass
-class Story:
+class SpeedrunState:
     """What the stages leave behind, on its way to summary.json."""
 
     run_dir: Path
@@ -87,7 +87,7 @@ class Story:
     notes: list[str] = field(default_factory=list)  # what a reader of the result must know
     console: Console = field(default_factory=lambda: Console(highlight=False))
 
-    def chapter(self, title: str) -> "Story":
+    def chapter(self, title: str) -> "SpeedrunState":
         self.console.print(f"[bold]{title}[/bold]  [dim]{self.budget.spent:.0f} s[/dim]")
         return self
 
@@ -99,7 +99,7 @@ class Story:
         self.console.print(f"   [yellow]{sentence}[/yellow]", soft_wrap=True)
 
 
-def folders(story: Story) -> list[tuple[str, str]]:
+def folders(story: SpeedrunState) -> list[tuple[str, str]]:
     """Stage and folder of every model there is."""
     pretrained = "pretrain/more" if (story.run_dir / "pretrain/more/model").exists() else "pretrain"
     every = [("pretrain", pretrained), ("rl", "rl"), ("distill", "distill/student")]
@@ -107,10 +107,10 @@ def folders(story: Story) -> list[tuple[str, str]]:
 
 
 def open_engine(folder: Path) -> Engine:
-    return Engine(folder / "model", slots=SLOTS)
+    return Engine(folder / "model", max_num_seqs=SLOTS)
 
 
-def write_corpus(story: Story) -> None:
+def write_corpus(story: SpeedrunState) -> None:
     """Documents, fewer in a short run, and the tokenizer."""
     level, path = story.level, story.run_dir / "documents.jsonl"
     counts = [int(count * min(1.0, story.budget.minutes / 10)) for count in level.documents]
@@ -127,7 +127,7 @@ def write_corpus(story: Story) -> None:
     story.console.print(f"   {count:,} documents, {len(tokenizer)} tokens in the vocabulary")
 
 
-def pretrain_small(story: Story) -> None:
+def pretrain_small(story: SpeedrunState) -> None:
     """Pre-train from random weights; where that leaves nothing for RL to reward, with the time of RL too."""
     run_dir = story.run_dir
     tokenizer = load_tokenizer(run_dir / "tokenizer")
@@ -146,13 +146,13 @@ def pretrain_small(story: Story) -> None:
         check(story, "pretrain")
 
 
-def needed(story: Story) -> int:
+def needed(story: SpeedrunState) -> int:
     """Minutes in which this machine pre-trains far enough."""
     enough = math.ceil(ENOUGH / (60 * PRETRAIN_SHARE * story.speed))
     return max(enough, math.ceil(1.5 * story.budget.minutes))
 
 
-def _pretrain(story: Story, start: Path, out: Path, name: str, until: float) -> None:
+def _pretrain(story: SpeedrunState, start: Path, out: Path, name: str, until: float) -> None:
     recipe = {
         "name": name,
         "out": str(out),
@@ -172,7 +172,7 @@ def _pretrain(story: Story, start: Path, out: Path, name: str, until: float) -> 
     pretrain(parse_recipe(recipe, "pretrain", "speedrun"))
 
 
-def reinforce(story: Story) -> None:
+def reinforce(story: SpeedrunState) -> None:
     """GRPO on the families, until its share of the time is over."""
     best = max(story.checks["pretrain"].right.values())
     recipe = {
@@ -188,10 +188,10 @@ def reinforce(story: Story) -> None:
             "questions_per_step": 16,
             "kl": 0.0,
             "average": "token",
-            "drop_flat_groups": True,
+            "drop_zero_std_groups": True,
             "clip_high": 0.28,
             "max_tokens": story.level.max_tokens,
-            "rollout_slots": SLOTS,
+            "rollout_max_num_seqs": SLOTS,
         },
         "optimizer": {"name": "muon", "lr": 2e-4, "muon_lr": 5e-4, "weight_decay": 0.0},
         "seconds": story.budget.left(RL_END),
@@ -219,7 +219,7 @@ def _kept_start(run_dir: Path) -> bool:
     return sums[-1] < sums[0]
 
 
-def distill_best(story: Story) -> None:
+def distill_best(story: SpeedrunState) -> None:
     """Rejection sampling from the model that RL left, and fine-tuning on what was right: as many as there is time."""
     teacher, glance = str(story.run_dir / "rl" / "model"), story.checks["rl"]
     length = sum(glance.length.values()) / len(glance.length)
@@ -246,7 +246,7 @@ def distill_best(story: Story) -> None:
         story.note(f"left out: {e}")
 
 
-def check(story: Story, stage: str) -> None:
+def check(story: SpeedrunState, stage: str) -> None:
     """Ask the newest model some development problems, and say what came of it."""
     engine = open_engine(story.run_dir / folders(story)[-1][1])
     problems, samples = max(8, min(48, int(5 * story.budget.minutes))), 4
@@ -262,11 +262,11 @@ def check(story: Story, stage: str) -> None:
     story.console.print(f"   right answers to development problems: {shares}")
 
 
-def sampling(story: Story) -> dict[str, Any]:
+def sampling(story: SpeedrunState) -> dict[str, Any]:
     """As reinforcement learning samples."""
     return {"template": TEMPLATE, "temperature": 1.0, "top_p": 1.0, "max_tokens": story.level.max_tokens,
             "seed": story.seed}  # fmt: skip
 
 
-def _sections(story: Story) -> list[dict[str, Any]]:
+def _sections(story: SpeedrunState) -> list[dict[str, Any]]:
     return [section.model_dump() for section in story.level.environments]

@@ -5,7 +5,7 @@ from typing import Any
 from rorqual.data.tokenizer import load_tokenizer
 from rorqual.plan.estimate import predict
 from rorqual.recipe import PretrainRecipe, SFTRecipe
-from rorqual.train.prepare import check_length, check_model, model_config, set_threads, tokenizer_of
+from rorqual.train.build_model import check_length, check_model, model_config, set_threads, tokenizer_of
 
 
 def dry_run(recipe: PretrainRecipe | SFTRecipe) -> dict[str, Any]:

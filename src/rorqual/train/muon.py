@@ -9,7 +9,7 @@ K. Jordan, "Muon" (2024).
 import torch
 from torch import Tensor
 
-from rorqual.kernels.machine import fastest_dtype
+from rorqual.kernels.dtypes import fastest_dtype
 
 QUINTIC = (3.4445, -4.7750, 2.0315)
 RMS = 0.2  # of an AdamW update

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from rorqual.errors import UserError
-from rorqual.kernels.add import add_into
+from rorqual.kernels.accumulate import accumulate
 from rorqual.recipe import OptimizerSection
 from rorqual.train.muon import Muon
 
@@ -96,7 +96,7 @@ class Optimizer:
         for name, p in self.parameters.items():
             if p.grad is not None:
                 if name in self.grads:
-                    add_into(self.grads[name], p.grad)
+                    accumulate(self.grads[name], p.grad)
                 else:
                     self.grads[name] = p.grad.float()
                 p.grad = None

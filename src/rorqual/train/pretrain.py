@@ -3,12 +3,12 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rorqual.data.open import open_pretrain_data, open_tokenizer
+from rorqual.data.datasets import open_pretrain_data, open_tokenizer
 from rorqual.data.tokenizer import load_tokenizer, save_tokenizer
 from rorqual.recipe import PretrainRecipe
-from rorqual.train.finish import finish, train
-from rorqual.train.prepare import build_model, check_length, set_threads
-from rorqual.train.run import open_run
+from rorqual.train.build_model import build_model, check_length, set_threads
+from rorqual.train.export import finish, train
+from rorqual.train.run_folder import open_run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

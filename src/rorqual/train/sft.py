@@ -3,11 +3,11 @@
 import sys
 from pathlib import Path
 
-from rorqual.data.open import open_chat_data
+from rorqual.data.datasets import open_chat_data
 from rorqual.recipe import SFTRecipe
-from rorqual.train.finish import finish, train
-from rorqual.train.prepare import build_model, check_length, set_threads, tokenizer_of
-from rorqual.train.run import open_run
+from rorqual.train.build_model import build_model, check_length, set_threads, tokenizer_of
+from rorqual.train.export import finish, train
+from rorqual.train.run_folder import open_run
 
 
 def sft(recipe: SFTRecipe, resume: bool = False) -> Path:

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from rorqual.data.loader import Batch, document_mask
 from rorqual.kernels.cross_entropy import linear_cross_entropy
-from rorqual.kernels.machine import compute_dtype
+from rorqual.kernels.dtypes import compute_dtype
 from rorqual.model import Transformer
 from rorqual.plan.cost import flops_per_token, mtp_flops_per_token
 from rorqual.recipe import BalanceSection, MTPSection, OptimizerSection, ScheduleSection
 from rorqual.train.balance import max_violation, update_correction_bias
-from rorqual.train.compiling import compiled
+from rorqual.train.compile import compiled
 from rorqual.train.ema import EMA
 from rorqual.train.optimizer import Optimizer
 from rorqual.train.rng import load_rng_tensors, rng_tensors
@@ -149,7 +149,7 @@ class Trainer:
         hidden = self.forward(batch.inputs, batch.positions, mask, routing=routing)
         states = [hidden]
         if len(totals) > 1:
-            states += self.model.predict_ahead(hidden, batch.inputs, batch.positions, mask, routing)
+            states += self.model.mtp_hidden_states(hidden, batch.inputs, batch.positions, mask, routing)
         losses = []
         for ahead, (state, total) in enumerate(zip(states, totals, strict=True)):
             targets, weights = _shifted(batch, ahead)

@@ -53,7 +53,7 @@ struct Word {
     bool operator<(const Word &o) const { return logit > o.logit || (logit == o.logit && number < o.number); }
 };
 
-// What of a vocabulary may be drawn, see kernels/draw.py.
+// What of a vocabulary may be drawn, see kernels/sample.py.
 struct Cut {
     float top_p;
     i64 top_k;
@@ -181,7 +181,7 @@ void draw(const T *logits, i64 rows, i64 words, float temperature, Cut cut, cons
         token[i] = draw_one(logits + i * words, words, temperature, cut, uniform[i], logprob + i);
 }
 
-// Arrays of running sequences, a row for each (engine/rows.py), with the numbers of their columns.
+// Arrays of running sequences, a row for each (engine/batch.py), with the numbers of their columns.
 struct Sequences {
     i64 *numbers, count;
     const float *cuts;
@@ -198,7 +198,7 @@ struct Sequences {
 // The next tokens of the sequences `at`, from their logits: drawn by the next of a row's random numbers, noted; and why a
 // sequence ends by them. lanes: of each sequence the first row of logits, and how many there are, which are for the tokens
 // after its drafts: a token that is not the draft is its last. Null: one each. At the end of `found` what has to be seen to
-// (kernels/extend.py).
+// (kernels/append_tokens.py).
 template <class T>
 void extend(const T *logits, i64 rows, i64 words, const i64 *at, const i64 *lanes, const i64 *where, i64 *found) {
     const Sequences &s = *reinterpret_cast<const Sequences *>(where);

@@ -111,7 +111,7 @@ struct Outputs {
 namespace {
 
 // Weights of one linear or of several experts, with a scale an output (`channels`) and a bias where there are some.
-// Python writes these as six int64 (kernels/step.py).
+// Python writes these as six int64 (kernels/fused_decode.py).
 template <class T>
 struct Weights {
     const uint8_t *data;

@@ -7,7 +7,7 @@
 
 namespace {
 
-// What follows is written by Python as rows of int64 (kernels/step.py), in this order; what a layer lacks is 0.
+// What follows is written by Python as rows of int64 (kernels/fused_decode.py), in this order; what a layer lacks is 0.
 template <class T>
 struct Layer {
     const T *norm;
@@ -108,7 +108,7 @@ void unpack_row(const Weights<T> &w, i64 r, float *out) {
 }
 
 // Turns the pairs of a head, side by side or in two halves, by their angles (RoFormer); the result is in two halves, as
-// kernels/rotate.py leaves it.
+// kernels/rotary.py leaves it.
 inline void turn_pairs(const float *x, const float *cos, const float *sin, i64 width, bool interleave, float *out) {
     const i64 half = width / 2;
     const auto turn = [&](i64 j, auto a, auto b, auto c, auto s, auto put) {

@@ -1,0 +1,1 @@
+"""Whether an answer is right: one judge for rewards and evaluations."""

@@ -1,0 +1,151 @@
+"""A whole decode step in one call: a network with packed weights, on a CPU (cpu/step.cpp).
+
+The reference is the network itself: what this computes, `Transformer.logits` says too, up to rounding.
+"""
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from rorqual.kernels import cpu
+from rorqual.kernels.quantized_linear import FORMATS, PANEL, QuantizedWeight
+
+Weights = tuple[QuantizedWeight, Tensor | None]  # with a bias
+
+
+@dataclass(kw_only=True)
+class LayerWeights:
+    """In the order in which network.h reads them; None is what a layer does not have."""
+
+    norm: Tensor
+    q_a: Weights | None = None
+    q_a_norm: Tensor | None = None
+    q: Weights | None = None
+    k: Weights | None = None
+    v: Weights | None = None
+    kv_a: Weights | None = None
+    kv_a_norm: Tensor | None = None
+    kv_b: Tensor | None = None
+    o: Weights | None = None
+    norm2: Tensor
+    gate: Weights | None = None  # these three also of shared experts
+    up: Weights | None = None
+    down: Weights | None = None
+    router: Tensor | None = None
+    correction: Tensor | None = None
+    experts_in: Weights | None = None
+    experts_out: Weights | None = None
+    # Of the cache: keys and values [blocks, block, G, W], or latents [·, ·, C] and rotated keys [·, ·, R]; in 8 bits
+    # keys and values [blocks, G, ⌈W/32⌉, bytes of a record] (kernels/past8.py).
+    a: Tensor
+    b: Tensor
+
+
+PACKED = {"q_a", "q", "k", "v", "kv_a", "o", "gate", "up", "down", "experts_in", "experts_out"}
+
+
+@dataclass(kw_only=True)
+class ModelSizes:
+    """Of a network, in network.h's order. `width`: what is rotated of a head."""
+
+    hidden: int
+    heads: int
+    groups: int
+    width: int
+    interleave: bool
+    latent: int = 0
+    nope: int = 0
+    value: int = 0
+    experts: int = 0
+    chosen: int = 0
+    expert_groups: int = 1
+    groups_kept: int = 1
+    softmax: bool = False
+    biased: bool = False  # a correction bias takes part in the choice
+    within_groups: bool = False  # experts of the best groups only
+    normalise: bool = False
+    eight: bool = False  # the cache has 8 bits
+
+
+@dataclass
+class MTPJoin:
+    """How a multi-token module begins: the embedding and another network's state, each normed, multiplied as one."""
+
+    embedding_norm: Tensor
+    state_norm: Tensor
+    weights: Weights
+
+
+class FusedDecodeStep:
+    """Raises ValueError for tensors that it would misread."""
+
+    def __init__(
+        self, layers: list[LayerWeights], sizes: ModelSizes, embedding: QuantizedWeight, norm: Tensor, head: QuantizedWeight,
+        frequencies: Tensor, factor: float, scale: float, eps: float, latent_eps: float = 0.0,
+        routed_factor: float = 1.0, join: MTPJoin | None = None,
+    ) -> None:  # fmt: skip
+        """frequencies fp32 [F] and the factor of cos and sin: model/rope.py."""
+        self._formats: set[str] = set()
+        self._kept = (layers, embedding, norm, head, frequencies, join)  # what the numbers below point to
+        self.dtype, self.words, self.hidden, self.eight = norm.dtype, head.N, sizes.hidden, sizes.eight
+        self.block = PANEL if sizes.eight else layers[0].a.shape[1]
+        self._layers = torch.tensor([n for layer in layers for n in self._layer(layer)], dtype=torch.int64)
+        whole = [
+            self._layers.data_ptr(), len(layers), *(int(getattr(sizes, f.name)) for f in fields(sizes)),
+            self._address(norm), *self._weights((embedding, None)), *self._weights((head, None)),
+            self._address(frequencies, torch.float32),
+        ]  # fmt: skip
+        if join is None:
+            whole += [0] * 8
+        else:
+            whole += [self._address(join.embedding_norm), self._address(join.state_norm), *self._weights(join.weights)]
+        if len(self._formats) > 1 and "int8" in self._formats:  # activations have one form, which is int8's own
+            raise ValueError(f"weights of {', '.join(sorted(self._formats))} in one network")
+        self._network = torch.tensor(whole, dtype=torch.int64)
+        self._numbers = torch.tensor([factor, scale, eps, latent_eps, routed_factor])
+
+    def __call__(
+        self, tokens: Tensor, tables: Tensor, lengths: Tensor,
+        wanted: Tensor | None = None, states: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """n tokens (int64), each number lengths[i] (int32) of the sequence in the blocks tables[i] (int32 [n, ·]);
+        those of one sequence side by side, in order, and its newest → logits fp32 [m, V] of those whose numbers are
+        `wanted` (int32 [m]; None: of all), and the hidden states [n, D] that logits are made of; the cache gets what is
+        new. A multi-token module reads them with the states [n, D] before them.
+        """
+        n = len(tokens)
+        m = n if wanted is None else len(wanted)
+        logits, hidden = torch.empty(m, self.words), torch.empty(n, self.hidden)
+        cpu.call(
+            "decode_step", self.dtype, self._network, tokens.contiguous(),
+            None if states is None else states.float().contiguous(), n, tables, tables.stride(0), self.block, lengths,
+            self._numbers, hidden, wanted, m, logits,
+        )  # fmt: skip
+        return logits, hidden
+
+    def _layer(self, layer: LayerWeights) -> list[int]:
+        numbers, cache = [], torch.uint8 if self.eight else self.dtype
+        own = {"router": torch.float32, "correction": torch.float32, "a": cache, "b": cache}
+        for f in fields(layer):
+            value = getattr(layer, f.name)
+            if f.name in PACKED:
+                numbers += [0] * 6 if value is None else self._weights(value)
+            else:
+                numbers.append(0 if value is None else self._address(value, own.get(f.name)))
+        return numbers
+
+    def _weights(self, weights: Weights) -> list[int]:
+        packed, bias = weights
+        self._formats.add(packed.format)
+        return [
+            self._address(packed.data, torch.uint8),
+            0 if packed.channels is None else self._address(packed.channels, torch.float32),
+            0 if bias is None else self._address(bias, self.dtype),
+            FORMATS.index(packed.format), packed.N, packed.K,
+        ]  # fmt: skip
+
+    def _address(self, tensor: Tensor, dtype: torch.dtype | None = None) -> int:
+        if not tensor.is_cpu or not tensor.is_contiguous() or tensor.dtype != (dtype or self.dtype):
+            raise ValueError(f"a tensor of {tensor.dtype} on {tensor.device}, strides {tensor.stride()}")
+        return tensor.data_ptr()

@@ -1,0 +1,1 @@
+"""Environments: problems and the check of an answer."""

@@ -1,0 +1,195 @@
+"""`rorqual rl`: the run around GRPOTrainer, from a recipe to a release."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rorqual.checkpoint.huggingface import load_model, save_model, stored_dtype
+from rorqual.files import write_text
+from rorqual.kernels.dtypes import compute_dtype
+from rorqual.model import Transformer
+from rorqual.model.config import ModelConfig
+from rorqual.plan.cost import flops_per_token
+from rorqual.plan.hardware import matrix_peak, memory_used
+from rorqual.plan.ledger import Ledger
+from rorqual.recipe import RLRecipe
+from rorqual.rl.context_limits import check_context
+from rorqual.rl.envs.registry import Environment, open_environment
+from rorqual.rl.grpo_trainer import GRPOTrainer
+from rorqual.rl.rollout import derived_seed
+from rorqual.train.build_model import build_model, tokenizer_of
+from rorqual.train.checkpoints import Checkpoints
+from rorqual.train.interrupts import StopSignals
+from rorqual.train.model_card import card
+from rorqual.train.run_folder import open_run
+from rorqual.train.telemetry import Telemetry
+
+STAGES = ("rollout", "train")  # of a step, as the ledger has them
+
+
+def rl(recipe: RLRecipe, resume: bool = False) -> Path:
+    """Run the recipe to its end and give the run's folder, with the release in model/.
+
+    Raises UserError for whatever the user can mend, Stopped after SIGINT or SIGTERM.
+    """
+    tokenizer = tokenizer_of(recipe.model)
+    environments = [open_environment(section) for section in recipe.environments]
+    check_problems(recipe, tokenizer, environments)
+    with open_run(recipe, resume) as run_dir:
+        model = build_model(recipe.model, tokenizer, recipe.seed)
+        run = RLRun(run_dir, recipe, GRPOTrainer(model, tokenizer, environments, recipe))
+        run.fit()
+        if recipe.keep_start and run.lost():
+            model = load_model(recipe.model.path, stored_dtype(recipe.model.path))
+        _release(run, model, tokenizer)
+    return run_dir
+
+
+def check_problems(recipe: RLRecipe, tokenizer: Any, environments: Sequence[Environment]) -> None:
+    """Raises UserError for what would else end the run at some step, and every resumed one at the same."""
+    context = ModelConfig.load(recipe.model.path).max_position_embeddings
+    check_context(environments, recipe.template, tokenizer, context, recipe.grpo.max_tokens, "grpo.max_tokens")
+    for environment in environments:
+        next(environment.stream("train", derived_seed(recipe.seed, environment.family)))
+        if recipe.eval_every and environment.everything() is not None:
+            environment.problems("dev", recipe.eval_problems, recipe.seed)
+
+
+def predict_rl(recipe: RLRecipe, config: ModelConfig) -> dict[str, Any]:
+    """What a run takes at most: every completion as long as allowed, every group trained on; None: by the clock.
+
+    tokens (sampled and learnt from), flops, and seconds at the measured matrix peak.
+    """
+    section = recipe.grpo
+    if recipe.steps is None:
+        return {"tokens": None, "flops": None, "seconds": recipe.seconds}
+    tokens = recipe.steps * section.questions_per_step * section.group_size * section.max_tokens
+    passes = 4 + (section.kl > 0)  # one to sample, three to train, one of the reference
+    flops = tokens * passes * flops_per_token(config, section.max_tokens, training=False)
+    return {"tokens": 2 * tokens, "flops": flops, "seconds": flops / matrix_peak(compute_dtype(recipe.model.dtype))}
+
+
+@dataclass
+class RLRun:
+    """One run: `fit` carries it from where its checkpoints stand to its end."""
+
+    run_dir: Path
+    recipe: RLRecipe
+    trainer: GRPOTrainer
+    seconds: float = 0.0  # over all starts, evaluation included
+    evaluations: dict[str, dict[str, float]] = field(default_factory=dict)  # step → eval_<family>
+    stages: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))  # seconds
+
+    def fit(self) -> None:
+        recipe, trainer = self.recipe, self.trainer
+        checkpoints = Checkpoints(self.run_dir, recipe.keep)
+        self._resume(checkpoints)
+        total, unit = (recipe.seconds, "seconds") if recipe.steps is None else (recipe.steps, "steps")
+        telemetry = Telemetry(self.run_dir, total, unit, recipe.track, trainer.steps)
+        try:
+            with StopSignals() as stop:
+                if recipe.eval_every and not self.evaluations:
+                    telemetry.log(0, **self._evaluate(), seconds=self.seconds)
+                while not self.done():
+                    self._step(telemetry)
+                    due = trainer.steps % recipe.save_every == 0 and not trainer.skipped_in_a_row
+                    if due or self.done() or stop.requested:
+                        self._save(checkpoints)
+                    if stop.requested:
+                        raise stop.stopped(trainer.steps)
+        finally:
+            telemetry.close()
+
+    def progress(self) -> float:
+        """Fraction of the run that is done."""
+        if self.recipe.steps is None:
+            return min(self.seconds / self.recipe.seconds, 1.0)
+        return self.trainer.steps / self.recipe.steps
+
+    def done(self) -> bool:
+        return self.progress() >= 1.0
+
+    def lost(self) -> bool:
+        """Whether the last evaluation found fewer right answers than the first."""
+        means = {int(step): sum(shares.values()) for step, shares in self.evaluations.items()}
+        return bool(means) and means[max(means)] < means[min(means)]
+
+    def _step(self, telemetry: Telemetry) -> None:
+        start = time.monotonic()
+        skipped = self.trainer.skipped_in_a_row
+        metrics = self.trainer.step(self.progress())
+        took = time.monotonic() - start
+        self.seconds += took
+        made = metrics["length"] * self.recipe.grpo.questions_per_step * self.recipe.grpo.group_size
+        sampling = min(took, made / metrics["rollout_tokens_per_second"])
+        self.stages["rollout"] += sampling
+        self.stages["train"] += took - sampling
+        step = self.trainer.steps
+        if self.trainer.skipped_in_a_row > skipped:
+            telemetry.note(f"step {step}: the gradient is not finite; update skipped")
+            metrics["grad_norm"] = None
+        if self.recipe.eval_every and (step % self.recipe.eval_every == 0 or self.done()):
+            metrics |= self._evaluate()
+        telemetry.log(step, seconds=self.seconds, memory_gb=memory_used() / 1e9, **metrics)
+
+    def _evaluate(self) -> dict[str, float]:
+        start = time.monotonic()
+        shares = self.trainer.evaluate(self.recipe.eval_problems)
+        self.evaluations[str(self.trainer.steps)] = shares
+        self.seconds += time.monotonic() - start
+        return shares
+
+    def _save(self, checkpoints: Checkpoints) -> None:
+        shares = self.evaluations.get(str(self.trainer.steps))
+        state = {
+            "trainer": self.trainer.state(),
+            "seconds": self.seconds,
+            "evaluations": self.evaluations,
+            "stages": self.stages,
+        }
+        score = None if shares is None else -sum(shares.values()) / len(shares)
+        good = not self.trainer.skipped_in_a_row
+        checkpoints.save(self.trainer.steps, self.trainer.tensors(), state, score, good)
+
+    def _resume(self, checkpoints: Checkpoints) -> None:
+        found = checkpoints.load_latest()
+        if found is None:
+            return
+        step, tensors, state = found
+        with checkpoints.another_version(step):
+            self.trainer.load(tensors, state["trainer"])
+            self.seconds, self.evaluations, self.stages = state["seconds"], state["evaluations"], state["stages"]
+
+
+def _release(run: RLRun, model: Transformer, tokenizer: Any) -> None:
+    directory = run.run_dir / "model"
+    save_model(model, directory, tokenizer)
+    write_text(directory / "README.md", _card(run, model), then="then continue with --resume")
+    trainer = run.trainer
+    ledger = Ledger(run.run_dir, predict_rl(run.recipe, model.config), compute_dtype(run.recipe.model.dtype))
+    for stage, tokens in zip(STAGES, (trainer.tokens, trainer.learnt), strict=True):
+        ledger.add(stage, tokens=tokens, flops=trainer.flops[stage], seconds=run.stages[stage])
+    ledger.write()
+
+
+def _card(run: RLRun, model: Transformer) -> str:
+    recipe, trainer = run.recipe, run.trainer
+    families = ", ".join(trainer.environments)
+    curve = "\n".join(
+        f"| {step} | " + " | ".join(f"{share:.1%}" for share in shares.values()) + " |"
+        for step, shares in run.evaluations.items()
+    )
+    head = f"| step | {' | '.join(trainer.environments)} |\n|---|{'---|' * len(trainer.environments)}\n"
+    kept = recipe.keep_start and run.lost()
+    story = f"""`{recipe.model.path}` after {trainer.steps} steps of reinforcement learning (GRPO) on {families}
+by Rorqual (`rorqual rl`), seed {recipe.seed}: {trainer.tokens:,} tokens of its own answers, {run.seconds:,.0f} seconds.
+
+## Accuracy
+{"pass@1 on development problems that training never saw:" if curve else "Not measured during training."}
+
+{head + curve if curve else ""}
+{"The last was below the first, so the weights released here are those it began with." if kept else ""}
+"""
+    return card(recipe, run.run_dir, [model.config.model_type, "grpo"], story)

@@ -1,0 +1,131 @@
+"""A process of its own for checkers that evaluate what a model wrote.
+
+sympy (inside math-verify and some of reasoning-gym's checkers) can hang or fill the memory on a short string, and
+cannot be interrupted from another thread: here the whole process is killed after the time-out and started anew.
+The two sides exchange one JSON object a line. This file is also the script of the process, and imports nothing of
+the package there.
+"""
+
+import atexit
+import contextlib
+import json
+import selectors
+import subprocess
+import sys
+import threading
+from typing import Any
+
+START_TIMEOUT = 120.0  # seconds to import sympy and the checkers on a busy machine
+MEMORY = 4 << 30  # bytes of address space for the process
+
+
+class CheckerProcess:
+    """One checker process, started when first needed; safe to call from any thread."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._lock = threading.Lock()
+
+    def call(self, request: dict[str, Any], timeout: float) -> float | None:
+        """The process's answer; None when it took longer than `timeout` seconds, failed or died."""
+        with self._lock:
+            if self._process is not None and self._process.poll() is not None:
+                self._stop()  # killed from outside between two calls
+            if self._process is None and not self._start():
+                return None
+            try:
+                self._process.stdin.write(json.dumps(request, default=str).encode() + b"\n")
+                self._process.stdin.flush()
+            except OSError:
+                self._stop()
+                return None
+            line = self._read(timeout)
+            if line is None:
+                self._stop()
+                return None
+            return json.loads(line)
+
+    def close(self) -> None:
+        with self._lock:
+            self._stop()
+
+    def _start(self) -> bool:
+        # -P: this file's folder must not come before the library's own modules.
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # a Ctrl-C meant for the trainer must not fell it
+        )
+        if self._read(START_TIMEOUT) is None:
+            self._stop()
+            return False
+        return True
+
+    def _read(self, timeout: float) -> bytes | None:
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._process.stdout, selectors.EVENT_READ)
+            if not selector.select(timeout):
+                return None
+        return self._process.stdout.readline() or None
+
+    def _stop(self) -> None:
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            process.wait()
+            for pipe in (process.stdin, process.stdout):
+                with contextlib.suppress(OSError):  # what was still to be flushed has no reader
+                    pipe.close()
+
+
+_shared = CheckerProcess()
+atexit.register(_shared.close)
+
+
+def shared_checker() -> CheckerProcess:
+    return _shared
+
+
+def _math(request: dict[str, Any]) -> float:
+    """Both as LaTeX and whole: what math-verify finds in the middle of a text must not stand for all of it."""
+    from math_verify import LatexExtractionConfig, parse, verify
+
+    gold, answer = (
+        parse(f"${request[name].replace('$', ' ')}$", [LatexExtractionConfig()], "no_fallback", parsing_timeout=None)
+        for name in ("gold", "answer")
+    )
+    return float(verify(gold, answer, timeout_seconds=None))
+
+
+def _gym(request: dict[str, Any]) -> float:
+    import reasoning_gym
+
+    dataset = reasoning_gym.create_dataset(request["name"], **request["config"])
+    return float(dataset.score_answer(request["answer"], request["entry"]))
+
+
+def _serve() -> None:
+    import logging
+    import os
+    import resource
+
+    limit = resource.getrlimit(resource.RLIMIT_AS)[1]
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY if limit < 0 else min(MEMORY, limit), limit))
+    logging.disable()
+    import math_verify  # noqa: F401  (before the ready line, so that its import counts against no time-out)
+
+    replies = os.fdopen(os.dup(1), "wb", buffering=0)
+    os.dup2(2, 1)  # whatever a checker prints is not a reply
+    replies.write(b"ready\n")
+    for line in sys.stdin.buffer:
+        request = json.loads(line)
+        result = None
+        with contextlib.suppress(Exception):
+            result = {"math": _math, "gym": _gym}[request["task"]](request)
+        replies.write(json.dumps(result).encode() + b"\n")
+
+
+if __name__ == "__main__":
+    _serve()

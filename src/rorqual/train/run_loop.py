@@ -1,0 +1,150 @@
+"""The run around the trainer: batches in, telemetry and checkpoints out, until the steps or the time are used up."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+from rorqual import strict_json
+from rorqual.data.loader import Batch, Loader
+from rorqual.errors import UserError
+from rorqual.plan.hardware import matrix_peak, memory_used
+from rorqual.recipe import TrainSection
+from rorqual.train.checkpoints import Checkpoints
+from rorqual.train.interrupts import StopSignals
+from rorqual.train.schedule import batch_size
+from rorqual.train.telemetry import Telemetry
+from rorqual.train.trainer import Metrics, Trainer
+
+PATIENCE = 3  # non-finite steps in a row
+
+
+@dataclass
+class TrainingRun:
+    """One training run: `fit` carries it from where its checkpoints stand to its end."""
+
+    run_dir: Path
+    section: TrainSection
+    trainer: Trainer
+    loader: Loader
+    validate: Callable[[], float] | None = None  # bits per byte on held-out text
+    track: bool = False
+    seconds_before: float = 0.0  # of earlier starts
+    last: Metrics = field(default_factory=dict)  # of the newest step, and the newest valid_bpb
+
+    def __post_init__(self) -> None:
+        self.started = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of training up to now, over all starts; what was lost with a crash is not in it."""
+        return self.seconds_before + time.monotonic() - self.started
+
+    @property
+    def total_steps(self) -> int | None:
+        """Optimizer steps of the whole run; None when the clock decides."""
+        if self.section.epochs is None:
+            return self.section.steps
+        first, until = self.section.batch_ramp or (self.section.batch_size, 0.0)
+        average = self.section.batch_size + (first - self.section.batch_size) * min(until, 1.0) / 2
+        return max(1, math.ceil(self.section.epochs * self.loader.rows / average))
+
+    def progress(self) -> float:
+        """Fraction of the run that is done, taken at the middle of the coming step."""
+        if self.total_steps is None:
+            return min(self.seconds / self.section.seconds, 1.0)
+        return min((self.trainer.steps + 0.5) / self.total_steps, 1.0)
+
+    def done(self) -> bool:
+        if self.total_steps is None:
+            return self.seconds >= self.section.seconds
+        return self.trainer.steps >= self.total_steps
+
+    def fit(self) -> None:
+        """Train to the end, resuming from the newest checkpoint if there is one.
+
+        Raises Stopped after SIGINT or SIGTERM, saved; UserError when three steps in a row are not finite, or
+        when a checkpoint cannot be written.
+        """
+        self.started = time.monotonic()
+        checkpoints = Checkpoints(self.run_dir, self.section.keep)
+        self._resume(checkpoints)
+        total, unit = (self.section.seconds, "seconds") if self.total_steps is None else (self.total_steps, "steps")
+        telemetry = Telemetry(self.run_dir, total, unit, self.track, self.trainer.steps)
+        try:
+            with StopSignals() as stop:
+                ended = self.done()
+                while not ended:
+                    ended = self._step(telemetry)
+                    due = self.trainer.steps % self.section.save_every == 0 and not self.trainer.skipped_in_a_row
+                    if ended or stop.requested or due:
+                        self._save(checkpoints)
+                    if stop.requested:
+                        raise stop.stopped(self.trainer.steps)
+        finally:
+            telemetry.close()
+
+    def _step(self, telemetry: Telemetry) -> bool:
+        """One step, and validation where due; whether it was the last."""
+        start = time.monotonic()
+        trainer, tokens, flops = self.trainer, self.trainer.tokens, self.trainer.flops
+        progress = self.progress()
+        batch = self.loader.next(batch_size(self.section, progress))
+        metrics = trainer.step(split(batch, self.section.micro_batch), progress)
+        took, ended = time.monotonic() - start, self.done()
+        metrics |= {
+            "tokens": trainer.tokens,
+            "tokens_per_second": (trainer.tokens - tokens) / took,
+            "utilisation": (trainer.flops - flops) / took / matrix_peak(trainer.dtype),
+            "memory_gb": memory_used() / 1e9,
+        }
+        skipped = metrics.pop("skipped")
+        if not skipped and self.validate and (ended or trainer.steps % self.section.eval_every == 0):
+            metrics["valid_bpb"] = self.validate()
+            self.last["valid_bpb_step"] = trainer.steps
+        self.last |= strict_json.finite(metrics)
+        telemetry.log(trainer.steps, seconds=self.seconds, **metrics)
+        if skipped:
+            self._skipped("gradient" if "grad_norm" in metrics else "loss", telemetry)
+        return ended
+
+    def _skipped(self, what: str, telemetry: Telemetry) -> None:
+        steps, row = self.trainer.steps, self.trainer.skipped_in_a_row
+        telemetry.note(f"step {steps}: the {what} is not finite; step skipped ({row} in a row)")
+        if row >= PATIENCE:
+            raise UserError(
+                f"{self.run_dir}: {row} steps in a row had a {what} that is not finite, so training stopped at step "
+                f"{steps} with the last good checkpoint kept; lower optimizer.lr or look at the data"
+            )
+
+    def _save(self, checkpoints: Checkpoints) -> None:
+        state = {
+            "trainer": self.trainer.state(),
+            "loader": self.loader.state_dict(),
+            "seconds": self.seconds,
+            "last": self.last,
+        }
+        fresh = self.last.get("valid_bpb_step") == self.trainer.steps
+        score = self.last["valid_bpb"] if fresh else None
+        good = not self.trainer.skipped_in_a_row
+        checkpoints.save(self.trainer.steps, self.trainer.tensors(), state, score, good)
+
+    def _resume(self, checkpoints: Checkpoints) -> None:
+        found = checkpoints.load_latest()
+        if found is None:
+            return
+        step, tensors, state = found
+        with checkpoints.another_version(step):
+            self.trainer.load(tensors, state["trainer"])
+            self.loader.load_state_dict(state["loader"])
+            self.seconds_before, self.last = state["seconds"], state["last"]
+
+
+def split(batch: Batch, size: int | None) -> list[Batch]:
+    """Micro batches of at most `size` sequences; None: the whole batch at once."""
+    count = len(batch.inputs)
+    if size is None or size >= count:
+        return [batch]
+    columns = [getattr(batch, f.name) for f in fields(Batch)]
+    return [Batch(*(None if c is None else c[i : i + size] for c in columns)) for i in range(0, count, size)]
