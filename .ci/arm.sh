@@ -36,7 +36,7 @@ echo "ARM: compiled in $SECONDS s; $(qemu-aarch64 --version | head -1) runs $TES
 
 # Left out: what a child process measures, whose functions are not those of ARM; large pages, which shared memory has
 # not; what calls no function; and of one long test most sizes.
-WANTED="not peak_memory and not large_pages and not test_build and not test_machine and not test_levels and (not test_logits_are or 5-)"
+WANTED="not peak_memory and not large_pages and not test_build and not test_dtypes and not test_levels and (not test_logits_are or 5-)"
 # Two threads, so that they meet, which do not wait for each other by turning on cores that another program needs.
 export OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive
 RORQUAL_ARM="$QEMU $OUT/host $OUT/compiled_portable.so" LD_PRELOAD="$OUT/heap.so" PYTHONPATH=src:tests/arm \

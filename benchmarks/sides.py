@@ -9,7 +9,6 @@ import torch
 
 from rorqual.checkpoint.huggingface import load_model
 from rorqual.engine import Engine, SamplingParams
-from rorqual.engine.prompt_logprobs import score
 from rorqual.kernels.quantized_linear import QuantizedWeight, dequantize
 from rorqual.model import ModelConfig, Transformer
 from rorqual.precision.quantize import convert
@@ -57,8 +56,8 @@ class Ours:
         model, plain = self.engine.model, exact(self.engine.model)
         packed, unpacked, difference, size = [], [], 0.0, 0.0
         for window in windows:
-            packed += score(model, window, 0)[0][1:]
-            unpacked += score(plain, window, 0)[0][1:]
+            packed += logprobs(model, window)
+            unpacked += logprobs(plain, window)
             with torch.inference_mode():
                 a, b = (m.logits(torch.tensor([window[:128]]))[0].float() for m in (model, plain))
             difference, size = difference + float((a - b).square().sum()), size + float(b.square().sum())
@@ -90,6 +89,14 @@ def exact(model: Transformer) -> Transformer:
             value = getattr(modules[owner], attribute)
             parameter.copy_(dequantize(value) if isinstance(value, QuantizedWeight) else value)
     return plain.eval()
+
+
+@torch.inference_mode()
+def logprobs(model: Transformer, window: list[int]) -> list[float]:
+    """Log-probability of every token given those before it, but of the first."""
+    tokens = torch.tensor([window])
+    found = model.logits(tokens)[0, :-1].float().log_softmax(-1)
+    return found.gather(-1, tokens[0, 1:, None])[:, 0].tolist()
 
 
 def perplexity(logprobs: list[float]) -> float:

@@ -28,6 +28,12 @@ def common(module):
     return module("common")
 
 
+def test_every_file_can_be_imported_without_peers():
+    """The longer runs are marked slow, and a name that is gone shall not wait for them."""
+    names = [file.stem for file in sorted(FOLDER.glob("*.py")) if file.stem != "llama"]  # that one is a peer
+    subprocess.run([sys.executable, "-c", f"import {', '.join(names)}"], cwd=FOLDER, check=True)
+
+
 @pytest.mark.parametrize("keep", [True, False])
 def test_report_prints_and_keeps_one_object(common, capsys, tmp_path, keep):
     kept = tmp_path / "results" / "name.json"

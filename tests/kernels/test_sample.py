@@ -10,9 +10,11 @@ from rorqual.kernels.sample import SamplingFilter, sample, sample_reference
 @pytest.mark.parametrize(
     "cut",
     [
-        SamplingFilter(0.7), SamplingFilter(0.6, top_p=0.95), SamplingFilter(1.0, top_p=0.9), SamplingFilter(1.0, top_p=0.01), SamplingFilter(2.0, top_p=0.999),
-        SamplingFilter(1.0, top_k=1), SamplingFilter(1.0, top_k=40), SamplingFilter(0.7, top_k=10_000), SamplingFilter(1.0, min_p=0.1), SamplingFilter(0.5, min_p=0.9),
-        SamplingFilter(1.0, top_p=0.5, top_k=20), SamplingFilter(0.7, top_p=0.9, min_p=0.05), SamplingFilter(1.0, 0.95, 30, 0.02),
+        SamplingFilter(0.7), SamplingFilter(0.6, top_p=0.95), SamplingFilter(1.0, top_p=0.9),
+        SamplingFilter(1.0, top_p=0.01), SamplingFilter(2.0, top_p=0.999), SamplingFilter(1.0, top_k=1),
+        SamplingFilter(1.0, top_k=40), SamplingFilter(0.7, top_k=10_000), SamplingFilter(1.0, min_p=0.1),
+        SamplingFilter(0.5, min_p=0.9), SamplingFilter(1.0, top_p=0.5, top_k=20),
+        SamplingFilter(0.7, top_p=0.9, min_p=0.05), SamplingFilter(1.0, 0.95, 30, 0.02),
     ],
 )  # fmt: skip
 def test_words_and_logprobs_match_the_reference(dtype, words, spread, cut):

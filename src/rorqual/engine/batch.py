@@ -120,8 +120,8 @@ class DecodeBatch:
     def append_tokens(self) -> AppendTokens:
         if self._append_tokens is None:
             self._append_tokens = AppendTokens(
-                self.numbers, self.filter_values, self.uniforms, self.stop_tokens, self.tokens, self.logprobs, self.drafts,
-                BLOCK,
+                self.numbers, self.filter_values, self.uniforms, self.stop_tokens, self.tokens, self.logprobs,
+                self.drafts, BLOCK,
             )  # fmt: skip
         return self._append_tokens
 

@@ -143,8 +143,8 @@ class IncrementalDetokenizer:
     `text` is all that was shown, of which `reasoning` and `content` are the thoughts and the answer, each without the
     empty lines that thinking ends and begins with. `stopped` says that a stop string came, before which the text ends;
     of several the one that is complete first. They count in the answer only: what ends an answer, say an empty line, is
-    common in thoughts. `opening`: what the prompt has written (`TokenDecoder.opening`). `thoughts`: tokens, from the first
-    on, that belong to the thinking.
+    common in thoughts. `opening`: what the prompt has written (`TokenDecoder.opening`). `thoughts`: tokens, from the
+    first on, that belong to the thinking.
     """
 
     def __init__(self, speller: TokenDecoder, stop: tuple[str, ...] = (), opening: str = "") -> None:

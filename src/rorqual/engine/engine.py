@@ -57,13 +57,13 @@ class Status:
 class Engine:
     """Generates from a model in memory (whose weights it uses in place), a Hugging Face directory or a .gguf file.
 
-    `slots`: sequences at a time. `cache_bytes`: what the past of all sequences may take; by default as much as
-    `generate` needs for what it is asked. `prefix_cache`: keep the past of finished sequences for prompts that begin
-    the same way; where weights change, call `forget`. `chunk`: prompt tokens a step. `speculative`: guess at tokens that
-    are then checked together, by the model's own multi-token module ("mtp") or by what followed the same tokens before
-    ("ngram"; "auto": that, where weights are packed); it changes the time an answer takes, never the answer.
-    `cache_dtype`: of the past, by default the dtype that the model computes in; int8 halves BF16's memory and is quick
-    where weights are packed. What else is given goes to `open_model`: dtype, device, weights ("int4" or "int8").
+    `max_num_seqs`: sequences decoded at a time. `kv_cache_bytes`: memory of the KV cache; by default as much as
+    `generate` needs for its prompts. `prefix_cache`: keep the KV cache of finished sequences for prompts with the same
+    prefix; after a change of weights call `reset_prefix_cache`. `max_prefill_tokens`: prompt tokens a step.
+    `speculative`: speculative decoding with drafts from the model's multi-token module ("mtp") or from prompt lookup
+    ("ngram"; "auto": that, where weights are quantised); it changes the time an answer takes, never the answer.
+    `kv_cache_dtype`: by default the dtype that the model computes in; int8 halves BF16's memory and is quick where
+    weights are quantised. Other arguments go to `open_model`: dtype, device, weights ("int4" or "int8").
     """
 
     def __init__(
@@ -366,7 +366,7 @@ class Engine:
         return ids[0]
 
     def opening(self, prompt: abc.Sequence[int]) -> str:
-        """What a prompt has written of the answer's thinking, from its mark on; "" for none (`TokenDecoder.opening`)."""
+        """What a prompt has written of the answer's thinking, from its mark on; "" for none."""
         return "" if self.token_decoder is None else self.token_decoder.opening(prompt)
 
     def _guide(self, grammar: Grammar, thinking: bool, silent: bool) -> GrammarState:

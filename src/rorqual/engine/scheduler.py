@@ -58,8 +58,8 @@ class Scheduler:
     """`slots` sequences at most, in the blocks of one cache; `chunk` prompt tokens a step at most."""
 
     def __init__(
-        self, model: Transformer, max_num_seqs: int, kv_cache: PagedKVCache, blocks: BlockManager, prefix_cache: bool, max_prefill_tokens: int,
-        speculative: Way | None = None,
+        self, model: Transformer, max_num_seqs: int, kv_cache: PagedKVCache, blocks: BlockManager, prefix_cache: bool,
+        max_prefill_tokens: int, speculative: Way | None = None,
     ) -> None:  # fmt: skip
         """keep: remember full blocks for prompts that begin the same way. speculative: where drafts come from."""
         self.model, self.kv_cache, self.blocks, self.prefix_cache, self.max_prefill_tokens = (

@@ -81,8 +81,8 @@ class FusedDecodeStep:
     """Raises ValueError for tensors that it would misread."""
 
     def __init__(
-        self, layers: list[LayerWeights], sizes: ModelSizes, embedding: QuantizedWeight, norm: Tensor, head: QuantizedWeight,
-        frequencies: Tensor, factor: float, scale: float, eps: float, latent_eps: float = 0.0,
+        self, layers: list[LayerWeights], sizes: ModelSizes, embedding: QuantizedWeight, norm: Tensor,
+        head: QuantizedWeight, frequencies: Tensor, factor: float, scale: float, eps: float, latent_eps: float = 0.0,
         routed_factor: float = 1.0, join: MTPJoin | None = None,
     ) -> None:  # fmt: skip
         """frequencies fp32 [F] and the factor of cos and sin: model/rope.py."""

@@ -78,7 +78,10 @@ CURVES = (
         "Flat groups have the same reward for every answer and give no gradient; truncated answers ran out of room; "
         "clipped tokens moved too far in one update. All three should stay low.",
         "%",
-        keys=(("zero_std_groups", "groups of equal rewards"), ("truncated", "truncated"), ("clip_fraction", "clipped tokens")),
+        keys=(
+            ("zero_std_groups", "groups of equal rewards"), ("truncated", "truncated"),
+            ("clip_fraction", "clipped tokens"),
+        ),
         scale=SHARE,
     ),
     Curve(

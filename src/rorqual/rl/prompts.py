@@ -21,7 +21,7 @@ R1_ZERO = (
 def prompt_text(question: str, template: Template, tokenizer: Any) -> str:
     """`chat`: the tokenizer's chat template; `r1-zero`: R1-Zero's conversation; `plain`: question, newline, <think>.
 
-    Names of control tokens in the question stay text, to whoever encodes this by rorqual.data.special_tokens.encode. The last
+    Names of control tokens in the question stay text, if this is encoded by data/special_tokens.py. The last
     two begin with whatever the tokenizer puts before every text, as chat templates do by themselves.
     """
     if template == "chat":

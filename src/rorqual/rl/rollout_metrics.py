@@ -52,7 +52,7 @@ def describe_rollout(rollout: Rollout, rewards: Rewards) -> Metrics:
 
 
 def describe_update(sums: UpdateSums, seconds: float) -> Metrics:
-    """grad_norm (mean over updates); means over the tokens computed: entropy (nats), kl, clip_fraction; balance, speed."""
+    """grad_norm (mean over updates); means over tokens: entropy (nats), kl, clip_fraction; balance, speed."""
     if not sums.tokens:
         return {"grad_norm": 0.0}
     metrics: Metrics = {

@@ -1,7 +1,7 @@
 """What runs inside the child process: lock the doors, then become a fresh interpreter for the program.
 
-Started by run_program.py as `python -I -S namespaces.py MODE PYTHON LIMITS WORK READY`; standard library only, never imported
-by the package. Two modes:
+Started by run_program.py as `python -I -S namespaces.py MODE PYTHON LIMITS WORK READY`; standard library only, never
+imported by the package. Two modes:
 
 - `namespaces`: own mount, network, process and IPC namespaces (through a user namespace when not root). The new root
   is an empty tmpfs with the interpreter and the system libraries bound read-only: no /etc, /home, /proc or /dev

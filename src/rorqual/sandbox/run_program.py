@@ -1,7 +1,7 @@
 """Run a model's Python where it can do no harm: a fresh process without files, network, processes or endless time.
 
 `run_program` uses Linux namespaces where the system grants them and otherwise an audit hook with resource limits
-(namespaces.py and audit_hook.py say what each can hold). Before the first program a probe tries to break out; if the probe
+(namespaces.py and audit_hook.py say what each can hold). Before the first program a probe tries to break out; if it
 succeeds in either mode nothing is ever run.
 """
 

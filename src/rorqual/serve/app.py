@@ -236,8 +236,8 @@ def model_card(service: ModelService) -> dict[str, Any]:
 
 
 async def answer(
-    service: ModelService, request: Request, body: Sampling, head: ResponseHeader, choices: list[Any], prompts: list[list[int]],
-    params: SamplingParams, started: float, raw: bool,
+    service: ModelService, request: Request, body: Sampling, head: ResponseHeader, choices: list[Any],
+    prompts: list[list[int]], params: SamplingParams, started: float, raw: bool,
 ) -> Response:  # fmt: skip
     """Run it, and answer whole or in chunks; a client that goes away takes its request along."""
     usage = Usage(sum(map(len, prompts)))
