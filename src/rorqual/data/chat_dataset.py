@@ -42,7 +42,7 @@ def read_chat(
     A record holds `messages`, or `prompt` and `completion`: either both lists of messages, or both strings, which are
     taken as they are, without the chat template, and ended with the eos token. Messages are as in OpenAI's API, with
     `tool_calls` and results; `tools` beside them are the functions that the model is told of, as a server tells it.
-    In messages the names of control tokens are text, but for an assistant's thoughts and calls (data/special_tokens.py).
+    In messages the names of control tokens are text, but for an assistant's thoughts and calls (special_tokens.py).
     An assistant's message of `weight` 0 bears no loss. Raises UserError naming file and line for whatever does not fit.
     """
     from rich.console import Console
