@@ -47,7 +47,7 @@ define install
 endef
 
 $(VENV)/ready: $(SOURCES)
-	$(call install)
+	$(call install,[all])
 
 $(VENV)/ready-dev: $(SOURCES)
 	$(call install,[dev],all)

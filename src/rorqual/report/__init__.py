@@ -3,9 +3,8 @@
 from pathlib import Path
 
 from rorqual.errors import file_error
+from rorqual.extras import require
 from rorqual.files import write_text
-from rorqual.report.html import render
-from rorqual.report.plots import draw_all
 from rorqual.report.run_record import read_run
 
 __all__ = ["write_report"]
@@ -18,6 +17,10 @@ def write_report(run_dir: str | Path) -> Path:
     left out. Raises UserError when the folder does not exist, holds nothing to report or broken JSON, or cannot be
     written.
     """
+    require("report")
+    from rorqual.report.html import render
+    from rorqual.report.plots import draw_all
+
     run = read_run(Path(run_dir))
     page = run.path / "report.html"
     try:

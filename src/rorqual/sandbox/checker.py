@@ -50,6 +50,9 @@ class CheckerProcess:
             self._stop()
 
     def _start(self) -> bool:
+        from rorqual.extras import require  # not at the top: the script imports nothing of the package
+
+        require("rl")  # without them every answer that is checked here would count as wrong
         # -P: this file's folder must not come before the library's own modules.
         self._process = subprocess.Popen(
             [sys.executable, "-P", __file__],

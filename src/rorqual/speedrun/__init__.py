@@ -14,6 +14,7 @@ from typing import Any
 
 from rorqual import strict_json
 from rorqual.errors import UserError, file_error
+from rorqual.extras import require
 from rorqual.files import write_text
 from rorqual.report import write_report
 from rorqual.rl.envs.registry import open_environment
@@ -40,6 +41,8 @@ LONGEST = 60 * 24 * 30  # minutes
 
 def speedrun(out: Path | None, seed: int, minutes: float) -> dict[str, Any]:
     """Run everything into `out` (default: a new folder in runs/) and give what summary.json holds."""
+    require("rl")
+    require("report")
     if not 0.5 <= minutes <= LONGEST:
         raise UserError(f"--minutes {minutes:g}: at least 0.5 are needed, and {LONGEST:,} at most")
     if not 0 <= seed < 1 << 63:

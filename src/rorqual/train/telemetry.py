@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from rorqual import strict_json
-from rorqual.errors import UserError, file_error
+from rorqual.errors import file_error
+from rorqual.extras import require
 from rorqual.files import write_text
 
 Metric = float | int | str | list[float] | None
@@ -137,9 +138,8 @@ def _unused(path: Path) -> Path:
 
 
 def _tracker(name: str, resume: bool) -> Any:
-    try:
-        import trackio
-    except ImportError:
-        raise UserError("track = true needs trackio; run 'pip install trackio' or set track = false") from None
+    require("track")  # track = true in the recipe
+    import trackio
+
     trackio.init(project="rorqual", name=name, resume="allow" if resume else "never")
     return trackio

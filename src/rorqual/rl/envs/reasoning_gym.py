@@ -8,6 +8,7 @@ from collections import Counter
 from typing import Any
 
 from rorqual.errors import UserError
+from rorqual.extras import require
 from rorqual.judge.judge import number_in
 from rorqual.judge.notation import plain, unwrap
 from rorqual.recipe import EnvironmentSection
@@ -109,6 +110,7 @@ class ReasoningGymEnvironment(Environment):
 
 
 def _dataset(name: str, config: dict[str, Any], seed: int, size: int) -> Any:
+    require("rl", "reasoning_gym")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SyntaxWarning)  # of what it imports, where that is compiled for the first time
         import reasoning_gym
