@@ -1,4 +1,4 @@
-"""torch.compile where there is a compiler."""
+"""torch.compile, with a fallback to eager mode."""
 
 import shutil
 from collections.abc import Callable
@@ -9,9 +9,9 @@ from torch import nn
 
 
 def compiled(model: nn.Module, say: Callable[[str], None]) -> Callable[..., Any]:
-    """`model`'s forward, compiled; plain, with a sentence saying so, when there is no C++ compiler or it fails.
+    """`model`'s compiled forward; eager, with a note to `say`, without a C++ compiler (CPU) or when compilation fails.
 
-    Compilation happens at the first call and for every new shape.
+    It compiles at the first call and for every new shape.
     """
     on_cpu = next(model.parameters()).device.type == "cpu"
     if on_cpu and not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
