@@ -66,7 +66,7 @@ def pack_rollout(
     blocks: list[_Block] = []
     for p, members in groups.items():
         blocks += _cheapest(p, len(prompts[p]), members, sizes, micro_tokens, cost)
-    return [_build(some, prompts, completions) for some in _split(blocks, micro_tokens)]
+    return [_build(batch, prompts, completions) for batch in _split(blocks, micro_tokens)]
 
 
 def _cheapest(
@@ -94,15 +94,15 @@ def _cheapest(
 
 def _split(blocks: list[_Block], micro_tokens: int) -> Iterator[list[_Block]]:
     """Micro-batches of up to `micro_tokens` tokens, longest blocks first."""
-    some: list[_Block] = []
+    batch: list[_Block] = []
     length = 0
     for block in sorted(blocks, key=lambda b: -b.length):
-        if some and length + block.length > micro_tokens:
-            yield some
-            some, length = [], 0
-        some.append(block)
+        if batch and length + block.length > micro_tokens:
+            yield batch
+            batch, length = [], 0
+        batch.append(block)
         length += block.length
-    yield some
+    yield batch
 
 
 def _build(

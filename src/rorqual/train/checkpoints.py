@@ -42,9 +42,9 @@ def _to_stderr(sentence: str) -> None:
 class Checkpoints:
     """Keeps the last `keep` checkpoints of a run and the best one."""
 
-    def __init__(self, run_dir: Path, keep: int, say: Callable[[str], None] = _to_stderr) -> None:
-        """`say` receives one sentence for each checkpoint that was set aside or could not be removed."""
-        self.directory, self.keep, self.say = Path(run_dir) / "checkpoints", keep, say
+    def __init__(self, run_dir: Path, keep: int, notify: Callable[[str], None] = _to_stderr) -> None:
+        """`notify` receives one sentence for each checkpoint that was set aside or could not be removed."""
+        self.directory, self.keep, self.notify = Path(run_dir) / "checkpoints", keep, notify
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, oldest first."""
@@ -165,7 +165,7 @@ class Checkpoints:
             os.replace(self.path(step), place)
         except OSError as e:
             raise file_error(self.path(step), e, "set aside", "then continue with --resume") from e
-        self.say(f"{self.path(step)} is damaged ({why}); it is kept as {place.name}, and an earlier one is used")
+        self.notify(f"{self.path(step)} is damaged ({why}); it is kept as {place.name}, and an earlier one is used")
 
     def _readable(self) -> dict[int, dict[str, Any]]:
         """Step → state.json, of the checkpoints where it can be read."""
@@ -196,7 +196,7 @@ class Checkpoints:
         try:
             os.replace(self.path(step), going)
         except OSError as e:
-            self.say(f"{file_error(self.path(step), e, 'removed')}; the run goes on")
+            self.notify(f"{file_error(self.path(step), e, 'removed')}; the run goes on")
             return
         _discard(going)
 

@@ -81,13 +81,13 @@ def _describe(path: Path, before: dict[str, Any]) -> dict[str, Any]:
     try:
         stat = path.stat()
         times = [stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
-        if before.get("told") == times and before.get("size") == stat.st_size:
+        if before.get("stat") == times and before.get("size") == stat.st_size:
             return before
         with path.open("rb") as file:
             digest = file_digest(file, lambda: blake2b(digest_size=16)).hexdigest()
     except OSError as e:
         raise file_error(path, e, "read") from e
-    return {"size": stat.st_size, "blake2b": digest, "told": times}
+    return {"size": stat.st_size, "blake2b": digest, "stat": times}
 
 
 def _same(a: dict[str, Any] | None, b: dict[str, Any] | None) -> bool:
@@ -101,6 +101,9 @@ def _read(path: Path) -> Inputs:
     except FileNotFoundError:
         return {}
     entries = found.values() if isinstance(found, dict) else [None]
-    if not all(isinstance(v, dict) and {"size", "blake2b", "told"} <= v.keys() for v in entries):
-        raise UserError(f"{path} is damaged (an entry lacks size, blake2b or told); {then}")
+    for entry in entries:
+        if isinstance(entry, dict) and "told" in entry:  # the key of earlier versions
+            entry["stat"] = entry.pop("told")
+        if not isinstance(entry, dict) or not {"size", "blake2b", "stat"} <= entry.keys():
+            raise UserError(f"{path} is damaged (an entry lacks size, blake2b or stat); {then}")
     return found

@@ -54,7 +54,7 @@ class Telemetry:
     def note(self, sentence: str) -> None:
         """Print a sentence and record it in metrics.jsonl."""
         self._write({"step": self.step, "note": sentence})
-        self.bar.say(sentence)
+        self.bar.note(sentence)
 
     def close(self) -> None:
         self.bar.close()
@@ -94,7 +94,7 @@ class _Bar:
             whole = f" of {self.total:.0f}" if self.total else ""
             print(f"{done:.0f}{whole} {self.unit}  {text}", file=sys.stderr, flush=True)
 
-    def say(self, sentence: str) -> None:
+    def note(self, sentence: str) -> None:
         if self.progress is not None:
             self.progress.console.print(sentence, markup=False)
         else:

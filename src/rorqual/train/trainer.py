@@ -40,7 +40,7 @@ class Trainer:
         dtype: str = "auto",
         ema: float | None = None,
         compile: bool = False,
-        say: Callable[[str], None] = print,
+        notify: Callable[[str], None] = print,
     ) -> None:
         """Convert `model` to `dtype` ("auto": the fastest on its device) in place.
 
@@ -51,7 +51,7 @@ class Trainer:
         self.balance = balance or BalanceSection(bias_speed=0.0, sequence_loss=0.0)
         self.optimizer = Optimizer(model, optimizer, self.dtype)
         self.ema = EMA(self.optimizer, ema) if ema else None
-        self.forward = compiled(model, say) if compile else model
+        self.forward = compiled(model, notify) if compile else model
         self.depth = model.config.num_nextn_predict_layers
         self.steps = self.tokens = self.skipped_in_a_row = 0
         self.flops = 0.0
