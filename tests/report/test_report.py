@@ -239,10 +239,10 @@ ODD = [
     ("ledger.json", '{"stages": {"rl": 3}}', r"ledger.json: stages\.rl = 3 is not valid; delete the file"),
     ("ledger.json", '{"stages": {"rl": null}, "total": null}', None),
     ("summary.json", '{"stages": 5}', r"summary.json: stages = 5 is not valid"),
-    ("summary.json", '{"stages": [{"name": "rl", "tasks": {"sums": [1]}}]}', r"stages\.0\.tasks\.sums is not what"),
-    ("summary.json", '{"stages": [{"tasks": {"a": {"pass_at_1": 1, "interval": 7}}}]}', r"tasks\.a\.interval is not"),
-    ("summary.json", '{"by_difficulty": {"sums": 7}}', r"by_difficulty\.sums is not what"),
-    ("summary.json", '{"model": {"total": 5, "active": "x"}}', r"model\.active is not what"),
+    ("summary.json", '{"stages": [{"name": "rl", "tasks": {"sums": [1]}}]}', r"stages\.0\.tasks\.sums = "),
+    ("summary.json", '{"stages": [{"tasks": {"a": {"pass_at_1": 1, "interval": 7}}}]}', r"tasks\.a\.interval = 7"),
+    ("summary.json", '{"by_difficulty": {"sums": 7}}', r"by_difficulty\.sums = .* is not valid"),
+    ("summary.json", '{"model": {"total": 5, "active": "x"}}', r"model\.active = .* is not valid"),
     ("summary.json", '{"stages": null, "samples": [null], "gains": {"rl": null}, "notes": null}', None),
 ]  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Special-token injection: names of control tokens in user text are encoded as text, only a template's as tokens.
+"""Prevent special-token injection: control-token names in user text are encoded as text, only a template's as tokens.
 
 A template renders to one string, in which its own `<|im_end|>` and a user's look the same. So `escape` marks the names
 in a template's inputs with a character that no text contains, and `encode` reads the output: an escaped name becomes
