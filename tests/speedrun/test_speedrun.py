@@ -85,7 +85,7 @@ def test_half_a_minute_learns_something_and_says_that_it_is_too_short(tmp_path, 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"minutes": 0.1}, r"--minutes 0\.1: at least 0\.5"),
+        ({"minutes": 0.1}, r"--minutes 0\.1: must be from 0\.5"),
         ({"minutes": float("nan")}, r"--minutes nan"),
         ({"minutes": float("inf")}, r"--minutes inf"),
         ({"seed": -1}, r"--seed -1"),
