@@ -3,10 +3,11 @@ the compiler."""
 
 import re
 import shutil
+from dataclasses import fields
 
 import pytest
 
-from rorqual.kernels import append_tokens
+from rorqual.kernels import append_tokens, fused_decode, quantized_linear
 from rorqual.kernels.cpu import bindings, build
 
 SCRIPT = """#!/bin/sh
@@ -93,9 +94,22 @@ def test_this_machine_gets_what_it_runs():
     assert set(levels) <= set(build.LEVELS)
 
 
+def declared(file, kind):
+    """The names that a C++ struct or enum declares, in order."""
+    source = re.sub(r"//.*", "", (build.HERE / "csrc" / file).read_text())
+    parts = re.split("[;,]", re.search(rf"\b{kind} {{(.*?)}}", source, re.DOTALL)[1])
+    return [re.findall(r"\w+", part)[-1] for part in parts if part.strip()]
+
+
 def test_tables_are_the_same_in_cpp():
-    csrc = build.HERE / "csrc"
-    assert f"INTERFACE = {bindings.INTERFACE};" in (csrc / "dtypes.h").read_text()
-    enums = dict(re.findall(r"enum (\w+) {(.*?)}", (csrc / "sampling.cpp").read_text(), re.DOTALL))
-    for enum, names in (("BatchNumber", append_tokens.NUMBERS), ("FilterColumn", append_tokens.FILTER_COLUMNS)):
-        assert tuple(name.lower() for name in re.findall(r"\w+", enums[enum])) == names
+    assert f"INTERFACE = {bindings.INTERFACE};" in (build.HERE / "csrc" / "dtypes.h").read_text()
+    for enum, names in (
+        ("BatchNumber", append_tokens.NUMBERS),
+        ("FilterColumn", append_tokens.FILTER_COLUMNS),
+    ):
+        assert declared("sampling.cpp", f"enum {enum}") == [name.upper() for name in names]
+    assert declared("quantized_rows.h", "enum Format") == [name.upper() for name in quantized_linear.FORMATS]
+    model = "fused_decode/model.h"
+    assert declared(model, "struct Layer") == [f.name for f in fields(fused_decode.LayerWeights)]
+    sizes = [f.name for f in fields(fused_decode.ModelSizes)]
+    assert declared(model, "struct Network")[2 : 2 + len(sizes)] == sizes
