@@ -173,7 +173,7 @@ def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
 if __name__ == "__main__":
     unknown = [level for level in sys.argv[1:] if level not in LEVELS and sys.argv[1:] != ["all"]]
     if not _source("fused_decode").exists():
-        sys.exit("kernels: the sources are in Rorqual's repository; a wheel carries only the builds")
+        sys.exit("kernels: no sources here; they are in Rorqual's repository")
     if unknown:
         sys.exit(f"kernels: {unknown[0]}: no such level for this processor family; there are {', '.join(LEVELS)}")
     built = build(HERE, sys.argv[1:])
