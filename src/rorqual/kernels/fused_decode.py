@@ -1,4 +1,4 @@
-"""A whole decode step in one call: a network with packed weights, on a CPU (cpu/step.cpp).
+"""A whole decode step in one call: a network with packed weights, on a CPU (cpu/csrc/fused_decode.cpp).
 
 The reference is the network itself: what this computes, `Transformer.logits` says too, up to rounding.
 """
@@ -16,7 +16,7 @@ Weights = tuple[QuantizedWeight, Tensor | None]  # with a bias
 
 @dataclass(kw_only=True)
 class LayerWeights:
-    """In the order in which network.h reads them; None is what a layer does not have."""
+    """In the order in which cpu/csrc/fused_decode/model.h reads them; None is what a layer does not have."""
 
     norm: Tensor
     q_a: Weights | None = None
@@ -37,7 +37,7 @@ class LayerWeights:
     experts_in: Weights | None = None
     experts_out: Weights | None = None
     # Of the cache: keys and values [blocks, block, G, W], or latents [·, ·, C] and rotated keys [·, ·, R]; in 8 bits
-    # keys and values [blocks, G, ⌈W/32⌉, bytes of a record] (kernels/past8.py).
+    # keys and values [blocks, G, ⌈W/32⌉, bytes of a record] (kernels/kv_int8.py).
     a: Tensor
     b: Tensor
 
@@ -47,7 +47,7 @@ PACKED = {"q_a", "q", "k", "v", "kv_a", "o", "gate", "up", "down", "experts_in",
 
 @dataclass(kw_only=True)
 class ModelSizes:
-    """Of a network, in network.h's order. `width`: what is rotated of a head."""
+    """Of a network, in the order of cpu/csrc/fused_decode/model.h. `width`: what is rotated of a head."""
 
     hidden: int
     heads: int
@@ -118,7 +118,7 @@ class FusedDecodeStep:
         m = n if wanted is None else len(wanted)
         logits, hidden = torch.empty(m, self.words), torch.empty(n, self.hidden)
         cpu.call(
-            "decode_step", self.dtype, self._network, tokens.contiguous(),
+            "fused_decode", self.dtype, self._network, tokens.contiguous(),
             None if states is None else states.float().contiguous(), n, tables, tables.stride(0), self.block, lengths,
             self._numbers, hidden, wanted, m, logits,
         )  # fmt: skip

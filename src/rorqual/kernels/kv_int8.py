@@ -1,8 +1,8 @@
-"""Keys and values of 8 bits in blocks of 16 places: how they lie there, as cpu/cache8.h has it.
+"""Keys and values of 8 bits in blocks of 16 places: how they lie there, as cpu/csrc/kv_int8.h has it.
 
 B blocks, G key/value heads of width W, R = ⌈W/32⌉ records. A record has 32 numbers of 16 places, then the places'
-scales in FP16. Keys lie as weights do (lowbit.py: int8_groups, a place being an output), values signed, four places
-side by side.
+scales in FP16. Keys lie as weights do (quantized_linear.py: int8_groups, a place being an output), values signed, four
+places side by side.
 """
 
 import torch

@@ -1,6 +1,7 @@
 """Products with weights of 4 or 8 bits that stay packed, by activations of 8 bits.
 
-M rows, K in, N out, E experts, G = ⌈K/32⌉ groups of inputs. How weights lie in memory is told in cpu/lowbit.h.
+M rows, K in, N out, E experts, G = ⌈K/32⌉ groups of inputs. The layout of weights is described in
+cpu/csrc/quantized_weight.h.
 """
 
 import itertools
@@ -15,9 +16,9 @@ from torch import Tensor
 from rorqual.kernels import cpu
 
 Format = Literal["int4", "int4_mins", "int8", "int8_groups"]
-FORMATS: tuple[Format, ...] = ("int4", "int4_mins", "int8", "int8_groups")  # numbered as in lowbit.cpp
+FORMATS: tuple[Format, ...] = ("int4", "int4_mins", "int8", "int8_groups")  # numbered as in cpu/csrc/quantized_rows.h
 GROUP, PANEL = 32, 16
-COMMON = 3  # groups of activations that share a scale, beside int8 weights (cpu/lowbit.h)
+COMMON = 3  # groups of activations that share a scale, beside int8 weights (cpu/csrc/quantized_rows.h)
 
 
 @dataclass
@@ -138,11 +139,11 @@ def quantized_linear(
     fits = packed.data.is_cpu and cpu.usable(x, *([] if bias is None else [bias]))
     if not fits or torch.is_grad_enabled():
         return quantized_linear_reference(x, packed, bias, ends)
-    line = -(-packed.K // 64) * 64 + 64  # room for either form of activations (lowbit.h)
+    line = -(-packed.K // 64) * 64 + 64  # enough for either form of activations (cpu/csrc/quantized_rows.h)
     room = torch.empty((len(x) + 7) * 2 * line, dtype=torch.uint8)
     out = x.new_empty(len(x), packed.N)
     cpu.call(
-        "lowbit_product", x.dtype, x, x.stride(0), packed.data, FORMATS.index(packed.format), packed.channels, bias,
+        "quantized_linear", x.dtype, x, x.stride(0), packed.data, FORMATS.index(packed.format), packed.channels, bias,
         ends, len(ends), packed.N, packed.K, room, out,
     )  # fmt: skip
     return out

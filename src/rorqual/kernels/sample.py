@@ -34,7 +34,7 @@ def sample(logits: Tensor, cut: SamplingFilter, uniform: Tensor) -> tuple[Tensor
     words = logits.new_empty(len(logits), dtype=torch.long)
     logprobs = logits.new_empty(len(logits), dtype=torch.float32)
     arguments = (*logits.shape, cut.temperature, cut.top_p, cut.top_k, cut.min_p, uniform.float().contiguous())
-    cpu.call("draw", logits.dtype, logits.contiguous(), *arguments, words, logprobs)
+    cpu.call("sample", logits.dtype, logits.contiguous(), *arguments, words, logprobs)
     return words, logprobs
 
 
