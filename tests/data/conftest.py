@@ -1,6 +1,6 @@
 import pytest
-from made_documents import make_texts
 
+from helpers.documents import make_texts
 from rorqual.data.tokenizer import train_tokenizer
 from rorqual.recipe import TokenizerSection
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from peak import loading_peak
+from helpers.peak_memory import loading_peak
 from rorqual.checkpoint.huggingface import load_model, save_model
 from rorqual.data.tokenizer import save_tokenizer, train_tokenizer
 from rorqual.engine import Engine, SamplingParams

@@ -1,6 +1,7 @@
 import pytest
 import torch
-from networks import CONFIGS, build
+
+from helpers.reference_models import CONFIGS, build
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
