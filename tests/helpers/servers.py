@@ -50,7 +50,7 @@ class Server:
         return openai.OpenAI(base_url=self.url + "/v1", api_key=key, max_retries=0, **options)
 
     def settled(self, seconds=20.0):
-        """Wait until nothing runs; gives the blocks still held."""
+        """Wait until no request is running or waiting; the number of KV cache blocks still held."""
         until = time.monotonic() + seconds
         while time.monotonic() < until:
             now = self.service.engine.status()

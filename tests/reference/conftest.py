@@ -1,3 +1,5 @@
+"""The small models that parity is tested on."""
+
 import pytest
 import torch
 
@@ -6,11 +8,13 @@ from helpers.reference_models import CONFIGS, build
 
 @pytest.fixture(scope="module", params=CONFIGS)
 def ours(request):
+    """A model of every config."""
     return build(CONFIGS[request.param])
 
 
 @pytest.fixture(scope="module", params=[name for name in CONFIGS if name.startswith("v")])
 def latent(request):
+    """A model of every config with multi-head latent attention."""
     return build(CONFIGS[request.param])
 
 

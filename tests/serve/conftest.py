@@ -14,7 +14,7 @@ def directory(tmp_path_factory):
 
 @pytest.fixture
 def serve(directory, tmp_path):
-    """Start such processes."""
+    """Starts `rorqual serve` processes with the options given; killed after the test."""
     running = []
 
     def begin(*options):
@@ -29,6 +29,7 @@ def serve(directory, tmp_path):
 
 @pytest.fixture(scope="session")
 def server(directory):
+    """One server that most tests share."""
     running = Server(directory)
     yield running
     running.stop()
@@ -36,7 +37,7 @@ def server(directory):
 
 @pytest.fixture(scope="session")
 def small(directory):
-    """Its cache has room for few tokens, so that nothing takes long whatever is asked for."""
+    """A server whose KV cache holds few tokens, so that no request takes long, whatever its parameters."""
     running = Server(directory, kv_cache_bytes=1 << 14)
     assert running.service.context < 128
     yield running
@@ -51,7 +52,7 @@ def client(server):
 
 @pytest.fixture(scope="module")
 def begin():
-    """Servers of other models."""
+    """Starts servers of other models, and gives their URLs."""
     running = []
 
     def one(directory):
@@ -65,7 +66,7 @@ def begin():
 
 @pytest.fixture
 def start(directory):
-    """Servers with settings of their own."""
+    """Starts servers with options of their own."""
     running = []
 
     def begin(directory=directory, **options):
