@@ -4,9 +4,9 @@ import tracemalloc
 
 import pyarrow
 import pytest
-from made_documents import write_jsonl
 from pyarrow import parquet
 
+from helpers.documents import write_jsonl
 from rorqual.data.chat_dataset import encode_sample, read_chat
 from rorqual.data.chat_messages import read_messages, read_tools
 from rorqual.data.chat_template import ChatTemplate

@@ -7,9 +7,9 @@ import pyarrow
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made_documents import make_texts, write_jsonl
 from pyarrow import parquet
 
+from helpers.documents import make_texts, write_jsonl
 from rorqual.data import corpus
 from rorqual.data.corpus import read_texts
 from rorqual.errors import UserError

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from puppets import BYTE_LEVEL, CHAT, LEGACY, METASPACE, vocabulary
+from helpers.scripted_models import BYTE_LEVEL, CHAT, LEGACY, METASPACE, vocabulary
 from rorqual.data.chat_dataset import encode_sample
 from rorqual.data.special_tokens import ESCAPE, encode, escape, escape_message
 from rorqual.data.token_shards import pack_source

@@ -5,9 +5,9 @@ import random
 import numpy as np
 import pyarrow
 import pytest
-from made_documents import make_texts, write_jsonl
 from pyarrow import parquet
 
+from helpers.documents import make_texts, write_jsonl
 from rorqual.data import corpus, token_shards
 from rorqual.data.fim import FillInTheMiddle
 from rorqual.data.token_shards import pack_source, read_index

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import DEVICES, GROUPED, LATENT, agree
 
+from helpers.small_configs import DEVICES, GROUPED, LATENT, agree
 from rorqual.engine import Engine, SamplingParams, speculative
 from rorqual.engine.batch import MAX_DRAFTS
 from rorqual.engine.model_runner import ModelRunner

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from killing import run_whole_and_killed
+from helpers.killed_runs import run_whole_and_killed
 from rorqual.checkpoint.huggingface import load_model, save_model
 from rorqual.data.tokenizer import load_tokenizer
 from rorqual.errors import UserError

@@ -1,4 +1,4 @@
-"""Small networks of every supported kind, with weights large and uneven enough for a mistake to show."""
+"""Small models of every supported architecture, with weights large and uneven enough for a mistake to show."""
 
 import torch
 
@@ -75,7 +75,7 @@ CONFIGS = {
 
 
 def build(fields, seed=0, **changes):
-    """A network with random matrices, norms, biases and correction biases."""
+    """A model of the config `fields` with random matrices, norms, biases and router correction biases."""
     torch.manual_seed(seed)
     model = Transformer(ModelConfig(**(fields | changes)))
     with torch.no_grad():

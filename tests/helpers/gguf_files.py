@@ -48,7 +48,7 @@ NEXTN = {"eh_proj": "eh_proj", "enorm": "enorm", "hnorm": "hnorm", "shared_head.
 
 
 def network(config=LLAMA):
-    """Random, its norms and choosing biases too."""
+    """A model of random weights; its norms and router biases are random too."""
     torch.manual_seed(0)
     model = Transformer(config)
     with torch.no_grad():
@@ -61,6 +61,7 @@ def network(config=LLAMA):
 
 
 def header(config, split):
+    """The architecture's fields, as the converter writes them; `split` as in `tensors`."""
     kind = "deepseek2" if config.is_mla else config.model_type
     fields = {
         "context_length": config.max_position_embeddings,

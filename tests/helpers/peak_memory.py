@@ -1,4 +1,4 @@
-"""How much memory loading takes at its peak, in a process of its own."""
+"""Peak memory of loading a model, measured in a process of its own."""
 
 import subprocess
 import sys
@@ -22,8 +22,9 @@ print((memory("VmHWM") - before) / size, size)
 
 
 def loading_peak(load: str, large: Path, small: Path) -> tuple[float, float]:
-    """`load`: code that defines a function of that name, from a path to a model. → the peak over the model's bytes, and
-    these; `small` is loaded before. Linux only.
+    """(peak memory ÷ the model's bytes, the model's bytes) of loading `large`, after `small` was loaded. Linux only.
+
+    load: code that defines a function `load(path)`, which returns a model.
     """
     command = [sys.executable, "-c", load + MEASURE, str(large), str(small)]
     ratio, size = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()

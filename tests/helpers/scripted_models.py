@@ -1,4 +1,4 @@
-"""Tiny models whose every word is decided beforehand: the next token depends on the last one alone, as a table says."""
+"""Tiny models with scripted output: a table gives the next token from the last one alone. Their tokenizers, too."""
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -19,7 +19,7 @@ BYTE_LEVEL, LEGACY, METASPACE = "byte-level", "prepend", "metaspace"  # the last
 
 
 def vocabulary(kind=BYTE_LEVEL, control=(), words=(), template=CHAT, bos=None):
-    """`control` tokens are special, `words` are added ones that are not."""
+    """A small tokenizer of one of three kinds; `control` tokens are special, `words` are added but not special."""
     special = list(dict.fromkeys([END, SAY, "<turn>", *([bos] if bos else []), *control]))
     if kind == BYTE_LEVEL:
         inner = [LETTER[b] for b in range(256)]
@@ -50,7 +50,7 @@ def vocabulary(kind=BYTE_LEVEL, control=(), words=(), template=CHAT, bos=None):
 
 
 def puppet(tokenizer, says):
-    """says: {token: the next token, or {token: logit}}; after all others comes the end."""
+    """A model of one layer. says: {token: the next token, or {token: logit}}; after any other token comes END."""
     ids = tokenizer.get_vocab()
     count = len(ids)
     wide = -(-count // 64) * 64
@@ -79,7 +79,7 @@ def puppet(tokenizer, says):
 
 
 def save_puppet(path, tokenizer, says):
-    """Write it to a directory."""
+    """Write such a model and its tokenizer to the directory `path`, and return it."""
     save_model(puppet(tokenizer, says), path, tokenizer)
     save_tokenizer(tokenizer, path)
     return path

@@ -1,4 +1,4 @@
-"""Files damaged at random: bytes flipped, cut, moved and made huge, values replaced by odd ones."""
+"""Random damage to files: bytes flipped, cut, moved or made huge; values in JSON replaced by odd ones."""
 
 import json
 
@@ -9,7 +9,7 @@ ODD = [
 
 
 def damaged(rng, whole, end):
-    """A copy with something done to it before byte `end`."""
+    """A copy of the bytes `whole`, damaged in one way before byte `end`."""
     data, at = bytearray(whole), rng.randrange(end)
     match rng.randrange(8):
         case 0:

@@ -1,4 +1,4 @@
-"""A run killed again and again, beside the same run undisturbed; shared by pre-training and reinforcement learning."""
+"""A run killed 20 times beside the same run undisturbed, for pre-training and for reinforcement learning."""
 
 import os
 import subprocess
@@ -44,7 +44,10 @@ print(while_writing)
 
 
 def run_whole_and_killed(verb: str, module: str, whole: Path, killed: Path) -> None:
-    """Run both recipes to their end, the second through 20 SIGKILLs, at least 5 of them in a checkpoint's writing."""
+    """Run both recipes to their end, the second through 20 SIGKILLs, at least 5 of them while it writes a checkpoint.
+
+    verb, module: the function that runs a recipe, such as `rl`, and the module that has it.
+    """
     done = subprocess.run(
         [sys.executable, "-c", HARNESS, verb, module, str(whole), str(killed)],
         env=os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},

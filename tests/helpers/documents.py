@@ -1,4 +1,4 @@
-"""Documents that the tests of this folder read and write."""
+"""Invented documents, and JSON lines."""
 
 import json
 
@@ -11,5 +11,6 @@ def make_texts(count: int) -> list[str]:
 
 
 def write_jsonl(path, records):
+    """Write one record a line, and return `path`."""
     path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
     return path

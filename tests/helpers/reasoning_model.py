@@ -1,4 +1,4 @@
-"""A tiny reasoning model of random weights, whose chat template opens its thinking."""
+"""A tiny DeepSeek-V3-style model of random weights, whose chat template opens `<think>`."""
 
 import torch
 
@@ -14,7 +14,7 @@ TEMPLATE = (
 
 
 def save_reasoner(path):
-    """Write it to a directory."""
+    """Write the model and its tokenizer to the directory `path`, and return it."""
     section = TokenizerSection(
         vocab_size=300, special_tokens=["<|user|>", "<|assistant|>", "<|system|>", "<think>", "</think>"]
     )

@@ -1,4 +1,4 @@
-"""Networks small enough to be computed token by token, and what such a computation says."""
+"""Configs small enough to compute every token by a full pass, and reference answers from such passes."""
 
 import torch
 
@@ -20,8 +20,8 @@ GROUPED = ModelConfig(
 
 
 def agree(found, expected, model):
-    """Whether sampled answers are equal; but for one on a GPU, where a product's sums depend on how many rows it has,
-    so that a number drawn lies between two words now and then.
+    """Whether sampled answers are equal. On a GPU one may differ: there a product's rounding depends on the batch size,
+    and now and then the random number lies between two tokens.
     """
     differ = sum(a != b for a, b in zip(found, expected, strict=True))
     return differ <= int(next(model.parameters()).is_cuda)
@@ -29,12 +29,13 @@ def agree(found, expected, model):
 
 @torch.no_grad()
 def logits(model, tokens):
-    """Of rows of tokens [B, T] → [B, T, V], on the CPU."""
+    """Logits [B, T, V] of tokens [B, T], on the CPU."""
     return model.logits(torch.tensor(tokens, device=model.head_weight.device)).cpu()
 
 
 @torch.no_grad()
 def greedy_by_full_passes(model, prompt, count, to_the_end=False):
+    """(tokens, logprobs) of greedy decoding without a KV cache; `to_the_end` ignores the end token."""
     tokens, logprobs = list(prompt), []
     for _ in range(count):
         logp = logits(model, [tokens])[0, -1].log_softmax(-1)
