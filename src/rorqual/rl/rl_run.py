@@ -1,7 +1,7 @@
 """`rorqual rl`: from a recipe, over GRPOTrainer steps, evaluation and checkpoints, to a released model."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,9 @@ from rorqual.rl.envs.registry import Environment, open_environment
 from rorqual.rl.grpo_trainer import GRPOTrainer
 from rorqual.rl.rollout import derived_seed
 from rorqual.train.build_model import build_model, tokenizer_of
-from rorqual.train.checkpoints import Checkpoints
-from rorqual.train.interrupts import StopSignals
 from rorqual.train.model_card import card
 from rorqual.train.run_folder import open_run
+from rorqual.train.run_loop import RunLoop
 from rorqual.train.telemetry import Telemetry
 
 STAGES = ("rollout", "train")  # parts of a step in the ledger
@@ -39,7 +38,7 @@ def rl(recipe: RLRecipe, resume: bool = False) -> Path:
     check_problems(recipe, tokenizer, environments)
     with open_run(recipe, resume) as run_dir:
         model = build_model(recipe.model, tokenizer, recipe.seed)
-        run = RLRun(run_dir, recipe, GRPOTrainer(model, tokenizer, environments, recipe))
+        run = RLRun(run_dir, recipe, GRPOTrainer(model, tokenizer, environments, recipe), recipe.track)
         run.fit()
         if recipe.keep_start and run.got_worse():
             model = load_model(recipe.model.path, stored_dtype(recipe.model.path))
@@ -73,58 +72,22 @@ def predict_rl(recipe: RLRecipe, config: ModelConfig) -> dict[str, Any]:
 
 
 @dataclass
-class RLRun:
-    """One RL run: `fit` resumes from the newest checkpoint, if any, and trains to the end."""
-
-    run_dir: Path
-    recipe: RLRecipe
+class RLRun(RunLoop):
+    section: RLRecipe
     trainer: GRPOTrainer
-    seconds: float = 0.0  # over all resumptions, evaluation included
     evaluations: dict[str, dict[str, float]] = field(default_factory=dict)  # step → eval_<family>
     stages: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))  # seconds
 
-    def fit(self) -> None:
-        """Train to the end of the recipe. Raises Stopped after SIGINT or SIGTERM, with a checkpoint saved."""
-        recipe, trainer = self.recipe, self.trainer
-        checkpoints = Checkpoints(self.run_dir, recipe.keep)
-        self._resume(checkpoints)
-        total, unit = (recipe.seconds, "seconds") if recipe.steps is None else (recipe.steps, "steps")
-        telemetry = Telemetry(self.run_dir, total, unit, recipe.track, trainer.steps)
-        try:
-            with StopSignals() as stop:
-                if recipe.eval_every and not self.evaluations:
-                    telemetry.log(0, **self._evaluate(), seconds=self.seconds)
-                while not self.done():
-                    self._step(telemetry)
-                    due = trainer.steps % recipe.save_every == 0 and not trainer.skipped_in_a_row
-                    if due or self.done() or stop.requested:
-                        self._save(checkpoints)
-                    if stop.requested:
-                        raise stop.stopped(trainer.steps)
-        finally:
-            telemetry.close()
+    def begin(self, telemetry: Telemetry) -> None:
+        if self.section.eval_every and not self.evaluations:
+            telemetry.log(0, **self._evaluate(), seconds=self.seconds)
 
-    def progress(self) -> float:
-        """Fraction of the run that is done."""
-        if self.recipe.steps is None:
-            return min(self.seconds / self.recipe.seconds, 1.0)
-        return self.trainer.steps / self.recipe.steps
-
-    def done(self) -> bool:
-        return self.progress() >= 1.0
-
-    def got_worse(self) -> bool:
-        """Whether pass@1 of the last evaluation is below the first."""
-        means = {int(step): sum(shares.values()) for step, shares in self.evaluations.items()}
-        return bool(means) and means[max(means)] < means[min(means)]
-
-    def _step(self, telemetry: Telemetry) -> None:
+    def step(self, telemetry: Telemetry) -> bool:
         start = time.monotonic()
         skipped = self.trainer.skipped_in_a_row
         metrics = self.trainer.step(self.progress())
         elapsed = time.monotonic() - start
-        self.seconds += elapsed
-        sampled = metrics["length"] * self.recipe.grpo.questions_per_step * self.recipe.grpo.group_size
+        sampled = metrics["length"] * self.section.grpo.questions_per_step * self.section.grpo.group_size
         sampling = min(elapsed, sampled / metrics["rollout_tokens_per_second"])
         self.stages["rollout"] += sampling
         self.stages["train"] += elapsed - sampling
@@ -132,37 +95,31 @@ class RLRun:
         if self.trainer.skipped_in_a_row > skipped:
             telemetry.note(f"step {step}: the gradient is not finite; update skipped")
             metrics["grad_norm"] = None
-        if self.recipe.eval_every and (step % self.recipe.eval_every == 0 or self.done()):
+        ended = self.done()
+        if self.section.eval_every and (ended or step % self.section.eval_every == 0):
             metrics |= self._evaluate()
         telemetry.log(step, seconds=self.seconds, memory_gb=memory_used() / 1e9, **metrics)
+        return ended
+
+    def score(self) -> float | None:
+        shares = self.evaluations.get(str(self.trainer.steps))
+        return None if shares is None else -sum(shares.values()) / len(shares)
+
+    def state(self) -> dict[str, Any]:
+        return {"evaluations": self.evaluations, "stages": self.stages}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self.evaluations, self.stages = state["evaluations"], state["stages"]
+
+    def got_worse(self) -> bool:
+        """Whether pass@1 of the last evaluation is below the first."""
+        means = {int(step): sum(shares.values()) for step, shares in self.evaluations.items()}
+        return bool(means) and means[max(means)] < means[min(means)]
 
     def _evaluate(self) -> dict[str, float]:
-        start = time.monotonic()
-        shares = self.trainer.evaluate(self.recipe.eval_problems)
+        shares = self.trainer.evaluate(self.section.eval_problems)
         self.evaluations[str(self.trainer.steps)] = shares
-        self.seconds += time.monotonic() - start
         return shares
-
-    def _save(self, checkpoints: Checkpoints) -> None:
-        shares = self.evaluations.get(str(self.trainer.steps))
-        state = {
-            "trainer": self.trainer.state(),
-            "seconds": self.seconds,
-            "evaluations": self.evaluations,
-            "stages": self.stages,
-        }
-        score = None if shares is None else -sum(shares.values()) / len(shares)
-        good = not self.trainer.skipped_in_a_row
-        checkpoints.save(self.trainer.steps, self.trainer.tensors(), state, score, good)
-
-    def _resume(self, checkpoints: Checkpoints) -> None:
-        found = checkpoints.load_latest()
-        if found is None:
-            return
-        step, tensors, state = found
-        with checkpoints.reject_other_version(step):
-            self.trainer.load(tensors, state["trainer"])
-            self.seconds, self.evaluations, self.stages = state["seconds"], state["evaluations"], state["stages"]
 
 
 def _release(run: RLRun, model: Transformer, tokenizer: Any) -> None:
@@ -170,14 +127,14 @@ def _release(run: RLRun, model: Transformer, tokenizer: Any) -> None:
     save_model(model, directory, tokenizer)
     write_text(directory / "README.md", _card(run, model), then="then continue with --resume")
     trainer = run.trainer
-    ledger = Ledger(run.run_dir, predict_rl(run.recipe, model.config), compute_dtype(run.recipe.model.dtype))
+    ledger = Ledger(run.run_dir, predict_rl(run.section, model.config), compute_dtype(run.section.model.dtype))
     for stage, tokens in zip(STAGES, (trainer.tokens, trainer.trained_tokens), strict=True):
         ledger.add(stage, tokens=tokens, flops=trainer.flops[stage], seconds=run.stages[stage])
     ledger.write()
 
 
 def _card(run: RLRun, model: Transformer) -> str:
-    recipe, trainer = run.recipe, run.trainer
+    recipe, trainer = run.section, run.trainer
     families = ", ".join(trainer.environments)
     curve = "\n".join(
         f"| {step} | " + " | ".join(f"{share:.1%}" for share in shares.values()) + " |"
