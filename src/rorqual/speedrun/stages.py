@@ -203,7 +203,7 @@ def reinforce(story: SpeedrunState) -> None:
         "keep_start": True,
     }
     rl(parse_recipe(recipe, "rl", "speedrun"))
-    if _kept_start(story.run_dir / "rl"):
+    if kept_start(story.run_dir / "rl"):
         story.note(
             "reinforcement learning ended below its start, which is kept: from here it needs more time, or a better "
             f"start; give the run --minutes {needed(story)}"
@@ -211,7 +211,7 @@ def reinforce(story: SpeedrunState) -> None:
     check(story, "rl")
 
 
-def _kept_start(run_dir: Path) -> bool:
+def kept_start(run_dir: Path) -> bool:
     """Whether rl released what it began with, since its last evaluation was below its first (`keep_start`)."""
     lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
     found = [[value for key, value in line.items() if key.startswith("eval_")] for line in lines]
