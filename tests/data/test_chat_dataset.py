@@ -1,3 +1,4 @@
+import copy
 import gzip
 import json
 import tracemalloc
@@ -41,13 +42,11 @@ CONVERSATION = [
 
 
 def with_template(tokenizer, template, eos=None):
-    from rorqual.data.tokenizer import _finish
-
-    copy = _finish(type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str()), [])
-    copy.chat_template = template
+    own = copy.deepcopy(tokenizer)
+    own.chat_template = template
     if eos:
-        copy.add_special_tokens({"eos_token": eos})
-    return copy
+        own.add_special_tokens({"eos_token": eos})
+    return own
 
 
 def with_loss(sample, tokenizer):

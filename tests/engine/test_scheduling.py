@@ -46,8 +46,7 @@ def bytes_for(model, blocks):
 
 
 def all_free(engine):
-    blocks = engine._scheduler.blocks
-    return blocks.free == blocks.count - 1 and not any(blocks.holders)
+    return engine.status().blocks_used == 0
 
 
 @pytest.mark.parametrize("prefix_cache", [False, True])
@@ -66,7 +65,7 @@ def test_greedy_equals_full_passes_in_any_company(model, prompts, prefix_cache, 
             assert all(c.cached_tokens == (len(p) - 1) // BLOCK * BLOCK for c, p in zip(found, prompts, strict=True))
         assert all_free(engine)
     if room == 9:
-        assert engine._scheduler.counters.preemptions > 0, "the cache was to be too small"
+        assert engine.status().counters.preemptions > 0, "the cache was to be too small"
 
 
 @pytest.mark.parametrize("options", [{}, {"max_prefill_tokens": 7, "prefix_cache": True}, {"kv_cache_bytes": 30}])
@@ -92,7 +91,7 @@ def test_samples_do_not_depend_on_company_or_preemption(model, prompts, room):
     wide = [c.tokens for c in Engine(model).generate(prompts[:5], params)]
     assert agree(found, wide, model)
     assert all_free(together)
-    assert together._scheduler.counters.preemptions > 0 or room is None
+    assert together.status().counters.preemptions > 0 or room is None
 
 
 def test_requests_with_different_wishes_share_a_batch(model, prompts):
@@ -188,8 +187,7 @@ def test_the_cache_takes_what_was_stated(model):
     memory = bytes_for(model, 11) + 5
     engine = Engine(model, kv_cache_bytes=memory)
     engine.generate([[5] * 30], SamplingParams(max_tokens=5))
-    held = sum(s.nbytes for layer in engine._scheduler.kv_cache.layers for s in layer)
-    assert memory - bytes_for(model, 1) < held <= memory
+    assert memory - bytes_for(model, 1) < engine.status().kv_cache_bytes <= memory
 
 
 def test_forgetting_lets_new_weights_count(model, prompts):

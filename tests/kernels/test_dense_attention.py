@@ -69,11 +69,18 @@ def test_masks_that_do_not_cover_the_row_are_refused():
         kernel.attention(q, q, q, masks, False, 1.0)
 
 
-@pytest.mark.parametrize(("length", "dtype", "grad"), [(5, torch.bfloat16, True), (4, torch.float32, True),
-                                                      (4, torch.bfloat16, False)])  # fmt: skip
-def test_long_sequences_float32_and_inference_take_the_fused_kernel(monkeypatch, length, dtype, grad):
+@pytest.mark.parametrize(
+    ("length", "dtype", "grad", "fused"),
+    [
+        (5, torch.bfloat16, True, True),
+        (4, torch.float32, True, True),
+        (4, torch.bfloat16, False, True),
+        (4, torch.bfloat16, True, False),
+    ],
+)
+def test_long_sequences_float32_and_inference_take_the_fused_kernel(monkeypatch, length, dtype, grad, fused):
     monkeypatch.setattr(kernel, "LONGEST", 4)
-    monkeypatch.setattr(kernel, "_Products", None)  # would fail if called
     q = torch.randn(1, 1, length, 8, dtype=dtype)
-    with torch.set_grad_enabled(grad):
+    with torch.set_grad_enabled(grad), torch.profiler.profile() as seen:
         assert kernel.attention(q, q, q, None, True, 1.0).isfinite().all()
+    assert ("aten::scaled_dot_product_attention" in {event.key for event in seen.key_averages()}) == fused

@@ -18,6 +18,12 @@ def fresh():
         cache.cache_clear()
 
 
+def set_flag(monkeypatch, bf16):
+    """Whether the processor's flags have BF16 units."""
+    found = {"architecture": "x86_64", "avx512_bf16": bf16}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found, raising=False)
+
+
 @pytest.fixture
 def emulated(fresh, monkeypatch):
     monkeypatch.setattr(dtypes, "bf16_speed", lambda: 1 / 70)
@@ -25,19 +31,19 @@ def emulated(fresh, monkeypatch):
 
 @pytest.mark.parametrize(("ratio", "dtype"), [(2.1, torch.bfloat16), (0.014, torch.float32)])
 def test_a_measurement_decides_where_flags_do_not(fresh, monkeypatch, ratio, dtype):
-    monkeypatch.setattr(dtypes, "_may_have_bf16", lambda: True)
+    set_flag(monkeypatch, True)
     monkeypatch.setattr(dtypes, "bf16_speed", lambda: ratio)
     assert fastest_dtype() is compute_dtype("auto") is dtype
 
 
 def test_flags_that_rule_it_out_need_no_measurement(fresh, monkeypatch):
-    monkeypatch.setattr(dtypes, "_may_have_bf16", lambda: False)
+    set_flag(monkeypatch, False)
     monkeypatch.setattr(dtypes, "bf16_speed", lambda: pytest.fail("measured"))
     assert fastest_dtype("cpu") is torch.float32
 
 
 def test_bf16_where_it_is_emulated_is_honoured_and_its_price_said_once(emulated, monkeypatch, capsys):
-    monkeypatch.setattr(dtypes, "_may_have_bf16", lambda: True)
+    set_flag(monkeypatch, True)
     assert compute_dtype("bfloat16") is compute_dtype("bfloat16") is torch.bfloat16
     said = capsys.readouterr().err
     assert said.count("\n") == 1

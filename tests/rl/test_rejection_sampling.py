@@ -81,7 +81,7 @@ def test_training_problems_only_and_by_weight(tokenizer):
     )
     teacher = Teacher(tokenizer, [GOOD])
     environments = [open_environment(section) for section in (SECTION, other)]
-    drawn = rejection_sampling._draw(environments, 40, seed=0)
+    drawn = rejection_sampling.draw_problems(environments, 40, seed=0)
     assert [sum(p.family == f for p in drawn) for f in ("chain_sum", "basic_arithmetic")] == [10, 30]
     assert {p.split for p in drawn} == {"train"}
     assert len({p.question for p in drawn}) == 40
@@ -159,7 +159,7 @@ def test_a_killed_distillation_keeps_its_samples(tokenizer, dense, tmp_path, mon
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
 def test_a_full_disk_is_told_once():
     """Closing the file tries again to write what was left, and must not say so in place of the first failure."""
-    with rejection_sampling._open_to_append(Path("/dev/full")) as file:
+    with rejection_sampling.open_to_append(Path("/dev/full")) as file:
         file.write("{}\n")
         with pytest.raises(OSError, match="No space left"):
             file.flush()

@@ -33,7 +33,7 @@ def modes() -> list[str]:
 def run(request):
     if request.param not in modes():
         pytest.skip(f"{request.param}: not available to this user on this system")
-    return lambda source, limits=QUICK: sandbox._run(source, limits, request.param)
+    return lambda source, limits=QUICK: run_program(source, limits, request.param)
 
 
 def test_a_program_that_ends_passes_and_its_output_is_kept(run):

@@ -43,21 +43,22 @@ def test_a_text_is_scored_between_the_steps_of_others(directory):
 
 
 def test_a_text_that_gave_its_blocks_back_is_scored_once(directory):
-    engine = Engine(directory, max_num_seqs=2, kv_cache_bytes=1 << 16, max_prefill_tokens=8)
+    memory = 9 * Engine(directory).block_bytes  # of which one is spare
+    engine = Engine(directory, max_num_seqs=4, kv_cache_bytes=memory, max_prefill_tokens=8)
     tokens = [3 + i % 50 for i in range(60)]
-    scored = engine.score(tokens, 1)
-    engine.step()
-    job = engine._scheduler.prefilling[0]
-    assert 0 < job.num_computed < len(tokens)
-    engine._scheduler.prefilling.clear()
-    engine._scheduler.blocks.free_blocks(job.blocks)
-    engine._scheduler.waiting.appendleft(type(job)(job.request, job.tokens, job.sequences))  # as a preemption does
+    engine.submit([5, 6, 7], SamplingParams(n=3, max_tokens=20, ignore_eos=True, seed=0))
+    for _ in range(8):
+        engine.step()
+    scored = engine.score(tokens, 1)  # four blocks, two of which the three sequences want before it is through
     while not scored.done:
         engine.step()
+    assert engine.status().counters.preemptions == 1
+    assert engine.idle, "it was scored after the others"
     again = engine.score(tokens, 1)
     while not again.done:
         engine.step()
-    assert scored.prompt_logprobs.logprobs == again.prompt_logprobs.logprobs
+    assert engine.status().counters.preemptions == 1
+    assert scored.prompt_logprobs.logprobs[1:] == pytest.approx(again.prompt_logprobs.logprobs[1:], abs=1e-5)
     assert len(scored.prompt_logprobs.ranked) == len(tokens)
 
 

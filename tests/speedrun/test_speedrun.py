@@ -59,7 +59,7 @@ def test_a_start_that_rl_kept_is_noticed(tmp_path, last, kept):
         {"step": 2, "eval_a": last, "eval_b": 0.0},
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert stages_module._kept_start(tmp_path) == kept
+    assert stages_module.kept_start(tmp_path) == kept
 
 
 def test_half_a_minute_learns_something_and_says_that_it_is_too_short(tmp_path, capsys):

@@ -51,6 +51,7 @@ class Status:
     waiting: int
     blocks_used: int
     blocks: int
+    kv_cache_bytes: int  # that the cache takes
     counters: Counters
 
 
@@ -171,10 +172,11 @@ class Engine:
         """What goes on at the moment, and what has happened since the beginning."""
         scheduler = self._scheduler
         if scheduler is None:
-            return Status(0, 0, 0, 0, Counters())
+            return Status(0, 0, 0, 0, 0, Counters())
         blocks = scheduler.blocks
         running, waiting = scheduler.batch.n, scheduler.num_waiting
-        return Status(running, waiting, blocks.count - 1 - blocks.free, blocks.count - 1, scheduler.counters)
+        held = sum(store.nbytes for layer in scheduler.kv_cache.layers for store in layer)
+        return Status(running, waiting, blocks.count - 1 - blocks.free, blocks.count - 1, held, scheduler.counters)
 
     def detokenizer(self, sample: Sequence) -> IncrementalDetokenizer:
         """What a watched sample has said so far."""

@@ -49,7 +49,7 @@ def rejection_sample(
     rorqual.data.special_tokens). `start`: problems already done; later batches do not depend on it.
     """
     by_family = {e.family: e for e in environments}
-    drawn = _draw(environments, problems, seed)
+    drawn = draw_problems(environments, problems, seed)
     for first in range(start, len(drawn), BATCH):
         batch = drawn[first : first + BATCH]
         sampling = replace(params, seed=derived_seed(seed, "rejection", first))
@@ -121,7 +121,7 @@ def _sample_teacher(recipe: DistillRecipe, environments: Sequence[Environment], 
     start, kept = _read_partial(partial)
     params = SamplingParams(temperature=recipe.temperature, max_tokens=recipe.max_tokens, n=recipe.samples)
     console = Console(stderr=True)
-    with Progress(console=console, disable=not console.is_terminal) as bar, _open_to_append(partial) as file:
+    with Progress(console=console, disable=not console.is_terminal) as bar, open_to_append(partial) as file:
         task = bar.add_task("sampling from the teacher", total=recipe.problems, completed=start)
         for done, rows in rejection_sample(
             engine, environments, recipe.problems, recipe.template, recipe.reward, params,
@@ -167,7 +167,7 @@ def _read_partial(path: Path) -> tuple[int, list[dict[str, Any]]]:
 
 
 @contextmanager
-def _open_to_append(path: Path) -> Iterator[TextIO]:
+def open_to_append(path: Path) -> Iterator[TextIO]:
     try:
         file = path.open("a", encoding="utf-8")
     except OSError as e:
@@ -179,7 +179,7 @@ def _open_to_append(path: Path) -> Iterator[TextIO]:
             file.close()
 
 
-def _draw(environments: Sequence[Environment], problems: int, seed: int) -> list[Problem]:
+def draw_problems(environments: Sequence[Environment], problems: int, seed: int) -> list[Problem]:
     """Distinct training problems, split among the environments in proportion to their weights."""
     total = sum(e.weight for e in environments)
     bounds = [round(problems * sum(e.weight for e in environments[:k]) / total) for k in range(len(environments) + 1)]

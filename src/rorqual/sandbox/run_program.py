@@ -102,14 +102,15 @@ def probe(mode: str) -> Outcome:
         return _run(source, Limits(), mode)
 
 
-def run_program(source: str, limits: Limits | None = None) -> Outcome:
+def run_program(source: str, limits: Limits | None = None, mode: str | None = None) -> Outcome:
     """Run `source` in isolation; an exception, early exit or exceeded limit is not a pass.
 
     The surrounding code prints a random word at the end, so that `sys.exit(0)` or `os._exit(0)` do not pass; a program
     that searches the interpreter's frames for that word could still forge it.
+    `mode`: one of MODES; by default the strongest that this machine can establish.
     Raises UserError when isolation cannot be established.
     """
-    mode = isolation()
+    mode = mode or isolation()
     try:
         return _run(source, limits or Limits(), mode)
     except RuntimeError as e:

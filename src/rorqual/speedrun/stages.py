@@ -206,7 +206,7 @@ def reinforce(state: SpeedrunState) -> None:
         "keep_start": True,
     }
     rl(parse_recipe(recipe, "rl", "speedrun"))
-    if _kept_start(state.run_dir / "rl"):
+    if kept_start(state.run_dir / "rl"):
         state.note(
             "reinforcement learning ended below its start, so the start is kept: it needs more time or a better "
             f"pre-trained model; use --minutes {needed(state)}"
@@ -214,7 +214,7 @@ def reinforce(state: SpeedrunState) -> None:
     check(state, "rl")
 
 
-def _kept_start(run_dir: Path) -> bool:
+def kept_start(run_dir: Path) -> bool:
     """Whether RL released its initial model, since its last evaluation was below its first (`keep_start`)."""
     lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
     found = [[value for key, value in line.items() if key.startswith("eval_")] for line in lines]

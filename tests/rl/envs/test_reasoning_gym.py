@@ -1,10 +1,11 @@
 import time
 
 import pytest
+import reasoning_gym
 
 from rorqual.errors import UserError
 from rorqual.recipe import EnvironmentSection
-from rorqual.rl.envs.reasoning_gym import _safe_expression, _safe_literal
+from rorqual.rl.envs.reasoning_gym import is_safe_expression, is_safe_literal
 from rorqual.rl.envs.registry import open_environment
 
 
@@ -113,7 +114,7 @@ def test_bad_sections(name, fields, message):
     ],
 )
 def test_safe_expression(text, safe):
-    assert _safe_expression(text) is safe
+    assert is_safe_expression(text) is safe
 
 
 @pytest.mark.parametrize(
@@ -121,13 +122,13 @@ def test_safe_expression(text, safe):
     [("['A', 'B']", True), ("[[0, 1], [1, 0]]", True), ("_ Q _", True), ("exit()", False), ("__builtins__", False)],
 )
 def test_safe_literal(text, safe):
-    assert _safe_literal(text) is safe
+    assert is_safe_literal(text) is safe
 
 
 def test_a_candidate_that_fails_is_passed_over(monkeypatch):
     source = environment("chain_sum", prompt="{expression}")
     whole = [source.candidate(0, index).question for index in range(6)]
-    broken, dataset = environment("chain_sum", prompt="{expression}"), type(source._block[1])
+    broken, dataset = environment("chain_sum", prompt="{expression}"), type(reasoning_gym.create_dataset("chain_sum"))
     real = dataset.__getitem__
 
     def sometimes(self, index):

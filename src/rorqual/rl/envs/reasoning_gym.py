@@ -83,7 +83,7 @@ class ReasoningGymEnvironment(Environment):
             "metadata": problem.metadata,
         }
         if self.family in EXPRESSIONS | LITERALS:
-            safe = _safe_expression if self.family in EXPRESSIONS else _safe_literal
+            safe = is_safe_expression if self.family in EXPRESSIONS else is_safe_literal
             if not safe(answer):
                 return 0.0
             request = {"task": "gym", "name": self.family, "config": self.config, "answer": answer, "entry": entry}
@@ -176,7 +176,7 @@ def _difficulty(name: str, metadata: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def _safe_expression(answer: str) -> bool:
+def is_safe_expression(answer: str) -> bool:
     """Only numbers, operators, single letters and FUNCTIONS: no attributes, other calls or strings."""
     names = re.findall(r"[A-Za-z_]+", answer)
     return (
@@ -187,6 +187,6 @@ def _safe_expression(answer: str) -> bool:
     )
 
 
-def _safe_literal(answer: str) -> bool:
+def is_safe_literal(answer: str) -> bool:
     """Only text and lists of numbers and strings: without parentheses nothing can be called."""
     return len(answer) <= 5000 and re.fullmatch(r"[\w\s,\[\]'\"#-]*", answer) is not None and "__" not in answer
