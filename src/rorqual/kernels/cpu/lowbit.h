@@ -4,7 +4,7 @@
 // side (at 4 bits inputs 4j… in the lower and 4j+16… in the upper halves of bytes), then 16 FP16 scales and, where there
 // are minima, 16 of those. Activations become bytes with a scale for every 32, or for 96 beside weights with a scale an
 // output, where nothing else interrupts the sums. Where one channel is a hundred times the rest, a scale for a whole token
-// costs 5 % of accuracy, one for 96 costs 2 %, one for 32 costs 1 % (of a whole network: docs/measured.md).
+// costs 5 % of accuracy, one for 96 costs 2 %, one for 32 costs 1 % (of a whole network: docs/design-notes.md).
 #pragma once
 
 #include <algorithm>
