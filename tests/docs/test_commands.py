@@ -1,4 +1,4 @@
-"""Commands and snippets in the documentation are ones that exist; the cheap ones of the README run and say what it says."""
+"""Commands and snippets in the documentation exist; the cheap ones of the README print what it says."""
 
 import ast
 import importlib
@@ -99,9 +99,7 @@ def test_commands_within_lines_parse(page):
 @pytest.mark.parametrize("page", PAGES, ids=identify)
 def test_options_within_lines_exist(page):
     known = {name for command in GROUP.commands.values() for option in command.params for name in option.opts}
-    known |= {
-        name for command in GROUP.commands.values() for option in command.params for name in option.secondary_opts
-    }
+    known |= {name for command in GROUP.commands.values() for p in command.params for name in p.secondary_opts}
     known |= {"--help", "--quick", "--json", "--peers", "--spec-default", "--strict", "--edit-mode"}  # others' too
     known |= {"--editable", "--no-deps", "--page"}
     for span in spans(page):
