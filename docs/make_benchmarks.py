@@ -257,12 +257,11 @@ SPEED = [  # English, French, benchmark, ratio
      "decode-b32-int4/llama.cpp-q4_0"),
     ("prefill, 512 tokens, 4-bit / llama.cpp", "prefill, 512 jetons, 4 bits / llama.cpp", "decode",
      "prefill-512-int4/llama.cpp-q4_0"),
-    ("serving, 1 client / llama.cpp", "service, 1 client / llama.cpp", "serving", "serving-c1/llama.cpp"),
-    ("serving, 8 clients / llama.cpp", "service, 8 clients / llama.cpp", "serving", "serving-c8/llama.cpp"),
-    ("serving, 32 clients / llama.cpp", "service, 32 clients / llama.cpp", "serving", "serving-c32/llama.cpp"),
-    ("serving, 32 clients / vLLM", "service, 32 clients / vLLM", "serving", "serving-c32/vllm"),
-    ("same, no speculative decoding / vLLM", "idem, sans décodage spéculatif / vLLM", "serving",
-     "serving-c32-plain/vllm"),
+    ("serving, 1 client / llama.cpp", "service, 1 client / llama.cpp", "serving", "serving-c1-plain/llama.cpp"),
+    ("serving, 8 clients / llama.cpp", "service, 8 clients / llama.cpp", "serving", "serving-c8-plain/llama.cpp"),
+    ("serving, 32 clients / llama.cpp", "service, 32 clients / llama.cpp", "serving", "serving-c32-plain/llama.cpp"),
+    ("serving, 32 clients / vLLM", "service, 32 clients / vLLM", "serving", "serving-c32-plain/vllm"),
+    ("same, speculative decoding on / vLLM", "idem, avec décodage spéculatif / vLLM", "serving", "serving-c32/vllm"),
 ]  # fmt: skip
 SHORT = {
     "zen5-avx512": "Zen 5", "zen4-avx512": "Zen 4", "emeraldrapids-amx": "Xeon, AMX", "emeraldrapids-avx512": "Xeon",
@@ -271,10 +270,18 @@ SHORT = {
 MARKS = "<!-- speed: written by docs/make_benchmarks.py -->", "<!-- /speed -->"
 
 
+def ratio(benchmark: str, machine: str, key: str) -> float | None:
+    """A ratio; of serving, `-plain` ones are without speculative decoding, as all are in files that have none."""
+    found = (result(benchmark, machine) or {"ratios": {}})["ratios"]
+    if benchmark != "serving" or any("-plain" in name for name in found):
+        return found.get(key)
+    return found.get(key.replace("-plain", "")) if "-plain" in key else None
+
+
 def speed_table(french: bool = False) -> str:
     rows = []
     for english, other, benchmark, key in SPEED:
-        values = [(result(benchmark, machine) or {"ratios": {}})["ratios"].get(key) for machine in SHORT]
+        values = [ratio(benchmark, machine, key) for machine in SHORT]
         rows.append([other if french else english, *(DASH if v is None else f"{v:.2f}" for v in values)])
     first = "nos jetons/s sur ceux du pair" if french else "our speed / the peer's"
     return "\n".join(table([first, *SHORT.values()], rows))
