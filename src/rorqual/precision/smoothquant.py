@@ -6,7 +6,7 @@ the channel's mean size both sides lose less. Every s is a power of two: until s
 change, and what the network says stays the same to the last bit.
 
 Sizes are those that tokens drawn at random cause, so that no text is needed; what it does for SmolLM2 is in
-docs/measured.md.
+docs/design-notes.md.
 """
 
 import copy

@@ -2,7 +2,7 @@
 //
 // A row becomes int8 with a scale for every 32 values, or for 96 with INT8 weights, which have no scales of their own
 // along the inputs. With an outlier channel a hundred times the rest, one scale per token costs 5 % of accuracy, one
-// per 96 values 2 %, one per 32 values 1 % (a whole network: docs/measured.md).
+// per 96 values 2 %, one per 32 values 1 % (a whole network: docs/design-notes.md).
 #pragma once
 
 #include <algorithm>
