@@ -2,7 +2,7 @@
 
 import importlib.util
 
-from documents import ROOT
+from helpers.pages import ROOT
 
 specification = importlib.util.spec_from_file_location("make_benchmarks", ROOT / "docs" / "make_benchmarks.py")
 make_benchmarks = importlib.util.module_from_spec(specification)

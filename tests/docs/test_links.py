@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from documents import PAGES, ROOT, identify, prose, spans
+from helpers.pages import PAGES, ROOT, identify, prose, spans
 
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 PATH = re.compile(r"[\w.-]+(?:/[\w.-]+)+\.(?:py|md|toml|cpp|h|sh|json|png|svg)|[\w-]+/(?:[\w-]+/)+")
