@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rorqual.kernels.huge_pages import LARGE, MADV_COLLAPSE, use_huge_pages
+from rorqual.kernels.huge_pages import HUGE_PAGE, MADV_COLLAPSE, use_huge_pages
 
 
 def large() -> int:
@@ -29,7 +29,7 @@ def test_tensors_side_by_side_lie_in_large_pages_afterwards():
     before = large()
     use_huge_pages(tensors)
     assert all(torch.equal(a, b) for a, b in zip(tensors, copies, strict=True))
-    assert large() - before >= 2 * LARGE // 1024
+    assert large() - before >= 2 * HUGE_PAGE // 1024
 
 
 def test_little_memory_is_left_alone():

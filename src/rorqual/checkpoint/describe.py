@@ -13,4 +13,4 @@ def read_released(path: str | Path) -> ReleaseSettings:
     if is_gguf(path):
         return described(path)
     directory = model_directory(path)
-    return ReleaseSettings.beside(directory, ModelConfig.load(directory))
+    return ReleaseSettings.from_directory(directory, ModelConfig.load(directory))

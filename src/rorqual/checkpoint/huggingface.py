@@ -147,7 +147,7 @@ def open_release(path: Path) -> CheckpointReader:
 def described(path: Path) -> tuple[ModelConfig, ReleaseSettings, dict[str, TensorEntry]]:
     """What a directory says of its network and its use, and where its tensors lie. Raises UserError."""
     config = ModelConfig.load(path)
-    released = ReleaseSettings.beside(path, config)
+    released = ReleaseSettings.from_directory(path, config)
     stored = stored_tensors(path)
     if not any(name.startswith(f"model.layers.{config.num_hidden_layers}.") for name in stored):
         config = config.replace(num_nextn_predict_layers=0)

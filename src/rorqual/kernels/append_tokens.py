@@ -1,6 +1,6 @@
-"""The next tokens of running sequences in one call: drawn, noted, and who ends by them (cpu/decode.cpp).
+"""Sample, append and stop-check the next tokens of running sequences in one call (cpu/decode.cpp).
 
-The reference is engine/sampling.py, which does the same one array after the other.
+The reference is engine.sampling.sample_and_append_reference.
 """
 
 import numpy as np
@@ -12,34 +12,34 @@ from rorqual.kernels import cpu
 
 Integers = NDArray[np.int64]
 
-LENGTH_REACHED, STOP_TOKEN = 1, 2  # why a sequence ends
-# What has to be seen to: some sequence has ended; lacks room for its next token, or a random number; lacks a block.
+LENGTH_REACHED, STOP_TOKEN = 1, 2  # why a sequence has finished
+# Flags: some sequence has finished; lacks array space or a random number for its next token; lacks a block.
 FINISHED, NEEDS_PREPARE, NEEDS_BLOCKS = 1, 2, 4
 
 
 class AppendTokens:
-    """Where the arrays of engine/batch.py lie; to be made anew when one of them is."""
+    """Holds the addresses of a DecodeBatch's arrays; must be remade when one of them is reallocated."""
 
     def __init__(
-        self, numbers: Integers, cuts: NDArray[np.float32], uniform: NDArray[np.float32], stops: Integers,
+        self, numbers: Integers, filters: NDArray[np.float32], uniform: NDArray[np.float32], stops: Integers,
         tokens: Integers, logprobs: NDArray[np.float32], drafts: Integers, block: int,
     ) -> None:  # fmt: skip
-        """numbers [11, n]; cuts [·, 4]: temperature, top_p, top_k, min_p; the others [n, ·]; block: places in one of
-        the cache's.
-        """
-        self._kept = numbers, cuts, uniform, stops, tokens, logprobs, drafts
+        """numbers [11, n]; filters [·, 4]: temperature, top_p, top_k, min_p; the others [n, ·]; block: its tokens."""
+        self._kept = numbers, filters, uniform, stops, tokens, logprobs, drafts
         where = [x for array in self._kept for x in (array.ctypes.data, array.shape[1])]
         self._where = torch.tensor([*where, block])
 
-    def __call__(self, at: Integers, logits: Tensor, lanes: Integers | None = None) -> tuple[Integers, Integers, int]:
-        """The sequences `at` [m] and logits [M, V] → their newest tokens [m]; why each has ended, or 0 [m]; and what
-        has to be seen to. lanes [2, m]: the first of a sequence's logits, for the token after its newest, and how many
-        there are: one more for every draft, which counts if all before it are right; None: one each.
+    def __call__(self, at: Integers, logits: Tensor, spans: Integers | None = None) -> tuple[Integers, Integers, int]:
+        """For the sequences `at` [m] and logits [M, V] → their newest tokens [m]; why each has finished, or 0 [m]; and
+        the flags above.
+
+        spans [2, m]: the first row of a sequence's logits and their number: one, and one for every draft token, which
+        counts if all drafts before it are accepted; None: one row each.
         """
         m = len(at)
         found = np.empty((2, m + 1), dtype=np.int64)
         cpu.call(
             "extend", logits.dtype, logits.contiguous(), m, logits.shape[1], from_numpy(at),
-            None if lanes is None else from_numpy(lanes), self._where, from_numpy(found),
+            None if spans is None else from_numpy(spans), self._where, from_numpy(found),
         )  # fmt: skip
         return found[0, :m], found[1, :m], int(found[1, m])

@@ -76,7 +76,7 @@ def _store(tensors: dict[str, Tensor], name: str, bits: Bits) -> None:
     weight = tensors.pop(f"{name}.weight")
     packed = ROUNDINGS[bits](weight.unsqueeze(0))
     q, scales = unpack_numbers(packed)
-    numbers = nn.functional.pad(q, (0, -q.shape[1] % (32 // packed.bits)), value=packed.middle)
+    numbers = nn.functional.pad(q, (0, -q.shape[1] % (32 // packed.bits)), value=packed.zero_point)
     if packed.bits == 4:
         numbers = numbers[:, ::2] | numbers[:, 1::2] << 4
     tensors[f"{name}.weight_packed"] = numbers.contiguous().view(torch.int32)
