@@ -70,8 +70,8 @@ def pack(format: Format, q: Tensor, scales: Tensor, minima: Tensor | None = None
 
 
 def gather(parts: Iterable[QuantizedWeight], E: int, N: int) -> QuantizedWeight:
-    """Concatenate parts [1, n, K] → [E, N, K], expert by expert; n is a multiple of 16, or the part ends an expert. With
-    a generator, one part is in memory at a time."""
+    """Concatenate parts [1, n, K] → [E, N, K], expert by expert; n is a multiple of 16, or the part ends an expert.
+    With a generator, one part is in memory at a time."""
     panels, at = -(-N // PANEL), 0
     for part in parts:
         if at == 0:
