@@ -20,7 +20,7 @@ def test_a_gpu_that_is_not_there(monkeypatch, tmp_path):
 def test_packed_weights_are_for_a_cpu(monkeypatch, tmp_path, what):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(load_model, "load_tokenizer", lambda _: None)
-    monkeypatch.setattr(load_model, "packed_already", lambda _: what == "a packed directory")
+    monkeypatch.setattr(load_model, "is_quantized", lambda _: what == "a packed directory")
     path = tmp_path / ("model.gguf" if what == "a .gguf file" else "model")
     with pytest.raises(UserError, match="quantised weights are for a CPU; leave out --weights"):
         open_model(path, device="cuda", weights="int4" if what == "packing" else None)

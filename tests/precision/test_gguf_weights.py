@@ -70,5 +70,5 @@ def test_heads_are_put_in_order_slice_by_slice(tmp_path, monkeypatch, head):
 def test_scales_that_16_bits_cannot_hold(tmp_path):
     tensor, _ = stored(tmp_path, KINDS.F32, 2, 32)
     tensor.path.write_bytes(b"before" + np.full((2, 32), 1e30, np.float32).tobytes())
-    with pytest.raises(UserError, match="beyond what scales of 16 bits reach"):
+    with pytest.raises(UserError, match="overflow FP16 scales"):
         pack_stored([tensor])

@@ -56,7 +56,7 @@ def test_what_is_read_is_what_packing_in_memory_gives(source, tmp_path, bits):
         for model in ((tmp_path / "packed",), (made, Engine(source).tokenizer))
     ]
     assert answers[0] == answers[1]
-    with pytest.raises(UserError, match="packed already"):
+    with pytest.raises(UserError, match="quantised already"):
         quantize_checkpoint(tmp_path / "packed", tmp_path / "again", bits)
 
 

@@ -11,7 +11,7 @@ from rorqual.errors import UserError
 from rorqual.kernels.dtypes import fastest_dtype
 from rorqual.model import Transformer
 from rorqual.model.model_directory import is_gguf, model_directory
-from rorqual.precision.packed_checkpoint import load_packed, packed_already
+from rorqual.precision.packed_checkpoint import is_quantized, load_packed
 from rorqual.precision.quantize import Bits, load_converted
 from rorqual.process_tuning import release_memory
 
@@ -38,7 +38,7 @@ def open_model(
     path = model_directory(path)
     tokenizer = load_tokenizer(path)
     release_memory()
-    if packed_already(path):
+    if is_quantized(path):
         _check_device(device)
         return load_packed(path, dtype), tokenizer
     if weights is None:
