@@ -61,8 +61,8 @@ def grouped_linear_reference(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 
 
 def row_multiple(x: Tensor, weight: Tensor | QuantizedWeight, mean_load: int) -> int:
-    """Multiple to pad an expert's rows to, where oneDNN computes the product (see shapes_are_free): padding made experts
-    2.2 times faster at 512 rows each. Small loads have few shapes anyway.
+    """Multiple to pad an expert's rows to, where oneDNN multiplies (see shapes_are_free): padding made experts
+    2.2 times as fast at 512 rows each. Small loads have few shapes anyway.
     """
     if isinstance(weight, QuantizedWeight):
         return 1
