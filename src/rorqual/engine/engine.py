@@ -100,7 +100,7 @@ class Engine:
         self.end_tokens = tuple(sorted(model.released.ends_with(tokenizer, model.config)))
         self.bos_tokens = () if tokenizer is None else beginning(tokenizer)
         self._scheduler: Scheduler | None = None
-        self._texts: dict[Sequence, IncrementalDetokenizer] = {}
+        self._detokenizers: dict[Sequence, IncrementalDetokenizer] = {}
         self.token_decoder = None if tokenizer is None else TokenDecoder(tokenizer, self.end_tokens)
         self.thinking_marks = None if self.token_decoder is None else self.token_decoder.think
 
@@ -139,7 +139,7 @@ class Engine:
             return []
         found = self._scheduler.step(before_forward)
         for sequence in found:
-            if (text := self._texts.get(sequence)) is None:
+            if (text := self._detokenizers.get(sequence)) is None:
                 continue
             text.feed(self._without_stop_token(sequence), last=sequence.finish_reason is not None)
             if text.thinking and sequence.unopened and sequence.finish_reason is None:
@@ -159,7 +159,7 @@ class Engine:
     def release(self, request: Request) -> None:
         """Drop the detokenizers of a request that is done."""
         for sequence in request.sequences:
-            self._texts.pop(sequence, None)
+            self._detokenizers.pop(sequence, None)
 
     def prepare(self) -> None:
         """Allocate the KV cache, of `kv_cache_bytes`, before the first request. Raises UserError if memory lacks."""
@@ -168,7 +168,7 @@ class Engine:
     def reset(self) -> None:
         """Drop all requests, and the KV cache."""
         self._scheduler = None
-        self._texts.clear()
+        self._detokenizers.clear()
 
     def status(self) -> Status:
         """Running and waiting sequences, blocks, and counters."""
@@ -181,7 +181,7 @@ class Engine:
 
     def detokenizer(self, sequence: Sequence) -> IncrementalDetokenizer:
         """The detokenizer of a streaming sequence, with its text so far."""
-        return self._texts[sequence]
+        return self._detokenizers[sequence]
 
     @property
     def idle(self) -> bool:
@@ -194,7 +194,7 @@ class Engine:
 
     def completion(self, sequence: Sequence) -> Completion:
         """The completion of a finished sequence."""
-        stream = self._texts.pop(sequence, None)
+        stream = self._detokenizers.pop(sequence, None)
         text = stream.text if stream is not None else self._decode(self._without_stop_token(sequence))
         return Completion(
             text,
@@ -255,7 +255,7 @@ class Engine:
             raise UserError("this engine has no tokenizer, so there is no text to stream; pass tokenizer=")
         request = self.submit(prompt, replace(params or SamplingParams(), n=1))
         sequence, shown = request.sequences[0], 0
-        text = self._texts[sequence]
+        text = self._detokenizers[sequence]
         try:
             while sequence.finish_reason is None:
                 self.step()
@@ -265,7 +265,7 @@ class Engine:
         finally:
             if sequence.finish_reason is None:
                 self.cancel(request)
-            self._texts.pop(sequence, None)
+            self._detokenizers.pop(sequence, None)
 
     # -- internals
 
@@ -316,7 +316,9 @@ class Engine:
     def _add(self, scheduler: Scheduler, request: Request) -> None:
         if request.streaming and self.token_decoder is not None:
             for sequence in request.sequences:
-                self._texts[sequence] = IncrementalDetokenizer(self.token_decoder, request.params.stop, request.opening)
+                self._detokenizers[sequence] = IncrementalDetokenizer(
+                    self.token_decoder, request.params.stop, request.opening
+                )
         scheduler.add(request)
 
     def _scheduler_for(self, requests: list[Request], at_least: int = 0) -> Scheduler:
