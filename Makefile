@@ -4,7 +4,7 @@ PYTHON ?= python3
 # Pinned because anything looser may bring gigabytes of CUDA; put another build here for a GPU.
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
-SOURCES := pyproject.toml setup.py $(wildcard $(addprefix src/rorqual/kernels/cpu/,build.py *.cpp *.h))
+SOURCES := pyproject.toml setup.py $(wildcard $(addprefix src/rorqual/kernels/cpu/,build.py csrc/*.cpp csrc/*.h csrc/*/*.h))
 
 .PHONY: speedrun test test-all lint bench clean
 
@@ -47,7 +47,7 @@ define install
 endef
 
 $(VENV)/ready: $(SOURCES)
-	$(call install)
+	$(call install,[all])
 
 $(VENV)/ready-dev: $(SOURCES)
 	$(call install,[dev],all)

@@ -3,6 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from rorqual import renamed_modules
 from rorqual.processor import lower_torch
 
 if TYPE_CHECKING:
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
     from rorqual.model.config import ModelConfig
 
 lower_torch()  # before anything here imports torch
+renamed_modules.install()
 
 __all__ = ["ModelConfig", "load_model", "load_tokenizer", "save_model"]
 

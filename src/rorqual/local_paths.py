@@ -1,4 +1,4 @@
-"""Paths as people write them."""
+"""Expand `~` and environment variables in paths."""
 
 import os
 import re
@@ -9,12 +9,12 @@ VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)\})", re.ASCII)
 
 
 def local_path(text: str) -> str:
-    """`text` with `~`, `~user`, `$NAME` and `${NAME}` replaced; a name that exists as it is written stays.
+    """`text` with `~`, `~user`, `$NAME` and `${NAME}` replaced; a path that exists literally is unchanged.
 
-    Raises UserError for a user or a variable that there is not.
+    Raises UserError for an unknown user or variable, and for a NUL character.
     """
     if "\0" in text:
-        raise UserError(f"{text!r}: a path holds no NUL character; remove it")
+        raise UserError(f"{text!r}: a path cannot contain a NUL character; remove it")
     if (not text.startswith("~") and "$" not in text) or os.path.lexists(text):
         return text
 
@@ -26,5 +26,7 @@ def local_path(text: str) -> str:
 
     path = os.path.expanduser(VARIABLE.sub(value, text))
     if path.startswith("~"):
-        raise UserError(f"{text}: {path.partition('/')[0]} is nobody's home; write the path in full, or as ./{text}")
+        raise UserError(
+            f"{text}: {path.partition('/')[0]} is not a user's home; write the path in full, or as ./{text}"
+        )
     return path

@@ -1,5 +1,4 @@
-"""What concerns the process as a whole: two settings that training on a CPU wants, which the command line makes before
-torch is loaded, and memory."""
+"""Process-wide settings for CPU training, which the command line makes before torch is imported, and memory release."""
 
 import ctypes
 import os
@@ -7,17 +6,17 @@ import sys
 from typing import Any
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
-LARGEST = 32 << 20  # glibc takes no higher threshold
+LARGEST = 32 << 20  # glibc's maximal mmap threshold, bytes
 
 
 def tune() -> None:
-    """Call before torch is imported; later only the second setting has an effect.
+    """Call before torch is imported; after that only the malloc setting has an effect.
 
-    An OpenMP thread that spins long for its peers starves them when another program has their core: a short spin
-    trained 12 % faster on a busy machine and no slower on a quiet one.
+    GOMP_SPINCOUNT: OpenMP threads that spin long at a barrier starve their peers when another program uses their core.
+    A short spin trained 12 % faster on a busy machine and no slower on an idle one.
 
-    The allocator gives freed memory back at once, and every page of the next tensor then costs a fault: keeping it
-    trained 15 % faster. Other C libraries ignore this.
+    malloc thresholds: by default glibc returns freed memory at once, and each page of the next tensor costs a page
+    fault. Keeping the memory trained 15 % faster. Other C libraries ignore this.
     """
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     mallopt = _glibc("mallopt")
@@ -27,7 +26,7 @@ def tune() -> None:
 
 
 def release_memory() -> None:
-    """Give the system back what was freed, many small pieces of which the allocator keeps."""
+    """Return freed memory to the system (malloc_trim); the allocator keeps many small pieces of it."""
     trim = _glibc("malloc_trim")
     if trim is not None:
         trim(0)

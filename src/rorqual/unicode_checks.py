@@ -1,11 +1,11 @@
-"""Half characters (lone surrogates): JSON and a command line's bytes bring them into texts, and UTF-8 holds none."""
+"""Lone surrogates (half characters): JSON and command-line bytes can contain them, UTF-8 cannot."""
 
 import json
 from typing import Any
 
 
 def whole(text: str) -> bool:
-    """Whether a text has whole characters only, so that it can be encoded."""
+    """Whether a text has no lone surrogates, so that UTF-8 can encode it."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -14,5 +14,5 @@ def whole(text: str) -> bool:
 
 
 def whole_inside(value: Any) -> bool:
-    """The same of all texts in what JSON or Parquet holds."""
+    """`whole` for all texts within a JSON or Parquet value."""
     return whole(value) if isinstance(value, str) else whole(json.dumps(value, ensure_ascii=False, default=str))

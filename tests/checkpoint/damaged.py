@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from damage import damaged, odd
-from gguf_files import KINDS, LLAMA, V3, network, write
+from helpers.corruption import damaged, odd
+from helpers.gguf_files import KINDS, LLAMA, V3, network, write
 from rorqual import load_model, load_tokenizer, save_model
 from rorqual.checkpoint.gguf_import import import_gguf
 from rorqual.data.tokenizer import save_tokenizer, train_tokenizer

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from gguf_files import KINDS, LATENT_OF_256, LLAMA, LLAMA_OF_256, QWEN2, V2_LITE, V3, network, tensors, write
-from peak import loading_peak
+from helpers.gguf_files import KINDS, LATENT_OF_256, LLAMA, LLAMA_OF_256, QWEN2, V2_LITE, V3, network, tensors, write
+from helpers.peak_memory import loading_peak
 from rorqual import load_model
 from rorqual.checkpoint.gguf_import import import_gguf
 from rorqual.engine import Engine, SamplingParams
@@ -107,7 +107,7 @@ def test_what_cannot_be_imported_is_said(tmp_path, fields, words):
 @pytest.mark.parametrize("part", ["blk.1.attn_v_b.weight", "blk.2.ffn_up_exps.weight", "blk.1.exp_probs_b.bias"])
 def test_a_missing_part_is_said(tmp_path, monkeypatch, part):
     kept = [(name, t) for name, t in tensors(network(V3), split=True) if name != part]
-    monkeypatch.setattr("gguf_files.tensors", lambda *_: kept)
+    monkeypatch.setattr("helpers.gguf_files.tensors", lambda *_: kept)
     with pytest.raises(UserError, match=r"model\.layers\.[12]\..* is missing or incomplete"):
         load_gguf(write(tmp_path / "a.gguf", network(V3)))
 
@@ -214,7 +214,7 @@ def test_a_file_in_parts(tmp_path):
     named = list(tensors(model, split=True))
     for path, some in ((first, named[:20]), (second, named[20:])):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("gguf_files.tensors", lambda *_, some=some: some)
+            patch.setattr("helpers.gguf_files.tensors", lambda *_, some=some: some)
             write(path, model, split__count=2)
     expected = load_gguf(whole)[0].logits(TOKENS)
     assert torch.equal(load_gguf(first)[0].logits(TOKENS), expected)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from gguf_files import LLAMA, TEMPLATE, TOKENS, network, write
+from helpers.gguf_files import LLAMA, TEMPLATE, TOKENS, network, write
 from rorqual import load_model, load_tokenizer, save_model
 from rorqual.checkpoint.gguf_import import import_gguf, import_model
 from rorqual.errors import UserError

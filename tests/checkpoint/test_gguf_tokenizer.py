@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
-from gguf_files import MERGES, TOKENS, V2_LITE, V3, network, write
+from helpers.gguf_files import MERGES, TOKENS, V2_LITE, V3, network, write
 from rorqual.checkpoint.gguf_config import config_of
 from rorqual.checkpoint.gguf_file import open_gguf
 from rorqual.checkpoint.gguf_tokenizer import tokenizer_of

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from peak import loading_peak
+from helpers.peak_memory import loading_peak
 from rorqual import ModelConfig, load_model, save_model
 from rorqual.checkpoint import huggingface
 from rorqual.checkpoint.huggingface import stored_dtype

@@ -13,7 +13,7 @@ import time
 
 import pytest
 
-from reasoner import save_reasoner
+from helpers.reasoning_model import save_reasoner
 from rorqual.cli.app import main
 from rorqual.cli.terminal import complete_blocks, markdown, read_prompt, talk
 from rorqual.errors import UserError

@@ -4,9 +4,9 @@ import tracemalloc
 
 import pyarrow
 import pytest
-from made_documents import write_jsonl
 from pyarrow import parquet
 
+from helpers.documents import write_jsonl
 from rorqual.data.chat_dataset import encode_sample, read_chat
 from rorqual.data.chat_messages import read_messages, read_tools
 from rorqual.data.chat_template import ChatTemplate
@@ -116,7 +116,7 @@ def test_long_samples_are_shortened_or_dropped(tokenizer, tmp_path):
     assert (len(split.train), split.shortened, split.dropped) == (2, 2, 1)
     assert max(split.train.offsets[1:] - split.train.offsets[:-1]) == 11
     write_jsonl(tmp_path / "a.jsonl", records[2:])
-    with pytest.raises(UserError, match=r"no sample with an assistant's turn within data\.sequence_length = 10"):
+    with pytest.raises(UserError, match=r"no sample with an assistant turn within data\.sequence_length = 10"):
         read_chat(str(tmp_path / "a.jsonl"), tokenizer, 10)
 
 
@@ -125,7 +125,7 @@ def test_templates_that_cannot_be_masked(tokenizer):
     with pytest.raises(UserError, match="line 7: the chat template changes earlier text when message 2 is added"):
         encode_sample({"messages": CONVERSATION[1:3]}, r1, "a.jsonl, line 7")
     silent = with_template(tokenizer, R1.replace("OPEN", ""))
-    with pytest.raises(UserError, match="leaves out part of message 2"):
+    with pytest.raises(UserError, match="omits part of message 2"):
         encode_sample({"messages": CONVERSATION[1:3]}, silent)
     counting = with_template(tokenizer, "{{ messages | length }}" + CHATML)
     with pytest.raises(UserError, match="changes earlier text"):
@@ -144,7 +144,7 @@ def test_templates_that_cannot_be_masked(tokenizer):
         ({"messages": [{"role": "user"}]}, r"line 1: messages\.0: needs a content"),
         ({"messages": [turn("user", None)]}, r"messages\.0: needs a content"),
         ({"prompt": "x", "completion": [turn("assistant", "y")]}, "both text or both lists"),
-        ({"messages": [turn("user", "only a question")]}, "no sample with an assistant's turn"),
+        ({"messages": [turn("user", "only a question")]}, "no sample with an assistant turn"),
     ],
 )
 def test_records_that_do_not_fit(tokenizer, tmp_path, record, message):
@@ -250,8 +250,8 @@ ONE_CALL = TOOLED.replace(
         ({"messages": [turn("robot", "a")]}, TOOLED, r"messages\.0\.role: must be one of"),
         ({"messages": [turn("user", "a"), turn("assistant", "b") | {"weight": 2}]}, TOOLED, "weight: must be 0 or 1"),
         ({"messages": [turn("user", "a"), turn("assistant", "b") | {"reasoning_content": "hm"}]}, TOOLED,
-         "leaves out part of message 2"),
-        ({"prompt": "a", "completion": "b", "tools": [LOOK]}, TOOLED, "does not tell of tools where"),
+         "omits part of message 2"),
+        ({"prompt": "a", "completion": "b", "tools": [LOOK]}, TOOLED, "tools need the chat template"),
         ({"prompt": "a\ud800", "completion": "b"}, TOOLED, "half a character"),
         ({"messages": [turn("user", "a\ud800"), turn("assistant", "b")]}, TOOLED, "half a character"),
         ({"prompt": [turn("user", "a")], "completion": "b"}, TOOLED, "both be text, or both lists"),

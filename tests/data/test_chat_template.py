@@ -138,10 +138,10 @@ FORMATS = {
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_a_templates_format_is_found_and_its_tools_are_told(template, name):
     shown = template(name)
-    assert shown.habits(True).format is FORMATS[name]
+    assert shown.tool_support(True).format is FORMATS[name]
     text = rendered(shown, [{"role": "user", "content": "Oslo?"}])
     assert "weather" in text
-    assert shown.habits(True).tells == (name in ("v3.1", "qwen", "llama", "mistral"))
+    assert shown.tool_support(True).shows_tools == (name in ("v3.1", "qwen", "llama", "mistral"))
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_no_history_of_calls_is_lost_or_refused(template, name, content, argumen
     assert text.index("look") < text.rindex("rain") < text.rindex("So.")
     assert (content or "") in text or name == "mistral"  # which shows no words beside calls
     if isinstance(arguments, dict) or arguments == ARGUMENTS:
-        form = shown.habits(True).format
+        form = shown.tool_support(True).format
         begin = form.opens[0] if form.around[0] else form.halves("look")[0].strip()
         calls, _ = form.read(text[text.rindex(begin) :], {"look"})
         assert [json.loads(c.arguments) for c in calls] == [{"city": "Oslo"}]

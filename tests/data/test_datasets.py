@@ -1,6 +1,6 @@
 import pytest
-from made_documents import make_texts, write_jsonl
 
+from helpers.documents import make_texts, write_jsonl
 from rorqual.data import datasets as opening
 from rorqual.data.datasets import open_chat_data, open_pretrain_data, open_tokenizer
 from rorqual.data.loader import document_mask

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from puppets import BYTE_LEVEL, CHAT, LEGACY, METASPACE, vocabulary
+from helpers.scripted_models import BYTE_LEVEL, CHAT, LEGACY, METASPACE, vocabulary
 from rorqual.data.chat_dataset import encode_sample
-from rorqual.data.special_tokens import BREAK, encode, plain, plain_message
+from rorqual.data.special_tokens import ESCAPE, encode, escape, escape_message
 from rorqual.data.token_shards import pack_source
 from rorqual.errors import UserError
 from rorqual.recipe import Source
@@ -22,7 +22,7 @@ def tokenizer(request):
 
 
 def rendered(tokenizer, *messages):
-    said = [plain_message(m, tokenizer) for m in messages]
+    said = [escape_message(m, tokenizer) for m in messages]
     return encode(tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True), tokenizer)
 
 
@@ -72,14 +72,14 @@ def test_an_assistant_keeps_its_thoughts_and_calls_and_ends_no_turn(tokenizer):
 
 def test_names_deep_in_tools_and_arguments_are_text(tokenizer):
     tool = {"function": {"name": "f", "parameters": {"<turn>": ["<end>", {"x": "a<say>", "n": 3}]}}}
-    broken = plain(tool, tokenizer)
+    broken = escape(tool, tokenizer)
     text = str(broken)
     assert not any(name in text for name in ("<turn>", "<end>", "<say>"))
-    assert text.replace(repr(BREAK)[1:-1], "") == str(tool)
+    assert text.replace(repr(ESCAPE)[1:-1], "") == str(tool)
 
 
 def test_a_break_cannot_be_brought_along(tokenizer):
-    names = tokenizer.convert_ids_to_tokens(rendered(tokenizer, user(f"<{BREAK}turn>a<tu{BREAK}rn>")))
+    names = tokenizer.convert_ids_to_tokens(rendered(tokenizer, user(f"<{ESCAPE}turn>a<tu{ESCAPE}rn>")))
     assert names.count("<turn>") == 1
 
 

@@ -5,9 +5,9 @@ import random
 import numpy as np
 import pyarrow
 import pytest
-from made_documents import make_texts, write_jsonl
 from pyarrow import parquet
 
+from helpers.documents import make_texts, write_jsonl
 from rorqual.data import corpus, token_shards
 from rorqual.data.fim import FillInTheMiddle
 from rorqual.data.token_shards import pack_source, read_index
@@ -37,7 +37,7 @@ def texts_of(documents, tokenizer):
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_no_document_is_lost(source, tokenizer, tmp_path, monkeypatch, workers):
-    monkeypatch.setattr(token_shards, "BATCH_PIECES", 17)
+    monkeypatch.setattr(token_shards, "BATCH_CHUNKS", 17)
     packed = pack_source(source, tokenizer, tmp_path / "cache", 0.2, workers=workers)
     train, valid = (texts_of(packed[split], tokenizer) for split in ("train", "valid"))
     assert 30 < len(valid) < 90
@@ -96,7 +96,7 @@ def held_out_share(packed):
 
 @pytest.mark.parametrize("form", ["one line.txt", "no space.txt", "one record.jsonl", "one row.parquet"])
 def test_a_share_of_one_long_document_is_held_out(tokenizer, tmp_path, monkeypatch, form):
-    monkeypatch.setattr(token_shards, "PIECE", 1 << 10)
+    monkeypatch.setattr(token_shards, "CHUNK_CHARACTERS", 1 << 10)
     monkeypatch.setattr(corpus, "TXT_DOCUMENT", 1 << 10)
     path, draw = tmp_path / form, random.Random(0)
     text = "".join(draw.choice("abcdefgh" if form == "no space.txt" else "abcde  ") for _ in range(200_000))
@@ -143,11 +143,11 @@ def test_a_source_too_small_to_hold_out_says_so(tokenizer, tmp_path, capsys):
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}])
     packed = pack_source(Source(path=str(path)), tokenizer, tmp_path / "cache", 0.1)
     assert (len(packed["train"]), len(packed["valid"])) == (1, 0)
-    assert "a.jsonl: too small to hold any of it out" in capsys.readouterr().err
+    assert "a.jsonl: too small to hold out any of it" in capsys.readouterr().err
 
 
 def test_long_documents_are_rearranged_piece_by_piece(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(token_shards, "PIECE", 1 << 8)
+    monkeypatch.setattr(token_shards, "CHUNK_CHARACTERS", 1 << 8)
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": WORDS * 500}])
     fim = FillInTheMiddle.of(tokenizer, 1.0, 0)
     train = pack_source(Source(path=str(path)), tokenizer, tmp_path / "cache", 0.0, fim)["train"]
@@ -216,5 +216,5 @@ def test_damaged_shard(source, tokenizer, tmp_path, name):
     pack_source(source, tokenizer, tmp_path / "cache")
     (folder,) = (tmp_path / "cache").iterdir()
     (folder / name).write_bytes((folder / name).read_bytes()[:40])
-    with pytest.raises(UserError, match=r"delete .* to have it made again"):
+    with pytest.raises(UserError, match=r"delete .* to have it rebuilt"):
         pack_source(source, tokenizer, tmp_path / "cache")

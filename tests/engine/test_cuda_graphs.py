@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from tiny import GROUPED, LATENT
 
+from helpers.small_configs import GROUPED, LATENT
 from rorqual.engine import cuda_graphs
 from rorqual.engine.block_manager import BLOCK
 from rorqual.engine.model_runner import DecodeTokens, ModelRunner

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from puppets import BYTE_LEVEL, LEGACY, METASPACE, vocabulary
+from helpers.scripted_models import BYTE_LEVEL, LEGACY, METASPACE, vocabulary
 from rorqual.data.tokenizer import train_tokenizer
 from rorqual.engine.detokenizer import IncrementalDetokenizer, StopMatcher, TokenDecoder, leaves_open
 from rorqual.recipe import TokenizerSection

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from tiny import DEVICES, GROUPED, LATENT, agree, greedy_by_full_passes, logits
 
+from helpers.small_configs import DEVICES, GROUPED, LATENT, agree, greedy_by_full_passes, logits
 from rorqual.engine import Engine, SamplingParams
 from rorqual.errors import UserError
 from rorqual.kernels.sample import SamplingFilter, sample

@@ -4,8 +4,8 @@ from statistics import median
 
 import pytest
 import torch
-from tiny import GROUPED, LATENT
 
+from helpers.small_configs import GROUPED, LATENT
 from rorqual.engine import Engine, SamplingParams
 from rorqual.engine.block_manager import BLOCK
 from rorqual.engine.fused_cpu import fused_decode_step, fused_mtp_step

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from tiny import GROUPED
 
+from helpers.small_configs import GROUPED
 from rorqual.engine import Engine, engine, load_model
 from rorqual.engine.load_model import open_model
 from rorqual.errors import UserError

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import DEVICES, GROUPED, LATENT, agree, greedy_by_full_passes, logits
 
+from helpers.small_configs import DEVICES, GROUPED, LATENT, agree, greedy_by_full_passes, logits
 from rorqual.engine import Engine, SamplingParams
 from rorqual.engine.block_manager import BLOCK
 from rorqual.engine.detokenizer import IncrementalDetokenizer, TokenDecoder

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import DEVICES, GROUPED, LATENT, agree
 
+from helpers.small_configs import DEVICES, GROUPED, LATENT, agree
 from rorqual.engine import Engine, SamplingParams, speculative
 from rorqual.engine.batch import MAX_DRAFTS
 from rorqual.engine.model_runner import ModelRunner
@@ -209,7 +209,7 @@ def test_auto_is_lookup_where_weights_are_packed(monkeypatch):
     assert Engine(model).speculative is None
     if cpu.capability() is not None:
         assert Engine(model, speculative="auto").speculative == "ngram"
-    monkeypatch.setattr(cpu, "_library", lambda: None)
+    monkeypatch.setattr("rorqual.kernels.cpu.bindings._library", lambda: None)
     assert Engine(model, speculative="auto").speculative is None, "other batch sizes would round otherwise"
 
 

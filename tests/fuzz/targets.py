@@ -15,9 +15,9 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 
-from damage import damaged, odd
-from gguf_files import KINDS, LLAMA, network, write
-from reasoner import save_reasoner
+from helpers.corruption import damaged, odd
+from helpers.gguf_files import KINDS, LLAMA, network, write
+from helpers.reasoning_model import save_reasoner
 from rorqual.train.run_folder import to_toml
 
 SIZES = {

@@ -36,6 +36,7 @@ def test_loss_and_gradients_match_reference():
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-3)])
 def test_compiled_softmax_slope_matches_reference(dtype, tolerance):
     """With a sure and a hopeless target, whose slopes are tiny and full."""

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from rorqual.kernels import cpu
+from rorqual.kernels.cpu import bindings
 from rorqual.processor import CLASSES, VARIABLE
 
 ROOT = Path(__file__).parents[2]
@@ -49,7 +50,7 @@ def test_a_lower_class_agrees(name):
     if CLASSES.index(name) >= CLASSES.index(in_use()):
         pytest.skip("not lower than what the other tests run in")
     level = name.partition("-")[0]
-    if level in cpu.LEVELS and isinstance(why := cpu._load(level), str):
+    if level in cpu.LEVELS and isinstance(why := bindings._load(level), str):
         pytest.skip(why)
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
     environment |= {VARIABLE: name, "OMP_NUM_THREADS": "1"}

@@ -48,10 +48,9 @@ def test_what_is_packed_comes_back(format, shape):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 2, 3, 7, 8, 13, 70])
+@pytest.mark.usefixtures("compiled")
 @torch.no_grad()
 def test_compiled_products_are_the_reference(format, shape, dtype, rows):
-    if cpu.capability() is None:
-        pytest.skip("no compiled functions here")
     E, N, K = shape
     packed, _ = made(format, *shape)
     generator = torch.Generator().manual_seed(rows)

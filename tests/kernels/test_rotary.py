@@ -1,12 +1,10 @@
 import pytest
 import torch
 
-from rorqual.kernels import cpu, rotary
-
-needs_compiler = pytest.mark.skipif(cpu.capability() is None, reason="built without a compiler")
+from rorqual.kernels import rotary
 
 
-@needs_compiler
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2**-7)])
 @pytest.mark.parametrize("interleave", [False, True])
 @pytest.mark.parametrize("rows", [1, 3])  # of the table: one for all sequences, or one each

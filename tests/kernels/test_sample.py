@@ -4,6 +4,7 @@ import torch
 from rorqual.kernels.sample import SamplingFilter, sample, sample_reference
 
 
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("words", [3, 256, 700, 5000])
 @pytest.mark.parametrize("spread", [0.01, 3.0])
@@ -27,6 +28,7 @@ def test_words_and_logprobs_match_the_reference(dtype, words, spread, cut):
     torch.testing.assert_close(logprob[same], expected[same], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("words", [3, 256, 700])
 def test_without_temperature_the_first_of_the_most_probable(dtype, words):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gguf_files import network, write
+from helpers.gguf_files import network, write
 from rorqual import load_model, load_tokenizer, save_model
 from rorqual.checkpoint.gguf_import import import_gguf, import_model
 from rorqual.engine.load_model import open_model

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from gguf_files import LLAMA, SPECIAL, TOKENS, network, write
+from helpers.gguf_files import LLAMA, SPECIAL, TOKENS, network, write
 from rorqual import load_model, load_tokenizer, save_model
 from rorqual.checkpoint.describe import read_released
 from rorqual.checkpoint.gguf_import import import_gguf, import_model

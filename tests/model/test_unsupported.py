@@ -3,8 +3,8 @@
 import json
 
 import pytest
-from networks import LLAMA, QWEN2, V2, V3
 
+from helpers.reference_models import LLAMA, QWEN2, V2, V3
 from rorqual.errors import UserError
 from rorqual.model import ModelConfig
 

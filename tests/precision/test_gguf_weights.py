@@ -5,7 +5,7 @@ import pytest
 import torch
 from gguf import dequantize
 
-from gguf_files import KINDS, quantised
+from helpers.gguf_files import KINDS, quantised
 from rorqual.checkpoint import gguf_import
 from rorqual.checkpoint.gguf_file import GGUFTensor
 from rorqual.errors import UserError

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from peak import loading_peak
+from helpers.peak_memory import loading_peak
 from rorqual.checkpoint.huggingface import load_model, save_model
 from rorqual.data.tokenizer import save_tokenizer, train_tokenizer
 from rorqual.engine import Engine, SamplingParams
@@ -72,17 +72,25 @@ def test_slices_change_nothing(source, tmp_path, bits, monkeypatch):
     assert torch.equal(load_converted(source, bits, torch.float32).logits(tokens), expected)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("bits", ["int4", "int8"])
-@pytest.mark.parametrize("stored", ["packed", "whole"])
-def test_loading_peaks_under_size_plus_a_fifth(tmp_path, bits, stored):
+@pytest.fixture(scope="module")
+def sizes(tmp_path_factory):
+    """A directory with a model of some 250 MB, "large", and "small", the same with one layer and few tokens."""
+    path = tmp_path_factory.mktemp("whole")
     large = GROUPED.replace(hidden_size=512, intermediate_size=2048, num_hidden_layers=24, vocab_size=50_000)
     # Products as large as the other's, for which libraries have code of their own, which counts as memory too.
     small = large.replace(num_hidden_layers=1, vocab_size=290)
     for name, config in (("large", large), ("small", small)):
-        save_model(Transformer(config), tmp_path / "whole" / name)
-        if stored == "packed":
-            quantize_checkpoint(tmp_path / "whole" / name, tmp_path / "packed" / name, bits)
+        save_model(Transformer(config), path / name)
+    return path
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("bits", ["int4", "int8"])
+@pytest.mark.parametrize("stored", ["packed", "whole"])
+def test_loading_peaks_under_size_plus_a_fifth(sizes, tmp_path, bits, stored):
+    if stored == "packed":
+        for name in ("large", "small"):
+            quantize_checkpoint(sizes / name, tmp_path / name, bits)
     load = "import torch\nfrom pathlib import Path\n"
     if stored == "packed":
         load += (
@@ -91,7 +99,9 @@ def test_loading_peaks_under_size_plus_a_fifth(tmp_path, bits, stored):
     else:
         load += "from rorqual.precision.quantize import load_converted\n"
         load += f"load = lambda path: load_converted(Path(path), '{bits}', torch.bfloat16)"
-    ratio, size = loading_peak(load, tmp_path / stored / "large", tmp_path / stored / "small")
+    ratio, size = loading_peak(
+        load, *((sizes if stored == "whole" else tmp_path) / name for name in ("large", "small"))
+    )
     assert size > 30e6
     assert 0.9 < ratio < 1.2
 

@@ -4,8 +4,8 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from tiny import GROUPED, LATENT
 
+from helpers.small_configs import GROUPED, LATENT
 from rorqual.checkpoint.gguf_import import import_model
 from rorqual.checkpoint.huggingface import load_model
 from rorqual.engine import Engine, SamplingParams

@@ -1,8 +1,8 @@
 """The two forms of attention agree: all tokens at once, and one token at a time with a cache."""
 
 import torch
-from networks import CONFIGS, build
 
+from helpers.reference_models import CONFIGS, build
 from rorqual.model.kv_cache import DecodeView, PrefillView
 
 PLACES = 32  # a row is one block here

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from networks import CONFIGS, build
 
+from helpers.reference_models import CONFIGS, build
 from rorqual import load_model, save_model
 
 transformers = pytest.importorskip("transformers")

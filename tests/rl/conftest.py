@@ -12,6 +12,7 @@ TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
 
 @pytest.fixture(autouse=True)
 def one_thread():
+    """More threads make models of this size no faster, and wait for one another on a busy machine."""
     torch.set_num_threads(1)
 
 
@@ -23,6 +24,7 @@ def tokenizer():
 
 @pytest.fixture
 def dense(tokenizer):
+    """A llama-style model with one KV head."""
     return tiny_model(
         tokenizer, model_type="llama", intermediate_size=48, num_key_value_heads=1, tie_word_embeddings=True
     )
@@ -30,6 +32,7 @@ def dense(tokenizer):
 
 @pytest.fixture
 def moe(tokenizer):
+    """A DeepSeek-V3-style model with one MTP module."""
     return tiny_model(
         tokenizer,
         model_type="deepseek_v3",

@@ -25,14 +25,14 @@ def test_a_long_question_of_a_file_is_named_with_its_line(tokenizer, tmp_path, t
     with pytest.raises(UserError, match=r"a\.jsonl, line \d+: the prompt has \d+ tokens .*grpo\.max_tokens = 9"):
         check_context([open_environment(section)], template, tokenizer, room + 8, 9, "grpo.max_tokens")
     section = write(tmp_path / "a.jsonl", [*questions, "so " * 200, "1", "on " * 200])
-    with pytest.raises(UserError, match=r"a\.jsonl, line 21: .*and 1 others .*shorten or remove it") as error:
+    with pytest.raises(UserError, match=r"a\.jsonl, line 21: .*1 more problems are too long.*shorten") as error:
         check_context([open_environment(section)], template, tokenizer, room + 8, 8, "grpo.max_tokens")
     assert str(len(render("so " * 200, template, tokenizer))) in str(error.value)
 
 
 @pytest.mark.parametrize("answer", [100, 101])
 def test_an_answer_as_long_as_the_context(tokenizer, answer):
-    with pytest.raises(UserError, match=rf"max_tokens = {answer} leaves no room for a question: .* holds 100"):
+    with pytest.raises(UserError, match=rf"max_tokens = {answer} leaves no space for a prompt: .* holds 100"):
         check_context([], "plain", tokenizer, 100, answer, "max_tokens")
 
 
@@ -47,11 +47,11 @@ def test_generated_problems_that_do_not_fit_are_passed_over(tokenizer, capsys):
     stream = held.stream("train", 1)
     assert all(len(render(next(stream).question, "plain", tokenizer)) <= room for _ in range(60))
     assert [p for p in free.problems("train", 20) if p in problems]  # those that fit are the same
-    assert capsys.readouterr().err.count("are passed over") == 1
+    assert capsys.readouterr().err.count("are skipped") == 1
 
 
 def test_generated_problems_none_of_which_fits(tokenizer):
     environment = open_environment(EnvironmentSection(name="chain_sum", config=CHAIN))
     check_context([environment], "plain", tokenizer, 20, 10, "max_tokens")
-    with pytest.raises(UserError, match="environment chain_sum: none of 200 problems leaves room for max_tokens = 10"):
+    with pytest.raises(UserError, match="environment chain_sum: none of 200 prompts leaves space for max_tokens = 10"):
         next(environment.stream("train", 1))

@@ -3,7 +3,7 @@
 import pytest
 from tokenizers.processors import TemplateProcessing
 
-from puppets import BYTE_LEVEL, END, LEGACY, LETTER, SAY, puppet, vocabulary
+from helpers.scripted_models import BYTE_LEVEL, END, LEGACY, LETTER, SAY, puppet, vocabulary
 from rorqual.data.chat_dataset import encode_sample
 from rorqual.engine import Engine, SamplingParams
 from rorqual.errors import UserError

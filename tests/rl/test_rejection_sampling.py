@@ -171,7 +171,7 @@ def test_a_student_that_cannot_start_costs_no_samples(tokenizer, dense, tmp_path
     teacher = Teacher(tokenizer, [GOOD, LONG])
     monkeypatch.setattr(rejection_sampling, "Engine", lambda path: teacher)
     few = {"problems": 4, "train": {"steps": 1, "batch_size": 2}}
-    with pytest.raises(UserError, match="no sample with an assistant's turn within"):
+    with pytest.raises(UserError, match="no sample with an assistant turn within"):
         distill(distill_recipe(tmp_path, **few, sequence_length=2))
     asked = len(teacher.asked)
     with pytest.raises(UserError, match="samples was 2 and is 3 now"):
@@ -187,7 +187,7 @@ def test_nothing_right_leaves_the_name_free(tokenizer, dense, tmp_path, monkeypa
     save_model(dense, tmp_path / "student", tokenizer)
     monkeypatch.setattr(rejection_sampling, "sft", lambda recipe, resume: None)
     monkeypatch.setattr(rejection_sampling, "Engine", lambda path: Teacher(tokenizer, [WRONG, WRONG]))
-    with pytest.raises(UserError, match="none of 2 answers to each of 24 problems was right"):
+    with pytest.raises(UserError, match="none of 2 completions of each of 24 problems is correct"):
         distill(distill_recipe(tmp_path))
     monkeypatch.setattr(rejection_sampling, "Engine", lambda path: Teacher(tokenizer, [GOOD, WRONG]))
     assert (distill(distill_recipe(tmp_path, teacher="stronger")) / "samples.jsonl").exists()
@@ -207,8 +207,8 @@ def test_distill_checks_the_student_and_the_questions_first(tokenizer, dense, tm
     cases = (
         ({"sequence_length": 513}, r"sequence_length = 513: the model's context holds 512"),
         ({"model": {"config": {}}}, r"model.path is missing"),
-        ({}, r"mine\.jsonl, line 41: the prompt has \d+ tokens and leaves no room for max_tokens = 64"),
-        ({"max_tokens": 512}, r"max_tokens = 512 leaves no room for a question"),
+        ({}, r"mine\.jsonl, line 41: the prompt has \d+ tokens and leaves no space for max_tokens = 64"),
+        ({"max_tokens": 512}, r"max_tokens = 512 leaves no space for a prompt"),
     )
     for number, (change, message) in enumerate(cases):
         with pytest.raises(UserError, match=message):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from killing import run_whole_and_killed
+from helpers.killed_runs import run_whole_and_killed
 from rorqual.checkpoint.huggingface import load_model, save_model
 from rorqual.data.tokenizer import load_tokenizer
 from rorqual.errors import UserError
@@ -185,7 +185,7 @@ def test_what_would_end_a_run_ends_it_before_it_starts(tmp_path, model_dir):
     for more, override, message in (
         ([{"question": "and so on " * 100, "answer": "1"}], "eval_every=0", r"mine\.jsonl, line 61: the prompt has"),
         ([], "eval_problems=50", r"environment mine: 50 distinct dev problems .* only \d+ exist"),
-        ([], "grpo.max_tokens=512", r"grpo\.max_tokens = 512 leaves no room"),
+        ([], "grpo.max_tokens=512", r"grpo\.max_tokens = 512 leaves no space"),
     ):
         path.write_text("".join(json.dumps(row) + "\n" for row in rows + more))
         for resume in (False, True):
@@ -228,7 +228,7 @@ def test_where_it_got_worse_the_start_is_released(tmp_path, model_dir, monkeypat
     released = load_model(run_dir / "model", torch.float32).state_dict()
     same = all(torch.equal(tensor, start[name]) for name, tensor in released.items())
     assert same == worse
-    assert ("those it began with" in (run_dir / "model" / "README.md").read_text()) == worse
+    assert ("the initial ones" in (run_dir / "model" / "README.md").read_text()) == worse
 
 
 def test_keeping_the_start_needs_evaluations(tmp_path, model_dir):

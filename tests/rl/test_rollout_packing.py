@@ -30,8 +30,8 @@ def packed_logprobs(model, batches, total):
     for rows in batches:
         hidden = model(rows.tokens, rows.positions, rows.mask).flatten(0, 1)
         logprobs, _ = token_logprobs(hidden[rows.source], model.head_weight, rows.targets)
-        found[rows.place] = logprobs
-        seen += len(rows.place)
+        found[rows.offset] = logprobs
+        seen += len(rows.offset)
     assert seen == total
     return found
 
@@ -103,7 +103,7 @@ def test_micro_batches_keep_to_their_budget():
     batches = pack_rollout(prompts, completions, prompt_of, 300, lengthless)
     assert len(batches) > 1
     assert all(r.tokens.numel() <= 300 for r in batches)
-    places = torch.cat([r.place for r in batches]).sort().values
+    places = torch.cat([r.offset for r in batches]).sort().values
     assert places.tolist() == list(range(sum(map(len, completions))))
 
 
@@ -119,7 +119,7 @@ def test_a_sequence_longer_than_the_budget_gets_a_block_of_its_own():
 
 def test_completions_of_one_token_beyond_the_budget():
     batches = pack_rollout([[1] * 100], [[2] * 41, [3], [3]], [0] * 3, 128, lambda length: float(length))
-    assert sorted(x for r in batches for x in r.place.tolist()) == list(range(43))
+    assert sorted(x for r in batches for x in r.offset.tolist()) == list(range(43))
     assert [shapes(r) for r in batches] == [[(1, 144)], [(1, 112)]]
 
 

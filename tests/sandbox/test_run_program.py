@@ -158,7 +158,7 @@ def test_privileges_cannot_be_regained(run):
 def test_nothing_runs_where_isolation_cannot_be_established(monkeypatch, tmp_path):
     broken = tmp_path / "namespaces.py"
     broken.write_text("raise OSError('unshare: Operation not permitted')")
-    monkeypatch.setattr(sandbox, "JAIL", broken)
+    monkeypatch.setattr(sandbox, "CHILD", broken)
     sandbox.isolation.cache_clear()
     try:
         with pytest.raises(UserError, match=r"cannot be isolated here \(namespaces: .*not permitted.*so it is not run"):
@@ -172,7 +172,7 @@ def test_a_jail_that_lets_the_probe_out_is_not_used(monkeypatch, tmp_path):
     leaky.write_text(
         "import sys\nprint(sys.argv[5], flush=True)\ndone = sys.stdin.readline()\nexec(sys.stdin.read())\nprint(done)"
     )
-    monkeypatch.setattr(sandbox, "JAIL", leaky)
+    monkeypatch.setattr(sandbox, "CHILD", leaky)
     sandbox.isolation.cache_clear()
     try:
         with pytest.raises(UserError, match="a file outside can be read"):
@@ -185,7 +185,7 @@ def test_a_fault_while_setting_up_is_an_error_and_not_a_wrong_answer(monkeypatch
     sandbox.isolation()
     broken = tmp_path / "namespaces.py"
     broken.write_text("raise OSError('mount: no space')")
-    monkeypatch.setattr(sandbox, "JAIL", broken)
+    monkeypatch.setattr(sandbox, "CHILD", broken)
     with pytest.raises(UserError, match="mount: no space"):
         run_program("print(1)")
 
@@ -222,7 +222,7 @@ print("DONE")
 )
 def test_the_guard_alone(tmp_path, source, allowed):
     """Harmless attempts, in a process with nothing but the hook: what holds where there are no namespaces."""
-    guard = str(sandbox.JAIL.with_name("audit_hook.py"))
+    guard = str(sandbox.CHILD.with_name("audit_hook.py"))
     program = GUARDED.format(guard=guard, source=source)
     done = subprocess.run([sys.executable, "-I", "-S", "-c", program], cwd=tmp_path, capture_output=True, text=True)
     assert ("DONE" in done.stdout) == allowed, done.stderr

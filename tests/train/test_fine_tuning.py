@@ -116,7 +116,7 @@ def test_dry_run_says_what_a_run_takes_and_starts_nothing(make_recipe):
     assert plan["parameters_total"] > plan["parameters_active"] > 10_000
     text = plan_text(plan)
     assert "parameters" in text
-    assert "in all" in text
+    assert "active per token" in text
     assert "tokens/s at 40% of" in text
     assert not recipe.run_dir.exists()
 

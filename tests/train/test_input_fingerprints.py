@@ -93,7 +93,7 @@ def test_files_that_come_and_go(here):
         start(made, resume=True)
     (here / "c.jsonl").unlink()
     (here / "a.jsonl").rename(here / "away")
-    with pytest.raises(UserError, match=r"a\.jsonl is gone since"):
+    with pytest.raises(UserError, match=r"a\.jsonl is missing since"):
         start(made, resume=True)
     (here / "away").rename(here / "a.jsonl")
     start(made, resume=True)
@@ -124,7 +124,7 @@ def test_a_damaged_list_is_named(here, text):
     made = recipe("pretrain")
     run_dir = start(made, resume=False)
     (run_dir / input_fingerprints.NAME).write_text(text)
-    with pytest.raises(UserError, match=r"inputs\.json .*delete it to trust"):
+    with pytest.raises(UserError, match=r"inputs\.json .*delete it to accept"):
         start(made, resume=True)
 
 

@@ -4,7 +4,7 @@ import json
 
 from safetensors.torch import load_file
 
-from killing import run_whole_and_killed
+from helpers.killed_runs import run_whole_and_killed
 from rorqual.train.run_folder import to_toml
 
 

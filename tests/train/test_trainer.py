@@ -180,7 +180,7 @@ def test_flops_and_tokens_are_counted(make_model, make_batch):
 def test_without_a_compiler_it_says_so_and_runs(make_model, make_batch, monkeypatch):
     monkeypatch.setattr("shutil.which", lambda name: None)
     said = []
-    trainer = trainer_of(make_model(), compile=True, say=said.append)
+    trainer = trainer_of(make_model(), compile=True, notify=said.append)
     plain = trainer_of(make_model())
     assert trainer.step([make_batch()], 0.0) == plain.step([make_batch()], 0.0)
     assert said == ["train.compile: no C++ compiler found; running without torch.compile"]

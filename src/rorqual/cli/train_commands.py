@@ -71,9 +71,14 @@ def distill(recipe: RecipeFile, overrides: Overrides = None, resume: Resume = Fa
 
 
 def _finished(run_dir: Path) -> None:
+    from rorqual.extras import MissingExtra
     from rorqual.report import write_report
 
-    print(f"{run_dir}: done; the model is in {_model_in(run_dir)}, the report in {write_report(run_dir)}")
+    try:
+        report = f"the report in {write_report(run_dir)}"
+    except MissingExtra as e:
+        report = f"no report: {e}"
+    print(f"{run_dir}: done; the model is in {_model_in(run_dir)}, {report}")
 
 
 def _model_in(run_dir: Path) -> Path:

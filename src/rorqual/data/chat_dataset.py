@@ -1,4 +1,4 @@
-"""Chat data for supervised fine-tuning: the loss is on the assistant's turns only."""
+"""Chat data for supervised fine-tuning, with the loss on assistant turns only."""
 
 from array import array
 from collections.abc import Iterator, Sequence
@@ -12,7 +12,7 @@ import numpy as np
 from rorqual.data.chat_messages import Message, read_messages, read_tools, without_nulls
 from rorqual.data.chat_template import ChatTemplate
 from rorqual.data.corpus import RECORDS, find_files, named, read_records
-from rorqual.data.special_tokens import encode, unbroken
+from rorqual.data.special_tokens import encode, unescape
 from rorqual.data.token_shards import Documents
 from rorqual.data.tool_formats import as_json, as_object
 from rorqual.errors import UserError
@@ -20,13 +20,13 @@ from rorqual.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-Piece = tuple[str, bool]  # text, and whether it bears loss
-Sample = tuple[list[int], list[int]]  # tokens, and for each 1 where it bears loss
+Segment = tuple[str, bool]  # text, and whether it is trained on
+Sample = tuple[list[int], list[int]]  # tokens and loss mask (1: trained on)
 
 
 @dataclass(frozen=True)
 class ChatSplit:
-    """`shortened` samples were cut at the sequence length; `dropped` had no assistant's token within it."""
+    """`shortened`: samples cut at the sequence length; `dropped`: samples without an assistant token within it."""
 
     train: Documents
     valid: Documents
@@ -39,11 +39,11 @@ def read_chat(
 ) -> ChatSplit:
     """Tokenise every sample of a .jsonl, .jsonl.gz or .parquet file, or glob of them.
 
-    A record holds `messages`, or `prompt` and `completion`: either both lists of messages, or both strings, which are
-    taken as they are, without the chat template, and ended with the eos token. Messages are as in OpenAI's API, with
-    `tool_calls` and results; `tools` beside them are the functions that the model is told of, as a server tells it.
-    In messages the names of control tokens are text, but for an assistant's thoughts and calls (special_tokens.py).
-    An assistant's message of `weight` 0 bears no loss. Raises UserError naming file and line for whatever does not fit.
+    A record has `messages`, or `prompt` and `completion`: both lists of messages, or both strings, which are used
+    without the chat template and end with the eos token. Messages are as in OpenAI's API, with `tool_calls` and
+    results; `tools` beside them are described to the model as in serving. Special-token names in messages are text,
+    except an assistant's thinking and calls (special_tokens.py). An assistant message of `weight` 0 is not trained on.
+    Raises UserError naming file and line for an invalid record.
     """
     from rich.console import Console
     from rich.progress import track
@@ -56,19 +56,19 @@ def read_chat(
     for where, record in track(
         records, f"tokenising {path}", console=console, transient=True, disable=not console.is_terminal
     ):
-        tokens, marks = encode_sample(record, tokenizer, where, template)
+        tokens, mask = encode_sample(record, tokenizer, where, template)
         if len(tokens) > sequence_length + 1:
-            tokens, marks = tokens[: sequence_length + 1], marks[: sequence_length + 1]
+            tokens, mask = tokens[: sequence_length + 1], mask[: sequence_length + 1]
             shortened += 1
-        if not any(marks[1:]):
+        if not any(mask[1:]):
             dropped += 1
             continue
         digest = blake2b(np.array(tokens, np.int64), digest_size=8).digest()
         held_out = int.from_bytes(digest, "little") < valid_fraction * 2**64
-        samples[held_out].append(tokens, marks)
+        samples[held_out].append(tokens, mask)
     if not samples[False] and not samples[True]:
         raise UserError(
-            f"{path} holds no sample with an assistant's turn within data.sequence_length = {sequence_length}; "
+            f"{path} has no sample with an assistant turn within data.sequence_length = {sequence_length}; "
             f"check the file or raise sequence_length"
         )
     if not samples[False]:
@@ -84,29 +84,29 @@ def _records(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 class _Samples:
-    """Samples end to end, in five bytes a token: as lists of Python's integers they took sixty."""
+    """Concatenated samples, 5 bytes per token: as lists of Python integers they took 60."""
 
     def __init__(self) -> None:
-        self.tokens, self.marks, self.ends = array("i"), array("B"), array("q", [0])
+        self.tokens, self.mask, self.ends = array("i"), array("B"), array("q", [0])
 
     def __len__(self) -> int:
         return len(self.ends) - 1
 
-    def append(self, tokens: Sequence[int], marks: Sequence[int]) -> None:
+    def append(self, tokens: Sequence[int], mask: Sequence[int]) -> None:
         self.tokens.extend(tokens)
-        self.marks.extend(marks)
+        self.mask.extend(mask)
         self.ends.append(len(self.tokens))
 
     def pop(self) -> tuple[array, array]:
         self.ends.pop()
         start = self.ends[-1]
-        last = self.tokens[start:], self.marks[start:]
-        del self.tokens[start:], self.marks[start:]
+        last = self.tokens[start:], self.mask[start:]
+        del self.tokens[start:], self.mask[start:]
         return last
 
     def documents(self) -> Documents:
         return Documents(
-            np.frombuffer(self.tokens, np.int32), np.array(self.ends, np.int64), np.frombuffer(self.marks, np.uint8)
+            np.frombuffer(self.tokens, np.int32), np.array(self.ends, np.int64), np.frombuffer(self.mask, np.uint8)
         )
 
 
@@ -116,44 +116,49 @@ def encode_sample(
     where: str = "sample",
     template: ChatTemplate | None = None,
 ) -> Sample:
-    """One record's tokens, and for each 1 where it bears loss, else 0. template: the tokenizer's, tried out before."""
+    """Tokens and loss mask of one record. template: the tokenizer's, reused across records.
+
+    Raises UserError, which begins with `where`, for an invalid record.
+    """
     tokens: list[int] = []
-    marks: list[int] = []
-    # Pieces are encoded one by one, as they are when a model answers, so no token spans prompt and answer.
-    for text, bears_loss in _pieces(record, tokenizer, template or ChatTemplate(tokenizer), where):
+    mask: list[int] = []
+    # Segments are encoded one by one, as in generation, so that no token spans prompt and answer.
+    for text, trained in _segments(record, tokenizer, template or ChatTemplate(tokenizer), where):
         try:
             ids = encode(text, tokenizer, after=tokens[-1] if tokens else None)
         except UserError as e:
             raise UserError(f"{where}: {e}") from None
         tokens += ids
-        marks += [int(bears_loss)] * len(ids)
-    return tokens, marks
+        mask += [int(trained)] * len(ids)
+    return tokens, mask
 
 
-def _pieces(
+def _segments(
     record: dict[str, Any], tokenizer: "PreTrainedTokenizerFast", template: ChatTemplate, where: str
-) -> Iterator[Piece]:
-    field = "functions" if record.get("tools") is None else "tools"  # OpenAI's name before there were tools
+) -> Iterator[Segment]:
+    field = "functions" if record.get("tools") is None else "tools"  # OpenAI's name before tools
     tools = read_tools(record.get(field), f"{where}: {field}")
     prompt, completion = record.get("prompt"), record.get("completion")
     if record.get("messages") is not None:
         yield from _turns(_messages(record["messages"], f"{where}: messages"), 0, tools, template, where)
     elif isinstance(prompt, str) and isinstance(completion, str):
         if tools:
-            raise UserError(f"{where}: the template does not tell of tools where the prompt is text; give messages")
+            raise UserError(f"{where}: tools need the chat template, but the prompt is text; give messages")
         end = tokenizer.eos_token or ""
         yield prompt, False
         yield completion if end and completion.endswith(end) else completion + end, True
     elif prompt is not None and completion is not None and not isinstance(prompt, str):
         if not isinstance(prompt, list) or not isinstance(completion, list) or not completion:
-            raise UserError(f"{where}: prompt and completion must both be text, or both lists of messages; mend them")
+            raise UserError(
+                f"{where}: prompt and completion must both be text, or both lists of messages; correct them"
+            )
         messages = _messages([*prompt, *completion], f"{where}: prompt and completion")
         yield from _turns(messages, len(prompt), tools, template, where)
     else:
         given = sorted(name for name, value in record.items() if value is not None)
         raise UserError(
             f"{where} has neither messages nor prompt and completion (both text or both lists of messages) but "
-            f"{given}; mend it"
+            f"{given}; correct it"
         )
 
 
@@ -161,19 +166,19 @@ def _messages(value: Any, where: str) -> list[Message]:
     messages = read_messages(value, where)
     for n, message in enumerate(messages):
         if message["content"] is None and "tool_calls" not in message:
-            raise UserError(f"{where}.{n}: needs a content, or an assistant's tool_calls; mend it")
+            raise UserError(f"{where}.{n}: needs a content, or an assistant's tool_calls; correct it")
         if message.get("weight", 1) not in (0, 1):
-            raise UserError(f"{where}.{n}.weight: must be 0 or 1, not {message['weight']!r:.80}; mend it")
+            raise UserError(f"{where}.{n}.weight: must be 0 or 1, not {message['weight']!r:.80}; correct it")
     return messages
 
 
 def _turns(
     messages: list[Message], first: int, tools: list[dict[str, Any]] | None, template: ChatTemplate, where: str
-) -> Iterator[Piece]:
-    """The rendered conversation, cut around the assistant's turns from message `first` on.
+) -> Iterator[Segment]:
+    """The rendered conversation, split into prompts and assistant turns, from message `first` on.
 
-    A turn is what the template adds to the prompt that asked for it. That holds for any template which never
-    changes what it has already written; one that does is an error, not a wrong mask.
+    A turn is what the template appends to its prompt. That holds for any template that never changes earlier text; one
+    that does raises UserError instead of giving a wrong mask.
     """
 
     def render(count: int, generation: bool) -> str:
@@ -191,28 +196,28 @@ def _turns(
         if not (prompt.startswith(done) and answered.startswith(prompt)):
             raise UserError(
                 f"{where}: the chat template changes earlier text when message {i + 1} is added, so the assistant's "
-                f"part cannot be told apart; give this conversation as prompt and completion, both text"
+                f"part cannot be located; give this conversation as prompt and completion, both text"
             )
         answer = answered[len(prompt) :]
-        if not all(words in unbroken(answer) for words in _said(message)):
+        if not all(text in unescape(answer) for text in _required_texts(message)):
             raise UserError(
-                f"{where}: the chat template leaves out part of message {i + 1} (such as its thinking); give this "
+                f"{where}: the chat template omits part of message {i + 1} (such as its thinking); give this "
                 f"conversation as prompt and completion, both text"
             )
         several = len(message.get("tool_calls", [])) > 1
-        if several and (not template.habits(bool(tools)).several or answer.count(end or "\0") > 1):
+        if several and (not template.tool_support(bool(tools)).parallel_calls or answer.count(end or "\0") > 1):
             raise UserError(
                 f"{where}: the chat template ends a turn with each call, but message {i + 1} makes several; split it"
             )
-        if end and end in answer:  # what follows the end is never generated
+        if end and end in answer:  # text after the end token is never generated
             answer = answer[: answer.rindex(end) + len(end)]
         yield prompt[len(done) :], False
         yield answer, True
         done = prompt + answer
 
 
-def _said(message: Message) -> Iterator[str]:
-    """What must stand in the text of an assistant's message, as it is however a template writes it."""
+def _required_texts(message: Message) -> Iterator[str]:
+    """Texts of an assistant's message that every template must render unchanged."""
     yield (message["content"] or "").strip()
     yield from (str(message.get(name, "")).strip() for name in ("reasoning_content", "reasoning", "thinking"))
     for call in message.get("tool_calls", []):

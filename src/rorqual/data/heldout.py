@@ -1,4 +1,4 @@
-"""A source's documents on their way to disk, shared out between training and held-out text."""
+"""Write a source's tokenised documents to disk, split into training and held-out text."""
 
 import json
 import os
@@ -13,20 +13,22 @@ import numpy as np
 from rorqual.errors import UserError
 
 SPLITS = ("train", "valid")
-LONG = 1024  # tokens of a document that is cut, rather than held out whole, where it is much more than the share
+LONG = 1024  # tokens from which on a document much larger than the fraction is cut rather than held out whole
 
 
 @dataclass(frozen=True)
-class Encoded:
-    tokens: np.ndarray  # of all its pieces, the last of a document with its end
-    lengths: list[int]
-    sizes: list[int]  # UTF-8 bytes of each piece
-    held_out: list[bool]
-    last: list[bool]  # of its document
+class EncodedBatch:
+    """A batch of tokenised text chunks; documents up to `CHUNK_CHARACTERS` are one chunk."""
+
+    tokens: np.ndarray  # of all chunks, each document with its end-of-text token
+    lengths: list[int]  # tokens of each chunk
+    sizes: list[int]  # UTF-8 bytes of each chunk
+    held_out: list[bool]  # per chunk
+    last: list[bool]  # whether the chunk is the last of its document
 
 
-class Split:
-    """One side's file of tokens, and of each of its documents the length in tokens and the size in UTF-8 bytes."""
+class SplitFile:
+    """Token file of one split, with the length (tokens) and size (UTF-8 bytes) of each of its documents."""
 
     def __init__(self, path: Path, dtype: np.dtype) -> None:
         self.path, self.dtype = path, dtype
@@ -44,15 +46,15 @@ class Split:
         with open(self.path, "ab") as file:
             file.write(tokens.tobytes())
 
-    def give_last(self, other: "Split", tokens: int | None = None) -> None:
-        """Move the last document over, or so many tokens from its end."""
+    def move_last(self, other: "SplitFile", tokens: int | None = None) -> None:
+        """Move the last document to `other`, or only that many tokens of its end."""
         length, size = self.lengths.pop(), self.sizes.pop()
         tokens = tokens or length
         with open(self.path, "r+b") as file:
-            place = file.seek(-tokens * self.dtype.itemsize, os.SEEK_END)
+            position = file.seek(-tokens * self.dtype.itemsize, os.SEEK_END)
             with open(other.path, "ab") as target:
                 shutil.copyfileobj(file, target)
-            file.truncate(place)
+            file.truncate(position)
         moved = size if tokens == length else size * tokens // length
         other.lengths.append(tokens)
         other.sizes.append(moved)
@@ -61,24 +63,24 @@ class Split:
             self.sizes.append(size - moved)
 
 
-class Writer:
-    """Appends batches to the files of both splits; `finish` makes them whole on disk."""
+class ShardWriter:
+    """Appends batches to the token files of both splits; `finish` writes the index and syncs to disk."""
 
     def __init__(self, folder: Path, vocab_size: int, valid_fraction: float) -> None:
         self.folder, self.valid_fraction = folder, valid_fraction
         self.dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
-        self.splits = {name: Split(folder / f"{name}.tokens", self.dtype) for name in SPLITS}
-        self._open: Split | None = None  # the side that the document's piece before went to
+        self.splits = {name: SplitFile(folder / f"{name}.tokens", self.dtype) for name in SPLITS}
+        self._open: SplitFile | None = None  # split of the previous chunk of the same document
 
-    def write(self, batch: Encoded) -> None:
+    def write(self, batch: EncodedBatch) -> None:
         train, valid = self.splits.values()
-        side = np.zeros(len(batch.lengths), np.int8)  # 0: left out; 1: train; 2: valid
+        side = np.zeros(len(batch.lengths), np.int8)  # 0: dropped; 1: train; 2: valid
         for i, (length, size, held) in enumerate(zip(batch.lengths, batch.sizes, batch.held_out, strict=True)):
             split = valid if held else train
-            if self._open is split:  # pieces of a document that stay together
+            if self._open is split:  # next chunk of the same document
                 split.lengths[-1] += length
                 split.sizes[-1] += size
-            elif length > 1:  # some tokenizers make nothing of some texts, such as white space
+            elif length > 1:  # some tokenizers drop some texts, such as white space
                 split.lengths.append(length)
                 split.sizes.append(size)
             else:
@@ -91,12 +93,13 @@ class Writer:
         valid.append(batch.tokens[of_token == 2])
 
     def finish(self, name: str) -> None:
+        """Write offsets and index.json. Raises UserError, with the source's `name`, where there are no documents."""
         train, valid = self.splits.values()
         documents = len(train) + len(valid)
         if not documents:
             raise UserError(f"{name} holds no documents; check the path and that they are not empty")
         if self.valid_fraction:
-            self._share(name)
+            self._balance(name)
         index: dict = {"dtype": self.dtype.name}
         for split, found in self.splits.items():
             offsets = np.concatenate([[0], np.cumsum(np.frombuffer(found.lengths, np.int64))]).astype(np.int64)
@@ -107,33 +110,33 @@ class Writer:
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
 
-    def _share(self, name: str) -> None:
-        """Both sides get something, the held-out one about its share of bytes, in sources of a few documents too."""
+    def _balance(self, name: str) -> None:
+        """Move documents so that no split is empty and the held-out bytes are about `valid_fraction`."""
         train, valid = self.splits.values()
         held = valid.bytes
-        due = self.valid_fraction * (train.bytes + held)
-        if held < due / 2 or not len(valid):
-            self._give(train, valid, due - held)
-        elif held > 2 * due or not len(train):
-            self._give(valid, train, held - due)
+        target = self.valid_fraction * (train.bytes + held)
+        if held < target / 2 or not len(valid):
+            self._move(train, valid, target - held)
+        elif held > 2 * target or not len(train):
+            self._move(valid, train, held - target)
         if not len(train) or not len(valid):
-            print(f"{name}: too small to hold any of it out; its share is not in the validation", file=sys.stderr)
+            print(f"{name}: too small to hold out any of it; it is not in the validation", file=sys.stderr)
 
-    def _give(self, source: Split, target: Split, due: float) -> None:
-        """About so many bytes from the end: whole documents, and of one too long for that its own end.
+    def _move(self, source: SplitFile, target: SplitFile, size: float) -> None:
+        """Move about `size` bytes from the end: whole documents, then the end of a document that is too long.
 
-        Where a short document is all that could be given, it goes whole to a side that has none.
+        A short document is moved whole to an empty target where there is nothing else to move.
         """
-        left = due
+        left = size
         while len(source) > 1 and source.sizes[-1] <= left:
             left -= source.sizes[-1]
-            source.give_last(target)
-        if left < due / 2:
+            source.move_last(target)
+        if left < size / 2:
             return
-        length, size = source.lengths[-1], source.sizes[-1]
+        length, last_size = source.lengths[-1], source.sizes[-1]
         only = len(source) == 1 and not len(target)
         if length >= (4 if only else LONG):
             least = 2 if length < LONG else LONG // 16
-            source.give_last(target, min(max(round(length * left / size), least), length - least))
+            source.move_last(target, min(max(round(length * left / last_size), least), length - least))
         elif not only and not len(target):
-            source.give_last(target)
+            source.move_last(target)

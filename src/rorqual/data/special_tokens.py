@@ -1,8 +1,8 @@
-"""The names of control tokens in texts that people write: there they are text, only a chat template writes the tokens.
+"""Prevent special-token injection: control-token names in user text are encoded as text, only a template's as tokens.
 
-A template renders to one string, in which `<|im_end|>` of the template and of a user look the same. So `plain` breaks
-the names in what goes into a template, by a character that no text holds, and `encode` reads what comes out: a broken
-name becomes the tokens of its letters. A text without such names has the tokens that the tokenizer gives it.
+A template renders to one string, in which its own `<|im_end|>` and a user's look the same. So `escape` marks the names
+in a template's inputs with a character that no text contains, and `encode` reads the output: an escaped name becomes
+ordinary text tokens. A text without such names gets the tokenizer's usual tokens.
 """
 
 import json
@@ -18,66 +18,66 @@ from rorqual.unicode_checks import whole
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-BREAK = "\ufdd0"  # a noncharacter, which Unicode keeps for what programs do among themselves
+ESCAPE = "\ufdd0"  # a noncharacter, which Unicode reserves for internal use
 THINK = ("<think>", "</think>")
-# What calls and results stand between, also where the template has no word of it.
+# Delimiters of calls and results, also where the template does not have them.
 TOOL = {word.strip() for form in FORMATS for word in (*form.opens, form.end or "", *form.around, *form.result)}
-SHAPE = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
+BRACKETED = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
 FRAMED = re.compile(r"<[|｜].+[|｜]>")  # Qwen's, Llama's, DeepSeek's
-# What a model itself writes in its turn, though some tokenizers call these tokens special: thoughts, calls, answers.
-SPOKEN = re.compile(
+# Tokens that a model generates in its turn, though some tokenizers mark them special: thinking, calls, answers.
+GENERATED = re.compile(
     r"(?!.*(?:response|output|result|available)).*(?:think|tool|call|answer|python_tag|\[ARGS\])", re.IGNORECASE
 )
 
 
 def is_special(name: str, special: bool) -> bool:
-    """Whether a token of this name is no part of any text that a model writes."""
-    return special and not SPOKEN.match(name)
+    """Whether a token of this name is never part of the text of an answer."""
+    return special and not GENERATED.match(name)
 
 
-def plain(value: Any, tokenizer: "PreTrainedTokenizerFast") -> Any:
-    """A text, or whatever JSON holds, for a template: names of control tokens in its texts are text."""
-    return _break(value, _names(tokenizer).anyone)
+def escape(value: Any, tokenizer: "PreTrainedTokenizerFast") -> Any:
+    """A text or JSON value for a template, with the names of control tokens escaped."""
+    return _escape(value, _names(tokenizer).user)
 
 
-def plain_message(message: dict[str, Any], tokenizer: "PreTrainedTokenizerFast") -> dict[str, Any]:
-    """The same for a message. In an assistant's content the marks of thoughts and of tool calls, and all else that a
-    model writes in its own turn, stay tokens; those that end a turn or begin another's do not.
+def escape_message(message: dict[str, Any], tokenizer: "PreTrainedTokenizerFast") -> dict[str, Any]:
+    """`escape` for a message. In an assistant's content, the tokens that a model generates in its turn (thinking, tool
+    calls) stay tokens; those that end a turn or begin another are escaped.
     """
     names = _names(tokenizer)
     own = message.get("role") == "assistant"
     return {
-        key: value if key == "role" else _break(value, names.model if own and key == "content" else names.anyone)
+        key: value if key == "role" else _escape(value, names.assistant if own and key == "content" else names.user)
         for key, value in message.items()
     }
 
 
 def encode(text: str, tokenizer: "PreTrainedTokenizerFast", after: int | None = None) -> list[int]:
-    """Token ids of a rendered text, with nothing put before it. Raises UserError for half a character.
+    """Token ids of a rendered text, without BOS. Raises UserError for a lone surrogate.
 
-    after: the token that it goes on from; SentencePiece's vocabularies would else begin a word with it.
+    after: the token before the text; without it, SentencePiece vocabularies would begin a new word.
     """
     if not whole(text):
-        raise UserError("the text holds half a character (a lone surrogate), which no tokenizer reads; use whole ones")
+        raise UserError("the text contains a lone surrogate (half a character), which no tokenizer reads; remove it")
     if after is not None and text and not (names := _names(tokenizer)).byte_level:
         added = names.added.get(after)
-        # What a model has written after a mark begins with the space that its tokens spell, not with one more.
+        # After a special token, a generated text begins with the space that its tokens contain, not with one more.
         before = "\n" if added is None or text[0] == " " else added.content
         ids, known = encode(before + text, tokenizer), encode(before, tokenizer)
         if ids[: len(known)] == known:
             return ids[len(known) :]
-    if BREAK not in text:
+    if ESCAPE not in text:
         return token_ids(tokenizer, text)
     return _names(tokenizer).encode(text)
 
 
-def unbroken(text: str) -> str:
-    """A rendered text as people read it."""
-    return text.replace(BREAK, "")
+def unescape(text: str) -> str:
+    """A rendered text without the escape characters."""
+    return text.replace(ESCAPE, "")
 
 
 def framed_as_special(backend: str) -> str:
-    """A tokenizer in JSON, whose tokens `<|…|>` are all special: some releases forget those to fill in the middle."""
+    """A tokenizer's JSON with all `<|…|>` tokens marked special: some releases omit the fill-in-the-middle ones."""
     described = json.loads(backend)
     for token in described["added_tokens"]:
         token["special"] = token["special"] or bool(FRAMED.fullmatch(token["content"]))
@@ -97,26 +97,26 @@ class _Names:
             for number, t in added.items()
             if len(t.content) > 1 and (t.special or t.content in THINK or _is_mark(t.content, template))
         }
-        self.anyone = _pattern(self.control.values())
+        self.user = _pattern(self.control.values())
         model = [
             name
             for number, name in self.control.items()
-            if name not in THINK and not SPOKEN.match(name) and (added[number].special or FRAMED.fullmatch(name))
+            if name not in THINK and not GENERATED.match(name) and (added[number].special or FRAMED.fullmatch(name))
         ]
-        self.model = _pattern(model)
-        self._letters: Any = None
+        self.assistant = _pattern(model)
+        self._text_tokenizer: Any = None
         self._wall = ""
 
     def encode(self, text: str) -> list[int]:
-        """The tokenizer finds the template's control tokens; what lies between is read by one that knows no names."""
+        """The tokenizer finds the template's control tokens; the text between is encoded by one without such names."""
         found = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids: list[int] = []
         between: list[int] = []
-        at = 0  # where what lies between begins
+        at = 0  # start of the text after the last control token
 
         def close(end: int) -> list[int]:
-            stretch = text[at:end]
-            return between if BREAK not in stretch else self._spell(stretch.replace(BREAK, ""), first=at == 0)
+            segment = text[at:end]
+            return between if ESCAPE not in segment else self._as_text(segment.replace(ESCAPE, ""), first=at == 0)
 
         for number, (start, end) in zip(found.input_ids, found.offset_mapping, strict=True):
             if number in self.control:
@@ -126,12 +126,12 @@ class _Names:
                 between.append(number)
         return ids + close(len(text))
 
-    def _spell(self, text: str, first: bool) -> list[int]:
-        if self._letters is None:
-            self._letters, self._wall = _nameless(self._tokenizer, self.control)
+    def _as_text(self, text: str, first: bool) -> list[int]:
+        if self._text_tokenizer is None:
+            self._text_tokenizer, self._wall = _without_control_tokens(self._tokenizer, self.control)
         if first:
-            return self._letters.encode(text, add_special_tokens=False).ids
-        return self._letters.encode(self._wall + text, add_special_tokens=False).ids[1:]
+            return self._text_tokenizer.encode(text, add_special_tokens=False).ids
+        return self._text_tokenizer.encode(self._wall + text, add_special_tokens=False).ids[1:]
 
 
 _known: "WeakKeyDictionary[Any, tuple[Any, _Names]]" = WeakKeyDictionary()
@@ -146,8 +146,8 @@ def _names(tokenizer: "PreTrainedTokenizerFast") -> _Names:
 
 
 def _is_mark(name: str, template: str) -> bool:
-    """Of an added token that is not called special: some tokenizers have HTML's tags among these, which are text."""
-    return bool(FRAMED.fullmatch(name) or (SHAPE.fullmatch(name) and (name in template or name in TOOL)))
+    """Whether an added token that is not marked special is a control token: some tokenizers add HTML tags as text."""
+    return bool(FRAMED.fullmatch(name) or (BRACKETED.fullmatch(name) and (name in template or name in TOOL)))
 
 
 def _pattern(names: Any) -> re.Pattern[str]:
@@ -155,23 +155,23 @@ def _pattern(names: Any) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
 
-def _break(value: Any, names: re.Pattern[str]) -> Any:
+def _escape(value: Any, names: re.Pattern[str]) -> Any:
     if isinstance(value, str):
-        return names.sub(lambda m: m[0][0] + BREAK + m[0][1:], value.replace(BREAK, ""))
+        return names.sub(lambda m: m[0][0] + ESCAPE + m[0][1:], value.replace(ESCAPE, ""))
     if isinstance(value, dict):
-        return {_break(key, names): _break(inner, names) for key, inner in value.items()}
+        return {_escape(key, names): _escape(inner, names) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_break(inner, names) for inner in value]
+        return [_escape(inner, names) for inner in value]
     return value
 
 
-def _nameless(tokenizer: "PreTrainedTokenizerFast", control: dict[int, str]) -> tuple[Any, str]:
-    """The tokenizer with control tokens of other names, which no text holds; and one of these names."""
+def _without_control_tokens(tokenizer: "PreTrainedTokenizerFast", control: dict[int, str]) -> tuple[Any, str]:
+    """The tokenizer with its control tokens renamed to names that no text contains; and one of these names."""
     from tokenizers import Tokenizer
 
     described = json.loads(tokenizer.backend_tokenizer.to_str())
     described |= {"post_processor": None, "truncation": None, "padding": None}
-    other = {name: f"{BREAK}{number}{BREAK}" for number, name in control.items()}
+    other = {name: f"{ESCAPE}{number}{ESCAPE}" for number, name in control.items()}
     for token in described["added_tokens"]:
         if token["content"] in other:
             token |= {"content": other[token["content"]], "lstrip": False, "rstrip": False, "single_word": False}

@@ -1,8 +1,8 @@
-"""Token shards: a source's documents as one memory-mapped file of tokens, made in parallel, reused when unchanged.
+"""Token shards: a source's documents as memory-mapped token files, tokenised in parallel and cached.
 
 CACHE/FINGERPRINT/
-    train.tokens            uint16, or uint32 above 65 536 tokens; every document ends with the end-of-text token,
-                            but for parts of a document whose other parts are in the other split
+    train.tokens            uint16, or uint32 for vocabularies above 65 536; every document ends with the
+                            end-of-text token, except parts of a document that is in both splits
     train.offsets.npy       int64 [documents + 1]: document d is tokens[offsets[d]:offsets[d + 1]]
     valid.tokens, valid.offsets.npy
     index.json              dtype, and for each split its documents, tokens and UTF-8 bytes
@@ -24,9 +24,9 @@ import numpy as np
 
 from rorqual.data.corpus import describe, read_texts
 from rorqual.data.fim import FillInTheMiddle
-from rorqual.data.heldout import SPLITS, Encoded, Writer
+from rorqual.data.heldout import SPLITS, EncodedBatch, ShardWriter
 from rorqual.data.special_tokens import framed_as_special
-from rorqual.data.text_pieces import pieces
+from rorqual.data.text_pieces import split_text
 from rorqual.errors import UserError, file_error
 from rorqual.files import read_json
 from rorqual.recipe import Source
@@ -35,17 +35,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 FORMAT = 3
-BATCH_PIECES, BATCH_CHARACTERS = 1024, 1 << 20
-PIECE = 1 << 16  # characters; longer documents are tokenised, and held out, in pieces
+BATCH_CHUNKS, BATCH_CHARACTERS = 1024, 1 << 20
+CHUNK_CHARACTERS = 1 << 16  # longer documents are tokenised, and held out, in chunks
 
-Piece = tuple[str, bool]  # text, and whether it is the last of its document
+Chunk = tuple[str, bool]  # text, and whether it is the last of its document
 
 
 @dataclass(frozen=True)
 class Documents:
     """Tokenised documents of at least two tokens each.
 
-    tokens: [N]; offsets: int64 [documents + 1]; weights: [N], how much each token counts as a target, None for 1.
+    tokens: [N]; offsets: int64 [documents + 1]; weights: [N], loss weight of each token as a target, None for 1.
     """
 
     tokens: np.ndarray
@@ -64,13 +64,13 @@ def pack_source(
     fim: FillInTheMiddle | None = None,
     workers: int = 1,
 ) -> dict[str, Documents]:
-    """Tokenise one source into `cache`, or find it there, and map its splits `train` and `valid`.
+    """Tokenise one source into `cache` unless it is there; memory-map its splits `train` and `valid`.
 
-    A document is held out by a hash of its text, so copies of it stay on one side and the split is the same for
-    every seed; one above `PIECE` characters piece by piece, so that the share holds for bytes as for documents. If that
-    holds out none, though some are asked for, the last document is taken, or the end of it where it is the only one or
-    much longer than the share. What is held out by hash is never rearranged by `fim`. Names of special tokens in a
-    document are text. Raises UserError for unreadable or empty sources and when the disk is full.
+    A document is held out by a hash of its text, so copies of it are in one split, the same for every seed; documents
+    above `CHUNK_CHARACTERS` chunk by chunk, so that the fraction holds for bytes too. Where the hash holds out none,
+    the last document is held out, or its end where it is the only one or much longer than the fraction. `fim` never
+    rearranges text held out by hash. Special-token names in a document are text. Raises UserError for unreadable or
+    empty sources and when the disk is full.
     """
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no eos_token to end documents with; set it in tokenizer_config.json")
@@ -82,7 +82,7 @@ def pack_source(
         try:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-            writer = Writer(partial, len(tokenizer), valid_fraction)
+            writer = ShardWriter(partial, len(tokenizer), valid_fraction)
             encoder = _Encoder(backend, tokenizer.eos_token_id, writer.dtype, valid_fraction, fim)
             batches = _batches(read_texts(source))
             for batch in _progress(_in_parallel(encoder, batches, workers), source.path):
@@ -97,7 +97,8 @@ def pack_source(
 
 
 def read_index(packed: Path) -> dict:
-    path, then = packed / "index.json", f"delete {packed} to have it made again"
+    """index.json of a cached source. Raises UserError where it is missing or damaged."""
+    path, then = packed / "index.json", f"delete {packed} to have it rebuilt"
     try:
         return read_json(path, then)
     except FileNotFoundError as e:
@@ -111,16 +112,16 @@ def _map(packed: Path, split: str) -> Documents:
         offsets = np.load(packed / f"{split}.offsets.npy", allow_pickle=False)
         tokens = np.memmap(path, dtype=index["dtype"], mode="r") if offsets[-1] else np.empty(0, index["dtype"])
     except OSError as e:
-        raise file_error(e.filename or path, e, "read", f"or delete {packed} to have it made again") from e
-    except Exception as e:  # numpy reads the header by Python's own tokenizer and raises whatever that does
-        raise UserError(f"{path} is damaged ({e}); delete {packed} to have it made again") from e
+        raise file_error(e.filename or path, e, "read", f"or delete {packed} to have it rebuilt") from e
+    except Exception as e:  # numpy parses the header with Python's tokenizer and raises its errors
+        raise UserError(f"{path} is damaged ({e}); delete {packed} to have it rebuilt") from e
     if len(tokens) != offsets[-1]:
-        raise UserError(f"{path} holds {len(tokens)} tokens, not {offsets[-1]}; delete {packed} to have it made again")
+        raise UserError(f"{path} holds {len(tokens)} tokens, not {offsets[-1]}; delete {packed} to have it rebuilt")
     return Documents(tokens, offsets)
 
 
 class _Encoder:
-    """Turns a list of pieces into Encoded. Called from several threads: the Rust side works without the GIL."""
+    """Tokenises a batch of chunks. Called from several threads: the Rust side releases the GIL."""
 
     def __init__(
         self, backend: str, eos: int, dtype: np.dtype, valid_fraction: float, fim: FillInTheMiddle | None
@@ -128,13 +129,13 @@ class _Encoder:
         from tokenizers import Tokenizer
 
         self.tokenizer = Tokenizer.from_str(framed_as_special(backend))
-        self.tokenizer.encode_special_tokens = True  # their names in a document are text
+        self.tokenizer.encode_special_tokens = True  # special-token names in a document are text
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         self.eos, self.dtype, self.fim = eos, dtype, fim
         self.threshold = valid_fraction * 2**64
 
-    def __call__(self, batch: list[Piece]) -> Encoded:
+    def __call__(self, batch: list[Chunk]) -> EncodedBatch:
         raw = [text.encode() for text, _ in batch]
         held_out = [int.from_bytes(blake2b(r, digest_size=8).digest(), "little") < self.threshold for r in raw]
         texts: list[str] = []
@@ -145,53 +146,53 @@ class _Encoder:
             texts.extend(cut or (text,))
         encoded = iter(self.tokenizer.encode_batch_fast(texts, add_special_tokens=False))
         parts: list[np.ndarray] = []
-        # What is rearranged ends with its middle, whatever came after it in the document.
+        # A rearranged chunk ends its document with the middle; later chunks of the document are documents of their own.
         last = [ends or cut is not None for (_, ends), cut in zip(batch, cuts, strict=True)]
         for cut, ends in zip(cuts, last, strict=True):
             ids = next(encoded).ids if cut is None else self.fim.arrange(*(next(encoded).ids for _ in cut))
             parts.append(np.array([*ids, self.eos] if ends else ids, self.dtype))
-        return Encoded(np.concatenate(parts), [len(part) for part in parts], [len(r) for r in raw], held_out, last)
+        return EncodedBatch(np.concatenate(parts), [len(part) for part in parts], [len(r) for r in raw], held_out, last)
 
 
-def _batches(texts: Iterable[str]) -> Iterator[list[Piece]]:
-    batch: list[Piece] = []
+def _batches(texts: Iterable[str]) -> Iterator[list[Chunk]]:
+    batch: list[Chunk] = []
     characters = 0
     for text in texts:
         left = len(text)
-        for piece in pieces(text, PIECE):
-            left -= len(piece)
-            batch.append((piece, left == 0))
-            characters += len(piece)
-            if len(batch) == BATCH_PIECES or characters >= BATCH_CHARACTERS:
+        for chunk in split_text(text, CHUNK_CHARACTERS):
+            left -= len(chunk)
+            batch.append((chunk, left == 0))
+            characters += len(chunk)
+            if len(batch) == BATCH_CHUNKS or characters >= BATCH_CHARACTERS:
                 yield batch
                 batch, characters = [], 0
     if batch:
         yield batch
 
 
-def _in_parallel(encoder: _Encoder, batches: Iterator[list[Piece]], workers: int) -> Iterator[Encoded]:
-    """Encoded batches in order, with few enough under way that memory stays flat.
+def _in_parallel(encoder: _Encoder, batches: Iterator[list[Chunk]], workers: int) -> Iterator[EncodedBatch]:
+    """EncodedBatch batches in order, with a bounded number in flight so that memory stays flat.
 
-    Threads rather than processes: tokenizers releases the GIL, texts need no copying, and forking a process
-    that has used torch or tokenizers is unsafe.
+    Threads, not processes: tokenizers releases the GIL, texts need no copying, and forking a process that has used
+    torch or tokenizers is unsafe.
     """
-    with _one_thread_a_call(), ThreadPoolExecutor(workers) as pool:
-        under_way: deque = deque()
+    with _single_threaded_calls(), ThreadPoolExecutor(workers) as pool:
+        in_flight: deque = deque()
         try:
             for batch in batches:
-                under_way.append(pool.submit(encoder, batch))
-                if len(under_way) > 2 * workers:
-                    yield under_way.popleft().result()
-            while under_way:
-                yield under_way.popleft().result()
+                in_flight.append(pool.submit(encoder, batch))
+                if len(in_flight) > 2 * workers:
+                    yield in_flight.popleft().result()
+            while in_flight:
+                yield in_flight.popleft().result()
         finally:
-            for future in under_way:
+            for future in in_flight:
                 future.cancel()
 
 
 @contextmanager
-def _one_thread_a_call() -> Iterator[None]:
-    """Keep tokenizers from using every core in each call; the threads above decide how many work."""
+def _single_threaded_calls() -> Iterator[None]:
+    """Make tokenizers use one thread per call; `workers` sets the parallelism."""
     name = "TOKENIZERS_PARALLELISM"
     before = os.environ.get(name)
     os.environ[name] = "false"
@@ -204,7 +205,7 @@ def _one_thread_a_call() -> Iterator[None]:
             os.environ[name] = before
 
 
-def _progress(batches: Iterator[Encoded], name: str) -> Iterator[Encoded]:
+def _progress(batches: Iterator[EncodedBatch], name: str) -> Iterator[EncodedBatch]:
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 

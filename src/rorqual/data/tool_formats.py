@@ -1,6 +1,6 @@
-"""How models write calls of functions: one description per format, for training as for serving.
+"""Tool-call formats: how calls are written, described to the model and parsed, for training and serving.
 
-A `Format` says how calls are written where a chat template does not, how a model is told of it, and how they are read.
+Writing and describing are for chat templates that do not support tools.
 Sources: the chat templates of released models (Qwen and Hermes; DeepSeek V3, R1 and V3.1; Mistral; Llama 3).
 """
 
@@ -12,24 +12,24 @@ from typing import Any
 
 from rorqual.unicode_checks import whole, whole_inside
 
-DEEPEST = 100  # levels
-NAME, ARGUMENTS = "\x00name\x00", "\x00arguments\x00"  # in a Format's `call`
+DEEPEST = 100  # levels of nesting
+NAME, ARGUMENTS = "\x00name\x00", "\x00arguments\x00"  # placeholders in a Format's `call`
 
 
 @dataclass(frozen=True)
 class Call:
     name: str
-    arguments: str  # JSON; in a history whatever the model wrote
+    arguments: str  # JSON; in a history, unchecked text of the model
 
 
 @dataclass(frozen=True)
 class Format:
-    """How calls stand in an answer.
+    """The syntax of calls in an answer.
 
-    opens: the marks that a call begins with. head, tail: what stands before a call's JSON and behind it; the JSON is
-    the arguments where `head` has a group `name`, else an object with name and arguments, or a list of them. end: the
-    mark that ends one call; None: it is whole when the answer is. close: what may follow the last one. call, around,
-    between: how calls are written. result: what a function's result stands between, where a template has no such role.
+    opens: the strings that a call begins with. head, tail: what precedes and follows a call's JSON, which is the
+    arguments where `head` has a group `name`, else an object with name and arguments, or a list of them. end: the
+    string that ends one call; None: the call ends with the answer. close: what may follow the last call. call, around,
+    between: templates to write calls. result: delimiters of a function's result, where a template has no role for it.
     """
 
     opens: tuple[str, ...]
@@ -44,30 +44,30 @@ class Format:
 
     @property
     def bare(self) -> bool:
-        """Calls have no mark of their own: an answer begins with one, or there is none."""
+        """Calls have no opening string of their own: an answer begins with a call or has none."""
         return "{" in self.opens
 
     def halves(self, name: str) -> tuple[str, str]:
-        """What is written before a call's arguments, and behind them."""
+        """What is written before and after a call's arguments."""
         before, after = self.call.split(ARGUMENTS)
         return before.replace(NAME, as_json(name)[1:-1]), after
 
     def write(self, calls: list[Call]) -> str:
-        """Calls as a model writes them."""
+        """Calls in this format."""
         written = [call.arguments.join(self.halves(call.name)) for call in calls]
         return self.between.join(written).join(self.around)
 
-    def tell(self, tools: list[dict[str, Any]]) -> str:
-        """What a model is told of functions by a server whose chat template tells nothing."""
+    def describe_tools(self, tools: list[dict[str, Any]]) -> str:
+        """A system prompt that describes the functions, for chat templates that do not."""
         described = "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in tools)
         example = "{its arguments}".join(self.halves("its name")).join(self.around)
         return f"You can call these functions:\n{described}\nTo call one, answer with\n{example}\nand nothing after it."
 
     def read(self, text: str, names: set[str] | None = None, last: bool = True) -> tuple[list[Call], int] | None:
-        """The calls that `text` begins with, and where they end; None where it begins with none.
+        """The calls at the start of `text` and their end index; None where it does not start with a call.
 
-        names: of the functions there are; without a mark of their own only calls of these are calls.
-        last: no more text will come, so that the end of a call may be missing.
+        names: of the available functions; a `bare` format accepts only calls of these. last: no more text follows, so
+        that the end of a call may be missing.
         """
         head = self.head.match(text)
         if head is None:
@@ -77,12 +77,12 @@ class Format:
         except (ValueError, RecursionError):
             return None
         tail = self.tail.match(text, at)
-        assert tail is not None  # every part of it may be missing
+        assert tail is not None  # every part of it is optional
         rest = text[tail.end() :]
         if self.end is not None and self.end not in tail[0]:
             if not last:
                 return None
-            if rest.strip() and self.end.startswith(rest.strip()):  # the mark itself is cut off
+            if rest.strip() and self.end.startswith(rest.strip()):  # the end string itself is cut off
                 rest = ""
         name = head.groupdict().get("name")
         found = [_call(v, name) for v in (value if isinstance(value, list) else [value])]
@@ -123,7 +123,7 @@ MISTRAL = Format(
     between=", ",
     result=("[TOOL_RESULTS]", "[/TOOL_RESULTS]"),
 )
-JSON = Format(  # nothing but an object; what a grammar makes of a call that must be
+JSON = Format(  # only an object; what a grammar generates for a required call
     opens=("<|python_tag|>", "{"),
     head=re.compile(r"\s*(?:<\|python_tag\|>)?\s*(?=\{)"),
     tail=re.compile(r"(?:\s*;(?=\s*\{))?"),
@@ -131,13 +131,13 @@ JSON = Format(  # nothing but an object; what a grammar makes of a call that mus
 )
 LLAMA = replace(JSON, call=f'{{"name": "{NAME}", "parameters": {ARGUMENTS}}}')
 
-FORMATS = (DEEPSEEK, DEEPSEEK_V31, HERMES, MISTRAL, LLAMA, JSON)  # the last two also stand within others
+FORMATS = (DEEPSEEK, DEEPSEEK_V31, HERMES, MISTRAL, LLAMA, JSON)  # the last two also match inside others
 
 
 def format_of(text: str, name: str) -> Format | None:
-    """The format in which a call of `name` stands in a text; None where it does in none."""
+    """The format of a call of `name` in a text; None where there is no such call."""
 
-    def plain(some: str) -> str:
+    def squeezed(some: str) -> str:
         return "".join(some.split())
 
     found = []
@@ -146,18 +146,18 @@ def format_of(text: str, name: str) -> Format | None:
         read = form.read(text[min(starts) :]) if starts else None
         if read is not None and read[0][0].name == name:
             found.append(form)
-    written = [form for form in found if plain(form.halves(name)[0]) in plain(text)]
+    written = [form for form in found if squeezed(form.halves(name)[0]) in squeezed(text)]
     return next(iter(written or found), None)
 
 
 def as_json(value: Any) -> str:
-    """JSON that can be sent: half characters are escaped, which no UTF-8 can hold."""
+    """JSON text that UTF-8 can encode: lone surrogates are escaped."""
     text = json.dumps(value, ensure_ascii=False)
     return text if whole(text) else json.dumps(value)
 
 
 def as_object(text: str) -> dict[str, Any] | None:
-    """A call's arguments as an object; None where they are none that can be shown, be it that a model went astray."""
+    """A call's arguments as an object; None where they are not a JSON object, as a model may generate."""
     try:
         value = DECODER.decode(text)
     except (ValueError, RecursionError):
@@ -168,7 +168,7 @@ def as_object(text: str) -> dict[str, Any] | None:
 
 
 def too_deep(value: Any) -> bool:
-    """Whether lists and objects are nested deeper than any use needs and recursive code can follow."""
+    """Whether lists and objects are nested deeper than DEEPEST, which recursive code could not follow."""
     level = [value]
     for _ in range(DEEPEST):
         level = [v for some in level for v in (some.values() if isinstance(some, dict) else some)]
@@ -180,16 +180,16 @@ def too_deep(value: Any) -> bool:
 
 def _number(text: str) -> float:
     if not math.isfinite(value := float(text)):
-        raise ValueError(f"{text} cannot be sent on as JSON")
+        raise ValueError(f"{text} is not a JSON number")
     return value
 
 
-# Models put line breaks into strings.
+# Not strict: models put line breaks into strings.
 DECODER = json.JSONDecoder(strict=False, parse_float=_number, parse_constant=_number)
 
 
 def _call(value: Any, name: str | None) -> Call | None:
-    """A call from its JSON: arguments alone where the name stood outside, and perhaps as a text of JSON."""
+    """A call from its JSON; only the arguments where `name` is given, and possibly as a JSON text."""
     arguments = value
     if name is None:
         if not isinstance(value, dict) or not isinstance(name := value.get("name"), str):

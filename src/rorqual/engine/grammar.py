@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rorqual.errors import UserError
+from rorqual.extras import require
 
 WHITESPACE = r"(\r?\n){0,2}[ \t]{0,20}"  # between two tokens of JSON, as in llama.cpp's grammars
 
@@ -32,6 +33,7 @@ class GrammarCompiler:
     def __init__(self, tokenizer: Any, vocabulary: int, ends: tuple[int, ...]) -> None:
         if not ends:
             raise UserError("structured output needs a model with an end token (eos_token_id)")
+        require("serve", "llguidance")
         from llguidance.hf import from_tokenizer
 
         self.vocabulary, self.ends = vocabulary, ends

@@ -16,7 +16,7 @@ from rorqual.model import Transformer
 # Tokens a call of the fused step: with more, the activations between layers outgrow the CPU's cache (3 % with prompts
 # of 512).
 MAX_FUSED_TOKENS = 192
-TILE_ROWS = 24  # of the compiled quantised products (cpu/lowbit.h)
+TILE_ROWS = 24  # of the compiled quantised products (cpu/csrc/quantized_rows.h)
 
 
 @dataclass
@@ -67,7 +67,7 @@ class PrefillChunk:
 class ModelRunner:
     """Runs the model: by fused CPU steps where weights are quantised, by CUDA graphs where a step can be captured.
 
-    With fused steps a token's result does not depend on the batch composition (cpu/step.cpp).
+    With fused steps a token's result does not depend on the batch composition (cpu/csrc/fused_decode.cpp).
     """
 
     def __init__(self, model: Transformer, cache: PagedKVCache) -> None:

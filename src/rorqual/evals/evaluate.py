@@ -1,6 +1,6 @@
-"""`rorqual eval`: sample answers to held-out problems and say how good they are, with intervals.
+"""`rorqual eval`: sample answers to held-out problems; pass@1, cons@k and pass@k with bootstrap intervals.
 
-Legend: P problems, S samples a problem.
+Shapes: P problems, S samples per problem.
 """
 
 import functools
@@ -23,12 +23,12 @@ from rorqual.evals.stats import cons_at_k, interval, paired_difference, pass_at_
 from rorqual.evals.tasks import Task, open_task
 from rorqual.rl.envs.registry import Problem
 from rorqual.rl.prompts import Template
-from rorqual.rl.rewards import RIGHT, WRONG, claims_right
+from rorqual.rl.rewards import RIGHT, WRONG, self_verified
 
 TEMPERATURE, TOP_P = 0.6, 0.95  # R1's sampling for evaluation (R1, "Evaluation")
-CHECKED = re.compile(f"([^{RIGHT}{WRONG}]*)([{RIGHT}{WRONG}])")
+MARKED = re.compile(f"([^{RIGHT}{WRONG}]*)([{RIGHT}{WRONG}])")
 
-# Whether a line that the model marked ✓ is right; None where the line is not a candidate.
+# Whether a line that the model marked ✓ is correct; None where the line is not a candidate.
 LineChecker = Callable[[Problem, str], bool | None]
 
 
@@ -50,16 +50,16 @@ def evaluate(
     check_line: LineChecker | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """pass@1, cons@k and pass@k of every task, with 95 % bootstrap intervals over problems.
+    """pass@1, cons@k and pass@k of each task, with 95% bootstrap intervals over problems.
 
-    tasks: names as on the command line, recipe sections, environments or `Task`s. k (default: `samples`) is for cons@k,
-    a vote of the first k samples, and pass@k, over all draws of k. A truncated answer is no answer. The result can be
-    written as JSON; `tasks[name]` has split ("all": a file or benchmark as a whole), pass_at_1, interval, cons_at_k,
+    tasks: names as on the command line, recipe sections, environments or `Task`s. k (default: `samples`): cons@k is the
+    majority vote of the first k samples, pass@k is over all draws of k. A truncated completion has no answer. The
+    result is JSON-able; `tasks[name]` has split ("all": a whole file or benchmark), pass_at_1, interval, cons_at_k,
     cons_interval, pass_at_k, pass_k_interval, mean_tokens, truncated_share, answered_share, verified_share (the last
-    verdict before `</think>` is ✓), verdict_precision (of ✓ verdicts: every line that `check_line` can judge, else the
-    last one by the final answer), by_difficulty, and scores [P] with questions_hash for `compare`.
-    Raises UserError for an unknown task, too few problems, a question longer than the context, settings that no engine
-    takes, or model code that cannot be isolated; all before anything is sampled.
+    mark before `</think>` is ✓), verdict_precision (correct among lines marked ✓: all that `check_line` can judge, else
+    the last one by the final answer), by_difficulty, and scores [P] with questions_hash for `compare`. Raises
+    UserError, before anything is sampled, for an unknown task, too few problems, a question longer than the context,
+    invalid sampling parameters, or model code that cannot be isolated.
     """
     params = sampling_params(
         samples, problems, seed=seed, template=template, temperature=temperature, top_p=top_p, max_tokens=max_tokens,
@@ -69,8 +69,8 @@ def evaluate(
         raise UserError(f"k = {k}: must be between 1 and samples = {samples}")
     opened = [open_task(task, split) for task in tasks]
     names = [task.name for task in opened]
-    if doubled := sorted({name for name in names if names.count(name) > 1}):
-        raise UserError(f"task {doubled[0]} is given twice, and the two could not be told apart; leave one out")
+    if duplicates := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(f"task {duplicates[0]} is given twice; remove one")
     started, results = time.monotonic(), {}
     drawn = [task.problems(problems, seed) for task in opened]
     for task, chosen in zip(opened, drawn, strict=True):
@@ -101,7 +101,7 @@ def evaluate(
 
 
 def sampling_params(samples: int, problems: int, template: Template = "chat", **settings: Any) -> SamplingParams:
-    """Those settings of `evaluate` that an engine takes. Raises UserError for any that cannot be."""
+    """The sampling parameters among the arguments of `evaluate`. Raises UserError for invalid ones."""
     if samples < 1 or problems < 1:
         raise UserError(f"samples = {samples}, problems = {problems}: both must be at least 1")
     if template not in get_args(Template):
@@ -112,10 +112,10 @@ def sampling_params(samples: int, problems: int, template: Template = "chat", **
 def thinking_curve(
     engine: Engine, tokenizer: Any, task: Any, budgets: Sequence[int], **options: Any
 ) -> list[dict[str, Any]]:
-    """Accuracy against the tokens allowed for thinking, `</think>` being forced at the budget.
+    """Accuracy by thinking budget: `</think>` is forced after that many thinking tokens.
 
-    options: those of `evaluate`. Entries have budget, pass_at_1, interval, mean_tokens, in order of budget. The same
-    problems are asked at every budget.
+    options: of `evaluate`. Entries have budget (tokens), pass_at_1, interval, mean_tokens, in order of budget. All
+    budgets use the same problems.
     """
     opened = open_task(task, options.get("split", "test"))
     curve = []
@@ -128,7 +128,7 @@ def thinking_curve(
 def compare(before: dict[str, Any], after: dict[str, Any], seed: int = 0) -> dict[str, dict[str, Any]]:
     """Gain of pass@1 between two results of `evaluate`, paired by problem: {task: {gain, interval}}.
 
-    Raises UserError where the two did not see the same problems.
+    Raises UserError where the two are of different problems.
     """
     gains = {}
     for name in (name for name in after["tasks"] if name in before["tasks"]):
@@ -141,11 +141,21 @@ def compare(before: dict[str, Any], after: dict[str, Any], seed: int = 0) -> dic
 
 
 def table(result: dict[str, Any]) -> Table:
-    """The result for a terminal: a row a task, and one a difficulty where there are several."""
+    """The result as a terminal table: a row per task, and per difficulty where there are several."""
     k = result["k"]
-    caption = f"{result['samples']} samples a problem at temperature {result['temperature']}; 95 % intervals"
+    caption = f"{result['samples']} samples per problem at temperature {result['temperature']}; 95 % intervals"
     out = Table(title=result.get("model"), caption=caption)
-    for name in ("task", "problems", "pass@1", f"cons@{k}", f"pass@{k}", "tokens", "cut", "verified ✓", "✓ right"):
+    for name in (
+        "task",
+        "problems",
+        "pass@1",
+        f"cons@{k}",
+        f"pass@{k}",
+        "tokens",
+        "truncated",
+        "self-verified",
+        "verifier precision",
+    ):
         out.add_column(name, justify="left" if name == "task" else "right")
     for name, row in result["tasks"].items():
         out.add_row(name, *_cells(row))
@@ -156,7 +166,7 @@ def table(result: dict[str, Any]) -> Table:
 
 
 def gains_table(gains: dict[str, dict[str, Any]]) -> Table:
-    """What `compare` found, for a terminal."""
+    """The result of `compare` as a terminal table."""
     out = Table(caption="points of pass@1, paired by problem; 95 % intervals")
     out.add_column("task")
     out.add_column("gain", justify="right")
@@ -187,7 +197,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
 
 @dataclass
 class Collected:
-    """Problems asked and what came back: completion i, with its answer and judgement, is of problem i // samples."""
+    """Problems and their completions: completion i, with its answer and score, is of problem i // samples."""
 
     problems: list[Problem]
     prompts: list[str]
@@ -208,47 +218,47 @@ def collect(
     template: Template,
     progress: Callable[[int], None] | None = None,
 ) -> Collected:
-    """Sample `params.n` answers to each of the problems and judge them; `progress` is told of completions."""
+    """Sample `params.n` completions per problem and score them; `progress` receives counts of completions."""
     prompts = [task.prompt(problem, tokenizer, template) for problem in problems]
     encoded = [tokens_of(engine, prompt, template) for prompt in prompts]
     completions = engine.generate(encoded, params, progress=progress)
-    asked = [problem for problem in problems for _ in range(params.n)]
+    repeated = [problem for problem in problems for _ in range(params.n)]
     openings = [engine.opening(prompt) for prompt in encoded]
     texts = [openings[i // params.n] + c.text for i, c in enumerate(completions)]
     answers = [
-        task.answer(asked[i], prompts[i // params.n], texts[i]) if c.finish_reason == "stop" else None
+        task.answer(repeated[i], prompts[i // params.n], texts[i]) if c.finish_reason == "stop" else None
         for i, c in enumerate(completions)
     ]
-    correct = task.score(asked, texts, answers)
+    correct = task.score(repeated, texts, answers)
     return Collected(problems, prompts, completions, answers, correct)
 
 
 def tokens_of(engine: Engine, prompt: str, template: Template) -> Sequence[int]:
-    """Of a task's prompt; what a chat template has rendered has begun by itself."""
+    """Token ids of a task's prompt; BOS is added unless a chat template has rendered it."""
     return engine.encode(prompt, begin=template != "chat" or not getattr(engine.tokenizer, "chat_template", None))
 
 
 def summarise(
     collected: Collected, k: int | None = None, seed: int = 0, check_line: LineChecker | None = None
 ) -> dict[str, Any]:
-    """What `evaluate` says of a task; arguments as there."""
+    """The results of one task, as in `evaluate`; arguments as there."""
     problems = collected.problems
-    rows = _TaskScores(collected, k, seed, check_line)
+    scores = _TaskScores(collected, k, seed, check_line)
     levels = sorted({problem.difficulty for problem in problems} - {""}, key=_natural)
-    everything = np.arange(len(problems))
+    indices = np.arange(len(problems))
     by_difficulty = {
-        level: rows.summary(everything[[problem.difficulty == level for problem in problems]]) for level in levels
+        level: scores.summary(indices[[problem.difficulty == level for problem in problems]]) for level in levels
     }
-    return rows.summary(everything) | {
+    return scores.summary(indices) | {
         "by_difficulty": by_difficulty,
-        # Of what is asked, whatever templates put around it.
+        # Of the questions without their prompt templates.
         "questions_hash": hashlib.sha256("\0".join(p.question for p in problems).encode()).hexdigest(),
-        "scores": pass_at_1(rows.correct).tolist(),
+        "scores": pass_at_1(scores.correct).tolist(),
     }
 
 
 class _TaskScores:
-    """All completions of a task by problem, to be summarised over any of the problems."""
+    """Scores of a task's completions [P, S], to be summarised over any subset of the problems."""
 
     def __init__(self, collected: Collected, k: int | None, seed: int, check_line: LineChecker | None) -> None:
         problems, samples = collected.problems, len(collected.completions) // len(collected.problems)
@@ -258,25 +268,25 @@ class _TaskScores:
         self.answers = np.array(collected.answers, dtype=object).reshape(shape)
         self.tokens = np.array([len(c.tokens) for c in completions]).reshape(shape)
         self.truncated = np.array([c.finish_reason == "length" for c in completions]).reshape(shape)
-        self.verified = np.zeros(shape, dtype=bool)  # the last verdict is ✓
-        self.claims = np.zeros(shape, dtype=int)  # ✓ verdicts that can be judged
-        self.kept = np.zeros(shape, dtype=int)  # those of them that are right
+        self.verified = np.zeros(shape, dtype=bool)  # the last mark is ✓
+        self.marked = np.zeros(shape, dtype=int)  # lines marked ✓ that can be judged
+        self.marked_correct = np.zeros(shape, dtype=int)  # the correct ones among them
         for i, completion in enumerate(completions):
             at = divmod(i, samples)
             verdicts = read_verdicts(completion.text)
-            self.verified[at] = claims_right(completion.text)
+            self.verified[at] = self_verified(completion.text)
             if check_line is None:
                 judged = [self.correct[at]] if self.verified[at] else []
             else:
                 judged = [check_line(problems[at[0]], text) for text, positive in verdicts if positive]
-                judged = [right for right in judged if right is not None]
-            self.claims[at], self.kept[at] = len(judged), sum(judged)
+                judged = [correct for correct in judged if correct is not None]
+            self.marked[at], self.marked_correct[at] = len(judged), sum(judged)
         self.k, self.seed = k or samples, seed
 
     def summary(self, chosen: np.ndarray) -> dict[str, Any]:
-        """Everything reported about the problems `chosen` (indices)."""
+        """All results of the problems with indices `chosen`."""
         correct, answers = self.correct[chosen], self.answers[chosen]
-        claims = int(self.claims[chosen].sum())
+        marked = int(self.marked[chosen].sum())
         first, any_of = pass_at_1(correct), pass_at_k(correct, self.k)
         votes = any(answer is not None for answer in self.answers.flat)
         agreed = cons_at_k(answers[:, : self.k], correct[:, : self.k]) if votes else None
@@ -293,18 +303,18 @@ class _TaskScores:
             "truncated_share": float(self.truncated[chosen].mean()),
             "answered_share": float(np.mean(answers != None)) if votes else None,  # noqa: E711 (elementwise)
             "verified_share": float(self.verified[chosen].mean()),
-            "verdict_precision": int(self.kept[chosen].sum()) / claims if claims else None,
+            "verdict_precision": int(self.marked_correct[chosen].sum()) / marked if marked else None,
         }
 
 
 def read_verdicts(text: str) -> list[tuple[str, bool]]:
-    """The candidates the model judged before `</think>`: (what stands on the line before the mark, whether ✓)."""
+    """The candidates that the model marked before `</think>`: (text of the line before the mark, whether ✓)."""
     thinking = text.partition("</think>")[0]
-    return [(before.rpartition("\n")[2].strip(), mark == RIGHT) for before, mark in CHECKED.findall(thinking)]
+    return [(before.rpartition("\n")[2].strip(), mark == RIGHT) for before, mark in MARKED.findall(thinking)]
 
 
 def _natural(text: str) -> list[Any]:
-    """Sorts 2 before 10."""
+    """Sort key that orders numbers by value: 2 before 10."""
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", text)]
 
 

@@ -1,4 +1,4 @@
-"""The Python function in what a model wrote, whatever stands around it. Text is taken apart here, never run."""
+"""Extract the Python function from a completion. The text is only parsed here, never run."""
 
 import ast
 import re
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 OPENING = re.compile(r"(.*?)(`{3,}|~{3,})[ \t]*(\{?\.?[\w+#.-]*\}?)[^`\n]*")
 PYTHON = {"", "python", "python3", "py", "py3", "python2", "python-3", "ipython", "python3.11", "python3.12"}
-# Where a model that only continues text has left the function (Codex paper, §2.1).
+# Where a base model's continuation ends the function (Codex paper, §2.1).
 STOPS = re.compile(r"\n(?:class |def |#|if |print\(|@|```|~~~|<)")
 CODE = re.compile(r"(?:import|from|def|async def|class)\s|@\w")
 LONGEST = 100_000  # characters that are parsed
@@ -16,10 +16,10 @@ LONGEST = 100_000  # characters that are parsed
 def function(prompt: str, text: str, name: str) -> str:
     """A program that defines `name`, from HumanEval's `prompt` (imports, helpers, the function's head and docstring).
 
-    In fenced blocks (CommonMark §4.5) it is the last that defines `name`, with what the blocks before it define; of
-    blocks that don't, the last that continues the prompt. Without a fence it is the function where it begins a line,
-    else the continuation of the prompt. What is no definition and only tries the function out (asserts, prints, a main
-    block) is left out: the benchmark's tests judge. Thinking is no answer; where it doesn't end there is none.
+    Of fenced blocks (CommonMark §4.5) it is the last that defines `name`, with the definitions of the blocks before it;
+    if none does, the last that continues the prompt. Without a fence it is the function where it begins a line, else
+    the continuation of the prompt. Statements that only try the function out (asserts, prints, a main block) are
+    removed: the benchmark has its own tests. Thinking is skipped; an unclosed one gives no function.
     """
     text = text.replace("\r\n", "\n").replace("\r", "\n").replace("\u00a0", " ").lstrip("\ufeff")
     if "<think>" in text and "</think>" not in text:
@@ -43,7 +43,7 @@ def function(prompt: str, text: str, name: str) -> str:
 
 
 def _blocks(text: str) -> Iterator[str]:
-    """The contents of fenced blocks that may be Python, without the indentation of their fences."""
+    """The contents of fenced blocks that may be Python, dedented by the indentation of their fence."""
     lines = text.split("\n")
     at = 0
     while at < len(lines):
@@ -63,17 +63,19 @@ def _blocks(text: str) -> Iterator[str]:
                 break
             content.append(line.removeprefix(indent))
         if language.strip("{}.").lower() in PYTHON:
-            yield textwrap.dedent("\n".join(content) + "\n") if _whole(content) else "\n".join(content) + "\n"
+            yield (
+                textwrap.dedent("\n".join(content) + "\n") if _begins_definition(content) else "\n".join(content) + "\n"
+            )
 
 
-def _whole(lines: list[str]) -> bool:
-    """Whether the first line begins a definition, so that its indentation is the block's."""
+def _begins_definition(lines: list[str]) -> bool:
+    """Whether the first line begins a definition, so that its indentation is the whole block's."""
     first = next((line for line in lines if line.strip()), "")
     return CODE.match(first.strip()) is not None
 
 
 def _definitions(code: str, name: str) -> str:
-    """Without top-level statements that only try `name` out. Code that cannot be parsed stays as it is."""
+    """Code without the top-level statements that only try `name` out; unchanged where it does not parse."""
     tree = _parsed(code)
     if tree is None:
         return code
@@ -86,6 +88,7 @@ def _definitions(code: str, name: str) -> str:
 
 
 def _tries_out(node: ast.stmt, name: str) -> bool:
+    """Whether a top-level statement only calls, tests or prints."""
     match node:
         case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef() | ast.Import() | ast.ImportFrom():
             return False
@@ -98,7 +101,7 @@ def _tries_out(node: ast.stmt, name: str) -> bool:
 
 
 def _continued(prompt: str, body: str) -> str | None:
-    """The prompt with the body, its indentation mended where it must be; None where nothing parses."""
+    """The prompt with the body, re-indented where needed; None where nothing parses."""
     body = body.strip("\n")
     shifted = textwrap.indent(textwrap.dedent(body), "    ")
     for code in (prompt + body + "\n", prompt + shifted + "\n", prompt + "    " + body.lstrip() + "\n"):
@@ -108,7 +111,7 @@ def _continued(prompt: str, body: str) -> str | None:
 
 
 def _from_prose(text: str) -> str:
-    """The lines of code from the first one on, up to where prose begins again."""
+    """The lines of code from the first one to where prose begins again."""
     lines = text.split("\n")
     start = next(i for i, line in enumerate(lines) if CODE.match(line) or re.match(r"\w+\s*=", line))
     end = start

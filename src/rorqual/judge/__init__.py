@@ -1,1 +1,1 @@
-"""Whether an answer is right: one judge for rewards and evaluations."""
+"""Answer extraction and equivalence: one judge for rewards and evaluations."""

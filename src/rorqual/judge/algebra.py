@@ -1,8 +1,8 @@
-"""School mathematics as people and LaTeX write it, read into trees. What cannot be read whole is not read at all.
+"""Parse school mathematics, in plain text and LaTeX, into trees. A text must parse as a whole.
 
-A tree is a tuple: ("num", Fraction, digits), ("name", "x"), ("+", a, b), ("call", "sin", a), …; above scalars stand
+A tree is a tuple: ("num", Fraction, digits), ("name", "x"), ("+", a, b), ("call", "sin", a), …; non-scalar trees are
 ("list", brackets, items), ("relation", [scalars], [signs]) and ("union", [lists]). `digits` is the number of
-significant digits of a number written with a decimal point, None for others.
+significant digits of a number with a decimal point, None for others.
 """
 
 import re
@@ -11,7 +11,7 @@ from typing import Any
 
 Tree = tuple[Any, ...]
 LONGEST = 1000  # characters
-DEEPEST = 50  # how deep brackets may nest
+DEEPEST = 50  # levels of nested brackets
 HIGHEST = 150  # levels of a tree
 FUNCTIONS = {
     "sin", "cos", "tan", "cot", "sec", "csc", "arcsin", "arccos", "arctan", "asin", "acos", "atan", "sinh", "cosh",
@@ -28,7 +28,7 @@ LETTERS = dict(zip("αβγδεζηθικλμνξρστυφχψωΓΔΘΛΞΣΦΨ
     "xi", "rho", "sigma", "tau", "upsilon", "phi", "chi", "psi", "omega", "Gamma", "Delta", "Theta", "Lambda", "Xi",
     "Sigma", "Phi", "Psi", "Omega",
 ], strict=True))  # fmt: skip
-# Words that are no products of letters.
+# Short words that are not products of letters.
 ENGLISH = {
     "the", "of", "is", "to", "in", "on", "at", "it", "not", "no", "yes", "for", "per", "by", "as", "so", "we", "he",
     "she", "if", "but", "are", "was", "has", "its", "one", "two", "six", "ten",
@@ -49,12 +49,12 @@ class NotMathematics(ValueError):
 
 
 def parse(text: str, thousands: bool = True) -> Tree:
-    """The tree of `text`, which is `notation.plain`. thousands: 1,000 outside of brackets is one number.
+    """The tree of `text`, the output of `notation.normalise`. thousands: 1,000 outside brackets is one number.
 
     Raises NotMathematics.
     """
     if len(text) > LONGEST or re.search(r"\\frac\s*\{\s*d[a-z]?\s*\}\s*\{\s*d", text):
-        raise NotMathematics("too long, or a derivative, which is no fraction")
+        raise NotMathematics("too long, or a derivative, which is not a fraction")
     for pattern in (
         r"(?<![\d.,])(\d{1,3}(?:,\d{3})+)(?![\d,])",
         r"(?<![\d.,] )(?<![\d.,])(\d{1,3}(?: \d{3})+)(?![\d/])",
@@ -94,7 +94,7 @@ def _repeating(match: re.Match[str]) -> str:
 def _tokens(text: str) -> list[tuple[str, str]]:
     found, at = [], 0
     text = text.rstrip()
-    alone = re.search(r"[\d+*/^=<>()|√{}\[\],-]", text) is None  # letters alone are a word, not a product
+    alone = re.search(r"[\d+*/^=<>()|√{}\[\],-]", text) is None  # only letters: a word, not a product
     while at < len(text):
         match = TOKEN.match(text, at)
         if match is None:
@@ -152,7 +152,7 @@ class _Parser:
     def need(self, *wanted: str) -> str:
         token = self.take(*wanted)
         if token is None:
-            raise NotMathematics(f"{self.peek()[1]} where {wanted} is due")
+            raise NotMathematics(f"{self.peek()[1]} instead of {wanted}")
         return token
 
     def items(self, brackets: str) -> Tree:
@@ -220,7 +220,7 @@ class _Parser:
         return tree
 
     def group(self) -> Tree:
-        """LaTeX's argument: {…}, or one digit or name or command without braces."""
+        """A LaTeX argument: {…}, or one digit, name or command without braces."""
         if self.take("{"):
             tree = self.sum()
             self.need("}")
@@ -278,7 +278,7 @@ class _Parser:
     def literal(self, token: str) -> Tree:
         mantissa, _, exponent = token.lower().partition("e")
         if len(exponent) > 4 or (self.at > 1 and re.match(r"0\d", token) and len(self.tokens) > 1):
-            raise NotMathematics(token)  # 2024-01-05 is no difference
+            raise NotMathematics(token)  # 2024-01-05 is not a subtraction
         digits = len(mantissa.replace(".", "").lstrip("0")) if "." in token else None
         return ("num", Fraction(token), digits)
 

@@ -1,6 +1,6 @@
-"""Whether two trees of `algebra` are equal: exactly for rational numbers, else by value at a few fixed points.
+"""Equality of `algebra` trees: exact for rational numbers, else by values at a few fixed points.
 
-Two expressions that agree to 35 digits at points chosen without regard to them are equal (Schwartz, Zippel).
+Two expressions that agree to 35 digits at points chosen independently of them are equal (Schwartz–Zippel).
 """
 
 import math
@@ -11,12 +11,12 @@ from typing import Any
 from rorqual.judge.algebra import Tree, number
 from rorqual.judge.numeric import Undecided, context, exactly, free_names, has, near, values
 
-SIX = 6  # significant digits from which a decimal stands for a number that has no finite decimal
+SIX = 6  # significant digits from which a decimal may be the rounding of a number without a finite decimal
 FLOAT = 15  # significant digits from which a decimal is a rounded floating-point number
 
 
 def equal(a: Tree, b: Tree) -> bool:
-    """Lists without brackets are in any order, sets too; (…) and […] are in order, and intervals keep their ends."""
+    """Lists without brackets and sets are unordered; (…) and […] are ordered, and intervals keep their ends."""
     first, second = _solutions(a), _solutions(b)
     if first[0] != second[0]:
         first, second = _interval(first), _interval(second)
@@ -33,7 +33,7 @@ def equal(a: Tree, b: Tree) -> bool:
 
 
 def _solutions(tree: Tree) -> Tree:
-    """Without "x =" before a value, ± written out, several assignments as a mapping."""
+    """Without "x =" before values, with ± expanded, and with several assignments as a mapping."""
     items = tree[2] if tree[0] == "list" and tree[1] == "" else [tree]
     names = [_assigned(item) for item in items]
     if all(names) and len(set(names)) == len(names) > 1:
@@ -66,7 +66,7 @@ def _signed(tree: Any, sign: str) -> Any:
 
 
 def without_name(tree: Tree) -> Tree:
-    """The value of an assignment, or of a true equation between numbers (6*7 = 42); other trees as they are."""
+    """The value of an assignment, or of a true equation of numbers (6*7 = 42); other trees unchanged."""
     tree = _solutions(tree)
     if tree[0] == "relation" and set(tree[2]) == {"="}:
         sides = tree[1][1:] if tree[1][0][0] == "name" else tree[1]
@@ -106,7 +106,7 @@ def _matched(first: Sequence[Tree], second: Sequence[Tree]) -> bool:
 
 
 def _interval(tree: Tree) -> Tree:
-    """An inequality in one name as the interval it means: 0 <= x < 1 → [0, 1)."""
+    """An inequality in one variable as an interval: 0 <= x < 1 → [0, 1)."""
     if tree[0] == "list" and tree[1] == "":
         parts = [_interval(item) for item in tree[2] if item[0] == "relation"]
         whole = len(parts) == len(tree[2]) and all(part[0] == "list" for part in parts)
@@ -149,7 +149,7 @@ def _rising(relation: Tree) -> Tree:
 
 
 def _proportional(a: Tree, b: Tree, positive: bool) -> bool:
-    """Whether a = c·b for one number c that is not 0; and is above 0 where asked."""
+    """Whether a = c·b for a constant c ≠ 0; c > 0 where `positive`."""
     ratios = []
     for x, y in values([a, b]):
         if near(x, 0) != near(y, 0):
@@ -162,7 +162,7 @@ def _proportional(a: Tree, b: Tree, positive: bool) -> bool:
 
 
 def same_scalars(a: Tree, b: Tree) -> bool:
-    """Exactly for rational numbers; a decimal of six digits and more also stands for what it is the rounding of."""
+    """Exact for rational numbers; a decimal of six or more digits also equals a number that it is the rounding of."""
     if not (_scalar(a) and _scalar(b)):
         return a[0] == b[0] and equal(a, b)
     exact = [exactly(a), exactly(b)]
@@ -186,7 +186,7 @@ def same_scalars(a: Tree, b: Tree) -> bool:
 
 
 def _digits(tree: Tree) -> int | None:
-    """Of a decimal, with a minus and a power of ten perhaps."""
+    """Significant digits of a decimal, possibly with a minus and a power of ten; None for other trees."""
     match tree:
         case ("num", _, digits):
             return digits
@@ -198,7 +198,7 @@ def _digits(tree: Tree) -> int | None:
 
 
 def _rounds(value: Any, decimal: Fraction, digits: int | None) -> bool:
-    """Whether `decimal`, of so many digits, is `value` rounded; only for values without a finite decimal."""
+    """Whether `decimal` is `value` rounded to `digits`; only for values without a finite decimal."""
     if digits is None or digits < SIX or not decimal:
         return False
     if isinstance(value, Fraction):

@@ -1,22 +1,22 @@
-"""The one judge: whether an answer says the same as the right one. Rewards, evaluations and curves all ask here.
+"""Answer equivalence: whether a predicted answer equals the reference. Used by rewards, evaluations and curves.
 
-Exact rules come first: the same text, the same number, the same expression, list, set, interval or equation, the same
-words. math-verify decides where the right answer is mathematics beyond those rules (integrals, sums, limits); there it
-is right, elsewhere it takes a number out of the middle of a text for the whole, and words for products of letters.
+Exact rules come first: equal text, numbers, expressions, lists, sets, intervals, equations or words. math-verify
+decides only where the reference is mathematics beyond those rules (integrals, sums, limits): elsewhere it accepts a
+number from the middle of a text, and reads words as products of letters.
 
-What the rules hold to, where one could differ:
+Conventions, where one could choose otherwise:
 
 - An expression counts as its value: 2^{10} is 1024, 6*4 is 24.
-- A unit, a currency or "x =" that one side leaves out is no difference; two different ones are. Units aren't converted.
-- 50% is 0.5, and also 50 where the other side has no percent sign and is not itself below 1.
+- A unit, currency or "x =" may be missing on one side; two different ones are unequal. Units are not converted.
+- 50% equals 0.5, and also 50 where the other side has no percent sign and is not below 1.
 - A decimal equals a fraction or root if it is exact, or its rounding to six significant digits or more. Decimals of 15
-  digits and more are floating-point numbers and equal to 12 digits.
-- Lists without brackets and sets are in any order; (…) and […] are not. An answer that lists several values ("3 or 4")
-  is that list. A list without brackets keeps multiplicity, a set does not.
-- A comma separates, but for thousands (1,000); within brackets it always separates.
-- Words: case, white space, quotes, articles at the beginning, punctuation around words and Unicode's forms are no
-  difference. yes is true, no is false. A number may be in words.
-- A sentence counts as its number if it holds one number only and no word that turns or doubts it.
+  or more digits are floating-point numbers, compared to 12 digits.
+- Lists without brackets and sets are unordered; (…) and […] are ordered. An answer with several values ("3 or 4") is a
+  list. A list without brackets keeps multiplicity, a set does not.
+- A comma separates, except in thousands (1,000); within brackets it always separates.
+- Words: case, white space, quotes, leading articles, punctuation around words and Unicode forms are ignored. yes equals
+  true, no equals false. A number may be in words.
+- A sentence equals its number if it has only one number and no word that negates, changes or doubts it.
 """
 
 import functools
@@ -27,12 +27,12 @@ from decimal import Decimal
 from rorqual.judge import algebra, units
 from rorqual.judge.algebra import NotMathematics, Tree
 from rorqual.judge.equality import equal, without_name
-from rorqual.judge.notation import boxes, plain, squeeze, unwrap
+from rorqual.judge.notation import boxes, normalise, squeeze, unwrap
 from rorqual.judge.numeric import Undecided, exactly
 from rorqual.sandbox.checker import shared_checker
 
-TIMEOUT = 5.0  # seconds of math-verify for one comparison
-LONGEST = 2000  # characters of an answer that are looked at
+TIMEOUT = 5.0  # seconds of math-verify per comparison
+LONGEST = 2000  # characters of an answer that are compared
 LEAD = re.compile(
     r"(?:(?:so|thus|hence|therefore|and|then|well),?\s+)*"
     r"(?:(?:my|the|our)?\s*(?:final|correct|right)?\s*(?:answer|result|solution|value|total|sum)(?:\s+is|\s*[:=])"
@@ -43,15 +43,15 @@ LEAD = re.compile(
 CHOICE = re.compile(
     r"(?i:(?:option|choice|answer)\s+)?(?:\(([A-Ja-j])\)|([A-Ja-j])(?:[.):](?=\s|$)|$))\s*(.*)", re.DOTALL
 )
-# After a choice: another one, or words that take it back.
+# After a choice: another one, or words that retract it.
 TAKEN_BACK = re.compile(r"^(?:or|and|nor|but|no|not|is|isn't|[,/&])(?!\w)|\([A-Ja-j]\)|(?i:\bor\b)\s+[A-J]\b")
 YES, NO = {"yes", "true"}, {"no", "false"}
 ARTICLE = re.compile(r"^(?:the|an?)\s+(?=\w)")
 DIGITS = re.compile(r"-?\d{1,15}(?:\.\d{1,10})?")  # the usual case
 RATIO = re.compile(r"(\d+(?:\s*:\s*\d+)+)\s*([ap]\.?m\.?)?", re.IGNORECASE)
 DATE = re.compile(r"\d{4}[-/.]\d{1,2}[-/.]\d{1,2}|\d{1,2}[-/.]\d{1,2}[-/.]\d{4}")
-# Words by which the number in a sentence is not what the sentence says.
-TURNED = re.compile(
+# Words that negate, change or doubt the number in a sentence.
+QUALIFIED = re.compile(
     r"\b(?:up to|any|such as|until|before|after|from|maybe|perhaps|possibly|probably"
     r"|not|no|never|none|cannot|neither|nor|or|either|if|unless|except|without|but|wrong|incorrect|false|less|more"
     r"|fewer|greater|smaller|larger|least|most|over|under|above|below|between|than"
@@ -64,74 +64,79 @@ NUMBER = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
 
 
 @functools.lru_cache(maxsize=1 << 14)
-def same_answer(right: str, given: str) -> bool:
-    """Whether `given` says what `right` says; never longer than TIMEOUT."""
-    if given.strip() == right.strip():
-        return bool(given.strip())
-    given = given[:LONGEST].rpartition("####")[2]
-    gold, said = plain(right), plain(given)
-    if not said:
+def same_answer(reference: str, prediction: str) -> bool:
+    """Whether `prediction` equals `reference`; takes at most TIMEOUT."""
+    if prediction.strip() == reference.strip():
+        return bool(prediction.strip())
+    prediction = prediction[:LONGEST].rpartition("####")[2]
+    ref, pred = normalise(reference), normalise(prediction)
+    if not pred:
         return False
-    if squeeze(gold) == squeeze(said):
+    if squeeze(ref) == squeeze(pred):
         return True
-    if DIGITS.fullmatch(gold) and DIGITS.fullmatch(said):
-        return Decimal(gold) == Decimal(said)
-    if (choice := CHOICE.fullmatch(gold)) and not choice[3] and re.search("[A-J]", gold):
-        return _choice(choice[1] or choice[2], said)
-    if DATE.fullmatch(gold):
-        return bool(DATE.fullmatch(said)) and _numbers(gold) == _numbers(said)
-    verdict = _by_value(gold, said)
-    if verdict is None and not (re.search(r"\d", gold) and _quantity(gold, given=False)):
-        verdict = _by_words(gold, said)
-    return bool(verdict) or (_beyond(gold) and _by_math_verify(right, given))
+    if DIGITS.fullmatch(ref) and DIGITS.fullmatch(pred):
+        return Decimal(ref) == Decimal(pred)
+    if (choice := CHOICE.fullmatch(ref)) and not choice[3] and re.search("[A-J]", ref):
+        return _choice(choice[1] or choice[2], pred)
+    if DATE.fullmatch(ref):
+        return bool(DATE.fullmatch(pred)) and _numbers(ref) == _numbers(pred)
+    verdict = _by_value(ref, pred)
+    if verdict is None and not (re.search(r"\d", ref) and _quantity(ref, spelled=False)):
+        verdict = _by_words(ref, pred)
+    return bool(verdict) or (_beyond(ref) and _by_math_verify(reference, prediction))
 
 
 def number_in(text: str) -> str | None:
-    """The number that `text` is, a unit left out, in one spelling ("1,000.0" → "1000", ".5" → "1/2"); else None."""
-    text = plain(text)
-    found = _quantity(text, given=True)
+    """The number that `text` is, without its unit, normalised ("1,000.0" → "1000", ".5" → "1/2"); else None."""
+    text = normalise(text)
+    found = _quantity(text, spelled=True)
     value = None if found is None else exactly(found[0])
     if value is None or re.search(r"\d\s*[-+*^!(]|\|", text):
         return None
     return str(value) if max(value.numerator.bit_length(), value.denominator.bit_length()) < 10_000 else None
 
 
-def final_answer(right: str) -> str:
-    """The answer in a worked solution: what stands after GSM8K's ####, or in MATH's last \\boxed{…}; else all of it."""
-    if "####" in right:
-        return right.rpartition("####")[2].strip()
-    found = boxes(right)
-    return found[-1][2].strip() if found else right.strip()
+def final_answer(reference: str) -> str:
+    """The answer of a worked solution: after GSM8K's ####, or in MATH's last \\boxed{…}; else the whole text."""
+    if "####" in reference:
+        return reference.rpartition("####")[2].strip()
+    found = boxes(reference)
+    return found[-1][2].strip() if found else reference.strip()
 
 
-def copies(question: str, right: str, given: str) -> bool:
-    """Whether `given` is arithmetic that the question itself holds, where a number is due: 6*4 for "What is 6*4?"."""
-    said = squeeze(plain(given))
-    if number_in(right) is None or not re.search(r"\d\)*[-+*^/!]", said) or re.fullmatch(r"-?\d+/\d+", said):
+def copies(question: str, reference: str, prediction: str) -> bool:
+    """Whether `prediction` is arithmetic copied from a question that asks for its value: 6*4 for "What is 6*4?"."""
+    prediction = squeeze(normalise(prediction))
+    if (
+        number_in(reference) is None
+        or not re.search(r"\d\)*[-+*^/!]", prediction)
+        or re.fullmatch(r"-?\d+/\d+", prediction)
+    ):
         return False
-    return re.sub("[{}]", "", said) in re.sub("[{}]", "", squeeze(plain(question)))
+    return re.sub("[{}]", "", prediction) in re.sub("[{}]", "", squeeze(normalise(question)))
 
 
-def _by_value(gold: str, said: str) -> bool | None:
-    """None where the right answer is not mathematics, or the given one is words."""
-    right = _quantity(gold, given=False)
-    if right is None:
-        return _same_ratio(gold, said) if RATIO.fullmatch(gold) else None
-    bare = said[LEAD.match(said).end() :]
-    for text in dict.fromkeys((said, bare, _one_number(said) or said)):
-        found = _quantity(text, given=True)
+def _by_value(reference: str, prediction: str) -> bool | None:
+    """Compare as values; None where the reference is not mathematics, or the prediction is words."""
+    wanted = _quantity(reference, spelled=False)
+    if wanted is None:
+        return _same_ratio(reference, prediction) if RATIO.fullmatch(reference) else None
+    bare = prediction[LEAD.match(prediction).end() :]
+    for text in dict.fromkeys((prediction, bare, _one_number(prediction) or prediction)):
+        found = _quantity(text, spelled=True)
         if found is not None:
-            return any(_same_quantity(right, other) for other in (found, _quantity(text, True, False)) if other)
+            return any(_same_quantity(wanted, other) for other in (found, _quantity(text, True, False)) if other)
     return None
 
 
 @functools.lru_cache(maxsize=1 << 12)
-def _quantity(text: str, given: bool, thousands: bool = True) -> tuple[Tree, units.Quantity] | None:
+def _quantity(text: str, spelled: bool, thousands: bool = True) -> tuple[Tree, units.Quantity] | None:
+    """(value, number and unit) of a text; None where it is not a value. spelled: also numbers in words with a unit."""
     words = units.in_digits(text)
-    if given or re.fullmatch(r"-?\d+", words):
+    if spelled or re.fullmatch(r"-?\d+", words):
         text = words
     readings = [units.split(text), units.Quantity(text)]
-    if re.search("sin|cos|tan|cot|sec|csc", text):  # the degrees are the function's
+    if re.search("sin|cos|tan|cot|sec|csc", text):  # degrees belong to the function's argument
         readings.reverse()
     for part in dict.fromkeys(readings):
         try:
@@ -144,27 +149,29 @@ def _quantity(text: str, given: bool, thousands: bool = True) -> tuple[Tree, uni
     return None
 
 
-def _same_quantity(right: tuple[Tree, units.Quantity], found: tuple[Tree, units.Quantity]) -> bool:
-    (gold, gold_parts), (said, said_parts) = right, found
-    if not units.agree(gold_parts.unit, said_parts.unit):
+def _same_quantity(wanted: tuple[Tree, units.Quantity], found: tuple[Tree, units.Quantity]) -> bool:
+    (reference, reference_parts), (prediction, prediction_parts) = wanted, found
+    if not units.agree(reference_parts.unit, prediction_parts.unit):
         return False
-    if _equal(gold, said) and not (said_parts.percent and not gold_parts.percent and _below_one(gold)):
+    if _equal(reference, prediction) and not (
+        prediction_parts.percent and not reference_parts.percent and _below_one(reference)
+    ):
         return True
-    if gold_parts.percent != said_parts.percent:
+    if reference_parts.percent != prediction_parts.percent:
         hundredth = algebra.number(100)
-        left = ("/", gold, hundredth) if gold_parts.percent else gold
-        other = ("/", said, hundredth) if said_parts.percent else said
+        left = ("/", reference, hundredth) if reference_parts.percent else reference
+        other = ("/", prediction, hundredth) if prediction_parts.percent else prediction
         return _equal(left, other)
     return False
 
 
-def _equal(gold: Tree, said: Tree) -> bool:
-    """Also where one side alone has names for its values."""
+def _equal(reference: Tree, prediction: Tree) -> bool:
+    """Equal trees, also where only one side names its values ("x = 5")."""
     try:
-        if equal(gold, said):
+        if equal(reference, prediction):
             return True
-        value, other = without_name(gold), without_name(said)
-        return (value is gold) != (other is said) and equal(value, other)
+        value, other = without_name(reference), without_name(prediction)
+        return (value is reference) != (other is prediction) and equal(value, other)
     except Undecided:
         return False
 
@@ -175,19 +182,23 @@ def _below_one(tree: Tree) -> bool:
 
 
 def _one_number(text: str) -> str | None:
-    """What stands from the only number of a sentence on, if no word in it turns or doubts the number."""
+    """The only number of a sentence; None where there are several, or a word that negates, changes or doubts it."""
     if not re.search(r"[A-Za-z]{2}", text) or "\\" in text:
         return None
     found = list(re.finditer(rf"(?<![\w.])[-+]?[$€£¥₹]?\s?(?:{NUMBER})(?!\w)", text))
-    if len(found) != 1 or len(re.findall(r"\d+", text)) != len(re.findall(r"\d+", found[0][0])) or TURNED.search(text):
+    if (
+        len(found) != 1
+        or len(re.findall(r"\d+", text)) != len(re.findall(r"\d+", found[0][0]))
+        or QUALIFIED.search(text)
+    ):
         return None
     return found[0][0].strip()
 
 
-def _same_ratio(gold: str, said: str) -> bool:
-    """10:30 and 3 : 4, number by number; am and pm only where both say it."""
-    bare = said[LEAD.match(said).end() :]
-    first, second = (RATIO.fullmatch(re.sub(r"(?i)^(\d+)(?= ?[ap]\.?m)", r"\1:00", text)) for text in (gold, bare))
+def _same_ratio(reference: str, prediction: str) -> bool:
+    """Compare 10:30 or 3 : 4 number by number; am and pm only where both have it."""
+    bare = prediction[LEAD.match(prediction).end() :]
+    first, second = (RATIO.fullmatch(re.sub(r"(?i)^(\d+)(?= ?[ap]\.?m)", r"\1:00", text)) for text in (reference, bare))
     if second is None or _numbers(first[1]) != _numbers(second[1]):
         return False
     halves = [match[2].lower().replace(".", "") for match in (first, second) if match[2]]
@@ -198,56 +209,56 @@ def _numbers(text: str) -> list[int]:
     return [int(run) for run in re.findall(r"\d{1,100}", text)]
 
 
-def _choice(gold: str, said: str) -> bool:
-    match = CHOICE.fullmatch(said[LEAD.match(said).end() :])
+def _choice(reference: str, prediction: str) -> bool:
+    match = CHOICE.fullmatch(prediction[LEAD.match(prediction).end() :])
     if match is None or TAKEN_BACK.search(match[3]):
         return False
-    return (match[1] or match[2]).upper() == gold.upper()
+    return (match[1] or match[2]).upper() == reference.upper()
 
 
-def _by_words(gold: str, said: str) -> bool:
-    right, found = words(gold), words(said)
-    if right in YES | NO:
-        wanted, others = (YES, NO) if right in YES else (NO, YES)
-        match = re.match(r"\W*(\w+)(?:\s*$|\s*[,.;:!—-](.*))", said[LEAD.match(said).end() :], re.DOTALL)
+def _by_words(reference: str, prediction: str) -> bool:
+    wanted, found = words(reference), words(prediction)
+    if wanted in YES | NO:
+        same, others = (YES, NO) if wanted in YES else (NO, YES)
+        match = re.match(r"\W*(\w+)(?:\s*$|\s*[,.;:!—-](.*))", prediction[LEAD.match(prediction).end() :], re.DOTALL)
         rest = set(re.findall(r"\w+", (match[2] or "").lower())) if match else set()
-        return match is not None and match[1].lower() in wanted and not rest & others
-    if right and right in (found, words(said[LEAD.match(said).end() :])):
+        return match is not None and match[1].lower() in same and not rest & others
+    if wanted and wanted in (found, words(prediction[LEAD.match(prediction).end() :])):
         return True
-    first, second = CHOICE.fullmatch(gold), CHOICE.fullmatch(said)
+    first, second = CHOICE.fullmatch(reference), CHOICE.fullmatch(prediction)
     if second is None or not second[3]:
         return False
     if first is None or not first[3]:
-        return bool(right) and words(second[3]) == right
+        return bool(wanted) and words(second[3]) == wanted
     return (first[1] or first[2]).upper() == (second[1] or second[2]).upper() and words(first[3]) == words(second[3])
 
 
 def words(text: str) -> str:
-    """Words to compare: case, quotes, articles in front and punctuation that separates nothing left out."""
+    """Normalised words: without case, quotes, leading articles and punctuation around words."""
     text = unicodedata.normalize("NFKC", text).casefold()
     text = re.sub(r"(?<!\w)[.,;:!\"'()]+|[.,;:!\"'()]+(?!\w)", " ", text)
     return ARTICLE.sub("", " ".join(text.split()), count=1)
 
 
-def _beyond(gold: str) -> bool:
-    """Whether the right answer is mathematics that `algebra` cannot read."""
-    return "\\" in gold and _quantity(gold, given=False) is None
+def _beyond(reference: str) -> bool:
+    """Whether the reference is LaTeX mathematics that `algebra` cannot parse."""
+    return "\\" in reference and _quantity(reference, spelled=False) is None
 
 
-def _by_math_verify(right: str, given: str) -> bool:
-    request = {"task": "math", "gold": unwrap(right), "answer": unwrap(given)}
+def _by_math_verify(reference: str, prediction: str) -> bool:
+    request = {"task": "math", "gold": unwrap(reference), "answer": unwrap(prediction)}
     return bool(shared_checker().call(request, TIMEOUT))
 
 
 def is_value(text: str) -> bool:
-    """Whether all of the text is a number, an expression or the like, a unit included; a letter may be a choice."""
+    """Whether the whole text is a value (number, expression, list …), possibly with a unit; not a choice like (B)."""
     if len(text) > algebra.LONGEST:
         return False
-    text = plain(text)
-    return CHOICE.fullmatch(text) is None and _quantity(text, given=False) is not None
+    text = normalise(text)
+    return CHOICE.fullmatch(text) is None and _quantity(text, spelled=False) is not None
 
 
-@functools.lru_cache(maxsize=1 << 12)  # asked for every answer to a question
-def is_mathematics(right: str) -> bool:
-    """Whether the right answer is a value or other mathematics, rather than words."""
-    return is_value(right) or "\\" in plain(right)
+@functools.lru_cache(maxsize=1 << 12)  # called for every answer to a question
+def is_mathematics(reference: str) -> bool:
+    """Whether the reference is a value or other mathematics, rather than words."""
+    return is_value(reference) or "\\" in normalise(reference)

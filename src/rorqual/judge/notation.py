@@ -1,4 +1,4 @@
-"""One spelling for answers: Unicode's and LaTeX's many ways of writing the same become one, nothing is computed."""
+"""Normalise the notation of answers: equivalent Unicode and LaTeX spellings become one; nothing is computed."""
 
 import re
 import unicodedata
@@ -10,7 +10,7 @@ WRAPPERS = [
         r"__(.*)__", r"`+([^`]*)`+", r'"([^"]*)"', r"“([^”]*)”", r"‘([^’]*)’", r"'([^']*)'", r"«([^»]*)»",
     )
 ]  # fmt: skip
-LAYERS = 12  # of wrappers
+LAYERS = 12  # of nested wrappers to remove
 SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ⁽⁾", "0123456789+-n()")
 SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉ₙ", "0123456789n")
 VULGAR = "¼½¾⅐⅑⅒⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"
@@ -34,8 +34,8 @@ TEXT = re.compile(
 MATRIX = re.compile(r"\\begin\{([pbB]?matrix|array)\}(?:\{[^{}]*\})?(.*?)\\end\{\1\}", re.DOTALL)
 
 
-def plain(text: str) -> str:
-    """`text` in one spelling: no wrappers, no cosmetic LaTeX, ASCII signs, white space as single spaces."""
+def normalise(text: str) -> str:
+    """`text` without wrappers and cosmetic LaTeX, with ASCII signs and single spaces."""
     text = unwrap(text)
     text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ⁽⁾]+", lambda m: "^{" + m[0].translate(SUPERSCRIPTS) + "}", text)
     text = re.sub("[₀₁₂₃₄₅₆₇₈₉ₙ]+", lambda m: "_{" + m[0].translate(SUBSCRIPTS) + "}", text)
@@ -51,7 +51,7 @@ def plain(text: str) -> str:
 
 
 def unwrap(text: str) -> str:
-    """Without what only surrounds an answer: math delimiters, \\boxed, bold, quotes, a final full stop."""
+    """Without what surrounds an answer: math delimiters, \\boxed, bold, quotes, a final full stop."""
     for _ in range(LAYERS):
         before = text
         text = text.strip().removeprefix(":")
@@ -67,8 +67,8 @@ def unwrap(text: str) -> str:
 
 
 def boxes(text: str) -> list[tuple[int, int, str]]:
-    """(start, end, content) of every closed \\boxed{…} or \\fbox{…} that is in no other; `\\boxed 5` too."""
-    found, opened = [], []  # where \boxed stands and where its content begins; None for other braces
+    """(start, end, content) of each outermost closed \\boxed{…} or \\fbox{…}; `\\boxed 5` too."""
+    found, opened = [], []  # (start of \boxed, start of its content); None for other braces
     for match in re.finditer(r"\\f?box(?:ed)?\s*(\{|\d+)|\\.|[{}]", text, re.DOTALL):
         if match[0] in ("{", "}") or match[1] == "{":
             if match[0] == "}":
@@ -88,7 +88,7 @@ def boxes(text: str) -> list[tuple[int, int, str]]:
 
 
 def squeeze(text: str) -> str:
-    """Without the spaces that separate nothing; "1, 234" is not 1,234."""
+    """Without the spaces next to symbols; those between words, and after a comma, stay: "1, 234" is not 1,234."""
     return re.sub(r"(?<![\w,]) | (?!\w)", "", text)
 
 
@@ -103,14 +103,14 @@ def _without_latex(text: str) -> str:
     text = re.sub(r"\\([%#&_])", r"\1", text)
     text = re.sub(r"\\[,;: ]|~", " ", text)
     text = re.sub(r"\\[()\[\]]", "", text)
-    for _ in range(4):  # texts in texts
+    for _ in range(4):  # nested \text
         text = TEXT.sub(r" \1 ", text)
     text = re.sub(r"\\([A-Za-z]+)", lambda m: COMMANDS.get(m[1], m[0]), text)
     return re.sub(r"\^\s*(?:\{\s*°\s*\}|°)", "°", text)
 
 
 def _matrix(match: re.Match[str]) -> str:
-    """Rows in brackets: [[1,2],[3,4]]; a column as the tuple it is."""
+    """Rows in brackets: [[1,2],[3,4]]; a column vector as a tuple."""
     rows = [row for row in re.split(r"\\\\(?:\[[^\]]*\])?", match[2]) if row.strip()]
     if len(rows) > 1 and "&" not in match[2]:
         return "(" + ",".join(rows) + ")"

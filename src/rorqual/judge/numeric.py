@@ -1,6 +1,6 @@
-"""Values of `algebra`'s trees: exact ones of rational arithmetic, numbers of 50 digits at chosen points for the rest.
+"""Evaluate `algebra` trees: exact rational arithmetic, and 50-digit values at fixed points for the rest.
 
-Nothing here takes long: what would grow beyond limits is not computed.
+Run time is bounded: values beyond the limits below are not computed.
 """
 
 import functools
@@ -12,14 +12,14 @@ from typing import Any
 
 from rorqual.judge.algebra import Tree
 
-BITS = 20_000  # of an exact number
-LARGEST = 10**6  # exponents and arguments beyond are not computed
+BITS = 20_000  # limit of an exact number's numerator and denominator
+LARGEST = 10**6  # limit of exponents and arguments
 POINTS = 5
 DIGITS = 50
 
 
 class Undecided(ArithmeticError):
-    """Too large to be computed, or without a value."""
+    """The value is undefined, or too large to compute."""
 
 
 def has(tree: Any, op: str) -> bool:
@@ -27,7 +27,7 @@ def has(tree: Any, op: str) -> bool:
 
 
 def exact(tree: Tree) -> Fraction:
-    """The value of rational arithmetic. Raises Undecided for everything else, and beyond BITS."""
+    """The exact value of rational arithmetic. Raises Undecided for everything else, and beyond BITS."""
     match tree:
         case ("num", value, _):
             return value
@@ -95,14 +95,14 @@ def near(a: Any, b: Any) -> bool:
 
 
 def free_names(tree: Any) -> set[str]:
-    """Free names: all but constants."""
+    """The variables of a tree: all names except constants."""
     if isinstance(tree, tuple) and tree and tree[0] == "name":
         return {tree[1]} - {"π", "∞", "e", "i"}
     return set().union(*map(free_names, tree)) if isinstance(tree, tuple | list) else set()
 
 
 def values(trees: Sequence[Tree]) -> list[tuple[Any, ...]]:
-    """The trees' values at a few points at which all have one. Raises Undecided where there are none."""
+    """The trees' values at a few points where all are defined. Raises Undecided where there are none."""
     names = sorted(set().union(*map(free_names, trees)))
     found = []
     for k in range(POINTS if names else 1):
@@ -117,13 +117,13 @@ def values(trees: Sequence[Tree]) -> list[tuple[Any, ...]]:
 
 
 def _coordinate(name: str, k: int) -> Fraction:
-    """Between 0.2 and 2; below zero at every third point."""
+    """A fixed coordinate of magnitude 0.2 to 2; negative at every third point."""
     value = Fraction(Random(f"{name}/{k}").randrange(200_000, 2_000_000), 1_000_000)
     return -value if k % 3 == 2 else value
 
 
 def _value(tree: Tree, point: dict[str, Fraction]) -> Any:
-    """As a complex number of DIGITS digits."""
+    """The value at a point, as a complex number of DIGITS digits."""
     numbers = context()
     match tree:
         case ("num", value, _):
@@ -183,7 +183,7 @@ def _called(name: str, arguments: Sequence[Any]) -> Any:
 
 
 def _odd_root(x: Any, degree: Any) -> Any:
-    """The real root of a negative number, as schools have it: the cube root of −8 is −2."""
+    """The real odd root of a negative number, as taught in school: the cube root of −8 is −2."""
     if degree.real % 2 != 1:
         return context().root(x, int(degree.real))
     return -context().root(-x, int(degree.real))

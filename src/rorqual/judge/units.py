@@ -1,4 +1,4 @@
-"""What stands around the number in an answer: a unit, a currency, a percent sign, "million", numbers in words."""
+"""Units, currencies, percent signs, scales ("million") and number words around the number of an answer."""
 
 import re
 from dataclasses import dataclass
@@ -24,8 +24,8 @@ UNITS = {
 CANONICAL = {word: unit for unit, words in UNITS.items() for word in [unit, *words.split()]}
 ABBREVIATIONS = {unit for unit in UNITS if unit.isalpha() and len(unit) > 1}  # may follow a number without a space
 LETTERS = set("mgslhJNWVKCFAL")  # units of one letter, after a space
-# Words after a number that make it another number, or no answer.
-TURNING = {
+# Words after a number that change it or make it no answer.
+QUALIFIERS = {
     "or", "and", "but", "not", "if", "to", "is", "are", "was", "times", "plus", "minus", "over", "than", "less",
     "more", "least", "most", "divided", "point", "half", "halves", "third", "thirds", "quarter", "quarters",
     "fourth", "fifths", "squared", "cubed", "factorial", "root", "power", "mod", "modulo", "remainder", "because",
@@ -37,7 +37,7 @@ UNIT = re.compile(r"[A-Za-zµΩμ°¢€£¥₹$%/²³.\-^·*{}0-9' ]*")
 
 @dataclass(frozen=True)
 class Quantity:
-    """`body` is what a number should stand in; `unit` the words of its unit, canonical; `scale` from "million"."""
+    """`body`: text of the number; `unit`: canonical words of its unit; `scale`: the factor from "million" etc."""
 
     body: str
     unit: frozenset[str] = frozenset()
@@ -46,7 +46,7 @@ class Quantity:
 
 
 def split(text: str) -> Quantity:
-    """The parts of `text`, which is `notation.plain`."""
+    """Split `text`, the output of `notation.normalise`, into number and unit."""
     unit: set[str] = set()
     if match := re.match(r"([-+]?)\s*(US\$|USD|EUR|GBP|[$€£¥₹])\s*(?=[-+.\d(])", text, re.IGNORECASE):
         unit.add(CURRENCIES[match[2].lower()])
@@ -71,14 +71,14 @@ def split(text: str) -> Quantity:
 
 
 def agree(first: frozenset[str], second: frozenset[str]) -> bool:
-    """Whether one unit is the other or a part of it, or left out. Pounds are money and weight."""
+    """Whether one unit equals, contains or lacks the other. Pounds are money and weight."""
     if first and second and "pound" in first | second and first | second <= {"pound", "lb", "£"}:
         return True
     return first <= second or second <= first
 
 
 def in_digits(text: str) -> str:
-    """A number in words at the beginning as digits: "twenty-one eggs" → "21 eggs", "two thirds" → "2/3"."""
+    """Replace a leading number in words by digits: "twenty-one eggs" → "21 eggs", "two thirds" → "2/3"."""
     text = re.sub(rf"^an? (?=(?:{'|'.join([*SCALES, *PARTS])})\b)|^(?=half$)", "one ", text, flags=re.IGNORECASE)
     part = re.fullmatch(r"([A-Za-z]+|\d+)[- ]([A-Za-z]+)", text)
     if part and (below := PARTS.get(part[2].lower().replace("halves", "half").removesuffix("s"))):
@@ -95,19 +95,19 @@ def in_digits(text: str) -> str:
 
 
 def _tails(text: str) -> list[re.Match[str]]:
-    """Where a unit may begin: after what can end a number, the longest tail first."""
+    """Possible starts of a unit, after the end of a number; the longest tail first."""
     return list(re.finditer(r"(?<=([\d)}π∞!|\]]))(\s*)(?=([A-Za-zµΩμ°¢€£¥₹$%/]))", text))
 
 
 def _unit_words(tail: str, spaced: bool) -> list[str] | None:
-    """The words of a unit; None where the tail is none."""
+    """The canonical words of a unit; None where the tail is not a unit."""
     if not UNIT.fullmatch(tail) or len(tail) > 60:
         return None
     tail = re.sub(r"\b([ap])\.\s?m\b\.?", r"\1m", tail, flags=re.IGNORECASE)
     tail = re.sub(r"\s+per\s+(?!cent)", "/", re.sub(r"\bmph\b", "miles/hour", tail))
     tail = re.sub(r"[{}]", "", tail.replace("²", "^2").replace("³", "^3"))
     words = tail.replace("per cent", "percent").split()
-    if not words or len(words) > 5 or TURNING & {word.strip(".,").lower() for word in words}:
+    if not words or len(words) > 5 or QUALIFIERS & {word.strip(".,").lower() for word in words}:
         return None
     if any(re.search(r"(?<![\^\d])\d", word) for word in words):  # another number
         return None

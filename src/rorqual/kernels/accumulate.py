@@ -8,7 +8,7 @@ from rorqual.kernels import cpu
 def accumulate(total: Tensor, x: Tensor) -> None:
     """total += x in place, `total` FP32. torch's operator first copies a BF16 x to FP32: 10 times slower."""
     if cpu.usable(x) and x.is_contiguous() and total.is_contiguous():
-        cpu.call("add_into", x.dtype, total, x, x.numel())
+        cpu.call("accumulate", x.dtype, total, x, x.numel())
     else:
         accumulate_reference(total, x)
 

@@ -1,4 +1,4 @@
-"""Sample, append and stop-check the next tokens of running sequences in one call (cpu/decode.cpp).
+"""Sample, append and stop-check the next tokens of running sequences in one call (cpu/csrc/sampling.cpp).
 
 The reference is engine.sampling.sample_and_append_reference.
 """
@@ -12,6 +12,12 @@ from rorqual.kernels import cpu
 
 Integers = NDArray[np.int64]
 
+# The rows of `numbers`, as the enum BatchNumber of cpu/csrc/sampling.cpp.
+NUMBERS = (
+    "position", "num_tokens", "max_new_tokens", "last_token", "num_blocks", "budget", "think_end_token", "filter_index",
+    "thinking_ended", "needs_adjusting", "streaming",
+)  # fmt: skip
+FILTER_COLUMNS = ("temperature", "top_p", "top_k", "min_p")
 LENGTH_REACHED, STOP_TOKEN = 1, 2  # why a sequence has finished
 # Flags: some sequence has finished; lacks array space or a random number for its next token; lacks a block.
 FINISHED, NEEDS_PREPARE, NEEDS_BLOCKS = 1, 2, 4
@@ -24,7 +30,9 @@ class AppendTokens:
         self, numbers: Integers, filters: NDArray[np.float32], uniform: NDArray[np.float32], stops: Integers,
         tokens: Integers, logprobs: NDArray[np.float32], drafts: Integers, block: int,
     ) -> None:  # fmt: skip
-        """numbers [11, n]; filters [·, 4]: temperature, top_p, top_k, min_p; the others [n, ·]; block: its tokens."""
+        """numbers [len(NUMBERS), n]; filters [·, len(FILTER_COLUMNS)]; the others [n, ·]; block: tokens a block of the
+        KV cache. The order is that of BatchState in cpu/csrc/sampling.cpp.
+        """
         self._kept = numbers, filters, uniform, stops, tokens, logprobs, drafts
         where = [x for array in self._kept for x in (array.ctypes.data, array.shape[1])]
         self._where = torch.tensor([*where, block])
@@ -39,7 +47,7 @@ class AppendTokens:
         m = len(at)
         found = np.empty((2, m + 1), dtype=np.int64)
         cpu.call(
-            "extend", logits.dtype, logits.contiguous(), m, logits.shape[1], from_numpy(at),
+            "append_tokens", logits.dtype, logits.contiguous(), m, logits.shape[1], from_numpy(at),
             None if spans is None else from_numpy(spans), self._where, from_numpy(found),
         )  # fmt: skip
         return found[0, :m], found[1, :m], int(found[1, m])

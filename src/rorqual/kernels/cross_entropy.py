@@ -75,7 +75,7 @@ def softmax_grad_(
     logprob, entropy = logits.new_empty(2, len(logits), dtype=torch.float32)
     share = None if share is None else share.float().contiguous()
     arguments = (*logits.shape, targets.long().contiguous(), share, temperature, logprob, entropy)
-    cpu.call("softmax_slope", logits.dtype, logits, *arguments)
+    cpu.call("softmax_grad", logits.dtype, logits, *arguments)
     return logprob, entropy
 
 

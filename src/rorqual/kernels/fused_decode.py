@@ -1,4 +1,4 @@
-"""A whole decode step in one call, for a model with quantised weights on a CPU (cpu/step.cpp).
+"""A whole decode step in one call, for a model with quantised weights on a CPU (cpu/csrc/fused_decode.cpp).
 
 The reference is the model itself: `Transformer.logits` gives the same up to rounding.
 """
@@ -16,7 +16,7 @@ Weights = tuple[QuantizedWeight, Tensor | None]  # with a bias
 
 @dataclass(kw_only=True)
 class LayerWeights:
-    """A layer's tensors in the order of cpu/network.h; None where the layer has none."""
+    """A layer's tensors in the order of cpu/csrc/fused_decode/model.h; None where the layer has none."""
 
     norm: Tensor
     q_a: Weights | None = None
@@ -47,7 +47,7 @@ QUANTIZED = {"q_a", "q", "k", "v", "kv_a", "o", "gate", "up", "down", "experts_i
 
 @dataclass(kw_only=True)
 class ModelSizes:
-    """A model's sizes in the order of cpu/network.h. `width`: rotary width of a head."""
+    """A model's sizes in the order of cpu/csrc/fused_decode/model.h. `width`: rotary width of a head."""
 
     hidden: int
     heads: int
@@ -118,7 +118,7 @@ class FusedDecodeStep:
         m = n if logit_rows is None else len(logit_rows)
         logits, hidden = torch.empty(m, self.vocab_size), torch.empty(n, self.hidden)
         cpu.call(
-            "decode_step", self.dtype, self._network, tokens.contiguous(),
+            "fused_decode", self.dtype, self._network, tokens.contiguous(),
             None if states is None else states.float().contiguous(), n, tables, tables.stride(0), self.block, lengths,
             self._numbers, hidden, logit_rows, m, logits,
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The int8 KV cache in blocks of 16 slots, in the layout of cpu/cache8.h.
+"""The int8 KV cache in blocks of 16 slots, in the layout of cpu/csrc/kv_int8.h.
 
 B blocks, G key/value heads of width W, R = ⌈W/32⌉ records. A record has 32 numbers of 16 slots, then the slots' scales
 in FP16. Keys have the layout of weights (quantized_linear.py: int8_groups, a slot as an output); values are signed,

@@ -85,16 +85,18 @@ class _Grouped(torch.autograd.Function):
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
             grad_x = x.new_empty(x.shape)
-            cpu.call("product_backward", x.dtype, grad, N, weight, ends, E, N, K, grad_x)
+            cpu.call("grouped_gemm_backward_input", x.dtype, grad, N, weight, ends, E, N, K, grad_x)
         if ctx.needs_input_grad[1]:
             grad_weight = torch.empty_like(weight)
             pairs = x.new_empty(len(x) // 2 + E + 1, -(-N // 12) * 12, dtype=torch.float32)
-            cpu.call("product_backward_weights", x.dtype, grad, N, x, x.stride(0), ends, E, N, K, pairs, grad_weight)
+            cpu.call(
+                "grouped_gemm_backward_weight", x.dtype, grad, N, x, x.stride(0), ends, E, N, K, pairs, grad_weight
+            )
         return grad_x, grad_weight, None
 
 
 def _usable(x: Tensor, weight: Tensor) -> bool:
-    """Whether the compiled products (product.cpp) take these; they read weights once, without packing."""
+    """Whether the compiled products (csrc/bf16_gemm.cpp) take these; they read weights once, without packing."""
     return (
         x.dtype == torch.bfloat16
         and cpu.usable(x, weight)
@@ -114,5 +116,5 @@ def _grouped_usable(x: Tensor, weight: Tensor) -> bool:
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, ends: Tensor) -> Tensor:
     E, N, K = weight.shape
     out = x.new_empty(len(x), N)
-    cpu.call("product", x.dtype, x, x.stride(0), weight, bias, ends, E, N, K, out)
+    cpu.call("grouped_gemm", x.dtype, x, x.stride(0), weight, bias, ends, E, N, K, out)
     return out

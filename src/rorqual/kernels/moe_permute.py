@@ -54,7 +54,7 @@ class _Dispatch(torch.autograd.Function):
         if cpu.usable(grad):
             tokens, width = len(row) // ctx.k, grad.shape[1]
             grad_x = grad.new_empty(tokens, width)
-            cpu.call("combine", grad.dtype, grad.contiguous(), None, row, tokens, ctx.k, width, grad_x)
+            cpu.call("unpermute", grad.dtype, grad.contiguous(), None, row, tokens, ctx.k, width, grad_x)
             return grad_x, None, None, None
         return grad.index_select(0, row).unflatten(0, (-1, ctx.k)).sum(1), None, None, None
 
@@ -65,7 +65,7 @@ class _Combine(torch.autograd.Function):
         ctx.save_for_backward(y, weights, slot, row)
         if cpu.usable(y) and weights.dtype == torch.float32:
             out = y.new_empty(len(weights), y.shape[1])
-            cpu.call("combine", y.dtype, y.contiguous(), weights.contiguous(), row, *weights.shape, y.shape[1], out)
+            cpu.call("unpermute", y.dtype, y.contiguous(), weights.contiguous(), row, *weights.shape, y.shape[1], out)
             return out
         rows = y.index_select(0, row).view(*weights.shape, -1)  # [N, K, D]
         return torch.bmm(weights.to(y.dtype).unsqueeze(1), rows).squeeze(1)
@@ -78,7 +78,7 @@ class _Combine(torch.autograd.Function):
             grad_y, grad_weights = y.new_empty(y.shape), weights.new_empty(weights.shape)
             sizes = (len(slot), *weights.shape, y.shape[1])
             tensors = (grad.contiguous(), y.contiguous(), weights.contiguous(), slot)
-            cpu.call("combine_backward", y.dtype, *tensors, *sizes, grad_y, grad_weights)
+            cpu.call("unpermute_backward", y.dtype, *tensors, *sizes, grad_y, grad_weights)
             return grad_y, grad_weights, None, None
         grad_rows = grad.index_select(0, _token(slot, grad, weights.shape[1]))  # [M, D]
         grad_weights = (grad_rows * y).sum(-1, dtype=torch.float32).index_select(0, row).view_as(weights)

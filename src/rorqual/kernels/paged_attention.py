@@ -99,7 +99,7 @@ def _call(
     out = q.new_empty(n, H, v.shape[-1])
     width2 = q2.shape[-1]
     cpu.call(
-        "past_attention", q.dtype, q.contiguous(), q2.contiguous(), k, *keys, v, *values, tables, tables.stride(0), P,
+        "paged_attention", q.dtype, q.contiguous(), q2.contiguous(), k, *keys, v, *values, tables, tables.stride(0), P,
         lengths, n, H, groups, W, width2, v.shape[-1], scale, out,
     )  # fmt: skip
     return out

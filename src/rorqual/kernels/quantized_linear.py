@@ -1,6 +1,6 @@
 """Matrix products with int4 or int8 weights, by int8 activations, without dequantising.
 
-M rows, K in, N out, E experts, G = ⌈K/32⌉ groups of inputs. The memory layout is described in cpu/lowbit.h.
+M rows, K in, N out, E experts, G = ⌈K/32⌉ groups of inputs. Memory layout: cpu/csrc/quantized_weight.h.
 """
 
 import itertools
@@ -15,9 +15,9 @@ from torch import Tensor
 from rorqual.kernels import cpu
 
 Format = Literal["int4", "int4_mins", "int8", "int8_groups"]
-FORMATS: tuple[Format, ...] = ("int4", "int4_mins", "int8", "int8_groups")  # numbered as in lowbit.cpp
+FORMATS: tuple[Format, ...] = ("int4", "int4_mins", "int8", "int8_groups")  # numbered as in cpu/csrc/quantized_rows.h
 GROUP, PANEL = 32, 16
-ACTIVATION_GROUPS = 3  # groups of activations that share a scale, with int8 weights (cpu/lowbit.h)
+ACTIVATION_GROUPS = 3  # groups of activations that share a scale, with int8 weights (cpu/csrc/quantized_rows.h)
 
 
 @dataclass
@@ -138,11 +138,11 @@ def quantized_linear(
     fits = packed.data.is_cpu and cpu.usable(x, *([] if bias is None else [bias]))
     if not fits or torch.is_grad_enabled():
         return quantized_linear_reference(x, packed, bias, ends)
-    line = -(-packed.K // 64) * 64 + 64  # bytes of a row in either form of activations (lowbit.h)
+    line = -(-packed.K // 64) * 64 + 64  # bytes of a row in either form of activations (cpu/csrc/quantized_rows.h)
     scratch = torch.empty((len(x) + 7) * 2 * line, dtype=torch.uint8)
     out = x.new_empty(len(x), packed.N)
     cpu.call(
-        "lowbit_product", x.dtype, x, x.stride(0), packed.data, FORMATS.index(packed.format), packed.channels, bias,
+        "quantized_linear", x.dtype, x, x.stride(0), packed.data, FORMATS.index(packed.format), packed.channels, bias,
         ends, len(ends), packed.N, packed.K, scratch, out,
     )  # fmt: skip
     return out

@@ -58,7 +58,7 @@ def _rotate(
     B, T, H, R = x.shape
     out = x.new_empty(B, T, H, R)
     cpu.call(
-        "rotate", x.dtype, x, x.stride(1), x.stride(2), *pairs, cos, sin, cos.shape[0] * T, B * T, H, R // 2, sign,
-        out, *out_pairs,
+        "apply_rotary", x.dtype, x, x.stride(1), x.stride(2), *pairs, cos, sin, cos.shape[0] * T, B * T, H, R // 2,
+        sign, out, *out_pairs,
     )  # fmt: skip
     return out

@@ -33,15 +33,9 @@ def sample(logits: Tensor, filter: SamplingFilter, uniform: Tensor) -> tuple[Ten
         return sample_reference(logits, filter, uniform)
     tokens = logits.new_empty(len(logits), dtype=torch.long)
     logprobs = logits.new_empty(len(logits), dtype=torch.float32)
-    arguments = (
-        *logits.shape,
-        filter.temperature,
-        filter.top_p,
-        filter.top_k,
-        filter.min_p,
-        uniform.float().contiguous(),
-    )
-    cpu.call("draw", logits.dtype, logits.contiguous(), *arguments, tokens, logprobs)
+    settings = filter.temperature, filter.top_p, filter.top_k, filter.min_p
+    uniform = uniform.float().contiguous()
+    cpu.call("sample", logits.dtype, logits.contiguous(), *logits.shape, *settings, uniform, tokens, logprobs)
     return tokens, logprobs
 
 

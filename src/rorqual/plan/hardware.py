@@ -1,4 +1,4 @@
-"""What this machine can do."""
+"""Measure and describe this machine."""
 
 import functools
 import os
@@ -13,13 +13,13 @@ import torch
 from rorqual.kernels import cpu
 from rorqual.kernels.dtypes import bf16_speed, dtype_name, fastest_dtype
 
-SIZE = {"cpu": 1024, "cuda": 8192}
+SIZE = {"cpu": 1024, "cuda": 8192}  # of the measured matmul
 EMULATED = 256  # on a CPU that emulates the dtype: 1024 would take five seconds
-PATIENCE = 0.3  # seconds of measuring
+MEASURE_SECONDS = 0.3
 
 
 def matrix_peak(dtype: torch.dtype = torch.float32, device: str = "cpu") -> float:
-    """FLOP/s of a large square product, measured once a process, dtype and thread count."""
+    """FLOP/s of a large square matmul, measured once per process, dtype and thread count."""
     return _measured_peak(dtype, device, torch.get_num_threads())
 
 
@@ -31,8 +31,8 @@ def _measured_peak(dtype: torch.dtype, device: str, threads: int) -> float:
     a = torch.ones(size, size, dtype=dtype, device=device)
     out = a @ a
     best, start = float("inf"), time.perf_counter()
-    # The best of many: other work on the machine only ever slows a product down.
-    while time.perf_counter() - start < PATIENCE:
+    # The best of many: other work on the machine can only slow it down.
+    while time.perf_counter() - start < MEASURE_SECONDS:
         before = time.perf_counter()
         torch.mm(a, a, out=out)
         if out.is_cuda:
@@ -42,14 +42,14 @@ def _measured_peak(dtype: torch.dtype, device: str, threads: int) -> float:
 
 
 def memory_used() -> int:
-    """Bytes this process holds now (on an accelerator: its peak allocation there)."""
+    """Resident bytes of this process; with an accelerator, its peak allocation there."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
     return psutil.Process().memory_info().rss
 
 
 def memory_total(device: str = "cpu") -> int:
-    """Bytes of memory the device has."""
+    """Memory of the device in bytes."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return psutil.virtual_memory().total
@@ -63,7 +63,7 @@ def describe_machine() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
-        "compiled_functions": cpu.capability(),  # of rorqual.kernels.cpu; None: the PyTorch references run
+        "compiled_functions": cpu.capability(),  # of rorqual.kernels.cpu; None: the PyTorch references are used
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -71,12 +71,12 @@ def describe_machine() -> dict[str, Any]:
 
 
 def diagnose() -> list[tuple[str, str]]:
-    """What is in use here, part by part, and why: (part, sentence)."""
+    """(part, sentence) pairs: what is used on this machine, and why."""
     machine = describe_machine()
     dtype = fastest_dtype()
     times = bf16_speed()
-    compared = f"a product in BF16 takes {1 / times:.1f} times as long as in FP32" if times < 1 else (
-        f"a product in BF16 is {times:.1f} times as fast as in FP32")  # fmt: skip
+    compared = f"a BF16 matmul takes {1 / times:.1f} times as long as an FP32 one" if times < 1 else (
+        f"a BF16 matmul is {times:.1f} times as fast as an FP32 one")  # fmt: skip
     return [
         ("processor", f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gb']} GB"),
         ("threads", str(machine["threads"])),

@@ -1,4 +1,4 @@
-"""How it is drawn: two themes and three kinds of picture, small enough to be read on a phone."""
+"""Chart drawing: two themes and three chart types, readable on a phone."""
 
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +23,7 @@ class Theme:
     text: str
     faint: str
     colours: tuple[str, ...]
-    ramp: tuple[float, float]  # the stretch of viridis that stands out, for things in an order
+    ramp: tuple[float, float]  # the range of viridis with enough contrast, for ordered series
 
 
 THEMES = (
@@ -41,7 +41,7 @@ THEMES = (
 
 
 def save(plot: Callable[[Axes, Theme], bool], theme: Theme, file: Path) -> bool:
-    """Draw with `plot` and write a PNG; False, and no file, where `plot` says there is nothing to draw."""
+    """Draw with `plot` and write a PNG; returns False, and writes no file, where `plot` had nothing to draw."""
     settings = {
         "font.size": 10.5,
         "text.color": theme.text,
@@ -69,7 +69,7 @@ def save(plot: Callable[[Axes, Theme], bool], theme: Theme, file: Path) -> bool:
 
 
 def lines(axes: Axes, theme: Theme, series: Series, smooth: bool, ordered: bool = False) -> None:
-    """A line a series; noisy ones as a running mean over a pale trace. `ordered`: colours along a ramp."""
+    """One line per series. `smooth`: a running mean over a pale line of the data; `ordered`: colours along a ramp."""
     for i, (label, (x, y)) in enumerate(series.items()):
         colour = theme.colours[i % len(theme.colours)]
         if ordered:
@@ -85,7 +85,7 @@ def lines(axes: Axes, theme: Theme, series: Series, smooth: bool, ordered: bool 
 
 
 def errorbars(axes: Axes, theme: Theme, curves: Mapping[str, Sequence[tuple[float, float, float, float]]]) -> None:
-    """Points (x, value, low, high) joined, their intervals as a band."""
+    """Lines through points (x, value, low, high), with the intervals as a band."""
     for i, (label, points) in enumerate(curves.items()):
         x, value, low, high = np.array(points, dtype=float).T
         colour = theme.colours[i % len(theme.colours)]
@@ -98,7 +98,7 @@ def errorbars(axes: Axes, theme: Theme, curves: Mapping[str, Sequence[tuple[floa
 def grouped_bars(
     axes: Axes, theme: Theme, names: Sequence[str], groups: Mapping[str, Mapping[str, Point]], sideways: bool = False
 ) -> None:
-    """Bars side by side for each of `names`, one a member of `groups` that has it, with interval and value."""
+    """For each of `names`, one bar per group that has it, with interval and value."""
     top = max((high for bars in groups.values() for _, _, high in bars.values()), default=1.0)
     for i, (label, bars) in enumerate(groups.items()):
         colour = theme.colours[i % len(theme.colours)]
@@ -129,7 +129,7 @@ def grouped_bars(
 
 
 def running_mean(values: Sequence[float], window: int) -> np.ndarray:
-    """Mean over `window` values to each side, of as many as there are near the ends."""
+    """Mean over `window` values to each side, fewer near the ends."""
     sums = np.cumsum(np.concatenate([[0.0], values]))
     at = np.arange(len(values))
     starts, ends = np.maximum(0, at - window), np.minimum(len(values), at + window + 1)
@@ -139,7 +139,7 @@ def running_mean(values: Sequence[float], window: int) -> np.ndarray:
 def _legend(axes: Axes, theme: Theme, entries: int) -> None:
     if entries > 1:
         handles, labels = axes.get_legend_handles_labels()
-        if entries > 6:  # an ordered many: the first and the last tell the direction
+        if entries > 6:  # many ordered series: the first and the last give the direction
             handles, labels = [handles[0], handles[-1]], [labels[0], labels[-1]]
         axes.legend(
             handles, labels, frameon=False, fontsize=9.5, labelcolor=theme.text, ncols=min(3, entries),

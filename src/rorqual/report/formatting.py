@@ -1,4 +1,4 @@
-"""Numbers as people read them, and the two sentences at the top."""
+"""Format numbers for the report, and write its two summary sentences."""
 
 from typing import Any
 
@@ -14,6 +14,7 @@ def count(value: float) -> str:
 
 
 def flops(value: float) -> str:
+    """1.23e15 → "1.23 PFLOP"."""
     for size, letter in ((1e24, "Y"), (1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
         if value >= size:
             return f"{value / size:.3g} {letter}FLOP"
@@ -21,6 +22,7 @@ def flops(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
+    """125 → "2 min 5 s"."""
     if seconds < 60:
         return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -30,6 +32,7 @@ def duration(seconds: float) -> str:
 
 
 def percent(share: Any) -> str:
+    """0.123 → "12.3 %"; a dash for what is not a number."""
     return f"{100 * share:.1f}\N{NO-BREAK SPACE}%" if is_number(share) else "–"
 
 
@@ -44,7 +47,7 @@ def with_interval(result: dict[str, Any], name: str, bounds: str) -> str:
 
 
 def opening(run: Run) -> str:
-    """Two sentences: what was done, and what came of it."""
+    """Two sentences: what was run, and its results."""
     return _whole_run(run, run.families[0]) if run.families else _training_only(run)
 
 
@@ -56,17 +59,17 @@ def _whole_run(run: Run, family: str) -> str:
     seconds = run.summary.get("total_seconds")
     took = f" in {duration(seconds)}" if is_number(seconds) else ""
     problems = f"{last['problems']} " if "problems" in last else ""
-    one = f"This run went through {through}{took}; the model now solves "
-    one += f"{with_interval(last, 'pass_at_1', 'interval')} of {problems}held-out {family} problems at the first try"
+    one = f"This run did {through}{took}; the model solves "
+    one += f"{with_interval(last, 'pass_at_1', 'interval')} of {problems}held-out {family} problems (pass@1)"
     one += f", against {percent(first['pass_at_1'])} after {first_stage}." if len(results) > 1 else "."
     parts = []
     if is_number(last.get("cons_at_k")):
         parts.append(f"a majority vote of {last.get('k', 'k')} answers solves {percent(last['cons_at_k'])}")
     if is_number(last.get("pass_at_k")):
-        parts.append(f"at least one of {last.get('k', 'k')} is right for {percent(last['pass_at_k'])}")
+        parts.append(f"at least one of {last.get('k', 'k')} is correct for {percent(last['pass_at_k'])}")
     if last.get("verified_share") and is_number(last.get("verdict_precision")):
-        share, right = percent(last["verified_share"]), percent(last["verdict_precision"])
-        parts.append(f"it calls {share} of its answers right and is right about that in {right} of them")
+        share, precision = percent(last["verified_share"]), percent(last["verdict_precision"])
+        parts.append(f"it marks {share} of its answers as verified, of which {precision} are correct")
     two = "; ".join(parts)
     return f"{one} {two[0].upper()}{two[1:]}." if two else one
 
@@ -74,14 +77,14 @@ def _whole_run(run: Run, family: str) -> str:
 def _training_only(run: Run) -> str:
     parts = [part for part in run.parts if part.lines]
     if not parts:
-        return "This run has written no metrics yet. What it left so far is below."
+        return "This run has written no metrics yet. What it has written so far is below."
     part = parts[-1]
     steps, last = part.lines[-1]["step"], part.lines[-1]
     took = f" in {duration(last['seconds'])}" if is_number(last.get("seconds")) else ""
-    saw = f" on {count(last['tokens'])} tokens" if is_number(last.get("tokens")) else ""
-    one = f"{part.title} made {steps} steps{saw}{took}."
+    trained = f" on {count(last['tokens'])} tokens" if is_number(last.get("tokens")) else ""
+    one = f"{part.title} made {steps} steps{trained}{took}."
     for key, what in (
-        ("reward_accuracy", "The share of right answers in training"),
+        ("reward_accuracy", "Accuracy in training"),
         ("reward", "The mean reward"),
         ("valid_bpb", "Held-out bits per byte"),
         ("loss", "The training loss"),
@@ -92,7 +95,7 @@ def _training_only(run: Run) -> str:
 
 
 def _change(part: Part, key: str) -> tuple[float, float] | None:
-    """A metric at the beginning and at the end, each a mean over a tenth of the run."""
+    """(first, last) value of a metric, each the mean over a tenth of the run; None for fewer than two values."""
     values = part.series(key)[1]
     if len(values) < 2:
         return None

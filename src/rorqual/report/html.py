@@ -1,4 +1,4 @@
-"""The page: everything a reader needs in the order they ask for it, in one file without scripts."""
+"""The report page: one HTML file without scripts."""
 
 import base64
 import re
@@ -12,23 +12,23 @@ from rorqual.report.plots import Picture
 from rorqual.report.run_record import Part, Run, is_number, stage_name
 from rorqual.report.style import STYLE
 
-Cell = str | tuple[str, str]  # in a table; the second is an aside in grey brackets
+Cell = str | tuple[str, str]  # of a table; the second text is shown in grey brackets
 
 
 def render(run: Run, pictures: Sequence[Picture]) -> str:
-    """The whole page as HTML; all text from the run is escaped."""
+    """The page as HTML; all text from the run is escaped."""
     name = escape(run.path.resolve().name)
     body = [
         f"<header><h1>{name}</h1><p class=lead>{escape(opening(run))}</p>",
         f"{_warnings(run)}{_tiles(run)}{_chat(run)}</header>",
-        _section("What it can do", _stage_tables(run) + _figures(pictures, None)),
-        _section("The same questions before and after", _samples(run)),
+        _section("Results", _stage_tables(run) + _figures(pictures, None)),
+        _section("Samples before and after", _samples(run)),
         *(
             _section(part.title, _figures(pictures, part.name) + _logged_sample(part) + _notes(part))
             for part in run.parts
         ),
-        _section("What it cost", _ledger(run)),
-        _section("How to repeat it", _recipes(run)),
+        _section("Cost", _ledger(run)),
+        _section("Reproduction", _recipes(run)),
     ]
     return (
         f'<!doctype html>\n<html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width">\n'
@@ -42,13 +42,13 @@ def _section(title: str, content: str) -> str:
 
 
 def _tiles(run: Run) -> str:
-    """The few numbers to remember."""
+    """The headline numbers."""
     model, tiles = run.summary.get("model") or {}, []
     if is_number(seconds := run.summary.get("total_seconds")):
-        tiles.append((duration(seconds), "from start to finish"))
+        tiles.append((duration(seconds), "total time"))
     if is_number(total := model.get("total", model.get("parameters_total"))):
         active = model.get("active", model.get("parameters_active"))
-        tiles.append((count(total), f"parameters, {count(active)} active a token" if active else "parameters"))
+        tiles.append((count(total), f"parameters, {count(active)} active per token" if active else "parameters"))
     if tokens := sum(s["tokens"] for s in run.stages if is_number(s.get("tokens"))):
         tiles.append((count(tokens), "tokens in all stages"))
     for family in run.families[:2]:
@@ -61,7 +61,7 @@ def _tiles(run: Run) -> str:
 
 
 def _warnings(run: Run) -> str:
-    """What a reader must know before the figures."""
+    """The notes of the summary, above all figures."""
     return "".join(f"<p><b>Note:</b> {escape(str(note))}</p>" for note in run.summary.get("notes") or [])
 
 
@@ -87,30 +87,30 @@ def _stage_tables(run: Run) -> str:
         ]
         last = results[-1][1]
         k = last.get("k", "k")
-        header = ["stage", "pass@1", f"cons@{k}", f"pass@{k}", "says ✓", "✓ is right"]
+        header = ["stage", "pass@1", f"cons@{k}", f"pass@{k}", "self-verified", "verifier precision"]
         problems = f" on {last['problems']} held-out problems" if "problems" in last else ""
         tables.append(f"<h3>{escape(family)}{escape(problems)}</h3>{_table(header, rows)}{_gains(run, family)}")
     if not tables:
         return ""
     legend = (
-        "<p class=note>pass@1: share of single answers that are right. cons@k: share right by majority vote of k "
-        "answers. pass@k: share of problems with at least one right answer among k. Says ✓: answers whose last "
-        "candidate the model itself marked as right, and how often that was true. Brackets are 95 % bootstrap "
-        "intervals over problems.</p>"
+        "<p class=note>pass@1: fraction of single answers that are correct. cons@k: correct by majority vote of k "
+        "answers. pass@k: problems with at least one correct answer among k. Self-verified: answers whose last "
+        "candidate the model marked ✓; verifier precision: fraction of candidates marked ✓ that are correct. Brackets "
+        "are 95 % bootstrap intervals over problems.</p>"
     )
     return "".join(tables) + legend
 
 
 def _gains(run: Run, family: str) -> str:
-    """What each stage added, paired by problem, where the summary has it: gains[stage][family] = {gain, interval}."""
-    told = []
+    """Gain of each stage, paired by problem, from the summary's gains[stage][family] = {gain, interval}."""
+    texts = []
     for stage, gains in (run.summary.get("gains") or {}).items():
         found = gains.get(family) or {}
         if is_number(found.get("gain")):
             low, high = found.get("interval") or (found["gain"], found["gain"])
             points = f"{100 * found['gain']:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]"
-            told.append(f"{stage_name({'name': stage})} {points}")
-    return f"<p>Gain in pass@1, paired by problem: {escape('; '.join(told))}.</p>" if told else ""
+            texts.append(f"{stage_name({'name': stage})} {points}")
+    return f"<p>Gain in pass@1, paired by problem: {escape('; '.join(texts))}.</p>" if texts else ""
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
@@ -155,7 +155,7 @@ def _samples(run: Run) -> str:
 
 
 def _marked(text: str) -> str:
-    """Escaped, with the model's own verdicts in colour and the tags faint."""
+    """Escaped text, with self-verification marks coloured and tags in grey."""
     text = escape(text.strip())
     text = re.sub("✓", "<i class=right>✓</i>", text)
     text = re.sub("✗", "<i class=wrong>✗</i>", text)
@@ -163,7 +163,7 @@ def _marked(text: str) -> str:
 
 
 def _logged_sample(part: Part) -> str:
-    """The last readable sample that the run wrote into its metrics."""
+    """The last sample text in the metrics."""
     found = [line for line in part.lines if isinstance(line.get("sample"), str)]
     if not found:
         return ""
@@ -174,11 +174,11 @@ def _notes(part: Part) -> str:
     if not part.notes:
         return ""
     shown = "".join(f"<li>{escape(note)}</li>" for note in part.notes[-20:])
-    return f"<h3>What the run remarked</h3><ul>{shown}</ul>"
+    return f"<h3>Notes</h3><ul>{shown}</ul>"
 
 
 def _ledger(run: Run) -> str:
-    """Actual tokens, operations, time and utilisation of every stage, with what had been predicted."""
+    """Measured tokens, FLOPs, time and utilisation of each stage, beside the predicted ones."""
     rows, machine = [], {}
     ledgers = {"": run.ledgers[""]} if "" in run.ledgers else run.ledgers
     for part, ledger in ledgers.items():
@@ -189,29 +189,29 @@ def _ledger(run: Run) -> str:
             accounts.append(("total", ledger["total"]))
         for name, account in accounts:
             forecast = predicted.get(name)
-            if not isinstance(forecast, dict):  # a flat forecast is of the whole run
+            if not isinstance(forecast, dict):  # predicted for the whole run
                 forecast = predicted if name == "total" or len(stages) == 1 else {}
             rows.append([name if part in ("", name) else f"{part}: {name}", *_account(account, forecast)])
     if not rows:
         return ""
-    caption = "<p class=note>In grey brackets: what the planner had said beforehand. Utilisation: operations done over "
-    caption += "what this machine's matrix product reaches.</p>"
+    caption = "<p class=note>In grey brackets: predicted by the planner. Utilisation: FLOP/s over the measured matmul "
+    caption += "peak of this machine.</p>"
     facts = [str(machine[key]) for key in ("processor", "accelerator") if machine.get(key)]
     if cores := machine.get("threads") or machine.get("cores"):
         facts.append(f"{cores} cores in use")
     if is_number(peak := machine.get("matrix_peak_flops")):
         facts.append(f"measured peak {flops(peak)}/s")
     where = f"<p class=note>Machine: {escape(', '.join(facts))}.</p>" if facts else ""
-    header = ["stage", "time", "tokens", "operations", "utilisation"]
+    header = ["stage", "time", "tokens", "FLOPs", "utilisation"]
     return _table(header, rows) + caption + where
 
 
 def _account(account: dict[str, Any], forecast: dict[str, Any]) -> list[Cell]:
     cells: list[Cell] = []
-    for key, say in (("seconds", duration), ("tokens", count), ("flops", flops), ("utilisation", percent)):
+    for key, shown in (("seconds", duration), ("tokens", count), ("flops", flops), ("utilisation", percent)):
         value, expected = account.get(key), forecast.get(key)
-        text = say(value) if is_number(value) else "–"
-        cells.append((text, say(expected)) if is_number(expected) else text)
+        text = shown(value) if is_number(value) else "–"
+        cells.append((text, shown(expected)) if is_number(expected) else text)
     return cells
 
 

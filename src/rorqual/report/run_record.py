@@ -1,4 +1,4 @@
-"""What a run left behind, read once."""
+"""Read and validate the files of a run."""
 
 import json
 from collections.abc import Callable
@@ -9,8 +9,8 @@ from typing import Any
 from rorqual.errors import UserError, file_error
 from rorqual.renamed import current_metrics
 
-ORDER = ("pretrain", "sft", "rl", "distill")  # in which a recipe's stages follow each other
-DRAWN = 1e100  # beyond it matplotlib finds no ticks
+ORDER = ("pretrain", "sft", "rl", "distill")  # of the sections for sub-runs
+LARGEST = 1e100  # beyond it matplotlib finds no ticks
 FILES = ("metrics.jsonl", "ledger.json")
 STAGES = {"pretrain": "pre-training", "sft": "fine-tuning", "rl": "reinforcement learning", "distill": "distillation"}
 TITLES = {
@@ -24,7 +24,7 @@ TITLES = {
 
 @dataclass
 class Part:
-    """The metrics of one training run; `name` is its folder below the run's, "" for the run's own."""
+    """The metrics of one training run; `name`: its folder relative to the run's, "" for the run itself."""
 
     name: str
     lines: list[dict[str, Any]]
@@ -38,7 +38,7 @@ class Part:
 
     @property
     def kind(self) -> str:
-        """From the recipe where there is one, else from what was measured."""
+        """From the recipe where there is one, else from the metrics."""
         for kind in ORDER:
             if f'kind = "{kind}"' in self.recipe:
                 return kind
@@ -50,13 +50,13 @@ class Part:
         return [float(step) for step, _ in pairs], [float(value) for _, value in pairs]
 
     def keys(self, prefix: str) -> list[str]:
-        """The metrics whose name begins so, in the order they appeared."""
+        """The metrics whose name begins with `prefix`, in order of appearance."""
         return [k for k in dict.fromkeys(k for line in self.lines for k in line) if k.startswith(prefix)]
 
 
 @dataclass
 class Run:
-    """Everything a report is made from; what the run did not write is empty."""
+    """The data of a report; missing files are empty."""
 
     path: Path
     parts: list[Part]
@@ -66,7 +66,7 @@ class Run:
 
     @property
     def families(self) -> list[str]:
-        """Task families in the order of the summary, which puts the leading one first."""
+        """Task names in the order of the summary, the main one first."""
         found = dict.fromkeys(family for stage in self.stages for family in stage.get("tasks") or {})
         return [family for family in found if self.results(family)]
 
@@ -76,13 +76,13 @@ class Run:
 
     @property
     def difficulties(self) -> dict[str, dict[str, Any]]:
-        """family → level → result, of the summary's own table or else of the last stage."""
+        """family → level → result, from the summary's table, else from the last stage."""
         if table := self.summary.get("by_difficulty"):
             return table
         return {family: self.results(family)[-1][1].get("by_difficulty") or {} for family in self.families}
 
     def results(self, family: str) -> list[tuple[str, dict[str, Any]]]:
-        """(stage, result) for the stages that were evaluated on `family`."""
+        """(stage, result) of the stages that were evaluated on `family`."""
         return [
             (stage_name(stage), stage["tasks"][family])
             for stage in self.stages
@@ -96,15 +96,15 @@ def stage_name(stage: dict[str, Any]) -> str:
 
 
 def is_number(value: Any) -> bool:
-    """Whether it can be drawn."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= DRAWN
+    """Whether it is a number that can be plotted."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST
 
 
 def _is_interval(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 2 and all(map(is_number, value))
 
 
-# What the page relies on. A field that is null counts as absent; ANY: every other name.
+# Types that the report requires. A null field counts as absent; ANY: every other name.
 ANY = "*"
 OBJECT = {ANY: lambda value: True}
 Shape = dict[str, Any] | list[Any] | Callable[[Any], bool]
@@ -122,9 +122,9 @@ LEDGER: Shape = {"stages": {ANY: OBJECT}, "total": OBJECT, "predicted": OBJECT, 
 
 
 def read_run(path: Path) -> Run:
-    """Raises UserError for a folder that is missing, has nothing to report, or has broken JSON in it."""
+    """Read a run's folder. Raises UserError where it is missing, has nothing to report, or has invalid JSON."""
     if not path.is_dir():
-        raise UserError(f"run folder {path} does not exist; give a folder that a run wrote, e.g. runs/NAME")
+        raise UserError(f"run folder {path} does not exist; give the folder of a run, e.g. runs/NAME")
     files = [file for depth in ("*", "*/*") for file in path.glob(f"{depth}/*") if file.name in FILES]
     folders = [path, *sorted({file.parent for file in files}, key=lambda folder: _order(folder.relative_to(path)))]
     parts, ledgers = [], {}
@@ -137,7 +137,7 @@ def read_run(path: Path) -> Run:
             ledgers[name] = ledger
     run = Run(path, parts, _read_json(path / "summary.json", SUMMARY), ledgers, _read_text(path / "recipe.toml"))
     if not (run.parts or run.summary or run.ledgers):
-        raise UserError(f"{path} holds no metrics.jsonl, summary.json or ledger.json; give a folder that a run wrote")
+        raise UserError(f"{path} holds no metrics.jsonl, summary.json or ledger.json; give the folder of a run")
     return run
 
 
@@ -147,7 +147,7 @@ def _order(folder: Path) -> tuple[int, str]:
 
 
 def _read_part(folder: Path, name: str) -> Part:
-    """Lines that are not JSON objects with a step are passed over: a kill may cut the last one."""
+    """Metrics and notes of a folder, without lines that are not JSON objects with a step (a kill may cut the last)."""
     lines, notes = [], []
     for text in _read_text(folder / "metrics.jsonl").splitlines():
         try:
@@ -171,15 +171,17 @@ def _read_json(path: Path, shape: Shape) -> dict[str, Any]:
     except (ValueError, RecursionError) as e:
         raise UserError(f"{path} is not valid JSON ({e}); delete it to report without it") from None
     if not isinstance(value, dict):
-        raise UserError(f"{path} must hold a JSON object, not a {type(value).__name__}; delete it to report without it")
-    return _fitting(path, value, shape, "")
+        raise UserError(
+            f"{path} must contain a JSON object, not a {type(value).__name__}; delete it to report without it"
+        )
+    return _validated(path, value, shape, "")
 
 
-def _fitting(path: Path, value: Any, shape: Shape, where: str) -> Any:
-    """The value without its nulls. Raises UserError naming the field where a file is not what a run writes."""
+def _validated(path: Path, value: Any, shape: Shape, where: str) -> Any:
+    """The value without its nulls. Raises UserError naming the field of a wrong type."""
     if isinstance(shape, dict) and isinstance(value, dict):
         return {
-            name: _fitting(path, found, inner, f"{where}.{name}")
+            name: _validated(path, found, inner, f"{where}.{name}")
             if (inner := shape.get(name, shape.get(ANY)))
             else found
             for name, found in value.items()
@@ -187,10 +189,10 @@ def _fitting(path: Path, value: Any, shape: Shape, where: str) -> Any:
         }
     if isinstance(shape, list) and isinstance(value, list):
         found = [found for found in value if found is not None]
-        return [_fitting(path, inner, shape[0], f"{where}.{number}") for number, inner in enumerate(found)]
+        return [_validated(path, inner, shape[0], f"{where}.{number}") for number, inner in enumerate(found)]
     if callable(shape) and shape(value):
         return value
-    raise UserError(f"{path}: {where[1:]} is not what a run writes ({value!r:.60}); delete it to report without it")
+    raise UserError(f"{path}: {where[1:]} = {value!r:.60} is not valid; delete the file to report without it")
 
 
 def _read_text(path: Path) -> str:

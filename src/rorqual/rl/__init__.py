@@ -1,1 +1,1 @@
-"""R1: environments, rewards, rollouts, GRPO, rejection sampling, distillation."""
+"""Reinforcement learning (R1): environments, rewards, rollouts, GRPO, rejection sampling, distillation."""

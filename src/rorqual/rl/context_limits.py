@@ -1,4 +1,4 @@
-"""Prompts that leave no room for their answers in the model's context, found before anything starts."""
+"""Checks before a run starts that prompt + `max_tokens` fit the model's context."""
 
 import sys
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from rorqual.errors import UserError
 from rorqual.rl.envs.environment import Environment, Problem
 from rorqual.rl.prompts import Template, prompt_text, render
 
-ENOUGH = 200  # problems that do not fit, after which none is expected to
+MAX_SKIPPED = 200  # problems that do not fit, with none that did, before the environment is refused
 
 
 def check_context(
@@ -16,56 +16,59 @@ def check_context(
     template: Template,
     tokenizer: Any,
     context: int,
-    answer: int,
+    max_tokens: int,
     setting: str,
 ) -> None:
-    """Hold the environments to problems whose prompt, with `answer` tokens after it, is within the context.
+    """Limit the environments to problems whose prompt and `max_tokens` completion tokens fit `context` tokens.
 
-    Of generated problems others are passed over. Raises UserError for one in a file, with its line: what the user
-    wrote is asked as a whole. `setting`: what gave `answer`.
+    Generated problems that do not fit are skipped later on. Raises UserError, with the line, for a problem of a file
+    that does not fit, since a user's own problems are used in full. `setting`: name of the recipe field that set
+    `max_tokens`.
     """
-    room = context - answer
+    max_prompt = context - max_tokens
     holds = f"the model's context holds {context} (max_position_embeddings)"
-    if room < 1:
-        raise UserError(f"{setting} = {answer} leaves no room for a question: {holds}; lower it")
+    if max_prompt < 1:
+        raise UserError(f"{setting} = {max_tokens} leaves no space for a prompt: {holds}; lower it")
     for environment in environments:
-        fits = _ContextFilter(environment.family, template, tokenizer, room, f"{setting} = {answer}: {holds}")
-        problems = environment.everything()
+        fits = _ContextFilter(environment.family, template, tokenizer, max_prompt, f"{setting} = {max_tokens}: {holds}")
+        problems = environment.all_problems()
         if problems is None:
             environment.fits = fits
-        elif long := [problem for problem in problems if fits.tokens(problem) > room]:
-            others = f", and {len(long) - 1} others are too long as well" if len(long) > 1 else ""
+        elif long := [problem for problem in problems if fits.tokens(problem) > max_prompt]:
+            others = f" ({len(long) - 1} more problems are too long)" if len(long) > 1 else ""
             raise UserError(
-                f"{long[0].where}: the prompt has {fits.tokens(long[0])} tokens and leaves no room for {setting} = "
-                f"{answer}: {holds}{others}; shorten or remove it, or lower {setting}"
+                f"{long[0].where}: the prompt has {fits.tokens(long[0])} tokens and leaves no space for {setting} = "
+                f"{max_tokens}: {holds}{others}; shorten or remove it, or lower {setting}"
             )
 
 
 class _ContextFilter:
-    """Whether a generated problem fits; says so at the first that does not, and ends where none does."""
+    """Whether a generated problem fits. Prints a note at the first that does not; raises UserError when none does."""
 
-    def __init__(self, family: str, template: Template, tokenizer: Any, room: int, what: str) -> None:
-        self.family, self.template, self.tokenizer, self.room, self.what = family, template, tokenizer, room, what
-        self.fitting = self.passed_over = 0
+    def __init__(self, family: str, template: Template, tokenizer: Any, max_prompt: int, limit: str) -> None:
+        self.family, self.template, self.tokenizer = family, template, tokenizer
+        self.max_prompt, self.limit = max_prompt, limit
+        self.fitting = self.skipped = 0
 
     def tokens(self, problem: Problem) -> int:
-        """Of the prompt; 0 where it has no more bytes than there is room for tokens, so that it fits in any case."""
-        if len(prompt_text(problem.question, self.template, self.tokenizer).encode()) <= self.room:
+        """Tokens of the prompt; 0 without tokenising where its bytes are no more than the limit, so that it fits."""
+        if len(prompt_text(problem.question, self.template, self.tokenizer).encode()) <= self.max_prompt:
             return 0
         return len(render(problem.question, self.template, self.tokenizer))
 
     def __call__(self, problem: Problem) -> bool:
-        if self.tokens(problem) <= self.room:
+        if self.tokens(problem) <= self.max_prompt:
             self.fitting += 1
             return True
-        self.passed_over += 1
-        if not self.fitting and self.passed_over == ENOUGH:
+        self.skipped += 1
+        if not self.fitting and self.skipped == MAX_SKIPPED:
             raise UserError(
-                f"environment {self.family}: none of {ENOUGH} problems leaves room for {self.what}; narrow its config"
+                f"environment {self.family}: none of {MAX_SKIPPED} prompts leaves space for {self.limit}; "
+                "narrow its config"
             )
-        if self.passed_over == 1:
+        if self.skipped == 1:
             print(
-                f"environment {self.family}: problems that leave no room for {self.what} are passed over",
+                f"environment {self.family}: problems whose prompt leaves no space for {self.limit} are skipped",
                 file=sys.stderr,
             )
         return False

@@ -1,16 +1,16 @@
-"""Group relative policy optimisation: the objective alone, over tensors (R1 §2.1; DeepSeekMath, 2402.03300, §4.1).
+"""Group relative policy optimisation (GRPO): advantages and loss over tensors (R1 §2.1; DeepSeekMath 2402.03300 §4.1).
 
-For a question, G outputs o_1 … o_G are sampled from π_old and rewarded with r_1 … r_G. Then
+For each question, G outputs o_1 … o_G are sampled from π_old with rewards r_1 … r_G:
 
     A_i = (r_i − mean(r)) / std(r)                                                          R1 eq. 3
     ρ_t = π(o_t) / π_old(o_t)
     k_t = π_ref(o_t)/π(o_t) − log(π_ref(o_t)/π(o_t)) − 1                                     R1 eq. 2, ≥ 0
     ℓ_t = −min(ρ_t·A, clip(ρ_t, 1 − ε_low, 1 + ε_high)·A) + β·k_t                            R1 eq. 1
-    L   = 1/S Σ_i 1/|o_i| Σ_t ℓ_t      ("sequence": every output counts the same)
-    L   = 1/Σ|o_i| Σ_i Σ_t ℓ_t         ("token": every token counts the same; DAPO, 2503.14476, §3.3)
+    L   = 1/S Σ_i 1/|o_i| Σ_t ℓ_t      ("sequence": every output has the same weight)
+    L   = 1/Σ|o_i| Σ_i Σ_t ℓ_t         ("token": every token has the same weight; DAPO, 2503.14476, §3.3)
 
 ε_low ≠ ε_high is DAPO's clip-higher (§3.1); A without std is Dr. GRPO's (2503.20783, §3.2).
-S outputs (sequences), N tokens of all of them.
+Shapes: Q questions, S outputs (sequences), N tokens of all outputs.
 """
 
 from dataclasses import dataclass
@@ -22,22 +22,22 @@ from torch import Tensor
 from rorqual.recipe import GRPOSection
 
 EPSILON = 1e-6
-FLAT = 1e-6  # rewards of a group that differ by less, relative to their size, differ by rounding only
+ZERO_STD_TOLERANCE = 1e-6  # relative spread of a group's rewards below which it is rounding only
 
 
 @dataclass(frozen=True)
 class Loss:
-    """`loss` is a scalar to differentiate; the rest are sums over the N tokens given, detached."""
+    """`loss` is a scalar to differentiate; `kl` and `clipped` are sums over the N tokens, detached."""
 
     loss: Tensor
     kl: Tensor
-    clipped: Tensor  # tokens whose gradient the clip removes
+    clipped: Tensor  # tokens with zero policy gradient because of the clip
 
 
 def group_advantages(rewards: Tensor, normalise_std: bool) -> Tensor:
-    """rewards [Q, G] → advantages [Q, G]; std is the population's, and a flat group's advantages are exactly 0.
+    """rewards [Q, G] → advantages [Q, G], with the population's std; exactly 0 in zero-std groups.
 
-    The mean of equal numbers need not be that number, and dividing the rest by a tiny std would make a signal of it.
+    Without the exact 0, the rounding error of the mean, divided by a tiny std, would become a gradient.
     """
     centred = rewards - rewards.mean(dim=1, keepdim=True)
     centred = centred.masked_fill(zero_std_groups(rewards)[:, None], 0.0)
@@ -47,13 +47,13 @@ def group_advantages(rewards: Tensor, normalise_std: bool) -> Tensor:
 
 
 def zero_std_groups(rewards: Tensor) -> Tensor:
-    """rewards [Q, G] → bool [Q]: all rewards of the group are equal up to rounding, so that it has no signal."""
+    """rewards [Q, G] → bool [Q]: all rewards of the group are equal up to rounding, so it has no policy gradient."""
     spread = rewards.amax(dim=1) - rewards.amin(dim=1)
-    return spread <= FLAT * rewards.abs().amax(dim=1)
+    return spread <= ZERO_STD_TOLERANCE * rewards.abs().amax(dim=1)
 
 
 def token_weights(lengths: Tensor, average: Literal["sequence", "token"]) -> Tensor:
-    """lengths [S] of the outputs of one update → [S]: what each token of an output weighs in the loss."""
+    """lengths [S] of the outputs of one update → [S]: the loss weight of each token of an output."""
     if average == "sequence":
         return 1.0 / (len(lengths) * lengths.float())
     return torch.full_like(lengths, 1.0, dtype=torch.float32) / lengths.sum()
@@ -68,10 +68,11 @@ def grpo_loss(
     sequence: Tensor,
     section: GRPOSection,
 ) -> Loss:
-    """The objective of N tokens, which may be a part of an update: the losses of the parts add up to L.
+    """The loss of N tokens, which may be a micro-batch of an update: the micro-batches' losses sum to L.
 
-    logprobs, old_logprobs, ref_logprobs [N] of the sampled tokens under π, π_old, π_ref; old None: on-policy, π_old
-    is π. advantages [S], weights [S] (from `token_weights` of the whole update); sequence [N]: whose token it is.
+    logprobs, old_logprobs, ref_logprobs [N] of the sampled tokens under π, π_old, π_ref. old_logprobs None: on-policy,
+    π_old = π; ref_logprobs None: no KL term. advantages [S]; weights [S] from `token_weights` of the whole update;
+    sequence [N]: index of the output that the token belongs to.
     """
     old = logprobs.detach() if old_logprobs is None else old_logprobs
     advantage, weight = advantages[sequence], weights[sequence]
@@ -87,11 +88,11 @@ def grpo_loss(
 
 
 def on_policy_grad(advantages: Tensor, weights: Tensor, sequence: Tensor) -> Tensor:
-    """dL/d log π of every token [N] when π_old is π and there is no KL term: ρ is 1, and nothing is clipped."""
+    """dL/d log π of each token [N] when π_old = π and there is no KL term: ρ = 1 and nothing is clipped."""
     return -(advantages * weights)[sequence]
 
 
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """π_ref/π − log(π_ref/π) − 1 a token: unbiased for KL(π‖π_ref) on samples of π, and never negative."""
+    """k3 estimator [N]: π_ref/π − log(π_ref/π) − 1, unbiased for KL(π‖π_ref) on samples of π and ≥ 0 (R1 eq. 2)."""
     log_ratio = ref_logprobs - logprobs
     return log_ratio.exp() - log_ratio - 1

@@ -1,4 +1,4 @@
-"""Rejection sampling and distillation: the best of n answers become training data (R1 §2.3.3, §2.4)."""
+"""Rejection sampling and distillation: the best of n completions become SFT data (R1 §2.3.3, §2.4)."""
 
 import json
 import os
@@ -22,11 +22,11 @@ from rorqual.train.build_model import check_length, check_model, tokenizer_of
 from rorqual.train.run_folder import open_run
 from rorqual.train.sft import sft
 
-BATCH = 64  # problems sampled at once
+BATCH = 64  # problems per sampling call
 
 
-class NothingRight(UserError):
-    """The teacher solved none of the problems, so there is nothing to learn from it."""
+class NoCorrectSamples(UserError):
+    """The teacher solved none of the problems, so there is no training data."""
 
 
 def rejection_sample(
@@ -40,14 +40,13 @@ def rejection_sample(
     seed: int = 0,
     start: int = 0,
 ) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-    """Sample `params.n` answers to each of `problems` training problems, shared among `environments` by weight; gives,
-    batch by batch, how many problems are done and what is kept of the batch.
+    """Sample `params.n` completions for each of `problems` training problems, split among `environments` by weight.
 
-    Kept are only right, untruncated answers, at most `keep_per_problem` different ones a problem: those of highest
-    reward, among equals the shorter, since a longer one holds more detours for the same result. Each is
-    {"prompt", "completion", "family", "reward", "length"}; prompt and completion are text as the model saw and wrote
-    it (names of control tokens in the question broken, as rorqual.data.special_tokens has them).
-    `start`: problems that are done already; the batches after them are the same as without.
+    Yields per batch (problems done so far, samples kept of the batch). Only correct, untruncated completions are kept,
+    at most `keep_per_problem` distinct ones per problem: highest reward first, then the shortest, since a longer one
+    has more detours for the same result. Each is {"prompt", "completion", "family", "reward", "length"}; prompt and
+    completion are the text that the model read and wrote (special-token names in the question escaped as in
+    rorqual.data.special_tokens). `start`: problems already done; later batches do not depend on it.
     """
     by_family = {e.family: e for e in environments}
     drawn = _draw(environments, problems, seed)
@@ -64,7 +63,7 @@ def rejection_sample(
                 if rewards.correct[i] and not rollout.samples[i].truncated
             ]
             members.sort(key=lambda i: (-float(rewards.total[i]), rollout.samples[i].length))
-            different = {rollout.samples[i].text: i for i in reversed(members)}  # the best of equal texts stays
+            different = {rollout.samples[i].text: i for i in reversed(members)}  # of equal texts, the best
             best = sorted(different.values(), key=members.index)[:keep_per_problem]
             prompt = prompt_text(problem.question, template, engine.tokenizer)
             kept += [
@@ -81,10 +80,10 @@ def rejection_sample(
 
 
 def distill(recipe: DistillRecipe, resume: bool = False) -> Path:
-    """Sample from the teacher, then fine-tune the student on what was kept; gives the run's folder.
+    """Sample from the teacher, then fine-tune the student on the kept samples; returns the run's folder.
 
-    The samples stay in its samples.jsonl, the student's run in student/. Resuming keeps samples once written.
-    Raises UserError for whatever the user can mend, Stopped after SIGINT or SIGTERM.
+    Samples are written to samples.jsonl, the student's run to student/. Resuming keeps written samples.
+    Raises UserError for what the user can fix, Stopped after SIGINT or SIGTERM.
     """
     tokenizer_of(recipe.model)
     check_model(recipe.model)
@@ -93,7 +92,7 @@ def distill(recipe: DistillRecipe, resume: bool = False) -> Path:
     with open_run(recipe, resume) as run_dir:
         samples = run_dir / "samples.jsonl"
         if not samples.exists():
-            _teach(recipe, environments, samples)
+            _sample_teacher(recipe, environments, samples)
         student = SFTRecipe(
             name="student",
             out=str(run_dir),
@@ -110,8 +109,8 @@ def distill(recipe: DistillRecipe, resume: bool = False) -> Path:
     return run_dir
 
 
-def _teach(recipe: DistillRecipe, environments: Sequence[Environment], samples: Path) -> None:
-    """Write samples.jsonl. Each batch is kept in samples.partial.jsonl as soon as it is judged."""
+def _sample_teacher(recipe: DistillRecipe, environments: Sequence[Environment], samples: Path) -> None:
+    """Write samples.jsonl. Each batch is appended to samples.partial.jsonl as soon as it is scored."""
     from rich.console import Console
     from rich.progress import Progress
 
@@ -140,30 +139,30 @@ def _teach(recipe: DistillRecipe, environments: Sequence[Environment], samples: 
         write_text(samples, lines, then="then continue with --resume")
     partial.unlink()
     if not kept:
-        raise NothingRight(
-            f"none of {recipe.samples} answers to each of {recipe.problems} problems was right; take a stronger "
+        raise NoCorrectSamples(
+            f"none of {recipe.samples} completions of each of {recipe.problems} problems is correct; use a stronger "
             "teacher, easier environments or more samples"
         )
 
 
 def _read_partial(path: Path) -> tuple[int, list[dict[str, Any]]]:
-    """How many problems are done, and what was kept of them; a last line cut short by a kill is cut off."""
-    done, rows, whole = 0, [], 0
+    """(problems done, samples kept). A last line cut short by a kill is truncated away."""
+    done, rows, complete = 0, [], 0  # `complete`: bytes of complete lines
     try:
         with path.open("rb") as file:
             for line in file:
                 if not line.endswith(b"\n"):
                     break
                 found = json.loads(line)
-                done, whole = found["done"], whole + len(line)
+                done, complete = found["done"], complete + len(line)
                 rows += found["rows"]
-        os.truncate(path, whole)
+        os.truncate(path, complete)
     except FileNotFoundError:
         pass
     except OSError as e:
         raise file_error(path, e, "read", "then continue with --resume") from e
     except (ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{path} is damaged ({e}); delete it to sample anew, then continue with --resume") from e
+        raise UserError(f"{path} is damaged ({e}); delete it to sample again, then continue with --resume") from e
     return done, rows
 
 
@@ -176,12 +175,12 @@ def _open_to_append(path: Path) -> Iterator[TextIO]:
     try:
         yield file
     finally:
-        with suppress(OSError):  # each line was flushed, and a failure then has been told
+        with suppress(OSError):  # each line was flushed, and that reported any failure
             file.close()
 
 
 def _draw(environments: Sequence[Environment], problems: int, seed: int) -> list[Problem]:
-    """Distinct training problems, as many of each environment as its weight says."""
+    """Distinct training problems, split among the environments in proportion to their weights."""
     total = sum(e.weight for e in environments)
     bounds = [round(problems * sum(e.weight for e in environments[:k]) / total) for k in range(len(environments) + 1)]
     drawn: list[Problem] = []

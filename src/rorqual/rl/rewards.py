@@ -1,4 +1,4 @@
-"""Rewards by rule (R1 §2.1, supplement): each part by itself, then their weighted sum."""
+"""Rule-based rewards (R1 §2.1, supplement): each part, then their weighted sum."""
 
 import functools
 import re
@@ -14,8 +14,8 @@ from rorqual.judge.extract_answer import read_answer
 from rorqual.recipe import RewardSection
 from rorqual.rl.envs.environment import Environment, Problem
 
-RIGHT, WRONG = "✓", "✗"  # how a model marks a candidate in its thinking
-OVERLONG = 0.2  # share of the allowed length in which the penalty grows (DAPO §3.4: 4096 of 20480)
+RIGHT, WRONG = "✓", "✗"  # self-verification marks that a model puts after a candidate in its thinking
+OVERLONG = 0.2  # fraction of max_tokens over which the overlong penalty grows (DAPO §3.4: 4096 of 20480)
 
 FORMAT = re.compile(r"\s*<think>(.+?)</think>\s*<answer>(.+?)</answer>\s*", re.DOTALL)
 TAG = re.compile(r"</?(?:think|answer)>")
@@ -25,22 +25,22 @@ SCRIPTS = {
     "ja": ("HIRAGANA", "KATAKANA", "CJK"),
     "ko": ("HANGUL",), "ru": ("CYRILLIC",), "th": ("THAI",), "uk": ("CYRILLIC",), "zh": ("CJK",),
 } | dict.fromkeys(("cs", "de", "en", "es", "fr", "it", "nl", "pl", "pt", "sv", "tr", "vi"), ("LATIN",))  # fmt: skip
-UNSPACED = ("CJK", "HIRAGANA", "KATAKANA", "THAI")  # scripts without spaces: every character counts as a word
+UNSPACED = ("CJK", "HIRAGANA", "KATAKANA", "THAI")  # scripts without spaces: each character counts as a word
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One answer to a problem. `text` includes what the prompt has written of it (`<think>`), but no stop token."""
+    """One completion. `text` includes an opening tag that the prompt ends with (`<think>`), but no stop token."""
 
     problem: Problem
     text: str
-    length: int  # tokens made, the stop token included
-    truncated: bool  # by the allowed length
+    length: int  # sampled tokens, the stop token included
+    truncated: bool  # stopped by max_tokens
 
 
 @dataclass(frozen=True)
 class Rewards:
-    """`parts`: name → [N], unweighted; `total` [N]: their weighted sum; `correct` bool [N]."""
+    """`parts`: name → [N], unweighted; `total` [N]: weighted sum of the parts; `correct`: bool [N]."""
 
     parts: dict[str, Tensor]
     total: Tensor
@@ -57,10 +57,10 @@ def score(
     max_tokens: int,
     verdict: Verdict | None = None,
 ) -> Rewards:
-    """Score N samples. Parts of weight 0 are not computed, but for accuracy, which every report needs.
+    """Score N samples. Parts of weight 0 are not computed, except accuracy, which every report needs.
 
-    A truncated answer is not right, whatever stands in it: the model has not said that it ends there.
-    `environments` by family; `verdict(sample, correct)` scores the model's own verdict, by default `marked_verdict`.
+    A truncated completion is never correct, whatever answer it contains: the model did not end it there.
+    `environments` by family; `verdict(sample, correct)` scores the self-verification, by default `marked_verdict`.
     """
     verdict = verdict or marked_verdict
     correct = [
@@ -85,7 +85,7 @@ def score(
 
 
 def format_reward(text: str) -> float:
-    """1 for exactly `<think>…</think><answer>…</answer>` (white space around allowed), neither empty; else 0."""
+    """1 for exactly `<think>…</think><answer>…</answer>`, neither empty, with optional surrounding spaces; else 0."""
     match = FORMAT.fullmatch(text)
     if match is None or any(TAG.search(inner) or not inner.strip() for inner in match.groups()):
         return 0.0
@@ -93,9 +93,9 @@ def format_reward(text: str) -> float:
 
 
 def length_reward(length: int, max_tokens: int, truncated: bool = False) -> float:
-    """Soft overlong penalty (DAPO, 2503.14476, eq. 13): 0, then falling to −1 over the last fifth of `max_tokens`.
+    """Soft overlong penalty (DAPO, 2503.14476, eq. 13), in [−1, 0]: falls to −1 over the last fifth of `max_tokens`.
 
-    A truncated answer is worth −1.
+    length: sampled tokens. A truncated completion gets −1.
     """
     if truncated:
         return -1.0
@@ -104,32 +104,33 @@ def length_reward(length: int, max_tokens: int, truncated: bool = False) -> floa
 
 
 def language_reward(text: str, target: str) -> float:
-    """Share of the thinking's words that are written in the target language's script, in [0, 1] (R1 §2.3.2).
+    """Fraction of the words in the thinking that are in the target language's script, in [0, 1] (R1 §2.3.2).
 
-    A word is a run of letters; in scripts without spaces every character is one. Script stands in for language: it
-    tells Chinese from English, which is the mixing that R1 met, but not French from English. No words: 1.
+    A word is a run of letters, or one character in scripts without spaces; without words the reward is 1. Script is a
+    proxy for language: it separates Chinese from English, the mixing seen in R1, but not French from English. Raises
+    UserError for an unknown `target`.
     """
     if target not in SCRIPTS:
         raise UserError(f"reward.target_language = {target!r} is not known; use one of {', '.join(sorted(SCRIPTS))}")
     thinking = text.partition("</think>")[0] if "</think>" in text else text
-    words = _scripts_of_words(TAG.sub(" ", thinking))
-    return sum(w in SCRIPTS[target] for w in words) / len(words) if words else 1.0
+    scripts = _word_scripts(TAG.sub(" ", thinking))
+    return sum(s in SCRIPTS[target] for s in scripts) / len(scripts) if scripts else 1.0
 
 
-def claims_right(text: str) -> bool:
-    """Whether the last candidate that the thinking marks is marked right."""
+def self_verified(text: str) -> bool:
+    """Whether the last self-verification mark in the thinking is ✓."""
     thinking = text.partition("</think>")[0]
     return thinking.rfind(RIGHT) > thinking.rfind(WRONG)
 
 
 def marked_verdict(sample: Sample, correct: bool) -> float:
-    """1 for a true 'right', −1 for a false one, 0 for none claimed: a false claim must cost more than giving up."""
-    if not claims_right(sample.text):
+    """1 for ✓ on a correct answer, −1 for ✓ on a wrong one, 0 without ✓: a false ✓ must cost more than giving up."""
+    if not self_verified(sample.text):
         return 0.0
     return 1.0 if correct else -1.0
 
 
-def _scripts_of_words(text: str) -> list[str]:
+def _word_scripts(text: str) -> list[str]:
     words = []
     for run in re.findall(r"[^\W\d_]+", text):
         previous = None

@@ -1,4 +1,4 @@
-"""`rorqual rl`: the run around GRPOTrainer, from a recipe to a release."""
+"""`rorqual rl`: from a recipe, over GRPOTrainer steps, evaluation and checkpoints, to a released model."""
 
 import time
 from collections.abc import Sequence
@@ -26,13 +26,13 @@ from rorqual.train.model_card import card
 from rorqual.train.run_folder import open_run
 from rorqual.train.telemetry import Telemetry
 
-STAGES = ("rollout", "train")  # of a step, as the ledger has them
+STAGES = ("rollout", "train")  # parts of a step in the ledger
 
 
 def rl(recipe: RLRecipe, resume: bool = False) -> Path:
-    """Run the recipe to its end and give the run's folder, with the release in model/.
+    """Run the recipe and return the run's folder, with the released model in model/.
 
-    Raises UserError for whatever the user can mend, Stopped after SIGINT or SIGTERM.
+    Raises UserError for what the user can fix, Stopped after SIGINT or SIGTERM.
     """
     tokenizer = tokenizer_of(recipe.model)
     environments = [open_environment(section) for section in recipe.environments]
@@ -41,26 +41,27 @@ def rl(recipe: RLRecipe, resume: bool = False) -> Path:
         model = build_model(recipe.model, tokenizer, recipe.seed)
         run = RLRun(run_dir, recipe, GRPOTrainer(model, tokenizer, environments, recipe))
         run.fit()
-        if recipe.keep_start and run.lost():
+        if recipe.keep_start and run.got_worse():
             model = load_model(recipe.model.path, stored_dtype(recipe.model.path))
         _release(run, model, tokenizer)
     return run_dir
 
 
 def check_problems(recipe: RLRecipe, tokenizer: Any, environments: Sequence[Environment]) -> None:
-    """Raises UserError for what would else end the run at some step, and every resumed one at the same."""
+    """Check prompts and problem counts. Raises UserError for what would stop the run, and its resumption, at a step."""
     context = ModelConfig.load(recipe.model.path).max_position_embeddings
     check_context(environments, recipe.template, tokenizer, context, recipe.grpo.max_tokens, "grpo.max_tokens")
     for environment in environments:
         next(environment.stream("train", derived_seed(recipe.seed, environment.family)))
-        if recipe.eval_every and environment.everything() is not None:
+        if recipe.eval_every and environment.all_problems() is not None:
             environment.problems("dev", recipe.eval_problems, recipe.seed)
 
 
 def predict_rl(recipe: RLRecipe, config: ModelConfig) -> dict[str, Any]:
-    """What a run takes at most: every completion as long as allowed, every group trained on; None: by the clock.
+    """Upper bound on the cost of a run: all completions at max_tokens, all groups trained on.
 
-    tokens (sampled and learnt from), flops, and seconds at the measured matrix peak.
+    Returns tokens (sampled + trained on), flops, and seconds at the measured matrix peak; tokens and flops are None for
+    a run with a time budget.
     """
     section = recipe.grpo
     if recipe.steps is None:
@@ -73,16 +74,17 @@ def predict_rl(recipe: RLRecipe, config: ModelConfig) -> dict[str, Any]:
 
 @dataclass
 class RLRun:
-    """One run: `fit` carries it from where its checkpoints stand to its end."""
+    """One RL run: `fit` resumes from the newest checkpoint, if any, and trains to the end."""
 
     run_dir: Path
     recipe: RLRecipe
     trainer: GRPOTrainer
-    seconds: float = 0.0  # over all starts, evaluation included
+    seconds: float = 0.0  # over all resumptions, evaluation included
     evaluations: dict[str, dict[str, float]] = field(default_factory=dict)  # step → eval_<family>
     stages: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))  # seconds
 
     def fit(self) -> None:
+        """Train to the end of the recipe. Raises Stopped after SIGINT or SIGTERM, with a checkpoint saved."""
         recipe, trainer = self.recipe, self.trainer
         checkpoints = Checkpoints(self.run_dir, recipe.keep)
         self._resume(checkpoints)
@@ -111,8 +113,8 @@ class RLRun:
     def done(self) -> bool:
         return self.progress() >= 1.0
 
-    def lost(self) -> bool:
-        """Whether the last evaluation found fewer right answers than the first."""
+    def got_worse(self) -> bool:
+        """Whether pass@1 of the last evaluation is below the first."""
         means = {int(step): sum(shares.values()) for step, shares in self.evaluations.items()}
         return bool(means) and means[max(means)] < means[min(means)]
 
@@ -120,12 +122,12 @@ class RLRun:
         start = time.monotonic()
         skipped = self.trainer.skipped_in_a_row
         metrics = self.trainer.step(self.progress())
-        took = time.monotonic() - start
-        self.seconds += took
-        made = metrics["length"] * self.recipe.grpo.questions_per_step * self.recipe.grpo.group_size
-        sampling = min(took, made / metrics["rollout_tokens_per_second"])
+        elapsed = time.monotonic() - start
+        self.seconds += elapsed
+        sampled = metrics["length"] * self.recipe.grpo.questions_per_step * self.recipe.grpo.group_size
+        sampling = min(elapsed, sampled / metrics["rollout_tokens_per_second"])
         self.stages["rollout"] += sampling
-        self.stages["train"] += took - sampling
+        self.stages["train"] += elapsed - sampling
         step = self.trainer.steps
         if self.trainer.skipped_in_a_row > skipped:
             telemetry.note(f"step {step}: the gradient is not finite; update skipped")
@@ -158,7 +160,7 @@ class RLRun:
         if found is None:
             return
         step, tensors, state = found
-        with checkpoints.another_version(step):
+        with checkpoints.reject_other_version(step):
             self.trainer.load(tensors, state["trainer"])
             self.seconds, self.evaluations, self.stages = state["seconds"], state["evaluations"], state["stages"]
 
@@ -169,7 +171,7 @@ def _release(run: RLRun, model: Transformer, tokenizer: Any) -> None:
     write_text(directory / "README.md", _card(run, model), then="then continue with --resume")
     trainer = run.trainer
     ledger = Ledger(run.run_dir, predict_rl(run.recipe, model.config), compute_dtype(run.recipe.model.dtype))
-    for stage, tokens in zip(STAGES, (trainer.tokens, trainer.learnt), strict=True):
+    for stage, tokens in zip(STAGES, (trainer.tokens, trainer.trained_tokens), strict=True):
         ledger.add(stage, tokens=tokens, flops=trainer.flops[stage], seconds=run.stages[stage])
     ledger.write()
 
@@ -182,14 +184,14 @@ def _card(run: RLRun, model: Transformer) -> str:
         for step, shares in run.evaluations.items()
     )
     head = f"| step | {' | '.join(trainer.environments)} |\n|---|{'---|' * len(trainer.environments)}\n"
-    kept = recipe.keep_start and run.lost()
-    story = f"""`{recipe.model.path}` after {trainer.steps} steps of reinforcement learning (GRPO) on {families}
-by Rorqual (`rorqual rl`), seed {recipe.seed}: {trainer.tokens:,} tokens of its own answers, {run.seconds:,.0f} seconds.
+    kept = recipe.keep_start and run.got_worse()
+    text = f"""`{recipe.model.path}` after {trainer.steps} steps of reinforcement learning (GRPO) on {families}
+by Rorqual (`rorqual rl`), seed {recipe.seed}: {trainer.tokens:,} sampled tokens, {run.seconds:,.0f} seconds.
 
 ## Accuracy
-{"pass@1 on development problems that training never saw:" if curve else "Not measured during training."}
+{"pass@1 on held-out development problems:" if curve else "Not measured during training."}
 
 {head + curve if curve else ""}
-{"The last was below the first, so the weights released here are those it began with." if kept else ""}
+{"The last is below the first, so the released weights are the initial ones (keep_start)." if kept else ""}
 """
-    return card(recipe, run.run_dir, [model.config.model_type, "grpo"], story)
+    return card(recipe, run.run_dir, [model.config.model_type, "grpo"], text)

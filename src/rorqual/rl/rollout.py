@@ -1,4 +1,4 @@
-"""Groups of completions sampled from the policy, ready to be scored and packed."""
+"""Rollouts: groups of completions sampled from the policy."""
 
 import hashlib
 import time
@@ -18,9 +18,9 @@ class Rollout:
     problems: list[Problem]
     prompts: list[list[int]]  # [Q] token ids
     completions: list[list[int]]  # [Q·G] token ids, the stop token included
-    logprobs: list[list[float]]  # of the completions' tokens when they were sampled
-    texts: list[str]  # of the completions, as the model wrote them
-    samples: list[Sample]  # [Q·G]
+    logprobs: list[list[float]]  # [Q·G] of the completion tokens, under the policy that sampled them
+    texts: list[str]  # [Q·G] the completions as text
+    samples: list[Sample]  # [Q·G] what rewards are computed from
     seconds: float
 
     @property
@@ -29,7 +29,7 @@ class Rollout:
 
 
 def sample_groups(engine: Engine, problems: Sequence[Problem], template: Template, params: SamplingParams) -> Rollout:
-    """`params.n` completions of every problem. Raises UserError for a prompt that leaves no room in the context."""
+    """Sample `params.n` completions per problem. Raises UserError for a prompt that fills the model's context."""
     start = time.monotonic()
     prompts = [render(p.question, template, engine.tokenizer) for p in problems]
     completions = engine.generate(prompts, params)
@@ -50,5 +50,5 @@ def sample_groups(engine: Engine, problems: Sequence[Problem], template: Templat
 
 
 def derived_seed(*parts: object) -> int:
-    """A seed of 62 bits from a run's seed and whatever it is for, so that no state of a generator need be saved."""
+    """A 62-bit seed from the run's seed and its purpose, so that no generator state has to be saved."""
     return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:8], "big") >> 2

@@ -1,4 +1,4 @@
-"""The numbers and the sample that a step of reinforcement learning reports."""
+"""Metrics and the sample text that one RL step logs."""
 
 from dataclasses import dataclass, field
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rorqual.rl.grpo import zero_std_groups
-from rorqual.rl.rewards import Rewards, claims_right
+from rorqual.rl.rewards import Rewards, self_verified
 from rorqual.rl.rollout import Rollout
 from rorqual.train.balance import max_violation
 
@@ -15,10 +15,10 @@ Metrics = dict[str, float | str | list[float]]
 
 @dataclass
 class UpdateSums:
-    """What the updates of one rollout gather over their micro-batches."""
+    """Sums over the micro-batches of one rollout's updates."""
 
     tokens: int = 0  # completion tokens
-    computed: int = 0  # tokens in the rows, prompts and padding included
+    computed: int = 0  # tokens in the forward pass, prompts and padding included
     entropy: float = 0.0
     kl: float | None = None  # None: no reference
     clipped: float = 0.0
@@ -27,13 +27,14 @@ class UpdateSums:
 
 
 def describe_rollout(rollout: Rollout, rewards: Rewards) -> Metrics:
-    """reward and its parts (means), length (tokens), truncated, zero_std_groups and pass_at_g (shares), speed; and,
-    where the model marks candidates, claimed (share of answers it calls right) and verdict_precision (how many are).
+    """Metrics of the rollout.
 
-    pass_at_g is pass@G: groups with at least one right answer.
+    reward and reward_<part> (means); length (mean tokens); truncated, zero_std_groups and pass_at_g (pass@G: groups
+    with at least one correct completion), all fractions; rollout_tokens_per_second. Where the model verifies itself (✓,
+    ✗): claimed (fraction of completions that end on ✓) and verdict_precision (fraction of those that are correct).
     """
     groups = (len(rollout.problems), -1)
-    claims = torch.tensor([claims_right(s.text) for s in rollout.samples])
+    claims = torch.tensor([self_verified(s.text) for s in rollout.samples])
     metrics: Metrics = {"reward": float(rewards.total.mean())}
     metrics |= {f"reward_{name}": float(part.mean()) for name, part in rewards.parts.items()}
     metrics |= {
@@ -52,7 +53,7 @@ def describe_rollout(rollout: Rollout, rewards: Rewards) -> Metrics:
 
 
 def describe_update(sums: UpdateSums, seconds: float) -> Metrics:
-    """grad_norm (mean over updates); means over tokens: entropy (nats), kl, clip_fraction; balance, speed."""
+    """grad_norm (mean over updates), token means of entropy (nats), kl and clip_fraction; tokens/s; load balance."""
     if not sums.tokens:
         return {"grad_norm": 0.0}
     metrics: Metrics = {
@@ -70,6 +71,7 @@ def describe_update(sums: UpdateSums, seconds: float) -> Metrics:
 
 
 def readable_sample(rollout: Rollout, rewards: Rewards, step: int) -> str:
+    """Question, completion, reference answer and reward of one completion of the rollout."""
     i = step % len(rollout.samples)
     sample = rollout.samples[i]
     return f"{sample.problem.question}\n{sample.text}\n[answer {sample.problem.answer}, reward {rewards.total[i]:.2f}]"

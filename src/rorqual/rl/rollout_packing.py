@@ -1,13 +1,13 @@
-"""Rollouts laid out for training: a prompt stands once in a block, its completions after it, none seeing another.
+"""Rollouts packed for training: a block holds a prompt once and its completions after it, masked from each other.
 
     block:     p p p a a a b b        p the prompt, a and b completions of it
     positions: 0 1 2 3 4 5 3 4
 
-Every completion attends to its prompt and itself, so its log-probabilities are those of the sequence alone, while
-the prompt is computed once for all. A token is predicted by the one before it, which for a completion's first token
-is the prompt's last: hence indices into the hidden states instead of a shift. A completion's last token is only a
-target. Blocks of all lengths lie end to end in one row, so that next to nothing is computed for filling up.
-T tokens of a micro-batch, N target tokens, n blocks of t tokens each.
+A completion attends to its prompt and to itself, so its log-probabilities are those of prompt + completion alone,
+while the prompt is computed once per block. A completion's first token is predicted by the prompt's last token, hence
+indices into the hidden states (`source`) instead of a shift. A completion's last token is only a target.
+Blocks of all lengths are concatenated into one row, so that almost no padding is computed.
+Shapes: T tokens of a micro-batch, N target tokens, n blocks of t tokens each.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-STEP = 16  # a block's length is filled up to a multiple, so that the shapes of products repeat
-FILL = -1
+LENGTH_MULTIPLE = 16  # blocks are padded to a multiple of this, so that matmul shapes repeat
+PADDING = -1  # branch id of padding tokens
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,11 @@ class PackedRollout:
 
     tokens: Tensor  # [1, T]
     positions: Tensor  # [1, T]
-    mask: tuple[Tensor, ...]  # bool [n, 1, t, t] of the blocks of each length, in their order
-    source: Tensor  # [N] index into the T hidden states: which one predicts
-    targets: Tensor  # [N]
-    sequence: Tensor  # [N] number of the completion
-    place: Tensor  # [N] where the token stands when all completions are laid end to end
+    mask: tuple[Tensor, ...]  # bool [n, 1, t, t], one per block length, in block order
+    source: Tensor  # [N] index into the T hidden states of the one that predicts the target
+    targets: Tensor  # [N] token ids
+    sequence: Tensor  # [N] index of the completion
+    offset: Tensor  # [N] index of the token in the concatenation of all completions
 
     def to(self, device: torch.device) -> "PackedRollout":
         moved = {name: t.to(device) for name, t in vars(self).items() if name != "mask"}
@@ -42,7 +42,7 @@ class PackedRollout:
 @dataclass
 class _Block:
     prompt: int
-    members: list[int]  # its completions here
+    members: list[int]  # indices of the completions in this block
     length: int
 
 
@@ -53,10 +53,11 @@ def pack_rollout(
     micro_tokens: int,
     cost: Callable[[int], float],
 ) -> list[PackedRollout]:
-    """Micro-batches of at most `micro_tokens` (or one block) that hold every completion once.
+    """Micro-batches of at most `micro_tokens` tokens (or one block) that hold every completion once.
 
-    prompt_of[i] is the prompt of completion i. Longer blocks share a prompt among more completions but pay for
-    attention over the whole block: `cost(t)`, the cost of a token in a block of t, decides.
+    prompts, completions: token ids; prompt_of[i] is the index of completion i's prompt. Longer blocks share a prompt
+    among more completions but compute attention over the whole block: the blocks with the lowest total cost are taken,
+    where `cost(t)` is the cost of one token in a block of t tokens.
     """
     groups: dict[int, list[int]] = {}
     for i, p in enumerate(prompt_of):
@@ -65,13 +66,13 @@ def pack_rollout(
     blocks: list[_Block] = []
     for p, members in groups.items():
         blocks += _cheapest(p, len(prompts[p]), members, sizes, micro_tokens, cost)
-    return [_build(some, prompts, completions) for some in _split(blocks, micro_tokens)]
+    return [_build(batch, prompts, completions) for batch in _split(blocks, micro_tokens)]
 
 
 def _cheapest(
     prompt: int, prompt_size: int, members: list[int], sizes: list[int], limit: int, cost: Callable[[int], float]
 ) -> list[_Block]:
-    """A group in even blocks within `limit` where that can be: as many as lower the cost, one by one."""
+    """Split one group into balanced blocks, within `limit` where possible: add blocks while that lowers the cost."""
     best: list[_Block] = []
     lowest = float("inf")
     for count in range(1, len(members) + 1):
@@ -81,7 +82,7 @@ def _cheapest(
             shortest.members.append(i)
             shortest.length += sizes[i]
         for block in blocks:
-            block.length = -(-block.length // STEP) * STEP
+            block.length = -(-block.length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
         if any(b.length > limit and len(b.members) > 1 for b in blocks):
             continue
         total = sum(b.length * cost(b.length) for b in blocks)
@@ -92,16 +93,16 @@ def _cheapest(
 
 
 def _split(blocks: list[_Block], micro_tokens: int) -> Iterator[list[_Block]]:
-    """Longest first, up to `micro_tokens`."""
-    some: list[_Block] = []
+    """Micro-batches of up to `micro_tokens` tokens, longest blocks first."""
+    batch: list[_Block] = []
     length = 0
     for block in sorted(blocks, key=lambda b: -b.length):
-        if some and length + block.length > micro_tokens:
-            yield some
-            some, length = [], 0
-        some.append(block)
+        if batch and length + block.length > micro_tokens:
+            yield batch
+            batch, length = [], 0
+        batch.append(block)
         length += block.length
-    yield some
+    yield batch
 
 
 def _build(
@@ -109,11 +110,11 @@ def _build(
 ) -> PackedRollout:
     T = sum(b.length for b in blocks)
     tokens, positions = np.zeros(T, np.int64), np.zeros(T, np.int64)
-    branches = np.full(T, FILL, np.int32)  # 0 is the prompt
+    branches = np.full(T, PADDING, np.int32)  # 0 is the prompt
     source: list[np.ndarray] = []
     targets: list[np.ndarray] = []
     sequence: list[np.ndarray] = []
-    place: list[np.ndarray] = []
+    offset: list[np.ndarray] = []
     starts = np.cumsum([0] + [len(c) for c in completions])
     start = 0
     for block in blocks:
@@ -129,7 +130,7 @@ def _build(
             source += [np.array([last]), np.arange(end, end + n)]
             targets.append(completion)
             sequence.append(np.full(n + 1, i))
-            place.append(np.arange(starts[i], starts[i + 1]))
+            offset.append(np.arange(starts[i], starts[i + 1]))
             end += n
         start += block.length
     masks, start = [], 0
@@ -144,12 +145,15 @@ def _build(
         source=torch.from_numpy(np.concatenate(source)),
         targets=torch.from_numpy(np.concatenate(targets).astype(np.int64)),
         sequence=torch.from_numpy(np.concatenate(sequence)),
-        place=torch.from_numpy(np.concatenate(place)),
+        offset=torch.from_numpy(np.concatenate(offset)),
     )
 
 
 def branch_mask(branches: Tensor) -> Tensor:
-    """branches [n, t] → bool [n, 1, t, t]: earlier tokens of the same branch, or of branch 0 (but not for filling)."""
-    mine, other = branches[:, :, None], branches[:, None, :]
-    seen = (mine == other) | ((other == 0) & (mine != FILL))
-    return seen.tril_().unsqueeze(1)
+    """branches [n, t] → bool [n, 1, t, t]: a token attends to itself and earlier tokens of its branch and of branch 0.
+
+    Padding attends to padding only.
+    """
+    query, key = branches[:, :, None], branches[:, None, :]
+    allowed = (query == key) | ((key == 0) & (query != PADDING))
+    return allowed.tril_().unsqueeze(1)

@@ -1,1 +1,1 @@
-"""Untrusted code and slow checkers, in processes of their own."""
+"""Untrusted code and slow checkers, in separate processes."""

@@ -1,9 +1,9 @@
 """The weaker isolation, where the system allows no namespaces: an audit hook (PEP 578) inside the interpreter.
 
-Everything that raises an audit event is refused unless named here; files may be read below the standard library and
-used freely below the working directory. This stops mistakes and ordinary mischief. It is NOT a wall: code that
-corrupts memory or finds a C function without an audit event gets past it (ctypes and further native modules are
-refused for that reason). Resource limits and an emptied environment hold regardless.
+All audit events are refused unless listed here; files may be read below the standard library, and read and written
+below the working directory. This stops mistakes and simple attacks. It is NOT a security boundary: code that corrupts
+memory or finds a C function without an audit event bypasses it (ctypes and other native modules are refused for that
+reason). Resource limits and an empty environment apply in any case.
 """
 
 import os
@@ -18,7 +18,7 @@ HARMLESS = frozenset({
 })  # fmt: skip
 FILES = frozenset({"open", "os.listdir", "os.scandir", "os.mkdir", "os.remove", "os.rmdir", "os.truncate"})
 NATIVE = frozenset({"ctypes", "_ctypes", "_posixsubprocess", "subprocess", "_socket", "mmap", "_testcapi"})
-# Functions of the system that raise no audit event of their own.
+# System functions that raise no audit event.
 UNWATCHED = frozenset({
     "mkfifo", "mknod", "mkdirat", "setsid", "setpgid", "nice", "pidfd_open", "memfd_create", "splice", "sendfile",
     "copy_file_range", "sched_setaffinity", "sched_setscheduler", "setpriority", "umask", "chroot", "setuid",
@@ -27,10 +27,10 @@ UNWATCHED = frozenset({
 
 
 def install(work: str, library: str) -> None:
-    """From here on refuse all but HARMLESS events and FILES below `work` (any use) or `library` (reading)."""
+    """Refuse all events except HARMLESS ones and FILES below `work` (any use) or `library` (reading)."""
     real, isdir, join, fspath = os.path.realpath, os.path.isdir, os.path.join, os.fspath
     work, library = real(work), real(library)
-    harmless, files, native = HARMLESS, FILES, NATIVE  # the module's names can be rebound from outside
+    harmless, files, native = HARMLESS, FILES, NATIVE  # local: the module's names could be rebound
     writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
     def below(path: str, root: str) -> bool:
@@ -44,7 +44,7 @@ def install(work: str, library: str) -> None:
             return
         elif event in files:
             path = args[0]
-            if isinstance(path, int):  # a descriptor: only what passed this hook before can be one
+            if isinstance(path, int):  # a descriptor, which this hook allowed when it was opened
                 return
             path = real(join(work, os.fsdecode(fspath(path)) if path is not None else "."))
             if event == "open" and isdir(path):  # a directory's descriptor would make later paths relative to it

@@ -1,9 +1,9 @@
-"""A process of its own for checkers that evaluate what a model wrote.
+"""A separate process for checkers that evaluate model output.
 
-sympy (inside math-verify and some of reasoning-gym's checkers) can hang or fill the memory on a short string, and
-cannot be interrupted from another thread: here the whole process is killed after the time-out and started anew.
-The two sides exchange one JSON object a line. This file is also the script of the process, and imports nothing of
-the package there.
+sympy (in math-verify and some of reasoning-gym's checkers) can hang or exhaust the memory on a short string, and cannot
+be interrupted from another thread: here the whole process is killed after the time-out and restarted. Requests and
+replies are one JSON object per line. This file is also the script of that process, where it imports nothing of the
+package.
 """
 
 import atexit
@@ -20,14 +20,14 @@ MEMORY = 4 << 30  # bytes of address space for the process
 
 
 class CheckerProcess:
-    """One checker process, started when first needed; safe to call from any thread."""
+    """One checker process, started at the first call; thread-safe."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
         self._lock = threading.Lock()
 
     def call(self, request: dict[str, Any], timeout: float) -> float | None:
-        """The process's answer; None when it took longer than `timeout` seconds, failed or died."""
+        """The checker's score; None where it took longer than `timeout` seconds, failed or died."""
         with self._lock:
             if self._process is not None and self._process.poll() is not None:
                 self._stop()  # killed from outside between two calls
@@ -50,13 +50,16 @@ class CheckerProcess:
             self._stop()
 
     def _start(self) -> bool:
-        # -P: this file's folder must not come before the library's own modules.
+        from rorqual.extras import require  # not at the top: the script imports nothing of the package
+
+        require("rl")  # without them every answer that is checked here would count as wrong
+        # -P: this file's folder must not shadow library modules.
         self._process = subprocess.Popen(
             [sys.executable, "-P", __file__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            start_new_session=True,  # a Ctrl-C meant for the trainer must not fell it
+            start_new_session=True,  # a Ctrl-C for the trainer must not kill it
         )
         if self._read(START_TIMEOUT) is None:
             self._stop()
@@ -76,7 +79,7 @@ class CheckerProcess:
             process.kill()
             process.wait()
             for pipe in (process.stdin, process.stdout):
-                with contextlib.suppress(OSError):  # what was still to be flushed has no reader
+                with contextlib.suppress(OSError):  # unflushed data has no reader
                     pipe.close()
 
 
@@ -85,11 +88,12 @@ atexit.register(_shared.close)
 
 
 def shared_checker() -> CheckerProcess:
+    """The process-wide checker."""
     return _shared
 
 
 def _math(request: dict[str, Any]) -> float:
-    """Both as LaTeX and whole: what math-verify finds in the middle of a text must not stand for all of it."""
+    """Parse both texts as LaTeX and as a whole: math-verify must not pick an expression from the middle of a text."""
     from math_verify import LatexExtractionConfig, parse, verify
 
     gold, answer = (
@@ -117,7 +121,7 @@ def _serve() -> None:
     import math_verify  # noqa: F401  (before the ready line, so that its import counts against no time-out)
 
     replies = os.fdopen(os.dup(1), "wb", buffering=0)
-    os.dup2(2, 1)  # whatever a checker prints is not a reply
+    os.dup2(2, 1)  # prints of a checker must not be read as replies
     replies.write(b"ready\n")
     for line in sys.stdin.buffer:
         request = json.loads(line)

@@ -1,4 +1,4 @@
-"""What runs inside the child process: lock the doors, then become a fresh interpreter for the program.
+"""Child process of run_program.py: isolate itself, then exec a fresh interpreter for the program.
 
 Started by run_program.py as `python -I -S namespaces.py MODE PYTHON LIMITS WORK READY`; standard library only, never
 imported by the package. Two modes:
@@ -6,9 +6,9 @@ imported by the package. Two modes:
 - `namespaces`: own mount, network, process and IPC namespaces (through a user namespace when not root). The new root
   is an empty tmpfs with the interpreter and the system libraries bound read-only: no /etc, /home, /proc or /dev
   exists, there is no network interface, and the program runs as nobody without capabilities.
-- `guard`: the audit hook of audit_hook.py, for systems that allow no namespaces. Weaker: see there.
+- `guard`: the audit hook of audit_hook.py, for systems without namespaces. Weaker: see there.
 
-Both add resource limits. READY is written just before the program takes over; without it nothing of the program ran.
+Both add resource limits. READY is written just before exec; without it, the program did not run.
 """
 
 import ctypes
@@ -25,7 +25,7 @@ MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE, MNT_DETACH = 2, 4, 4096, 16384
 PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS = 1, 38
 SYS_MOUNT_SETATTR, AT_RECURSIVE, MOUNT_ATTR_RDONLY = 442, 0x8000, 1
 
-# The program arrives on stdin behind the line that says it ran to its end, which it must not be able to read again.
+# stdin holds the word to print when the program ran to its end, then the program, which must not be able to read it.
 BOOT = """
 def boot():
     import os, sys
@@ -46,7 +46,7 @@ boot()
 
 
 def call(name: str, *args: object) -> None:
-    """A libc function by name; raises OSError when it does not return 0."""
+    """Call a libc function; raises OSError when it does not return 0."""
     libc = ctypes.CDLL(None, use_errno=True)
     if getattr(libc, name)(*args) != 0:
         error = ctypes.get_errno()
@@ -54,7 +54,7 @@ def call(name: str, *args: object) -> None:
 
 
 def enter_namespaces(base: str, work_bytes: int) -> None:
-    """Leave the host's files, network and processes behind; the working directory becomes a private tmpfs."""
+    """Detach from the host's files, network and processes; the working directory becomes a private tmpfs."""
     own = CLONE_NEWNS | CLONE_NEWNET | CLONE_NEWPID | CLONE_NEWIPC | CLONE_NEWUTS
     uid, gid = os.geteuid(), os.getegid()
     if uid == 0:
@@ -75,12 +75,12 @@ def enter_namespaces(base: str, work_bytes: int) -> None:
     os.chdir(place)
     call("pivot_root", b".", b".")
     call("umount2", b".", MNT_DETACH)
-    os.chroot("/box")  # inside a chroot the kernel refuses further user namespaces, the way back to capabilities
+    os.chroot("/box")  # in a chroot the kernel refuses new user namespaces, which would give capabilities
     os.chdir("/tmp")
 
 
 def bind(path: str, root: str) -> None:
-    """`path` at the same place below `root`, read-only with everything mounted beneath it."""
+    """Bind-mount `path` at the same place below `root`, read-only, with its submounts."""
     target = root + path
     if os.path.lexists(target) or not os.path.lexists(path):
         return
@@ -96,7 +96,7 @@ def bind(path: str, root: str) -> None:
 
 
 def become_first_process() -> None:
-    """Fork twice: the first child is process 1 of the namespace, whose end kills all others; returns in the second."""
+    """Fork twice: the first child is PID 1 of the namespace, whose exit kills all others; returns in the second."""
     for _ in range(2):
         child = os.fork()
         if child:
@@ -121,7 +121,7 @@ def limit_resources(limits: dict[str, int]) -> None:
         ("AS", limits["memory_bytes"]),
         ("FSIZE", limits["file_bytes"]),
         ("NOFILE", 32),
-        ("NPROC", 1),  # this process is already one: no other process or thread can be started
+        ("NPROC", 1),  # this process counts: no other process or thread can be started
         ("CORE", 0),
         ("CPU", limits["cpu_seconds"]),
     ):

@@ -1,8 +1,8 @@
-"""Run a model's Python where it can do no harm: a fresh process without files, network, processes or endless time.
+"""Run model-generated Python in a sandbox: a fresh process without files, network and child processes, time-limited.
 
-`run_program` uses Linux namespaces where the system grants them and otherwise an audit hook with resource limits
-(namespaces.py and audit_hook.py say what each can hold). Before the first program a probe tries to break out; if it
-succeeds in either mode nothing is ever run.
+`run_program` uses Linux namespaces where the system permits them, else an audit hook with resource limits
+(namespaces.py and audit_hook.py describe what each guarantees). Before the first program a probe tries to escape; a
+mode it escapes is not used, and without a mode nothing is run.
 """
 
 import json
@@ -23,7 +23,7 @@ from pathlib import Path
 from rorqual.errors import UserError
 
 MODES = ("namespaces", "guard")
-JAIL = Path(__file__).with_name("namespaces.py")
+CHILD = Path(__file__).with_name("namespaces.py")
 
 PROBE = """
 import os
@@ -48,7 +48,7 @@ assert refused(fork), "a process can be started"
 
 @dataclass(frozen=True)
 class Limits:
-    """What a program may use."""
+    """Resource limits of a program."""
 
     wall_seconds: float = 5.0
     cpu_seconds: int = 5
@@ -59,7 +59,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Outcome:
-    """`status`: passed (ran to its end), failed, timeout or output (more than allowed); `detail`: the output's end."""
+    """`status`: passed (ran to its end), failed, timeout or output (over the limit); `detail`: end of the output."""
 
     status: str
     detail: str
@@ -72,7 +72,7 @@ class Outcome:
 
 @cache
 def isolation() -> str:
-    """The strongest mode that withstands the probe here. Raises UserError when there is none."""
+    """The strongest mode that the probe cannot escape. Raises UserError when there is none."""
     faults = []
     for mode in MODES:
         try:
@@ -92,7 +92,7 @@ def isolation() -> str:
 
 
 def probe(mode: str) -> Outcome:
-    """Let a program try to leave: read and write a file of ours, reach a port of ours, start a process."""
+    """Run a program that tries to escape: read and write a host file, connect to a host port, start a process."""
     with tempfile.TemporaryDirectory() as outside, socket.create_server(("127.0.0.1", 0)) as server:
         os.chmod(outside, 0o777)  # so that only the isolation can refuse
         secret = Path(outside, "secret")
@@ -103,10 +103,10 @@ def probe(mode: str) -> Outcome:
 
 
 def run_program(source: str, limits: Limits | None = None) -> Outcome:
-    """Run `source` to its end in isolation; an exception, early exit or broken limit is not a pass.
+    """Run `source` in isolation; an exception, early exit or exceeded limit is not a pass.
 
-    "Ran to its end" is a random word printed by the surrounding code, so `sys.exit(0)` or `os._exit(0)` do not pass;
-    a program that searches the interpreter's frames for that word could still forge it.
+    The surrounding code prints a random word at the end, so that `sys.exit(0)` or `os._exit(0)` do not pass; a program
+    that searches the interpreter's frames for that word could still forge it.
     Raises UserError when isolation cannot be established.
     """
     mode = isolation()
@@ -123,7 +123,7 @@ def _run(source: str, limits: Limits, mode: str) -> Outcome:
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="rorqual-") as work:
         process = subprocess.Popen(
-            [python, "-I", "-S", str(JAIL), mode, python, json.dumps(numbers), work, ready],
+            [python, "-I", "-S", str(CHILD), mode, python, json.dumps(numbers), work, ready],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -152,7 +152,7 @@ def _run(source: str, limits: Limits, mode: str) -> Outcome:
 
 
 def _exchange(process: subprocess.Popen, text: bytes, limits: Limits) -> tuple[bytes, str]:
-    """Write `text` and read what comes back until the end, the time or the size limit; returns (output, limit)."""
+    """Write `text` and read the output until its end, the time or the size limit; returns (output, limit hit)."""
     deadline = time.monotonic() + limits.wall_seconds
     output, pending = bytearray(), memoryview(text)
     os.set_blocking(process.stdin.fileno(), False)
@@ -179,7 +179,7 @@ def _exchange(process: subprocess.Popen, text: bytes, limits: Limits) -> tuple[b
 
 
 def _ends(process: subprocess.Popen, deadline: float) -> bool:
-    """Whether the process, having closed its output, also ends in time."""
+    """Whether the process, after closing its output, also exits before the deadline."""
     try:
         process.wait(max(0.0, deadline - time.monotonic()))
     except subprocess.TimeoutExpired:

@@ -81,7 +81,7 @@ def build_app(service: ModelService) -> FastAPI:
         service.check_prompt(prompt, "messages", max_tokens)
         grammar, call_format = body.form(), None
         if tools:
-            form = service.chat.habits(True).format
+            form = service.chat.tool_support(True).format
             calls = call_grammar(body, form, service.marks, body.schema())
             if calls is not None and body.structured_outputs is not None:
                 raise ApiError(

@@ -7,6 +7,7 @@ from typing import Any
 
 from fastapi import FastAPI
 
+from rorqual.extras import require
 from rorqual.serve.api_errors import ApiError
 from rorqual.serve.chat_state import (
     Conversation,
@@ -46,6 +47,7 @@ PATHS = (
 
 def add_page(app: FastAPI, service: ModelService) -> FastAPI:
     """`app` with the page at its root."""
+    require("serve", "gradio")
     import gradio as gr
 
     font, mono = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]

@@ -1,9 +1,9 @@
-"""Reasoning documents for pre-training a small model from nothing: problems with worked solutions.
+"""Synthetic reasoning documents for pre-training from scratch: problems with chains of thought.
 
-A document is a question, a chain of thought and an answer, in the chat format that reinforcement learning and chat
-use later. As in text that people write, quality varies: some documents think in small steps, check, find a wrong turn
-and correct it; some give up early; some answer without thinking. None says something false about arithmetic except
-for slips that a check then finds. What pays off is left for reinforcement learning to discover.
+A document is a question, a chain of thought and an answer, in the format of the later RL and chat. As in natural text,
+quality varies: some documents reason in small steps, verify, find an error and correct it; some give up early; some
+answer without thinking. Their arithmetic is correct except for errors that a later check finds. Which behaviour pays is
+left for RL to find.
 """
 
 import functools
@@ -21,8 +21,8 @@ from rorqual.rl.envs import graph_coloring
 from rorqual.rl.envs.environment import Environment, Problem
 
 RIGHT, WRONG = "✓", "✗"
-LARGEST = 699  # no step goes above: chains of seven two-digit numbers stay below, and a small vocabulary is cheap
-MOST_TRIES = 3  # at coloring a graph
+LARGEST = 699  # bound of all intermediate results: covers sums of seven two-digit numbers with a small vocabulary
+MAX_ATTEMPTS = 3  # to color a graph
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,11 @@ class Document:
 
 
 def attempts(numbers: tuple[int, ...]) -> dict[str, int]:
-    """Every way of joining sorted numbers by +, - and * without a negative or too large number on the way.
+    """All ways to combine sorted numbers by +, - and * with intermediate results from 0 to LARGEST.
 
-    The steps as written while thinking, e.g. 8*3=24,24-1=23, with the value they end in. Larger numbers come first.
+    Steps as written in the thinking, e.g. 8*3=24,24-1=23 (larger operand first) → their final value.
     """
-    return _few_attempts(numbers) if len(numbers) <= 3 else _attempts(numbers)  # of four there are too many to keep
+    return _few_attempts(numbers) if len(numbers) <= 3 else _attempts(numbers)  # those of four are too many to cache
 
 
 def _attempts(numbers: tuple[int, ...]) -> dict[str, int]:
@@ -68,8 +68,8 @@ _few_attempts = functools.lru_cache(1 << 14)(_attempts)
 
 
 def expression(steps: str) -> str:
-    """The steps as one expression, as answered: 8*3=24,24-1=23 → 8*3-1."""
-    made: dict[str, list[tuple[str, bool]]] = defaultdict(list)  # result → how it was made, and whether as a sum
+    """The steps as one expression, for the answer: 8*3=24,24-1=23 → 8*3-1."""
+    made: dict[str, list[tuple[str, bool]]] = defaultdict(list)  # result → (expression, whether it is a sum)
     for step in steps.split(","):
         calculation, result = step.split("=")
         left, op, right = re.split(r"([+*-])", calculation)
@@ -81,14 +81,14 @@ def expression(steps: str) -> str:
 
 
 def countdown_document(problem: Problem, rng: Random) -> Document:
-    """Tries in random order, each checked; most documents find the target, some give up before."""
+    """Verified attempts in random order; most documents reach the target, some give up before."""
     target = problem.metadata["target"]
     every = attempts(tuple(sorted(problem.metadata["numbers"])))
     right = [steps for steps, value in every.items() if value == target]
     wrong = [steps for steps, value in every.items() if value != target]
     tried: list[str] = []
     for _ in range(min(len(wrong), int(rng.expovariate(1 / 3.0)))):
-        # A try that misses by little is the kind a person makes: half of the wrong turns are the nearest of three.
+        # People's wrong attempts come close: half of them are the nearest to the target of three.
         draw = rng.sample(wrong, min(len(wrong), 3 if rng.random() < 0.5 else 1))
         pick = min(draw, key=lambda steps: abs(every[steps] - target))
         wrong.remove(pick)
@@ -108,7 +108,7 @@ def countdown_document(problem: Problem, rng: Random) -> Document:
 
 
 def chain_document(problem: Problem, rng: Random) -> Document:
-    """At once, step by step, or step by step with a second reckoning in another order that finds slips."""
+    """Without thinking, step by step, or step by step with a check in another order that finds errors."""
     words = problem.metadata["expression"].split()
     terms = [int(words[0])] + [int(n) if op == "+" else -int(n) for op, n in zip(words[1::2], words[2::2], strict=True)]
     answer = str(sum(terms))
@@ -125,12 +125,12 @@ def chain_document(problem: Problem, rng: Random) -> Document:
 
 
 def _reordered(terms: list[int]) -> list[int]:
-    """What is added first, then what is taken away."""
+    """Positive terms first, then negative ones."""
     return sorted(terms, key=lambda t: t < 0)
 
 
 def _chain(terms: list[int], slip: int = 0) -> str:
-    """12+7=19,19-4=15; a slip spoils the last result."""
+    """12+7=19,19-4=15; `slip` is added to the last result."""
     total, parts = terms[0], []
     for i, term in enumerate(terms[1:], start=2):
         result = total + term + (slip if i == len(terms) else 0)
@@ -143,7 +143,7 @@ def _chain(terms: list[int], slip: int = 0) -> str:
 
 
 def graph_document(problem: Problem, rng: Random) -> Document:
-    """At once, or vertex by vertex with any color that no neighbor has, again after a dead end; some give up there."""
+    """Without thinking, or vertex by vertex with a random free color, again after a dead end; some give up there."""
     puzzle = problem.metadata["puzzle"]
     before = graph_coloring.before(puzzle)
     if rng.random() < 0.3:
@@ -154,13 +154,13 @@ def graph_document(problem: Problem, rng: Random) -> Document:
         lines.append(f"{_coloring(before, colors)} {WRONG if dead else RIGHT}\n")
         if not dead:
             return Document(problem, "".join(lines), _as_json(colors))
-        if rng.random() < 0.35 or len(lines) == MOST_TRIES:
+        if rng.random() < 0.35 or len(lines) == MAX_ATTEMPTS:
             guess = {v: colors.get(v) or rng.choice(puzzle["color_options"]) for v in before}
             return Document(problem, "".join(lines), _as_json(guess))
 
 
 def _color(before: dict[int, list[int]], options: list[int], rng: Random) -> tuple[dict[int, int], bool]:
-    """Colors up to the first vertex that has none left, and whether there was one."""
+    """(colors up to the first vertex without a free color, whether there was one)."""
     colors: dict[int, int] = {}
     for vertex, neighbors in before.items():
         free = [c for c in options if c not in {colors[n] for n in neighbors}]
@@ -171,7 +171,7 @@ def _color(before: dict[int, list[int]], options: list[int], rng: Random) -> tup
 
 
 def _coloring(before: dict[int, list[int]], colors: dict[int, int]) -> str:
-    """0=2,1(0=2)=1,2(0=2,1=1)=3; after a dead end the last vertex stands without a color."""
+    """0=2,1(0=2)=1,2(0=2,1=1)=3; at a dead end the last vertex has no color."""
     parts = []
     for vertex in itertools.islice(before, len(colors) + 1):
         known = ",".join(f"{n}={colors[n]}" for n in before[vertex])
@@ -190,16 +190,16 @@ WRITERS: dict[str, Callable[[Problem, Random], Document]] = {
 }
 
 
-# Models write what they like, numbers that Python refuses for their length too.
+# Bounded: models may write numbers that are too long for Python's int().
 STEP = re.compile(r"(-?[0-9]{1,9})([+*-])([0-9]{1,9})=(-?[0-9]{1,9})")
 COLOR = "[0-9]{1,3}=[0-9]{1,3}"
 VERTEX = re.compile(rf"([0-9]{{1,3}})(?:\(({COLOR}(?:,{COLOR})*)\))?(?:=([0-9]{{1,3}}))?")  # 2(0=2,1=1)=3
 
 
 def line_is_right(problem: Problem, line: str) -> bool | None:
-    """Whether a line of thinking that was marked right is: every step true, and the problem solved by it.
+    """Whether a line of thinking marked ✓ is correct: all steps are true and they solve the problem.
 
-    None for what is not a line of steps.
+    None for a line that is not a list of steps.
     """
     if problem.family == "graph_color":
         return _coloring_is_right(problem.metadata["puzzle"], line.strip())
@@ -227,8 +227,8 @@ def _coloring_is_right(puzzle: dict[str, Any], line: str) -> bool | None:
         return None
     colors: dict[int, int] = {}
     for vertex, known, color in (part.groups() for part in parts):
-        told = [pair.split("=") for pair in known.split(",")] if known else []
-        if color is None or int(vertex) in colors or any(colors.get(int(n)) != int(c) for n, c in told):
+        pairs = [pair.split("=") for pair in known.split(",")] if known else []
+        if color is None or int(vertex) in colors or any(colors.get(int(n)) != int(c) for n, c in pairs):
             return False
         colors[int(vertex)] = int(color)
     apart = all(colors.get(a) != colors.get(b) for a, b in puzzle["edges"])
@@ -236,7 +236,7 @@ def _coloring_is_right(puzzle: dict[str, Any], line: str) -> bool | None:
 
 
 def documents(problems: list[Problem], count: int, seed: int) -> Iterator[Document]:
-    """`count` documents over the problems, those of one problem, with other wrong turns each, in a row."""
+    """`count` documents over the problems; those of one problem are consecutive, with different wrong attempts."""
     rng = Random(seed)
     for i in range(count):
         problem = problems[i * len(problems) // count]
@@ -248,7 +248,7 @@ def write_documents(
 ) -> int:
     """Write a shuffled .jsonl corpus of `counts[i]` documents over `problems[i]` training problems of environment i.
 
-    Their form is that of the `plain` template (rl/prompts.py). Returns the number of documents.
+    Their format is the `plain` template (rl/prompts.py). Returns the number of documents.
     """
     rng = Random(seed)
     texts = []

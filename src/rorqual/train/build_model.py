@@ -1,4 +1,4 @@
-"""From a recipe to a model: loaded or of random weights, with its tokenizer, checked against each other."""
+"""Build or load the model and the tokenizer of a recipe, and check that they fit each other."""
 
 from dataclasses import fields
 from difflib import get_close_matches
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 def check_length(
     section: ModelSection, data: DataSection | ChatDataSection | DistillRecipe, field: str = "data.sequence_length"
 ) -> None:
-    """Lower a `sequence_length` that the recipe leaves open to what the model's context holds.
+    """Lower a default `sequence_length` to the model's context (max_position_embeddings, tokens).
 
-    Raises UserError for a longer one that it gives: the release would not take what it was trained at.
+    Raises UserError where the recipe sets a longer one: the released model could not be used at that length.
     """
     length = data.sequence_length
     if section.path is not None:
@@ -42,9 +42,10 @@ def check_length(
 def model_config(
     section: ModelSection, vocab_size: int, eos_token_id: int | None = None, length: int = 0
 ) -> ModelConfig:
-    """The sizes a recipe asks for; `vocab_size` and the end token are the tokenizer's unless it says otherwise.
+    """The config that a recipe describes; `vocab_size` and `eos_token_id` default to the tokenizer's.
 
-    length: tokens of the sequences in training; a context that is left out holds them.
+    length: training sequence length in tokens; the default context is at least that. Raises UserError for an unknown
+    field and a vocabulary smaller than the tokenizer's.
     """
     if section.path is not None:
         return ModelConfig.load(section.path)
@@ -65,9 +66,9 @@ def model_config(
 
 
 def build_model(section: ModelSection, tokenizer: "PreTrainedTokenizerFast", seed: int, length: int = 0) -> Transformer:
-    """The model to train, in FP32 (the optimizer converts it), its random weights decided by `seed`.
+    """The model to train, in FP32 (the optimizer converts it); `seed` determines random weights.
 
-    length: as in `model_config`.
+    length: as in `model_config`. Raises UserError where the model's vocabulary is smaller than the tokenizer's.
     """
     set_seed(seed)
     size = len(tokenizer)
@@ -77,13 +78,13 @@ def build_model(section: ModelSection, tokenizer: "PreTrainedTokenizerFast", see
     if config.vocab_size < size:
         raise UserError(
             f"{section.path}: the model has {config.vocab_size} tokens and the tokenizer {size}; "
-            "give the tokenizer the model was trained with"
+            "use the tokenizer the model was trained with"
         )
     return load_model(section.path, dtype=torch.float32)
 
 
 def check_model(section: ModelSection) -> None:
-    """Raises UserError for a model that cannot be trained, as `build_model` would; its weights are not read."""
+    """Raises UserError for a model that `build_model` would refuse, without reading its weights."""
     if section.path is not None:
         open_release(Path(section.path))
 
@@ -94,11 +95,11 @@ def tokenizer_of(section: ModelSection) -> "PreTrainedTokenizerFast":
         raise UserError("model.path is missing: fine-tuning starts from a trained model's directory")
     tokenizer = load_tokenizer(section.path)
     if tokenizer.eos_token_id is None and (ends := read_released(section.path).end_tokens):
-        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ends[0])  # it ends what is learnt too
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ends[0])  # training samples end with it too
     return tokenizer
 
 
 def set_threads(section: TrainSection) -> None:
-    """Use as many threads as the recipe says, or torch's choice."""
+    """Set torch's thread count where the recipe has one."""
     if section.threads is not None:
         torch.set_num_threads(section.threads)

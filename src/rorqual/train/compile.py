@@ -1,4 +1,4 @@
-"""torch.compile where there is a compiler."""
+"""torch.compile, with a fallback to eager mode."""
 
 import shutil
 from collections.abc import Callable
@@ -8,14 +8,14 @@ import torch
 from torch import nn
 
 
-def compiled(model: nn.Module, say: Callable[[str], None]) -> Callable[..., Any]:
-    """`model`'s forward, compiled; plain, with a sentence saying so, when there is no C++ compiler or it fails.
+def compiled(model: nn.Module, notify: Callable[[str], None]) -> Callable[..., Any]:
+    """`model`'s compiled forward; the eager one without a C++ compiler (CPU) or when compilation fails.
 
-    Compilation happens at the first call and for every new shape.
+    It compiles at the first call and for every new shape. `notify` receives a sentence about a fallback.
     """
     on_cpu = next(model.parameters()).device.type == "cpu"
     if on_cpu and not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
-        say("train.compile: no C++ compiler found; running without torch.compile")
+        notify("train.compile: no C++ compiler found; running without torch.compile")
         return model
     fast: Callable[..., Any] | None = torch.compile(model, dynamic=False)
 
@@ -27,7 +27,7 @@ def compiled(model: nn.Module, say: Callable[[str], None]) -> Callable[..., Any]
                 out = fast(*args, routing=gathered, **kwargs)
             except _failures() as e:
                 fast = None
-                say(f"train.compile: torch.compile failed ({str(e).splitlines()[0][:200]}); running without it")
+                notify(f"train.compile: torch.compile failed ({str(e).splitlines()[0][:200]}); running without it")
             else:
                 if routing is not None:
                     routing.extend(gathered)

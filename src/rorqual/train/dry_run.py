@@ -1,4 +1,4 @@
-"""`--dry-run`: the plan of a recipe; nothing is started and nothing is written."""
+"""`--dry-run`: the plan of a recipe; nothing is trained or written."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from rorqual.train.build_model import check_length, check_model, model_config, s
 
 
 def dry_run(recipe: PretrainRecipe | SFTRecipe) -> dict[str, Any]:
-    """Parameters, FLOPs, memory and time (`plan_text` prints them). Raises UserError as the run itself would."""
+    """Predicted parameters, FLOPs, memory and time (`plan_text` prints them). Raises UserError as the run would."""
     set_threads(recipe.train)
     check_model(recipe.model)
     check_length(recipe.model, recipe.data)

@@ -1,4 +1,4 @@
-"""What pre-training and SFT share: the trainer of a recipe, its run, and what is left when it ends."""
+"""Shared by pre-training and SFT: run a recipe's trainer, then write the released model and the ledger."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,13 +17,13 @@ from rorqual.train.trainer import Trainer
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-EVAL_BATCHES = 32  # a validation; more moves bits per byte by less than its changes between steps
+EVAL_BATCHES = 32  # per validation; more changes bits per byte by less than training steps do
 
 
 def train(
     recipe: PretrainRecipe | SFTRecipe, run_dir: Path, model: Transformer, loader: Loader, valid: Heldout | None
 ) -> TrainingRun:
-    """Carry the recipe's run to its end, from wherever its checkpoints stand."""
+    """Train the recipe to its end, resuming from the newest checkpoint. Raises as `TrainingRun.fit`."""
     section = recipe.train
     run = TrainingRun(
         run_dir=run_dir,
@@ -49,7 +49,7 @@ def train(
 
 
 def finish(recipe: PretrainRecipe | SFTRecipe, run: TrainingRun, tokenizer: "PreTrainedTokenizerFast") -> Path:
-    """Write model/ (weights, tokenizer, card) and ledger.json; gives the run's folder."""
+    """Write model/ (weights, tokenizer, model card) and ledger.json; returns the run's folder."""
     trainer, directory = run.trainer, run.run_dir / "model"
     with trainer.released_weights():
         save_model(trainer.model, directory, tokenizer)

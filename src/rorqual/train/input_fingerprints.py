@@ -1,8 +1,7 @@
-"""The files that a run reads, by content: a resumed run goes on with what it began with, or not at all.
+"""Fingerprints of a run's input files: a resumed run must have the same inputs.
 
-RUN/inputs.json holds of each file its size, the BLAKE2b of its whole content, and what the system says of it
-(modification, change, inode). A file of which the system says the same is not read again, so that this takes about a
-second a GB once, at the start.
+RUN/inputs.json holds for each file its size, the BLAKE2b of its content, and its mtime, ctime and inode. A file with
+the same stat values is not read again, so that hashing costs about 1 s per GB, once, at the start.
 """
 
 import json
@@ -17,16 +16,16 @@ from rorqual.model.model_directory import model_directory
 from rorqual.recipe import DistillRecipe, PretrainRecipe, Recipe, RLRecipe, SFTRecipe
 
 NAME = "inputs.json"
-OF_A_MODEL = ("*.safetensors", "*.gguf", "*.json", "*.jinja", "*.model")
+MODEL_FILES = ("*.safetensors", "*.gguf", "*.json", "*.jinja", "*.model")
 
 Inputs = dict[str, dict[str, Any]]
 
 
 def keep_inputs(run_dir: Path, recipe: Recipe, begun: bool, moved_from: str | None = None) -> bool:
-    """Write down what the recipe's files are now. False where a start before, which never trained, had others.
+    """Write inputs.json. False where an earlier start that never trained had other inputs.
 
-    moved_from: the recipe's `out` when they were written down last. Raises UserError naming the first file that is
-    another one now, when training has `begun`.
+    moved_from: the recipe's `out` when inputs.json was last written. Raises UserError naming the first file that is
+    missing, new or changed, when training has `begun`.
     """
     files = {str(path): path for path in files_of(recipe)}
     before, out = _read(run_dir / NAME), Path(moved_from or recipe.out)
@@ -36,9 +35,9 @@ def keep_inputs(run_dir: Path, recipe: Recipe, begun: bool, moved_from: str | No
     changed = [path for path in {**before, **now} if not _same(before.get(path), now.get(path))]
     if begun and before and changed:
         path = changed[0]
-        how = "is gone" if path not in now else "is new" if path not in before else "has changed"
+        how = "is missing" if path not in now else "is new" if path not in before else "has changed"
         raise UserError(
-            f"{path} {how} since {run_dir} began; a resumed run must keep its data, so put it back as it was, or start "
+            f"{path} {how} since {run_dir} began; a resumed run must keep its data: restore the file, or start "
             "again under another name"
         )
     write_text(run_dir / NAME, json.dumps(now, indent=1), then="or set out to a writable place")
@@ -46,7 +45,7 @@ def keep_inputs(run_dir: Path, recipe: Recipe, begun: bool, moved_from: str | No
 
 
 def files_of(recipe: Recipe) -> list[Path]:
-    """What a recipe reads from disk, sorted. What does not exist is left to those who read it."""
+    """The files that a recipe reads, sorted. Missing ones are skipped: reading them raises the error."""
     models, data = [recipe.model.path], []
     if isinstance(recipe, PretrainRecipe):
         models.append(recipe.tokenizer.path)
@@ -56,7 +55,7 @@ def files_of(recipe: Recipe) -> list[Path]:
     elif isinstance(recipe, RLRecipe | DistillRecipe):
         data = [section.path for section in recipe.environments if section.path is not None]
         if isinstance(recipe, DistillRecipe):
-            models = [recipe.teacher]  # the student's run sees to the student
+            models = [recipe.teacher]  # the student's own run fingerprints the student
     found = {file for model in models if model is not None for file in _of_model(Path(model))}
     return sorted(found | {file for path in data for file in _of_data(path)})
 
@@ -64,7 +63,7 @@ def files_of(recipe: Recipe) -> list[Path]:
 def _of_model(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
-    return [file for pattern in OF_A_MODEL for file in model_directory(path).glob(pattern) if file.is_file()]
+    return [file for pattern in MODEL_FILES for file in model_directory(path).glob(pattern) if file.is_file()]
 
 
 def _of_data(path: str) -> list[Path]:
@@ -81,14 +80,14 @@ def _of_data(path: str) -> list[Path]:
 def _describe(path: Path, before: dict[str, Any]) -> dict[str, Any]:
     try:
         stat = path.stat()
-        told = [stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
-        if before.get("told") == told and before.get("size") == stat.st_size:
+        times = [stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+        if before.get("stat") == times and before.get("size") == stat.st_size:
             return before
         with path.open("rb") as file:
             digest = file_digest(file, lambda: blake2b(digest_size=16)).hexdigest()
     except OSError as e:
         raise file_error(path, e, "read") from e
-    return {"size": stat.st_size, "blake2b": digest, "told": told}
+    return {"size": stat.st_size, "blake2b": digest, "stat": times}
 
 
 def _same(a: dict[str, Any] | None, b: dict[str, Any] | None) -> bool:
@@ -96,12 +95,15 @@ def _same(a: dict[str, Any] | None, b: dict[str, Any] | None) -> bool:
 
 
 def _read(path: Path) -> Inputs:
-    then = "restore it, or delete it to trust the data as it is"
+    then = "restore it, or delete it to accept the present data"
     try:
         found = read_json(path, then)
     except FileNotFoundError:
         return {}
     entries = found.values() if isinstance(found, dict) else [None]
-    if not all(isinstance(v, dict) and {"size", "blake2b", "told"} <= v.keys() for v in entries):
-        raise UserError(f"{path} is not what was written; {then}")
+    for entry in entries:
+        if isinstance(entry, dict) and "told" in entry:  # the key of earlier versions
+            entry["stat"] = entry.pop("told")
+        if not isinstance(entry, dict) or not {"size", "blake2b", "stat"} <= entry.keys():
+            raise UserError(f"{path} is damaged (an entry lacks size, blake2b or stat); {then}")
     return found

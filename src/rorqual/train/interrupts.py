@@ -1,4 +1,4 @@
-"""Stopping cleanly: SIGINT and SIGTERM ask, the loop saves and ends."""
+"""SIGINT and SIGTERM: the training loop saves a checkpoint and stops."""
 
 import signal
 import threading
@@ -8,9 +8,9 @@ from rorqual.errors import Stopped
 
 
 class StopSignals:
-    """Within it, SIGINT and SIGTERM set `requested` instead of ending the program; a second one ends it at once.
+    """Context in which SIGINT and SIGTERM set `requested`; a second signal raises KeyboardInterrupt.
 
-    Outside the main thread, where Python allows no handlers, it only carries the flag.
+    Outside the main thread, where Python allows no signal handlers, nothing is installed.
     """
 
     def __init__(self) -> None:
@@ -35,6 +35,6 @@ class StopSignals:
         self.requested, self.number = True, number
 
     def stopped(self, step: int) -> Stopped:
-        """What to raise once the checkpoint of `step` is written."""
+        """The exception to raise once the checkpoint of `step` is written."""
         name = signal.Signals(self.number).name
         return Stopped(self.number, f"stopped by {name} at step {step}, saved; continue with --resume")

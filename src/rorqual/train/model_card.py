@@ -1,4 +1,4 @@
-"""The model card that goes into model/README.md."""
+"""The model card, model/README.md."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from rorqual.train.run_loop import TrainingRun
 
 
 def model_card(recipe: PretrainRecipe | SFTRecipe, run: TrainingRun) -> str:
-    """Markdown with the front matter Hugging Face reads: what it is, how it was made, how good, how to use it."""
+    """Model card of a pre-training or SFT run: architecture, data, compute, losses, usage and recipe."""
     trainer = run.trainer
     config = trainer.model.config
     total, active = parameters(config)
@@ -21,15 +21,15 @@ def model_card(recipe: PretrainRecipe | SFTRecipe, run: TrainingRun) -> str:
         what = f"fine-tuned on conversations from `{recipe.model.path}`"
     rows = {
         "architecture": config.model_type,
-        "parameters": f"{total:,} in all, {active:,} active a token",
+        "parameters": f"{total:,} in total, {active:,} active per token",
         "context in training": f"{recipe.data.sequence_length} tokens",
-        "tokens seen": f"{trainer.tokens:,}",
+        "training tokens": f"{trainer.tokens:,}",
         "compute": f"{trainer.flops:.3g} FLOP in {run.seconds:,.0f} seconds",
-        "training loss": _shown(run.last.get("loss"), "nats a token, last step"),
+        "training loss": _shown(run.last.get("loss"), "nats per token, last step"),
         "held-out text": _shown(run.last.get("valid_bpb"), "bits per byte"),
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
-    story = f"""A language model {what} by Rorqual (`rorqual {recipe.kind}`), seed {recipe.seed}.
+    text = f"""A language model {what} by Rorqual (`rorqual {recipe.kind}`), seed {recipe.seed}.
 
 | | |
 |---|---|
@@ -38,11 +38,11 @@ def model_card(recipe: PretrainRecipe | SFTRecipe, run: TrainingRun) -> str:
 ## Data
 {sources}
 """
-    return card(recipe, run.run_dir, [config.model_type], story)
+    return card(recipe, run.run_dir, [config.model_type], text)
 
 
-def card(recipe: Recipe, run_dir: Path, tags: list[str], story: str) -> str:
-    """What every card has around its own story: front matter and name before, use and recipe after."""
+def card(recipe: Recipe, run_dir: Path, tags: list[str], text: str) -> str:
+    """A model card in Markdown: Hugging Face front matter and name, `text`, usage and recipe."""
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -50,7 +50,7 @@ tags: [{", ".join(["rorqual", *tags])}]
 ---
 # {recipe.name}
 
-{story}
+{text}
 ## Use
 ```
 rorqual generate {run_dir}/model "…"

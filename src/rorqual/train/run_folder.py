@@ -16,25 +16,25 @@ from rorqual.recipe import DistillRecipe, Recipe
 from rorqual.renamed import current_fields
 from rorqual.train.input_fingerprints import keep_inputs
 
-# What may change between a run and its continuation without changing the weights it ends with.
+# Fields that a resumed run may change, since they do not affect the final weights.
 FREE = {"out", "track", "train.eval_every", "train.save_every", "train.keep", "save_every", "eval_every", "keep",
         "sample_every", "eval_problems", "data.workers"}  # fmt: skip
-# What training leaves behind that a run can go on from, or that took its time to make.
+# Results of training: with one of these, the folder holds a run that can be resumed.
 WORK = ("checkpoints", "samples.jsonl", "samples.partial.jsonl", "student", "model", "ledger.json")
-# What only the student of a distillation reads. Its own run, in student/, holds to it once it has begun, so that a
-# student that cannot start costs no samples.
-OF_THE_STUDENT = ("model.", "optimizer.", "schedule.", "balance.", "train.", "sequence_length")
+# Fields that only the student of a distillation reads. They may change until the student's own run, in student/, has
+# begun and checks them itself, so that a student that cannot start does not cost the samples.
+STUDENT_FIELDS = ("model.", "optimizer.", "schedule.", "balance.", "train.", "sequence_length")
 
 
 @contextmanager
 def open_run(recipe: Recipe, resume: bool) -> Iterator[Path]:
-    """Own the run's folder within: make it, save the resolved recipe in it; with `resume`, check that it is the same.
+    """Create and lock the run's folder and save the resolved recipe; with `resume`, check that the recipe is the same.
 
-    `recipe.model.dtype` is filled in where it is "auto": by what the run began with, else by what is fastest here.
-    A start that failed before it trained is no run: the next one takes its place, whatever its recipe.
+    A `recipe.model.dtype` of "auto" becomes the dtype the run began with, else the fastest on this machine. A start
+    that failed before it trained does not count as a run: the next one replaces it, whatever its recipe.
 
-    Raises UserError when the folder holds a run and `resume` is false, when the recipe or its data are others, when
-    another process trains in the folder, when it holds files that are no run's, or when what to go on from is gone.
+    Raises UserError when the folder holds a run and `resume` is false, when the recipe or its data have changed, when
+    another process trains in the folder, when it holds other files, or when the checkpoints are missing.
     """
     run_dir = recipe.run_dir
     try:
@@ -43,13 +43,13 @@ def open_run(recipe: Recipe, resume: bool) -> Iterator[Path]:
     except OSError as e:
         raise file_error(run_dir, e, then="or set out to a writable place") from e
     if inside and not inside & {"recipe.toml", *WORK}:
-        raise UserError(f"{run_dir} holds files that are no run's ({min(inside)}); give another name")
+        raise UserError(f"{run_dir} holds files that are not a run's ({min(inside)}); choose another name")
     with locked(run_dir / ".lock", f"{run_dir}: another process trains in it"):
         saved, begun, moved_from = run_dir / "recipe.toml", _has_work(run_dir), recipe.out
-        same_text = True  # as that which an earlier start, which never trained, took its tokenizer from
+        same_text = True  # as the text that an earlier start, which never trained, trained its tokenizer on
         if begun:
             if not resume:
-                raise UserError(f"{run_dir} already holds a run; continue it with --resume or give another name")
+                raise UserError(f"{run_dir} already holds a run; continue it with --resume or choose another name")
             before = _read(saved)
             if recipe.model.dtype == "auto":
                 recipe.model.dtype = before.get("model.dtype", "auto")
@@ -57,7 +57,7 @@ def open_run(recipe: Recipe, resume: bool) -> Iterator[Path]:
             _check_checkpoints(run_dir)
             moved_from = before.get("out", recipe.out)
         elif saved.exists():
-            same_text = _of_tokenizer(_read(saved)) == _of_tokenizer(_resolved(recipe))
+            same_text = _tokenizer_fields(_read(saved)) == _tokenizer_fields(_resolved(recipe))
         if recipe.model.dtype == "auto":
             recipe.model.dtype = dtype_name(fastest_dtype())
         write_text(saved, to_toml(recipe.model_dump()), then="or set out to a writable place")
@@ -67,7 +67,7 @@ def open_run(recipe: Recipe, resume: bool) -> Iterator[Path]:
 
 
 def _has_work(run_dir: Path) -> bool:
-    """Whether there is anything to go on from. Raises UserError for a link that leads nowhere: a disk may be absent."""
+    """Whether there is training to resume. Raises UserError for a dangling link: its disk may be absent."""
     try:
         for path in (run_dir / name for name in WORK):
             check_link(path)
@@ -78,18 +78,18 @@ def _has_work(run_dir: Path) -> bool:
 
 
 def _check_checkpoints(run_dir: Path) -> None:
-    """A run that has ended is not trained again from its beginning, over its model, because checkpoints/ is gone."""
+    """Raises UserError for a finished run without checkpoints: resuming would retrain it and overwrite its model."""
     ended = next((name for name in ("model", "ledger.json") if (run_dir / name).exists()), None)
     checkpoints = run_dir / "checkpoints"
     if ended and not (checkpoints.is_dir() and any(checkpoints.iterdir())):
         raise UserError(
-            f"{run_dir} has ended ({ended} is there), and has no checkpoints to continue from; put checkpoints/ back, "
+            f"{run_dir} has ended ({ended} exists) and has no checkpoints to continue from; restore checkpoints/, "
             "or start again under another name"
         )
 
 
 def to_toml(values: dict[str, Any], prefix: str = "") -> str:
-    """Nested dictionaries as TOML; None is left out, which is how a recipe says it."""
+    """Nested dictionaries as TOML; None, which TOML lacks, is left out."""
     lines, tables = [], []
     for key, value in values.items():
         name = key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else _value(key)
@@ -109,7 +109,7 @@ def _value(value: Any) -> str:
         return "{" + ", ".join(f"{_value(k)} = {_value(v)}" for k, v in value.items() if v is not None) + "}"
     if isinstance(value, float):
         return repr(value)
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # which TOML wants escaped, and JSON not
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # escaped in TOML, not in JSON
 
 
 def _read(saved: Path) -> dict[str, Any]:
@@ -117,7 +117,7 @@ def _read(saved: Path) -> dict[str, Any]:
         return _flat(current_fields(tomllib.loads(saved.read_text(encoding="utf-8")), quiet=True))
     except OSError as e:
         raise file_error(saved, e, "read", "or start a run with another name") from e
-    except ValueError as e:  # no TOML, or no text
+    except ValueError as e:  # not TOML, or not UTF-8
         raise UserError(f"{saved} is damaged ({e}); restore it, or start a run with another name") from e
 
 
@@ -125,14 +125,14 @@ def _resolved(recipe: Recipe) -> dict[str, Any]:
     return _flat(tomllib.loads(to_toml(recipe.model_dump())))
 
 
-def _of_tokenizer(fields: dict[str, Any]) -> dict[str, Any]:
-    """What decides the tokenizer that a run trains."""
+def _tokenizer_fields(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields that determine the tokenizer a run trains."""
     return {name: value for name, value in fields.items() if name.startswith(("tokenizer.", "data.sources."))}
 
 
 def _check_same(recipe: Recipe, before: dict[str, Any], saved: Path) -> None:
     now = _resolved(recipe)
-    free = OF_THE_STUDENT if isinstance(recipe, DistillRecipe) else ()
+    free = STUDENT_FIELDS if isinstance(recipe, DistillRecipe) else ()
     for field in [*now, *before]:
         if field in FREE or field.startswith(free):
             continue
@@ -140,12 +140,12 @@ def _check_same(recipe: Recipe, before: dict[str, Any], saved: Path) -> None:
             was, is_now = _shown(before, field), _shown(now, field)
             raise UserError(
                 f"{saved}: {field} was {was} and is {is_now} now; a resumed run must keep its recipe, "
-                "so set it back or give another name"
+                "so set it back or choose another name"
             )
 
 
 def _from_out(flat: dict[str, Any], field: str) -> Any:
-    """A value; of a path within `out` the part from there on, since a folder of runs may move."""
+    """A field's value; a path within `out` is made relative to it, since a folder of runs may move."""
     value, out = flat.get(field), flat.get("out")
     if isinstance(value, str) and isinstance(out, str) and Path(value).is_relative_to(out):
         return Path(value).relative_to(out)

@@ -1,4 +1,4 @@
-"""The run around the trainer: batches in, telemetry and checkpoints out, until the steps or the time are used up."""
+"""The training loop: batches, telemetry, validation and checkpoints, until the step or time budget is used up."""
 
 import math
 import time
@@ -17,12 +17,12 @@ from rorqual.train.schedule import batch_size
 from rorqual.train.telemetry import Telemetry
 from rorqual.train.trainer import Metrics, Trainer
 
-PATIENCE = 3  # non-finite steps in a row
+MAX_SKIPPED = 3  # non-finite steps in a row before the run stops
 
 
 @dataclass
 class TrainingRun:
-    """One training run: `fit` carries it from where its checkpoints stand to its end."""
+    """One training run: `fit` resumes from the newest checkpoint, if any, and trains to the end."""
 
     run_dir: Path
     section: TrainSection
@@ -30,7 +30,7 @@ class TrainingRun:
     loader: Loader
     validate: Callable[[], float] | None = None  # bits per byte on held-out text
     track: bool = False
-    seconds_before: float = 0.0  # of earlier starts
+    seconds_before: float = 0.0  # of earlier processes of this run
     last: Metrics = field(default_factory=dict)  # of the newest step, and the newest valid_bpb
 
     def __post_init__(self) -> None:
@@ -38,12 +38,12 @@ class TrainingRun:
 
     @property
     def seconds(self) -> float:
-        """Wall time of training up to now, over all starts; what was lost with a crash is not in it."""
+        """Wall time of training so far, over all resumptions, without the time lost in a crash."""
         return self.seconds_before + time.monotonic() - self.started
 
     @property
     def total_steps(self) -> int | None:
-        """Optimizer steps of the whole run; None when the clock decides."""
+        """Optimizer steps of the whole run; None for a run with a time budget."""
         if self.section.epochs is None:
             return self.section.steps
         first, until = self.section.batch_ramp or (self.section.batch_size, 0.0)
@@ -51,7 +51,7 @@ class TrainingRun:
         return max(1, math.ceil(self.section.epochs * self.loader.rows / average))
 
     def progress(self) -> float:
-        """Fraction of the run that is done, taken at the middle of the coming step."""
+        """Fraction of the run that is done, at the middle of the next step."""
         if self.total_steps is None:
             return min(self.seconds / self.section.seconds, 1.0)
         return min((self.trainer.steps + 0.5) / self.total_steps, 1.0)
@@ -64,8 +64,8 @@ class TrainingRun:
     def fit(self) -> None:
         """Train to the end, resuming from the newest checkpoint if there is one.
 
-        Raises Stopped after SIGINT or SIGTERM, saved; UserError when three steps in a row are not finite, or
-        when a checkpoint cannot be written.
+        Raises Stopped after SIGINT or SIGTERM, with a checkpoint saved; UserError when three steps in a row are not
+        finite or a checkpoint cannot be written.
         """
         self.started = time.monotonic()
         checkpoints = Checkpoints(self.run_dir, self.section.keep)
@@ -86,17 +86,17 @@ class TrainingRun:
             telemetry.close()
 
     def _step(self, telemetry: Telemetry) -> bool:
-        """One step, and validation where due; whether it was the last."""
+        """One step, with validation where due. Returns whether it was the last."""
         start = time.monotonic()
         trainer, tokens, flops = self.trainer, self.trainer.tokens, self.trainer.flops
         progress = self.progress()
         batch = self.loader.next(batch_size(self.section, progress))
         metrics = trainer.step(split(batch, self.section.micro_batch), progress)
-        took, ended = time.monotonic() - start, self.done()
+        elapsed, ended = time.monotonic() - start, self.done()
         metrics |= {
             "tokens": trainer.tokens,
-            "tokens_per_second": (trainer.tokens - tokens) / took,
-            "utilisation": (trainer.flops - flops) / took / matrix_peak(trainer.dtype),
+            "tokens_per_second": (trainer.tokens - tokens) / elapsed,
+            "utilisation": (trainer.flops - flops) / elapsed / matrix_peak(trainer.dtype),
             "memory_gb": memory_used() / 1e9,
         }
         skipped = metrics.pop("skipped")
@@ -112,10 +112,10 @@ class TrainingRun:
     def _skipped(self, what: str, telemetry: Telemetry) -> None:
         steps, row = self.trainer.steps, self.trainer.skipped_in_a_row
         telemetry.note(f"step {steps}: the {what} is not finite; step skipped ({row} in a row)")
-        if row >= PATIENCE:
+        if row >= MAX_SKIPPED:
             raise UserError(
                 f"{self.run_dir}: {row} steps in a row had a {what} that is not finite, so training stopped at step "
-                f"{steps} with the last good checkpoint kept; lower optimizer.lr or look at the data"
+                f"{steps} with the last good checkpoint kept; lower optimizer.lr or check the data"
             )
 
     def _save(self, checkpoints: Checkpoints) -> None:
@@ -135,7 +135,7 @@ class TrainingRun:
         if found is None:
             return
         step, tensors, state = found
-        with checkpoints.another_version(step):
+        with checkpoints.reject_other_version(step):
             self.trainer.load(tensors, state["trainer"])
             self.loader.load_state_dict(state["loader"])
             self.seconds_before, self.last = state["seconds"], state["last"]

@@ -2,7 +2,7 @@ import pytest
 
 from rorqual.errors import UserError
 from rorqual.recipe import EnvironmentSection
-from rorqual.rl.envs.environment import CHUNK, KEPT
+from rorqual.rl.envs.environment import CACHED_CHUNKS, CHUNK
 from rorqual.rl.envs.registry import open_environment, split_of
 
 COUNTDOWN = {"min_numbers": 3, "max_numbers": 3, "max_value": 30, "min_target": 1, "max_target": 99}
@@ -99,8 +99,8 @@ def test_the_prompt_does_not_move_a_problem_to_another_split():
 def test_the_chunk_that_is_asked_for_is_kept_however_old():
     sums = environment("chain_sum", SMALL)
     sums.chunked(0, 0)
-    for chunk in range(KEPT - 2):  # so that of seed 0 only the chunk ahead is left, the oldest of all
+    for chunk in range(CACHED_CHUNKS - 2):  # so that of seed 0 only the chunk ahead is left, the oldest of all
         sums.chunked(1, chunk * CHUNK)
     assert next(iter(sums._chunks)) == (0, 1)
     assert sums.chunked(0, CHUNK) == environment("chain_sum", SMALL).candidate(0, CHUNK)
-    assert len(sums._chunks) == KEPT
+    assert len(sums._chunks) == CACHED_CHUNKS

@@ -84,13 +84,13 @@ BROKEN = [
     ([{"question": True, "answer": "1"}], r"line 1: field question is a bool"),
     ([{"question": " ", "answer": "1"}], r"line 1: field question is empty"),
     ([{"question": "1", "answer": ""}], r"line 1: field answer is empty"),
-    ([{"question": "1", "answer": "6 * 7 = 42\n####  "}], r"line 1: there is no answer behind ####"),
+    ([{"question": "1", "answer": "6 * 7 = 42\n####  "}], r"line 1: there is no answer after ####"),
     (
         ['{"question": "1", "answer": "1"}', '{"question": "\\ud800", "answer": "1"}'],
-        "line 2: field 'question' holds half",
+        "line 2: field 'question' contains a lone surrogate",
     ),
-    (['{"question": "1", "answer": "x\\udc00"}'], "line 1: field 'answer' holds half a character"),
-    (['{"question": "1", "answer": "1", "unit": "\\udc00"}'], "line 1: field 'unit' holds half a character"),
+    (['{"question": "1", "answer": "x\\udc00"}'], "line 1: field 'answer' contains a lone surrogate"),
+    (['{"question": "1", "answer": "1", "unit": "\\udc00"}'], "line 1: field 'unit' contains a lone surrogate"),
     ([], r"has no lines"),
 ]
 
@@ -124,14 +124,14 @@ def test_lists_as_powershell_writes_them_and_several_at_once(tmp_path):
     for name in "ab":
         rows = [{"question": f"{name} {i}", "answer": "1"} for i in range(3)]
         (tmp_path / f"{name}.json").write_text(json.dumps(rows), encoding="utf-16")
-    assert [p.question for p in environment(tmp_path / "*.json").everything()][2:4] == ["a 2", "b 0"]
+    assert [p.question for p in environment(tmp_path / "*.json").all_problems()][2:4] == ["a 2", "b 0"]
 
 
 def test_numbers_beyond_floats(tmp_path):
     """JSON's integers have no end: 2 to the 2000th is an answer."""
     rows = [{"question": "2^2000", "answer": 2**2000}, {"question": 10**400, "answer": "1"}]
     mine = environment(write(tmp_path / "q.jsonl", rows))
-    first, second = mine.everything()
+    first, second = mine.all_problems()
     assert mine.correct(first, str(2**2000))
     assert not mine.correct(first, str(2**2000 + 1))
     assert second.question == str(10**400)
@@ -170,7 +170,7 @@ FORMATS = {
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_format_gives_the_same_problems(tmp_path, name):
     FORMATS[name](tmp_path / name)
-    assert [(p.question, p.answer) for p in environment(tmp_path / name).everything()] == [
+    assert [(p.question, p.answer) for p in environment(tmp_path / name).all_problems()] == [
         (row["question"], str(row["answer"])) for row in ROWS
     ]
 
@@ -178,7 +178,7 @@ def test_every_format_gives_the_same_problems(tmp_path, name):
 def test_a_glob_names_files_of_any_format(tmp_path):
     for name in ("a.JSON", "b.parquet", "c.JSONL"):
         FORMATS[f"q{Path(name).suffix.lower()}"](tmp_path / name)
-    assert len(environment(tmp_path / "*").everything()) == 3 * len(ROWS)
+    assert len(environment(tmp_path / "*").all_problems()) == 3 * len(ROWS)
     (tmp_path / "d.txt").write_text("text")
     with pytest.raises(UserError, match=r"d\.txt is none of \.jsonl, .*; convert or rename it"):
         environment(tmp_path / "*")
@@ -187,11 +187,11 @@ def test_a_glob_names_files_of_any_format(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{}", "holds no list but a dict"),
+        ("{}", "holds a dict, not a list"),
         ("[1]", "entry 1 holds a int"),
         ('{"question": "1"}\n{"question": "2"}', "is not valid JSON .* name it .jsonl"),
         ("[" * 100_000, "is not valid JSON"),
-        ('[{"question": "1", "answer": "\\udc00"}]', "entry 1: field 'answer' holds half a character"),
+        ('[{"question": "1", "answer": "\\udc00"}]', "entry 1: field 'answer' contains a lone surrogate"),
     ],
 )
 def test_a_list_that_cannot_be_read(tmp_path, text, message):
@@ -214,21 +214,21 @@ def test_a_list_that_cannot_be_read(tmp_path, text, message):
     ],
 )
 def test_what_question_and_answer_are_called(tmp_path, row, question, answer):
-    (problem,) = environment(write(tmp_path / "q.jsonl", [row])).everything()
+    (problem,) = environment(write(tmp_path / "q.jsonl", [row])).all_problems()
     assert (problem.question, problem.answer) == (question, answer)
 
 
 def test_equal_questions_keep_their_own_answers(tmp_path):
     rows = [{"question": "Which?", "answer": "a1"}, {"question": "Which?", "answer": "b2"}]
     source = environment(write(tmp_path / "q.jsonl", rows))
-    first, second = source.everything()
+    first, second = source.all_problems()
     assert source.correct(first, "a1")
     assert not source.correct(second, "a1")
 
 
 def test_the_question_itself_is_no_answer(tmp_path):
     rows = [{"question": "What is 6*4?", "answer": 24}, {"question": "Which is more, 1/2 or 1/3?", "answer": "1/2"}]
-    product, half = environment(write(tmp_path / "q.jsonl", rows)).everything()
+    product, half = environment(write(tmp_path / "q.jsonl", rows)).all_problems()
     source = environment(tmp_path / "q.jsonl")
     assert not source.correct(product, "6*4")
     assert not source.correct(product, r"$6 \times 4$")
@@ -238,7 +238,7 @@ def test_the_question_itself_is_no_answer(tmp_path):
 
 
 def test_a_file_takes_no_config(tmp_path):
-    with pytest.raises(UserError, match=r"is a file, which takes no config \(size\)"):
+    with pytest.raises(UserError, match=r"is a file, which has no config \(size\)"):
         environment(write(tmp_path / "q.jsonl", ROWS), config={"size": 3})
 
 

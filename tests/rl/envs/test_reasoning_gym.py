@@ -91,7 +91,7 @@ def test_generation_runs_ahead():
         ("composite", {}, "is not a dataset"),
         ("countdown", {"config": {"numbers": 3}}, "its fields are max_numbers"),
         ("countdown", {"config": {"min_numbers": 9}}, "refused"),
-        ("countdown", {"config": {"seed": 9}}, "config.seed is set by the run's seed"),
+        ("countdown", {"config": {"seed": 9}}, "config.seed follows from the run's seed"),
     ],
 )
 def test_bad_sections(name, fields, message):

@@ -1,1 +1,1 @@
-"""Environments: problems and the check of an answer."""
+"""Environments: problems with verifiable answers, and their verifiers."""

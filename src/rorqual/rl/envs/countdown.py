@@ -1,6 +1,6 @@
-"""reasoning-gym's countdown without sympy: the same problems and the same scores, some hundred times faster.
+"""reasoning-gym's countdown without sympy: the same problems and scores, about 100 times faster.
 
-Tests hold both functions to reasoning-gym's own on random cases.
+Tests compare `generate` and `score` with reasoning-gym's own on random cases.
 """
 
 import ast
@@ -11,17 +11,17 @@ from fractions import Fraction
 from random import Random
 from typing import Any
 
-ATTEMPTS = 100  # reasoning-gym's
+ATTEMPTS = 100  # as in reasoning-gym
 MAX_LENGTH = 200  # characters of an answer
 FORBIDDEN = re.compile(r"[^0-9+\-*/() ]|\*\*|//|\d{13}")  # no powers, no numbers of more than 12 digits
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 
 
 def generate(config: Any, templates: Sequence[str], wrapper: str, seed: int) -> dict[str, Any] | None:
-    """The entry of `CountdownDataset[idx]` with `seed` = its seed + idx; None where it would raise.
+    """The entry `CountdownDataset[idx]` for `seed` = dataset seed + idx; None where the dataset would raise.
 
-    The draws from the generator come in the same order; only the expression is written otherwise
-    (in the order it was built, where sympy sorts its terms).
+    The random draws are in the same order. Only the expression's text differs: it has the order in which it was built,
+    where sympy sorts its terms.
     """
     rng = Random(seed)
     count = rng.randint(config.min_numbers, config.max_numbers)
@@ -65,7 +65,7 @@ def _candidate(config: Any, rng: Random, count: int) -> tuple[str, list[int], in
 
 
 def evaluate(expression: str) -> Fraction | None:
-    """The exact value of digits, + - * / and parentheses; None for anything else, even if Python could read it."""
+    """The exact value of an expression of integers, + - * / and parentheses; None for any other syntax."""
     if len(expression) > MAX_LENGTH or FORBIDDEN.search(expression):
         return None
     try:
@@ -88,14 +88,14 @@ def _value(node: ast.expr) -> Fraction:
 
 
 def score(answer: str, numbers: Sequence[int], target: int) -> float:
-    """reasoning-gym's scores: 1 solved, 0.05 a valid expression that is not a solution, 0.01 anything else.
+    """reasoning-gym's score: 1 for a solution, 0.05 for another valid expression, 0.01 for anything else.
 
-    One difference: an expression that divides by zero is not valid here, where sympy goes on with infinity.
+    One difference: division by zero is invalid here, where sympy continues with infinity.
     """
     value = evaluate(answer)
     if value is None:
         return 0.01
     used = sorted(int(run) for run in re.findall(r"\d+", answer))
-    # Theirs: np.isclose with rtol 1e-5 and atol 1e-6 of the float value.
+    # As reasoning-gym: np.isclose of the float value with rtol 1e-5 and atol 1e-6.
     close = abs(float(value) - target) <= 1e-6 + 1e-5 * abs(target)
     return 1.0 if used == sorted(numbers) and close else 0.05

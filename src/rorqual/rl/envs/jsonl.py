@@ -1,4 +1,4 @@
-"""Questions and answers from a file of the user's own: .jsonl, .jsonl.gz, .json (a list) or .parquet."""
+"""Environment of questions and answers in the user's file: .jsonl, .jsonl.gz, .json (a list) or .parquet."""
 
 import json
 import math
@@ -17,15 +17,15 @@ from rorqual.rl.envs.environment import Environment, Problem, PromptFormat, inte
 from rorqual.unicode_checks import whole_inside
 
 SUFFIXES = (*RECORDS, ".json")
-# The first of these fields that a record has; benchmarks differ in their names.
+# The first of these fields that a record has: names differ among benchmarks.
 QUESTION = ("question", "problem", "prompt")
 ANSWER = ("answer", "target", "solution")
 
 
 class JsonlEnvironment(Environment):
-    """One record each with a question, an answer and, if wanted, `difficulty` and fields for the prompt.
+    """Records with a question, an answer and optionally `difficulty` and fields for the prompt.
 
-    Raises UserError, with file and line, for a record that cannot be asked or judged.
+    Raises UserError, with file and line, for a record without a usable question or answer.
     """
 
     remedy = "add lines to its file"
@@ -34,15 +34,15 @@ class JsonlEnvironment(Environment):
         super().__init__(section.name, section.weight)
         if section.config:
             raise UserError(
-                f"environment {section.name}: {section.path} is a file, which takes no config "
-                f"({', '.join(section.config)}); leave it out"
+                f"environment {section.name}: {section.path} is a file, which has no config "
+                f"({', '.join(section.config)}); remove it"
             )
         places, rows = [], []
         for where, row in _records(section.path):
             places.append(where)
             rows.append(_checked(where, row))
         if not rows:
-            raise UserError(f"{section.path} has no lines; write one JSON object with question and answer a line")
+            raise UserError(f"{section.path} has no lines; write one JSON object with question and answer per line")
         prompt = None
         if section.prompt is not None:
             shared = set.intersection(*(set(row) for row in rows)) - {"answer"}
@@ -61,21 +61,21 @@ class JsonlEnvironment(Environment):
         if (seed, epoch) not in self._orders:
             order = list(range(len(self._problems)))
             Random(f"{seed}/{epoch}").shuffle(order)
-            self._orders = {(seed, epoch): order}  # one epoch is alive at a time
+            self._orders = {(seed, epoch): order}  # only the current epoch is kept
         return self._problems[self._orders[seed, epoch][place]]
 
-    def everything(self) -> list[Problem]:
+    def all_problems(self) -> list[Problem]:
         """All problems in the file's order."""
         return list(self._problems)
 
     def check(self, problem: Problem, answer: str) -> float:
-        """1 where the judge finds the answer the same as the right one, and not copied from the question; else 0."""
+        """1 where the judge finds the answer equal to the reference and not copied from the question; else 0."""
         copied = judge.copies(problem.question, problem.answer, answer)
         return float(not copied and judge.same_answer(problem.answer, answer))
 
 
 def _records(pattern: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(Place, record) of every file that the path or glob names."""
+    """(file and line, record) of every file that the path or glob matches."""
     for file in find_files(pattern, SUFFIXES):
         yield from _listed(file) if named(file, ".json") else read_records(file)
 
@@ -86,29 +86,31 @@ def _listed(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     except FileNotFoundError as e:
         raise file_error(path, e, "read") from e
     except (ValueError, RecursionError) as e:
-        raise UserError(f"{path} is not valid JSON ({e}); name it .jsonl where it has one object a line") from None
+        raise UserError(f"{path} is not valid JSON ({e}); name it .jsonl if it has one object per line") from None
     if not isinstance(rows, list):
-        raise UserError(f"{path} holds no list but a {type(rows).__name__}; write a list of questions and answers")
+        raise UserError(
+            f"{path} holds a {type(rows).__name__}, not a list; write a list of objects with question and answer"
+        )
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
-            raise UserError(f"{path}, entry {number} holds a {type(row).__name__}, not a JSON object; mend it")
+            raise UserError(f"{path}, entry {number} holds a {type(row).__name__}, not a JSON object; correct it")
         yield f"{path}, entry {number}", row
 
 
 def _checked(where: str, row: dict[str, Any]) -> dict[str, Any]:
-    """The record with `question` and `answer` as text, whatever they are called."""
-    (asked, question), (given, answer) = (_field(where, row, names) for names in (QUESTION, ANSWER))
-    rest = {name: value for name, value in row.items() if name not in (asked, given)}
+    """The record with its question and answer as text, under the names `question` and `answer`."""
+    (question_name, question), (answer_name, answer) = (_field(where, row, names) for names in (QUESTION, ANSWER))
+    rest = {name: value for name, value in row.items() if name not in (question_name, answer_name)}
     checked = rest | {"question": question, "answer": judge.final_answer(answer)}
     if not checked["answer"]:
-        raise UserError(f"{where}: there is no answer behind #### or in \\boxed ({answer[-20:]!r}); add it")
-    if half := [name for name, value in checked.items() if not whole_inside([name, value])]:
-        raise UserError(f"{where}: field {half[0]!r} holds half a character (a lone surrogate); mend it")
+        raise UserError(f"{where}: there is no answer after #### or in \\boxed ({answer[-20:]!r}); add it")
+    if broken := [name for name, value in checked.items() if not whole_inside([name, value])]:
+        raise UserError(f"{where}: field {broken[0]!r} contains a lone surrogate (half a character); correct it")
     return checked
 
 
 def _field(where: str, row: dict[str, Any], names: tuple[str, ...]) -> tuple[str, str]:
-    """Its name and its text."""
+    """Name and text of the first of `names` that the record has."""
     name = next((name for name in names if name in row), None)
     if name is None:
         raise UserError(
@@ -120,7 +122,7 @@ def _field(where: str, row: dict[str, Any], names: tuple[str, ...]) -> tuple[str
     number = isinstance(value, int | float | Decimal) and not isinstance(value, bool)
     if not isinstance(value, str) and not (number and (isinstance(value, int) or math.isfinite(value))):
         found = "null" if value is None else value if number else f"a {type(value).__name__}"
-        raise UserError(f"{where}: field {name} is {found}, not text or a number; mend it")
+        raise UserError(f"{where}: field {name} is {found}, not text or a number; correct it")
     text = str(value)
     if not text.strip():
         raise UserError(f"{where}: field {name} is empty; add it")

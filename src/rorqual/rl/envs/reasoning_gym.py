@@ -1,4 +1,4 @@
-"""Every dataset of reasoning-gym as an environment."""
+"""The datasets of reasoning-gym as environments."""
 
 import functools
 import hashlib
@@ -8,19 +8,20 @@ from collections import Counter
 from typing import Any
 
 from rorqual.errors import UserError
+from rorqual.extras import require
 from rorqual.judge.judge import number_in
-from rorqual.judge.notation import plain, unwrap
+from rorqual.judge.notation import normalise, unwrap
 from rorqual.recipe import EnvironmentSection
 from rorqual.rl.envs import countdown, graph_coloring, knights_knaves
 from rorqual.rl.envs.environment import Environment, Problem, PromptFormat, integers, number_key, text_key
 from rorqual.sandbox.checker import shared_checker
 
-BLOCK = 1000  # candidates of one dataset object: some allocate by size, none needs more
-PROBE = 16  # problems looked at to see whether numbers tell a dataset's problems apart
+BLOCK = 1000  # candidates per dataset object: some datasets allocate memory by size
+PROBE = 16  # problems sampled to decide whether numbers identify a dataset's problems
 DECIMAL = re.compile(r"-?\d+(?:\.\d+)?")
-TIMEOUT = 5.0  # seconds for a checker that evaluates the answer
+TIMEOUT = 5.0  # seconds for a checker that evaluates the answer as code
 
-# Checkers that pass the answer to sympy's parse_expr or to eval, and what they may be shown.
+# Datasets whose checkers pass the answer to sympy's parse_expr or to eval, and the functions allowed in an answer.
 EXPRESSIONS = {"simple_integration", "intermediate_integration", "polynomial_multiplication", "puzzle24"}
 LITERALS = {"string_insertion", "spiral_matrix", "binary_matrix", "n_queens"}
 FUNCTIONS = {"sin", "cos", "tan", "sec", "csc", "cot", "asin", "acos", "atan", "sinh", "cosh", "tanh",
@@ -28,14 +29,14 @@ FUNCTIONS = {"sin", "cos", "tan", "sec", "csc", "cot", "asin", "acos", "atan", "
 
 
 class ReasoningGymEnvironment(Environment):
-    """The dataset `section.name` with the fields of `section.config`."""
+    """The dataset `section.name`, created with `section.config`."""
 
     def __init__(self, section: EnvironmentSection) -> None:
         super().__init__(section.name, section.weight)
         self.config = dict(section.config)
         for name in ("seed", "size"):
             if name in self.config:
-                raise UserError(f"environment {section.name}: config.{name} is set by the run's seed; remove it")
+                raise UserError(f"environment {section.name}: config.{name} follows from the run's seed; remove it")
         self._checker = _dataset(section.name, self.config, 0, BLOCK)
         self._block: tuple[tuple[int, int], Any] | None = None
         self._prompt = None
@@ -51,7 +52,7 @@ class ReasoningGymEnvironment(Environment):
             return None
         fields = _fields(self.family, entry)
         if self._prompt and not self._prompt.names <= fields.keys():
-            return None  # some datasets do not give every problem the same fields
+            return None  # in some datasets the fields differ among problems
         return Problem(
             question=self._prompt(fields) if self._prompt else entry["question"],
             answer="" if entry["answer"] is None else str(entry["answer"]),
@@ -62,18 +63,18 @@ class ReasoningGymEnvironment(Environment):
         )
 
     def check(self, problem: Problem, answer: str) -> float:
-        """reasoning-gym's score, whatever the answer is wrapped in.
+        """reasoning-gym's score of the answer, with its LaTeX or Markdown wrapping removed.
 
-        Most of its checkers compare text: a number that equals the right one is checked as the right one is written.
+        Most checkers compare text, so a number equal to the reference is also checked in the reference's spelling.
         """
-        spellings = [answer, plain(answer) if self.family == "countdown" else unwrap(answer)]
-        right = problem.answer
-        if DECIMAL.fullmatch(right) and "/" not in plain(answer) and number_in(answer) == number_in(right):
-            spellings.append(right)
+        spellings = [answer, normalise(answer) if self.family == "countdown" else unwrap(answer)]
+        reference = problem.answer
+        if DECIMAL.fullmatch(reference) and "/" not in normalise(answer) and number_in(answer) == number_in(reference):
+            spellings.append(reference)
         return max(self._score(problem, spelling) for spelling in dict.fromkeys(spellings))
 
     def _score(self, problem: Problem, answer: str) -> float:
-        """What a checker would evaluate is filtered and checked in a process of its own."""
+        """An answer that the checker would evaluate as code is filtered and checked in a separate process."""
         if self.family == "countdown":
             return countdown.score(answer, problem.metadata["numbers"], problem.metadata["target"])
         entry = {
@@ -89,7 +90,7 @@ class ReasoningGymEnvironment(Environment):
             return shared_checker().call(request, TIMEOUT) or 0.0
         try:
             return float(self._checker.score_answer(answer, entry))
-        except Exception:  # some checkers raise on an answer of the wrong shape
+        except Exception:  # some checkers raise on a malformed answer
             return 0.0
 
     def _entry(self, seed: int, index: int) -> dict[str, Any] | None:
@@ -104,21 +105,22 @@ class ReasoningGymEnvironment(Environment):
             self._block = (seed, block), _dataset(self.family, self.config, base, BLOCK)
         try:
             return self._block[1][place]
-        except Exception:  # how the datasets say that an attempt failed: ValueError, IndexError, KeyError, …
+        except Exception:  # a failed attempt raises ValueError, IndexError, KeyError, … depending on the dataset
             return None
 
 
 def _dataset(name: str, config: dict[str, Any], seed: int, size: int) -> Any:
+    require("rl", "reasoning_gym")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", SyntaxWarning)  # of what it imports, where that is compiled for the first time
+        warnings.simplefilter("ignore", SyntaxWarning)  # from its imports when they are first compiled
         import reasoning_gym
         from reasoning_gym.factory import DATASETS
 
-    if name not in DATASETS or name == "composite":  # several [[environments]] do what composite does
+    if name not in DATASETS or name == "composite":  # use several [[environments]] instead
         close = [n for n in sorted(DATASETS) if n[:4] == name[:4]] or ["countdown", "chain_sum"]
         raise UserError(
             f"environment {name!r} is not a dataset of reasoning-gym ({', '.join(close)} …); "
-            f"name one, or give path for a JSONL file"
+            f"name one, or set path to a JSONL file"
         )
     try:
         return reasoning_gym.create_dataset(name, seed=seed, size=size, **config)
@@ -132,7 +134,7 @@ def _dataset(name: str, config: dict[str, Any], seed: int, size: int) -> Any:
 
 
 def _fields(name: str, entry: dict[str, Any]) -> dict[str, Any]:
-    """What a recipe's `prompt` may name: metadata, question, and of knights_knaves its `claims` in few words."""
+    """Fields for a recipe's `prompt`: metadata, question, and compact text (`neighbors`, `claims`) where we have it."""
     fields = entry["metadata"] | {"question": entry["question"]}
     if name == "graph_color":
         return fields | {"neighbors": graph_coloring.neighbors(fields["puzzle"])}
@@ -144,14 +146,14 @@ def _key(name: str, entry: dict[str, Any]) -> str:
         return knights_knaves.key(entry["metadata"])
     if name == "countdown":
         return number_key(entry["metadata"]["numbers"])
-    return number_key(integers(entry["question"])) if _told_by_numbers(name) else text_key(entry["question"])
+    return number_key(integers(entry["question"])) if _numbers_identify(name) else text_key(entry["question"])
 
 
 @functools.lru_cache
-def _told_by_numbers(name: str) -> bool:
-    """False where numbers belong to the wording: more than a quarter of the dataset's problems share one multiset.
+def _numbers_identify(name: str) -> bool:
+    """Whether the multiset of integers identifies a problem: at most a quarter of the probed ones share one multiset.
 
-    Looked up at the dataset's default config, so that every config of it splits alike.
+    Probed with the dataset's default config, so that all its configs split alike.
     """
     dataset = _dataset(name, {}, 0, BLOCK)
     counts = Counter(number_key(integers(dataset[i]["question"])) for i in range(PROBE))
@@ -159,7 +161,7 @@ def _told_by_numbers(name: str) -> bool:
 
 
 def _difficulty(name: str, metadata: dict[str, Any]) -> str:
-    """What varies between the config's limits and is small enough to group by, e.g. "num_terms=3, num_digits=2"."""
+    """The difficulty fields with a range of fewer than 10 values, e.g. "num_terms=3, num_digits=2"."""
     if name == "countdown":
         return f"numbers={len(metadata['numbers'])}"
     if name == "knights_knaves":
@@ -175,7 +177,7 @@ def _difficulty(name: str, metadata: dict[str, Any]) -> str:
 
 
 def _safe_expression(answer: str) -> bool:
-    """Numbers, operators, single letters and known functions: no attribute, call by name or string gets through."""
+    """Only numbers, operators, single letters and FUNCTIONS: no attributes, other calls or strings."""
     names = re.findall(r"[A-Za-z_]+", answer)
     return (
         len(answer) <= 500
@@ -186,5 +188,5 @@ def _safe_expression(answer: str) -> bool:
 
 
 def _safe_literal(answer: str) -> bool:
-    """Text and lists of numbers and strings: without parentheses nothing can be called."""
+    """Only text and lists of numbers and strings: without parentheses nothing can be called."""
     return len(answer) <= 5000 and re.fullmatch(r"[\w\s,\[\]'\"#-]*", answer) is not None and "__" not in answer

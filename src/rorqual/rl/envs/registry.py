@@ -1,4 +1,4 @@
-"""The front door to problems: `open_environment(section)`."""
+"""`open_environment(section)`: the environment that a recipe section describes."""
 
 from rorqual.recipe import EnvironmentSection
 from rorqual.rl.envs.environment import Environment, Problem, ProblemStream, split_of
@@ -17,7 +17,7 @@ __all__ = [
 
 
 def open_environment(section: EnvironmentSection) -> Environment:
-    """A file of questions and answers where the section has a `path`, else the reasoning-gym dataset called `name`.
+    """JsonlEnvironment where the section has a `path`, else the reasoning-gym dataset `name`.
 
     Raises UserError for an unknown dataset, a config it refuses, an unknown prompt field or a broken file.
     """
