@@ -73,7 +73,7 @@ def _sizes(config: ModelConfig, int8_kv: bool) -> ModelSizes:
         groups=config.num_key_value_heads,
         width=config.qk_rope_head_dim if config.is_mla else config.head_dim,
         interleave=config.rope_interleave,
-        int8_kv=int8_kv,
+        eight=int8_kv,
         **latent,
         **experts,
     )

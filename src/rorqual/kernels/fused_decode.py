@@ -65,7 +65,7 @@ class ModelSizes:
     biased: bool = False  # with the correction bias of V3 eq. 16
     within_groups: bool = False  # experts of the best groups only
     normalise: bool = False
-    int8_kv: bool = False  # the KV cache is int8
+    eight: bool = False  # the KV cache is int8
 
 
 @dataclass
@@ -88,8 +88,8 @@ class FusedDecodeStep:
         """frequencies fp32 [F] and the factor of cos and sin: model/rope.py."""
         self._formats: set[str] = set()
         self._kept = (layers, embedding, norm, head, frequencies, join)  # the addresses below point to these
-        self.dtype, self.vocab_size, self.hidden, self.int8_kv = norm.dtype, head.N, sizes.hidden, sizes.int8_kv
-        self.block = PANEL if sizes.int8_kv else layers[0].a.shape[1]
+        self.dtype, self.vocab_size, self.hidden, self.int8_kv = norm.dtype, head.N, sizes.hidden, sizes.eight
+        self.block = PANEL if sizes.eight else layers[0].a.shape[1]
         self._layers = torch.tensor([n for layer in layers for n in self._layer(layer)], dtype=torch.int64)
         whole = [
             self._layers.data_ptr(), len(layers), *(int(getattr(sizes, f.name)) for f in fields(sizes)),
