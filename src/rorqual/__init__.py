@@ -1,4 +1,4 @@
-"""Rorqual: train, sharpen and serve DeepSeek-style reasoning models on the hardware you have."""
+"""Rorqual: pre-train, RL-tune and serve DeepSeek-style reasoning models, from a two-core CPU up."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import on first use, so that `import rorqual` and `rorqual --help` need not wait for torch."""
+    """Import on first use, so that `import rorqual` and `rorqual --help` do not wait for torch."""
     if name not in _HOMES:
         raise AttributeError(f"module 'rorqual' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

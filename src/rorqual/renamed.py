@@ -28,7 +28,7 @@ def warn(old: str, new: str) -> None:
 
 
 def current_options(words: Sequence[str]) -> list[str]:
-    """The words of a command line with today's names."""
+    """A command line's words with current option names; warns of old ones."""
     found: list[str] = []
     for at, word in enumerate(words):
         if word == "--":
@@ -47,7 +47,7 @@ def current_options(words: Sequence[str]) -> list[str]:
 
 
 def current_fields(raw: dict[str, Any], quiet: bool = False) -> dict[str, Any]:
-    """A recipe's nested dictionaries with today's names; a field given by both names keeps the old, to be refused."""
+    """A recipe with current field names; a field given by both names keeps the old one, which is then refused."""
     for (section, old), new in FIELDS.items():
         fields = raw.get(section)
         if isinstance(fields, dict) and old in fields and new not in fields:
@@ -58,5 +58,5 @@ def current_fields(raw: dict[str, Any], quiet: bool = False) -> dict[str, Any]:
 
 
 def current_metrics(record: dict[str, Any]) -> dict[str, Any]:
-    """A line of metrics.jsonl with today's names; runs of before are read without a word."""
+    """A line of metrics.jsonl with current names; no warning, since old runs are valid."""
     return {METRICS.get(name, name): value for name, value in record.items()}

@@ -108,7 +108,7 @@ def test_what_cannot_be_imported_is_said(tmp_path, fields, words):
 def test_a_missing_part_is_said(tmp_path, monkeypatch, part):
     kept = [(name, t) for name, t in tensors(network(V3), split=True) if name != part]
     monkeypatch.setattr("helpers.gguf_files.tensors", lambda *_: kept)
-    with pytest.raises(UserError, match=r"model\.layers\.[12]\..* is missing or there only in part"):
+    with pytest.raises(UserError, match=r"model\.layers\.[12]\..* is missing or incomplete"):
         load_gguf(write(tmp_path / "a.gguf", network(V3)))
 
 

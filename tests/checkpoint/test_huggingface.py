@@ -213,7 +213,7 @@ def test_fp8_release_is_expanded(tmp_path, monkeypatch, block):
         {} if block == (128, 128) else {"weight_block_size": list(block)}
     )
     set_config(tmp_path / "m", quantization_config=quantization)
-    monkeypatch.setattr(huggingface, "PIECE_BYTES", 1)  # pieces end where blocks do
+    monkeypatch.setattr(huggingface, "CHUNK_BYTES", 1)  # pieces end where blocks do
     found = huggingface.release_tensors(load_model(tmp_path / "m", dtype=torch.float32))
     assert len(expected) == 3 * 4 + 3 + 2
     for name, plain in expected.items():

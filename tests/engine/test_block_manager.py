@@ -1,11 +1,11 @@
-from rorqual.engine.block_manager import SPARE, BlockManager, block_key
+from rorqual.engine.block_manager import NULL_BLOCK, BlockManager, block_key
 
 
 def test_a_block_has_one_owner_until_it_is_given_back():
     blocks = BlockManager(5)
     taken = [blocks.allocate() for _ in range(4)]
     assert sorted(taken) == [1, 2, 3, 4]
-    assert SPARE not in taken
+    assert NULL_BLOCK not in taken
     assert blocks.allocate() is None
     assert blocks.free == 0
     blocks.incref(taken[0])

@@ -53,7 +53,7 @@ def test_recorded_steps_say_what_others_do(config, dtype, stored):
         assert close.sum() >= (0.95 * n if config is LATENT else n)
         for ours, plain, old in zip(*after, before, strict=True):
             assert ((ours != old[1:]).flatten(1).any(1) == (plain != old[1:]).flatten(1).any(1)).all(), "others' blocks"
-    assert sorted(recorded.recordings) == [(1, 16), (1, 64), (4, 16), (128, 16)]
+    assert sorted(recorded.captured) == [(1, 16), (1, 64), (4, 16), (128, 16)]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")

@@ -172,7 +172,7 @@ def test_sampling_follows_the_distribution_it_is_cut_to():
         (SamplingParams(min_p=0.2), [0, 1, 4]),  # e⁻¹·⁵ = .22 of the most probable, e⁻² = .14
         (SamplingParams(min_p=0.2, top_k=2), [0, 1]),
     ):
-        tokens, logprobs = sample(logits, params.cut, torch.rand(40_000))
+        tokens, logprobs = sample(logits, params.filter, torch.rand(40_000))
         share = torch.bincount(tokens, minlength=5) / 40_000
         expected = torch.zeros(5)
         expected[kept] = p[kept] / p[kept].sum()
@@ -229,7 +229,7 @@ def test_an_engine_that_could_make_nothing_is_refused(model, wrong):
 
 
 def test_a_cache_of_nothing_holds_nothing(model):
-    with pytest.raises(UserError, match="the cache holds 0"):
+    with pytest.raises(UserError, match="the KV cache holds 0"):
         Engine(model, kv_cache_bytes=0).generate([[3, 5]], SamplingParams(max_tokens=3))
 
 

@@ -118,7 +118,7 @@ def test_a_multi_token_module_says_what_it_says(shape, rows):
         wanted = torch.arange(0, len(at), 2, dtype=torch.int32)
         ours, hidden = compiled(following, tables[at], (where + 1).to(torch.int32), wanted, states)
         step = KVCacheView(caches[1], tables[at], where, [])
-        theirs = model.ahead(states.unsqueeze(0), following.unsqueeze(0), step.positions, step)[0]
+        theirs = model.mtp_forward(states.unsqueeze(0), following.unsqueeze(0), step.positions, step)[0]
         errors = (hidden - theirs).norm(dim=1) / theirs.norm(dim=1)
         assert errors.median() < 1e-3, "the rest are activations rounded the other way, and other experts chosen"
         assert torch.allclose(ours, linear(hidden[wanted], model.head_weight), rtol=1e-4, atol=1e-4)

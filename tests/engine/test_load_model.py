@@ -20,9 +20,9 @@ def test_a_gpu_that_is_not_there(monkeypatch, tmp_path):
 def test_packed_weights_are_for_a_cpu(monkeypatch, tmp_path, what):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(load_model, "load_tokenizer", lambda _: None)
-    monkeypatch.setattr(load_model, "packed_already", lambda _: what == "a packed directory")
+    monkeypatch.setattr(load_model, "is_quantized", lambda _: what == "a packed directory")
     path = tmp_path / ("model.gguf" if what == "a .gguf file" else "model")
-    with pytest.raises(UserError, match="packed weights are for a CPU; leave out --weights"):
+    with pytest.raises(UserError, match="quantised weights are for a CPU; leave out --weights"):
         open_model(path, device="cuda", weights="int4" if what == "packing" else None)
 
 
@@ -31,5 +31,5 @@ def test_a_cache_that_memory_has_no_room_for(monkeypatch):
         raise torch.OutOfMemoryError("no")
 
     monkeypatch.setattr(engine, "PagedKVCache", full)
-    with pytest.raises(UserError, match=r"no memory for a cache of 4 GiB; make it smaller \(--kv-cache-gb\)"):
+    with pytest.raises(UserError, match=r"no memory for a KV cache of 4 GiB; lower --kv-cache-gb"):
         Engine(Transformer(GROUPED), kv_cache_bytes=4 << 30).prepare()

@@ -179,7 +179,7 @@ def test_cancelling_frees_blocks_at_once_wherever_the_request_is(model, prompts)
 def test_a_request_that_could_never_fit_is_refused(model):
     engine = Engine(model, kv_cache_bytes=bytes_for(model, 6))
     engine.generate([[5] * 30], SamplingParams(max_tokens=34))
-    with pytest.raises(UserError, match="takes 65 tokens, but the cache holds 64"):
+    with pytest.raises(UserError, match="takes 65 tokens, but the KV cache holds 64"):
         engine.generate([[5] * 30], SamplingParams(max_tokens=35))
 
 

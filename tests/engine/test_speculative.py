@@ -154,20 +154,20 @@ def test_look_up():
     assert PromptLookupDrafter((1, 2, 3, 4) + (7, 8) * 4).propose(0.01) == [7, 8, 7, 8, 7, 8], "on and on"
 
 
-def test_trust_follows_what_is_said():
+def test_acceptance_follows_the_tokens():
     lookup = PromptLookupDrafter(tuple(range(8)) * 2)
     for _ in range(3):
         lookup.add(list(range(8)))
-    assert lookup.trust > 0.99
+    assert lookup.acceptance > 0.99
     assert len(lookup.propose(0.5)) == MAX_DRAFTS, "much is ventured"
     for token in range(100, 110):
         lookup.add([0, 1, 2, 3])
         lookup.add([token])
-    assert lookup.trust < 0.5
-    trust = lookup.trust
+    assert lookup.acceptance < 0.5
+    acceptance = lookup.acceptance
     lookup.add([200])
-    assert lookup.trust == trust, "no guess, nothing learnt"
-    lookup.trust = 0.0  # as after thousands that were wrong
+    assert lookup.acceptance == acceptance, "no draft, nothing learnt"
+    lookup.acceptance = 0.0  # as after thousands that were wrong
     lookup.add([0, 1, 2, 3])
     assert lookup.propose(0.01) == []
 
@@ -210,15 +210,15 @@ def test_auto_is_lookup_where_weights_are_packed(monkeypatch):
     if cpu.capability() is not None:
         assert Engine(model, speculative="auto").speculative == "ngram"
     monkeypatch.setattr(cpu, "capability", lambda: None)
-    assert Engine(model, speculative="auto").speculative is None, "other lanes would round otherwise"
+    assert Engine(model, speculative="auto").speculative is None, "other batch sizes would round otherwise"
 
 
-@pytest.mark.parametrize("lanes", [17, 30])
-def test_a_step_has_so_many_lanes_at_most(monkeypatch, lanes):
-    monkeypatch.setattr(speculative, "LANES", lanes)
+@pytest.mark.parametrize("limit", [17, 30])
+def test_a_step_has_so_many_tokens_at_most(monkeypatch, limit):
+    monkeypatch.setattr(speculative, "MAX_TOKENS_WITH_DRAFTS", limit)
     engine, seen = Engine(a_model(GROUPED.replace(max_position_embeddings=400)), speculative="ngram"), []
     forward = ModelRunner.__call__
     monkeypatch.setattr(ModelRunner, "__call__", lambda *x: (seen.append(len(x[1])), forward(*x))[1])
     engine.generate(PROMPTS, SamplingParams(temperature=0, max_tokens=150, ignore_eos=True))
-    assert max(seen) <= lanes
+    assert max(seen) <= limit
     assert engine.status().counters.accepted_tokens > 0, "as soon as there is room"

@@ -54,7 +54,7 @@ class Server:
         until = time.monotonic() + seconds
         while time.monotonic() < until:
             now = self.service.engine.status()
-            if self.service.worker.count == now.running == now.waiting == now.blocks_used == 0:
+            if self.service.engine_thread.count == now.running == now.waiting == now.blocks_used == 0:
                 break
             time.sleep(0.01)
         return self.service.engine.status().blocks_used

@@ -65,7 +65,7 @@ def test_masks_broadcast_and_lie_as_they_may(shape, turned):
 def test_masks_that_do_not_cover_the_row_are_refused():
     q = torch.randn(1, 1, 4, 8).bfloat16().requires_grad_()
     masks = tuple(torch.ones(1, 1, t, t, dtype=torch.bool) for t in (2, 1))
-    with pytest.raises(ValueError, match="do not make one row of 4 tokens"):
+    with pytest.raises(ValueError, match="do not cover one row of 4 tokens"):
         kernel.attention(q, q, q, masks, False, 1.0)
 
 
@@ -79,7 +79,7 @@ def test_masks_that_do_not_cover_the_row_are_refused():
     ],
 )
 def test_long_sequences_float32_and_inference_take_the_fused_kernel(monkeypatch, length, dtype, grad, fused):
-    monkeypatch.setattr(kernel, "LONGEST", 4)
+    monkeypatch.setattr(kernel, "MAX_PLAIN_KEYS", 4)
     q = torch.randn(1, 1, length, 8, dtype=dtype)
     with torch.set_grad_enabled(grad), torch.profiler.profile() as seen:
         assert kernel.attention(q, q, q, None, True, 1.0).isfinite().all()

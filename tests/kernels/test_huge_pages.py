@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rorqual.kernels.huge_pages import LARGE, MADV_COLLAPSE, use_huge_pages
+from rorqual.kernels.huge_pages import HUGE_PAGE, MADV_COLLAPSE, use_huge_pages
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or mmap.PAGESIZE != 4096, reason="large pages of 2 MB are asked of Linux"
@@ -51,20 +51,24 @@ def test_tensors_side_by_side_lie_in_large_pages_afterwards():
     before = large(rollup.read_text())
     use_huge_pages(tensors)
     assert all(torch.equal(a, b) for a, b in zip(tensors, copies, strict=True))
-    assert large(rollup.read_text()) - before >= 2 * LARGE // 1024
+    assert large(rollup.read_text()) - before >= 2 * HUGE_PAGE // 1024
 
 
 def test_only_pages_at_least_half_full_of_tensors_become_large():
-    memory = mmap.mmap(-1, 4 * LARGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.write(bytes(4 * LARGE))
+    memory = mmap.mmap(-1, 4 * HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.write(bytes(4 * HUGE_PAGE))
     whole = torch.frombuffer(memory, dtype=torch.uint8)
-    pages = whole[-whole.data_ptr() % LARGE :][: 3 * LARGE].view(3, LARGE)
-    little, some, more = pages[0, : LARGE // 2 - 1], pages[1, 1000 : 1000 + LARGE // 4], pages[1, LARGE // 2 :]
+    pages = whole[-whole.data_ptr() % HUGE_PAGE :][: 3 * HUGE_PAGE].view(3, HUGE_PAGE)
+    little, some, more = (
+        pages[0, : HUGE_PAGE // 2 - 1],
+        pages[1, 1000 : 1000 + HUGE_PAGE // 4],
+        pages[1, HUGE_PAGE // 2 :],
+    )
     if "[always]" in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text():
         pytest.skip("Linux puts all memory into large pages by itself")
     use_huge_pages([])
     use_huge_pages([little, some])
     assert large(mapping(whole.data_ptr())) == 0
     use_huge_pages([little, some, more])
-    assert large(mapping(whole.data_ptr())) == LARGE // 1024
+    assert large(mapping(whole.data_ptr())) == HUGE_PAGE // 1024
     assert not whole.any()

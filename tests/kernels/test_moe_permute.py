@@ -38,17 +38,17 @@ def test_every_place_lies_among_its_experts_rows_in_order(multiple):
     arrangement = sort_by_expert(chosen, 17, multiple)  # the last expert gets nothing
     ends = arrangement.ends.tolist()
     assert all(end % multiple == 0 for end in ends)
-    assert len(arrangement.place) == ends[-1]
+    assert len(arrangement.slot) == ends[-1]
     for e, (first, last) in enumerate(zip([0, *ends], ends, strict=False)):
-        places = [p for p in arrangement.place[first:last].tolist() if p < chosen.numel()]
+        places = [p for p in arrangement.slot[first:last].tolist() if p < chosen.numel()]
         assert places == (chosen.flatten() == e).nonzero()[:, 0].tolist()
         assert last - first - len(places) < multiple
         assert len(places) == arrangement.load[e]
-    assert torch.equal(arrangement.place[arrangement.row], torch.arange(chosen.numel()))
+    assert torch.equal(arrangement.slot[arrangement.row], torch.arange(chosen.numel()))
 
 
 def test_rows_that_fill_up_get_no_gradient():
     arrangement = sort_by_expert(choices(7, 2, 3), 3, 8)
-    y = torch.randn(len(arrangement.place), 5, requires_grad=True)
+    y = torch.randn(len(arrangement.slot), 5, requires_grad=True)
     (unpermute(y, torch.ones(7, 2), arrangement) * torch.randn(7, 5)).sum().backward()
-    assert torch.equal(y.grad.any(1), arrangement.place < 14)
+    assert torch.equal(y.grad.any(1), arrangement.slot < 14)

@@ -122,14 +122,14 @@ def test_saving_keeps_no_directory_from_being_replaced(model):
 def test_a_model_is_not_written_over_what_it_is_made_from(model, tmp_path):
     before = (model / "model.safetensors").read_bytes()
     for make in (import_model, lambda source, dest: quantize_checkpoint(source, dest, "int4")):
-        with pytest.raises(UserError, match="is the model itself; give another directory"):
+        with pytest.raises(UserError, match="is the source model itself; give another directory"):
             make(model, model.parent / "." / model.name)
     assert (model / "model.safetensors").read_bytes() == before
     home = tmp_path / "home"
     home.mkdir()
     (home / "model-of-mine.safetensors").write_text("mine")
     for make in (import_model, lambda source, dest: quantize_checkpoint(source, dest, "int4")):
-        with pytest.raises(UserError, match=r"holds files that are no model's \(model-of-mine.safetensors\)"):
+        with pytest.raises(UserError, match=r"is not a model directory \(it holds model-of-mine.safetensors\)"):
             make(model, home)
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UserError, match=r"file cannot be written \(Not a directory\)"):

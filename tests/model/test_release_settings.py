@@ -11,7 +11,7 @@ from rorqual.checkpoint.gguf_import import import_gguf, import_model
 from rorqual.engine import Engine, SamplingParams
 from rorqual.engine.generation_defaults import default_sampling
 from rorqual.errors import UserError
-from rorqual.model.release_settings import SUPPRESSED
+from rorqual.model.release_settings import SUPPRESS_BIAS
 from rorqual.precision.packed_checkpoint import quantize_checkpoint
 
 R1 = {"temperature": 0.6, "top_p": 0.95, "max_tokens": 512}
@@ -43,7 +43,7 @@ def said(model, **generation):
         ({"max_length": 90, "max_new_tokens": 7}, {"max_tokens": 7}),
         ({"stop_strings": "hell"}, {"stop": ("hell",)}),
         ({"stop_strings": ["a", "b"]}, {"stop": ("a", "b")}),
-        ({"suppress_tokens": [5, 6]}, {"logit_bias": ((5, SUPPRESSED), (6, SUPPRESSED))}),
+        ({"suppress_tokens": [5, 6]}, {"logit_bias": ((5, SUPPRESS_BIAS), (6, SUPPRESS_BIAS))}),
         ({"num_beams": 1, "length_penalty": 1.0, "typical_p": 1.0, "bad_words_ids": [], "use_cache": True}, {}),
     ],
 )
@@ -85,7 +85,7 @@ def test_wrong_values_are_said(model, name, value):
 )  # fmt: skip
 def test_what_cannot_be_honoured_is_refused_where_it_would_count(model, name, value):
     said(model, **{name: value})
-    with pytest.raises(UserError, match=rf"generation_config\.json: {name} = .* not done here"):
+    with pytest.raises(UserError, match=rf"generation_config\.json: {name} = .* not supported"):
         default_sampling(model)
     save_model(load_model(model), model.parent / "trained")  # which keeps it
     assert json.loads((model.parent / "trained" / "generation_config.json").read_text())[name] == value
@@ -193,7 +193,7 @@ def test_samplers_of_a_gguf_file_that_we_do_not_have(tmp_path, name):
     file = write(tmp_path / "a.gguf", network(), **fields)
     import_gguf(file, tmp_path / "model")  # which keeps it
     for model, source in ((file, r"a\.gguf: general\.sampling"), (tmp_path / "model", r"generation_config\.json")):
-        with pytest.raises(UserError, match=f"{source}: {name} = 1 is not done here"):
+        with pytest.raises(UserError, match=f"{source}: {name} = 1 is not supported"):
             default_sampling(model)
         assert Engine(model).end_tokens == (2,)
 

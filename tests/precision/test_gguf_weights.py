@@ -43,7 +43,7 @@ def apart(packed, expected):
 )
 @pytest.mark.parametrize("slice", [1, 1 << 13])
 def test_numbers_are_the_librarys(tmp_path, monkeypatch, slice, kind, format, error):
-    monkeypatch.setattr(gguf_import, "SLICE", slice)
+    monkeypatch.setattr(gguf_import, "SLICE_NUMBERS", slice)
     tensor, expected = stored(tmp_path, kind, 40, 512)
     packed = pack_stored([tensor])
     assert packed.format == format
@@ -52,7 +52,7 @@ def test_numbers_are_the_librarys(tmp_path, monkeypatch, slice, kind, format, er
 
 @pytest.mark.parametrize("rows", [16, 40, 7])
 def test_experts_whose_outputs_follow_one_another(tmp_path, monkeypatch, rows):
-    monkeypatch.setattr(gguf_import, "SLICE", 1)
+    monkeypatch.setattr(gguf_import, "SLICE_NUMBERS", 1)
     (gate, gates), (up, ups) = (stored(tmp_path, KINDS.Q4_0, 3, rows, 64) for _ in range(2))
     packed = pack_stored([gate, up])
     assert (packed.format, len(packed), packed.N, packed.K) == ("int4", 3, 2 * rows, 64)
@@ -61,7 +61,7 @@ def test_experts_whose_outputs_follow_one_another(tmp_path, monkeypatch, rows):
 
 @pytest.mark.parametrize("head", [8, 20, 96])
 def test_heads_are_put_in_order_slice_by_slice(tmp_path, monkeypatch, head):
-    monkeypatch.setattr(gguf_import, "SLICE", 1)
+    monkeypatch.setattr(gguf_import, "SLICE_NUMBERS", 1)
     tensor, values = stored(tmp_path, KINDS.Q4_1, 5 * head, 32)
     pairs = values.view(5, head // 2, 2, 32)
     assert apart(pack_stored([tensor], head), pairs.transpose(1, 2).reshape(1, 5 * head, 32)) < 1e-6
@@ -70,5 +70,5 @@ def test_heads_are_put_in_order_slice_by_slice(tmp_path, monkeypatch, head):
 def test_scales_that_16_bits_cannot_hold(tmp_path):
     tensor, _ = stored(tmp_path, KINDS.F32, 2, 32)
     tensor.path.write_bytes(b"before" + np.full((2, 32), 1e30, np.float32).tobytes())
-    with pytest.raises(UserError, match="beyond what scales of 16 bits reach"):
+    with pytest.raises(UserError, match="overflow FP16 scales"):
         pack_stored([tensor])

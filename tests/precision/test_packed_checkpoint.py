@@ -56,7 +56,7 @@ def test_what_is_read_is_what_packing_in_memory_gives(source, tmp_path, bits):
         for model in ((tmp_path / "packed",), (made, Engine(source).tokenizer))
     ]
     assert answers[0] == answers[1]
-    with pytest.raises(UserError, match="packed already"):
+    with pytest.raises(UserError, match="quantised already"):
         quantize_checkpoint(tmp_path / "packed", tmp_path / "again", bits)
 
 
@@ -66,7 +66,7 @@ def test_slices_change_nothing(source, tmp_path, bits, monkeypatch):
     quantize_checkpoint(source, tmp_path / "packed", bits)
     tokens = torch.arange(1, 30).unsqueeze(0)
     expected = load_packed(tmp_path / "packed", torch.float32).logits(tokens)
-    monkeypatch.setattr(quantize, "SLICE", 1)
+    monkeypatch.setattr(quantize, "SLICE_WEIGHTS", 1)
     assert torch.equal(load_packed(tmp_path / "packed", torch.float32).logits(tokens), expected)
     assert torch.equal(convert(load_model(source), bits).logits(tokens), expected)
     assert torch.equal(load_converted(source, bits, torch.float32).logits(tokens), expected)

@@ -12,7 +12,7 @@ from rorqual.engine import Engine, SamplingParams
 from rorqual.model import Transformer
 from rorqual.precision import quantize
 from rorqual.precision.quantize import convert
-from rorqual.precision.smoothquant import READERS, smooth
+from rorqual.precision.smoothquant import CONSUMERS, smooth
 
 WIDTH = 96
 WIDER = {"hidden_size": WIDTH, "initializer_range": 0.1}
@@ -35,7 +35,7 @@ def uneven(request):
     model = Transformer(request.param)
     parameters = dict(model.named_parameters())
     for layer in range(model.config.num_hidden_layers):
-        for norm, readers in READERS.items():
+        for norm, readers in CONSUMERS.items():
             if (name := f"model.layers.{layer}.{norm}.weight") in parameters:
                 channels = torch.where(torch.rand(WIDTH) < 0.05, 32.0, 1.0)
                 parameters[name].mul_(channels)

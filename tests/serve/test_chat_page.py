@@ -11,9 +11,9 @@ import httpx
 import pytest
 
 from rorqual.engine import SamplingParams
-from rorqual.serve.chat_page import add_page, page_of
+from rorqual.serve.chat_page import add_page, build_page
 from rorqual.serve.chat_state import fold, markdown
-from rorqual.serve.chat_state import said as spoken
+from rorqual.serve.chat_state import without_thinking as spoken
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = [
@@ -74,7 +74,7 @@ def test_a_page_with_keys_wants_one(start):
 
 @pytest.mark.parametrize("wrong", [{"seed": 2**70}, {"seed": 1.5}, {"temperature": 200}, {"system": "a\ud800"}])
 def test_settings_that_cannot_be_are_told_on_the_page(server, wrong):
-    (reply, *_) = (f.fn for f in page_of(server.service).fns.values() if getattr(f.fn, "__name__", "") == "reply")
+    (reply, *_) = (f.fn for f in build_page(server.service).fns.values() if getattr(f.fn, "__name__", "") == "reply")
     given = {
         "history": [{"role": "user", "content": "both?"}], "system": "", "temperature": 1, "top_p": 1, "longest": 4,
         "budget": None, "seed": None, "key": "", "request": SimpleNamespace(session_hash="a"),
@@ -230,12 +230,12 @@ def test_whoever_closes_the_page_frees_what_it_held(visit, paged, monkeypatch):
 
 @in_a_browser
 def test_a_full_queue_is_said_and_the_question_kept(visit, paged):
-    paged.service.worker.limit = 0
+    paged.service.engine_thread.limit = 0
     visitor = visit()
     visitor.ask("what?")
-    visitor.page.get_by_text("the server is busy").wait_for()
+    visitor.page.get_by_text("the server's queue is full").wait_for()
     visitor.button("Send").wait_for()
-    paged.service.worker.limit = 8
+    paged.service.engine_thread.limit = 8
     visitor.page.get_by_label("Retry").last.click()
     visitor.answered()
     assert visitor.questions == ["what?"]

@@ -61,7 +61,7 @@ def test_a_request_that_does_not_come_to_its_end_is_not_waited_for(start):
 
 
 def test_who_does_not_read_is_left(start, monkeypatch):
-    monkeypatch.setattr(sse, "READING", 0.1)
+    monkeypatch.setattr(sse, "READ_SECONDS", 0.1)
     server = start(timeout=0.5)
     body = json.dumps({"prompt": "what is", "max_tokens": 500, "n": 100, "stream": True, "logprobs": 20})
     with socket.create_connection(("127.0.0.1", httpx.URL(server.url).port)) as slow:
@@ -130,7 +130,7 @@ def test_the_end_waits_for_what_was_accepted(start):
     asking = [threading.Thread(target=ask) for _ in range(6)]
     for thread in asking:
         thread.start()
-    while server.service.worker.count < 6:
+    while server.service.engine_thread.count < 6:
         time.sleep(0.002)
     server.stop()
     for thread in asking:

@@ -2,15 +2,13 @@
 
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
 
-from rorqual.serve.prometheus import BETWEEN, Between
+from rorqual.serve.prometheus import BETWEEN, TokenLatency
 
 
 def test_times_between_tokens_are_written_as_the_library_writes_its_own():
-    ours, registry, theirs = Between(), CollectorRegistry(), CollectorRegistry()
-    family = ours.family()
-    histogram = Histogram(
-        "rorqual_time_per_output_token_seconds", family.documentation, buckets=BETWEEN, registry=theirs
-    )
+    ours, registry, theirs = TokenLatency(), CollectorRegistry(), CollectorRegistry()
+    name, text = "rorqual_inter_token_latency_seconds", "Between two tokens of an answer"
+    histogram = Histogram(name, text, buckets=BETWEEN, registry=theirs)
     for seconds in (0.0, 0.001, 0.0011, 0.03, 0.03, 1.0, 7.0):
         ours.observe(seconds)
         histogram.observe(seconds)
@@ -20,7 +18,7 @@ def test_times_between_tokens_are_written_as_the_library_writes_its_own():
 
     class Ours:
         def collect(self):
-            yield ours.family()
+            yield ours.family(name, text)
 
     registry.register(Ours())
     said, wanted = (

@@ -7,8 +7,8 @@ from pydantic import ValidationError
 
 from rorqual.serve.api_errors import ApiError
 from rorqual.serve.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
-from rorqual.serve.request_body import DEEPEST, MOST_VALUES, checked
-from rorqual.serve.request_fields import AsItIs, WithoutEffect
+from rorqual.serve.request_body import DEEPEST, MAX_VALUES, parse_body
+from rorqual.serve.request_fields import Ignored, OnlyDefaults
 
 ASK = {"messages": [{"role": "user", "content": "?"}]}
 TEXT = {"prompt": "?"}
@@ -19,7 +19,7 @@ BASES = {ChatRequest: ASK, CompletionRequest: TEXT, TokenizeRequest: TEXT, Detok
 
 def read(body, model=None):
     raw = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return checked(raw, model or (ChatRequest if "messages" in body else CompletionRequest))
+    return parse_body(raw, model or (ChatRequest if "messages" in body else CompletionRequest))
 
 
 @pytest.mark.parametrize("model", BASES)
@@ -141,10 +141,12 @@ def test_two_fields_must_not_say_different_things():
 
 def test_what_changes_nothing_is_taken():
     for base in (ASK, TEXT):
-        for name in WithoutEffect.model_fields:
+        for name in Ignored.model_fields:
             for value in (1, "a", {"a": [1]}):
                 assert read(base | {name: value})
-        usual = {name: field.get_default(call_default_factory=True) for name, field in AsItIs.model_fields.items()}
+        usual = {
+            name: field.get_default(call_default_factory=True) for name, field in OnlyDefaults.model_fields.items()
+        }
         assert read(base | {name: value for name, value in usual.items() if value is not None})
     assert read(ASK | {"verbosity": "medium", "modalities": ["text"], "echo": False, "n": 1.0, "top_k": 5.0}).n == 1
     assert read(TEXT | {"suffix": "", "stop": [], "logit_bias": {}})
@@ -186,8 +188,8 @@ def test_another_prompt_is_none(prompt, param):
         (b'{"prompt": "a"}', "application/json; charset=utf-16", 415, "charset utf-16"),
         (b'{"prompt": "a", "top_p": NaN}', "", 400, "NaN"),
         (b'{"prompt": "a", "top_p": -Infinity}', "", 400, "Infinity"),
-        (b'{"prompt": "a", "n": 1, "n": 2}', "", 400, "n: the field is there twice"),
-        (b'{"prompt": "a", "structured_outputs": {"json": {"a": 1, "a": 2}}}', "", 400, "a: the field is there twice"),
+        (b'{"prompt": "a", "n": 1, "n": 2}', "", 400, "n: the field is given twice"),
+        (b'{"prompt": "a", "structured_outputs": {"json": {"a": 1, "a": 2}}}', "", 400, "a: the field is given twice"),
         (b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}", "", 400, "JSON"),
         (b'{"prompt": ' + b"[" * 100_000, "", 400, "nested"),
         (b'{"prompt": ' + b"[" * 500 + b"]" * 500 + b"}", "", 400, "nested"),
@@ -196,7 +198,7 @@ def test_another_prompt_is_none(prompt, param):
 )  # fmt: skip
 def test_what_is_no_request_is_refused_in_words(raw, kind, status, says):
     with pytest.raises(ApiError, match=says) as refused:
-        checked(raw, CompletionRequest, kind)
+        parse_body(raw, CompletionRequest, kind)
     assert refused.value.status == status
 
 
@@ -206,7 +208,7 @@ def test_what_is_no_request_is_refused_in_words(raw, kind, status, says):
      "application/x-www-form-urlencoded", "nonsense"],
 )  # fmt: skip
 def test_json_is_read_whatever_it_is_called(kind):
-    assert checked(b'\xef\xbb\xbf{"prompt": "a \\ud83d\\udc0b"}', CompletionRequest, kind).prompt == "a 🐋"
+    assert parse_body(b'\xef\xbb\xbf{"prompt": "a \\ud83d\\udc0b"}', CompletionRequest, kind).prompt == "a 🐋"
 
 
 def test_a_body_may_be_as_deep_as_a_schema_is():
@@ -217,11 +219,11 @@ def test_a_body_may_be_as_deep_as_a_schema_is():
 
 
 def test_the_number_of_values_is_limited_and_that_of_commas_in_a_text_is_not():
-    with pytest.raises(ApiError, match=str(MOST_VALUES)) as refused:
-        read({"prompt": [1] * (MOST_VALUES + 9)})
+    with pytest.raises(ApiError, match=str(MAX_VALUES)) as refused:
+        read({"prompt": [1] * (MAX_VALUES + 9)})
     assert refused.value.status == 413
     for text in ("a,b,[", '"a\\",'):
-        assert read({"prompt": text * MOST_VALUES})
+        assert read({"prompt": text * MAX_VALUES})
 
 
 @pytest.mark.parametrize(

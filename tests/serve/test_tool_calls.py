@@ -11,16 +11,16 @@ from rorqual.errors import UserError
 from rorqual.serve.engine_thread import TokenDelta
 from rorqual.serve.protocol import ChatRequest
 from rorqual.serve.responses import ChatChoice
-from rorqual.serve.tool_calls import CallReader, call_grammar, offered
+from rorqual.serve.tool_calls import CallReader, call_grammar, callable_tools
 
 FORMS = {"hermes": HERMES, "v3": DEEPSEEK, "v3.1": DEEPSEEK_V31, "mistral": MISTRAL, "llama": LLAMA, "json": JSON}
 ADD, TAKE = Call("add", '{"a": {"b": "</tool_call> }"}}'), Call("take", "{}")
 BOTH = {"add", "take"}
 
 
-def read(form, said, step=10_000, names=BOTH, several=True):
+def read(form, said, step=10_000, names=BOTH, parallel=True):
     """What is shown, and the calls, where a text comes `step` letters at a time."""
-    reader, shown, calls = CallReader(form, names, several), "", []
+    reader, shown, calls = CallReader(form, names, parallel), "", []
     for start in range(0, len(said), step):
         text, found = reader.feed(said[start : start + step], last=start + step >= len(said))
         shown, calls = shown + text, calls + [made.call for made in found]
@@ -36,7 +36,7 @@ def test_what_a_format_writes_it_reads(form, step):
         said = before + form.write(calls)
         assert read(form, said, step) == (before, calls, False)
         assert read(form, said + "\nDone.", step) == (before + "\nDone.", calls, False)
-        assert read(form, said, step, several=False) == (before, calls[:1], False)
+        assert read(form, said, step, parallel=False) == (before, calls[:1], False)
 
 
 LOOK = [Call("look", '{"x": 1}')]
@@ -163,7 +163,7 @@ def compiler_of(marks):
 
 def guided(compiler, grammar):
     """A guide from the answer's beginning."""
-    return compiler.guide(grammar, None, thinking=False, silent=False)
+    return compiler.start(grammar, None, thinking=False, may_think=True)
 
 
 @pytest.fixture(scope="module")
@@ -292,8 +292,8 @@ def test_white_space_within_json_comes_to_an_end(compiler, said, right):
 )
 def test_only_a_list_of_calls_that_is_whole_is_called_so(said, finish, wanted):
     choice = ChatChoice(0, None, CallReader(HERMES, BOTH), False, 0)
-    chunks = [choice.take(TokenDelta(0, "", letter, [0], [], [], None, 0, 0)) for letter in said]
-    chunks.append(choice.take(TokenDelta(0, "", "", [0], [], [], finish, 0, 0)))
+    chunks = [choice.add(TokenDelta(0, "", letter, [0], [], [], None, 0, 0)) for letter in said]
+    chunks.append(choice.add(TokenDelta(0, "", "", [0], [], [], finish, 0, 0)))
     streamed = [c for chunk in chunks if chunk for c in chunk["delta"].get("tool_calls", [])]
     assert (len(streamed), chunks[-1]["finish_reason"]) == wanted
     assert [c["index"] for c in streamed] == list(range(wanted[0]))
@@ -304,5 +304,5 @@ def test_only_a_list_of_calls_that_is_whole_is_called_so(said, finish, wanted):
 def test_no_more_is_kept_than_has_to_be():
     assert call_grammar(request(), HERMES, {}) is None
     assert call_grammar(request(tool_choice="none"), HERMES, {}, {"type": "object"}) is None
-    assert [t.function.name for t in offered(request())] == ["book", "list"]
-    assert [t.function.name for t in offered(request(tool_choice=allowed("auto", "list")))] == ["list"]
+    assert [t.function.name for t in callable_tools(request())] == ["book", "list"]
+    assert [t.function.name for t in callable_tools(request(tool_choice=allowed("auto", "list")))] == ["list"]

@@ -1,4 +1,4 @@
-"""DeepSeek's FP8 releases: E4M3 weights with one scale per block (V3 §3.3.2), expanded while loading."""
+"""DeepSeek's FP8 releases: E4M3 weights with one scale per block (V3 §3.3.2), dequantised while loading."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ SCALE_SUFFIX = "_scale_inv"  # the release's name for the scale by which a block
 
 
 def block_size(raw: dict[str, Any], source: str) -> tuple[int, int]:
-    """Rows and columns of a block, from a config.json's `quantization_config`; (128, 128) when it says nothing.
+    """Rows and columns of a block, from a config.json's `quantization_config`; (128, 128) by default.
 
     Raises UserError for quantised releases that are not block-scaled FP8.
     """
@@ -25,7 +25,7 @@ def block_size(raw: dict[str, Any], source: str) -> tuple[int, int]:
 
 
 def scale_shape(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, int]:
-    """Shape of the scales of a weight: one for each block, the last row and column of blocks being partial."""
+    """Shape of the scales of a weight: one for each block; the last row and column of blocks may be partial."""
     return -(-shape[0] // block[0]), -(-shape[1] // block[1])
 
 

@@ -1,6 +1,6 @@
-"""The configuration of a network from a GGUF file: what llama.cpp's converters write, read backwards.
+"""ModelConfig and release settings from a GGUF file, as llama.cpp's converters write them.
 
-Sizes come from the tensors where they can, so that a damaged header cannot ask for an endless network.
+Sizes come from the tensors where possible, so that a damaged header cannot ask for a huge network.
 """
 
 import math
@@ -18,7 +18,7 @@ from rorqual.model.rope import rope_frequencies
 
 Fields, Stored = Mapping[str, Any], Mapping[str, GGUFTensor]
 ARCHITECTURES = ("llama", "qwen2", "deepseek2")
-# A header's keys of sampling (gguf-py, Keys.General), and generation_config.json's names for them.
+# Sampling keys of a header (gguf-py, Keys.General) → their names in generation_config.json.
 SAMPLING = {
     "general.sampling.temp": "temperature",
     "general.sampling.top_p": "top_p",
@@ -30,8 +30,8 @@ SAMPLING = {
     "general.sampling.xtc_probability": "xtc_probability",
     "general.sampling.mirostat": "mirostat",
 }
-# Keys of an architecture that would shape the network otherwise → values with which they do not.
-FOREIGN: dict[str, tuple[Any, ...]] = {
+# Keys of an architecture that would need another network → values with which they change nothing.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
     "attention.causal": (True,),
     "attention.clamp_kqv": (0,),
     "attention.max_alibi_bias": (0,),
@@ -52,7 +52,7 @@ FOREIGN: dict[str, tuple[Any, ...]] = {
     "hidden_activation": ("silu", "swish"),
     "activation_function": ("silu", "swish"),
 }
-SOFTMAX, SIGMOID = 1, 2  # llama.cpp's numbers for the scores of experts
+SOFTMAX, SIGMOID = 1, 2  # llama.cpp's expert_gating_func
 
 
 def config_of(fields: Fields, stored: Stored) -> ModelConfig:
@@ -78,44 +78,44 @@ def config_of(fields: Fields, stored: Stored) -> ModelConfig:
             for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
         },
     )
-    _refuse_foreign(fields, config, architecture)
+    _check_supported(fields, config, architecture)
     return config.replace(rope_scaling=_rope_scaling(fields, stored, config, architecture))
 
 
 def released_of(fields: Fields, config: ModelConfig) -> ReleaseSettings:
-    """What a header says of the model's use, as a generation_config.json would. Raises UserError for wrong values."""
+    """Release settings from a header. Raises UserError for invalid values."""
     below = config.vocab_size
     ends = [number(fields, f"tokenizer.ggml.{t}_token_id", None, least=0, below=below) for t in ("eos", "eot", "eom")]
-    said = {theirs: _short(fields[ours]) for ours, theirs in SAMPLING.items() if ours in fields}
-    said["eos_token_id"] = list(dict.fromkeys(t for t in ends if t is not None)) or None
+    generation = {theirs: _shortest_float(fields[ours]) for ours, theirs in SAMPLING.items() if ours in fields}
+    generation["eos_token_id"] = list(dict.fromkeys(t for t in ends if t is not None)) or None
     window = number(fields, "general.sampling.penalty_last_n", -1, least=-1)
-    if window >= config.max_position_embeddings or said.get("repetition_penalty", 1) == 1:
-        said.pop("penalty_last_n", None)  # it changes nothing
-    return ReleaseSettings.of(config, said, "general.sampling")
+    if window >= config.max_position_embeddings or generation.get("repetition_penalty", 1) == 1:
+        generation.pop("penalty_last_n", None)  # has no effect
+    return ReleaseSettings.of(config, generation, "general.sampling")
 
 
-def _short(value: Any) -> Any:
+def _shortest_float(value: Any) -> Any:
     return float(str(np.float32(value))) if isinstance(value, float) else value  # 0.6, not 0.6000000238418579
 
 
-def _refuse_foreign(fields: Fields, config: ModelConfig, architecture: str) -> None:
-    """Raises UserError for what would shape the network otherwise than we compute it."""
-    for name, neutral in FOREIGN.items():
+def _check_supported(fields: Fields, config: ModelConfig, architecture: str) -> None:
+    """Raises UserError for keys that would need another network than this one."""
+    for name, neutral in NEUTRAL.items():
         value = fields.get(f"{architecture}.{name}")
         if value is not None and not any(value == n for n in neutral):
-            raise UserError(f"{architecture}.{name} = {value!r:.60} is not computed here; take another file")
+            raise UserError(f"{architecture}.{name} = {value!r:.60} is not supported; use another file")
     window, context = fields.get(f"{architecture}.attention.sliding_window"), config.max_position_embeddings
     if window and not (type(window) is int and window >= context):
         raise UserError(
-            f"{architecture}.attention.sliding_window = {window!r:.60} is not computed here, and is shorter than the "
-            f"context of {context}; take another file"
+            f"{architecture}.attention.sliding_window = {window!r:.60} is not supported, and is shorter than the "
+            f"context of {context}; use another file"
         )
     width = config.qk_rope_head_dim if config.is_mla else config.head_dim
-    turned = fields.get(f"{architecture}.rope.dimension_count", width)
-    if turned != width:
+    rotary = fields.get(f"{architecture}.rope.dimension_count", width)
+    if rotary != width:
         raise UserError(
-            f"{architecture}.rope.dimension_count = {turned!r:.60} of {width}: only whole heads are turned here; "
-            "take another file"
+            f"{architecture}.rope.dimension_count = {rotary!r:.60} of {width}: partial rotary embedding is not "
+            "supported; use another file"
         )
 
 
@@ -136,19 +136,19 @@ def _grouped(fields: Fields, stored: Stored, architecture: str, heads: int) -> d
 
 
 def _latent(fields: Fields, stored: Stored, architecture: str, heads: int) -> dict[str, Any]:
-    """V2, V2-Lite, V3 and R1. Keys' and values' up-projection is one tensor in files from before May 2025."""
+    """V2, V2-Lite, V3 and R1. Files from before May 2025 have the KV up-projection in one tensor."""
     latent = shape(stored, "blk.0.attn_kv_a_norm.weight", 1)[0]
     value = shape(stored, "blk.0.attn_output.weight", 2)[1] // heads
     if "blk.0.attn_k_b.weight" in stored:
         plain = shape(stored, "blk.0.attn_k_b.weight", 3)[2]
     else:
         plain = shape(stored, "blk.0.attn_kv_b.weight", 2)[0] // heads - value
-    ahead = sum(name.endswith(".nextn.eh_proj.weight") for name in stored)
+    mtp_depth = sum(name.endswith(".nextn.eh_proj.weight") for name in stored)
     low_rank = "blk.0.attn_q_a_norm.weight"
     sizes = {
         "model_type": "deepseek_v2",
-        "num_hidden_layers": _blocks(stored) - ahead,
-        "num_nextn_predict_layers": ahead,
+        "num_hidden_layers": _blocks(stored) - mtp_depth,
+        "num_nextn_predict_layers": mtp_depth,
         "q_lora_rank": shape(stored, low_rank, 1)[0] if low_rank in stored else None,
         "kv_lora_rank": latent,
         "qk_nope_head_dim": plain,
@@ -165,7 +165,7 @@ def _latent(fields: Fields, stored: Stored, architecture: str, heads: int) -> di
 
 
 def _experts(fields: Fields, stored: Stored, architecture: str, block: str) -> dict[str, Any]:
-    """Experts as layer `block` has them. Files without a scoring function or groups have softmax and one group."""
+    """Experts, from layer `block`. The default scoring function is softmax, the default number of groups 1."""
     width = shape(stored, f"blk.{block}.ffn_down_exps.weight", 3)[2]
     shared = f"blk.{block}.ffn_gate_shexp.weight"
     groups = number(fields, f"{architecture}.expert_group_count", 1, least=0)
@@ -192,7 +192,7 @@ def _experts(fields: Fields, stored: Stored, architecture: str, block: str) -> d
 
 
 def _rope_scaling(fields: Fields, stored: Stored, config: ModelConfig, architecture: str) -> dict[str, Any] | None:
-    if "rope_freqs.weight" in stored:  # Llama 3.1's stretching, written out as a divisor for each frequency
+    if "rope_freqs.weight" in stored:  # Llama 3.1's scaling, as a divisor of each frequency
         divisors = stored["rope_freqs.weight"]
         plain, _ = rope_frequencies(config)
         for factor in (8.0, 32.0):  # as released: 3.1 and R1-Distill-Llama; 3.2
@@ -203,14 +203,14 @@ def _rope_scaling(fields: Fields, stored: Stored, config: ModelConfig, architect
                 break
             if torch.allclose(divisors.expand(divisors.blocks(0, 1))[0], plain / stretched, rtol=1e-3):
                 return scaling
-        raise UserError("rope_freqs.weight is not Llama 3's; this way of stretching the context is not supported")
+        raise UserError("rope_freqs.weight is not Llama 3's; other RoPE scaling factors are not supported")
     name = f"{architecture}.rope.scaling"
-    # A factor without a type stretches linearly, as llama.cpp reads it; scale_linear is the name of old files.
+    # A factor without a type means linear, as in llama.cpp; old files name it scale_linear.
     factor = f"{name}.factor" if f"{name}.factor" in fields else f"{architecture}.rope.scale_linear"
     kind = fields.get(f"{name}.type", "linear" if factor in fields else "none")
     for own in ("attn_factor", "yarn_attn_factor", "yarn_ext_factor"):
         if fields.get(f"{name}.{own}", 1.0) != 1.0:
-            raise UserError(f"{name}.{own} = {fields[f'{name}.{own}']!r:.60} is not computed here; take another file")
+            raise UserError(f"{name}.{own} = {fields[f'{name}.{own}']!r:.60} is not supported; use another file")
     if kind == "linear":
         stretch = real(fields, factor)
         return None if stretch == 1.0 else {"rope_type": "linear", "factor": stretch}
@@ -245,7 +245,7 @@ def _is(name: str, tensor: str, part: str = "weight") -> bool:
 
 
 def shape(stored: Stored, name: str, dimensions: int) -> tuple[int, ...]:
-    """Of a tensor that must be there."""
+    """Shape of a required tensor. Raises UserError if it is missing."""
     if name not in stored or len(stored[name].shape) != dimensions:
         raise UserError(f"tensor {name} is missing; fetch the file again")
     return stored[name].shape
@@ -264,4 +264,4 @@ def real(fields: Fields, name: str, default: float | None = None) -> float:
     value = fields.get(name, default)
     if not isinstance(value, float) or not 0 < value < math.inf:
         raise UserError(f"{name} = {value!r} must be a number above 0")
-    return float(str(np.float32(value)))  # 1e-05, not the digits by which fp32 misses it
+    return float(str(np.float32(value)))  # 1e-05, not the nearest fp32's digits

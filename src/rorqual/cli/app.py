@@ -1,6 +1,6 @@
 """The command line: one function a command, registered here.
 
-Heavy imports stay inside the commands, so that `--help` and a mistyped word answer at once.
+Heavy imports stay inside the commands, so that `--help` and usage errors are immediate.
 """
 
 import io
@@ -32,9 +32,9 @@ for command, name in (
 
 
 def main() -> None:
-    """Run the command line; every mistake of the user's ends in one sentence and a non-zero exit."""
+    """Run the command line; a user error prints one sentence and exits with status 2."""
     tune()
-    if isinstance(sys.stdout, io.TextIOWrapper):  # what a terminal's encoding lacks is no reason to stop
+    if isinstance(sys.stdout, io.TextIOWrapper):  # characters that the terminal's encoding lacks
         sys.stdout.reconfigure(errors="replace")
     try:
         app(current_options(sys.argv[1:]))

@@ -6,7 +6,7 @@ import typer
 
 from rorqual import strict_json
 from rorqual.cli.options import (
-    MOST,
+    NO_LIMIT,
     SEEDS,
     AsJson,
     Device,
@@ -29,28 +29,28 @@ def evaluate(
             help="comma-separated: reasoning-gym datasets, files of questions and answers, an rl recipe, humaneval"
         ),
     ],
-    samples: Annotated[int, typer.Option(callback=within(1, 10**6), help="answers a problem")] = 8,
+    samples: Annotated[int, typer.Option(callback=within(1, 10**6), help="samples a problem")] = 8,
     problems: Annotated[
         int,
         typer.Option(
-            callback=within(1, MOST),
-            help="problems a task: from the held-out split, or of a file, all if it has no more",
+            callback=within(1, NO_LIMIT),
+            help="problems a task, at most: from the held-out split or the file",
         ),
     ] = 200,
     template: Annotated[str, typer.Option(help="chat, r1-zero or plain")] = "chat",
-    temperature: Annotated[float, typer.Option(callback=within(0, 100), help="of sampling")] = 0.6,
-    top_p: Annotated[float, typer.Option(callback=within(0, 1, above=True), help="nucleus kept when sampling")] = 0.95,
-    max_tokens: Annotated[int, typer.Option(callback=within(1, MOST), help="tokens an answer at most")] = 1024,
+    temperature: Annotated[float, typer.Option(callback=within(0, 100), help="sampling temperature")] = 0.6,
+    top_p: Annotated[float, typer.Option(callback=within(0, 1, above=True), help="top-p (nucleus) sampling")] = 0.95,
+    max_tokens: Annotated[int, typer.Option(callback=within(1, NO_LIMIT), help="maximum tokens an answer")] = 1024,
     thinking_budget: ThinkingBudget = None,
-    seed: Annotated[int, typer.Option(callback=within(*SEEDS), help="of problems and sampling")] = 0,
-    against: Annotated[str | None, typer.Option(help="another model: the gain over it, problem by problem")] = None,
+    seed: Annotated[int, typer.Option(callback=within(*SEEDS), help="seed of problems and sampling")] = 0,
+    against: Annotated[str | None, typer.Option(help="a second model: report the paired gain over it")] = None,
     dtype: Dtype = "auto",
     device: Device = "cpu",
     as_json: AsJson = False,
 ) -> None:
     """pass@1 and cons@k on held-out problems, with 95 % intervals.
 
-    A file (.jsonl, .jsonl.gz, .json, .parquet) is asked whole; of a recipe's environments only what training left out.
+    A file (.jsonl, .jsonl.gz, .json, .parquet) is used whole; of a recipe's environments only the held-out split.
     """
     from rich.console import Console
 
@@ -74,7 +74,7 @@ def evaluate(
             engine = Engine(directory, dtype=computed, device=device)
             result = run(engine, engine.tokenizer, opened, samples, problems, **settings)
         except UserError:
-            if results and as_json:  # what the first model took hours for is not lost with the second
+            if results and as_json:  # the first model's results are not lost with the second
                 print(strict_json.dumps(results[0]))
             raise
         results.append(result | {"model": str(directory)})

@@ -14,7 +14,7 @@ def import_(
     source: Annotated[str, typer.Argument(help="smollm2, a .gguf file, or a Hugging Face directory")],
     destination: Annotated[Path, typer.Argument(metavar="DEST", help="the directory to write")],
 ) -> None:
-    """Bring a model in as a Hugging Face directory."""
+    """Import a model as a Hugging Face directory."""
     from rorqual.checkpoint.gguf_import import import_model
 
     destination = expand_path(destination)
@@ -25,9 +25,9 @@ def import_(
 def quantize(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="a Hugging Face directory")],
     destination: Annotated[Path, typer.Argument(metavar="DEST", help="the directory to write")],
-    format: Annotated[str, typer.Option(help="int4 (a scale for 32 weights) or int8 (one for an output)")] = "int4",
+    format: Annotated[str, typer.Option(help="int4 (a scale for 32 weights) or int8 (a scale an output)")] = "int4",
 ) -> None:
-    """Pack a model's weights into 4 or 8 bits, in a layout that transformers and vLLM read too."""
+    """Quantise a model's weights to int4 or int8, in compressed-tensors format (transformers, vLLM)."""
     from rorqual.precision.packed_checkpoint import quantize_checkpoint
 
     check_choice("--format", format, ("int4", "int8"))
@@ -37,7 +37,7 @@ def quantize(
 
 
 def doctor(as_json: AsJson = False) -> None:
-    """What this machine computes with, and why: kernels, dtype, threads. RORQUAL_CPU lowers the class of processor."""
+    """Show the kernels, dtype and threads that this machine uses, and why. RORQUAL_CPU selects a lower CPU class."""
     from rorqual.plan.hardware import diagnose
 
     found = diagnose()

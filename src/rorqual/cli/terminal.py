@@ -1,4 +1,4 @@
-"""Models in a terminal: one continuation, or a conversation with thoughts dimmed and Markdown rendered as it comes."""
+"""Terminal interface: one completion, or a chat with dimmed thinking and Markdown rendered while it streams."""
 
 import contextlib
 import os
@@ -22,47 +22,47 @@ from rorqual.engine import Engine, SamplingParams
 from rorqual.errors import UserError
 from rorqual.unicode_checks import whole
 
-REFRESH = 0.05  # seconds between two pictures of a block that grows: rendering Markdown for every token costs more
-LINES = 1000  # of questions to remember
+REFRESH_SECONDS = 0.05  # between two renderings of a growing block; for every token Markdown would cost more
+HISTORY_LINES = 1000  # of questions
 
 
 def loading(model: Path) -> Status:
-    """Says so meanwhile, where somebody looks: packing weights takes a while."""
+    """A status line while loading; quantising weights takes a while."""
     return Console(stderr=True).status(f"loading {model}")
 
 
-# -- one continuation
+# -- one completion
 
 
 def read_prompt(prompt: str) -> str:
     """The prompt; `-` stands for standard input. Raises UserError for an empty one, or one that is not text."""
     if prompt != "-":
-        if not whole(prompt):  # as Python has them from arguments
+        if not whole(prompt):  # surrogates in arguments stand for bytes that are not UTF-8
             raise UserError("the prompt is not UTF-8 text; convert it, or give it on standard input as UTF-8")
         return prompt
     try:
-        said = sys.stdin.read()
+        text = sys.stdin.read()
     except UnicodeDecodeError as e:
         raise UserError(f"standard input is not UTF-8 text (byte {e.start}); convert it") from None
-    if not whole(said):  # in the C locale, bytes that are no UTF-8 come so
+    if not whole(text):  # in the C locale, surrogates stand for bytes that are not UTF-8
         raise UserError("standard input is not UTF-8 text; convert it")
-    if not said.strip():
+    if not text.strip():
         raise UserError("standard input is empty; give a prompt there, or as an argument")
-    return said
+    return text
 
 
 def timed(engine: Engine, prompt: str | list[int], params: SamplingParams) -> dict[str, Any]:
-    """One continuation, and how long it took."""
+    """One completion, with timings in seconds."""
     started = time.monotonic()
     request = engine.submit(prompt, params)
-    (sample,) = request.sequences
+    (sequence,) = request.sequences
     first = None
-    while sample.finish_reason is None:
+    while sequence.finish_reason is None:
         engine.step()
-        if first is None and sample.tokens:
+        if first is None and sequence.tokens:
             first = time.monotonic()
     ended = time.monotonic()
-    found = engine.completion(sample)
+    found = engine.completion(sequence)
     after_first = len(found.tokens) - 1
     counts = engine.status().counters
     return {
@@ -73,49 +73,51 @@ def timed(engine: Engine, prompt: str | list[int], params: SamplingParams) -> di
         "first_token_seconds": (first or ended) - started,
         "seconds": ended - started,
         "tokens_per_second": after_first / (ended - first) if first and after_first else None,
-        "guesses": counts.draft_tokens,
+        "draft_tokens": counts.draft_tokens,
+        "accepted_tokens": counts.accepted_tokens,
+        "guesses": counts.draft_tokens,  # old names of the two above, until release 0.3
         "guesses_right": counts.accepted_tokens,
     }
 
 
 def templated(engine: Engine, messages: list[dict[str, str]]) -> str:
-    """A conversation in the model's own words. Raises UserError where it has none for it."""
+    """Messages rendered with the model's chat template. Raises UserError without one."""
     if getattr(engine.tokenizer, "chat_template", None) is None:
         raise UserError("this model has no chat template (chat_template.jinja); use `rorqual generate --raw`")
     return ChatTemplate(engine.tokenizer).render(messages)
 
 
-# -- a conversation
+# -- chat
 
 
 def talk(engine: Engine, params: SamplingParams, system: str | None = None) -> None:
-    """Ask and answer until the input ends. Raises UserError for a system's message that is not text."""
+    """Chat until the input ends. Raises UserError for a system message that is not UTF-8."""
     if not whole(system or ""):
         raise UserError("--system is not UTF-8 text; convert it")
     console = Console(highlight=False)
     console.print("Ctrl-C stops a reply, Ctrl-D ends.", style="dim")
     beginning = [] if system is None else [{"role": "system", "content": system}]
-    said = list(beginning)
+    messages = list(beginning)
     for question in questions():
-        said.append({"role": "user", "content": question})
+        messages.append({"role": "user", "content": question})
         try:
-            content = reply(engine, said, params, console)
+            content = reply(engine, messages, params, console)
         except UserError as e:  # e.g. the conversation no longer fits the context
-            console.print(f"{e} — the conversation starts afresh", style="red", markup=False)
-            said = list(beginning)
+            console.print(f"{e} — starting a new conversation", style="red", markup=False)
+            messages = list(beginning)
             continue
         if content:
-            said.append({"role": "assistant", "content": content})
-        else:  # stopped before it had said anything: as if it had not been asked
-            said.pop()
+            messages.append({"role": "assistant", "content": content})
+        else:  # stopped before the answer began: drop the question
+            messages.pop()
 
 
 def questions() -> Iterator[str]:
-    """What is typed at the prompt, pasted lines in one; Ctrl-C gives a line up, Ctrl-D ends."""
+    """Yield the questions typed, pasted lines as one; Ctrl-C discards a line, Ctrl-D ends."""
     remember = _history() if sys.stdin.isatty() else lambda: None
     while True:
         try:
-            # Half characters, as from a paste in another encoding, are nothing a tokenizer could read.
+            # Lone surrogates, as from a paste in another encoding, cannot be tokenized.
             question = input("> ").strip().encode(errors="replace").decode()
         except KeyboardInterrupt:
             print()
@@ -129,12 +131,12 @@ def questions() -> Iterator[str]:
 
 
 def _history() -> Any:
-    """Give `input` line editing, and the questions of earlier sessions; returns what keeps the newest."""
+    """Enable line editing and the history of earlier sessions; returns a function that saves the newest line."""
     try:
         import readline
     except ImportError:  # not on Windows
         return lambda: None
-    if "libedit" not in (readline.__doc__ or ""):  # Python turns it off; without, every pasted line is a question
+    if "libedit" not in (readline.__doc__ or ""):  # Python disables it; without it every pasted line is a question
         readline.parse_and_bind("set enable-bracketed-paste on")
     state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
     path = state / "rorqual" / "questions"
@@ -142,9 +144,9 @@ def _history() -> Any:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch(0o600)
         readline.read_history_file(path)
-    except OSError:  # a home that cannot be written to is no reason not to talk
+    except OSError:  # without a writable home there is no history
         return lambda: None
-    readline.set_history_length(LINES)
+    readline.set_history_length(HISTORY_LINES)
 
     def remember() -> None:
         with contextlib.suppress(OSError):
@@ -154,19 +156,19 @@ def _history() -> Any:
 
 
 def reply(engine: Engine, messages: list[dict[str, str]], params: SamplingParams, console: Console) -> str:
-    """Print a reply as it comes, and what it took; gives its text without the thoughts."""
+    """Print a reply as it streams, then its figures → its text without the thinking."""
     started = time.monotonic()
     request = engine.submit(engine.encode(templated(engine, messages), begin=False), replace(params, n=1))
-    (sample,) = request.sequences
-    text = engine.detokenizer(sample)
+    (sequence,) = request.sequences
+    text = engine.detokenizer(sequence)
     first = closed = None
     screen = Screen(console)
     with stoppable() as stopped, screen:
         try:
-            while sample.finish_reason is None and not stopped:
+            while sequence.finish_reason is None and not stopped:
                 engine.step()
                 now = time.monotonic()
-                first = first or (now if sample.tokens else None)
+                first = first or (now if sequence.tokens else None)
                 if closed is None and text.reasoning_tokens and not text.thinking:
                     closed = now
                     screen.thought(text.reasoning, f"thought for {closed - started:.1f} s")
@@ -176,10 +178,11 @@ def reply(engine: Engine, messages: list[dict[str, str]], params: SamplingParams
     ended = time.monotonic()
     if stopped:
         console.print("[stopped]", style="yellow", markup=False)
-    made = len(sample.tokens)
-    figures = [f"{made} tokens" + (f", {text.reasoning_tokens} of them thoughts" if text.reasoning_tokens else "")]
-    if first is not None and made > 1:
-        figures.append(f"{(made - 1) / (ended - first):.1f} tokens/s, the first after {first - started:.2f} s")
+    num_tokens = len(sequence.tokens)
+    thoughts = f", {text.reasoning_tokens} of them thoughts" if text.reasoning_tokens else ""
+    figures = [f"{num_tokens} tokens{thoughts}"]
+    if first is not None and num_tokens > 1:
+        figures.append(f"{(num_tokens - 1) / (ended - first):.1f} tokens/s, the first after {first - started:.2f} s")
     figures.append(f"{request.cached_tokens} of {len(request.prompt)} prompt tokens from the cache")
     console.print(" · ".join(figures), style="dim")
     return text.content
@@ -187,7 +190,7 @@ def reply(engine: Engine, messages: list[dict[str, str]], params: SamplingParams
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[list[bool]]:
-    """Ctrl-C fills the list: an exception in the middle of a step would leave the engine half way."""
+    """Ctrl-C appends to the list; an exception within a step would leave the engine in an inconsistent state."""
     stopped: list[bool] = []
     before = signal.signal(signal.SIGINT, lambda *_: stopped.append(True))
     try:
@@ -197,16 +200,16 @@ def stoppable() -> Iterator[list[bool]]:
 
 
 class Screen:
-    """A reply as it grows: what can no longer change is printed for good, the last block is drawn again and again.
+    """Renders a streaming reply: complete Markdown blocks are printed once, the last block is redrawn as it grows.
 
-    Where the output is no terminal, text comes as it is.
+    Without a terminal the text is printed as it is.
     """
 
     def __init__(self, console: Console) -> None:
         self.console = console
         self.live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
         self._reasoning = self._content = ""
-        self._thoughts = self._blocks = 0  # characters printed for good
+        self._thoughts = self._blocks = 0  # characters printed
         self._drawn = 0.0
 
     def __enter__(self) -> "Screen":
@@ -222,13 +225,13 @@ class Screen:
             self.console.print()
 
     def thought(self, reasoning: str, words: str) -> None:
-        """The thoughts are complete."""
+        """The thinking is complete."""
         self.show(reasoning, "")
         if self._thoughts:
             self.console.print(f"\n{words}\n", style="dim italic", markup=False)
 
     def show(self, reasoning: str, content: str) -> None:
-        """All that is there of both so far."""
+        """Update with the full text so far."""
         self._reasoning, self._content = reasoning, content
         if len(reasoning) > self._thoughts:
             piece = reasoning[self._thoughts :]
@@ -238,7 +241,7 @@ class Screen:
         if self.live is None:
             self.console.print(rest, end="", markup=False, soft_wrap=True)
             self._blocks = len(content)
-        elif rest and time.monotonic() - self._drawn > REFRESH:
+        elif rest and time.monotonic() - self._drawn > REFRESH_SECONDS:
             self._draw(rest)
 
     def _draw(self, rest: str) -> None:
@@ -251,7 +254,7 @@ class Screen:
             self.console.print()
             self._blocks += complete
             rest = rest[complete:]
-        # The end of what is higher than the screen: what has scrolled off it cannot be drawn again.
+        # Only the lines that fit the screen: what has scrolled off cannot be redrawn.
         lines = rest.splitlines()[-max(1, self.console.height - 4) :]
         self.live.update(markdown("\n".join(lines)), refresh=True)
         self._drawn = time.monotonic()
@@ -262,15 +265,15 @@ class Screen:
 
 
 def markdown(text: str) -> Markdown:
-    r"""Outside of code a backslash stands for itself, as does 3*4: models write \( and \frac, hardly ever \*."""
+    r"""Markdown with literal backslashes and asterisks as in 3*4 outside code: models write \( and \frac, rarely \*."""
     parts = re.split(r"(```.*?(?:```|\Z)|`[^`\n]*`)", text, flags=re.DOTALL)
     parts[::2] = [re.sub(r"(?<=\w)\*(?=\w)", r"\\*", part.replace("\\", "\\\\")) for part in parts[::2]]
     return Markdown("".join(parts))
 
 
 def complete_blocks(text: str) -> int:
-    """Characters at the beginning that are whole blocks of Markdown, whatever may follow: they end with an empty line
-    outside of code, after which something comes that is not indented.
+    """The length of the text's complete Markdown blocks: they end with an empty line outside code that is followed by
+    an unindented line.
     """
     complete = at = 0
     fence, empty = "", False

@@ -9,7 +9,7 @@ from rorqual.cli.options import DryRun, Overrides, RecipeFile, Resume, expand_pa
 
 
 def pretrain(recipe: RecipeFile, overrides: Overrides = None, resume: Resume = False, dry_run: DryRun = False) -> None:
-    """Train a model from text."""
+    """Pre-train a model on text."""
     from rorqual.train.pretrain import pretrain as run
 
     _train("pretrain", run, recipe, overrides, resume, dry_run)
@@ -35,7 +35,7 @@ def _train(kind: str, run: Any, path: Path, overrides: list[str] | None, resume:
 
 
 def rl(recipe: RecipeFile, overrides: Overrides = None, resume: Resume = False, dry_run: DryRun = False) -> None:
-    """Sharpen a model by reinforcement learning on checkable problems (GRPO)."""
+    """RL-tune a model on verifiable problems (GRPO)."""
     from rorqual.kernels.dtypes import compute_dtype, dtype_name
     from rorqual.model import ModelConfig
     from rorqual.plan.cost import memory, parameters
@@ -55,15 +55,15 @@ def rl(recipe: RecipeFile, overrides: Overrides = None, resume: Resume = False, 
         dtype = dtype_name(compute_dtype(checked.model.dtype))
         needed = memory(config, checked.grpo.micro_tokens, dtype=dtype, optimizer=checked.optimizer.name, ema=False)
         print(f"{'parameters':<12} {total:.4g} in all, {active:.4g} active a token")
-        print(f"{'memory':<12} about {needed.total / 1e9:.3g} GB in training, without the cache of rollouts")
+        print(f"{'memory':<12} about {needed.total / 1e9:.3g} GB in training, without the rollouts' KV cache")
         for name, value in predict_rl(checked, config).items():
-            print(f"{name:<12} {'by the clock' if value is None else f'at most {value:.3g}'}")
+            print(f"{name:<12} {'until the time limit' if value is None else f'at most {value:.3g}'}")
         return
     _finished(run(checked, resume=resume))
 
 
 def distill(recipe: RecipeFile, overrides: Overrides = None, resume: Resume = False) -> None:
-    """Sample a teacher, keep the best answers, fine-tune a student on them."""
+    """Distill: sample a teacher, keep the best answers (rejection sampling), fine-tune a student on them."""
     from rorqual.recipe import load_recipe
     from rorqual.rl.rejection_sampling import distill as run
 
@@ -88,13 +88,13 @@ def _model_in(run_dir: Path) -> Path:
 
 
 def speedrun(
-    seed: Annotated[int, typer.Option(callback=within(0, 2**32 - 1), help="of everything random")] = 0,
+    seed: Annotated[int, typer.Option(callback=within(0, 2**32 - 1), help="seed of the whole run")] = 0,
     minutes: Annotated[
         float, typer.Option(callback=within(0, 10**6, above=True), help="wall time of the whole run")
     ] = 10.0,
     out: Annotated[Path | None, typer.Option(help="the run's folder; default: a new one in runs/")] = None,
 ) -> None:
-    """From nothing to a small R1: tokenizer, pre-training, GRPO, rejection sampling and SFT, evaluation, report."""
+    """Train a small R1 from scratch: tokenizer, pre-training, GRPO, rejection sampling, SFT, evaluation, report."""
     from rorqual.speedrun import speedrun as run
 
     run(out and expand_path(out), seed, minutes)

@@ -1,4 +1,4 @@
-"""Generation: a cache of the past, slots that sequences enter and leave, and a sampler."""
+"""Inference engine: paged KV cache, continuous batching, sampling and speculative decoding."""
 
 from rorqual.engine.engine import Completion, Engine
 from rorqual.engine.grammar import Grammar

@@ -1,4 +1,4 @@
-"""What callers give, as the engine takes it: numbers may be NumPy's, prompts arrays or tensors."""
+"""Arguments of the engine: numbers may be NumPy's, prompts arrays or tensors."""
 
 import operator
 from numbers import Integral, Real
@@ -8,7 +8,7 @@ from rorqual.errors import UserError
 
 
 def number(name: str, value: Any, whole: bool = False) -> Any:
-    """Raises UserError for what is no number, or not a whole one."""
+    """`value` as int or float. Raises UserError for what is no number, or, if `whole`, no integer."""
     if isinstance(value, Real) and not isinstance(value, bool):
         found = int(value) if isinstance(value, Integral) else float(value)
         if not whole or isinstance(found, int):
@@ -18,14 +18,14 @@ def number(name: str, value: Any, whole: bool = False) -> Any:
     raise UserError(f"{name} = {value!r:.80}: must be a {'whole ' * whole}number")
 
 
-def several(prompts: Any) -> Any:
-    """Prompts; one alone is a list of one."""
-    alone = isinstance(prompts, str) or (len(prompts) > 0 and _is_id(prompts[0]))
-    return [prompts] if alone else prompts
+def prompt_list(prompts: Any) -> Any:
+    """Prompts as a list; a single prompt becomes a list of one."""
+    single = isinstance(prompts, str) or (len(prompts) > 0 and _is_id(prompts[0]))
+    return [prompts] if single else prompts
 
 
 def token_ids(prompt: Any, name: str) -> tuple[int, ...]:
-    """Raises UserError for what holds no token ids."""
+    """A prompt's token ids. Raises UserError if it is none."""
     try:
         if isinstance(prompt, bytes):
             raise TypeError

@@ -1,7 +1,7 @@
-"""Who holds which block of the cache, and which blocks are worth keeping for a prompt that begins the same way.
+"""Reference counts of the KV cache's blocks, and the prefix cache.
 
-A block has room for BLOCK tokens of one sequence. Sequences share the blocks of what they have in common: samples of
-one prompt, and, through `find`, prompts with a common beginning.
+A block holds BLOCK tokens of one sequence. Sequences of one prompt share its blocks; so do prompts with a common
+prefix, through `lookup`.
 """
 
 import hashlib
@@ -9,72 +9,75 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
-BLOCK = 16  # tokens: small enough to waste little at a sequence's end, large enough that tables stay short
-SPARE = 0  # the block that rows beyond the batch write to; nobody holds it
+BLOCK = 16  # tokens: small enough to waste little at a sequence's end, large enough to keep block tables short
+NULL_BLOCK = 0  # padding rows write to it; never allocated
 
 
-def block_key(before: bytes, tokens: Sequence[int]) -> bytes:
-    """Names a full block by its tokens and, through the name `before` of the previous block, all before them.
+def block_key(previous: bytes, tokens: Sequence[int]) -> bytes:
+    """Hash of a full block's tokens and, through the key of the previous block, of all tokens before them.
 
-    A cryptographic hash: two prompts that met in one name would read one another's past.
+    A cryptographic hash: with a collision one prompt would read another's KV cache.
     """
-    return hashlib.blake2b(before + array("q", tokens).tobytes(), digest_size=16).digest()
+    return hashlib.blake2b(previous + array("q", tokens).tobytes(), digest_size=16).digest()
 
 
 class BlockManager:
-    """`count` blocks, SPARE among them."""
+    """Allocates `count` blocks, NULL_BLOCK among them."""
 
     def __init__(self, count: int) -> None:
         self.count = count
-        self.holders = [0] * count
-        self._unused = list(range(count - 1, SPARE, -1))
+        self.ref_counts = [0] * count
+        self._free = list(range(count - 1, NULL_BLOCK, -1))
         self._key_of: dict[int, bytes] = {}
-        self._with_key: dict[bytes, int] = {}
-        self._idle: OrderedDict[int, None] = OrderedDict()  # held by nobody but remembered; least recently used first
+        self._block_of: dict[bytes, int] = {}
+        self._evictable: OrderedDict[int, None] = (
+            OrderedDict()
+        )  # in the prefix cache, no reference; least recently used first
 
     @property
     def free(self) -> int:
-        """Blocks that `take` can still give."""
-        return len(self._unused) + len(self._idle)
+        """Blocks that `allocate` can still return, those of the prefix cache without a reference included."""
+        return len(self._free) + len(self._evictable)
 
     def allocate(self) -> int | None:
-        """A block held once, its content forgotten; None when every block is held."""
-        if self._unused:
-            block = self._unused.pop()
-        elif self._idle:
-            block, _ = self._idle.popitem(last=False)
-            del self._with_key[self._key_of.pop(block)]
+        """A block with one reference, evicted from the prefix cache if need be; None when every block is in use."""
+        if self._free:
+            block = self._free.pop()
+        elif self._evictable:
+            block, _ = self._evictable.popitem(last=False)
+            del self._block_of[self._key_of.pop(block)]
         else:
             return None
-        self.holders[block] = 1
+        self.ref_counts[block] = 1
         return block
 
     def incref(self, block: int) -> None:
-        """One holder more of a block that is held or remembered."""
-        self.holders[block] += 1
-        self._idle.pop(block, None)
+        """One more reference to a block that is in use or in the prefix cache."""
+        self.ref_counts[block] += 1
+        self._evictable.pop(block, None)
 
     def free_blocks(self, blocks: Iterable[int]) -> None:
-        """One holder less of each of a sequence's blocks, first to last."""
-        for block in reversed(list(blocks)):  # a sequence's end is of less use than its beginning, so it goes first
-            self.holders[block] -= 1
-            if self.holders[block] == 0:
+        """One reference less to each of a sequence's blocks, given first to last."""
+        for block in reversed(list(blocks)):  # a sequence's last block is least useful as a prefix: evict it first
+            self.ref_counts[block] -= 1
+            if self.ref_counts[block] == 0:
                 if block in self._key_of:
-                    self._idle[block] = None
+                    self._evictable[block] = None
                 else:
-                    self._unused.append(block)
+                    self._free.append(block)
 
     def insert(self, block: int, key: bytes) -> None:
-        """Let `find` know of a full block."""
-        if block not in self._key_of and key not in self._with_key:
-            self._key_of[block], self._with_key[key] = key, block
+        """Add a full block to the prefix cache."""
+        if block not in self._key_of and key not in self._block_of:
+            self._key_of[block], self._block_of[key] = key, block
 
     def lookup(self, key: bytes) -> int | None:
-        return self._with_key.get(key)
+        """The block of the prefix cache with this `block_key`."""
+        return self._block_of.get(key)
 
     def reset_prefix_cache(self) -> None:
-        """Remember nothing, as when the weights have changed."""
-        self._unused += self._idle
-        self._idle.clear()
+        """Forget all blocks, as is due when the weights have changed."""
+        self._free += self._evictable
+        self._evictable.clear()
         self._key_of.clear()
-        self._with_key.clear()
+        self._block_of.clear()

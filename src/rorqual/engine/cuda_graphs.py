@@ -1,8 +1,8 @@
-"""Decode steps on a GPU, recorded once and played back.
+"""Decode steps on a GPU as CUDA graphs, captured once and replayed.
 
-A step of a small network is hundreds of kernels that each run for microseconds, and the processor takes much longer to
-start them one by one; a recorded step (a CUDA graph) is started as a whole. It does the same to the same memory each
-time, so there is one for every number of lanes and of blocks to look at, both rounded up.
+A step of a small network is hundreds of kernels of microseconds each, and launching them one by one takes the CPU much
+longer; a graph is launched as a whole. It works on the same memory each time, so there is one for every number of
+tokens and of blocks a table, both rounded up.
 """
 
 from dataclasses import dataclass
@@ -15,14 +15,16 @@ from rorqual.engine.paged_kv_cache import KVCacheView, PagedKVCache
 from rorqual.kernels.linear import linear
 from rorqual.model import Transformer
 
-SPAN = 16  # blocks that the smallest recordings look at
-EVENLY = 64  # lanes from which sizes are multiples of it, instead of powers of two
-MOST = 1 << 15  # blocks that all lanes of a recording look at, since what it needs of memory it keeps
+MIN_BLOCKS = 16  # blocks a table in the smallest graphs
+LINEAR_FROM = 64  # tokens from which sizes are multiples of it, instead of powers of two
+MAX_TABLE_ENTRIES = 1 << 15  # tokens × blocks of a graph; it keeps the memory that it needs
 
 
 def can_capture(model: Transformer) -> bool:
-    """Whether a step waits for nothing on the way. PyTorch's products of experts do, to know how many rows each has,
-    but for BF16 on GPUs of compute capability 9 and 10.
+    """Whether a step can be captured: it must not synchronise with the CPU.
+
+    PyTorch's grouped matmul does, to read each expert's number of rows, except for BF16 on GPUs of compute capability 9
+    and 10.
     """
     weight, config = model.head_weight, model.config
     if not isinstance(weight, Tensor) or not weight.is_cuda:
@@ -35,11 +37,11 @@ def can_capture(model: Transformer) -> bool:
 
 @dataclass
 class CapturedGraph:
-    """What a graph reads and leaves; the next that is played overwrites the latter."""
+    """A graph, its inputs and its outputs; the next replay overwrites the outputs."""
 
     graph: torch.cuda.CUDAGraph
     tokens: Tensor
-    step: KVCacheView
+    view: KVCacheView
     logits: Tensor
     states: Tensor
 
@@ -48,45 +50,45 @@ class CUDAGraphRunner:
     def __init__(self, model: Transformer, cache: PagedKVCache) -> None:
         self.model, self.cache = model, cache
         frequencies, factor = model.rope
-        model.rope = frequencies.to(model.head_weight.device), factor  # nothing may be brought there meanwhile
-        self.aside = torch.cuda.Stream(model.head_weight.device)
+        model.rope = frequencies.to(model.head_weight.device), factor  # no copy to the device during capture
+        self.stream = torch.cuda.Stream(model.head_weight.device)
         self.pool = torch.cuda.graph_pool_handle()
-        self.recordings: dict[tuple[int, int], CapturedGraph] = {}
+        self.captured: dict[tuple[int, int], CapturedGraph] = {}
 
-    def __call__(self, tokens: Tensor, step: KVCacheView) -> tuple[Tensor, Tensor]:
-        """Of tokens [1, N], N a `size`, and the step that they are all of → logits [N, V] and states [N, D]."""
-        blocks = step.row_tables.shape[1]
-        span = max(SPAN, 1 << (blocks - 1).bit_length())
-        key = tokens.shape[1], span
-        if tokens.shape[1] * span > MOST:
-            return self._compute(tokens, step)
-        step.row_tables = F.pad(step.row_tables, (0, span - blocks))
-        found = self.recordings.get(key)
+    def __call__(self, tokens: Tensor, view: KVCacheView) -> tuple[Tensor, Tensor]:
+        """tokens [1, N], N a `size`, all of decode → logits [N, V] and hidden states [N, D]."""
+        blocks = view.block_tables.shape[1]
+        padded = max(MIN_BLOCKS, 1 << (blocks - 1).bit_length())
+        key = tokens.shape[1], padded
+        if tokens.shape[1] * padded > MAX_TABLE_ENTRIES:
+            return self._compute(tokens, view)
+        view.block_tables = F.pad(view.block_tables, (0, padded - blocks))
+        found = self.captured.get(key)
         if found is None:
-            found = self.recordings[key] = self._record(tokens, step)
+            found = self.captured[key] = self._capture(tokens, view)
         else:
             found.tokens.copy_(tokens)
-            for name in ("index", "positions", "row_tables", "lengths"):
-                getattr(found.step, name).copy_(getattr(step, name))
+            for name in ("slot_mapping", "positions", "block_tables", "lengths"):
+                getattr(found.view, name).copy_(getattr(view, name))
         found.graph.replay()
         return found.logits, found.states
 
-    def _record(self, tokens: Tensor, step: KVCacheView) -> CapturedGraph:
+    def _capture(self, tokens: Tensor, view: KVCacheView) -> CapturedGraph:
         with torch.cuda.device(tokens.device):
-            self.aside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.aside):  # libraries make ready what they need
-                self._compute(tokens, step)
-            torch.cuda.current_stream().wait_stream(self.aside)
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):  # warm-up: libraries allocate their workspaces
+                self._compute(tokens, view)
+            torch.cuda.current_stream().wait_stream(self.stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool, stream=self.aside):
-                logits, states = self._compute(tokens, step)
-        return CapturedGraph(graph, tokens, step, logits, states)
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+                logits, states = self._compute(tokens, view)
+        return CapturedGraph(graph, tokens, view, logits, states)
 
-    def _compute(self, tokens: Tensor, step: KVCacheView) -> tuple[Tensor, Tensor]:
-        states = self.model(tokens, step.positions, cache=step)[0]
+    def _compute(self, tokens: Tensor, view: KVCacheView) -> tuple[Tensor, Tensor]:
+        states = self.model(tokens, view.positions, cache=view)[0]
         return linear(states, self.model.head_weight), states
 
     @staticmethod
-    def size(lanes: int) -> int:
-        """Lanes that a recording has which so many fit in."""
-        return 1 << (lanes - 1).bit_length() if lanes < EVENLY else -(-lanes // EVENLY) * EVENLY
+    def size(n: int) -> int:
+        """The number of tokens of the smallest graph that holds n."""
+        return 1 << (n - 1).bit_length() if n < LINEAR_FROM else -(-n // LINEAR_FROM) * LINEAR_FROM

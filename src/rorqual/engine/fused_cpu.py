@@ -1,4 +1,4 @@
-"""The short way through a decode step, for networks that have one."""
+"""The fused decode step on a CPU (kernels/fused_decode.py), built from a model with quantised weights."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ from rorqual.model.rope import softmax_scale
 
 
 def fused_decode_step(model: Transformer, cache: PagedKVCache) -> FusedDecodeStep | None:
-    """For networks with packed weights, where the compiled functions are; else None."""
+    """The model's fused step; None where weights are not quantised or compiled kernels are missing."""
     step = _step(model, cache, slice(model.config.num_hidden_layers), model.model.norm.weight)
     if step is not None:
         use_huge_pages(v.data for m in model.modules() for v in vars(m).values() if isinstance(v, QuantizedWeight))
@@ -25,10 +25,10 @@ def fused_decode_step(model: Transformer, cache: PagedKVCache) -> FusedDecodeSte
 
 
 def fused_mtp_step(model: Transformer, cache: PagedKVCache) -> FusedDecodeStep | None:
-    """The same of the first multi-token module."""
+    """The fused step of the first multi-token module, or None as above."""
     depth = model.config.num_hidden_layers
     module = model.model.layers[depth]
-    join = MTPJoin(module.enorm.weight, module.hnorm.weight, _of(module.eh_proj))
+    join = MTPJoin(module.enorm.weight, module.hnorm.weight, _weights(module.eh_proj))
     return _step(model, cache, slice(depth, depth + 1), module.shared_head["norm"].weight, join)
 
 
@@ -47,12 +47,12 @@ def _step(
     ]  # fmt: skip
     frequencies, factor = model.rope
     return FusedDecodeStep(
-        layers, _sizes(config, cache.eight), model.model.embed_tokens.weight, norm, model.head_weight, frequencies,
+        layers, _sizes(config, cache.is_int8), model.model.embed_tokens.weight, norm, model.head_weight, frequencies,
         factor, softmax_scale(config), config.rms_norm_eps, LATENT_NORM_EPS, config.routed_scaling_factor, join,
     )  # fmt: skip
 
 
-def _sizes(config: ModelConfig, eight: bool) -> ModelSizes:
+def _sizes(config: ModelConfig, int8_kv: bool) -> ModelSizes:
     latent, experts = {}, {}
     if config.is_mla:
         latent = {"latent": config.kv_lora_rank, "nope": config.qk_nope_head_dim, "value": config.v_head_dim}
@@ -73,7 +73,7 @@ def _sizes(config: ModelConfig, eight: bool) -> ModelSizes:
         groups=config.num_key_value_heads,
         width=config.qk_rope_head_dim if config.is_mla else config.head_dim,
         interleave=config.rope_interleave,
-        eight=eight,
+        eight=int8_kv,
         **latent,
         **experts,
     )
@@ -81,22 +81,26 @@ def _sizes(config: ModelConfig, eight: bool) -> ModelSizes:
 
 def _attention(attention: Any) -> dict[str, Any]:
     if not isinstance(attention, MultiHeadLatentAttention):
-        return {name: _of(getattr(attention, f"{name}_proj")) for name in ("q", "k", "v", "o")}
+        return {name: _weights(getattr(attention, f"{name}_proj")) for name in ("q", "k", "v", "o")}
     found: dict[str, Any] = {
-        "kv_a": _of(attention.kv_a_proj_with_mqa),
+        "kv_a": _weights(attention.kv_a_proj_with_mqa),
         "kv_a_norm": attention.kv_a_layernorm.weight,
         "kv_b": attention.kv_b_proj.weight,
-        "o": _of(attention.o_proj),
+        "o": _weights(attention.o_proj),
     }
     if hasattr(attention, "q_proj"):
-        return found | {"q": _of(attention.q_proj)}
-    low = {"q_a": _of(attention.q_a_proj), "q_a_norm": attention.q_a_layernorm.weight, "q": _of(attention.q_b_proj)}
+        return found | {"q": _weights(attention.q_proj)}
+    low = {
+        "q_a": _weights(attention.q_a_proj),
+        "q_a_norm": attention.q_a_layernorm.weight,
+        "q": _weights(attention.q_b_proj),
+    }
     return found | low
 
 
 def _feed_forward(mlp: SwiGLU | MixtureOfExperts) -> dict[str, Weights | Tensor | None]:
     if isinstance(mlp, SwiGLU):
-        return {name: _of(getattr(mlp, f"{name}_proj")) for name in ("gate", "up", "down")}
+        return {name: _weights(getattr(mlp, f"{name}_proj")) for name in ("gate", "up", "down")}
     shared = _feed_forward(mlp.shared_experts) if hasattr(mlp, "shared_experts") else {}
     return shared | {
         "router": mlp.gate.weight.float(),
@@ -106,5 +110,5 @@ def _feed_forward(mlp: SwiGLU | MixtureOfExperts) -> dict[str, Weights | Tensor 
     }
 
 
-def _of(linear: Linear) -> Weights:
+def _weights(linear: Linear) -> Weights:
     return linear.weight, linear.bias

@@ -1,4 +1,4 @@
-"""How a model wants to be sampled."""
+"""Default sampling parameters of a model."""
 
 from pathlib import Path
 from typing import Any
@@ -7,21 +7,24 @@ from rorqual.checkpoint.describe import read_released
 from rorqual.engine.sampling_params import SamplingParams
 from rorqual.errors import UserError
 
-DEFAULTS = {"temperature": 0.6, "top_p": 0.95, "max_tokens": 512}  # R1's settings, "Evaluation"; our length
+DEFAULTS = {"temperature": 0.6, "top_p": 0.95, "max_tokens": 512}  # R1, "Evaluation"; max_tokens is ours
 
 
 def default_sampling(model: str | Path, **given: Any) -> SamplingParams:
-    """What is given (and not None), else what the model's release says (generation_config.json, or a GGUF file's
-    header), else R1's settings.
+    """Sampling parameters: those `given` (and not None), else the release's (generation_config.json or GGUF header),
+    else R1's.
 
-    Raises UserError for a file that cannot be read, a wrong value in it, or a setting that we cannot honour.
+    Raises UserError for a file that cannot be read, an invalid value in it, or an unsupported setting.
     """
     released = read_released(model)
     if released.unhonoured:
         raise UserError(released.unhonoured[0])
-    said, given = dict(released.sampling), {name: value for name, value in given.items() if value is not None}
+    released_params, given = (
+        dict(released.sampling),
+        {name: value for name, value in given.items() if value is not None},
+    )
     if "max_tokens" in given:
-        said.pop("max_length", None)
-    elif "max_length" in said:
-        said["max_tokens"] = said["max_length"]
-    return SamplingParams(**DEFAULTS | said | given)
+        released_params.pop("max_length", None)
+    elif "max_length" in released_params:
+        released_params["max_tokens"] = released_params["max_length"]
+    return SamplingParams(**DEFAULTS | released_params | given)

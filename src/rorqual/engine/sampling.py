@@ -1,4 +1,4 @@
-"""The next tokens of rows, from their logits: what a request wishes, applied row by row."""
+"""Sample the next tokens of a batch's rows from their logits, with each request's own parameters."""
 
 from dataclasses import dataclass, field
 
@@ -16,38 +16,39 @@ from rorqual.kernels.sample import sample, scaled_logprobs
 
 @dataclass
 class SamplingStep:
-    """What a step has computed for the rows: `per_row` [n] lanes each, one after the other, of which the first read a
-    row's newest token and the others its drafts; None: one lane each. logits [N, V]; for a module that guesses further,
-    states [N, D] and places [N].
+    """The logits [N, V] of a step, and what is sampled from them.
+
+    tokens_per_row [n]: the first of a row's logits follow its newest token, the others its drafts; None: one each.
+    With an MTP drafter also the hidden states [N, D] and positions [N] of the N tokens.
     """
 
     batch: DecodeBatch
     logits: Tensor
-    lanes_per_row: Integers | None = None
+    tokens_per_row: Integers | None = None
     states: Tensor | None = None
     positions: Integers | None = None
-    finished: dict[int, int] = field(default_factory=dict)  # rows that ended, and why
+    finished: dict[int, int] = field(default_factory=dict)  # row → LENGTH_REACHED or STOP_TOKEN
     num_sampled: int = 0
-    _known: tuple[Integers, Integers, Integers] | None = None  # rows, lanes in order, tokens after them
+    _accepted: tuple[Integers, Integers, Integers] | None = None  # of every sampled token: row, index into N, token
 
     def sample(self) -> None:
-        """Sample every row's next tokens, as long as its drafts are right."""
+        """Sample every row's next token, and further ones as long as its draft tokens are accepted."""
         batch, n = self.batch, self.batch.n
         at = np.arange(n)
-        if self.lanes_per_row is None:
-            self._extend(at, self.logits)
+        if self.tokens_per_row is None:
+            self._append(at, self.logits)
             self.num_sampled = n
             return
         before = batch.num_tokens[:n].copy()
-        first = self.lanes_per_row.cumsum(0) - self.lanes_per_row
-        # Adjusting logits takes the tokens before, and so does what is not compiled: one token after the other.
+        first = self.tokens_per_row.cumsum(0) - self.tokens_per_row
+        # Adjusted logits depend on the tokens before them, and the reference takes one token a call: depth by depth.
         slow = batch.needs_adjusting[:n] > 0 if cpu.usable(self.logits) else np.ones(n, dtype=bool)
         if not slow.all():
-            self._extend(at[~slow], self.logits, np.stack([first[~slow], self.lanes_per_row[~slow]]))
+            self._append(at[~slow], self.logits, np.stack([first[~slow], self.tokens_per_row[~slow]]))
         at, depth = at[slow], 0
         while len(at):
-            tokens, ended = self._extend(at, self.logits[from_numpy(first[at] + depth)])
-            more = (ended == 0) & (self.lanes_per_row[at] > depth + 1)
+            tokens, ended = self._append(at, self.logits[from_numpy(first[at] + depth)])
+            more = (ended == 0) & (self.tokens_per_row[at] > depth + 1)
             at, tokens = at[more], tokens[more]
             if len(at):
                 at, depth = at[batch.drafts[at, depth] == tokens], depth + 1
@@ -57,65 +58,64 @@ class SamplingStep:
         if self.positions is not None:
             row = np.arange(n).repeat(each)
             depth = np.arange(len(row)) - (each.cumsum(0) - each)[row]
-            self._known = row, first[row] + depth, batch.tokens[row, before[row] + depth]
+            self._accepted = row, first[row] + depth, batch.tokens[row, before[row] + depth]
 
-    def _extend(self, at: Integers, logits: Tensor, lanes: Integers | None = None) -> tuple[Integers, Integers]:
-        tokens, ended, some = sample_and_append(self.batch, at, logits, lanes)
-        if some:
+    def _append(self, at: Integers, logits: Tensor, spans: Integers | None = None) -> tuple[Integers, Integers]:
+        tokens, ended, any_ended = sample_and_append(self.batch, at, logits, spans)
+        if any_ended:
             self.finished |= {int(at[i]): int(ended[i]) for i in ended.nonzero()[0].tolist()}
         return tokens, ended
 
     def accepted(self, which: NDArray[np.bool_]) -> tuple[DecodeTokens, Tensor, Integers]:
-        """Of the rows `which` (bool [n]): the tokens made, each in the place of the one before it; the states there;
-        and which of these lanes is each row's last.
+        """The tokens sampled for the rows `which` (bool [n]), each at the position of the token before it; the hidden
+        states at these positions; and the index of each row's last token among them.
         """
-        assert self._known is not None
+        assert self._accepted is not None
         assert self.positions is not None
         assert self.states is not None
-        row, lane, token = (part[which[self._known[0]]] for part in self._known)
+        row, index, token = (part[which[self._accepted[0]]] for part in self._accepted)
         last = np.bincount(row, minlength=self.batch.n).cumsum()[which] - 1
-        lanes = DecodeTokens(
-            from_numpy(token), from_numpy(self.positions[lane]), from_numpy(self.batch.block_tables[row])
+        tokens = DecodeTokens(
+            from_numpy(token), from_numpy(self.positions[index]), from_numpy(self.batch.block_tables[row])
         )
-        return lanes, self.states[from_numpy(lane)], last
+        return tokens, self.states[from_numpy(index)], last
 
 
 def sample_and_append(
-    batch: DecodeBatch, at: Integers, logits: Tensor, lanes: Integers | None = None
+    batch: DecodeBatch, at: Integers, logits: Tensor, spans: Integers | None = None
 ) -> tuple[Integers, Integers, bool]:
-    """Sample a token for the rows `at` [m] from logits [m, V] and record it → the tokens; why each row has ended
-    (LENGTH_REACHED or STOP_TOKEN), or 0; and whether any has. With lanes [2, m], where rows need no adjusting and
-    functions are compiled: several tokens, as long as they are a row's drafts (kernels/append_tokens.py); the newest
-    are returned.
+    """Sample a token for the rows `at` [m] from logits [m, V] and append it → the tokens; why each row has finished
+    (LENGTH_REACHED or STOP_TOKEN), or 0; and whether any has.
+
+    With spans [2, m], only for compiled kernels and rows without adjusting: several tokens a row, as long as they equal
+    its draft tokens (kernels/append_tokens.py); the newest are returned.
     """
-    if batch.any_adjusting and (special := batch.needs_adjusting[at].nonzero()[0].tolist()):
+    if batch.any_adjusting and (adjusting := batch.needs_adjusting[at].nonzero()[0].tolist()):
         logits = logits.float()
-        for i in special:
+        for i in adjusting:
             _adjust(batch, int(at[i]), logits[i])
     if batch.needs_prepare:
         batch.prepare()
     before = batch.num_tokens[at]
     if cpu.usable(logits):
-        tokens, ended, see_to = batch.append_tokens(at, logits, lanes)
-        batch.needs_prepare, batch.needs_blocks = (
-            bool(see_to & NEEDS_PREPARE),
-            batch.needs_blocks or bool(see_to & NEEDS_BLOCKS),
-        )
-        some = bool(see_to & FINISHED)
+        tokens, ended, flags = batch.append_tokens(at, logits, spans)
+        batch.needs_prepare = bool(flags & NEEDS_PREPARE)
+        batch.needs_blocks = batch.needs_blocks or bool(flags & NEEDS_BLOCKS)
+        any_ended = bool(flags & FINISHED)
     else:
         tokens, ended = sample_and_append_reference(batch, at, logits)
-        some = True
+        any_ended = True
     if batch.any_streaming:
         which = batch.streaming[at].nonzero()[0]
         row = at[which]
         for r, first, end in zip(row.tolist(), before[which].tolist(), batch.num_tokens[row].tolist(), strict=True):
             batch.sequences[r].tokens += batch.tokens[r, first:end].tolist()
             batch.sequences[r].logprobs += batch.logprobs[r, first:end].tolist()
-    return tokens, ended, some
+    return tokens, ended, any_ended
 
 
 def sample_and_append_reference(batch: DecodeBatch, at: Integers, logits: Tensor) -> tuple[Integers, Integers]:
-    """What the compiled function does (kernels/append_tokens.py)."""
+    """Reference of the compiled function (kernels/append_tokens.py)."""
     tokens, logprobs = sample_rows(batch, at, logits)
     if batch.any_budget:
         forced = (batch.thinking_ended[at] == 0) & (batch.num_tokens[at] >= batch.budget[at])
@@ -129,32 +129,31 @@ def sample_and_append_reference(batch: DecodeBatch, at: Integers, logits: Tensor
 
 
 def sample_rows(batch: DecodeBatch, at: Integers, logits: Tensor) -> tuple[Integers, Floats]:
-    """Tokens [m] of the rows `at` and their log-probabilities, by each row's own next random number."""
+    """Sample tokens [m] for the rows `at`, each with its row's next random number → tokens, log-probabilities."""
     uniform = from_numpy(batch.next_uniforms(at)).to(logits.device)
-    cuts = batch.filters(at)
-    if len(cuts) == 1:
-        found = sample(logits, cuts[0][0], uniform)
+    filters = batch.filters(at)
+    if len(filters) == 1:
+        found = sample(logits, filters[0][0], uniform)
         return found[0].numpy(force=True), found[1].numpy(force=True)
     tokens, logprobs = np.zeros(len(at), dtype=np.int64), np.zeros(len(at), dtype=np.float32)
-    for cut, where in cuts:
+    for filter, where in filters:
         here = from_numpy(where).to(logits.device)
-        tokens[where], logprobs[where] = (t.numpy(force=True) for t in sample(logits[here], cut, uniform[here]))
+        tokens[where], logprobs[where] = (t.numpy(force=True) for t in sample(logits[here], filter, uniform[here]))
     return tokens, logprobs
 
 
 def _adjust(batch: DecodeBatch, row: int, logits: Tensor) -> None:
-    """Penalties, biases and grammar of one row, in place; and the most probable tokens, where they are wanted."""
-    running = batch.sequences[row]
-    params = running.request.params
-    made = batch.tokens[row, : batch.num_tokens[row]]
+    """Apply penalties, biases and grammar to one row's logits [V], in place; record top logprobs if requested."""
+    sequence = batch.sequences[row]
+    params = sequence.request.params
+    generated = batch.tokens[row, : batch.num_tokens[row]]
     if params.adjusts:
-        logits.copy_(adjust(logits, params, from_numpy(running.request.distinct_tokens), from_numpy(made)))
-    if (
-        running.grammar_state is not None
-        and (forbidden := running.grammar_state.forbidden(made.tolist(), logits)) is not None
-    ):
-        logits.masked_fill_(forbidden.to(logits.device), float("-inf"))
+        logits.copy_(adjust(logits, params, from_numpy(sequence.request.distinct_tokens), from_numpy(generated)))
+    if sequence.grammar_state is not None:
+        forbidden = sequence.grammar_state.forbidden(generated.tolist(), logits)
+        if forbidden is not None:
+            logits.masked_fill_(forbidden.to(logits.device), float("-inf"))
     if params.logprobs:
         logp = scaled_logprobs(logits, params.temperature)
         best = logp.topk(min(params.logprobs, len(logp)))
-        running.top_logprobs.append(list(zip(best.indices.tolist(), best.values.tolist(), strict=True)))
+        sequence.top_logprobs.append(list(zip(best.indices.tolist(), best.values.tolist(), strict=True)))

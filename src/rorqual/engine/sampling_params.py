@@ -1,4 +1,4 @@
-"""From logits to the next token. n rows, V vocabulary."""
+"""Sampling parameters of a request, and the penalties that they apply to its logits."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -12,27 +12,25 @@ from rorqual.engine.grammar import Grammar
 from rorqual.errors import UserError
 from rorqual.kernels.sample import SamplingFilter
 
-LARGEST = 1e30
+MAX_LOGIT = 1e30
 NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 WHOLE = ("top_k", "max_tokens", "max_length", "n", "seed", "thinking_budget", "logprobs")
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to continue a prompt. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 leave nothing out.
+    """How to sample a completion. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off.
 
-    `min_p`: leave out what is less probable than this share of the most probable token. `repetition_penalty` divides
-    the logits above 0 of tokens that the prompt or the answer holds, and multiplies those below (Keskar et al. 2019);
-    `presence_penalty` and `frequency_penalty` are taken off the logits of the answer's tokens, once and as often as
-    they occur; `logit_bias` adds to single tokens' logits. `stop` ends the answer before one of these
-    strings, wherever they stand after the thinking.
-    `grammar`: the form that the answer, not the thinking before it, must have.
-    `max_length`: tokens that prompt and answer have together at most.
-    `thinking_budget`: after that many tokens without `</think>` the engine closes the thinking itself. `logprobs`: how
-    many of the most probable tokens to report at every place. `ignore_eos`: the end token does not end the answer.
+    `min_p`: drop tokens less probable than this share of the most probable one. `repetition_penalty` divides the
+    positive logits of tokens that the prompt or the answer holds, and multiplies the negative ones (Keskar et al.
+    2019); `presence_penalty` and `frequency_penalty` are subtracted from the logits of the answer's tokens, once and
+    once an occurrence; `logit_bias` adds to single tokens' logits. `stop`: strings that end the answer, excluded from
+    it; they are not looked for in the thinking. `grammar`: constrains the answer, not the thinking before it.
+    `max_length`: limit of prompt and answer together, tokens. `thinking_budget`: after that many tokens without
+    `</think>` the engine inserts it. `logprobs`: how many of the most probable tokens to report at every position.
+    `ignore_eos`: the end token does not end the answer.
 
-    None stands for the default; one stop string may stand alone, and biases in a dictionary. Raises UserError for what
-    cannot be.
+    None means the default; `stop` may be one string, `logit_bias` a dictionary. Raises UserError for invalid values.
     """
 
     temperature: float = 1.0
@@ -70,8 +68,8 @@ class SamplingParams:
             object.__setattr__(self, "logit_bias", pairs)
         except (TypeError, ValueError):
             raise UserError(
-                "stop must be a text or a list of texts, stop_token_ids a list of token ids, logit_bias a dictionary "
-                "of token ids and numbers"
+                "stop must be a string or a list of strings, stop_token_ids a list of token ids, logit_bias a "
+                "dictionary of token ids and numbers"
             ) from None
         for name, ok, remedy in (
             ("temperature", 0 <= self.temperature < float("inf"), "must be ≥ 0"),
@@ -85,7 +83,7 @@ class SamplingParams:
             ("max_tokens", self.max_tokens >= 1, "must be at least 1"),
             ("max_length", self.max_length is None or self.max_length >= 1, "must be at least 1"),
             ("n", self.n >= 1, "must be at least 1"),
-            ("stop", all(isinstance(s, str) and s for s in self.stop), "must be texts, and not empty"),
+            ("stop", all(isinstance(s, str) and s for s in self.stop), "must be non-empty strings"),
             ("stop_token_ids", all(0 <= t < 1 << 31 for t in self.stop_token_ids), "must be token ids"),
             ("thinking_budget", self.thinking_budget is None or self.thinking_budget >= 0, "must be ≥ 0"),
             ("logprobs", self.logprobs >= 0, "must be ≥ 0"),
@@ -95,34 +93,34 @@ class SamplingParams:
                 raise UserError(f"{name} = {getattr(self, name)}: {remedy}")
 
     @property
-    def cut(self) -> SamplingFilter:
+    def filter(self) -> SamplingFilter:
         return SamplingFilter(self.temperature, self.top_p, self.top_k, self.min_p)
 
     @cached_property
     def biases(self) -> tuple[Tensor, Tensor]:
-        """Of logit_bias the tokens and what is added."""
+        """The tokens [k] of logit_bias and their biases [k]."""
         tokens, biases = zip(*self.logit_bias, strict=True)
         return torch.tensor(tokens), torch.tensor(biases)
 
     @property
     def adjusts(self) -> bool:
-        """Whether the logits depend on what came before or on single tokens' biases."""
+        """Whether penalties or biases change the logits."""
         plain = self.repetition_penalty == 1 and self.presence_penalty == self.frequency_penalty == 0
         return not plain or bool(self.logit_bias)
 
 
-def adjust(logits: Tensor, params: SamplingParams, prompt: Tensor, made: Tensor) -> Tensor:
-    """One row's logits [V] → those with penalties for the tokens of prompt and answer, and biases."""
+def adjust(logits: Tensor, params: SamplingParams, prompt: Tensor, generated: Tensor) -> Tensor:
+    """One row's logits [V] → logits with penalties for the tokens of prompt and answer, and biases."""
     logits = logits.float()
     if params.repetition_penalty != 1:
-        seen = torch.cat([prompt, made]).to(logits.device)  # some twice, which does no harm
+        seen = torch.cat([prompt, generated]).to(logits.device)  # duplicates write the same value
         old = logits[seen]
         p = params.repetition_penalty
         logits = logits.index_put((seen,), torch.where(old > 0, old / p, old * p))
     if params.presence_penalty or params.frequency_penalty:
-        counts = torch.bincount(made.to(logits.device), minlength=len(logits))
+        counts = torch.bincount(generated.to(logits.device), minlength=len(logits))
         logits = logits - params.presence_penalty * (counts > 0) - params.frequency_penalty * counts
     if params.logit_bias:
         tokens, biases = params.biases
         logits = logits.index_add(0, tokens.to(logits.device), biases.to(logits.device))
-    return logits.clamp(-LARGEST, LARGEST)  # extreme penalties make infinities, whose differences are no numbers
+    return logits.clamp(-MAX_LOGIT, MAX_LOGIT)  # extreme penalties make infinities, and their differences NaN

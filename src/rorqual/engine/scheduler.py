@@ -1,7 +1,8 @@
-"""What runs in the next step: a token of every running sequence, and as much of waiting prompts as a step may hold.
+"""Continuous batching (Yu et al. 2022, Orca): a step decodes every running sequence and prefills waiting prompts.
 
-Finished sequences leave at once, waiting ones enter (Yu et al. 2022, Orca). When the cache is full, what came last
-gives its blocks back and is computed again later; nothing that was made is lost.
+Prefill is chunked: at most `max_prefill_tokens` prompt tokens a step. Finished sequences leave at once. When the KV
+cache is full, the most recent arrival is preempted: its blocks are freed, and its prompt and generated tokens are
+prefilled again later.
 """
 
 from collections import deque
@@ -17,26 +18,26 @@ from rorqual.engine.block_manager import BLOCK, BlockManager, block_key
 from rorqual.engine.model_runner import DecodeTokens, ModelRunner, PrefillChunk
 from rorqual.engine.paged_kv_cache import PagedKVCache
 from rorqual.engine.sampling import SamplingStep
-from rorqual.engine.speculative import MOST, MTPDrafter, Way, propose_lookup, trim_drafts
+from rorqual.engine.speculative import MAX_MTP_SEQS, MTPDrafter, SpeculativeMethod, propose_lookup, trim_drafts
 from rorqual.kernels.append_tokens import STOP_TOKEN
 from rorqual.model import Transformer
 
 
 @dataclass(eq=False)
 class PrefillJob:
-    """Tokens to bring into the cache, and the samples that go on from there."""
+    """Tokens to prefill, and the sequences that decode from there."""
 
     request: Request
-    tokens: tuple[int, ...]  # the prompt, and what a sample that gave its blocks back had made
+    tokens: tuple[int, ...]  # the prompt; for a preempted sequence also its generated tokens
     sequences: list[Sequence]
-    num_computed: int = 0  # tokens in the cache
+    num_computed: int = 0  # tokens in the KV cache
     blocks: list[int] = field(default_factory=list)
-    # Of the last token, [1, V] and [1, D], when all are.
+    # Of the last token, [1, V] and [1, D], set when the prefill is complete.
     logits: Tensor | None = None
     state: Tensor | None = None
 
     def next_chunk(self, length: int) -> PrefillChunk:
-        """The next so many tokens."""
+        """The next `length` tokens."""
         end = self.num_computed + length
         tokens = torch.tensor(self.tokens[self.num_computed : end + 1])
         return PrefillChunk(tokens[:length], tokens[1:], self.num_computed, self.blocks)
@@ -44,34 +45,31 @@ class PrefillJob:
 
 @dataclass
 class Counters:
-    """What has happened since the beginning."""
+    """Totals since the scheduler was made."""
 
-    prompt_tokens: int = 0  # computed
-    cached_tokens: int = 0  # found in the cache
+    prompt_tokens: int = 0  # prefilled
+    cached_tokens: int = 0  # prompt tokens found in the prefix cache
     generated_tokens: int = 0
     preemptions: int = 0
-    draft_tokens: int = 0  # guesses at tokens that were checked
-    accepted_tokens: int = 0  # and right
+    draft_tokens: int = 0  # verified
+    accepted_tokens: int = 0
 
 
 class Scheduler:
-    """`slots` sequences at most, in the blocks of one cache; `chunk` prompt tokens a step at most."""
+    """Decodes at most `max_num_seqs` sequences and prefills at most `max_prefill_tokens` tokens a step.
+
+    prefix_cache: keep full blocks for prompts with the same prefix. speculative: where draft tokens come from.
+    """
 
     def __init__(
         self, model: Transformer, max_num_seqs: int, kv_cache: PagedKVCache, blocks: BlockManager, prefix_cache: bool,
-        max_prefill_tokens: int, speculative: Way | None = None,
+        max_prefill_tokens: int, speculative: SpeculativeMethod | None = None,
     ) -> None:  # fmt: skip
-        """keep: remember full blocks for prompts that begin the same way. speculative: where drafts come from."""
-        self.model, self.kv_cache, self.blocks, self.prefix_cache, self.max_prefill_tokens = (
-            model,
-            kv_cache,
-            blocks,
-            prefix_cache,
-            max_prefill_tokens,
-        )
+        self.model, self.kv_cache, self.blocks = model, kv_cache, blocks
+        self.prefix_cache, self.max_prefill_tokens = prefix_cache, max_prefill_tokens
         self.waiting: deque[PrefillJob] = deque()
-        self.prefilling: list[PrefillJob] = []  # partly in the cache, oldest first
-        self.ready: deque[PrefillJob] = deque()  # wholly in it; their samples wait for rows
+        self.prefilling: list[PrefillJob] = []  # oldest first
+        self.ready: deque[PrefillJob] = deque()  # prefilled; their sequences wait for rows of the batch
         self.batch = DecodeBatch(max_num_seqs)
         self.model_runner = ModelRunner(model, kv_cache)
         self.mtp_drafter = MTPDrafter(model, kv_cache) if speculative == "mtp" else None
@@ -90,25 +88,25 @@ class Scheduler:
         self.waiting.append(PrefillJob(request, request.prompt, list(request.sequences)))
 
     @torch.inference_mode()
-    def step(self, begins: Callable[[], None] | None = None) -> list[Sequence]:
-        """One step; returns the samples that ended, and those whose request is watched."""
+    def step(self, before_forward: Callable[[], None] | None = None) -> list[Sequence]:
+        """One step → the sequences that finished, and those of streaming requests."""
         self._admit()
         jobs = self._schedule_prefill()
         chunks = [job.next_chunk(length) for job, length in jobs]
-        decode, per_row = self._decode_tokens()
-        if begins:
-            begins()
-        logits, states, read = self.model_runner(decode, chunks)
-        ended = self._finish_prefill(jobs, chunks, read, logits[len(decode) :]) if chunks else []
+        decode, tokens_per_row = self._decode_tokens()
+        if before_forward:
+            before_forward()
+        logits, states, prefill_states = self.model_runner(decode, chunks)
+        prefilled = self._finish_prefill(jobs, chunks, prefill_states, logits[len(decode) :]) if chunks else []
         started = self._start_decode()
         batch, n = self.batch, self.batch.n - len(started)
         if batch.n == 0:
             return []
-        if started != ended:  # it takes a while to copy a batch's logits
+        if started != prefilled:  # copying a batch's logits takes a while
             logits = torch.cat([logits[: len(decode)], *(job.logits for job in started)])
-        if per_row is not None and started:
-            per_row = np.concatenate([per_row, np.ones(len(started), dtype=np.int64)])
-        sampling_step = SamplingStep(batch, logits, per_row)
+        if tokens_per_row is not None and started:
+            tokens_per_row = np.concatenate([tokens_per_row, np.ones(len(started), dtype=np.int64)])
+        sampling_step = SamplingStep(batch, logits, tokens_per_row)
         if self.mtp_drafter is not None:
             sampling_step.states = torch.cat([states, *(job.state for job in started)])
             sampling_step.positions = np.concatenate([decode.positions.numpy(), batch.position[n : batch.n]])
@@ -118,26 +116,25 @@ class Scheduler:
         return self._finish_decode(sampling_step)
 
     def _decode_tokens(self) -> tuple[DecodeTokens, Integers | None]:
-        """What every row has to read: its newest token and the drafts after it; and how many these are a row, where
-        there may be drafts.
-        """
+        """Every row's newest token and the draft tokens after it; and their number a row, None where it is 1."""
         batch, n = self.batch, self.batch.n
-        last, place, tables, drafts = batch.last_token[:n], batch.position[:n], batch.block_tables[:n], batch.drafts[:n]
+        last, tables, drafts = batch.last_token[:n], batch.block_tables[:n], batch.drafts[:n]
+        position = batch.position[:n]
         if self.speculative is None or not (drafts >= 0).any():
-            alone = None if self.mtp_drafter is None else np.ones(n, dtype=np.int64)
-            return DecodeTokens(from_numpy(last), from_numpy(place), from_numpy(tables)), alone
-        right = trim_drafts(batch, self.blocks)
-        tables = batch.block_tables[:n]  # which may have grown
-        self.counters.draft_tokens += int(right.sum())
+            ones = None if self.mtp_drafter is None else np.ones(n, dtype=np.int64)
+            return DecodeTokens(from_numpy(last), from_numpy(position), from_numpy(tables)), ones
+        kept = trim_drafts(batch, self.blocks)
+        tables = batch.block_tables[:n]  # trim_drafts may have widened it
+        self.counters.draft_tokens += int(kept.sum())
         tokens = np.concatenate([last[:, None], drafts], axis=1)
-        there = np.concatenate([np.ones((n, 1), dtype=bool), right], axis=1)
-        places = place[:, None] + np.arange(tokens.shape[1])
-        per_row = there.sum(1)
-        parts = tokens[there], places[there], tables.repeat(per_row, 0)
-        return DecodeTokens(*(from_numpy(part) for part in parts)), per_row
+        used = np.concatenate([np.ones((n, 1), dtype=bool), kept], axis=1)
+        positions = position[:, None] + np.arange(tokens.shape[1])
+        tokens_per_row = used.sum(1)
+        parts = tokens[used], positions[used], tables.repeat(tokens_per_row, 0)
+        return DecodeTokens(*(from_numpy(part) for part in parts)), tokens_per_row
 
     def cancel(self, request: Request) -> None:
-        """Stop a request's samples wherever they are; their blocks are free at once."""
+        """Stop a request's sequences, waiting or running; their blocks are free at once."""
         for row, running in reversed(list(enumerate(self.batch.sequences))):
             if running.request is request:
                 self.finish(row, "cancelled")
@@ -145,25 +142,25 @@ class Scheduler:
             for job in [j for j in queue if j.request is request]:
                 queue.remove(job)
                 self.blocks.free_blocks(job.blocks)
-        for s in request.sequences:
-            s.finish_reason = s.finish_reason or "cancelled"
+        for sequence in request.sequences:
+            sequence.finish_reason = sequence.finish_reason or "cancelled"
 
-    def finish(self, row: int, why: str) -> Sequence:
-        """Take a row's sample out, finished."""
-        ended = self.batch.save(row)
-        ended.finish_reason, ended.drafter = why, None
-        self._release_blocks(ended)
+    def finish(self, row: int, reason: str) -> Sequence:
+        """Finish a row's sequence and remove it from the batch."""
+        sequence = self.batch.save(row)
+        sequence.finish_reason, sequence.drafter = reason, None
+        self._release_blocks(sequence)
         self.batch.remove([row])
-        return ended
+        return sequence
 
-    # -- admission and blocks
+    # -- admission, prefill and blocks
 
     def _admit(self) -> None:
         if not self.waiting:
             return
         busy = self.batch.n + sum(len(j.sequences) for j in (*self.prefilling, *self.ready))
         free = self.batch.size - busy
-        # Admitting an eighth of the rows at a time keeps prompts from interrupting every step.
+        # Admitting an eighth of the rows at a time keeps prefill from slowing every decode step.
         if busy and free < max(1, self.batch.size // 8) and len(self.waiting) > free:
             return
         promised = sum(-(-len(j.tokens) // BLOCK) - len(j.blocks) for j in self.prefilling) + self.batch.n // BLOCK
@@ -173,13 +170,13 @@ class Scheduler:
             if free < self.batch.size and promised > self.blocks.free:
                 return
             self.waiting.popleft()
-            if self.prefix_cache and job.request.prompt_logprobs is None:  # which every token is to be read for
+            if self.prefix_cache and job.request.prompt_logprobs is None:  # logprobs need every token's hidden state
                 self._match_prefix(job)
             self.prefilling.append(job)
             free -= len(job.sequences)
 
     def _match_prefix(self, job: PrefillJob) -> None:
-        """Begin a job with the blocks that are in the cache already; its last token is computed in any case."""
+        """Start a job from its longest prefix in the prefix cache; the last token is always computed."""
         key = b""
         for start in range(0, len(job.tokens) - BLOCK, BLOCK):
             key = block_key(key, job.tokens[start : start + BLOCK])
@@ -194,7 +191,7 @@ class Scheduler:
             job.request.cached_tokens = job.num_computed
 
     def _schedule_prefill(self) -> list[tuple[PrefillJob, int]]:
-        """Blocks for the next token of every row; then pieces of prompts, as far as blocks and chunk go."""
+        """Allocate blocks for the next token of every row, then for chunks of prompts → jobs and chunk lengths."""
         batch = self.batch
         lacking = (
             (batch.position[: batch.n] >= batch.num_blocks[: batch.n] * BLOCK).nonzero()[0].tolist()
@@ -206,10 +203,10 @@ class Scheduler:
                 batch.add_blocks(lacking, [self.blocks.allocate() for _ in lacking])
             batch.needs_blocks = False
         else:
-            for needy in [batch.sequences[row] for row in lacking]:  # the oldest first: those that came last give way
-                block = self._allocate_or_preempt(needy) if needy in batch.sequences else None
+            for sequence in [batch.sequences[row] for row in lacking]:  # oldest first: the newest are preempted
+                block = self._allocate_or_preempt(sequence) if sequence in batch.sequences else None
                 if block is not None:
-                    batch.add_blocks([batch.sequences.index(needy)], [block])
+                    batch.add_blocks([batch.sequences.index(sequence)], [block])
         chosen, left = [], self.max_prefill_tokens
         for job in self.prefilling:
             length = min(left, len(job.tokens) - job.num_computed)
@@ -229,13 +226,13 @@ class Scheduler:
                 break
         return chosen
 
-    def _allocate_or_preempt(self, needy: Sequence | PrefillJob) -> int | None:
-        """A block for `needy`, from whoever came last if need be; None when that is itself, and it gave way."""
+    def _allocate_or_preempt(self, target: Sequence | PrefillJob) -> int | None:
+        """A block for `target`, preempting the most recent arrivals if none is free; None if that is `target`."""
         while (block := self.blocks.allocate()) is None:
             victim: Sequence | PrefillJob
             if self.ready:
                 victim = self.ready.pop()
-            elif self.prefilling and self.prefilling[-1] is not needy:
+            elif self.prefilling and self.prefilling[-1] is not target:
                 victim = self.prefilling.pop()
             else:
                 victim = self.batch.sequences[-1]
@@ -248,16 +245,16 @@ class Scheduler:
             self.batch.remove([self.batch.n - 1])
             self._release_blocks(saved)
             self.waiting.appendleft(PrefillJob(saved.request, saved.request.prompt + tuple(saved.tokens), [saved]))
-            if saved is needy:
+            if saved is target:
                 return None
         return block
 
-    def _release_blocks(self, saved: Sequence) -> None:
+    def _release_blocks(self, sequence: Sequence) -> None:
         if self.prefix_cache:
-            # The newest token has not been read yet.
-            self._cache_blocks((saved.request.prompt + tuple(saved.tokens))[:-1], saved.blocks)
-        self.blocks.free_blocks(saved.blocks)
-        saved.blocks = []
+            # The newest token is not in the KV cache yet.
+            self._cache_blocks((sequence.request.prompt + tuple(sequence.tokens))[:-1], sequence.blocks)
+        self.blocks.free_blocks(sequence.blocks)
+        sequence.blocks = []
 
     def _cache_blocks(self, tokens: tuple[int, ...], blocks: list[int]) -> None:
         key = b""
@@ -268,37 +265,40 @@ class Scheduler:
     def _finish_prefill(
         self, jobs: list[tuple[PrefillJob, int]], chunks: list[PrefillChunk], states: Tensor, logits: Tensor
     ) -> list[PrefillJob]:
-        """Note that pieces are in the cache, with the states [M, D] of all their tokens and logits [E, V] of the E last
-        ones of prompts → the jobs that these end.
+        """Record chunks as computed → the jobs whose prefill is complete.
+
+        states [M, D]: hidden states of all the chunks' tokens; logits [E, V]: of the last tokens of the E prompts that
+        end here.
         """
         if self.mtp_drafter is not None:
-            self.mtp_drafter.read(chunks, states)
+            self.mtp_drafter.prefill(chunks, states)
         self.counters.prompt_tokens += len(states)
-        ended: list[PrefillJob] = []
+        prefilled: list[PrefillJob] = []
         for (job, length), part in zip(jobs, states.split([length for _, length in jobs]), strict=True):
             if job.request.prompt_logprobs is not None:
-                job.request.prompt_logprobs.read(part, job.num_computed)
+                job.request.prompt_logprobs.append(part, job.num_computed)
             job.num_computed += length
             if self.prefix_cache:
                 self._cache_blocks(job.tokens[: job.num_computed], job.blocks)
             if job.num_computed == len(job.tokens):
-                job.logits, job.state = logits[len(ended) : len(ended) + 1].clone(), part[-1:].clone()
-                ended.append(job)
+                e = len(prefilled)
+                job.logits, job.state = logits[e : e + 1].clone(), part[-1:].clone()
+                prefilled.append(job)
                 self.prefilling.remove(job)
                 if job.sequences:
                     self.ready.append(job)
                 else:
                     self.blocks.free_blocks(job.blocks)
-        return ended
+        return prefilled
 
-    # -- tokens
+    # -- decode
 
     def _start_decode(self) -> list[PrefillJob]:
-        """Give free rows to samples whose prompt is in the cache → the job of each.
+        """Give free rows to sequences whose prompt is prefilled → the job of each.
 
-        Samples share its full blocks; each but the last copies the one that is not full.
+        A prompt's sequences share its full blocks; each but the last copies the block that is not full.
         """
-        begun, sources, targets = [], [], []
+        jobs, sources, targets = [], [], []
         while self.ready and self.batch.n < self.batch.size:
             job = self.ready[0]
             full = len(job.tokens) // BLOCK
@@ -307,7 +307,7 @@ class Scheduler:
             if partly and not last:
                 copy = self.blocks.allocate()
                 if copy is None:
-                    if self.batch.n == 0:  # alone, it must be able to go on
+                    if self.batch.n == 0:  # nothing runs that could free a block
                         self._requeue_all_but_first(job)
                         continue
                     break
@@ -319,47 +319,48 @@ class Scheduler:
             if not last:
                 for block in job.blocks[:full]:
                     self.blocks.incref(block)
-            started = job.sequences.pop(0)
-            started.blocks = blocks
-            self.batch.add(started, len(job.tokens) - 1)
-            begun.append(job)
+            sequence = job.sequences.pop(0)
+            sequence.blocks = blocks
+            self.batch.add(sequence, len(job.tokens) - 1)
+            jobs.append(job)
             if last:
                 self.ready.popleft()
         if sources:
             self.kv_cache.copy(sources, targets)
-        return begun
+        return jobs
 
     def _requeue_all_but_first(self, job: PrefillJob) -> None:
-        """Let all but the first of a job's samples come again later."""
-        for later in reversed(job.sequences[1:]):
-            self.waiting.appendleft(PrefillJob(job.request, job.tokens, [later]))
+        """Put all but the first of a job's sequences back into the waiting queue."""
+        for sequence in reversed(job.sequences[1:]):
+            self.waiting.appendleft(PrefillJob(job.request, job.tokens, [sequence]))
         job.sequences = job.sequences[:1]
 
     def _finish_decode(self, sampling_step: SamplingStep) -> list[Sequence]:
-        """Let go what has ended, and guess further for what goes on."""
+        """Remove finished sequences, and propose drafts for the others → those finished, and those that stream."""
         batch, finished = self.batch, sampling_step.finished
-        watched = batch.streaming[: batch.n].nonzero()[0].tolist() if batch.any_streaming else []
-        grown = [batch.sequences[row] for row in watched if row not in finished]
-        if self.speculative == "ngram" or (self.mtp_drafter is not None and batch.n <= MOST):
+        streaming = batch.streaming[: batch.n].nonzero()[0].tolist() if batch.any_streaming else []
+        grown = [batch.sequences[row] for row in streaming if row not in finished]
+        if self.speculative == "ngram" or (self.mtp_drafter is not None and batch.n <= MAX_MTP_SEQS):
             self._propose_drafts(sampling_step)
         ended = []
-        for row, why in finished.items():
-            saved = batch.save(row)
-            saved.finish_reason, saved.drafter = "stop" if why == STOP_TOKEN else "length", None
-            self._release_blocks(saved)
-            ended.append(saved)
+        for row, reason in finished.items():
+            sequence = batch.save(row)
+            sequence.finish_reason, sequence.drafter = "stop" if reason == STOP_TOKEN else "length", None
+            self._release_blocks(sequence)
+            ended.append(sequence)
         if finished:
             batch.remove(list(finished))
         return ended + grown
 
     def _propose_drafts(self, sampling_step: SamplingStep) -> None:
-        """Answers with stop strings get no drafts: a string is found in the text, a token later than it ends."""
-        alive = [
-            r not in sampling_step.finished and not s.request.params.stop for r, s in enumerate(self.batch.sequences)
+        """Requests with stop strings get no drafts: a stop string is found in the text only after the step."""
+        drafting = [
+            row not in sampling_step.finished and not sequence.request.params.stop
+            for row, sequence in enumerate(self.batch.sequences)
         ]
-        if not any(alive):
+        if not any(drafting):
             return
-        which = np.array(alive)
+        which = np.array(drafting)
         if self.mtp_drafter is None:
             propose_lookup(self.batch, which.nonzero()[0])
         else:

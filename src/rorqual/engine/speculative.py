@@ -1,8 +1,8 @@
-"""Drafts: guesses at the next tokens, which one pass of the network checks all together (Leviathan et al. 2023).
+"""Speculative decoding: draft tokens, all verified in one forward pass (Leviathan et al. 2023).
 
-A draft changes what is computed, never what is said. Every token is sampled from the network's own logits with its own
-random number, as without drafts; a draft that is the very token sampled has saved a pass. So the distribution is kept,
-and the same seed gives the same text with drafts and without.
+Every token is sampled from the model's own logits with its own random number, as without drafts; a draft token is
+accepted where it equals the sampled one, which saves a pass. So the distribution is kept, and the same seed gives the
+same text with drafts and without.
 """
 
 import math
@@ -22,132 +22,136 @@ from rorqual.engine.sampling import sample_rows
 from rorqual.kernels.linear import linear
 from rorqual.model import Transformer
 
-Way = Literal["mtp", "ngram"]  # where drafts come from
-MOST = 16  # sequences up to which a module's guesses cost less than a pass: beyond, products are bound by arithmetic
-LANES = 384  # a step may have with drafts, since logits take memory; more sequences get none
-GRAMS = (4, 3)  # tokens in common that make a look-up worth trying, the longest first
-LEARNING = 0.3  # how far one guess changes what the next are thought of
-# What a draft's lane costs of what a sequence's pass does: nearly nothing for a single sequence, since reading the
-# weights takes as long as computing some ten lanes, and COST for many (SmolLM2 on two cores; 0.4 to 1 differ by 2 %).
-COST, WEIGHTS_TAKE = 0.8, 12
+SpeculativeMethod = Literal["mtp", "ngram"]  # where drafts come from
+MAX_MTP_SEQS = 16  # sequences up to which MTP drafts save time: beyond, matrix products are bound by arithmetic
+MAX_TOKENS_WITH_DRAFTS = 384  # of a step with drafts, since logits take memory; larger batches get no drafts
+NGRAM_SIZES = (4, 3)  # tokens to match in prompt lookup, the longest first
+ACCEPTANCE_DECAY = 0.3  # weight of the newest draft token in the moving average of the acceptance rate
+# Verifying a draft token costs DRAFT_COST of a sequence's share of a pass in large batches, and nearly nothing for one
+# sequence, since reading the weights takes as long as computing some ten tokens (SmolLM2 on two cores; costs of 0.4 to
+# 1 differ by 2 %).
+DRAFT_COST, WEIGHT_READ_TOKENS = 0.8, 12
 
 
 class MTPDrafter:
-    """The network's own multi-token module guesses one token further (V3 §2.2, §5.4.3).
+    """Drafts one token with the model's own multi-token prediction module (V3 §2.2, §5.4.3).
 
-    It keeps a past of its own, in the cache's last layer: what it read in place i is the network's state there and the
-    token after it. It draws with the random number that will draw the token itself, so that where the two distributions
-    agree, so do the draws.
+    Its KV cache is the last layer; its input at position i is the model's hidden state there and the token after it. It
+    samples with the random number that will sample the token itself, so that where the two distributions agree, so do
+    the tokens.
     """
 
     def __init__(self, model: Transformer, cache: PagedKVCache) -> None:
         self.model, self.cache = model, cache
-        self.direct = fused_mtp_step(model, cache)
+        self.fused = fused_mtp_step(model, cache)
 
-    def read(self, pieces: list[PrefillChunk], states: Tensor) -> None:
-        """Pieces of prompts, with the network's states [M, D] of all their tokens."""
-        known = [len(p.following) for p in pieces]
+    def prefill(self, chunks: list[PrefillChunk], states: Tensor) -> None:
+        """Chunks of prompts, with the model's hidden states [M, D] of all their tokens."""
+        known = [len(p.following) for p in chunks]
         if not sum(known):
             return
-        prompts = [PrefillSlice(p.start, n, p.blocks) for p, n in zip(pieces, known, strict=True) if n]
-        step = KVCacheView(self.cache, torch.zeros(0, 1, dtype=torch.int32), torch.zeros(0, dtype=torch.long), prompts)
-        parts = states.split([len(p.tokens) for p in pieces])
+        prompts = [PrefillSlice(p.start, n, p.blocks) for p, n in zip(chunks, known, strict=True) if n]
+        view = KVCacheView(self.cache, torch.zeros(0, 1, dtype=torch.int32), torch.zeros(0, dtype=torch.long), prompts)
+        parts = states.split([len(p.tokens) for p in chunks])
         self._run(
             torch.cat([part[:n] for part, n in zip(parts, known, strict=True)]),
-            torch.cat([p.following for p in pieces]), step,
+            torch.cat([p.following for p in chunks]), view,
         )  # fmt: skip
 
-    def propose(self, batch: DecodeBatch, at: Integers, lanes: DecodeTokens, states: Tensor, last: Integers) -> None:
-        """lanes: the tokens that the rows `at` [m] have made, each in the place before its own, with the network's
-        states [N, D] there; `last` [m]: each row's newest.
+    def propose(self, batch: DecodeBatch, at: Integers, decode: DecodeTokens, states: Tensor, last: Integers) -> None:
+        """Write a draft token for each of the rows `at` [m] into the batch.
+
+        decode: the tokens that the step sampled for these rows, each at the position before its own; states [N, D]: the
+        model's hidden states at these positions; last [m]: index of each row's newest token.
         """
-        if self.direct is not None:
-            lengths = (lanes.positions + 1).to(torch.int32)
-            wanted = from_numpy(last).to(torch.int32)
-            logits = self.direct(lanes.tokens, lanes.block_tables, lengths, wanted, states)[0]
+        if self.fused is not None:
+            lengths = (decode.positions + 1).to(torch.int32)
+            logit_rows = from_numpy(last).to(torch.int32)
+            logits = self.fused(decode.tokens, decode.block_tables, lengths, logit_rows, states)[0]
         else:
-            out = self._run(states, lanes.tokens, KVCacheView(self.cache, lanes.block_tables, lanes.positions, []))
+            out = self._run(states, decode.tokens, KVCacheView(self.cache, decode.block_tables, decode.positions, []))
             logits = linear(out[from_numpy(last).to(out.device)], self.model.head_weight)
         tokens, _ = sample_rows(batch, at, logits)
         batch.drafts[at, 0] = tokens
 
-    def _run(self, states: Tensor, following: Tensor, step: KVCacheView) -> Tensor:
-        following = following.to(step.index.device)
-        return self.model.ahead(states.unsqueeze(0), following.unsqueeze(0), step.positions, step)[0]
+    def _run(self, states: Tensor, following: Tensor, view: KVCacheView) -> Tensor:
+        following = following.to(view.slot_mapping.device)
+        return self.model.mtp_forward(states.unsqueeze(0), following.unsqueeze(0), view.positions, view)[0]
 
 
 class PromptLookupDrafter:
-    """What followed when a sequence's newest tokens stood there before (prompt look-up), and how far to trust it.
+    """Prompt lookup (ngram): drafts are the tokens that followed the sequence's newest n-gram when it last occurred.
 
-    It always has a guess in mind where there is one, and so learns from what is said also while nothing is checked.
+    It always holds drafts where there is a match, so the acceptance rate is updated also while none are verified.
     """
 
     def __init__(self, tokens: tuple[int, ...]) -> None:
         self.tokens: list[int] = []
-        self.trust = 0.5  # how probably a guess is right, by those of late
+        self.acceptance = 0.5  # moving average of the recent acceptance rate
         self._after: dict[tuple[int, ...], int] = {}
-        self._guess: list[int] = []
+        self._drafts: list[int] = []
         self.add(tokens)
 
     def add(self, tokens: tuple[int, ...] | list[int]) -> None:
-        for token, guess in zip(tokens, self._guess, strict=False):
-            self.trust += LEARNING * ((token == guess) - self.trust)
-            if token != guess:
+        """Append tokens to the sequence."""
+        for token, draft in zip(tokens, self._drafts, strict=False):
+            self.acceptance += ACCEPTANCE_DECAY * ((token == draft) - self.acceptance)
+            if token != draft:
                 break
         for token in tokens:
-            for gram in GRAMS:
-                if len(self.tokens) >= gram:
-                    self._after[tuple(self.tokens[-gram:])] = len(self.tokens)
+            for size in NGRAM_SIZES:
+                if len(self.tokens) >= size:
+                    self._after[tuple(self.tokens[-size:])] = len(self.tokens)
             self.tokens.append(token)
-        self._guess = self._look()
+        self._drafts = self._lookup()
 
-    def propose(self, least: float) -> list[int]:
-        """What follows, as far as it should be right with a probability of `least`, between 0 and 1."""
-        if self.trust < least:
+    def propose(self, min_confidence: float) -> list[int]:
+        """Draft tokens, as long as all of them are accepted with a probability of `min_confidence` (0 to 1)."""
+        if self.acceptance < min_confidence:
             return []
-        return self._guess[: int(math.log(least) / math.log(min(self.trust, 0.999)))]
+        return self._drafts[: int(math.log(min_confidence) / math.log(min(self.acceptance, 0.999)))]
 
-    def _look(self) -> list[int]:
-        for gram in GRAMS:
-            at = self._after.get(tuple(self.tokens[-gram:]))
+    def _lookup(self) -> list[int]:
+        for size in NGRAM_SIZES:
+            at = self._after.get(tuple(self.tokens[-size:]))
             if at is not None:
                 found = self.tokens[at : at + MAX_DRAFTS]
-                return (found * MAX_DRAFTS)[:MAX_DRAFTS]  # what was repeated once, may be again and again
+                return (found * MAX_DRAFTS)[:MAX_DRAFTS]  # a short match is a loop, which may go on
         return []
 
 
 def propose_lookup(batch: DecodeBatch, at: Integers) -> None:
-    """Drafts for the rows `at` from their own past."""
-    least = min_confidence(batch.n)
+    """Write prompt-lookup drafts for the rows `at` into the batch."""
+    confidence = min_confidence(batch.n)
     for row in at.tolist():
-        sample = batch.sequences[row]
-        if sample.drafter is None:
-            sample.drafter = PromptLookupDrafter(sample.request.prompt)
-        known = len(sample.drafter.tokens) - len(sample.request.prompt)
-        sample.drafter.add(batch.tokens[row, known : batch.num_tokens[row]].tolist())
-        guess = sample.drafter.propose(least)
-        batch.drafts[row, : len(guess)] = guess
+        sequence = batch.sequences[row]
+        if sequence.drafter is None:
+            sequence.drafter = PromptLookupDrafter(sequence.request.prompt)
+        known = len(sequence.drafter.tokens) - len(sequence.request.prompt)
+        sequence.drafter.add(batch.tokens[row, known : batch.num_tokens[row]].tolist())
+        drafts = sequence.drafter.propose(confidence)
+        batch.drafts[row, : len(drafts)] = drafts
 
 
 def min_confidence(sequences: int) -> float:
-    """How probably a draft must be right to save more time than it takes, in a pass of so many sequences."""
-    return COST * sequences / (sequences + WEIGHTS_TAKE)
+    """The probability of acceptance from which a draft token saves more time than it takes, in such a batch."""
+    return DRAFT_COST * sequences / (sequences + WEIGHT_READ_TOKENS)
 
 
 def trim_drafts(batch: DecodeBatch, blocks: BlockManager) -> NDArray[np.bool_]:
-    """Drop drafts that lead further than the answer, the blocks or the random numbers at hand, or to too many lanes →
-    those that are left, bool [n, DRAFTS]. Rows whose drafts want their next block get it early while there are plenty.
+    """Drop drafts beyond the answer's limit, the allocated blocks, the random numbers drawn or the step's tokens →
+    those that are kept, bool [n, MAX_DRAFTS]. While blocks are plenty, drafts that need their row's next block get it.
     """
     n = batch.n
-    place, count, drafts = batch.position[:n], batch.num_tokens[:n], batch.drafts[:n]
-    right = drafts >= 0
-    room = np.minimum(batch.max_new_tokens[:n] - count, WINDOW - count % WINDOW) - 1
-    room = np.minimum(room, max(0, LANES // n - 1))
-    beyond = (place + np.minimum(right.sum(1), room) >= batch.num_blocks[:n] * BLOCK).nonzero()[0].tolist()
+    position, count, drafts = batch.position[:n], batch.num_tokens[:n], batch.drafts[:n]
+    kept = drafts >= 0
+    limit = np.minimum(batch.max_new_tokens[:n] - count, WINDOW - count % WINDOW) - 1
+    limit = np.minimum(limit, max(0, MAX_TOKENS_WITH_DRAFTS // n - 1))
+    beyond = (position + np.minimum(kept.sum(1), limit) >= batch.num_blocks[:n] * BLOCK).nonzero()[0].tolist()
     beyond = beyond[: max(0, blocks.free - n)]
     if beyond:
         batch.add_blocks(beyond, [blocks.allocate() for _ in beyond])
-    room = np.minimum(room, batch.num_blocks[:n] * BLOCK - 1 - place)
-    right &= np.arange(drafts.shape[1]) < room[:, None]
-    drafts[~right] = -1
-    return right
+    limit = np.minimum(limit, batch.num_blocks[:n] * BLOCK - 1 - position)
+    kept &= np.arange(drafts.shape[1]) < limit[:, None]
+    drafts[~kept] = -1
+    return kept

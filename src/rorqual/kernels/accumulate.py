@@ -1,4 +1,4 @@
-"""Adding a tensor to an FP32 sum, whatever its dtype."""
+"""Add a tensor of any dtype to an FP32 sum."""
 
 from torch import Tensor
 
@@ -6,7 +6,7 @@ from rorqual.kernels import cpu
 
 
 def accumulate(total: Tensor, x: Tensor) -> None:
-    """total += x in place, `total` FP32. torch's operator first makes an FP32 copy of a BF16 x: 10 times slower."""
+    """total += x in place, `total` FP32. torch's operator first copies a BF16 x to FP32: 10 times slower."""
     if cpu.usable(x) and x.is_contiguous() and total.is_contiguous():
         cpu.call("accumulate", x.dtype, total, x, x.numel())
     else:

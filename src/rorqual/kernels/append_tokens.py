@@ -1,6 +1,6 @@
-"""Sample the next tokens of a decode batch and append them, in one call (cpu/csrc/sampling.cpp).
+"""Sample, append and stop-check the next tokens of running sequences in one call (cpu/csrc/sampling.cpp).
 
-The reference is engine/sampling.py, which does the same array by array.
+The reference is engine.sampling.sample_and_append_reference.
 """
 
 import numpy as np
@@ -18,34 +18,36 @@ NUMBERS = (
     "thinking_ended", "needs_adjusting", "streaming",
 )  # fmt: skip
 FILTER_COLUMNS = ("temperature", "top_p", "top_k", "min_p")
-LENGTH_REACHED, STOP_TOKEN = 1, 2  # why a sequence finished; 0: it did not
-# What the batch needs next: a sequence finished; one needs wider arrays or new random numbers; one needs a block.
+LENGTH_REACHED, STOP_TOKEN = 1, 2  # why a sequence has finished
+# Flags: some sequence has finished; lacks array space or a random number for its next token; lacks a block.
 FINISHED, NEEDS_PREPARE, NEEDS_BLOCKS = 1, 2, 4
 
 
 class AppendTokens:
-    """Holds the addresses of the arrays of engine/batch.py; to be made anew when one of them is reallocated."""
+    """Holds the addresses of a DecodeBatch's arrays; must be remade when one of them is reallocated."""
 
     def __init__(
-        self, numbers: Integers, cuts: NDArray[np.float32], uniform: NDArray[np.float32], stops: Integers,
+        self, numbers: Integers, filters: NDArray[np.float32], uniform: NDArray[np.float32], stops: Integers,
         tokens: Integers, logprobs: NDArray[np.float32], drafts: Integers, block: int,
     ) -> None:  # fmt: skip
-        """numbers [len(NUMBERS), n]; cuts [·, len(FILTER_COLUMNS)]; the others [n, ·]; block: tokens per block of the
+        """numbers [len(NUMBERS), n]; filters [·, len(FILTER_COLUMNS)]; the others [n, ·]; block: tokens a block of the
         KV cache. The order is that of BatchState in cpu/csrc/sampling.cpp.
         """
-        self._kept = numbers, cuts, uniform, stops, tokens, logprobs, drafts
+        self._kept = numbers, filters, uniform, stops, tokens, logprobs, drafts
         where = [x for array in self._kept for x in (array.ctypes.data, array.shape[1])]
         self._where = torch.tensor([*where, block])
 
-    def __call__(self, at: Integers, logits: Tensor, lanes: Integers | None = None) -> tuple[Integers, Integers, int]:
-        """The sequences `at` [m] and logits [M, V] → their newest tokens [m]; why each finished, or 0 [m]; and flags of
-        what the batch needs. lanes [2, m]: each sequence's first row of logits and their number, one for its newest
-        token and one per draft; a draft is accepted if all before it are. None: one row each.
+    def __call__(self, at: Integers, logits: Tensor, spans: Integers | None = None) -> tuple[Integers, Integers, int]:
+        """For the sequences `at` [m] and logits [M, V] → their newest tokens [m]; why each has finished, or 0 [m]; and
+        the flags above.
+
+        spans [2, m]: the first row of a sequence's logits and their number: one, and one for every draft token, which
+        counts if all drafts before it are accepted; None: one row each.
         """
         m = len(at)
         found = np.empty((2, m + 1), dtype=np.int64)
         cpu.call(
             "append_tokens", logits.dtype, logits.contiguous(), m, logits.shape[1], from_numpy(at),
-            None if lanes is None else from_numpy(lanes), self._where, from_numpy(found),
+            None if spans is None else from_numpy(spans), self._where, from_numpy(found),
         )  # fmt: skip
         return found[0, :m], found[1, :m], int(found[1, m])

@@ -1,7 +1,7 @@
-"""What this machine computes fastest, decided in one place for recipes, the engine, benchmarks and the planner.
+"""The fastest dtype of this machine, for recipes, the engine, benchmarks and the planner.
 
-A processor without BF16 units still takes BF16 tensors: PyTorch then emulates every product, some 70 times slower than
-in FP32 on an AVX2 machine. So no default names a dtype; `auto` asks here.
+Without BF16 units PyTorch emulates every BF16 product, some 70 times slower than FP32 on an AVX2 machine. So no default
+names a dtype; `auto` is resolved here.
 """
 
 import functools
@@ -14,13 +14,13 @@ import torch
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DtypeName = Literal["auto", "float32", "bfloat16"]
 SIZE = 256  # of the square products that are timed: 25 ms each where BF16 is emulated
-PATIENCE, TRIES = 0.05, 3  # seconds and products a dtype, at least: the best of them, since other programs disturb
+MIN_SECONDS, MIN_RUNS = 0.05, 3  # of products a dtype; the fastest counts, since other processes disturb
 
 
 def compute_dtype(name: str = "auto", device: torch.device | str = "cpu") -> torch.dtype:
-    """The dtype that a recipe or an option names; "auto": what is fastest on `device`.
+    """The dtype that a recipe or an option names; "auto": the fastest on `device`.
 
-    Says once on stderr what BF16 costs where it was asked for and is emulated.
+    Warns once on stderr if BF16 is requested and emulated.
     """
     if name == "auto":
         return fastest_dtype(device)
@@ -31,7 +31,7 @@ def compute_dtype(name: str = "auto", device: torch.device | str = "cpu") -> tor
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """As recipes and options write it."""
+    """A dtype's name in recipes and options."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -47,12 +47,12 @@ def _fastest(kind: str) -> torch.dtype:
         return torch.bfloat16 if native else torch.float32
     if not _may_have_bf16():
         return torch.float32
-    # Only a product tells: torch may have been told to leave the units alone, and other processors have no flag here.
+    # Measured, since torch may be configured not to use the units, and other processors have no flag here.
     return torch.bfloat16 if bf16_speed() > 1 else torch.float32
 
 
 def _may_have_bf16() -> bool:
-    """False where the processor's flags rule it out; where they do not tell (ARM), True."""
+    """False if the processor's flags rule BF16 units out; True where they do not tell (ARM)."""
     if not hasattr(torch.cpu, "get_capabilities"):
         return True
     found = torch.cpu.get_capabilities()
@@ -63,13 +63,13 @@ def _may_have_bf16() -> bool:
 
 @functools.cache
 def bf16_speed() -> float:
-    """How many times as fast as in FP32 a product on the CPU is in BF16; measured in some 0.1 s, once a process."""
+    """Speed of BF16 products on the CPU relative to FP32; measured in some 0.1 s, once a process."""
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
         a = torch.ones(SIZE, SIZE, dtype=dtype)
         out = a @ a
         times: list[float] = []
-        while sum(times) < PATIENCE or len(times) < TRIES:
+        while sum(times) < MIN_SECONDS or len(times) < MIN_RUNS:
             start = time.perf_counter()
             torch.mm(a, a, out=out)
             times.append(time.perf_counter() - start)

@@ -1,6 +1,6 @@
-"""A whole decode step in one call: a network with packed weights, on a CPU (cpu/csrc/fused_decode.cpp).
+"""A whole decode step in one call, for a model with quantised weights on a CPU (cpu/csrc/fused_decode.cpp).
 
-The reference is the network itself: what this computes, `Transformer.logits` says too, up to rounding.
+The reference is the model itself: `Transformer.logits` gives the same up to rounding.
 """
 
 from dataclasses import dataclass, fields
@@ -16,7 +16,7 @@ Weights = tuple[QuantizedWeight, Tensor | None]  # with a bias
 
 @dataclass(kw_only=True)
 class LayerWeights:
-    """In the order in which cpu/csrc/fused_decode/model.h reads them; None is what a layer does not have."""
+    """A layer's tensors in the order of cpu/csrc/fused_decode/model.h; None where the layer has none."""
 
     norm: Tensor
     q_a: Weights | None = None
@@ -36,18 +36,18 @@ class LayerWeights:
     correction: Tensor | None = None
     experts_in: Weights | None = None
     experts_out: Weights | None = None
-    # Of the cache: keys and values [blocks, block, G, W], or latents [·, ·, C] and rotated keys [·, ·, R]; in 8 bits
+    # Of the KV cache: keys and values [blocks, block, G, W], or latents [·, ·, C] and rotated keys [·, ·, R]; in int8
     # keys and values [blocks, G, ⌈W/32⌉, bytes of a record] (kernels/kv_int8.py).
     a: Tensor
     b: Tensor
 
 
-PACKED = {"q_a", "q", "k", "v", "kv_a", "o", "gate", "up", "down", "experts_in", "experts_out"}
+QUANTIZED = {"q_a", "q", "k", "v", "kv_a", "o", "gate", "up", "down", "experts_in", "experts_out"}
 
 
 @dataclass(kw_only=True)
 class ModelSizes:
-    """Of a network, in the order of cpu/csrc/fused_decode/model.h. `width`: what is rotated of a head."""
+    """A model's sizes in the order of cpu/csrc/fused_decode/model.h. `width`: rotary width of a head."""
 
     hidden: int
     heads: int
@@ -62,15 +62,15 @@ class ModelSizes:
     expert_groups: int = 1
     groups_kept: int = 1
     softmax: bool = False
-    biased: bool = False  # a correction bias takes part in the choice
+    biased: bool = False  # with the correction bias of V3 eq. 16
     within_groups: bool = False  # experts of the best groups only
     normalise: bool = False
-    eight: bool = False  # the cache has 8 bits
+    eight: bool = False  # the KV cache is int8
 
 
 @dataclass
 class MTPJoin:
-    """How a multi-token module begins: the embedding and another network's state, each normed, multiplied as one."""
+    """A multi-token module's input projection: embedding and hidden state, normed and concatenated (V3 eq. 21)."""
 
     embedding_norm: Tensor
     state_norm: Tensor
@@ -78,7 +78,7 @@ class MTPJoin:
 
 
 class FusedDecodeStep:
-    """Raises ValueError for tensors that it would misread."""
+    """Raises ValueError for tensors whose dtype, device or strides the compiled function does not take."""
 
     def __init__(
         self, layers: list[LayerWeights], sizes: ModelSizes, embedding: QuantizedWeight, norm: Tensor,
@@ -87,8 +87,8 @@ class FusedDecodeStep:
     ) -> None:  # fmt: skip
         """frequencies fp32 [F] and the factor of cos and sin: model/rope.py."""
         self._formats: set[str] = set()
-        self._kept = (layers, embedding, norm, head, frequencies, join)  # what the numbers below point to
-        self.dtype, self.words, self.hidden, self.eight = norm.dtype, head.N, sizes.hidden, sizes.eight
+        self._kept = (layers, embedding, norm, head, frequencies, join)  # the addresses below point to these
+        self.dtype, self.vocab_size, self.hidden, self.int8_kv = norm.dtype, head.N, sizes.hidden, sizes.eight
         self.block = PANEL if sizes.eight else layers[0].a.shape[1]
         self._layers = torch.tensor([n for layer in layers for n in self._layer(layer)], dtype=torch.int64)
         whole = [
@@ -100,36 +100,36 @@ class FusedDecodeStep:
             whole += [0] * 8
         else:
             whole += [self._address(join.embedding_norm), self._address(join.state_norm), *self._weights(join.weights)]
-        if len(self._formats) > 1 and "int8" in self._formats:  # activations have one form, which is int8's own
+        if len(self._formats) > 1 and "int8" in self._formats:  # int8 weights need activations of their own
             raise ValueError(f"weights of {', '.join(sorted(self._formats))} in one network")
         self._network = torch.tensor(whole, dtype=torch.int64)
         self._numbers = torch.tensor([factor, scale, eps, latent_eps, routed_factor])
 
     def __call__(
         self, tokens: Tensor, tables: Tensor, lengths: Tensor,
-        wanted: Tensor | None = None, states: Tensor | None = None,
+        logit_rows: Tensor | None = None, states: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """n tokens (int64), each number lengths[i] (int32) of the sequence in the blocks tables[i] (int32 [n, ·]);
-        those of one sequence side by side, in order, and its newest → logits fp32 [m, V] of those whose numbers are
-        `wanted` (int32 [m]; None: of all), and the hidden states [n, D] that logits are made of; the cache gets what is
-        new. A multi-token module reads them with the states [n, D] before them.
+        """n tokens (int64), the last of lengths[i] (int32) of the sequence with the block table tables[i] (int32
+        [n, ·]); those of one sequence are adjacent, in order, and its newest → logits fp32 [m, V] of the tokens
+        `logit_rows` (int32 [m], ascending; None: all), and the hidden states [n, D] after the last norm. Writes the KV
+        cache. A multi-token module also takes the model's hidden states [n, D] at the positions before.
         """
         n = len(tokens)
-        m = n if wanted is None else len(wanted)
-        logits, hidden = torch.empty(m, self.words), torch.empty(n, self.hidden)
+        m = n if logit_rows is None else len(logit_rows)
+        logits, hidden = torch.empty(m, self.vocab_size), torch.empty(n, self.hidden)
         cpu.call(
             "fused_decode", self.dtype, self._network, tokens.contiguous(),
             None if states is None else states.float().contiguous(), n, tables, tables.stride(0), self.block, lengths,
-            self._numbers, hidden, wanted, m, logits,
+            self._numbers, hidden, logit_rows, m, logits,
         )  # fmt: skip
         return logits, hidden
 
     def _layer(self, layer: LayerWeights) -> list[int]:
-        numbers, cache = [], torch.uint8 if self.eight else self.dtype
+        numbers, cache = [], torch.uint8 if self.int8_kv else self.dtype
         own = {"router": torch.float32, "correction": torch.float32, "a": cache, "b": cache}
         for f in fields(layer):
             value = getattr(layer, f.name)
-            if f.name in PACKED:
+            if f.name in QUANTIZED:
                 numbers += [0] * 6 if value is None else self._weights(value)
             else:
                 numbers.append(0 if value is None else self._address(value, own.get(f.name)))

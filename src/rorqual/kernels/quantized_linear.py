@@ -1,7 +1,6 @@
-"""Products with weights of 4 or 8 bits that stay packed, by activations of 8 bits.
+"""Matrix products with int4 or int8 weights, by int8 activations, without dequantising.
 
-M rows, K in, N out, E experts, G = ⌈K/32⌉ groups of inputs. The layout of weights is described in
-cpu/csrc/quantized_weight.h.
+M rows, K in, N out, E experts, G = ⌈K/32⌉ groups of inputs. Memory layout: cpu/csrc/quantized_weight.h.
 """
 
 import itertools
@@ -18,19 +17,19 @@ from rorqual.kernels import cpu
 Format = Literal["int4", "int4_mins", "int8", "int8_groups"]
 FORMATS: tuple[Format, ...] = ("int4", "int4_mins", "int8", "int8_groups")  # numbered as in cpu/csrc/quantized_rows.h
 GROUP, PANEL = 32, 16
-COMMON = 3  # groups of activations that share a scale, beside int8 weights (cpu/csrc/quantized_rows.h)
+ACTIVATION_GROUPS = 3  # groups of activations that share a scale, with int8 weights (cpu/csrc/quantized_rows.h)
 
 
 @dataclass
 class QuantizedWeight:
-    """Weights [E, N, K]: w = scale · (q − middle), or scale · q + minimum; `channels` [E, N] has int8's scales."""
+    """Weights [E, N, K]: w = scale · (q − zero_point), or scale · q + minimum; `channels`: int8's scales."""
 
     format: Format
     data: Tensor  # uint8 [E, ⌈N/16⌉, G, bytes of a record]
     channels: Tensor | None  # fp32 [E, ⌈N/16⌉·16]
     N: int
     K: int
-    dtype: torch.dtype = torch.float32  # of what it is multiplied with
+    dtype: torch.dtype = torch.float32  # of activations
 
     def __len__(self) -> int:
         return len(self.data)
@@ -44,17 +43,17 @@ class QuantizedWeight:
         return 4 if self.format.startswith("int4") else 8
 
     @property
-    def middle(self) -> int:
+    def zero_point(self) -> int:
         return 0 if self.format == "int4_mins" else 1 << (self.bits - 1)
 
 
 def pack(format: Format, q: Tensor, scales: Tensor, minima: Tensor | None = None) -> QuantizedWeight:
-    """q uint8 [E, N, K] with 0 ≤ q < 2^bits; scales [E, N, G] (int8: [E, N, 1]) and minima [E, N, G] → packed."""
+    """Pack q uint8 [E, N, K] with 0 ≤ q < 2^bits, scales [E, N, G] (int8: [E, N, 1]) and minima [E, N, G]."""
     E, N, K = q.shape
     P, G = -(-N // PANEL), -(-K // GROUP)
     packed = QuantizedWeight(format, q.new_empty(0), None, N, K)
     more_rows = P * PANEL - N
-    q = F.pad(q, (0, G * GROUP - K, 0, more_rows), value=packed.middle)
+    q = F.pad(q, (0, G * GROUP - K, 0, more_rows), value=packed.zero_point)
     q = q.view(E, P, PANEL, G, 8, 4).permute(0, 1, 3, 4, 2, 5)  # [E, P, G, 8, 16, 4]
     if packed.bits == 4:
         q = q[:, :, :, :4] | q[:, :, :, 4:] << 4
@@ -70,21 +69,21 @@ def pack(format: Format, q: Tensor, scales: Tensor, minima: Tensor | None = None
     return packed
 
 
-def gather(pieces: Iterable[QuantizedWeight], E: int, N: int) -> QuantizedWeight:
-    """Pieces [1, n, K] → [E, N, K]: outputs one after the other, expert by expert; n is a multiple of 16 or an expert's
-    end. Of pieces that are made as they are asked for, one exists at a time."""
+def gather(parts: Iterable[QuantizedWeight], E: int, N: int) -> QuantizedWeight:
+    """Concatenate parts [1, n, K] → [E, N, K], expert by expert; n is a multiple of 16, or the part ends an expert.
+    With a generator, one part is in memory at a time."""
     panels, at = -(-N // PANEL), 0
-    for piece in pieces:
+    for part in parts:
         if at == 0:
-            data = piece.data.new_empty(E * panels, *piece.data.shape[2:])
-            channels = None if piece.channels is None else piece.channels.new_empty(E * panels, PANEL)
-        end = at + piece.data.shape[1]
-        data[at:end] = piece.data[0]
+            data = part.data.new_empty(E * panels, *part.data.shape[2:])
+            channels = None if part.channels is None else part.channels.new_empty(E * panels, PANEL)
+        end = at + part.data.shape[1]
+        data[at:end] = part.data[0]
         if channels is not None:
-            channels[at:end] = piece.channels.view(-1, PANEL)
+            channels[at:end] = part.channels.view(-1, PANEL)
         at = end
     return replace(
-        piece, data=data.unflatten(0, (E, panels)), channels=None if channels is None else channels.view(E, -1), N=N
+        part, data=data.unflatten(0, (E, panels)), channels=None if channels is None else channels.view(E, -1), N=N
     )
 
 
@@ -105,7 +104,7 @@ def unpack_numbers(packed: QuantizedWeight) -> tuple[Tensor, Tensor]:
 
 
 def dequantize(packed: QuantizedWeight, expert: int = 0, rows: Tensor | None = None) -> Tensor:
-    """An expert's weights [N, K] in FP32, or those of some `rows` [n] of it: [n, K]."""
+    """An expert's weights [N, K] in FP32, or `rows` [n] of them: [n, K]."""
     data = packed.data[expert]  # [P, G, ·]
     if rows is None:
         rows = torch.arange(packed.N, device=data.device)
@@ -119,10 +118,10 @@ def dequantize(packed: QuantizedWeight, expert: int = 0, rows: Tensor | None = N
         q = torch.cat([q & 15, q >> 4], dim=2)
     values = q.reshape(n, G, GROUP).float()
     if packed.channels is not None:
-        values = (values - packed.middle) * packed.channels[expert][rows].view(n, 1, 1)
+        values = (values - packed.zero_point) * packed.channels[expert][rows].view(n, 1, 1)
     else:
         tail = records[..., size:].contiguous().view(torch.float16).view(n, G, -1, PANEL)[here, :, :, within].float()
-        values = (values - packed.middle) * tail[..., :1]
+        values = (values - packed.zero_point) * tail[..., :1]
         if packed.format == "int4_mins":
             values = values + tail[..., 1:]
     return values.reshape(n, G * GROUP)[:, : packed.K]
@@ -131,7 +130,7 @@ def dequantize(packed: QuantizedWeight, expert: int = 0, rows: Tensor | None = N
 def quantized_linear(
     x: Tensor, packed: QuantizedWeight, bias: Tensor | None = None, ends: Tensor | None = None
 ) -> Tensor:
-    """x [..., K] → [..., N]. With several experts x is [M, K], and the rows of expert e end at ends[e] (int32 [E])."""
+    """x [..., K] → [..., N]. With experts x is [M, K], and the rows of expert e end at ends[e] (int32 [E])."""
     if x.ndim != 2:
         return quantized_linear(x.reshape(-1, x.shape[-1]), packed, bias).view(*x.shape[:-1], packed.N)
     if ends is None:
@@ -139,21 +138,21 @@ def quantized_linear(
     fits = packed.data.is_cpu and cpu.usable(x, *([] if bias is None else [bias]))
     if not fits or torch.is_grad_enabled():
         return quantized_linear_reference(x, packed, bias, ends)
-    line = -(-packed.K // 64) * 64 + 64  # enough for either form of activations (cpu/csrc/quantized_rows.h)
-    room = torch.empty((len(x) + 7) * 2 * line, dtype=torch.uint8)
+    line = -(-packed.K // 64) * 64 + 64  # bytes of a row in either form of activations (cpu/csrc/quantized_rows.h)
+    scratch = torch.empty((len(x) + 7) * 2 * line, dtype=torch.uint8)
     out = x.new_empty(len(x), packed.N)
     cpu.call(
         "quantized_linear", x.dtype, x, x.stride(0), packed.data, FORMATS.index(packed.format), packed.channels, bias,
-        ends, len(ends), packed.N, packed.K, room, out,
+        ends, len(ends), packed.N, packed.K, scratch, out,
     )  # fmt: skip
     return out
 
 
 def quantized_linear_reference(x: Tensor, packed: QuantizedWeight, bias: Tensor | None, ends: Tensor) -> Tensor:
-    numbers = round_activations(x, packed.format)
+    rounded = round_activations(x, packed.format)
     starts = [0, *ends.tolist()]
     parts = [
-        numbers[start:end] @ dequantize(packed, e).T if end > start else numbers.new_zeros(0, packed.N)
+        rounded[start:end] @ dequantize(packed, e).T if end > start else rounded.new_zeros(0, packed.N)
         for e, (start, end) in enumerate(itertools.pairwise(starts))
     ]
     out = torch.cat(parts)
@@ -161,14 +160,14 @@ def quantized_linear_reference(x: Tensor, packed: QuantizedWeight, bias: Tensor 
 
 
 def round_activations(x: Tensor, format: Format) -> Tensor:
-    """x [M, K] as 8 bits can say it with a scale for 32 numbers, or for 96 beside weights with one an output; a matrix
-    unit takes 16 bits and one scale a row beside these. FP32."""
+    """x [M, K] rounded as the compiled product does, in FP32: to int8 with a scale for 32 numbers, or 96 for weights
+    with one scale an output; for these a matrix unit takes 16 bits and one scale a row."""
     M, K = x.shape
-    size, most, least = GROUP * (COMMON if format == "int8" else 1), 127, 2.0**-121
+    size, max_q, min_abs = GROUP * (ACTIVATION_GROUPS if format == "int8" else 1), 127, 2.0**-121
     if format == "int8" and cpu.has_matrix_unit():
-        size, most, least = K, 32512, 2.0**-113
+        size, max_q, min_abs = K, 32512, 2.0**-113
     groups = F.pad(x.float(), (0, -K % size)).view(M, -1, size)
     largest = groups.abs().amax(-1, keepdim=True)
-    scale = largest / most
-    numbers = torch.where(largest >= least, groups / scale, 0.0 * groups).round()  # below, 1/scale would be infinite
-    return (numbers * scale).view(M, -1)[:, :K]
+    scale = largest / max_q
+    rounded = torch.where(largest >= min_abs, groups / scale, 0.0 * groups).round()  # below, 1/scale would be infinite
+    return (rounded * scale).view(M, -1)[:, :K]

@@ -1,4 +1,4 @@
-"""Rotary position embedding applied (RoFormer, 2104.09864, eq. 34); compiled, one pass in either direction.
+"""Rotary position embedding (RoFormer, 2104.09864, eq. 34); compiled, one pass forward and one backward.
 
 B batch, T tokens, H heads, R rotary width (even), F = R/2 frequencies.
 """
@@ -16,7 +16,7 @@ def apply_rotary(x: Tensor, table: tuple[Tensor, Tensor], interleave: bool) -> T
     """Rotate x [B, T, H, R] by table, cos and sin [B or 1, T, 1, F]; pairs are (0,1),(2,3)… when `interleave`, else
     (i, i+F).
 
-    The result is laid out in two halves either way: queries and keys agree, and only their product matters.
+    The result has the two-halves layout either way: only the product of queries and keys matters.
     """
     cos, sin = table
     B, T, _, R = x.shape
@@ -37,28 +37,28 @@ class _Rotate(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, interleave: bool) -> Tensor:
         ctx.save_for_backward(cos, sin)
         ctx.interleave = interleave
-        return _rotated(x, cos, sin, _pairs(interleave, x), 1.0, _pairs(False, x))
+        return _rotate(x, cos, sin, _pairs(interleave, x), 1.0, _pairs(False, x))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
         grad = grad.contiguous()
-        return _rotated(grad, cos, sin, _pairs(False, grad), -1.0, _pairs(ctx.interleave, grad)), None, None, None
+        return _rotate(grad, cos, sin, _pairs(False, grad), -1.0, _pairs(ctx.interleave, grad)), None, None, None
 
 
 def _pairs(interleave: bool, x: Tensor) -> tuple[int, int]:
-    """From one pair to the next, and from a pair's first number to its second."""
+    """Strides from one pair to the next, and from a pair's first number to its second."""
     return (2, 1) if interleave else (1, x.shape[-1] // 2)
 
 
-def _rotated(
-    x: Tensor, cos: Tensor, sin: Tensor, pairs: tuple[int, int], turn: float, out_pairs: tuple[int, int]
+def _rotate(
+    x: Tensor, cos: Tensor, sin: Tensor, pairs: tuple[int, int], sign: float, out_pairs: tuple[int, int]
 ) -> Tensor:
     B, T, H, R = x.shape
     out = x.new_empty(B, T, H, R)
     cpu.call(
         "apply_rotary", x.dtype, x, x.stride(1), x.stride(2), *pairs, cos, sin, cos.shape[0] * T, B * T, H, R // 2,
-        turn, out, *out_pairs,
+        sign, out, *out_pairs,
     )  # fmt: skip
     return out

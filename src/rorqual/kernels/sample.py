@@ -1,4 +1,4 @@
-"""A word a row from a distribution, by one uniform number a row. n rows, V words."""
+"""Sample one token a row, by one uniform random number a row. n rows, vocabulary V."""
 
 from dataclasses import dataclass
 
@@ -10,8 +10,8 @@ from rorqual.kernels import cpu
 
 @dataclass(frozen=True)
 class SamplingFilter:
-    """Temperature, and which words may be drawn at it: the `top_k` most probable (0: all); of these the most probable
-    until their shares add up to `top_p` (Holtzman et al. 2020); none below `min_p` times the largest share.
+    """Temperature, and the tokens to sample from: the `top_k` most probable (0: all); of these the most probable until
+    their probabilities add up to `top_p` (Holtzman et al. 2020); none below `min_p` times the largest probability.
     """
 
     temperature: float
@@ -21,55 +21,56 @@ class SamplingFilter:
 
 
 @torch.no_grad()
-def sample(logits: Tensor, cut: SamplingFilter, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """logits [n, V], uniform [n] in [0, 1) → words [n] of what the cut leaves of softmax(logits/temperature), their
-    log-probabilities [n] before it.
+def sample(logits: Tensor, filter: SamplingFilter, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """logits [n, V], uniform [n] in [0, 1) → tokens [n] from the filtered softmax(logits/temperature), and their
+    log-probabilities [n] before filtering.
 
-    A row's word is the first whose probability, added to those before it, exceeds the row's number: it does not
-    depend on the other rows. At temperature 0 it is the most probable one, and log-probabilities
-    are those of softmax(logits).
+    Inverse transform sampling: a row's token is the first at which the cumulative probability exceeds the row's number,
+    so it does not depend on the other rows. At temperature 0 it is the most probable one, and log-probabilities are
+    those of softmax(logits).
     """
     if not cpu.usable(logits):
-        return sample_reference(logits, cut, uniform)
-    words = logits.new_empty(len(logits), dtype=torch.long)
+        return sample_reference(logits, filter, uniform)
+    tokens = logits.new_empty(len(logits), dtype=torch.long)
     logprobs = logits.new_empty(len(logits), dtype=torch.float32)
-    arguments = (*logits.shape, cut.temperature, cut.top_p, cut.top_k, cut.min_p, uniform.float().contiguous())
-    cpu.call("sample", logits.dtype, logits.contiguous(), *arguments, words, logprobs)
-    return words, logprobs
+    settings = filter.temperature, filter.top_p, filter.top_k, filter.min_p
+    uniform = uniform.float().contiguous()
+    cpu.call("sample", logits.dtype, logits.contiguous(), *logits.shape, *settings, uniform, tokens, logprobs)
+    return tokens, logprobs
 
 
-def sample_reference(logits: Tensor, cut: SamplingFilter, uniform: Tensor) -> tuple[Tensor, Tensor]:
+def sample_reference(logits: Tensor, filter: SamplingFilter, uniform: Tensor) -> tuple[Tensor, Tensor]:
     logits = logits.float()
-    probs = _below(logits, cut.temperature).softmax(-1)
-    words = first_above(_left(probs, cut), uniform) if cut.temperature else logits.argmax(-1)
-    return words, probs.gather(1, words[:, None]).squeeze(1).log()
+    probs = _scaled(logits, filter.temperature).softmax(-1)
+    tokens = first_above(_filtered(probs, filter), uniform) if filter.temperature else logits.argmax(-1)
+    return tokens, probs.gather(1, tokens[:, None]).squeeze(1).log()
 
 
 def scaled_logprobs(logits: Tensor, temperature: float) -> Tensor:
     """log softmax(logits/temperature) [..., V]; at temperature 0 that of softmax(logits)."""
-    return _below(logits, temperature).log_softmax(-1)
+    return _scaled(logits, temperature).log_softmax(-1)
 
 
-def _below(logits: Tensor, temperature: float) -> Tensor:
-    # Below 0 before the division, of which the smallest temperatures make no numbers otherwise.
+def _scaled(logits: Tensor, temperature: float) -> Tensor:
+    # The maximum is subtracted first: divided by the smallest temperatures, positive logits would overflow.
     return (logits - logits.amax(-1, keepdim=True)) / (max(temperature, 1e-30) if temperature else 1.0)
 
 
-def _left(probs: Tensor, cut: SamplingFilter) -> Tensor:
-    """Zero what the cut leaves out; under top_p a word stays when those before it hold less than top_p."""
-    if cut.top_p == 1 and cut.top_k == 0:
-        return probs.masked_fill(probs < cut.min_p * probs.amax(-1, keepdim=True), 0.0) if cut.min_p else probs
+def _filtered(probs: Tensor, filter: SamplingFilter) -> Tensor:
+    """Zero the tokens that the filter drops; top_p keeps a token when those before it sum to less than top_p."""
+    if filter.top_p == 1 and filter.top_k == 0:
+        return probs.masked_fill(probs < filter.min_p * probs.amax(-1, keepdim=True), 0.0) if filter.min_p else probs
     ordered, index = probs.sort(dim=-1, descending=True, stable=True)
-    drop = ordered < cut.min_p * ordered[:, :1]
-    if cut.top_p < 1:  # rounded sums of all come to 1 too early
-        drop |= ordered.cumsum(-1) - ordered >= cut.top_p
-    if cut.top_k:
-        drop[:, cut.top_k :] = True
+    drop = ordered < filter.min_p * ordered[:, :1]
+    if filter.top_p < 1:  # at 1, rounded sums would reach it too early
+        drop |= ordered.cumsum(-1) - ordered >= filter.top_p
+    if filter.top_k:
+        drop[:, filter.top_k :] = True
     return probs.scatter(1, index, ordered.masked_fill(drop, 0.0))
 
 
-def first_above(shares: Tensor, uniform: Tensor) -> Tensor:
-    """The first of each row [n, V] whose sum with those before it exceeds uniform [n] times the row's sum."""
-    cumulative = shares.cumsum(-1)
-    wanted = (uniform.to(cumulative.device) * cumulative[:, -1]).unsqueeze(1)
-    return torch.searchsorted(cumulative, wanted, right=True).squeeze(1).clamp_(max=shares.shape[1] - 1)
+def first_above(probs: Tensor, uniform: Tensor) -> Tensor:
+    """The first index of each row [n, V] at which the cumulative sum exceeds uniform [n] times the row's sum."""
+    cumulative = probs.cumsum(-1)
+    threshold = (uniform.to(cumulative.device) * cumulative[:, -1]).unsqueeze(1)
+    return torch.searchsorted(cumulative, threshold, right=True).squeeze(1).clamp_(max=probs.shape[1] - 1)

@@ -1,4 +1,6 @@
-"""What a cache tells attention: new tokens lie end to end, and each stretch of them has a past of its own."""
+"""The KV cache as attention sees it: new tokens [1, N] are concatenated, and each view holds the keys and values of a
+slice of them.
+"""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -8,9 +10,9 @@ from torch import Tensor
 
 @dataclass
 class DecodeView:
-    """New tokens that are one of each sequence: their past lies in blocks, in either store [blocks, places, …].
+    """Decode: one new token of each of n sequences, with paged stores a and b [blocks, slots, …].
 
-    Row i's past is its first `lengths[i]` places (int32), the new token's included; its blocks are tables[i] (int32).
+    Row i attends to the first lengths[i] tokens (int32 [n]), its own included, in the blocks tables[i] (int32 [n, ·]).
     """
 
     tokens: slice
@@ -22,7 +24,7 @@ class DecodeView:
 
 @dataclass
 class PrefillView:
-    """New tokens of one sequence, the last of those whose past is a [1, S, …] and b [1, S, …]."""
+    """Prefill: new tokens of one sequence, the last of the S tokens of a [1, S, …] and b [1, S, …]."""
 
     tokens: slice
     a: Tensor
@@ -33,7 +35,7 @@ CacheView = DecodeView | PrefillView
 
 
 class KVCache(Protocol):
-    """Keeps what a layer hands it of new tokens [1, N] and gives back the pasts of all of them, in order.
+    """Stores a layer's a and b of new tokens [1, N] and returns views that cover all of these tokens, in order.
 
     For latent attention a are latents [1, N, C] and b rotated keys [1, N, R], else keys and values [1, N, G, W].
     """

@@ -1,7 +1,7 @@
-"""What a model says of its use, beside the network and its weights: what ends an answer, and how to sample one.
+"""A release's generation settings: end tokens and sampling parameters.
 
-Read in one place, from a directory's config.json and generation_config.json or from a GGUF file's header, and kept by
-the network itself, so that engine, server, training and export go by the same (docs/settings.md says what wins).
+Read once, from a directory's config.json and generation_config.json or a GGUF file's header, and kept by the model, so
+that engine, server, training and export agree (precedence: docs/settings.md).
 """
 
 import os
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from rorqual.model.config import ModelConfig
 
 GENERATION = "generation_config.json"
-LARGEST = 1 << 31  # what a token id is below
-SUPPRESSED = -1e9  # a logit's bias with which its token never comes
+TOKEN_ID_LIMIT = 1 << 31  # exclusive
+SUPPRESS_BIAS = -1e9  # logit bias of suppress_tokens
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -35,8 +35,8 @@ def _tokens(value: Any) -> bool:
     return isinstance(value, list) and all(_whole(t) and t >= 0 for t in value)
 
 
-# generation_config.json's keys that we go by: the engine's name, what a value must be, and that in words.
-HONOURED: dict[str, tuple[str, Callable[[Any], bool], str]] = {
+# Supported keys of generation_config.json → the name in SamplingParams, a check of the value, its description.
+SUPPORTED: dict[str, tuple[str, Callable[[Any], bool], str]] = {
     "temperature": ("temperature", lambda v: _real(v) and v >= 0, "a number ≥ 0"),
     "top_p": ("top_p", lambda v: _real(v) and 0 < v <= 1, "a number above 0 and at most 1"),
     "top_k": ("top_k", lambda v: _whole(v) and v >= -1, "a whole number (0: all)"),
@@ -49,12 +49,12 @@ HONOURED: dict[str, tuple[str, Callable[[Any], bool], str]] = {
     "stop_strings": (
         "stop",
         lambda v: (isinstance(v, str) and v) or (isinstance(v, list) and all(isinstance(s, str) and s for s in v)),
-        "a text, or a list of texts",
+        "a string, or a list of strings",
     ),
     "suppress_tokens": ("logit_bias", _tokens, "a list of token ids"),
 }
-# Those that would change answers and that we cannot do → values with which they change nothing, beside null.
-UNHONOURED: dict[str, tuple[Any, ...]] = {
+# Unsupported keys that would change answers → values with which they change nothing, besides null.
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "num_beams": (1,),
     "num_beam_groups": (1,),
     "num_return_sequences": (1,),
@@ -91,9 +91,9 @@ UNHONOURED: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class ReleaseSettings:
-    """`end_tokens`: each ends an answer. `sampling`: the engine's names (SamplingParams) and what the release says.
-    `unhonoured`: sentences on what it says of sampling that we cannot do. `generation`: its generation_config.json, or
-    what a GGUF file's header makes of one, kept by what is made from the model.
+    """`end_tokens`: each ends an answer. `sampling`: SamplingParams fields that the release sets. `unhonoured`: error
+    messages for unsupported sampling settings. `generation`: its generation_config.json, or what corresponds to it in a
+    GGUF file's header, for models made from this one.
     """
 
     end_tokens: tuple[int, ...] = ()
@@ -105,38 +105,38 @@ class ReleaseSettings:
     def of(
         cls, config: "ModelConfig", generation: Mapping[str, Any] | None = None, source: str = ""
     ) -> "ReleaseSettings":
-        """What config.json and generation_config.json (`source`) say together. Raises UserError for wrong values."""
-        said = {name: value for name, value in (generation or {}).items() if value is not None}
-        for name in ("bos_token_id", "pad_token_id"):  # some lie beyond the network's vocabulary, and are not made
-            _ids(said.get(name), name, source, LARGEST)
-        for name, (_, fits, words) in HONOURED.items():
-            if name in said and not fits(said[name]):
-                raise UserError(f"{source}: {name} = {said[name]!r:.80} must be {words}, or null")
-        if not isinstance(said.get("do_sample", True), bool):
-            raise UserError(f"{source}: do_sample = {said['do_sample']!r:.80} must be true or false, or null")
-        ends = _ids(said.get("eos_token_id"), "eos_token_id", source, config.vocab_size)
+        """Settings from config.json and generation_config.json (`source`). Raises UserError for invalid values."""
+        given = {name: value for name, value in (generation or {}).items() if value is not None}
+        for name in ("bos_token_id", "pad_token_id"):  # some are beyond the vocabulary, and never generated
+            _ids(given.get(name), name, source, TOKEN_ID_LIMIT)
+        for name, (_, fits, words) in SUPPORTED.items():
+            if name in given and not fits(given[name]):
+                raise UserError(f"{source}: {name} = {given[name]!r:.80} must be {words}, or null")
+        if not isinstance(given.get("do_sample", True), bool):
+            raise UserError(f"{source}: do_sample = {given['do_sample']!r:.80} must be true or false, or null")
+        ends = _ids(given.get("eos_token_id"), "eos_token_id", source, config.vocab_size)
         own = [t for t in config.eos_token_ids if t < config.vocab_size]
         return cls(
             end_tokens=tuple(dict.fromkeys([*ends, *own])),
-            sampling=_sampling(said, config.vocab_size, source),
-            unhonoured=tuple(_unhonoured(said, source)),
+            sampling=_sampling(given, config.vocab_size, source),
+            unhonoured=tuple(_unsupported(given, source)),
             generation=dict(generation or {}),
         )
 
     @classmethod
-    def beside(cls, directory: Path, config: "ModelConfig") -> "ReleaseSettings":
-        """The same where config.json has been read already."""
+    def from_directory(cls, directory: Path, config: "ModelConfig") -> "ReleaseSettings":
+        """Settings of a directory whose config.json has been read."""
         file = directory / GENERATION
         return cls.of(config, read_json(file) if os.path.lexists(file) else None, str(file))
 
     def ends_with(self, tokenizer: Any, config: "ModelConfig") -> tuple[int, ...]:
-        """All end tokens: the tokenizer's too, where there is one and the network can make it."""
+        """All end tokens, with the tokenizer's if it is within the vocabulary."""
         own = getattr(tokenizer, "eos_token_id", None)
         more = [own] if own is not None and own < config.vocab_size else []
         return tuple(dict.fromkeys([*self.end_tokens, *more]))
 
     def generation_config(self, config: "ModelConfig", tokenizer: Any = None) -> dict[str, Any]:
-        """The generation_config.json of what is made from the model: all that it said, and every end token."""
+        """The generation_config.json of a model made from this one: all of its own, and every end token."""
         found = {name: value for name in TOKENS if (value := getattr(config, name)) is not None}
         found |= {name: value for name, value in self.generation.items() if value is not None}
         if ends := self.ends_with(tokenizer, config):
@@ -145,7 +145,7 @@ class ReleaseSettings:
 
 
 def _ids(value: Any, name: str, source: str, vocabulary: int) -> list[int]:
-    """One token id or a list of them; -1, as some write, is none."""
+    """One token id or a list of them; -1 means none."""
     ids = [t for t in (value if isinstance(value, list) else [value]) if t is not None and t != -1]
     for token in ids:
         if not _whole(token) or not 0 <= token < vocabulary:
@@ -154,10 +154,10 @@ def _ids(value: Any, name: str, source: str, vocabulary: int) -> list[int]:
     return ids
 
 
-def _sampling(said: Mapping[str, Any], vocabulary: int, source: str) -> dict[str, Any]:
-    found = {ours: said[name] for name, (ours, _, _) in HONOURED.items() if name in said}
-    if said.get("do_sample") is False:
-        found["temperature"] = 0.0  # the most probable token, whatever else is said
+def _sampling(given: Mapping[str, Any], vocabulary: int, source: str) -> dict[str, Any]:
+    found = {ours: given[name] for name, (ours, _, _) in SUPPORTED.items() if name in given}
+    if given.get("do_sample") is False:
+        found["temperature"] = 0.0  # greedy, whatever the temperature
     if "top_k" in found:
         found["top_k"] = max(0, found["top_k"])
     if "max_tokens" in found:
@@ -166,14 +166,13 @@ def _sampling(said: Mapping[str, Any], vocabulary: int, source: str) -> dict[str
         found["stop"] = tuple([found["stop"]] if isinstance(found["stop"], str) else found["stop"])
     if "logit_bias" in found:
         _ids(found["logit_bias"], "suppress_tokens", source, vocabulary)
-        found["logit_bias"] = tuple((token, SUPPRESSED) for token in found["logit_bias"])
+        found["logit_bias"] = tuple((token, SUPPRESS_BIAS) for token in found["logit_bias"])
     return found
 
 
-def _unhonoured(said: Mapping[str, Any], source: str) -> Iterable[str]:
-    for name, neutral in UNHONOURED.items():
-        if name in said and not any(said[name] == value for value in neutral):
+def _unsupported(given: Mapping[str, Any], source: str) -> Iterable[str]:
+    for name, neutral in UNSUPPORTED.items():
+        if name in given and not any(given[name] == value for value in neutral):
             yield (
-                f"{source}: {name} = {said[name]!r:.80} is not done here, and answers would not be what it asks for; "
-                "remove it from the file to sample without"
+                f"{source}: {name} = {given[name]!r:.80} is not supported; remove it from the file to sample without it"
             )

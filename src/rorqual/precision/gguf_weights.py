@@ -1,4 +1,4 @@
-"""GGUF files straight into packed weights, some rows at a time: no more memory than the weights and a few megabytes.
+"""Load GGUF files as quantised weights, a few rows at a time: memory for the weights and a few megabytes.
 
 E experts, n rows, K in, G groups of 32 inputs.
 """
@@ -30,7 +30,7 @@ from rorqual.process_tuning import release_memory
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-# Formats whose blocks of 32 we hold as they are (Q4_K: but for rounded scales). What is not here becomes int8_groups.
+# GGUF types kept without loss (Q4_K: with rounded scales). Others become int8_groups.
 FORMATS: dict[GGMLQuantizationType, Format] = {
     GGMLQuantizationType.Q4_0: "int4",
     GGMLQuantizationType.Q4_1: "int4_mins",
@@ -41,22 +41,22 @@ BLOCK_BYTES = {GGMLQuantizationType.Q4_0: 18, GGMLQuantizationType.Q4_1: 20, GGM
 
 
 def load_gguf(path: str | Path, dtype: torch.dtype | None = None) -> tuple[Transformer, "PreTrainedTokenizerFast"]:
-    """A llama, qwen2 or deepseek2 network with the weights as the file has them; `dtype` is that of all else, by
-    default what the processor computes fastest.
+    """Load a llama, qwen2 or deepseek2 model with quantised weights as in the file; `dtype`: of all others, by default
+    the fastest.
 
-    Q4_0, Q4_1 and Q8_0 stay what they are, Q4_K too but for scales rounded to FP16; other types become 8 bits with a
-    scale for 32. Not packed are norms, biases, latent attention's up-projections and, in FP32, routers. Raises
-    UserError for a file that is damaged or holds something else.
+    Q4_0, Q4_1 and Q8_0 are kept exactly, Q4_K with scales rounded to FP16; other types become int8 with a scale for 32.
+    Not quantised are norms, biases, latent attention's up-projections and, in FP32, routers. Raises UserError for a
+    damaged or unsupported file.
     """
     dtype = dtype or fastest_dtype()
     with reading(path):
         fields, stored = open_gguf(path)
-        model, places = outline(fields, stored)
+        model, sources = outline(fields, stored)
         tokenizer = tokenizer_of(fields, model.config)
         fields.clear()
-        for place, names in places.items():
-            release_memory()  # what unpacking the one before took
-            module_name, _, own = place.rpartition(".")
+        for target, names in sources.items():
+            release_memory()  # of the previous tensor
+            module_name, _, own = target.rpartition(".")
             module, head = model.get_submodule(module_name), reordered_head(names[0], model.config)
             if isinstance(module, nn.Embedding) or (packable(module) and own != "bias"):
                 packed = pack_stored([stored[name] for name in names], head)
@@ -76,24 +76,24 @@ def load_gguf(path: str | Path, dtype: torch.dtype | None = None) -> tuple[Trans
 
 
 def pack_stored(tensors: list[GGUFTensor], head: int | None = None) -> QuantizedWeight:
-    """Tensors [n, K] or [E, n, K], their outputs one after the other. head: the width of heads to be reordered."""
+    """Pack tensors [n, K] or [E, n, K], outputs concatenated. head: width of heads whose rows are to be reordered."""
     formats = {FORMATS.get(t.kind, "int8_groups") for t in tensors}
     format = formats.pop() if len(formats) == 1 else "int8_groups"
     *experts, _, K = tensors[0].shape
     E, N = math.prod(experts), sum(t.shape[-2] for t in tensors)
     step = slice_rows(K, math.lcm(PANEL, head or 1))
 
-    def pieces() -> Iterator[QuantizedWeight]:
+    def chunks() -> Iterator[QuantizedWeight]:
         for e, first in itertools.product(range(E), range(0, N, step)):
             slices = [_numbers(t, a, b, format, head) for t, a, b in _rows(tensors, e, first, min(first + step, N))]
             q, scales, minima = (None if some[0] is None else torch.cat(some) for some in zip(*slices, strict=True))
             yield pack(format, q[None], scales[None], None if minima is None else minima[None])
 
-    return gather(pieces(), E, N)
+    return gather(chunks(), E, N)
 
 
 def _rows(tensors: list[GGUFTensor], e: int, first: int, last: int) -> Iterator[tuple[GGUFTensor, int, int]]:
-    """Where rows [first, last) of an expert lie, whose tensors follow one another."""
+    """The tensors and row ranges that make rows [first, last) of an expert's concatenated tensors."""
     for tensor in tensors:
         n = tensor.shape[-2]
         if max(first, 0) < min(last, n):
@@ -104,7 +104,7 @@ def _rows(tensors: list[GGUFTensor], e: int, first: int, last: int) -> Iterator[
 def _numbers(
     tensor: GGUFTensor, first: int, last: int, format: Format, head: int | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Rows of a tensor as `format` has them: q uint8 [n, K], scales [n, G], minima [n, G] where there are some."""
+    """Rows of a tensor in `format`: q uint8 [n, K], scales [n, G], minima [n, G] or None. Raises UserError."""
     data = tensor.blocks(first, last)
     values = tensor.expand(data)
     scales, minima = _grid(data, tensor.kind, values, format)
@@ -113,25 +113,25 @@ def _numbers(
         minima = None if minima is None else unpermute(minima, head)
     K = values.shape[1]
     if not scales.half().isfinite().all():
-        raise UserError(f"tensor {tensor.name} holds numbers beyond what scales of 16 bits reach; fetch the file again")
+        raise UserError(f"tensor {tensor.name} holds numbers that overflow FP16 scales; fetch the file again")
     wide = scales.half().float().repeat_interleave(GROUP, 1)[:, :K]
-    least = 0.0 if minima is None else minima.half().float().repeat_interleave(GROUP, 1)[:, :K]
-    middle, highest = {"int4": (8, 15), "int4_mins": (0, 15), "int8_groups": (128, 255)}[format]
-    q = (torch.where(wide != 0, (values - least) / wide, 0.0) + middle).round().clamp(0, highest)
+    minimum = 0.0 if minima is None else minima.half().float().repeat_interleave(GROUP, 1)[:, :K]
+    zero_point, highest = {"int4": (8, 15), "int4_mins": (0, 15), "int8_groups": (128, 255)}[format]
+    q = (torch.where(wide != 0, (values - minimum) / wide, 0.0) + zero_point).round().clamp(0, highest)
     return q.byte(), scales, minima
 
 
 def _grid(data: np.ndarray, kind: GGMLQuantizationType, values: Tensor, format: Format) -> tuple[Tensor, Tensor | None]:
-    """On what numbers the values [n, K] lie: scales [n, G], minima [n, G] where there are some."""
+    """The quantisation grid of values [n, K]: scales [n, G], minima [n, G] or None."""
     if FORMATS.get(kind) != format:
         groups = F.pad(values, (0, -values.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
         return groups.abs().amax(-1) / 127, None
     if kind == GGMLQuantizationType.Q4_K:
         blocks = data.reshape(-1, Q4_K.type_size)
-        d, least = np.ascontiguousarray(blocks[:, :4]).view(np.float16).astype(np.float32).T[..., None]
+        d, minimum = np.ascontiguousarray(blocks[:, :4]).view(np.float16).astype(np.float32).T[..., None]
         sixths, minima = Q4_K.get_scale_min(blocks[:, 4:16])
         shape = len(data), -1
-        return torch.from_numpy((d * sixths).reshape(shape)), torch.from_numpy(-(least * minima).reshape(shape))
+        return torch.from_numpy((d * sixths).reshape(shape)), torch.from_numpy(-(minimum * minima).reshape(shape))
     blocks = data.reshape(len(data), -1, BLOCK_BYTES[kind])
     halves = np.ascontiguousarray(blocks[:, :, :4]).view(np.float16).astype(np.float32)
     return torch.from_numpy(halves[..., 0]), torch.from_numpy(halves[..., 1]) if format == "int4_mins" else None

@@ -1,7 +1,7 @@
-"""`rorqual quantize`: packed weights in a Hugging Face directory, in the layout of compressed-tensors.
+"""`rorqual quantize`: a Hugging Face directory with quantised weights in compressed-tensors format.
 
-That layout (`pack-quantized`: four or eight numbers to an int32, a scale for an output or for 32 inputs) is what
-transformers and vLLM read too. Embedding and head stay as they are there; we pack them when we load.
+The format (`pack-quantized`: four or eight numbers to an int32, a scale for each output or for 32 inputs) is read by
+transformers and vLLM too. Embedding and head are stored unquantised, and quantised on loading.
 """
 
 import shutil
@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from rorqual.checkpoint.huggingface import (
     copy_companions,
-    described,
     load_model,
     meta_model,
-    put_in_place,
+    move_into_place,
+    read_directory,
     release_tensors,
     stored_dtype,
     write_json,
@@ -38,11 +38,11 @@ METHOD = "compressed-tensors"
 
 
 def quantize_checkpoint(source: Path, dest: Path, bits: Bits) -> None:
-    """Write `source` with its linears in `bits` to `dest`. Raises UserError."""
+    """Write `source` with its linears quantised to `dest`. Raises UserError."""
     source = model_directory(source)
     check_destination(dest, source)
-    if packed_already(source):
-        raise UserError(f"{source} is packed already; give the directory that it was made from")
+    if is_quantized(source):
+        raise UserError(f"{source} is quantised already; give the directory that it was made from")
     model = load_model(source, stored_dtype(source))
     smooth(model)
     raw = read_json(source / "config.json")
@@ -64,22 +64,22 @@ def quantize_checkpoint(source: Path, dest: Path, bits: Bits) -> None:
         write_json(temporary / "config.json", raw | {"quantization_config": _description(bits)})
         copy_companions(source, temporary)
         write_weights(tensors, temporary, 5_000_000_000)
-        put_in_place(temporary, dest)
+        move_into_place(temporary, dest)
     except OSError as e:
-        raise file_error(dest, e, then="or choose another place") from e
+        raise file_error(dest, e, then="or choose another directory") from e
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _store(tensors: dict[str, Tensor], name: str, bits: Bits) -> None:
-    """Put a linear's packed tensors in the place of its weight."""
+    """Replace a linear's weight by its packed tensors."""
     weight = tensors.pop(f"{name}.weight")
     packed = ROUNDINGS[bits](weight.unsqueeze(0))
     q, scales = unpack_numbers(packed)
-    numbers = nn.functional.pad(q, (0, -q.shape[1] % (32 // packed.bits)), value=packed.middle)
+    q_padded = nn.functional.pad(q, (0, -q.shape[1] % (32 // packed.bits)), value=packed.zero_point)
     if packed.bits == 4:
-        numbers = numbers[:, ::2] | numbers[:, 1::2] << 4
-    tensors[f"{name}.weight_packed"] = numbers.contiguous().view(torch.int32)
+        q_padded = q_padded[:, ::2] | q_padded[:, 1::2] << 4
+    tensors[f"{name}.weight_packed"] = q_padded.contiguous().view(torch.int32)
     tensors[f"{name}.weight_scale"] = scales.half() if bits == "int4" else scales
     tensors[f"{name}.weight_shape"] = torch.tensor(weight.shape)
 
@@ -96,18 +96,18 @@ def _description(bits: Bits) -> dict[str, Any]:
     }
 
 
-def packed_already(path: Path) -> bool:
-    """Whether a directory's config.json describes weights in this layout."""
+def is_quantized(path: Path) -> bool:
+    """Whether a directory's config.json describes this format."""
     try:
         return read_json(path / "config.json")["quantization_config"]["quant_method"] == METHOD
-    except (UserError, KeyError, TypeError):  # whoever loads it will say what is wrong
+    except (UserError, KeyError, TypeError):  # reported on loading
         return False
 
 
 def load_packed(path: Path, dtype: torch.dtype | None = None) -> Transformer:
-    """Read what `quantize` has written; `dtype` (default: what the processor computes fastest) is that of all else.
+    """Read a directory of `quantize_checkpoint`; `dtype`: of what is not quantised, by default the fastest.
 
-    Raises UserError for other settings of the layout than ours, and for tensors that are missing or misshapen.
+    Raises UserError for other settings of the format, and for tensors that are missing or of wrong shape.
     """
     layout = read_json(path / "config.json")["quantization_config"]
     bits = next((b for b in ROUNDINGS if layout.get("config_groups") == _description(b)["config_groups"]), None)
@@ -116,8 +116,8 @@ def load_packed(path: Path, dtype: torch.dtype | None = None) -> Transformer:
             f"{path / 'config.json'}: quantization_config is not what `rorqual quantize` writes (4 bits with a scale "
             "for 32 or 8 bits with one for an output); quantise the original release"
         )
-    config, released, stored = described(path)
-    # Looked for before a network of so many layers is built, which a damaged number could make endless.
+    config, released, stored = read_directory(path)
+    # Checked before the model is built, since a damaged number of layers could make that endless.
     last = f"model.layers.{config.num_hidden_layers + config.num_nextn_predict_layers - 1}.input_layernorm.weight"
     if last not in stored:
         raise UserError(f"{path}: tensor {last} is missing; the files are incomplete or config.json is another's")
@@ -126,7 +126,7 @@ def load_packed(path: Path, dtype: torch.dtype | None = None) -> Transformer:
     model.released = released
     dtype = dtype or fastest_dtype()
     for name, module in list(model.named_modules()):
-        release_memory()  # what unpacking the one before took
+        release_memory()  # of the previous module
         if isinstance(module, Experts):
             _load_experts(module, name, reader, dtype)
         elif isinstance(module, nn.Embedding):
@@ -163,14 +163,14 @@ def _load_experts(module: Experts, name: str, reader: "_Reader", dtype: torch.dt
 
 
 def pack_numbers(parts: list[tuple[Tensor, Tensor]], bits: Bits, dtype: torch.dtype) -> QuantizedWeight:
-    """Numbers [N, K] and scales [N, ·] of every expert."""
+    """Pack q [N, K] and scales [N, ·] of every expert."""
     packed = pack(bits, torch.stack([q for q, _ in parts]), torch.stack([s for _, s in parts]))
     packed.dtype = dtype
     return packed
 
 
 class _Reader:
-    """Tensors of a directory, checked."""
+    """Reads the tensors of a directory, with checks of presence and shape."""
 
     def __init__(self, path: Path, stored: dict[str, TensorEntry], bits: Bits) -> None:
         self.path, self.stored, self.bits = path, stored, bits
@@ -190,14 +190,14 @@ class _Reader:
         return self.find(name, like).rows()
 
     def rounded(self, name: str, like: Tensor, dtype: torch.dtype) -> QuantizedWeight:
-        """What is stored with all its bits, packed."""
+        """A tensor stored unquantised, quantised."""
         found = self.find(name, like)
         packed = round_in_slices(lambda _, first, last: found.rows(first, last).to(dtype), (1, *found.shape), self.bits)
         packed.dtype = dtype
         return packed
 
     def packed(self, name: str, like: Tensor) -> tuple[Tensor, Tensor]:
-        """A linear's numbers uint8 [N, K] and scales [N, ·]."""
+        """A linear's q uint8 [N, K] and scales [N, ·]."""
         N, K = like.shape
         per_word = 8 if self.bits == "int4" else 4
         words = torch.empty(N, -(-K // per_word), device="meta")

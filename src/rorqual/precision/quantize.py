@@ -1,4 +1,4 @@
-"""Weights of 4 or 8 bits for inference on a CPU: how they are rounded, and a network that has them.
+"""Int4 and int8 weights for inference on a CPU: rounding, and conversion of a model.
 
 N out, K in, G groups of 32 inputs.
 """
@@ -24,12 +24,12 @@ from rorqual.precision.smoothquant import smooth, smoothing
 from rorqual.process_tuning import release_memory
 
 Bits = Literal["int4", "int8"]
-TRIALS = 16  # scales tried for a group of 4-bit weights
-SLICE = 1 << 16  # weights rounded at a time
+SCALE_CANDIDATES = 16  # for a group of int4 weights
+SLICE_WEIGHTS = 1 << 16  # rounded at a time
 
 
 def round_int8(weight: Tensor) -> QuantizedWeight:
-    """weight [E, N, K] → 8 bits with a scale for each output (Dettmers et al. 2022, row-wise)."""
+    """weight [E, N, K] → int8 with a scale for each output (Dettmers et al. 2022, row-wise)."""
     weight = weight.float()
     scales = weight.abs().amax(-1, keepdim=True) / 127
     q = torch.where(scales > 0, weight / scales, 0.0).round() + 128
@@ -37,13 +37,14 @@ def round_int8(weight: Tensor) -> QuantizedWeight:
 
 
 def round_int4(weight: Tensor) -> QuantizedWeight:
-    """weight [E, N, K] → 4 bits with a scale for 32 inputs, the one of several that errs least in squares."""
+    """weight [E, N, K] → int4 with a scale for 32 inputs, the candidate of least squared error."""
     E, N, K = weight.shape
     groups = F.pad(weight.float(), (0, -K % GROUP)).view(E, N, -1, GROUP)
-    most = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))  # with its sign: there are 8 numbers on one side
-    best_scale, best_error = torch.zeros_like(most), torch.full_like(most, float("inf"))
-    for divisor in torch.linspace(7.0, 9.5, TRIALS).tolist():  # at 8 the largest weight is met; above, it is cut off
-        scale = (most / -divisor).half().float()
+    extreme = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))  # with its sign: q − 8 goes from −8 to 7
+    best_scale, best_error = torch.zeros_like(extreme), torch.full_like(extreme, float("inf"))
+    # At a divisor of 8 the largest weight is exact; above, it is clipped.
+    for divisor in torch.linspace(7.0, 9.5, SCALE_CANDIDATES).tolist():
+        scale = (extreme / -divisor).half().float()
         q = _nearest(groups, scale)
         error = ((q - 8) * scale - groups).square().sum(-1, keepdim=True)
         better = error < best_error
@@ -60,7 +61,7 @@ ROUNDINGS: dict[Bits, Callable[[Tensor], QuantizedWeight]] = {"int4": round_int4
 
 
 class QuantizedEmbedding(nn.Module):
-    """Rows of packed weights, unpacked as they are looked up."""
+    """An embedding with quantised weights; rows are dequantised on lookup."""
 
     def __init__(self, weight: QuantizedWeight) -> None:
         super().__init__()
@@ -73,26 +74,26 @@ class QuantizedEmbedding(nn.Module):
 
 @torch.no_grad()
 def convert(model: Transformer, bits: Bits) -> Transformer:
-    """Pack the weights of a model in place: linears, experts, embedding and head.
+    """Quantise the weights of a model in place: linears, experts, embedding and head.
 
-    What stays as it is: norms, routers, and latent attention's up-projections, which decoding multiplies with from
-    both sides (V2 §2.1.2). Raises UserError for a model that is packed already or not on a CPU.
+    Not quantised: norms, routers, and latent attention's up-projections, which decode absorbs into query and output (V2
+    §2.1.2). Raises UserError for a model that is quantised already or not on a CPU.
     """
     if isinstance(model.head_weight, QuantizedWeight):
-        raise UserError("the model's weights are packed already")
+        raise UserError("the model's weights are quantised already")
     if model.head_weight.device.type != "cpu":
-        raise UserError("packed weights are for a CPU; load the model there")
+        raise UserError("quantised weights are for a CPU; load the model there")
     smooth(model)
     for module in list(model.modules()):
         if packable(module):
             pack_module(module, bits)
-    model.model.embed_tokens = QuantizedEmbedding(_packed(model.model.embed_tokens.weight, bits))
+    model.model.embed_tokens = QuantizedEmbedding(_quantize(model.model.embed_tokens.weight, bits))
     return model
 
 
 @torch.no_grad()
 def load_converted(path: Path, bits: Bits, dtype: torch.dtype) -> Transformer:
-    """What `convert` makes of a directory's network in `dtype`, a few rows at a time.
+    """Load a directory in `dtype` and quantise it as `convert` does, a few rows at a time.
 
     Raises UserError as load_model does.
     """
@@ -105,7 +106,7 @@ def load_converted(path: Path, bits: Bits, dtype: torch.dtype) -> Transformer:
 
     def layers() -> Iterator[Layer]:
         for i in range(model.config.num_hidden_layers):
-            release_memory()  # what the one before took
+            release_memory()  # of the previous layer
             yield release.layer(i)
 
     factors = smoothing(model.config, embed, layers())
@@ -115,16 +116,16 @@ def load_converted(path: Path, bits: Bits, dtype: torch.dtype) -> Transformer:
         return numbers * factors[name].to(dtype) if name in factors else numbers
 
     def rounded(parameter: str, names: list[list[str]]) -> QuantizedWeight:
-        """Weights [E, N, K], an expert's outputs from several tensors one after the other."""
+        """Weights [E, N, K]; an expert's outputs are concatenated from several tensors."""
 
         def rows(e: int, first: int, last: int) -> Tensor:
-            pieces = []
+            parts = []
             for name in names[e]:
                 n = release.stored[name].shape[0]
                 if first < n and last > 0:
-                    pieces.append(smoothed(parameter, release.rows(name, max(0, first), min(n, last))))
+                    parts.append(smoothed(parameter, release.rows(name, max(0, first), min(n, last))))
                 first, last = first - n, last - n
-            return torch.cat(pieces)
+            return torch.cat(parts)
 
         shapes = [release.stored[name].shape for name in names[0]]
         packed = round_in_slices(rows, (len(names), sum(n for n, _ in shapes), shapes[0][1]), bits)
@@ -132,7 +133,7 @@ def load_converted(path: Path, bits: Bits, dtype: torch.dtype) -> Transformer:
         return packed
 
     for name, module in list(model.named_modules()):
-        release_memory()  # what rounding the one before took
+        release_memory()  # of the previous module
         if isinstance(module, Experts):
             for own, parts in (("gate_up_proj", ("gate_proj", "up_proj")), ("down_proj", ("down_proj",))):
                 names = [[f"{name}.{e}.{part}.weight" for part in parts] for e in range(len(getattr(module, own)))]
@@ -152,18 +153,19 @@ def load_converted(path: Path, bits: Bits, dtype: torch.dtype) -> Transformer:
 
 
 def packable(module: nn.Module) -> bool:
+    """Whether a module's weights are quantised."""
     return isinstance(module, Experts) or (isinstance(module, Linear) and not isinstance(module, UpProjection))
 
 
 def pack_module(module: nn.Module, bits: Bits) -> None:
-    """Put packed weights in the place of a linear's or of experts' parameters."""
+    """Replace the parameters of a linear or of experts by quantised weights."""
     for name in ("gate_up_proj", "down_proj") if isinstance(module, Experts) else ("weight",):
-        packed = _packed(getattr(module, name), bits)
+        packed = _quantize(getattr(module, name), bits)
         delattr(module, name)
         setattr(module, name, packed)
 
 
-def _packed(weight: Tensor, bits: Bits) -> QuantizedWeight:
+def _quantize(weight: Tensor, bits: Bits) -> QuantizedWeight:
     weight = weight.detach().view(-1, *weight.shape[-2:])
     packed = round_in_slices(lambda e, first, last: weight[e, first:last], tuple(weight.shape), bits)
     packed.dtype = weight.dtype
@@ -173,9 +175,9 @@ def _packed(weight: Tensor, bits: Bits) -> QuantizedWeight:
 def round_in_slices(
     rows: Callable[[int, int, int], Tensor], shape: tuple[int, int, int], bits: Bits
 ) -> QuantizedWeight:
-    """Weights [E, N, K], of which `rows` gives an expert's from one row to another: what is tried out on the way takes
-    several times what it is tried on."""
+    """Quantise weights [E, N, K]; `rows(e, first, last)` gives rows of an expert. In slices, since rounding needs
+    several times the memory of its input."""
     E, N, K = shape
-    step = max(1, SLICE // K // PANEL) * PANEL
+    step = max(1, SLICE_WEIGHTS // K // PANEL) * PANEL
     places = itertools.product(range(E), range(0, N, step))
     return gather((ROUNDINGS[bits](rows(e, at, min(at + step, N)).unsqueeze(0)) for e, at in places), E, N)

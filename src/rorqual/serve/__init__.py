@@ -1,4 +1,4 @@
-"""A model behind the API that tools already speak, and a page to talk to it."""
+"""An OpenAI-compatible server, with a chat page."""
 
 from rorqual.extras import require
 

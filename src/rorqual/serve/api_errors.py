@@ -21,15 +21,15 @@ KINDS = {
 
 
 class ApiError(Exception):
-    """What a client did, or what became of its request, in a status and a sentence."""
+    """An HTTP status and an error message of one sentence."""
 
     def __init__(
         self, status: int, message: str, param: str | None = None, code: str | None = None, **headers: str
     ) -> None:
         super().__init__(message)
         self.status, self.code = status, code
-        # A client's own words may hold half characters, which no answer could be sent with.
-        self.message, self.param = _sendable(message), None if param is None else _sendable(param)
+        # A client's text may hold lone surrogates, which cannot be encoded.
+        self.message, self.param = _escaped(message), None if param is None else _escaped(param)
         self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
 
     def body(self) -> dict[str, Any]:
@@ -46,15 +46,15 @@ async def on_api_error(_: Request, error: Exception) -> JSONResponse:
 
 
 async def on_http(_: Request, error: Exception) -> JSONResponse:
-    """Starlette's own: no such path, no such method."""
+    """Starlette's own errors: unknown path or method."""
     status = getattr(error, "status_code", 500)
     return ApiError(status, str(getattr(error, "detail", error)), **(getattr(error, "headers", None) or {})).response()
 
 
 async def on_bug(_: Request, error: Exception) -> JSONResponse:
-    """What nobody foresaw; the log has the rest."""
+    """Unexpected exceptions; the log has the traceback."""
     return ApiError(500, f"the server failed ({type(error).__name__}); its log says how").response()
 
 
-def _sendable(text: str) -> str:
+def _escaped(text: str) -> str:
     return text.encode(errors="backslashreplace").decode()

@@ -1,4 +1,4 @@
-"""Work that takes a while, beside the event loop. What is long has a thread that what is short never waits for."""
+"""Run slow work outside the event loop, with one thread for each kind, so that short work never waits for long work."""
 
 import asyncio
 from collections.abc import Callable
@@ -11,7 +11,7 @@ _THREADS = {kind: ThreadPoolExecutor(1, kind) for kind in ("short", "long", "gra
 
 
 async def run_in_background(work: Callable[[], Any], kind: Kind) -> Any:
-    """One thing of a kind at a time, in the order in which they came; what nobody waits for any more is not begun."""
+    """Run `work` in its kind's thread, first come first served; work whose awaiter was cancelled is not started."""
     return await asyncio.get_running_loop().run_in_executor(_THREADS[kind], work)
 
 

@@ -1,4 +1,4 @@
-"""The chat page at `/`, of gradio's parts: it keeps conversations in the browser and talks to the same worker."""
+"""The chat page at `/`, in gradio: conversations are stored in the browser, replies come from the same engine."""
 
 import hmac
 import json
@@ -9,13 +9,23 @@ from fastapi import FastAPI
 
 from rorqual.extras import require
 from rorqual.serve.api_errors import ApiError
-from rorqual.serve.chat_state import Message, Stopped, Talk, answer, fold, kept, said, titles, until_question
+from rorqual.serve.chat_state import (
+    Conversation,
+    Message,
+    Stopped,
+    answer,
+    fold,
+    save_conversation,
+    titles,
+    until_question,
+    without_thinking,
+)
 from rorqual.serve.engine_thread import RequestHandle
 from rorqual.serve.protocol import ChatRequest
-from rorqual.serve.request_body import checked
+from rorqual.serve.request_body import parse_body
 from rorqual.serve.service import ModelService
 
-MATHEMATICS = [
+LATEX_DELIMITERS = [
     {"left": "$$", "right": "$$", "display": True},
     {"left": "\\[", "right": "\\]", "display": True},
     {"left": "\\(", "right": "\\)", "display": False},
@@ -28,7 +38,7 @@ STYLE = """
 footer {display: none !important}
 main {width: 100%; max-width: 64rem; margin: 0 auto}
 """
-# What the page asks for. gradio answers to more, uploads among it, which nobody here needs.
+# The paths that the page needs. gradio serves more, uploads among them.
 PATHS = (
     "/assets/", "/static/", "/theme.css", "/config", "/favicon.ico", "/manifest.json", "/gradio_api/heartbeat/",
     "/gradio_api/info", "/gradio_api/queue/", "/gradio_api/run/", "/gradio_api/startup-events", "/gradio_api/theme.css",
@@ -42,7 +52,7 @@ def add_page(app: FastAPI, service: ModelService) -> FastAPI:
 
     font, mono = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]
     gr.mount_gradio_app(
-        app, page_of(service), path="/", footer_links=[], run_history=False, css=STYLE,
+        app, build_page(service), path="/", footer_links=[], run_history=False, css=STYLE,
         theme=gr.themes.Default(primary_hue="blue", font=font, font_mono=mono),
     )  # fmt: skip
     mount = app.routes[-1]
@@ -55,12 +65,12 @@ def add_page(app: FastAPI, service: ModelService) -> FastAPI:
             await inner(scope, receive, send)
 
     mount.app = only_the_page  # type: ignore[attr-defined]
-    app.state.leaving.append(inner.stop_event.set)  # every open page holds a connection until then
+    app.state.leaving.append(inner.stop_event.set)  # every open page holds a connection
     return app
 
 
-def page_of(service: ModelService) -> Any:
-    """What is on the page, and what happens there."""
+def build_page(service: ModelService) -> Any:
+    """The page's layout and events."""
     import gradio as gr
 
     running: dict[str, RequestHandle] = {}  # by session
@@ -71,30 +81,30 @@ def page_of(service: ModelService) -> Any:
     ) -> AsyncIterator[tuple[list[Message], str]]:  # fmt: skip
         known = [hmac.compare_digest((key or "").strip().encode(), k.encode()) for k in service.options.keys]
         if known and not any(known):
-            yield [*history, fold("⚠ this server wants an API key; write it under Settings, then try again", "")], ""
+            yield [*history, fold("⚠ this server needs an API key; enter it under Settings, then try again", "")], ""
             return
         wanted = {
-            "messages": said(history, system), "temperature": temperature, "top_p": top_p, "max_tokens": longest,
-            "thinking_budget": budget, "seed": seed,
+            "messages": without_thinking(history, system), "temperature": temperature, "top_p": top_p,
+            "max_tokens": longest, "thinking_budget": budget, "seed": seed,
         }  # fmt: skip
         try:
-            body = checked(json.dumps(wanted).encode(), ChatRequest)
+            body = parse_body(json.dumps(wanted).encode(), ChatRequest)
         except ApiError as e:
             yield [*history, fold(f"⚠ {e.message}", "")], ""
             return
         session = request.session_hash or ""
         try:
-            async for messages, line in answer(service, body, lambda ticket: running.update({session: ticket})):
+            async for messages, line in answer(service, body, lambda handle: running.update({session: handle})):
                 yield history + messages, line
         finally:
             running.pop(session, None)
 
     async def stop(request: gr.Request) -> None:
-        if (ticket := running.get(request.session_hash or "")) is not None:
-            ticket.put([Stopped()])
+        if (handle := running.get(request.session_hash or "")) is not None:
+            handle.put([Stopped()])
 
     def begun() -> tuple[Any, ...]:
-        """A reply is on its way: it can be stopped, and nothing else begun."""
+        """A reply is running: show Stop, and disable what would start another."""
         still = gr.update(interactive=False)
         return gr.update(visible=False), gr.update(visible=True), still, still, ""
 
@@ -104,27 +114,28 @@ def page_of(service: ModelService) -> Any:
         return "", [*history, {"role": "user", "content": text}]
 
     def again(history: list[Message], which: gr.RetryData) -> list[Message]:
-        return until_question(history, _first(which.index))
+        return until_question(history, _message_index(which.index))
 
     def edited(history: list[Message], which: gr.EditData) -> list[Message]:
-        return [*history[: _first(which.index)], {"role": "user", "content": which.value}]
+        return [*history[: _message_index(which.index)], {"role": "user", "content": which.value}]
 
-    def keep(talks: list[Talk], current: str | None, history: list[Message]) -> tuple[Any, ...]:
-        talks, current = kept(talks, current, history)
-        choices = gr.update(choices=titles(talks), value=current, interactive=True)
-        return talks, current, choices, gr.update(visible=True), gr.update(visible=False), gr.update(interactive=True)
+    def keep(conversations: list[Conversation], current: str | None, history: list[Message]) -> tuple[Any, ...]:
+        conversations, current = save_conversation(conversations, current, history)
+        choices = gr.update(choices=titles(conversations), value=current, interactive=True)
+        shown, hidden, enabled = gr.update(visible=True), gr.update(visible=False), gr.update(interactive=True)
+        return conversations, current, choices, shown, hidden, enabled
 
-    def choose(talks: list[Talk], wanted: str) -> tuple[str, list[Message], str]:
-        return wanted, next((t["messages"] for t in talks if t["id"] == wanted), []), ""
+    def choose(conversations: list[Conversation], wanted: str) -> tuple[str, list[Message], str]:
+        return wanted, next((t["messages"] for t in conversations if t["id"] == wanted), []), ""
 
     def new() -> tuple[None, list[Message], Any, str]:
         return None, [], gr.update(value=None), ""
 
-    def delete(talks: list[Talk], current: str | None) -> tuple[list[Talk], None, Any, str]:
-        talks = [t for t in talks if t["id"] != current]
-        return talks, None, gr.update(choices=titles(talks), value=None), ""
+    def delete(conversations: list[Conversation], current: str | None) -> tuple[list[Conversation], None, Any, str]:
+        conversations = [t for t in conversations if t["id"] != current]
+        return conversations, None, gr.update(choices=titles(conversations), value=None), ""
 
-    recommended, longest = service.recommended, service.context
+    params, longest = service.default_params, service.context
     with gr.Blocks(
         title=f"{service.options.name} · Rorqual", analytics_enabled=False, fill_height=True, fill_width=True
     ) as page:
@@ -138,16 +149,16 @@ def page_of(service: ModelService) -> Any:
             with gr.Accordion("Settings", open=False):
                 settings = [
                     gr.Textbox("", label="System prompt", lines=2),
-                    gr.Slider(0, 2, recommended.temperature, step=0.05, label="Temperature"),
-                    gr.Slider(0.05, 1, recommended.top_p, step=0.05, label="Top-p"),
-                    gr.Slider(1, longest, min(recommended.max_tokens, longest), step=1, label="Longest reply, tokens"),
+                    gr.Slider(0, 2, params.temperature, step=0.05, label="Temperature"),
+                    gr.Slider(0.05, 1, params.top_p, step=0.05, label="Top-p"),
+                    gr.Slider(1, longest, min(params.max_tokens, longest), step=1, label="Longest reply, tokens"),
                     gr.Number(None, label="Thinking budget, tokens (empty: none)", precision=0, minimum=0),
                     gr.Number(None, label="Seed (empty: another each time)", precision=0),
                     gr.Textbox("", label="API key", type="password", visible=bool(service.options.keys)),
                 ]
         chatbot = gr.Chatbot(
-            placeholder=f"## {service.options.name}", latex_delimiters=MATHEMATICS, editable="user", show_label=False,
-            scale=1, buttons=["copy"], layout="panel",
+            placeholder=f"## {service.options.name}", latex_delimiters=LATEX_DELIMITERS, editable="user",
+            show_label=False, scale=1, buttons=["copy"], layout="panel",
         )  # fmt: skip
         with gr.Row():
             box = gr.Textbox(
@@ -159,7 +170,7 @@ def page_of(service: ModelService) -> Any:
         figures = gr.Markdown(elem_classes="figures")
 
         def then_reply(asked: Any) -> None:
-            """What follows a question, whichever way it came."""
+            """Attach the reply to an event that adds a question."""
             on_its_way = asked.success(begun, None, [send, halt, chosen, begin, figures], queue=False)
             replied = on_its_way.success(
                 reply, [chatbot, *settings], [chatbot, figures], concurrency_limit=None, show_progress="hidden"
@@ -178,15 +189,15 @@ def page_of(service: ModelService) -> Any:
         page.load(None, None, wide, js="() => window.innerWidth > 768", queue=False).then(
             lambda wide: gr.update(open=wide), wide, sidebar, queue=False
         )
-        page.load(lambda talks: gr.update(choices=titles(talks)), store, chosen, queue=False, show_progress="hidden")
+        page.load(lambda kept: gr.update(choices=titles(kept)), store, chosen, queue=False, show_progress="hidden")
     page.queue(max_size=service.options.max_queue or None)
-    # It looks for work every millisecond even when nobody is there, which took 3 % of a core from the engine.
+    # By default it polls every millisecond even when idle, which took 3 % of a core from the engine.
     page._queue.sleep_when_free = page._queue.progress_update_sleep_when_free = 0.02
     for dependency in page.fns.values():
         dependency.api_visibility = "private"
     return page
 
 
-def _first(index: Any) -> int:
-    """gradio gives a place as one number, or with that of a part."""
+def _message_index(index: Any) -> int:
+    """gradio gives a message's index alone, or with that of a part."""
     return index[0] if isinstance(index, (list, tuple)) else index

@@ -1,4 +1,4 @@
-"""Conversations on the page: a reply as it grows, and those that a browser keeps."""
+"""State of the chat page: the reply being generated, and the conversations that the browser stores."""
 
 import re
 import time
@@ -11,33 +11,33 @@ from rorqual.serve.engine_thread import RequestHandle
 from rorqual.serve.protocol import ChatRequest
 from rorqual.serve.service import ModelService
 
-Message = dict[str, Any]  # as gradio has them: role, content, and metadata with a title where it is a fold
-Talk = dict[str, Any]  # id, and messages
+Message = dict[str, Any]  # gradio's: role, content, and metadata with a title where it is a fold
+Conversation = dict[str, Any]  # id, messages
 
-PICTURE = 0.05  # seconds between two pictures of a reply: the browser has to draw each
-KEPT = 50  # conversations in a browser, whose storage is small
+REFRESH_SECONDS = 0.05  # between two updates of a reply, each of which the browser renders
+MAX_CONVERSATIONS = 50  # in a browser, whose storage is small
 
 
 class Stopped(Exception):
-    """Put among a ticket's pieces, it ends the reply there."""
+    """Put among a handle's deltas, it ends the reply there."""
 
 
 async def answer(
     service: ModelService, body: ChatRequest, opened: Callable[[RequestHandle], None] = lambda _: None
 ) -> AsyncIterator[tuple[list[Message], str]]:
-    """A reply as it grows, thoughts in a fold, with a line of figures; `opened` is told of its ticket."""
+    """Yield a reply as it is generated, thinking in a fold, and a line of figures; `opened` gets its handle."""
     started = time.monotonic()
     try:
         prompt = await service.chat_prompt(body.messages, [])
         service.check_prompt(prompt, "the conversation", None)
-        most = min(body.max_tokens or service.context, service.context - len(prompt))
-        params = service.sampling(body, [prompt], most, 0, None)
-        async with service.running([prompt], params, raw=False) as ticket:
-            opened(ticket)
-            reply = Reply(ticket, len(prompt), started)
+        max_tokens = min(body.max_tokens or service.context, service.context - len(prompt))
+        params = service.sampling(body, [prompt], max_tokens, 0, None)
+        async with service.running([prompt], params, raw=False) as handle:
+            opened(handle)
+            reply = Reply(handle, len(prompt), started)
             try:
-                async for piece in service.pieces(ticket, started):
-                    if reply.take(piece):
+                async for delta in service.deltas(handle, started):
+                    if reply.add(delta):
                         yield reply.messages(), reply.figures()
             except Stopped:
                 reply.end("stopped")
@@ -47,58 +47,58 @@ async def answer(
 
 
 class Reply:
-    """What has come of a reply, and when."""
+    """A reply so far, and its timing."""
 
-    def __init__(self, ticket: RequestHandle, prompt: int, started: float) -> None:
-        self.ticket, self.prompt, self.started = ticket, prompt, started
-        self.thought = self.said = self.why = ""
+    def __init__(self, handle: RequestHandle, prompt: int, started: float) -> None:
+        self.handle, self.prompt, self.started = handle, prompt, started
+        self.reasoning = self.content = self.note = ""
         self.tokens = self.reasoning_tokens = 0
-        self.first: float | None = None
-        self.thought_until: float | None = None
-        self.now = self.drawn = started
+        self.first_token: float | None = None
+        self.reasoning_end: float | None = None
+        self.now = self.last_refresh = started
 
-    def take(self, piece: Any) -> bool:
-        """Whether it is time for a new picture."""
+    def add(self, delta: Any) -> bool:
+        """Add a delta → whether the page should be updated."""
         self.now = time.monotonic()
-        self.first = self.first or self.now
-        self.thought, self.said = self.thought + piece.reasoning, self.said + piece.content
-        self.tokens, self.reasoning_tokens = self.tokens + len(piece.tokens), piece.reasoning_tokens
-        if piece.finish is not None:
-            self.end("" if piece.finish == "stop" else "cut off at its longest")
-        elif self.said:
-            self.thought_until = self.thought_until or self.now
-        due = piece.finish is not None or self.now - self.drawn >= PICTURE
-        self.drawn = self.now if due else self.drawn
+        self.first_token = self.first_token or self.now
+        self.reasoning, self.content = self.reasoning + delta.reasoning, self.content + delta.content
+        self.tokens, self.reasoning_tokens = self.tokens + len(delta.tokens), delta.reasoning_tokens
+        if delta.finish is not None:
+            self.end("" if delta.finish == "stop" else "cut off at the longest reply")
+        elif self.content:
+            self.reasoning_end = self.reasoning_end or self.now
+        due = delta.finish is not None or self.now - self.last_refresh >= REFRESH_SECONDS
+        self.last_refresh = self.now if due else self.last_refresh
         return due
 
-    def end(self, why: str) -> None:
-        self.why, self.thought_until = why, self.thought_until or self.now
+    def end(self, note: str) -> None:
+        self.note, self.reasoning_end = note, self.reasoning_end or self.now
 
     def messages(self) -> list[Message]:
         shown = []
-        if self.thought.strip():
-            took = (self.thought_until or self.now) - self.started
-            title = "Thinking" if self.thought_until is None else "Thought"
+        if self.reasoning.strip():
+            took = (self.reasoning_end or self.now) - self.started
+            title = "Thinking" if self.reasoning_end is None else "Thought"
             title = f"{title} · {took:.1f} s · {self.reasoning_tokens} tokens"
-            shown.append(fold(title, markdown(self.thought), "pending" if self.thought_until is None else "done"))
-        if self.said or not shown or self.why:
-            shown.append({"role": "assistant", "content": markdown(self.said)})
+            shown.append(fold(title, markdown(self.reasoning), "pending" if self.reasoning_end is None else "done"))
+        if self.content or not shown or self.note:
+            shown.append({"role": "assistant", "content": markdown(self.content)})
         return shown
 
     def figures(self) -> str:
-        if self.first is None:
-            return self.why
-        speed = (self.tokens - 1) / (self.now - self.first) if self.now > self.first else 0.0
+        if self.first_token is None:
+            return self.note
+        speed = (self.tokens - 1) / (self.now - self.first_token) if self.now > self.first_token else 0.0
         found = [
             f"{self.tokens} tokens",
             f"{speed:.1f} tokens/s",
-            f"first after {self.first - self.started:.2f} s",
-            f"{self.ticket.cached} of {self.prompt} prompt tokens from the cache",
+            f"first after {self.first_token - self.started:.2f} s",
+            f"{self.handle.cached_tokens} of {self.prompt} prompt tokens from the cache",
         ]
-        return " · ".join([*found, self.why] if self.why else found)
+        return " · ".join([*found, self.note] if self.note else found)
 
 
-# Code, and formulas that need no help.
+# Code, and formulas that are marked up already.
 LITERAL = re.compile(r"(```.*?(?:```|\Z)|`[^`\n]*`|\$\$.*?\$\$|\\\[.*?\\\]|\\\(.*?\\\))", re.DOTALL)
 # Pandoc's rule: no space inside next to a dollar sign, no digit behind the second. "$5 or $6" is money.
 FORMULA = re.compile(r"(?<![\\$])\$(?![\s$])([^$\n]*[^\s$\\])\$(?![\d$])")
@@ -106,7 +106,7 @@ TIMES = re.compile(r"(?<=\w)\*(?=\w)")
 
 
 def markdown(text: str) -> str:
-    r"""A model's words as the page's Markdown: $…$ becomes \(…\), and 3*4 stays what it is."""
+    r"""A model's text as the page's Markdown: $…$ becomes \(…\), and the asterisk of 3*4 is escaped."""
     parts = LITERAL.split(text)
     parts[::2] = [FORMULA.sub(r"\\(\1\\)", part) for part in parts[::2]]
     parts = LITERAL.split("".join(parts))
@@ -118,23 +118,24 @@ def fold(title: str, content: str, status: str = "done") -> Message:
     return {"role": "assistant", "content": content, "metadata": {"title": title, "status": status}}
 
 
-def titled(message: Message) -> bool:
+def is_fold(message: Message) -> bool:
     """Whether it is a fold."""
     return bool((message.get("metadata") or {}).get("title"))
 
 
 def plain(content: Any) -> str:
-    """A message's text; gradio hands it over as a text or in parts."""
+    """A message's text; gradio passes a string or a list of parts."""
     if isinstance(content, str):
         return content
     return "".join(part.get("text", "") if isinstance(part, dict) else str(part) for part in content)
 
 
-def said(history: list[Message], system: str | None) -> list[Message]:
-    """What a model is told: thoughts are not said again (R1's chat template drops them too)."""
+def without_thinking(history: list[Message], system: str | None) -> list[Message]:
+    """The messages for the model: without thinking, which R1's chat template drops too."""
     first = [{"role": "system", "content": system}] if (system or "").strip() else []
-    spoken = [{"role": m["role"], "content": plain(m["content"]).replace("\\*", "*")} for m in history if not titled(m)]
-    return first + [m for m in spoken if m["content"] or m["role"] == "user"]
+    answers = [m for m in history if not is_fold(m)]
+    messages = [{"role": m["role"], "content": plain(m["content"]).replace("\\*", "*")} for m in answers]
+    return first + [m for m in messages if m["content"] or m["role"] == "user"]
 
 
 def until_question(history: list[Message], index: int) -> list[Message]:
@@ -144,18 +145,20 @@ def until_question(history: list[Message], index: int) -> list[Message]:
     return history[: index + 1]
 
 
-def kept(talks: list[Talk] | None, current: str | None, history: list[Message]) -> tuple[list[Talk], str]:
-    """The conversations, newest first, with the current one as it is now; and its id."""
+def save_conversation(
+    conversations: list[Conversation] | None, current: str | None, history: list[Message]
+) -> tuple[list[Conversation], str]:
+    """The conversations, newest first, with the current one updated; and its id."""
     current = current or uuid.uuid4().hex
-    others = [t for t in talks or [] if t["id"] != current]
-    return [{"id": current, "messages": history}, *others][:KEPT], current
+    others = [t for t in conversations or [] if t["id"] != current]
+    return [{"id": current, "messages": history}, *others][:MAX_CONVERSATIONS], current
 
 
-def titles(talks: list[Talk] | None) -> list[tuple[str, str]]:
-    """A name and the id of every conversation."""
+def titles(conversations: list[Conversation] | None) -> list[tuple[str, str]]:
+    """Title and id of every conversation."""
     found = []
-    for talk in talks or []:
-        first = next((plain(m["content"]) for m in talk["messages"] if m["role"] == "user"), "")
+    for conversation in conversations or []:
+        first = next((plain(m["content"]) for m in conversation["messages"] if m["role"] == "user"), "")
         line = " ".join(first.split())
-        found.append((line if len(line) <= 40 else line[:39] + "…", talk["id"]))
+        found.append((line if len(line) <= 40 else line[:39] + "…", conversation["id"]))
     return found

@@ -1,4 +1,4 @@
-"""The engine in a thread of its own, and requests to it from asyncio."""
+"""Run the engine in a thread of its own, with requests from asyncio."""
 
 import asyncio
 import logging
@@ -22,69 +22,69 @@ class QueueFull(Exception):
 
 
 class EngineError(Exception):
-    """The engine failed; the request can be sent again."""
+    """The engine failed; the client may retry."""
 
 
 @dataclass
 class TokenDelta:
-    """What one sample has grown by; `finish` comes with the last."""
+    """New tokens of one sequence; `finish` is set in its last delta."""
 
-    index: int  # prompt's number · n + sample's number
+    index: int  # index of the prompt · n + index of the sequence
     reasoning: str
     content: str
     tokens: list[int]
     logprobs: list[float]
     top: list[list[tuple[int, float]]]
     finish: str | None
-    thoughts: int  # of the tokens, from the first on, that belong to the thinking
-    reasoning_tokens: int  # so far, as far as there is text of them
+    reasoning_prefix: int  # how many of these tokens, from the first on, belong to the thinking
+    reasoning_tokens: int  # in total so far, of those that text was made of
 
 
 class RequestHandle:
-    """Prompts on their way, with one setting for all. Its pieces are to be fetched until every sample has finished.
+    """Submitted prompts with common sampling parameters; fetch its deltas until every sequence has finished.
 
-    raw: the text as it is, thinking and answer in one. Must be closed (EngineThread.close) in any case.
+    raw: thinking and answer are not split. Must be closed (EngineThread.close) in any case.
     """
 
     def __init__(self, prompts: list[list[int]], params: SamplingParams, raw: bool) -> None:
         self.prompts, self.params, self.raw = prompts, params, raw
         self.loop = asyncio.get_running_loop()
-        self.accepted: asyncio.Future[None] = self.loop.create_future()  # UserError for a prompt that cannot be
-        self._come: list[TokenDelta | Exception] = []
-        self._awaited: asyncio.Future[None] | None = None
+        self.accepted: asyncio.Future[None] = self.loop.create_future()  # UserError for an invalid prompt
+        self._deltas: list[TokenDelta | Exception] = []
+        self._waiter: asyncio.Future[None] | None = None
         self.requests: list[Request] = []
-        self.said: dict[Sequence, tuple[int, int, int]] = {}  # characters and tokens handed on
-        self.cached = 0  # tokens of the prompts found in the cache
+        self.sent: dict[Sequence, tuple[int, int, int]] = {}  # of reasoning, of content, tokens
+        self.cached_tokens = 0  # prompt tokens found in the prefix cache
 
     @property
-    def samples(self) -> int:
+    def num_sequences(self) -> int:
         return len(self.prompts) * self.params.n
 
-    def put(self, pieces: list[TokenDelta | Exception]) -> None:
-        """In the loop's thread. An exception is raised in whoever reads the pieces."""
-        self._come += pieces
-        if self._awaited is not None and not self._awaited.done():
-            self._awaited.set_result(None)
+    def put(self, deltas: list[TokenDelta | Exception]) -> None:
+        """Add deltas, in the loop's thread. An exception is raised where the deltas are read."""
+        self._deltas += deltas
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     async def fetch(self) -> list[TokenDelta | Exception]:
-        """What has come since the last time, as soon as there is anything. A queue would take several times as long."""
-        if not self._come:
-            self._awaited = self.loop.create_future()
-            await self._awaited
-        come, self._come = self._come, []
-        return come
+        """Wait for deltas → those since the last call. An asyncio.Queue would take several times as long."""
+        if not self._deltas:
+            self._waiter = self.loop.create_future()
+            await self._waiter
+        deltas, self._deltas = self._deltas, []
+        return deltas
 
 
 class EngineThread:
-    """`open` takes samples as far as the engine's slots and `waiting` more go; beyond that it raises QueueFull."""
+    """Accepts max_num_seqs sequences of the engine and max_queue more; `open` raises QueueFull beyond that."""
 
-    def __init__(self, engine: Engine, waiting: int) -> None:
-        self.engine, self.limit = engine, engine.max_num_seqs + waiting
-        self.count = 0  # samples under way
+    def __init__(self, engine: Engine, max_queue: int) -> None:
+        self.engine, self.limit = engine, engine.max_num_seqs + max_queue
+        self.count = 0  # sequences not closed
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._tickets: dict[Request, RequestHandle] = {}
+        self._handles: dict[Request, RequestHandle] = {}
         self._scores: dict[asyncio.Future[Request], Request] = {}
-        self._grown: dict[RequestHandle, list[TokenDelta | Exception]] = {}  # by the last step, not handed on yet
+        self._outbox: dict[RequestHandle, list[TokenDelta | Exception]] = {}  # of the last step, not delivered yet
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._stopping = False
 
@@ -104,36 +104,37 @@ class EngineThread:
     # -- from asyncio
 
     def open(self, prompts: list[list[int]], params: SamplingParams, raw: bool = False) -> RequestHandle:
-        ticket = RequestHandle(prompts, params, raw)
-        if self.count + ticket.samples > self.limit:
+        """Submit prompts. Raises QueueFull; await `accepted` of the handle for other errors."""
+        handle = RequestHandle(prompts, params, raw)
+        if self.count + handle.num_sequences > self.limit:
             raise QueueFull
-        self.count += ticket.samples
-        self._inbox.put(lambda: self._submit(ticket))
-        return ticket
+        self.count += handle.num_sequences
+        self._inbox.put(lambda: self._submit(handle))
+        return handle
 
-    def close(self, ticket: RequestHandle) -> None:
-        """Once for every ticket: what still runs of it is cancelled, its blocks are free before the next step."""
-        self.count -= ticket.samples
-        self._inbox.put(lambda: self._cancel(ticket))
+    def close(self, handle: RequestHandle) -> None:
+        """Call once for every handle: what still runs is cancelled, and its blocks are free before the next step."""
+        self.count -= handle.num_sequences
+        self._inbox.put(lambda: self._cancel(handle))
 
     async def score(self, prompt: list[int], top: int) -> tuple[list[float | None], list[Ranked]]:
-        """Of a prompt the log-probabilities, and the most probable tokens; it takes a place as a sample does.
+        """A prompt's log-probabilities, and its most probable tokens; counts as one sequence.
 
-        Raises QueueFull, UserError for a prompt that cannot be, EngineError.
+        Raises QueueFull, UserError for an invalid prompt, EngineError.
         """
         if self.count >= self.limit:
             raise QueueFull
         loop = asyncio.get_running_loop()
-        answer: asyncio.Future[Request] = loop.create_future()
+        future: asyncio.Future[Request] = loop.create_future()
         self.count += 1
         try:
-            self._inbox.put(lambda: self._submit_score(prompt, top, answer))
-            scoring = (await answer).prompt_logprobs
+            self._inbox.put(lambda: self._submit_score(prompt, top, future))
+            scoring = (await future).prompt_logprobs
             assert scoring is not None
             return scoring.logprobs, scoring.ranked
         finally:
             self.count -= 1
-            self._inbox.put(lambda: self._cancel_score(answer))
+            self._inbox.put(lambda: self._cancel_score(future))
 
     # -- in the engine's thread
 
@@ -141,119 +142,120 @@ class EngineThread:
         while not self._stopping:
             try:
                 self._work()
-            except BaseException as e:  # what Rust panics with is no Exception
-                log.exception("the engine failed; what was under way is lost")
+            except BaseException as e:  # a Rust panic is not an Exception
+                log.exception("the engine failed; running requests are lost")
                 self.engine.reset()
-                self._hand_on()
-                _hand({ticket: [_failed(e)] for ticket in self._tickets.values()})
-                self._tickets.clear()
-                self._settle_scores([(answer, None, _failed(e)) for answer in self._scores])
-        self._hand_on()
+                self._deliver_step()
+                _deliver({handle: [_engine_error(e)] for handle in self._handles.values()})
+                self._handles.clear()
+                self._settle_scores([(future, None, _engine_error(e)) for future in self._scores])
+        self._deliver_step()
 
     def _work(self) -> None:
         wait = self.engine.idle
         if wait:
-            self._hand_on()
+            self._deliver_step()
         while wait or not self._inbox.empty():
             self._inbox.get()()
             wait = False
         if self.engine.idle:
             return
-        # The loop sends a step's tokens while the next is computed: before, both threads would want the interpreter.
-        grown: dict[RequestHandle, list[TokenDelta | Exception]] = {}
-        for sample in self.engine.step(self._hand_on):
-            if (ticket := self._tickets.get(sample.request)) is not None:
-                grown.setdefault(ticket, []).append(self._piece(ticket, sample))
+        # A step's tokens are delivered when the next forward pass, which releases the GIL, is about to start.
+        outbox: dict[RequestHandle, list[TokenDelta | Exception]] = {}
+        for sequence in self.engine.step(self._deliver_step):
+            if (handle := self._handles.get(sequence.request)) is not None:
+                outbox.setdefault(handle, []).append(self._delta(handle, sequence))
         if self._scores:
-            self._settle_scores([(answer, request, None) for answer, request in self._scores.items() if request.done])
-        for ticket in grown:
-            ticket.cached = sum(r.cached_tokens for r in ticket.requests)
-            for request in [r for r in ticket.requests if r.done and r in self._tickets]:
-                del self._tickets[request]
+            self._settle_scores([(future, request, None) for future, request in self._scores.items() if request.done])
+        for handle in outbox:
+            handle.cached_tokens = sum(r.cached_tokens for r in handle.requests)
+            for request in [r for r in handle.requests if r.done and r in self._handles]:
+                del self._handles[request]
                 self.engine.release(request)
-        self._grown = grown
+        self._outbox = outbox
 
-    def _hand_on(self) -> None:
-        _hand(self._grown)
-        self._grown = {}
+    def _deliver_step(self) -> None:
+        _deliver(self._outbox)
+        self._outbox = {}
 
-    def _submit(self, ticket: RequestHandle) -> None:
+    def _submit(self, handle: RequestHandle) -> None:
         error: Exception | None = None
         try:
-            for prompt in ticket.prompts:
-                request = self.engine.submit(prompt, ticket.params)
-                ticket.requests.append(request)
-                self._tickets[request] = ticket
+            for prompt in handle.prompts:
+                request = self.engine.submit(prompt, handle.params)
+                handle.requests.append(request)
+                self._handles[request] = handle
         except UserError as e:
             error = e
-        except BaseException as e:  # its own trouble: the others go on
-            log.exception("the engine could not take a request in")
-            error = _failed(e)
+        except BaseException as e:  # fails this request only
+            log.exception("the engine could not accept a request")
+            error = _engine_error(e)
         if error is not None:
-            self._cancel(ticket)
-        _call(ticket.loop, lambda: _settle(ticket.accepted, None, error))
+            self._cancel(handle)
+        _call(handle.loop, lambda: _settle(handle.accepted, None, error))
 
-    def _cancel(self, ticket: RequestHandle) -> None:
-        for request in ticket.requests:
-            if self._tickets.pop(request, None) is not None:
+    def _cancel(self, handle: RequestHandle) -> None:
+        for request in handle.requests:
+            if self._handles.pop(request, None) is not None:
                 self.engine.cancel(request)
 
-    def _submit_score(self, prompt: list[int], top: int, answer: "asyncio.Future[Request]") -> None:
-        if answer.cancelled():
+    def _submit_score(self, prompt: list[int], top: int, future: "asyncio.Future[Request]") -> None:
+        if future.cancelled():
             return
         error: Exception
         try:
-            self._scores[answer] = self.engine.score(prompt, top)
+            self._scores[future] = self.engine.score(prompt, top)
             return
         except UserError as e:
             error = e
         except BaseException as e:
-            log.exception("the engine could not take a text in")
-            error = _failed(e)
-        self._settle_scores([(answer, None, error)])
+            log.exception("the engine could not accept a text")
+            error = _engine_error(e)
+        self._settle_scores([(future, None, error)])
 
-    def _settle_scores(self, found: "list[tuple[asyncio.Future[Request], Request | None, Exception | None]]") -> None:
-        for answer, request, error in found:
-            self._scores.pop(answer, None)
-            _call(answer.get_loop(), partial(_settle, answer, request, error))
+    def _settle_scores(self, results: "list[tuple[asyncio.Future[Request], Request | None, Exception | None]]") -> None:
+        for future, request, error in results:
+            self._scores.pop(future, None)
+            _call(future.get_loop(), partial(_settle, future, request, error))
 
-    def _cancel_score(self, answer: "asyncio.Future[Request]") -> None:
-        if (request := self._scores.pop(answer, None)) is not None:
+    def _cancel_score(self, future: "asyncio.Future[Request]") -> None:
+        if (request := self._scores.pop(future, None)) is not None:
             self.engine.cancel(request)
 
-    def _piece(self, ticket: RequestHandle, sample: Sequence) -> TokenDelta:
-        text = self.engine.detokenizer(sample)
-        reasoning, content = ("", text.text) if ticket.raw else (text.reasoning, text.content)
-        thought, answered, made = ticket.said.get(sample, (0, 0, 0))
-        ticket.said[sample] = len(reasoning), len(content), len(sample.tokens)
-        index = ticket.requests.index(sample.request) * ticket.params.n + sample.index
+    def _delta(self, handle: RequestHandle, sequence: Sequence) -> TokenDelta:
+        text = self.engine.detokenizer(sequence)
+        reasoning, content = ("", text.text) if handle.raw else (text.reasoning, text.content)
+        num_reasoning, num_content, num_tokens = handle.sent.get(sequence, (0, 0, 0))
+        handle.sent[sequence] = len(reasoning), len(content), len(sequence.tokens)
+        index = handle.requests.index(sequence.request) * handle.params.n + sequence.index
         return TokenDelta(
-            index, reasoning[thought:], content[answered:], sample.tokens[made:], sample.logprobs[made:],
-            sample.top_logprobs[made:], sample.finish_reason, max(0, text.thoughts - made), text.reasoning_tokens,
+            index, reasoning[num_reasoning:], content[num_content:], sequence.tokens[num_tokens:],
+            sequence.logprobs[num_tokens:], sequence.top_logprobs[num_tokens:], sequence.finish_reason,
+            max(0, text.reasoning_end - num_tokens), text.reasoning_tokens,
         )  # fmt: skip
 
 
-def _failed(error: BaseException) -> EngineError:
+def _engine_error(error: BaseException) -> EngineError:
     return EngineError(f"{type(error).__name__}: {error}")
 
 
-def _settle(answer: "asyncio.Future[Any]", result: Any, error: Exception | None) -> None:
-    if answer.done():
+def _settle(future: "asyncio.Future[Any]", result: Any, error: Exception | None) -> None:
+    if future.done():
         return
     if error is None:
-        answer.set_result(result)
+        future.set_result(result)
     else:
-        answer.set_exception(error)
+        future.set_exception(error)
 
 
-def _hand(grown: "dict[RequestHandle, list[TokenDelta | Exception]]") -> None:
-    """All that a step has made at once: to wake a loop costs a system call."""
-    for loop in {ticket.loop for ticket in grown}:
+def _deliver(outbox: "dict[RequestHandle, list[TokenDelta | Exception]]") -> None:
+    """Deliver a step's deltas with one call a loop: to wake a loop costs a system call."""
+    for loop in {handle.loop for handle in outbox}:
 
         def put(loop: asyncio.AbstractEventLoop = loop) -> None:
-            for ticket, pieces in grown.items():
-                if ticket.loop is loop:
-                    ticket.put(pieces)
+            for handle, deltas in outbox.items():
+                if handle.loop is loop:
+                    handle.put(deltas)
 
         _call(loop, put)
 
@@ -261,5 +263,5 @@ def _hand(grown: "dict[RequestHandle, list[TokenDelta | Exception]]") -> None:
 def _call(loop: asyncio.AbstractEventLoop, do: Callable[[], None]) -> None:
     try:
         loop.call_soon_threadsafe(do)
-    except RuntimeError:  # the loop has ended, and with it whoever waited
-        log.debug("an answer came after the end")
+    except RuntimeError:  # the loop is closed, and with it every awaiter
+        log.debug("a result came after the event loop had closed")

@@ -1,4 +1,4 @@
-"""What stands before every route: who may ask, from which pages, and how large a request may be."""
+"""ASGI middleware before every route: API keys, Host and Origin checks, CORS, and request limits."""
 
 import asyncio
 import hmac
@@ -14,17 +14,17 @@ from rorqual.serve.api_errors import ApiError
 
 Receive = Callable[[], Awaitable[dict[str, Any]]]
 Send = Callable[[dict[str, Any]], Awaitable[None]]
-# What needs a key. Open are /health, which a load balancer asks, and the page, which asks for a key itself.
-CLOSED = ("/v1", "/tokenize", "/detokenize", "/metrics", "/openapi.json")
+# Paths that need a key. /health is for load balancers, and the chat page asks for a key itself.
+PROTECTED = ("/v1", "/tokenize", "/detokenize", "/metrics", "/openapi.json")
 
 
-PORTS = {"http": ":80", "https": ":443"}  # which a browser leaves out, and some proxies write
+PORTS = {"http": ":80", "https": ":443"}  # browsers omit them, some proxies write them
 LOCAL = r"https?://(localhost|127\.\d+\.\d+\.\d+|\[::1\])\.?(:\d+)?"  # pages of this machine
 HOST = re.compile(r"(?P<name>\[[^\[\]]*\]|[^:\[\]@/]+)(:\d*)?")
 
 
 def is_loopback(name: str) -> bool:
-    """Whether it is this machine as only itself reaches it."""
+    """Whether a host name or address is a loopback one."""
     name = name.lower().removesuffix(".")
     try:
         return name == "localhost" or ipaddress.ip_address(name.strip("[]")).is_loopback
@@ -33,24 +33,24 @@ def is_loopback(name: str) -> bool:
 
 
 class AuthMiddleware:
-    """ASGI middleware. `keys`: of these one must come as `Authorization: Bearer …`; none: everybody may ask.
+    """ASGI middleware. `keys`: one must be sent as `Authorization: Bearer …`; none: no authentication.
 
-    A browser brings other people's pages along, which must not use a server that wants no key. So without keys, what a
-    page asks (it has an Origin) is answered only for pages of this server, of this machine and of `origins`; and where
-    only this machine reaches the server (`host`), it must be asked by a name of this machine's or of `origins`: any
-    other name can be made to point here (DNS rebinding). Browsers are told (CORS) that pages of this machine and of
-    `origins` may read the answers.
+    Without keys, web pages of others must not use the server through a visitor's browser. So requests with an Origin
+    are accepted only from pages of this server, of this machine and of `origins`; and if the server listens on loopback
+    only (`host`), Host must be a name of this machine or of `origins`: any other name can be made to point here (DNS
+    rebinding). CORS lets pages of this machine and of `origins` read responses.
 
-    A request may have `max_body` bytes, and must have come to its end after `timeout` seconds.
+    A request may have `max_body` bytes, and must be received within `timeout` seconds. `count` is called with the
+    scope and status of every response.
     """
 
     def __init__(
         self, app: Any, keys: tuple[str, ...], host: str, origins: tuple[str, ...], max_body: int, timeout: float,
-        counted: Any,
+        count: Any,
     ) -> None:  # fmt: skip
-        self.app, self.max_body, self.timeout, self.counted = app, max_body, timeout, counted
-        # Clients send what is not ASCII in the one way or the other.
-        self.keys = [key.encode(code) for key in keys for code in ("utf-8", "latin-1") if _has(code, key)]
+        self.app, self.max_body, self.timeout, self.count = app, max_body, timeout, count
+        # Clients encode keys that are not ASCII in one way or the other.
+        self.keys = [key.encode(code) for key in keys for code in ("utf-8", "latin-1") if _encodable(code, key)]
         names = {host.lower(), *(urlsplit(origin).hostname or "" for origin in origins)}
         self.names = names if is_loopback(host) else None  # None: any
         self.cors = CORSMiddleware(
@@ -59,17 +59,17 @@ class AuthMiddleware:
         )  # fmt: skip
 
     async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
-        if scope["type"] == "websocket":  # which nothing here speaks
+        if scope["type"] == "websocket":  # not supported
             await send({"type": "websocket.close"})
             return
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        if scope["method"] == "HEAD":  # GET, whose body the server then leaves out
+        if scope["method"] == "HEAD":  # as GET; the server omits the body
             scope = scope | {"method": "GET"}
         status = 0
 
-        async def sending(message: dict[str, Any]) -> None:
+        async def counting_send(message: dict[str, Any]) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -77,24 +77,24 @@ class AuthMiddleware:
 
         try:
             self._check_page(scope)
-            await self.cors(scope, receive, sending)
+            await self.cors(scope, receive, counting_send)
         except ApiError as e:
-            await e.response()(scope, receive, sending)
+            await e.response()(scope, receive, counting_send)
         finally:
-            self.counted(scope, status)
+            self.count(scope, status)
 
     async def _answer(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
-        """Whoever asks may; and a page that does may read also what is wrong."""
+        """Inside CORS, so that allowed pages can read errors too."""
         begun = False
 
-        async def sending(message: dict[str, Any]) -> None:
+        async def tracking_send(message: dict[str, Any]) -> None:
             nonlocal begun
             begun = True
             await send(message)
 
         try:
             self._check(scope["path"], dict(scope["headers"]))
-            await self.app(scope, self._limited(receive), sending)
+            await self.app(scope, self._limited(receive), tracking_send)
         except ApiError as e:
             if not begun:
                 await e.response()(scope, receive, send)
@@ -110,10 +110,10 @@ class AuthMiddleware:
                 name = found["name"].lower() if found else ""
                 if not is_loopback(name) and name.removesuffix(".") not in self.names:
                     raise ApiError(
-                        403, f"Host {host}: no name of this machine's; ask at localhost, or start the server with "
+                        403, f"Host {host}: not a name of this machine; use localhost, or start the server with "
                         f"--allow-origin http://{host}",
                     )  # fmt: skip
-        if self.keys and scope["method"] != "OPTIONS":  # a page that has a key may ask
+        if self.keys and scope["method"] != "OPTIONS":  # pages with a key are allowed
             return
         for origin in origins:
             scheme, _, name = origin.lower().partition("://")
@@ -121,12 +121,12 @@ class AuthMiddleware:
             own = name and name.removesuffix(usual) in [host.lower().removesuffix(usual) for host in hosts]
             if not own and not self.cors.is_allowed_origin(origin):
                 raise ApiError(
-                    403, f"Origin {origin}: pages of others may not use this server; start it with --allow-origin "
-                    f"{origin} if they shall",
+                    403, f"Origin {origin}: this web page may not use the server; to allow it, start the server with "
+                    f"--allow-origin {origin}",
                 )  # fmt: skip
 
     def _check(self, path: str, headers: dict[bytes, bytes]) -> None:
-        if self.keys and path.startswith(CLOSED) and not self._knows(headers.get(b"authorization", b"")):
+        if self.keys and path.startswith(PROTECTED) and not self._is_authorized(headers.get(b"authorization", b"")):
             raise ApiError(
                 401, "a valid API key is missing; send it as Authorization: Bearer KEY", code="invalid_api_key",
                 WWW_Authenticate="Bearer",
@@ -135,9 +135,9 @@ class AuthMiddleware:
         if not length.isdigit() or int(length[:20]) > self.max_body:
             raise self._too_large()
 
-    def _knows(self, authorization: bytes) -> bool:
+    def _is_authorized(self, authorization: bytes) -> bool:
         kind, _, given = authorization.partition(b" ")
-        # Every key is compared, each in constant time, so that time says nothing about any of them.
+        # Every key is compared, each in constant time, so that timing reveals nothing about any of them.
         found = [hmac.compare_digest(given.strip(), key) for key in self.keys]
         return any(found) and kind.lower() == b"bearer"
 
@@ -145,28 +145,28 @@ class AuthMiddleware:
         size, whole = 0, False
         end = asyncio.get_running_loop().time() + self.timeout
 
-        async def receiving() -> dict[str, Any]:
+        async def limited_receive() -> dict[str, Any]:
             nonlocal size, whole
-            if whole:  # what still comes is that the client leaves
+            if whole:  # what follows is the disconnect
                 return await receive()
             try:
                 async with asyncio.timeout_at(end):
                     message = await receive()
             except TimeoutError:
-                raise ApiError(408, f"the request did not come to its end in {self.timeout:g} seconds") from None
+                raise ApiError(408, f"the request was not received within {self.timeout:g} seconds") from None
             size += len(message.get("body", b""))
             whole = not message.get("more_body", False)
             if size > self.max_body:
                 raise self._too_large()
             return message
 
-        return receiving
+        return limited_receive
 
     def _too_large(self) -> ApiError:
         return ApiError(413, f"the request is larger than {self.max_body} bytes; shorten it")
 
 
-def _has(code: str, text: str) -> bool:
+def _encodable(code: str, text: str) -> bool:
     try:
         text.encode(code)
     except UnicodeEncodeError:

@@ -1,4 +1,4 @@
-"""Figures for Prometheus."""
+"""Metrics for Prometheus. Names follow vLLM's; older names are kept until release 0.3."""
 
 from bisect import bisect_left
 from itertools import accumulate
@@ -12,28 +12,30 @@ SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
 BETWEEN = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 
-class Between:
-    """A histogram; the library's takes ten times as long for a number, and here is one for every token."""
+class TokenLatency:
+    """A histogram of seconds between tokens; prometheus_client's takes ten times as long an observation, too long for
+    one a token.
+    """
 
     def __init__(self) -> None:
         self._counts, self._sum = [0] * (len(BETWEEN) + 1), 0.0
 
     def observe(self, seconds: float, tokens: int = 1) -> None:
-        """So many came together so long after those before: to each its share."""
+        """`tokens` tokens came at once, `seconds` after those before; each counts as its share of the time."""
         self._counts[bisect_left(BETWEEN, seconds / tokens)] += tokens
         self._sum += seconds
 
-    def family(self) -> HistogramMetricFamily:
+    def family(self, name: str, text: str) -> HistogramMetricFamily:
         return HistogramMetricFamily(
-            "rorqual_time_per_output_token_seconds",
-            "Between two tokens of an answer",
+            name,
+            text,
             buckets=list(zip([*map(str, BETWEEN), "+Inf"], accumulate(self._counts), strict=True)),
             sum_value=self._sum,
         )
 
 
 class Metrics:
-    """Counted by the service, or read from the engine when they are asked for."""
+    """Counted by the service, or read from the engine on a scrape."""
 
     def __init__(self, engine: Engine) -> None:
         self.registry = CollectorRegistry()
@@ -43,28 +45,50 @@ class Metrics:
             "rorqual_time_to_first_token_seconds", "From a request's arrival to its first token",
             buckets=SECONDS, registry=self.registry,
         )  # fmt: skip
-        self.between = Between()
-        self.whole = Histogram(
-            "rorqual_request_seconds", "From a request's arrival to its last token",
-            buckets=SECONDS, registry=self.registry,
-        )  # fmt: skip
+        self.between = TokenLatency()
+        self._whole = [
+            Histogram(name, text, buckets=SECONDS, registry=self.registry)
+            for name, text in (
+                ("rorqual_e2e_request_latency_seconds", "From a request's arrival to its last token"),
+                ("rorqual_request_seconds", _deprecated("rorqual_e2e_request_latency_seconds")),
+            )
+        ]
         self.registry.register(self)
 
+    def observe_request(self, seconds: float) -> None:
+        """From a request's arrival to its last token."""
+        for histogram in self._whole:
+            histogram.observe(seconds)
+
     def collect(self):  # type: ignore[no-untyped-def]
-        """What is not the library's own, as prometheus_client wants it."""
-        yield self.between.family()
+        """prometheus_client's collector interface."""
+        name = "rorqual_inter_token_latency_seconds"
+        yield self.between.family(name, "Between two tokens of an answer")
+        yield self.between.family("rorqual_time_per_output_token_seconds", _deprecated(name))
         now = self._engine.status()
-        yield GaugeMetricFamily("rorqual_samples_running", "Samples that get a token every step", now.running)
-        yield GaugeMetricFamily("rorqual_samples_waiting", "Samples that wait for a place", now.waiting)
-        yield GaugeMetricFamily("rorqual_cache_blocks_held", "Blocks of the cache that requests hold", now.blocks_used)
-        yield GaugeMetricFamily("rorqual_cache_blocks", "Blocks of the cache", now.blocks)
+        for name, old, text, value in (
+            ("num_seqs_running", "samples_running", "Sequences in the decode batch", now.running),
+            ("num_seqs_waiting", "samples_waiting", "Sequences waiting or in prefill", now.waiting),
+            ("kv_cache_blocks_used", "cache_blocks_held", "KV cache blocks in use by requests", now.blocks_used),
+            ("kv_cache_blocks", "cache_blocks", "KV cache blocks", now.blocks),
+        ):
+            yield GaugeMetricFamily(f"rorqual_{name}", text, value)
+            yield GaugeMetricFamily(f"rorqual_{old}", _deprecated(f"rorqual_{name}"), value)
         counts = now.counters
-        yield CounterMetricFamily("rorqual_prompt_tokens", "Prompt tokens computed", counts.prompt_tokens)
-        yield CounterMetricFamily("rorqual_cached_tokens", "Prompt tokens found in the cache", counts.cached_tokens)
-        yield CounterMetricFamily("rorqual_generated_tokens", "Tokens made", counts.generated_tokens)
-        yield CounterMetricFamily("rorqual_drafted_tokens", "Guesses at tokens that were checked", counts.draft_tokens)
-        yield CounterMetricFamily("rorqual_accepted_tokens", "Guesses that were right", counts.accepted_tokens)
-        yield CounterMetricFamily("rorqual_preemptions", "Samples that gave their blocks back", counts.preemptions)
+        yield CounterMetricFamily("rorqual_prompt_tokens", "Prompt tokens prefilled", counts.prompt_tokens)
+        for name, old, text, value in (
+            ("prefix_cache_hits", "cached_tokens", "Prompt tokens found in the prefix cache", counts.cached_tokens),
+            ("generation_tokens", "generated_tokens", "Tokens generated", counts.generated_tokens),
+            ("spec_decode_num_draft_tokens", "drafted_tokens", "Draft tokens verified", counts.draft_tokens),
+            ("spec_decode_num_accepted_tokens", "accepted_tokens", "Draft tokens accepted", counts.accepted_tokens),
+            ("num_preemptions", "preemptions", "Sequences preempted", counts.preemptions),
+        ):
+            yield CounterMetricFamily(f"rorqual_{name}", text, value)
+            yield CounterMetricFamily(f"rorqual_{old}", _deprecated(f"rorqual_{name}_total"), value)
 
     def text(self) -> bytes:
         return generate_latest(self.registry)
+
+
+def _deprecated(name: str) -> str:
+    return f"Deprecated: use {name}"

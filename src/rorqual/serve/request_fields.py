@@ -1,7 +1,7 @@
-"""How fields are read: null is a field not given, a number is a number, what is not known is refused.
+"""Types of request fields: null means not given, types are strict, unknown fields are refused.
 
-Here stand also the fields that other servers know and that change nothing here. Those of `WithoutEffect` may say what
-they like; those of `AsItIs` only what is done anyway, and all else they could say is refused.
+Also the fields of other servers that change nothing here: those of `Ignored` take any value, those of `OnlyDefaults`
+only the value that is the behaviour here.
 """
 
 from typing import Annotated, Any, Literal, TypeVar
@@ -19,11 +19,11 @@ from pydantic import (
 )
 
 T = TypeVar("T")
-BIASES_MOST = 1024  # each costs time at every token
+MAX_BIASES = 1024  # each costs time at every token
 
 
 def _nullable(schema: dict[str, Any]) -> None:
-    """In the OpenAPI description, too, what may be left out may be null."""
+    """Mark optional fields as nullable in the OpenAPI description."""
     needed = schema.get("required", [])
     for name, field in schema.get("properties", {}).items():
         kinds = field.get("anyOf", [field])
@@ -32,19 +32,19 @@ def _nullable(schema: dict[str, Any]) -> None:
             schema["properties"][name] = {"anyOf": [*field.get("anyOf", [field]), {"type": "null"}]} | about
 
 
-class Sent(BaseModel):
-    """An object that a client sends."""
+class RequestObject(BaseModel):
+    """Base of the objects that a client sends."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, json_schema_extra=_nullable)
 
     @model_validator(mode="before")
     @classmethod
-    def _null_is_absent(cls, said: Any) -> Any:
-        if not isinstance(said, dict):
-            return said
-        given = {name: value for name, value in said.items() if value is not None}
+    def _null_is_absent(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
+            return body
+        given = {name: value for name, value in body.items() if value is not None}
         if len(given) > len(cls.model_fields) and cls.model_config["extra"] == "forbid":
-            # One unknown field is enough to be told, and 200 000 would take seconds.
+            # Report one unknown field only: 200 000 would take seconds.
             known = {field.alias or name for name, field in cls.model_fields.items()}
             unknown = [name for name in given if name not in known]
             given = {name: value for name, value in given.items() if name in known or name == unknown[0]}
@@ -55,22 +55,22 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-Integer = Annotated[int, BeforeValidator(_whole)]  # 1.0 is one, too: JSON has one kind of number
+Integer = Annotated[int, BeforeValidator(_whole)]  # 1.0 is 1 too: JSON has one kind of number
 
 
-class _First(FailFast):
-    """Pydantic's is not hashable, as the members of a union must be."""
+class _HashableFailFast(FailFast):
+    """Pydantic's FailFast is not hashable, which members of a union must be."""
 
     __hash__ = object.__hash__
 
 
-Several = Annotated[list[T], _First()]  # only the first error is told: to note 100 000 takes a minute
+FailFastList = Annotated[list[T], _HashableFailFast()]  # reports the first error only: 100 000 take a minute
 Count = Annotated[Integer, Field(ge=1, le=1 << 40)]  # tokens
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
 
 
-def _kind(prompt: Any) -> str | None:
-    """Which kind of prompt it is, so that no other is tried: its first part tells."""
+def _prompt_kind(prompt: Any) -> str | None:
+    """The union member of a prompt, by its first element, so that no other is tried."""
     if not isinstance(prompt, list):
         return "text" if isinstance(prompt, str) else None
     first = prompt[0] if prompt else 0
@@ -79,31 +79,33 @@ def _kind(prompt: Any) -> str | None:
 
 Prompt = Annotated[
     Annotated[str, Tag("text")]
-    | Annotated[Several[str], Tag("texts")]
-    | Annotated[Several[TokenId], Tag("tokens")]
-    | Annotated[Several[Several[TokenId]], Tag("batch")],
+    | Annotated[FailFastList[str], Tag("texts")]
+    | Annotated[FailFastList[TokenId], Tag("tokens")]
+    | Annotated[FailFastList[FailFastList[TokenId]], Tag("batch")],
     Discriminator(
-        _kind, custom_error_type="prompt", custom_error_message="must be a text, token ids, or a list of either"
+        _prompt_kind,
+        custom_error_type="prompt",
+        custom_error_message="must be a string, token ids, or a list of either",
     ),
 ]
 
 
-def _few(biases: Any) -> Any:
-    if isinstance(biases, dict) and len(biases) > BIASES_MOST:
-        raise ValueError(f"{len(biases)} biases are more than {BIASES_MOST}")
+def _check_count(biases: Any) -> Any:
+    if isinstance(biases, dict) and len(biases) > MAX_BIASES:
+        raise ValueError(f"{len(biases)} biases are more than {MAX_BIASES}")
     return biases
 
 
 Biases = Annotated[
-    # Keys of an object are texts.
+    # Keys of a JSON object are strings.
     dict[Annotated[TokenId, Strict(False)], Annotated[float, Field(ge=-100, le=100)]],
-    BeforeValidator(_few),
-    Field(max_length=BIASES_MOST),
+    BeforeValidator(_check_count),
+    Field(max_length=MAX_BIASES),
 ]
 
 
-class WithoutEffect(Sent):
-    # OpenAI's: whom to bill, where to keep it, how fast.
+class Ignored(RequestObject):
+    # OpenAI's: billing, storage, priority.
     metadata: Any = None
     prediction: Any = None
     prompt_cache_key: Any = None
@@ -112,7 +114,7 @@ class WithoutEffect(Sent):
     service_tier: Any = None
     store: Any = None
     user: Any = None
-    # Of open servers: names of requests, and settings of ways to sample that `AsItIs` keeps off.
+    # Of open servers: request ids, and parameters of samplers that `OnlyDefaults` keeps off.
     cache_prompt: Any = None
     dry_allowed_length: Any = None
     dry_base: Any = None
@@ -127,13 +129,13 @@ class WithoutEffect(Sent):
     xtc_threshold: Any = None
 
 
-Nought, One = Annotated[float, Field(ge=0, le=0)], Annotated[float, Field(ge=1, le=1)]
+Zero, One = Annotated[float, Field(ge=0, le=0)], Annotated[float, Field(ge=1, le=1)]
 
 
-class AsItIs(WithoutEffect):
+class OnlyDefaults(Ignored):
     bad_words: Annotated[list[str], Field(max_length=0)] = Field(default_factory=list)
-    dry_multiplier: Nought = 0.0
-    dynatemp_range: Nought = 0.0
+    dry_multiplier: Zero = 0.0
+    dynatemp_range: Zero = 0.0
     early_stopping: Literal[False] = False
     id_slot: Literal[-1] = -1
     include_stop_str_in_output: Literal[False] = False
@@ -149,4 +151,4 @@ class AsItIs(WithoutEffect):
     skip_special_tokens: Literal[True] = True
     typical_p: One = 1.0
     use_beam_search: Literal[False] = False
-    xtc_probability: Nought = 0.0
+    xtc_probability: Zero = 0.0

@@ -1,4 +1,4 @@
-"""What answers look like, for /openapi.json; they are made as plain dictionaries, for checking each costs time."""
+"""Response schemas for /openapi.json; responses are built as plain dictionaries, since validation costs time."""
 
 from typing import Any, Literal
 
@@ -142,25 +142,25 @@ class Health(Shape):
 
 
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """The errors a route may answer with, for FastAPI's `responses`."""
-    said = {
-        400: "the request is wrong: `message` says where",
+    """The errors that a route may return, for FastAPI's `responses`."""
+    descriptions = {
+        400: "the request is invalid: `message` names the field",
         401: "no valid API key",
-        403: "somebody else's page, or another name than this machine's",
+        403: "an Origin or Host that is not allowed",
         404: "no such model",
-        408: "the request did not come to its end in time",
+        408: "the request was not received in time",
         413: "the request is too large",
-        415: "the body is no JSON in UTF-8, sent as it is",
-        429: "the queue is full; Retry-After says when to come back",
+        415: "the body is not uncompressed JSON in UTF-8",
+        429: "the queue is full; retry after Retry-After seconds",
         500: "the server failed; send the request again",
         503: "the engine has stopped",
         504: "the answer took too long",
     }
-    return {status: {"model": ErrorAnswer, "description": said[status]} for status in statuses}
+    return {status: {"model": ErrorAnswer, "description": descriptions[status]} for status in statuses}
 
 
 def streamed(model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
-    """An answer that comes whole, or with `stream` in events."""
+    """Responses of a route whose answer is one object, or server-sent events with `stream`."""
     data = {"type": "string", "contentMediaType": "application/json", "description": "a chunk; the last is [DONE]"}
     events = {
         "itemSchema": {"type": "object", "properties": {"data": data}, "required": ["data"]},

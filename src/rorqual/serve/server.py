@@ -1,4 +1,4 @@
-"""`rorqual serve`: a model, an address, and an end that loses nothing."""
+"""Run the server: API keys, the address, and graceful shutdown."""
 
 import gc
 import logging
@@ -18,21 +18,21 @@ from rorqual.files import read_text
 from rorqual.serve.app import build_app
 from rorqual.serve.middleware import PORTS, is_loopback
 from rorqual.serve.service import ModelService, Options
-from rorqual.serve.sse import READING
+from rorqual.serve.sse import READ_SECONDS
 
 KEYS_VARIABLE = "RORQUAL_API_KEYS"
-# Seconds that a connection may idle. Clients built on httpx, OpenAI's among them, drop theirs after 5: a server that
-# closed at the same moment would lose the request just being sent.
+# Seconds that a connection may be idle. Clients built on httpx, OpenAI's among them, close theirs after 5: a server
+# that closed at the same moment would lose the request being sent.
 KEEP_ALIVE = 75
-SHORTEST = 64  # tokens that a prompt and its answer must have room for
+MIN_CONTEXT = 64  # tokens that the KV cache must hold for a prompt and its answer
 
 log = logging.getLogger("rorqual.serve")
 
 
 def read_keys(path: Path | None) -> tuple[str, ...]:
-    """Keys from a file, one a line, `#` beginning a comment; else from the environment, comma-separated or one a line.
+    """API keys from a file, one a line, with `#` comments; else from the environment, comma-separated or one a line.
 
-    Raises UserError for a file that is not there or holds no key, and for what no header can carry.
+    Raises UserError for a missing file, one without keys, and a key that no header can carry.
     """
     if path is None:
         name, text = KEYS_VARIABLE, os.environ.get(KEYS_VARIABLE, "")
@@ -43,15 +43,17 @@ def read_keys(path: Path | None) -> tuple[str, ...]:
             text = read_text(path)
         except FileNotFoundError:
             raise UserError(f"{name} does not exist; give a file with one key a line") from None
-        except UserError as e:  # which begins with the path
+        except UserError as e:  # its message begins with the path
             raise UserError(f"--api-keys {e}") from None
         lines = ["" if line.strip().startswith("#") else line for line in text.split("\n")]
     keys = []
     for number, line in enumerate(lines, 1):
         key = line.strip()
-        # What follows is never said: keys are secret.
+        # The message does not quote the key: keys are secret.
         if not key.isprintable() or re.search(r"\s#", key):
-            raise UserError(f"{name}: key {number} holds a comment or a control character; write keys alone on a line")
+            raise UserError(
+                f"{name}: key {number} holds a comment or a control character; write only the key on a line"
+            )
         if key:
             keys.append(key)
     if text and not keys:
@@ -60,27 +62,27 @@ def read_keys(path: Path | None) -> tuple[str, ...]:
 
 
 def check_address(host: str, keys: tuple[str, ...], anonymous: bool) -> None:
-    """Raises UserError where everybody on the network could use the model without a key."""
+    """Raises UserError for an address open to the network without API keys."""
     if not is_loopback(host) and not keys and not anonymous:
         raise UserError(
             f"--host {host} is open to the network, and there is no API key; give --api-keys FILE or set "
-            f"{KEYS_VARIABLE}, or say --anonymous"
+            f"{KEYS_VARIABLE}, or allow it with --anonymous"
         )
 
 
 def check_origins(origins: Sequence[str]) -> tuple[str, ...]:
-    """As a browser says them. Raises UserError for what is no origin."""
+    """Origins as browsers send them. Raises UserError for an invalid one."""
     found = []
     for origin in origins:
-        said = origin.strip().lower().rstrip("/")
-        if not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#\s*@]+", said):
+        name = origin.strip().lower().rstrip("/")
+        if not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#\s*@]+", name):
             raise UserError(f"--allow-origin {origin}: give scheme://host, with :port where a browser shows one")
-        found.append(said.removesuffix(PORTS.get(said.partition("://")[0], "")))
+        found.append(name.removesuffix(PORTS.get(name.partition("://")[0], "")))
     return tuple(found)
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises UserError where the address cannot be had."""
+    """A listening socket. Raises UserError if the address cannot be bound."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     found = socket.socket(family, socket.SOCK_STREAM)
     found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -89,27 +91,28 @@ def bind(host: str, port: int) -> socket.socket:
     except (OSError, OverflowError, ValueError) as e:
         found.close()
         why = getattr(e, "strerror", None) or (
-            "a port is from 0 to 65535" if isinstance(e, OverflowError) else "this is no address"
+            "a port is from 0 to 65535" if isinstance(e, OverflowError) else "not an address"
         )
         raise UserError(f"cannot listen on {host}:{port} ({why}); choose another --port or --host") from None
     found.listen(2048)
     return found
 
 
-def serve(recommended: SamplingParams, engine: Engine, options: Options, listening: socket.socket, page: bool) -> None:
-    """Answer until SIGINT or SIGTERM; then take no more, finish what was accepted, and return. recommended: how to
-    sample where a request does not say.
+def serve(
+    default_params: SamplingParams, engine: Engine, options: Options, listening: socket.socket, page: bool
+) -> None:
+    """Serve until SIGINT or SIGTERM; then accept no more requests, finish those accepted, and return.
 
-    Raises UserError where the cache has no room for a conversation.
+    default_params: sampling parameters where a request gives none. Raises UserError if the KV cache is too small.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    for chatty in ("uvicorn.error", "httpx"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
-    service = ModelService(engine, recommended, options)
-    if service.context < SHORTEST:
+    for name in ("uvicorn.error", "httpx"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    service = ModelService(engine, default_params, options)
+    if service.context < MIN_CONTEXT:
         raise UserError(
-            f"the cache of {engine.kv_cache_bytes} bytes holds {service.context} tokens of a conversation; "
-            f"raise --kv-cache-gb until it holds at least {SHORTEST}"
+            f"the KV cache of {engine.kv_cache_bytes} bytes holds {service.context} tokens; "
+            f"raise --kv-cache-gb until it holds at least {MIN_CONTEXT}"
         )
     engine.prepare()
     app = build_app(service)
@@ -123,24 +126,24 @@ def serve(recommended: SamplingParams, engine: Engine, options: Options, listeni
     server = Server(
         uvicorn.Config(
             app, log_config=None, access_log=False, server_header=False, timeout_keep_alive=KEEP_ALIVE,
-            timeout_graceful_shutdown=math.ceil(options.timeout + 2 * READING),
+            timeout_graceful_shutdown=math.ceil(options.timeout + 2 * READ_SECONDS),
         )
     )  # fmt: skip
-    for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises them again at its end, which would not be 0
+    for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn re-raises them on exit: not status 0
         signal.signal(number, lambda *_: setattr(server, "should_exit", True))
-    # What is there now stays: a collector that went through the libraries' million objects again and again took a sixth
-    # of the loop's time, and kept the engine waiting.
+    # The garbage collector skips frozen objects: traversing the libraries' million objects took a sixth of the event
+    # loop's time, and delayed the engine.
     gc.collect()
     gc.freeze()
     server.run(sockets=[listening])
-    log.info("every request is answered; the end")
+    log.info("every request is answered; exiting")
 
 
 class Server(uvicorn.Server):
-    """Its end does not wait for those who only look at the page."""
+    """Shutdown does not wait for open chat pages."""
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        log.info("no more requests are taken; finishing those that run")
+        log.info("no more requests are accepted; finishing running ones")
         for leave in self.config.app.state.leaving:
             leave()
         await super().shutdown(sockets)
