@@ -32,7 +32,7 @@ def test_nothing_of_ours_imports_an_old_module():
     ("old", "new", "named"),
     [
         ("serve m --slots 4", "serve m --max-num-seqs 4", "--slots is now --max-num-seqs"),
-        ("serve m --cache-gb=2", "serve m --kv-cache-gb=2", "--cache-gb is now --kv-cache-gb"),
+        ("serve m --waiting=2", "serve m --max-queue=2", "--waiting is now --max-queue"),
         ("chat m --speculate lookup", "chat m --speculative ngram", "--speculative lookup is now --speculative ngram"),
         ("chat m --speculative=lookup", "chat m --speculative=ngram", "--speculative lookup"),
         ("generate m -- --slots", "generate m -- --slots", ""),

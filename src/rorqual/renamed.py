@@ -7,7 +7,6 @@ from typing import Any
 OPTIONS = {
     "--slots": "--max-num-seqs",
     "--waiting": "--max-queue",
-    "--cache-gb": "--kv-cache-gb",
     "--cache-format": "--kv-cache-dtype",
     "--speculate": "--speculative",
 }

@@ -304,7 +304,7 @@ NO_NUMBERS = ("nan", "inf", "-inf", "1e400", "-1", "1e300")
         ("serve", "--port", ("-1", "65536", "9" * 400)),
         ("serve", "--max-num-seqs", ("0", "-1", "9" * 400)),
         ("serve", "--max-queue", ("-1", "9" * 400)),
-        ("serve", "--kv-cache-gb", (*NO_NUMBERS, "0")),
+        ("serve", "--cache-gb", (*NO_NUMBERS, "0")),
         ("serve", "--timeout", (*NO_NUMBERS, "0")),
         ("generate", "--temperature", NO_NUMBERS),
         ("generate", "--top-p", (*NO_NUMBERS, "0", "1.1")),

@@ -31,5 +31,5 @@ def test_a_cache_that_memory_has_no_room_for(monkeypatch):
         raise torch.OutOfMemoryError("no")
 
     monkeypatch.setattr(engine, "PagedKVCache", full)
-    with pytest.raises(UserError, match=r"no memory for a KV cache of 4 GiB; lower --kv-cache-gb"):
+    with pytest.raises(UserError, match=r"no memory for a KV cache of 4 GiB; lower --cache-gb"):
         Engine(Transformer(GROUPED), kv_cache_bytes=4 << 30).prepare()

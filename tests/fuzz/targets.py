@@ -206,7 +206,7 @@ OPTIONS = {
                  "--speculative", "--device"],
     "eval": ["--samples", "--problems", "--template", "--temperature", "--top-p", "--max-tokens", "--thinking-budget",
              "--seed", "--against", "--dtype", "--device", "--tasks"],
-    "serve": ["--host", "--port", "--name", "--api-keys", "--max-num-seqs", "--kv-cache-gb", "--max-queue", "--timeout",
+    "serve": ["--host", "--port", "--name", "--api-keys", "--max-num-seqs", "--cache-gb", "--max-queue", "--timeout",
               "--dtype",
               "--weights", "--kv-cache-dtype", "--speculative", "--device"],
     "quantize": ["--format"],
@@ -232,7 +232,7 @@ def options_of(verb):
         if rng is not None:
             for _ in range(rng.choice([1, 1, 2])):
                 option = rng.choice(OPTIONS[verb])
-                large = option in ("--max-tokens", "--samples", "--minutes", "--max-num-seqs", "--kv-cache-gb")
+                large = option in ("--max-tokens", "--samples", "--minutes", "--max-num-seqs", "--cache-gb")
                 values = [v for v in VALUES if not (large and v.startswith("9"))]
                 if option == "--minutes":  # and what is a time would be taken
                     values = [v for v in values if v not in ("1.5", " 1", "1_0")]

@@ -120,7 +120,7 @@ def serve(
     ] = None,
     anonymous: Annotated[bool, typer.Option("--anonymous", help="listen on a public address without keys")] = False,
     max_num_seqs: Annotated[int, typer.Option(callback=within(1, 10_000), help="sequences decoded at a time")] = 64,
-    kv_cache_gb: Annotated[
+    cache_gb: Annotated[
         float, typer.Option(callback=within(0, 10**6, above=True), help="memory of the KV cache, in GiB")
     ] = 1.0,
     max_queue: Annotated[
@@ -161,7 +161,7 @@ def serve(
     listening = bind(host, port)
     with loading(directory):
         engine = Engine(
-            directory, max_num_seqs=max_num_seqs, kv_cache_bytes=int(kv_cache_gb * 2**30), prefix_cache=True,
+            directory, max_num_seqs=max_num_seqs, kv_cache_bytes=int(cache_gb * 2**30), prefix_cache=True,
             dtype=computed, weights=bits, max_prefill_tokens=512, speculative=method, device=device,
             kv_cache_dtype=kv_cache_dtype and getattr(torch, kv_cache_dtype),
         )  # fmt: skip

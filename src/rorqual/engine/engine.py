@@ -301,7 +301,7 @@ class Engine:
             if len(ids) + limit > most:
                 raise UserError(
                     f"{name} with its answer takes {len(ids) + limit} tokens, but the KV cache holds {max(0, most)}; "
-                    "lower max_tokens, or raise kv_cache_bytes (--kv-cache-gb)"
+                    "lower max_tokens, or raise kv_cache_bytes (--cache-gb)"
                 )
         think_end = None if params.thinking_budget is None else self._think_end()
         stops = (() if params.ignore_eos else self.end_tokens) + params.stop_token_ids
@@ -340,7 +340,7 @@ class Engine:
                 cache = PagedKVCache(self.model.config, count, self.kv_cache_dtype, weight.device, more)
             except RuntimeError:  # PyTorch's error for lack of memory, on a CPU too
                 need = count * self.block_bytes / 2**30
-                raise UserError(f"no memory for a KV cache of {need:.3g} GiB; lower --kv-cache-gb") from None
+                raise UserError(f"no memory for a KV cache of {need:.3g} GiB; lower --cache-gb") from None
             self._scheduler = scheduler = Scheduler(
                 self.model,
                 self.max_num_seqs,

@@ -112,7 +112,7 @@ def serve(
     if service.context < MIN_CONTEXT:
         raise UserError(
             f"the KV cache of {engine.kv_cache_bytes} bytes holds {service.context} tokens; "
-            f"raise --kv-cache-gb until it holds at least {MIN_CONTEXT}"
+            f"raise --cache-gb until it holds at least {MIN_CONTEXT}"
         )
     engine.prepare()
     app = build_app(service)
