@@ -115,8 +115,11 @@ def test_python_snippets_compile_and_import(page):
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.Import):
                 for alias in node.names:
-                    importlib.import_module(alias.name)
+                    assert importlib.util.find_spec(alias.name), alias.name
             elif isinstance(node, ast.ImportFrom):
+                assert importlib.util.find_spec(node.module.partition(".")[0]), node.module
+                if not node.module.startswith("rorqual"):  # others' packages take seconds to import
+                    continue
                 module = importlib.import_module(node.module)
                 for alias in node.names:
                     assert hasattr(module, alias.name), f"{node.module}.{alias.name}"
