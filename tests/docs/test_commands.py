@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import typer
-from helpers.pages import PAGES, ROOT, blocks, identify, shell_lines, spans
 
+from helpers.pages import PAGES, ROOT, blocks, identify, shell_lines, spans
 from rorqual.cli.app import app
 from rorqual.cli.options import check_choice, check_speculative, check_weights
 from rorqual.recipe import KINDS, load_recipe, parse_recipe

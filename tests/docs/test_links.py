@@ -3,6 +3,7 @@
 import re
 
 import pytest
+
 from helpers.pages import PAGES, ROOT, identify, prose, spans
 
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
