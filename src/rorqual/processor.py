@@ -1,7 +1,7 @@
 """The instruction sets to use: all that the processor has, or fewer by RORQUAL_CPU.
 
-The classes are ordered, and each includes those before it; RORQUAL_CPU can only lower the class. kernels/cpu/csrc/cpu_class.h
-has the same names for C++.
+The classes are ordered, and each includes those before it; RORQUAL_CPU can only lower the class.
+kernels/cpu/csrc/cpu_class.h has the same names for C++.
 """
 
 import os
