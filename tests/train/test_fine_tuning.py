@@ -124,7 +124,7 @@ def test_dry_run_says_what_a_run_takes_and_starts_nothing(make_recipe):
 def test_dry_run_of_epochs_and_of_seconds(make_recipe):
     epochs = dry_run(make_recipe(train__steps=None, train__epochs=2.0))
     assert epochs["tokens"] is epochs["seconds"] is None
-    assert "known once it is packed" in plan_text(epochs)
+    assert "known once the data is packed" in plan_text(epochs)
     assert dry_run(make_recipe(train__steps=None, train__seconds=60.0))["seconds"] == pytest.approx(60)
 
 
