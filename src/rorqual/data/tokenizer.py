@@ -21,7 +21,7 @@ FIM_TOKENS = ("<|fim_begin|>", "<|fim_hole|>", "<|fim_end|>")
 # after it (so that a symbol at the end of a line is one token), white space.
 PATTERN = r" ?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]\n?|\s+(?!\S)|\s+"
 # The same with single digits, so that training learns no digit merges where `whole_numbers` defines them.
-PATTERN_APART = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]\n?|\s+(?!\S)|\s+"
+PATTERN_SINGLE_DIGITS = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]\n?|\s+(?!\S)|\s+"
 
 CHAT_TEMPLATE = """\
 {%- for message in messages %}
@@ -61,13 +61,13 @@ def train_tokenizer(texts: Iterable[str], section: TokenizerSection, fim: bool =
         return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = steps(PATTERN_APART if number_merges else PATTERN)
+    bpe.pre_tokenizer = steps(PATTERN_SINGLE_DIGITS if number_merges else PATTERN)
     trainer = trainers.BpeTrainer(
         vocab_size=section.vocab_size - len(number_merges) - len(special),
         initial_alphabet=alphabet,
         show_progress=sys.stderr.isatty(),
     )
-    bpe.train_from_iterator(_some(texts), trainer)
+    bpe.train_from_iterator(_checked_not_empty(texts), trainer)
     learned = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
     # Number merges are of digits only and learned merges then never are, so they are independent.
     merges = number_merges + learned
@@ -78,7 +78,7 @@ def train_tokenizer(texts: Iterable[str], section: TokenizerSection, fim: bool =
     return _finish(tokenizer, special)
 
 
-def _some(texts: Iterable[str]) -> Iterable[str]:
+def _checked_not_empty(texts: Iterable[str]) -> Iterable[str]:
     seen = False
     for text in texts:
         seen = seen or bool(text)
