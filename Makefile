@@ -18,8 +18,8 @@ test-all: $(VENV)/ready-dev
 	$(BIN)/python -m pytest -m "slow or not slow" -o faulthandler_timeout=3600 $(ARGS)
 
 lint: $(VENV)/ready-dev
-	$(BIN)/ruff check src tests benchmarks
-	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks docs
+	$(BIN)/ruff format --check src tests benchmarks docs
 	$(BIN)/lint-imports
 
 # All of them, or BENCHMARKS="train decode"; ARGS=--quick shows in minutes that they run on a new class of processor.
