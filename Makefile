@@ -12,7 +12,7 @@ speedrun: $(VENV)/ready
 	$(BIN)/rorqual speedrun $(ARGS)
 
 test: $(VENV)/ready-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)  # two processes of two threads on two cores took six times as long
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)  # two processes of two threads took six times as long
 
 test-all: $(VENV)/ready-dev
 	$(BIN)/python -m pytest -m "slow or not slow" -o faulthandler_timeout=3600 $(ARGS)

@@ -1,5 +1,6 @@
 """However requests meet in the batch and whatever the cache has room for, each gets what it would get alone."""
 
+import copy
 import random
 from dataclasses import replace
 from types import SimpleNamespace
@@ -18,12 +19,12 @@ from rorqual.model import Transformer
 GREEDY = SamplingParams(temperature=0, max_tokens=40)
 
 
-@pytest.fixture(params=DEVICES)
+@pytest.fixture(scope="module", params=DEVICES)
 def device(request):
     return request.param
 
 
-@pytest.fixture(params=[LATENT, GROUPED], ids=["latent", "grouped"])
+@pytest.fixture(scope="module", params=[LATENT, GROUPED], ids=["latent", "grouped"])
 def model(request, device):
     torch.manual_seed(3)
     model = Transformer(request.param.replace(max_position_embeddings=200)).eval().to(device)
@@ -32,13 +33,33 @@ def model(request, device):
     return model
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def prompts():
     """Some begin the same way; lengths around those of blocks."""
     generator = torch.Generator().manual_seed(1)
     shared = torch.randint(1, 60, (40,), generator=generator).tolist()
     own = [torch.randint(1, 60, (n,), generator=generator).tolist() for n in (1, 15, 16, 17, 31, 70, 5, 33)]
     return own + [shared[:n] + own[i][:3] for i, n in ((3, 16), (4, 40), (5, 33), (7, 32))]
+
+
+@pytest.fixture(scope="module")
+def endless(model, prompts):
+    """Greedy answers to the prompts by full passes: 40 tokens, whether or not the end token is among them."""
+    return [greedy_by_full_passes(model, p, 40, to_the_end=True)[0] for p in prompts]
+
+
+@pytest.fixture(scope="module")
+def answers(endless):
+    """The same, up to the end token."""
+    return [tokens[: tokens.index(0) + 1] if 0 in tokens else tokens for tokens in endless]
+
+
+@pytest.fixture(scope="module")
+def crowd(model):
+    """33 prompts, and 24 tokens of the answer that each gets alone."""
+    prompts = [[(7 * i + j * j) % 59 + 1 for j in range(1 + (5 * i) % 41)] for i in range(33)]
+    params = replace(GREEDY, max_tokens=24, ignore_eos=True)
+    return prompts, [Engine(model).generate([p], params)[0].tokens for p in prompts]
 
 
 def bytes_for(model, blocks):
@@ -52,15 +73,14 @@ def all_free(engine):
 @pytest.mark.parametrize("prefix_cache", [False, True])
 @pytest.mark.parametrize("max_prefill_tokens", [7, 4096])
 @pytest.mark.parametrize("room", [None, 16, 9])
-def test_greedy_equals_full_passes_in_any_company(model, prompts, prefix_cache, max_prefill_tokens, room):
-    expected = [greedy_by_full_passes(model, p, 40, to_the_end=True)[0] for p in prompts]
+def test_greedy_equals_full_passes_in_any_company(model, prompts, endless, prefix_cache, max_prefill_tokens, room):
     memory = None if room is None else bytes_for(model, room)
     engine = Engine(
         model, max_num_seqs=12, max_prefill_tokens=max_prefill_tokens, prefix_cache=prefix_cache, kv_cache_bytes=memory
     )
     for turn in range(2):
         found = engine.generate(prompts, replace(GREEDY, ignore_eos=True))
-        assert [c.tokens for c in found] == expected
+        assert [c.tokens for c in found] == endless
         if prefix_cache and turn and room is None:
             assert all(c.cached_tokens == (len(p) - 1) // BLOCK * BLOCK for c, p in zip(found, prompts, strict=True))
         assert all_free(engine)
@@ -69,12 +89,11 @@ def test_greedy_equals_full_passes_in_any_company(model, prompts, prefix_cache, 
 
 
 @pytest.mark.parametrize("options", [{}, {"max_prefill_tokens": 7, "prefix_cache": True}, {"kv_cache_bytes": 30}])
-def test_greedy_answers_are_the_same_alone_and_among_32_others(model, options):
+def test_greedy_answers_are_the_same_alone_and_among_32_others(model, crowd, options):
     if "kv_cache_bytes" in options:
         options = {"kv_cache_bytes": bytes_for(model, options["kv_cache_bytes"])}
-    prompts = [[(7 * i + j * j) % 59 + 1 for j in range(1 + (5 * i) % 41)] for i in range(33)]
+    prompts, alone = crowd
     params = replace(GREEDY, max_tokens=24, ignore_eos=True)
-    alone = [Engine(model).generate([p], params)[0].tokens for p in prompts]
     engine = Engine(model, max_num_seqs=33, **options)
     for _ in range(2):
         assert [c.tokens for c in engine.generate(prompts, params)] == alone
@@ -149,7 +168,7 @@ def test_penalties_and_biases_change_the_logits_as_defined(model):
     assert gap(place, made, other) == pytest.approx(float(then[made] - then[other]) - 0.75, abs=1e-4)
 
 
-def test_cancelling_frees_blocks_at_once_wherever_the_request_is(model, prompts):
+def test_cancelling_frees_blocks_at_once_wherever_the_request_is(model, prompts, answers):
     rng = random.Random(0)
     for _ in range(10):
         engine = Engine(
@@ -159,7 +178,6 @@ def test_cancelling_frees_blocks_at_once_wherever_the_request_is(model, prompts)
             kv_cache_bytes=bytes_for(model, 24),
             prefix_cache=rng.random() < 0.5,
         )
-        expected = [greedy_by_full_passes(model, p, 40)[0] for p in prompts]
         requests = {i: engine.submit(p, GREEDY) for i, p in enumerate(prompts)}
         gone = rng.sample(sorted(requests), 6)
         for i in gone:
@@ -172,7 +190,7 @@ def test_cancelling_frees_blocks_at_once_wherever_the_request_is(model, prompts)
             (sample,) = request.sequences
             assert sample.finish_reason is not None
             if i not in gone:
-                assert sample.tokens == expected[i]
+                assert sample.tokens == answers[i]
         assert all_free(engine)
 
 
@@ -191,6 +209,7 @@ def test_the_cache_takes_what_was_stated(model):
 
 
 def test_forgetting_lets_new_weights_count(model, prompts):
+    model = copy.deepcopy(model)
     engine = Engine(model, prefix_cache=True)
     engine.generate(prompts, GREEDY)
     with torch.no_grad():
