@@ -117,7 +117,7 @@ def test_linear_rope(tmp_path):
         ({"tokenizer__ggml__eos_token_id": 9999}, "eos_token_id = 9999"),
         ({"tokenizer__ggml__merges": ["zz h"]}, "not a readable GGUF file"),
         ({"tokenizer__ggml__merges": [1]}, "merges is missing or not a list"),
-        ({"tokenizer__chat_template": 7}, "chat_template is no text"),
+        ({"tokenizer__chat_template": 7}, "chat_template is not a string"),
         ({"split__count": 3}, "one of 3 parts; give the first, whose name ends in -00001-of-00003.gguf"),
     ],
 )

@@ -152,7 +152,10 @@ def test_header_of_a_gguf_file(tmp_path):
     [
         ({"tokenizer__ggml__eot_token_id": 9999}, "eot_token_id = 9999"),
         ({"tokenizer__ggml__add_bos_token": "yes"}, "add_bos_token = 'yes'"),
-        ({"tokenizer__chat_templates": ["rag"], "tokenizer__chat_template__rag": 3}, "chat_template.rag is no text"),
+        (
+            {"tokenizer__chat_templates": ["rag"], "tokenizer__chat_template__rag": 3},
+            "chat_template.rag is not a string",
+        ),
         ({"general__sampling__temp": -1.0}, "temperature = -1.0"),
         ({"general__sampling__top_k": "many"}, "top_k = 'many'"),
         ({"general__sampling__penalty_last_n": "all"}, "penalty_last_n = 'all'"),
