@@ -14,7 +14,7 @@ from rorqual.engine.block_manager import BLOCK, NULL_BLOCK
 from rorqual.engine.grammar import GrammarState
 from rorqual.engine.prompt_logprobs import PromptLogprobs
 from rorqual.engine.sampling_params import SamplingParams
-from rorqual.kernels.append_tokens import AppendTokens
+from rorqual.kernels.append_tokens import NUMBERS, AppendTokens
 from rorqual.kernels.sample import SamplingFilter
 
 if TYPE_CHECKING:
@@ -98,7 +98,9 @@ class DecodeBatch:
     def __init__(self, count: int) -> None:
         self.size, self.n = count, 0
         self.sequences: list[Sequence] = []
-        self.numbers = np.zeros((11, count), dtype=np.int64)  # one array, so that a row is moved in one operation
+        self.numbers = np.zeros(
+            (len(NUMBERS), count), dtype=np.int64
+        )  # one array, so that a row is moved in one operation
         # Position of the next step's input token; tokens generated; their limit; the newest one.
         self.position, self.num_tokens, self.max_new_tokens, self.last_token = self.numbers[:4]
         self.num_blocks, self.budget, self.think_end_token, self.filter_index = self.numbers[4:8]
