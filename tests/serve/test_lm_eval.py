@@ -72,7 +72,7 @@ def test_choices_are_scored_as_the_engine_scores_them(server, directory, tasks):
             whole = question + engine.tokenizer(" " + choice).input_ids
             scoring = PromptLogprobs(tuple(whole), engine.model.head_weight, 1)
             with torch.inference_mode():
-                scoring.read(engine.model(torch.tensor([whole]))[0], 0)  # all at once
+                scoring.append(engine.model(torch.tensor([whole]))[0], 0)  # all at once
             logprobs, ranked = scoring.logprobs, scoring.ranked
             assert float(found) == pytest.approx(sum(logprobs[len(question) :]), abs=1e-3)
             best = [r[0][0] for r in ranked[len(question) :]] == whole[len(question) :]

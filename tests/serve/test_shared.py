@@ -20,7 +20,7 @@ def test_a_text_is_scored_between_the_steps_of_others(directory):
     tokens = engine.tokenizer("what is 12 and 7? the sum of both " * 12, add_special_tokens=False).input_ids
     whole = PromptLogprobs(tuple(tokens), engine.model.head_weight, 2)
     with torch.inference_mode():
-        whole.read(engine.model(torch.tensor([tokens]))[0], 0)
+        whole.append(engine.model(torch.tensor([tokens]))[0], 0)
     other = engine.submit([5, 6, 7], SamplingParams(max_tokens=500, ignore_eos=True))
     engine.step()
     for _ in range(2):  # the second time it lies in the cache, and is read all the same

@@ -98,9 +98,7 @@ class DecodeBatch:
     def __init__(self, count: int) -> None:
         self.size, self.n = count, 0
         self.sequences: list[Sequence] = []
-        self.numbers = np.zeros(
-            (len(NUMBERS), count), dtype=np.int64
-        )  # one array, so that a row is moved in one operation
+        self.numbers = np.zeros((len(NUMBERS), count), dtype=np.int64)  # so that a row moves in one operation
         # Position of the next step's input token; tokens generated; their limit; the newest one.
         self.position, self.num_tokens, self.max_new_tokens, self.last_token = self.numbers[:4]
         self.num_blocks, self.budget, self.think_end_token, self.filter_index = self.numbers[4:8]
