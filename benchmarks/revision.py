@@ -32,7 +32,7 @@ from servers import Contestant, Server
 from workers import Field
 
 ROOT = Path(__file__).parents[1]
-MAIN = "try:\n from rorqual.cli.app import main\nexcept ImportError:\n from rorqual.cli import main\nmain()"
+MAIN = "from rorqual.cli import main; main()"  # of either side
 
 
 def made(commit: str) -> Path:

@@ -9,7 +9,7 @@ import pytest
 
 COMMAND = """
 import os, sys
-from rorqual.cli.app import main
+from rorqual.cli.entry import main
 sys.argv = ["rorqual", "--help"]
 try:
     main()

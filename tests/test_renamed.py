@@ -25,7 +25,7 @@ def test_an_old_module_holds_the_same_objects(old):
 def test_nothing_of_ours_imports_an_old_module():
     with warnings.catch_warnings():
         warnings.simplefilter("error", DeprecationWarning)
-        importlib.import_module("rorqual.cli.app")
+        importlib.import_module("rorqual.cli.entry")
 
 
 @pytest.mark.parametrize(

@@ -197,7 +197,7 @@ def test_the_command_line_says_one_sentence(model, tmp_path, name):
     if name == "a.gguf":
         place = write(tmp_path / name, network(LLAMA))
     cut(model / name if place == model else place)
-    command = [sys.executable, "-c", "from rorqual.cli.app import main; main()", "generate", str(place), "x"]
+    command = [sys.executable, "-c", "from rorqual.cli.entry import main; main()", "generate", str(place), "x"]
     out = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert out.returncode not in (0, 1)
     assert out.stdout == ""

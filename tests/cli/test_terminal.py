@@ -14,7 +14,7 @@ import time
 import pytest
 
 from helpers.reasoning_model import save_reasoner
-from rorqual.cli.app import main
+from rorqual.cli.entry import main
 from rorqual.cli.terminal import complete_blocks, markdown, read_prompt, talk
 from rorqual.errors import UserError
 
@@ -49,7 +49,7 @@ class Terminal:
     """`rorqual` in a terminal of its own."""
 
     def __init__(self, home, *words):
-        code = "from rorqual.cli.app import main; main()"
+        code = "from rorqual.cli.entry import main; main()"
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # what a shell starts with "&" ignores it, and so would this

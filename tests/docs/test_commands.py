@@ -13,7 +13,7 @@ import pytest
 import typer
 
 from helpers.pages import PAGES, ROOT, blocks, identify, shell_lines, spans
-from rorqual.cli.app import app
+from rorqual.cli.entry import app
 from rorqual.cli.options import check_choice, check_speculative, check_weights
 from rorqual.recipe import KINDS, load_recipe, parse_recipe
 from rorqual.renamed import OPTIONS
@@ -135,7 +135,7 @@ def test_recipes_in_pages_are_valid(page):
 
 
 def run(words, folder):
-    code = "from rorqual.cli.app import main; main()"
+    code = "from rorqual.cli.entry import main; main()"
     done = subprocess.run([sys.executable, "-c", code, *words], cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout

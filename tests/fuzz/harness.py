@@ -57,7 +57,7 @@ def run(words, folder, stdin):
             resource.setrlimit(resource.RLIMIT_AS, (size + ROOM, size + ROOM))
             os.chdir(folder)
             sys.argv = ["rorqual", *words]
-            from rorqual.cli.app import main
+            from rorqual.cli.entry import main
 
             main()
             code = 0

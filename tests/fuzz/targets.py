@@ -102,7 +102,7 @@ def _finished_run(folder):
     recipe = pretrain_recipe() | {"name": "done"}
     recipe["train"] = TRAIN | {"save_every": 1, "keep": 9}
     (folder / "done.toml").write_text(to_toml(recipe))
-    code = "import sys; sys.argv = sys.argv[:1] + ['pretrain', 'done.toml']; from rorqual.cli.app import main; main()"
+    code = "import sys; sys.argv = sys.argv[:1] + ['pretrain', 'done.toml']; from rorqual.cli.entry import main; main()"
     subprocess.run([sys.executable, "-c", code], cwd=folder, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
                    capture_output=True)  # fmt: skip
 

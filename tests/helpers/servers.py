@@ -72,7 +72,7 @@ class Process:
         self.log = log
         with log.open("a") as out:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", "from rorqual.cli.app import main; main()", "serve", str(directory), *options],
+                [sys.executable, "-c", "from rorqual.cli.entry import main; main()", "serve", str(directory), *options],
                 stdout=out, stderr=out, env=os.environ | {"OMP_NUM_THREADS": "1"},
             )  # fmt: skip
         while not (found := re.findall(r"(http://[\d.]+:\d+)/v1", log.read_text())):

@@ -6,7 +6,7 @@ from typing import Any
 def __getattr__(name: str) -> Any:
     """`main` and the search for a model stood here before; they load on first use."""
     if name == "main":
-        from rorqual.cli.app import main
+        from rorqual.cli.entry import main
 
         return main
     if name == "_directory":

@@ -6,7 +6,7 @@
 // fused_decode/: model.h (structs that Python writes), ops.h (small functions), step.h (buffers, and products of rows
 // with weights), attention.h, mla.h, ffn.h and moe.h (layers).
 
-#include "fused_decode/attention.h"
+#include "fused_decode/gqa.h"
 #include "fused_decode/ffn.h"
 #include "fused_decode/mla.h"
 #include "fused_decode/moe.h"

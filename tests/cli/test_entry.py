@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from rorqual.cli import options
-from rorqual.cli.app import main
+from rorqual.cli.entry import main
 
 SIZES = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "kv_lora_rank": 8,
@@ -105,7 +105,7 @@ def test_dry_run_of_rl_says_what_it_needs_and_starts_nothing(rorqual, recipe, tm
 def test_help_answers_before_torch_is_loaded():
     """So does Ctrl-C: while it loads there is nobody yet who would catch it."""
     code = (
-        "import sys; from rorqual.cli.app import main; sys.argv[1:] = ['--help']\n"
+        "import sys; from rorqual.cli.entry import main; sys.argv[1:] = ['--help']\n"
         "try: main()\n"
         "except SystemExit: sys.exit(7 if 'torch' in sys.modules else 0)"
     )
