@@ -207,9 +207,9 @@ struct Decoder {
     void run(const i64 *tokens, const float *states, float *hidden, const int32_t *wanted, i64 count, float *logits);
     void embed(const i64 *tokens);                      // fused_decode.cpp
     void join(const i64 *tokens, const float *states);  // fused_decode.cpp
-    void grouped_attention(const Layer<T> &layer);      // attention.h
+    void grouped_attention(const Layer<T> &layer);      // gqa.h
     void latent_attention(const Layer<T> &layer);       // mla.h
-    void output_projection(const Layer<T> &layer);      // attention.h
+    void output_projection(const Layer<T> &layer);      // gqa.h
     void feed_forward(const Layer<T> &layer);           // ffn.h
     static i64 gate_panels(const QuantizedRows &to);    // ffn.h
     void gate_up(const Layer<T> &layer, const QuantizedRows &from, i64 start, i64 end, i64 next,
