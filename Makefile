@@ -4,7 +4,7 @@ PYTHON ?= python3
 # Pinned because anything looser may bring gigabytes of CUDA; put another build here for a GPU.
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
-SOURCES := pyproject.toml setup.py $(wildcard $(addprefix src/rorqual/kernels/cpu/,build.py *.cpp *.h))
+SOURCES := pyproject.toml setup.py $(wildcard $(addprefix src/rorqual/kernels/cpu/,build.py csrc/*.cpp csrc/*.h csrc/*/*.h))
 
 .PHONY: speedrun test test-all lint bench clean
 
@@ -12,14 +12,14 @@ speedrun: $(VENV)/ready
 	$(BIN)/rorqual speedrun $(ARGS)
 
 test: $(VENV)/ready-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)  # two processes of two threads on two cores took six times as long
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)  # two processes of two threads took six times as long
 
 test-all: $(VENV)/ready-dev
 	$(BIN)/python -m pytest -m "slow or not slow" -o faulthandler_timeout=3600 $(ARGS)
 
 lint: $(VENV)/ready-dev
-	$(BIN)/ruff check src tests benchmarks
-	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks docs
+	$(BIN)/ruff format --check src tests benchmarks docs
 	$(BIN)/lint-imports
 
 # All of them, or BENCHMARKS="train decode"; ARGS=--quick shows in minutes that they run on a new class of processor.
@@ -47,7 +47,7 @@ define install
 endef
 
 $(VENV)/ready: $(SOURCES)
-	$(call install)
+	$(call install,[all])
 
 $(VENV)/ready-dev: $(SOURCES)
 	$(call install,[dev],all)

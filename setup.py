@@ -1,7 +1,7 @@
-"""The compiled functions (src/rorqual/kernels/cpu/build.py): an editable install compiles what this machine runs, a
-wheel carries every level.
+"""The compiled kernels (src/rorqual/kernels/cpu/build.py): an editable install compiles what this machine runs, a wheel
+carries every level.
 
-Without a C++ compiler the package installs all the same, and the PyTorch reference of each function runs.
+Without a C++ compiler the package installs all the same, and each function's PyTorch reference runs.
 """
 
 import sys
@@ -30,7 +30,7 @@ class Kernels(build_ext):
         return [] if self.inplace else [str(path) for path in self._target().glob("compiled_*.so")]
 
     def get_output_mapping(self) -> dict[str, str]:
-        return {}  # in the checkout they lie where they belong
+        return {}  # in a checkout they are built in place
 
 
 class Wheel(bdist_wheel):
@@ -40,11 +40,11 @@ class Wheel(bdist_wheel):
 
 setup(
     cmdclass={"build_ext": Kernels, "bdist_wheel": Wheel},
-    ext_modules=[  # makes the wheel one of its platform, and lists the sources
+    ext_modules=[  # makes the wheel platform-specific, and lists the sources for an sdist
         Extension(
             "rorqual.kernels.cpu.compiled",
-            [str(path) for path in sorted(FOLDER.glob("*.cpp"))],
-            depends=[str(path) for path in sorted(FOLDER.glob("*.h"))],
+            [str(path) for path in sorted(FOLDER.glob("csrc/*.cpp"))],
+            depends=[str(path) for path in sorted(FOLDER.glob("csrc/**/*.h"))],
         )
     ],
 )

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# The compiled functions on ARM: cross-compiled and run by QEMU, called by the tests that run here (tests/arm/proxy.py).
+# The compiled kernels on ARM: cross-compiled and run by QEMU, called by the tests that run here (tests/arm/proxy.py).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-.venv/bin/python}
-TESTS=${*:-tests/kernels tests/engine/test_direct.py tests/engine/test_choose.py}
+TESTS=${*:-tests/kernels tests/engine/test_fused_cpu.py tests/engine/test_sampling.py}
 CROSS=aarch64-linux-gnu-g++ QEMU="qemu-aarch64 -L /usr/aarch64-linux-gnu"
 
 missing=
@@ -34,10 +34,10 @@ $CROSS -std=c++20 -O2 -fopenmp tests/arm/host.cpp -o "$OUT/host"
 g++ -std=c++20 -O2 -shared -fPIC tests/arm/heap.cpp -o "$OUT/heap.so"
 echo "ARM: compiled in $SECONDS s; $(qemu-aarch64 --version | head -1) runs $TESTS"
 
-# Left out: what a child process measures, whose functions are not those of ARM; large pages, which shared memory has
-# not; what calls no function; and of one long test most sizes.
-WANTED="not peak_memory and not large_pages and not test_build and not test_machine and not test_levels and (not test_logits_are or 5-)"
-# Two threads, so that they meet, which do not wait for each other by turning on cores that another program needs.
+# Deselected: tests that measure in a child process, which does not run the ARM kernels; huge pages, which shared memory
+# lacks; tests that call no kernel; and most sizes of one long test.
+WANTED="not peak_memory and not large_pages and not test_build and not test_dtypes and not test_levels and (not test_logits_are or 5-)"
+# Two threads, so that barriers are tested; passive waiting, so that they do not spin on cores that QEMU needs.
 export OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive
 RORQUAL_ARM="$QEMU $OUT/host $OUT/compiled_portable.so" LD_PRELOAD="$OUT/heap.so" PYTHONPATH=src:tests/arm \
     "$PYTHON" -m pytest -p proxy -p no:cacheprovider -k "$WANTED" $TESTS

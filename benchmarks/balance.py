@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from common import arguments, fastest, program, report, take_turns
+from rorqual.data.datasets import open_pretrain_data, open_tokenizer
 from rorqual.data.loader import Heldout
-from rorqual.data.open import open_pretrain_data, open_tokenizer
 from rorqual.model import ModelConfig, Transformer
 from rorqual.plan.cost import flops_per_token, parameters
 from rorqual.recipe import BalanceSection, DataSection, OptimizerSection, ScheduleSection, TokenizerSection

@@ -17,9 +17,9 @@ import torch
 from machines import machine_class
 from rorqual import strict_json
 from rorqual.errors import UserError
-from rorqual.kernels.machine import fastest_dtype
-from rorqual.plan.machine import describe_machine
-from rorqual.process import tune
+from rorqual.kernels.dtypes import fastest_dtype
+from rorqual.plan.hardware import describe_machine
+from rorqual.process_tuning import tune
 
 RESULTS = Path(__file__).parent / "results"
 

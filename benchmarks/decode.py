@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from common import arguments, dtypes, fastest, median, program, ratio_of_rounds, report, short
+from rorqual.checkpoint.gguf_import import import_model, smollm2_file
 from rorqual.data.tokenizer import load_tokenizer
-from rorqual.model.gguf import import_model, smollm2_file
 from rorqual.plan.cost import parameters
 from sides import MIXTURE
 from workers import Field
@@ -52,7 +52,7 @@ def enter_all(field: Field, folder: Path, threads: int) -> list[str]:
         field.ask(WRITER, "write", files["Q4_1"], files[kind], kind)
     field.leave(WRITER)
     import_model("smollm2", folder / "smollm2")
-    options = {"slots": 64, "cache_bytes": 1 << 28}
+    options = {"max_num_seqs": 64, "kv_cache_bytes": 1 << 28}
     present = [kind for kind, path in files.items() if path.exists()]
     names = [f"Rorqual {kind}" for kind in present]
     for kind in present:
@@ -95,7 +95,7 @@ def mixtures(field: Field, quick: bool) -> tuple[dict[str, float], list[list[Any
     prompt = [list(range(3, 35))]
     count, rounds = (8, 1) if quick else (96, 5)
     for name, config in configs.items():
-        field.enter(name, "sides:OursAtRandom", config, fastest(), {"cache_bytes": 1 << 26}, ours=True)
+        field.enter(name, "sides:OursAtRandom", config, fastest(), {"kv_cache_bytes": 1 << 26}, ours=True)
         field.ask(name, "decode", prompt, 8)
     found = field.turns(configs, "decode", (prompt, count), rounds)
     rows = [[name, *(n / 1e6 for n in parameters(config)), median(found, name)] for name, config in configs.items()]

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from common import arguments, fastest, median, program, ratio_of_rounds, report
+from rorqual.checkpoint.huggingface import save_model
 from rorqual.errors import UserError
 from rorqual.model import ModelConfig, Transformer
-from rorqual.model.checkpoint import save_model
 from sides import MIXTURE
 from workers import Field
 
@@ -41,7 +41,7 @@ def main() -> None:
             save_model(Transformer(config).eval().to(getattr(torch, dtype)), Path(folder) / name)
             us, them = f"{US}, {name}", f"{PEER}, {name}"
             place = (Path(folder) / name, dtype, args.device)
-            field.enter(us, "sides:OursWithoutWords", *place, {"cache_bytes": 4 << 30}, ours=True)
+            field.enter(us, "sides:OursWithoutWords", *place, {"kv_cache_bytes": 4 << 30}, ours=True)
             field.enter(them, "sides:Transformers", *place)
             works: dict[str, tuple[str, Any]] = {}
             for batch in batches:

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from rorqual.kernels import cpu
-from rorqual.plan.machine import describe_machine
+from rorqual.plan.hardware import describe_machine
 
 # Processors by vendor and family, and first and last model: what vendors call their generations.
 GENERATIONS = {

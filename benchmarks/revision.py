@@ -16,19 +16,17 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import load
 import serving
 import train
 import workers
 from common import arguments, fastest, program, ratio_of_rounds, report
 from peers import CACHE, once, run
+from rorqual.checkpoint.gguf_import import import_model
+from rorqual.checkpoint.huggingface import save_model
 from rorqual.data.tokenizer import load_tokenizer
 from rorqual.errors import UserError
 from rorqual.model import ModelConfig, Transformer
-from rorqual.model.checkpoint import save_model
-from rorqual.model.gguf import import_model
 from rorqual.train import set_seed
 from servers import Contestant, Server
 from workers import Field
@@ -103,7 +101,7 @@ def main() -> None:
     if not recipe.exists():
         raise UserError(f"--run {args.run}: no {recipe}; run `rorqual speedrun` first, or name the folder of a run")
     before = resolved(args.before)
-    rounds, group = (1, (2, 2, 4)) if args.quick else (7, (4, 8, 48))
+    rounds, group = (1, (2, 2, 4)) if args.quick else (6, (4, 4, 32))
     values: dict[str, dict[str, list[float]]] = {}  # a work's seconds, or where the name says so its speed
     with tempfile.TemporaryDirectory() as temporary, Field(args.turn_limit, args.limit) as field:
         folder = Path(temporary)
@@ -121,22 +119,22 @@ def main() -> None:
         values["GRPO step, s a token"] = each(steps, lambda s: s.seconds / s.tokens)
         values["GRPO rollout, s a token"] = each(steps, lambda s: s.rollout / s.tokens)
         given = (recipe, fastest())
-        steps = sides.pairs("speedrun", "speedrun_rl:Side", given, {"step": ()}, 3 * rounds)["speedrun/step"]
+        steps = sides.pairs("speedrun", "speedrun_rl:Side", given, {"step": ()}, 2 * rounds)["speedrun/step"]
         values["speedrun's RL step, s"] = each(steps, lambda s: s["seconds"])
         values["speedrun's rollout, s a token"] = each(steps, lambda s: s["rollout"] / s["tokens"])
         prompts = prompts_of(folder / "smollm2")
         for weights in ("int4", "unpacked"):
-            asks = {"prefill": (prompts[0],), "decode": (prompts[:1], 16 if args.quick else 96)}
+            asks = {"prefill": (prompts[0],), "decode": (prompts[:1], 16 if args.quick else 64)}
             options = {} if weights == "unpacked" else {"weights": weights}
             given = (folder / "smollm2", fastest(), options)
             found = sides.pairs("decode", "sides:Ours", given, asks, rounds)
-            values[f"prefill of 512 tokens, {weights}, s"] = found["decode/prefill"]
+            values[f"prefill of 128 tokens, {weights}, s"] = found["decode/prefill"]
             values[f"decode 1 sequence, {weights}, tokens/s"] = found["decode/decode"]
-            asks = {"decode": ([p[:32] for p in prompts], 8 if args.quick else 48)}
+            asks = {"decode": ([p[:16] for p in prompts[:8]], 8 if args.quick else 24)}
             found = sides.pairs("decode", "sides:Ours", given, asks, rounds)
-            values[f"decode 32 sequences, {weights}, tokens/s"] = found["decode/decode"]
-        loop = serving.Loop(8, 8 if args.quick else 16, longest=128)
-        found = served(sides, folder / "smollm2", min(rounds, 4), loop, args.turn_limit)
+            values[f"decode 8 sequences, {weights}, tokens/s"] = found["decode/decode"]
+        loop = serving.Loop(8, 8, longest=64)
+        found = served(sides, folder / "smollm2", rounds, loop, args.turn_limit)
         for name in ("tokens_per_second", "ttft_ms_p50", "tpot_ms_p50"):
             unit = "" if name == "tokens_per_second" else ", ms"
             values[f"serving c8, {name.replace('_', ' ')}{unit}"] = each(found, lambda f, name=name: f[name])
@@ -166,10 +164,10 @@ def each(found: dict[str, list[Any]], value: Any) -> dict[str, list[float]]:
 
 
 def prompts_of(model: Path) -> list[list[int]]:
-    """32 of 512 tokens."""
-    asks = load.asks(400, "prompts")
+    """Eight of 128 tokens."""
+    asks = load.asks(20, "prompts")
     words = load_tokenizer(model).encode(" ".join(ask.prompt for ask in asks))
-    return [words[512 * i : 512 * (i + 1)] for i in range(32)]
+    return [words[128 * i : 128 * (i + 1)] for i in range(8)]
 
 
 if __name__ == "__main__":

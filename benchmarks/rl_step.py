@@ -18,12 +18,12 @@ from typing import Any
 import torch
 
 from common import arguments, dtypes, program, ratio_of_rounds, report
+from rorqual.checkpoint.gguf_import import import_model
+from rorqual.checkpoint.huggingface import load_model
 from rorqual.data.tokenizer import load_tokenizer
-from rorqual.model.checkpoint import load_model
-from rorqual.model.gguf import import_model
-from rorqual.reason.problems import Environment, Problem
-from rorqual.reason.trainer import RLTrainer
 from rorqual.recipe import parse_recipe
+from rorqual.rl.envs.environment import Environment, Problem
+from rorqual.rl.grpo_trainer import GRPOTrainer
 from workers import Field, answer, timed
 
 LR, BETAS = 1e-6, (0.9, 0.999)
@@ -75,7 +75,7 @@ class Ours:
         return Step(time.perf_counter() - start, self.rollouts.pop(), self.trainer.tokens - tokens)
 
 
-def trainer_of(path: Path, dtype: str, questions: int, group: int, length: int) -> RLTrainer:
+def trainer_of(path: Path, dtype: str, questions: int, group: int, length: int) -> GRPOTrainer:
     raw = {
         "name": "benchmark",
         "model": {"path": str(path), "dtype": dtype},
@@ -85,7 +85,7 @@ def trainer_of(path: Path, dtype: str, questions: int, group: int, length: int) 
         "optimizer": {"lr": LR, "betas": BETAS, "weight_decay": 0.0},
         "steps": 100,
     }
-    return RLTrainer(
+    return GRPOTrainer(
         load_model(path, dtype=torch.float32),
         load_tokenizer(path),
         [Sums()],

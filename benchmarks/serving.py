@@ -26,8 +26,8 @@ import load
 import peers
 from common import arguments, fastest, program, ratio_of_rounds, report, short
 from load import MODEL, Answer
+from rorqual.checkpoint.gguf_import import import_model, smollm2_file
 from rorqual.errors import UserError
-from rorqual.model.gguf import import_model, smollm2_file
 from servers import Contestant, Server
 from workers import Field as Workers
 
@@ -76,12 +76,12 @@ def ours(folder: Path) -> list[Contestant]:
     """
     import_model("smollm2", folder / "smollm2")
     command = (Path(sys.executable).parent / "rorqual", "serve", folder / "smollm2", "--name", MODEL)
-    packed = (*command, "--cache-format", "int8", "--weights")
+    packed = (*command, "--kv-cache-dtype", "int8", "--weights")
     return [
-        Contestant(US, f"{weights}, cache int8{name}", (*packed, weights, "--speculate", way), guesses=bool(name))
+        Contestant(US, f"{weights}, cache int8{name}", (*packed, weights, "--speculative", way), guesses=bool(name))
         for weights in ("int4", "int8")
         for name, way in ((", look-up", "auto"), ("", "none"))
-    ] + [Contestant(US, short(fastest()), (*command, "--speculate", "none"))]
+    ] + [Contestant(US, short(fastest()), (*command, "--speculative", "none"))]
 
 
 def vllm(folder: Path, limit: float) -> list[Contestant]:

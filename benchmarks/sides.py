@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
+from rorqual.checkpoint.huggingface import load_model
 from rorqual.engine import Engine, SamplingParams
-from rorqual.kernels.lowbit import Packed, unpack
+from rorqual.kernels.quantized_linear import QuantizedWeight, dequantize
 from rorqual.model import ModelConfig, Transformer
-from rorqual.model.checkpoint import load_model
-from rorqual.precision.lowbit import convert
+from rorqual.precision.quantize import convert
 
 GREEDY = {"temperature": 0, "ignore_eos": True}
 MIXTURE = ModelConfig(
@@ -36,18 +36,18 @@ class Ours:
     def decode(self, prompts: list[list[int]], count: int) -> float:
         engine = self.engine
         for prompt in prompts:
-            engine.submit(prompt, SamplingParams(max_tokens=count, **GREEDY), watched=False)
+            engine.submit(prompt, SamplingParams(max_tokens=count, **GREEDY), streaming=False)
         while engine.status().running < len(prompts):
             engine.step()
-        before, start = engine.status().counts.made_tokens, time.perf_counter()
+        before, start = engine.status().counters.generated_tokens, time.perf_counter()
         while not engine.idle:
             engine.step()
-        return (engine.status().counts.made_tokens - before) / (time.perf_counter() - start)
+        return (engine.status().counters.generated_tokens - before) / (time.perf_counter() - start)
 
     def weight_bytes(self) -> int:
         """What a step of one sequence reads of packed weights."""
         model = self.engine.model
-        modules = [v for m in model.modules() for v in vars(m).values() if isinstance(v, Packed)]
+        modules = [v for m in model.modules() for v in vars(m).values() if isinstance(v, QuantizedWeight)]
         tied = model.config.tie_word_embeddings
         return sum(w.data.numel() for w in modules if tied or w is not model.model.embed_tokens.weight)
 
@@ -87,7 +87,7 @@ def exact(model: Transformer) -> Transformer:
         for name, parameter in tensors.items():
             owner, _, attribute = name.rpartition(".")
             value = getattr(modules[owner], attribute)
-            parameter.copy_(unpack(value) if isinstance(value, Packed) else value)
+            parameter.copy_(dequantize(value) if isinstance(value, QuantizedWeight) else value)
     return plain.eval()
 
 

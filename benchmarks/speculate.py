@@ -14,11 +14,11 @@ from typing import Any
 import torch
 
 from common import arguments, fastest_dtype, program, ratio_of_rounds, report
+from rorqual.checkpoint.gguf_import import import_model
 from rorqual.engine import Engine, SamplingParams
 from rorqual.errors import UserError
-from rorqual.model.gguf import import_model
-from rorqual.reason.environment import open_environment
-from rorqual.reason.prompts import prompt_text
+from rorqual.rl.envs.registry import open_environment
+from rorqual.rl.prompts import prompt_text
 from rorqual.speedrun.level import LEVELS
 
 TEXT = (
@@ -45,7 +45,7 @@ def compare(
     engines = {"": plain} | guessing
     for engine in engines.values():
         one_by_one(engine, prompts[:1], params)
-    before = {name: vars(engine.status().counts).copy() for name, engine in engines.items()}
+    before = {name: vars(engine.status().counters).copy() for name, engine in engines.items()}
     speeds: dict[str, list[float]] = {name: [] for name in engines}
     rows, ratios = [], {}
     for i in range(rounds):
@@ -55,8 +55,10 @@ def compare(
             speeds[name].append(speed)
         same = {name: sum(a == b for a, b in zip(said[name], said[""], strict=True)) / len(prompts) for name in said}
     for name, engine in guessing.items():
-        counts = engine.status().counts
-        drafted, accepted, made = (getattr(counts, k) - before[name][k] for k in ("drafted", "accepted", "made_tokens"))
+        counts = engine.status().counters
+        drafted, accepted, made = (
+            getattr(counts, k) - before[name][k] for k in ("draft_tokens", "accepted_tokens", "generated_tokens")
+        )
         ratio = ratio_of_rounds(speeds[name], speeds[""])["median"]
         ratios[f"{name}-{work.replace(' ', '-').lower()}/without"] = ratio
         without, with_it = (sorted(speeds[n])[rounds // 2] for n in ("", name))
@@ -77,9 +79,9 @@ def main() -> None:
     level = next(level for level in LEVELS if level.name == name)
     environments = [open_environment(section) for section in level.environments]
     for stage, folder in (("after pre-training", run / "pretrain" / "model"), ("at the end", run / "model")):
-        load: dict[str, Any] = {"dtype": fastest_dtype(), "weights": "int8", "cache_bytes": 1 << 26}
+        load: dict[str, Any] = {"dtype": fastest_dtype(), "weights": "int8", "kv_cache_bytes": 1 << 26}
         plain = Engine(folder, **load)
-        guessing = {way: Engine(folder, speculate=way, **load) for way in ("mtp", "lookup")}
+        guessing = {way: Engine(folder, speculative=way, **load) for way in ("mtp", "ngram")}
         questions = [p.question for e in environments for p in e.problems("dev", problems, 0)]
         prompts = [prompt_text(q, "plain", plain.tokenizer) for q in questions]
         params = SamplingParams(max_tokens=level.max_tokens, seed=0)
@@ -88,8 +90,8 @@ def main() -> None:
         ratios |= found
     with tempfile.TemporaryDirectory() as folder:
         import_model("smollm2", folder)
-        load = {"dtype": fastest_dtype(), "weights": "int4", "cache_bytes": 1 << 26}
-        plain, guessing = Engine(folder, **load), {"lookup": Engine(folder, speculate="lookup", **load)}
+        load = {"dtype": fastest_dtype(), "weights": "int4", "kv_cache_bytes": 1 << 26}
+        plain, guessing = Engine(folder, **load), {"ngram": Engine(folder, speculative="ngram", **load)}
         for work, question in QUESTIONS.items():
             prompt = plain.tokenizer.apply_chat_template(
                 [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True

@@ -8,11 +8,18 @@ from typing import Any
 
 from workers import timed
 
+RENAMED = {"rollout_slots": "rollout_max_num_seqs", "drop_flat_groups": "drop_zero_std_groups"}  # before → now
+OTHER = RENAMED | {now: before for before, now in RENAMED.items()}
+
 
 def known(raw: dict[str, Any], section: Any) -> dict[str, Any]:
-    """What this side's recipes may say: an older one has fewer fields than the run. Says what it drops."""
+    """What this side's recipes may say, by its own names: an older one has fewer fields than the run. Says what it
+    drops.
+    """
     found = {}
     for name, value in raw.items():
+        if name not in section.model_fields and OTHER.get(name) in section.model_fields:
+            name = OTHER[name]
         if name not in section.model_fields:
             print(f"{section.__name__}: {name} = {value!r} is newer and left out", file=sys.stderr)
             continue
@@ -25,10 +32,16 @@ class Side:
     """The trainer of a speedrun's reinforcement learning."""
 
     def __init__(self, recipe_file: Path, dtype: str) -> None:
-        from rorqual.reason.environment import open_environment
-        from rorqual.reason.trainer import RLTrainer
         from rorqual.recipe import KINDS, parse_recipe
-        from rorqual.train.prepare import build_model, tokenizer_of
+
+        try:
+            from rorqual.rl.envs.registry import open_environment
+            from rorqual.rl.grpo_trainer import GRPOTrainer
+            from rorqual.train.build_model import build_model, tokenizer_of
+        except ModuleNotFoundError:
+            from rorqual.reason.environment import open_environment
+            from rorqual.reason.trainer import RLTrainer as GRPOTrainer
+            from rorqual.train.prepare import build_model, tokenizer_of
 
         raw = known(tomllib.loads(recipe_file.read_text()), KINDS["rl"])
         raw["model"]["dtype"] = dtype
@@ -36,7 +49,7 @@ class Side:
         recipe.optimizer.lr = recipe.optimizer.muon_lr = 1e-9
         tokenizer = tokenizer_of(recipe.model)
         environments = [open_environment(section) for section in recipe.environments]
-        self.trainer = RLTrainer(build_model(recipe.model, tokenizer, recipe.seed), tokenizer, environments, recipe)
+        self.trainer = GRPOTrainer(build_model(recipe.model, tokenizer, recipe.seed), tokenizer, environments, recipe)
         self.rollouts = timed(self.trainer.engine, "generate")
 
     def step(self) -> dict[str, float]:

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 
 from common import arguments, dtypes, program, ratio_of_rounds, report
+from rorqual.checkpoint.huggingface import load_model, save_model
 from rorqual.data.loader import Batch
 from rorqual.model import ModelConfig, Transformer
-from rorqual.model.checkpoint import load_model, save_model
 from rorqual.plan.cost import flops_per_token
-from rorqual.plan.machine import matrix_peak
+from rorqual.plan.hardware import matrix_peak
 from rorqual.recipe import OptimizerSection, ScheduleSection
 from rorqual.train import set_seed
 from rorqual.train.trainer import Trainer

@@ -168,7 +168,7 @@ def serve(fd: int, ours: bool) -> None:
     _asks = Connection(fd)
     if sys.platform == "linux":  # a benchmark that is killed leaves nobody behind
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    from rorqual.process import tune
+    from rorqual.process_tuning import tune
 
     if ours:
         tune()

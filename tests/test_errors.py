@@ -21,8 +21,8 @@ class Safetensors(Exception):
         (PermissionError(errno.EACCES, "-"), "x.bin cannot be written (Permission denied); change its permissions"),
         (OSError(errno.EMFILE, "-"), "x.bin cannot be written (Too many open files); raise the limit of open files"),
         (OSError(errno.EIO, "-"), "x.bin cannot be written (Input/output error); check the disk"),
-        (IsADirectoryError(errno.EISDIR, "-"), "x.bin cannot be written (Is a directory); a folder lies in its place"),
-        (OSError(errno.EROFS, "-"), "x.bin cannot be written (Read-only file system); choose a place"),
+        (IsADirectoryError(errno.EISDIR, "-"), "x.bin cannot be written (Is a directory); a folder has this name"),
+        (OSError(errno.EROFS, "-"), "x.bin cannot be written (Read-only file system); choose a writable place"),
         (
             Safetensors("I/O error: No space left on device (os error 28)"),
             "x.bin cannot be written (the disk is full); free space",

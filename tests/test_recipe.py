@@ -7,8 +7,8 @@ import datetime
 import pytest
 
 from rorqual.errors import UserError
-from rorqual.reason.rewards import SCRIPTS
 from rorqual.recipe import RewardSection, load_recipe, parse_recipe
+from rorqual.rl.rewards import SCRIPTS
 
 TRAIN = {"steps": 3}
 BASE = {
@@ -163,8 +163,8 @@ def test_overrides(tmp_path):
     assert load("name=2026-11-28").name == "2026-11-28"
     assert load("environments.0.prompt=1 \n x = 2").environments[0].prompt == "1 \n x = 2"
     for word, message in (
-        ("environments.1.weight=2", "environments has entries 0 to 0, and no '1'"),
-        ("environments.name=x", "environments has entries 0 to 0, and no 'name'"),
+        ("environments.1.weight=2", "environments has entries 0 to 0, not '1'"),
+        ("environments.name=x", "environments has entries 0 to 0, not 'name'"),
         ("steps.more=2", "steps is not a section"),
         ("steps=", "steps = ''"),
         ("steps=ten", "steps = 'ten'"),

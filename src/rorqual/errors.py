@@ -1,4 +1,4 @@
-"""The exceptions a user is meant to see."""
+"""Exceptions whose messages are for the user."""
 
 import errno
 import os
@@ -6,14 +6,14 @@ import re
 
 
 class UserError(Exception):
-    """Something the user gave is wrong: one sentence naming the file, field, value and the remedy.
+    """Invalid input: one sentence that names the file, field and value, and the remedy.
 
-    The command line prints the message alone and exits with status 2; a library caller can catch it.
+    The command line prints only the message and exits with status 2; library callers can catch it.
     """
 
 
 class Stopped(Exception):
-    """A run saved and ended because a signal asked it to; `exit_code` is 128 + the signal, as shells expect."""
+    """A run saved a checkpoint and ended after a signal; `exit_code` is 128 + signal number, as in shells."""
 
     def __init__(self, number: int, message: str) -> None:
         super().__init__(message)
@@ -26,23 +26,24 @@ REMEDIES = {
     errno.EFBIG: "raise the limit of a file's size (ulimit -f)",
     errno.EACCES: "change its permissions",
     errno.EPERM: "change its permissions",
-    errno.EROFS: "choose a place that can be written",
+    errno.EROFS: "choose a writable place",
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
     errno.ENFILE: "close other programs",
     errno.ENAMETOOLONG: "choose a shorter name",
-    errno.EISDIR: "a folder lies in its place; move it away",
-    errno.ENOTDIR: "a file lies where a folder should be; move it away",
-    errno.EEXIST: "a file, or a link that leads nowhere, lies in its place; move it away",
-    errno.ENOENT: "check that it is still there",
+    errno.EISDIR: "a folder has this name; move it away",
+    errno.ENOTDIR: "a file is where a folder should be; move it away",
+    errno.EEXIST: "a file, or a dangling link, has this name; move it away",
+    errno.ENOENT: "check that it still exists",
     errno.EIO: "check the disk",
     errno.ESTALE: "mount the network drive again",
 }
 
 
 def file_error(path: str | os.PathLike[str], error: Exception, done: str = "written", then: str = "") -> UserError:
-    """What the system said of a file, with the remedy for that cause and what to do `then`.
+    """UserError for a failed file operation: the system's reason, its remedy and what to do `then`.
 
-    error: an OSError, or what a library made of one (safetensors and tokenizers write "… (os error 28)").
+    done: the operation as a participle. error: an OSError, or a library's error with its code in the text
+    (safetensors and tokenizers write "… (os error 28)").
     """
     code = _code(error)
     if code is None:

@@ -1,4 +1,4 @@
-"""Files as every part of the program writes and owns them."""
+"""File helpers: read with clear errors, write atomically, lock."""
 
 import codecs
 import json
@@ -18,9 +18,9 @@ except ImportError:  # Windows
 
 
 def read_text(path: Path) -> str:
-    """A text file in UTF-8, with or without byte order mark, or in UTF-16 with one, as PowerShell writes.
+    """A text file in UTF-8 (with or without BOM) or UTF-16 with BOM, as PowerShell writes.
 
-    Raises UserError naming the line for any other encoding; FileNotFoundError passes.
+    Raises UserError, with the line, for any other encoding; FileNotFoundError unchanged.
     """
     try:
         raw = path.read_bytes()
@@ -37,9 +37,7 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path, then: str) -> Any:
-    """What a JSON file of ours says. Raises UserError, with what to do `then` where it is damaged; FileNotFoundError
-    passes.
-    """
+    """The value of a JSON file. Raises UserError, with what to do `then` where it is damaged, or FileNotFoundError."""
     try:
         return json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -51,7 +49,7 @@ def read_json(path: Path, then: str) -> Any:
 
 
 def check_link(path: Path) -> None:
-    """Raises UserError for a link that leads nowhere: its disk may be absent, and what it leads to be whole."""
+    """Raises UserError for a dangling link: its disk may be absent and its target intact."""
     if path.is_symlink() and not path.exists():
         raise UserError(
             f"{path} is a link to {path.readlink()}, which does not exist; mount its disk, or remove the link"
@@ -59,7 +57,7 @@ def check_link(path: Path) -> None:
 
 
 def write_text(path: Path, text: str, then: str = "") -> None:
-    """Write a file whole or not at all, in UTF-8. Raises UserError; `then`: what to do once its cause is mended."""
+    """Write a UTF-8 file atomically. Raises UserError; `then`: what to do once the cause is fixed."""
     temporary = path.with_name(f".{path.name}.writing")
     try:
         temporary.write_text(text, encoding="utf-8")
@@ -71,9 +69,9 @@ def write_text(path: Path, text: str, then: str = "") -> None:
 
 @contextmanager
 def locked(path: Path, taken: str) -> Iterator[None]:
-    """Own the file `path` within. Raises UserError with `taken` where another process does.
+    """Hold an exclusive lock on the file `path`. Raises UserError with `taken` where another process holds it.
 
-    The system ends a lock with its process, however that ends; children do not inherit it. The file stays.
+    The system releases the lock when the process ends; child processes do not inherit it. The file is not removed.
     """
     try:
         file = path.open("a+")

@@ -1,7 +1,7 @@
-"""Which of the processor's instructions are used: all it has, or fewer where RORQUAL_CPU says so.
+"""The instruction sets to use: all that the processor has, or fewer by RORQUAL_CPU.
 
-The classes are ordered, each contains those before it, and naming one can only lower. kernels/cpu/classes.h has the
-same names for C++.
+The classes are ordered, and each includes those before it; RORQUAL_CPU can only lower the class.
+kernels/cpu/csrc/cpu_class.h has the same names for C++.
 """
 
 import os
@@ -13,7 +13,7 @@ from rorqual.errors import UserError
 
 VARIABLE = "RORQUAL_CPU"
 CLASSES = ("none", "portable", "avx2", "avx512", "avx512-vnni", "avx512-bf16", "amx")
-# What holds PyTorch, oneDNN and MKL (on Intel's processors) down to a class.
+# Settings of oneDNN and MKL (on Intel processors) that limit them to a class.
 ONEDNN = {
     "none": "SSE41", "portable": "SSE41", "avx2": "AVX2", "avx512": "AVX512_CORE", "avx512-vnni": "AVX512_CORE_VNNI",
     "avx512-bf16": "AVX512_CORE_BF16",
@@ -25,28 +25,30 @@ MKL = {
 
 
 def highest() -> str:
-    """The class that RORQUAL_CPU names, else the highest there is; raises UserError for an unknown one."""
+    """The class in RORQUAL_CPU, else the highest. Raises UserError for an unknown one."""
     name = os.environ.get(VARIABLE) or CLASSES[-1]
     if name not in CLASSES:
-        raise UserError(f"{VARIABLE}={name}: no such class of processors; allowed: {', '.join(CLASSES)}")
+        raise UserError(f"{VARIABLE}={name}: not a processor class; use one of {', '.join(CLASSES)}")
     return name
 
 
 def allows(name: str) -> bool:
-    """Whether RORQUAL_CPU, where it is set, leaves the class `name`; says nothing about the processor."""
+    """Whether RORQUAL_CPU, if set, permits the class `name`, whatever the processor has."""
     return CLASSES.index(name) <= CLASSES.index(highest())
 
 
 def lower_torch() -> None:
-    """Make PyTorch obey RORQUAL_CPU as well, unless its own variables are set. Call before torch is imported: it reads
-    them once. An unknown class is left to `highest`, whose message the command line prints."""
+    """Apply RORQUAL_CPU to PyTorch too, unless its own variables are set. Call before torch is imported.
+
+    An unknown class is left to `highest`, whose error the command line prints.
+    """
     name = os.environ.get(VARIABLE)
     if name not in ONEDNN:
         return
     wanted = {}
     if name in ("none", "portable"):
         wanted["ATEN_CPU_CAPABILITY"] = "default"
-    elif name == "avx2" and _has_avx512():  # elsewhere PyTorch would believe that there is AVX2
+    elif name == "avx2" and _has_avx512():  # without AVX-512 PyTorch would assume AVX2
         wanted["ATEN_CPU_CAPABILITY"] = "avx2"
     if platform.machine() in ("x86_64", "AMD64"):
         if "DNNL_MAX_CPU_ISA" not in os.environ:  # the older name of the next

@@ -1,7 +1,7 @@
-"""Recipes: what a run does, typed and checked before anything starts.
+"""Recipes: the typed settings of a run, validated before it starts.
 
-A recipe is one TOML file; `key=value` words on the command line override it (`train.steps=100`).
-The resolved recipe is saved with the run.
+A recipe is one TOML file; `key=value` arguments override its fields (`train.steps=100`). The resolved recipe is saved
+with the run.
 """
 
 import tomllib
@@ -10,10 +10,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from rorqual.characters import whole
 from rorqual.errors import UserError
 from rorqual.files import read_text
-from rorqual.paths import local_path
+from rorqual.local_paths import local_path
+from rorqual.renamed import current_fields
 from rorqual.sections import (
     BalanceSection,
     ChatDataSection,
@@ -42,6 +42,7 @@ from rorqual.sections import (
     TokenizerSection,
     TrainSection,
 )
+from rorqual.unicode_checks import whole
 
 __all__ = [
     "BalanceSection",
@@ -68,10 +69,10 @@ __all__ = [
 
 
 class Recipe(Section):
-    """What every recipe has."""
+    """Fields of every recipe."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)
-    out: LocalPath = "runs"  # the run lives in out/name
+    out: LocalPath = "runs"  # the run's folder is out/name
     seed: int = Field(0, ge=0, lt=1 << 63)
     track: bool = False  # also log to trackio (local, wandb-compatible)
 
@@ -115,13 +116,13 @@ class RLRecipe(Recipe):
     steps: Count | None = None
     seconds: Positive | None = None
     warmup_steps: int = Field(0, ge=0, lt=1 << 31)
-    decay: Share = 0.0  # share of the run at whose end the learning rate falls to 0
+    decay: Share = 0.0  # fraction of the run, at its end, in which the learning rate decays to 0
     save_every: Count = 50
     keep: Count = 2
     sample_every: Count = 10
     eval_every: int = Field(0, ge=0, lt=1 << 31)  # steps; 0: never
-    eval_problems: Count = 200  # a family, from the development split
-    keep_start: bool = False  # release the start where the last evaluation found the model worse; needs eval_every
+    eval_problems: Count = 200  # per environment, of the dev split
+    keep_start: bool = False  # release the initial model if the last evaluation is below the first; needs eval_every
 
     @model_validator(mode="after")
     def _together(self) -> "RLRecipe":
@@ -130,10 +131,10 @@ class RLRecipe(Recipe):
         if self.steps is not None and self.warmup_steps > self.steps:
             raise ValueError(f"warmup_steps = {self.warmup_steps}: the run has {self.steps} steps; warm up in fewer")
         if self.keep_start and not self.eval_every:
-            raise ValueError("keep_start compares evaluations, and eval_every is 0; set it too")
+            raise ValueError("keep_start needs evaluations, but eval_every is 0; set eval_every")
         parts = self.reward.model_dump(exclude={"target_language"})
         if not any(parts.values()):
-            raise ValueError(f"reward: {', '.join(parts)} all weigh 0, so nothing is learnt; set one above 0")
+            raise ValueError(f"reward: {', '.join(parts)} all have weight 0, so there is no reward; set one above 0")
         return self
 
 
@@ -160,7 +161,9 @@ class DistillRecipe(Recipe):
     @model_validator(mode="after")
     def _enough_samples(self) -> "DistillRecipe":
         if self.keep_per_problem > self.samples:
-            raise ValueError(f"keep_per_problem = {self.keep_per_problem}: only samples = {self.samples} are made")
+            raise ValueError(
+                f"keep_per_problem = {self.keep_per_problem}: only samples = {self.samples} are drawn; lower it"
+            )
         return self
 
 
@@ -173,76 +176,76 @@ KINDS: dict[str, type[Recipe]] = {
 
 
 def load_recipe(path: str | Path, kind: str, overrides: list[str] | None = None) -> Recipe:
-    """Read, override and check a recipe of one kind. Raises UserError with one sentence."""
+    """Read a recipe of one kind, apply overrides and validate it. Raises UserError with one sentence."""
     path = Path(local_path(str(path)))
     try:
         raw = tomllib.loads(read_text(path))
     except FileNotFoundError:
         raise UserError(f"recipe {path} does not exist; see recipes/ for ready-made ones") from None
-    except (ValueError, RecursionError) as e:  # beyond TOMLDecodeError: numbers or nesting without end
+    except (ValueError, RecursionError) as e:  # also for too long numbers and too deep nesting
         raise UserError(f"recipe {path} is not valid TOML: {e}") from None
-    words = [_override(raw, word) for word in overrides or []]
+    texts = [_override(raw, word) for word in overrides or []]
     found = raw.setdefault("kind", kind)
     if found != kind:
         raise UserError(f"recipe {path} is for 'rorqual {found}', not 'rorqual {kind}'")
-    return _check(raw, kind, str(path), dict(words))
+    return _check(raw, kind, str(path), dict(texts))
 
 
 def parse_recipe(raw: dict[str, Any], kind: str, source: str = "recipe") -> Recipe:
-    """Check a recipe given as nested dictionaries. Raises UserError with one sentence."""
+    """Validate a recipe given as nested dictionaries. Raises UserError with one sentence."""
     return _check(raw, kind, source, {})
 
 
-Place = tuple[int | str, ...]  # of a field in a recipe, as pydantic gives it
+FieldPath = tuple[int | str, ...]  # of a field in a recipe, as pydantic gives it
 
 
-def _check(raw: dict[str, Any], kind: str, source: str, words: dict[Place, str]) -> Recipe:
-    """`words`: what overrides say as it was written, for fields that take text (`name=2`)."""
+def _check(raw: dict[str, Any], kind: str, source: str, texts: dict[FieldPath, str]) -> Recipe:
+    """`texts`: the overrides' values as written, for text fields (`name=2`)."""
     try:
-        return KINDS[kind].model_validate(raw)
+        return KINDS[kind].model_validate(current_fields(raw))
     except ValidationError as e:
         first = e.errors()[0]
-        if first["type"] == "string_type" and first["loc"] in words:
-            _set(raw, first["loc"], words.pop(first["loc"]))
-            return _check(raw, kind, source, words)
+        if first["type"] == "string_type" and first["loc"] in texts:
+            _set(raw, first["loc"], texts.pop(first["loc"]))
+            return _check(raw, kind, source, texts)
         raise UserError(_one_sentence(first, source, KINDS[kind])) from None
     except UserError as e:
         raise UserError(f"{source}: {e}") from None
 
 
-def _override(raw: dict[str, Any], word: str) -> tuple[Place, str]:
-    """Set a field; gives its place, and the value as it was written."""
+def _override(raw: dict[str, Any], word: str) -> tuple[FieldPath, str]:
+    """Set a field; returns its path and the value as written."""
     key, sign, text = word.partition("=")
     if not sign or not key:
         raise UserError(f"override {word!r} is not of the form key=value, e.g. train.steps=100")
     if not whole(word):
-        raise UserError(f"override {word!r} holds bytes that are not UTF-8 text; write it in UTF-8")
+        raise UserError(f"override {word!r} is not UTF-8 text; write it in UTF-8")
     try:
         value = tomllib.loads(f"v = {text}")
         value = value["v"] if len(value) == 1 else text
     except (ValueError, RecursionError):
         value = text
-    place: Place = ()
+    path: FieldPath = ()
     here: Any = raw
     for name in key.split("."):
         field: int | str = name
-        where = ".".join(map(str, place))
+        where = ".".join(map(str, path))
         if isinstance(here, list):
             if not name.isdecimal() or int(name) >= len(here):
-                raise UserError(f"override {word!r}: {where} has entries 0 to {len(here) - 1}, and no {name!r}")
+                raise UserError(f"override {word!r}: {where} has entries 0 to {len(here) - 1}, not {name!r}")
             field = int(name)
         elif not isinstance(here, dict):
             raise UserError(f"override {word!r}: {where} is not a section")
-        place = (*place, field)
+        path = (*path, field)
         here = here[field] if isinstance(here, list) else here.setdefault(field, {})
-    _set(raw, place, value)
-    return place, text
+    _set(raw, path, value)
+    return path, text
 
 
-def _set(raw: Any, place: Place, value: Any) -> None:
-    for name in place[:-1]:
+def _set(raw: Any, path: FieldPath, value: Any) -> None:
+    for name in path[:-1]:
         raw = raw[name]
-    raw[place[-1]] = value
+    raw[path[-1]] = value
 
 
 def _one_sentence(error: Any, source: str, recipe: type[Recipe]) -> str:
@@ -258,7 +261,7 @@ def _one_sentence(error: Any, source: str, recipe: type[Recipe]) -> str:
     return f"{source}: {where}{shown}{': ' if where else ''}{message[0].lower() + message[1:]}"
 
 
-def _fields_at(model: Any, loc: Place) -> list[str]:
+def _fields_at(model: Any, loc: FieldPath) -> list[str]:
     """The fields of the section that `loc` leads to."""
     for name in loc:
         if isinstance(name, int):

@@ -1,4 +1,4 @@
-"""The sections of recipes, typed, with what their numbers may be. Every number is finite."""
+"""The sections of recipes: typed fields with their bounds. All numbers are finite."""
 
 import math
 from collections import Counter
@@ -7,27 +7,27 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from rorqual.errors import UserError
-from rorqual.paths import local_path
+from rorqual.local_paths import local_path
 
 Count = Annotated[int, Field(ge=1, lt=1 << 31)]
-Size = Annotated[int, Field(ge=1, le=1 << 20)]  # of what is in memory at once
+Size = Annotated[int, Field(ge=1, le=1 << 20)]  # of what is held in memory at once
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, le=1e12)]
 NotNegative = Annotated[float, Field(ge=0, le=1e12)]
-Temperature = Annotated[float, Field(ge=0.01, le=100)]  # logits are divided by it
-Weight = Annotated[float, Field(ge=1e-6, le=1e6)]  # beside those of its kind
+Temperature = Annotated[float, Field(ge=0.01, le=100)]  # not 0: logits are divided by it
+Weight = Annotated[float, Field(ge=1e-6, le=1e6)]  # relative to the other weights
 Beta = Annotated[float, Field(ge=0, lt=1)]
 LocalPath = Annotated[str, Field(min_length=1), AfterValidator(local_path)]
 Length = Annotated[int, Field(ge=2, le=1 << 20)]  # of a sequence
-V3_CONSTANT = 10 / 14.8  # V3 §4.2: the share of the run, in tokens, that the learning rate stays at its peak
+V3_CONSTANT = 10 / 14.8  # V3 §4.2: fraction of the tokens with the learning rate at its peak
 
 
-def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    """What TOML, JSON and the saved recipe all can say: no dates, no NaN, which equals nothing, itself included."""
+def _json_like(values: dict[str, Any]) -> dict[str, Any]:
+    """Only values that TOML and JSON both have: no dates, and no NaN, which does not equal itself."""
     for name, value in values.items():
         inner = value if isinstance(value, dict) else dict(enumerate(value)) if isinstance(value, list) else None
         if inner is not None:
-            _plain({f"{name}.{key}": v for key, v in inner.items()})
+            _json_like({f"{name}.{key}": v for key, v in inner.items()})
         elif not isinstance(value, bool | int | float | str | None) or not _finite(value):
             raise UserError(f"config.{name} = {value}: must be text, a finite number, true or false")
     return values
@@ -37,20 +37,20 @@ def _finite(value: Any) -> bool:
     return not isinstance(value, float) or math.isfinite(value)
 
 
-Config = Annotated[dict[str, Any], AfterValidator(_plain)]
+Config = Annotated[dict[str, Any], AfterValidator(_json_like)]
 
 
 class Section(BaseModel):
-    # Strict: true is no number, 3.5 no count, and "100" is text.
+    # Strict: true is not a number, 3.5 not a count, and "100" is text.
     model_config = ConfigDict(extra="forbid", protected_namespaces=(), strict=True, allow_inf_nan=False)
 
 
 class ModelSection(Section):
-    """Start from `path` (a Hugging Face directory), or from random weights of the sizes in `config`."""
+    """A pre-trained model at `path` (a Hugging Face directory), or random weights with the sizes in `config`."""
 
     path: LocalPath | None = None
     config: Config | None = None  # ModelConfig's fields; vocab_size defaults to the tokenizer's
-    # Compute; bfloat16 keeps FP32 master weights. auto: what is fastest on the machine that starts the run.
+    # Compute dtype; bfloat16 keeps FP32 master weights. auto: the fastest on the machine that starts the run.
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
     @model_validator(mode="after")
@@ -70,7 +70,7 @@ class TokenizerSection(Section):
 
 
 class Source(Section):
-    """One part of the mixture: a .txt, .jsonl(.gz) or .parquet file, a glob, a datasets directory or Hub name."""
+    """One source of the data mixture: a .txt, .jsonl(.gz) or .parquet file, a glob, a saved dataset or a Hub name."""
 
     path: LocalPath
     weight: Weight = 1.0
@@ -80,21 +80,21 @@ class Source(Section):
 
 class DataSection(Section):
     sources: list[Source] = Field(min_length=1)
-    valid_fraction: float = Field(0.01, ge=0, lt=1)  # of every source, held out for bits per byte
+    valid_fraction: float = Field(0.01, ge=0, lt=1)  # fraction of each source held out for bits per byte
     sequence_length: Length = 256
-    isolate_documents: bool = False  # attention within documents only; V3 §4.1 lets it cross
-    fim_rate: Share = 0.0  # fill-in-the-middle, PSM (V3 §4.1; 0.1 there)
+    isolate_documents: bool = False  # document mask: attention within documents only (V3 §4.1 has none)
+    fim_rate: Share = 0.0  # fraction of documents in fill-in-the-middle order, PSM (V3 §4.1: 0.1)
     workers: int = Field(2, ge=1, le=1024)
 
 
 class OptimizerSection(Section):
     name: Literal["adamw", "muon"] = "adamw"
-    lr: Positive = 3e-4  # AdamW (everything, or what Muon leaves)
-    muon_lr: Positive = 0.02  # Muon, on matrices
+    lr: Positive = 3e-4  # of AdamW (all parameters, or those that Muon does not update)
+    muon_lr: Positive = 0.02  # of Muon, on hidden matrices
     betas: tuple[Beta, Beta] = Field((0.9, 0.95), strict=False)
     eps: float = Field(1e-8, ge=1e-30, lt=1)
     weight_decay: NotNegative = 0.1
-    clip: Positive = 1.0
+    clip: Positive = 1.0  # global gradient norm
 
     @model_validator(mode="after")
     def _decay(self) -> "OptimizerSection":
@@ -102,8 +102,8 @@ class OptimizerSection(Section):
             rate = getattr(self, name)
             if rate * self.weight_decay >= 1:
                 raise ValueError(
-                    f"weight_decay = {self.weight_decay:g}: times {name} = {rate:g} it takes all of a weight at every "
-                    "step; lower one of them"
+                    f"weight_decay = {self.weight_decay:g}: times {name} = {rate:g} it is at least 1, which removes "
+                    "all of a weight in one step; lower one of them"
                 )
         return self
 
@@ -118,23 +118,23 @@ class RLOptimizer(OptimizerSection):
 
 
 class ScheduleSection(Section):
-    """Learning rate as a factor of its peak: `v3` (warm-up, constant, cosine, constant tails), `cosine`, `wsd`."""
+    """Learning rate schedule: `v3` (V3 §4.2: warm-up, constant, cosine, constant tail), `cosine`, `wsd`, `constant`."""
 
     name: Literal["v3", "cosine", "wsd", "constant"] = "wsd"
     warmup: Share = 0.01  # fraction of the run
-    decay: Share = 0.2  # wsd: fraction spent falling to `final`
-    final: Share = 0.0  # factor at the end
+    decay: Share = 0.2  # wsd: fraction of the run in which it decays to `final`
+    final: Share = 0.0  # of the peak, at the end
 
     @model_validator(mode="after")
     def _apart(self) -> "ScheduleSection":
         if self.name == "wsd" and self.warmup + self.decay > 1 + 1e-9:
             raise ValueError(
-                f"warmup = {self.warmup:g} and decay = {self.decay:g} together are longer than the run; they must add "
-                "up to 1 at most"
+                f"warmup = {self.warmup:g} and decay = {self.decay:g} together are longer than the run; their sum must "
+                "be 1 at most"
             )
         if self.name == "v3" and self.warmup > V3_CONSTANT:
             raise ValueError(
-                f"warmup = {self.warmup:g}: v3 falls from {V3_CONSTANT:.4f} of the run on; end the warm-up before"
+                f"warmup = {self.warmup:g}: v3 decays from {V3_CONSTANT:.4f} of the run on; end the warm-up before"
             )
         return self
 
@@ -146,14 +146,14 @@ class FineTuningSchedule(ScheduleSection):
 
 class MTPSection(Section):
     weight: NotNegative = 0.3  # λ (V3 §4.2)
-    final_weight: NotNegative = 0.1
+    final_weight: NotNegative = 0.1  # λ after `switch_at`
     switch_at: Share = 0.68  # fraction of the run: 10 T of 14.8 T tokens in V3
 
 
 class BalanceSection(Section):
-    bias_speed: NotNegative = 0.001  # γ; 0 turns bias balancing off
+    bias_speed: NotNegative = 0.001  # γ (V3 §2.1.2); 0: no bias balancing
     bias_stop_at: Share = 0.97  # fraction of the run after which γ = 0 (14.3 T of 14.8 T)
-    sequence_loss: NotNegative = 0.0001  # α
+    sequence_loss: NotNegative = 0.0001  # α (V3 eq. 17)
 
 
 class NoBalance(BalanceSection):
@@ -163,12 +163,12 @@ class NoBalance(BalanceSection):
 
 class TrainSection(Section):
     steps: Count | None = None
-    seconds: Positive | None = None  # stop by the clock; schedules then follow time
+    seconds: Positive | None = None  # time budget; schedules then follow time
     epochs: Positive | None = None
-    batch_size: Size = 8  # sequences an optimizer step
+    batch_size: Size = 8  # sequences per optimizer step
     # (first batch size, fraction of the run to reach batch_size)
     batch_ramp: tuple[Size, Annotated[float, Field(gt=0, le=1)]] | None = Field(None, strict=False)
-    micro_batch: Size | None = None  # sequences a forward pass at most; None: the whole batch
+    micro_batch: Size | None = None  # sequences per forward pass; None: the whole batch
     ema: float | None = Field(None, gt=0, lt=1)
     eval_every: Count = 100
     save_every: Count = 200
@@ -182,8 +182,8 @@ class TrainSection(Section):
             raise ValueError("give exactly one of steps, seconds or epochs")
         if self.batch_ramp and self.batch_ramp[0] > self.batch_size:
             raise ValueError(
-                f"batch_ramp begins with {self.batch_ramp[0]} sequences, and batch_size is {self.batch_size}; "
-                "begin with fewer"
+                f"batch_ramp starts with {self.batch_ramp[0]} sequences, above batch_size = {self.batch_size}; "
+                "start with fewer"
             )
         return self
 
@@ -201,27 +201,27 @@ class EnvironmentSection(Section):
     config: Config = {}
     path: LocalPath | None = None
     weight: Weight = 1.0
-    prompt: str | None = None  # Python format over the problem's metadata; None: the question as generated
+    prompt: str | None = None  # Python format string over the problem's fields; None: the generated question
 
 
-def _told_apart(sections: list[EnvironmentSection]) -> list[EnvironmentSection]:
+def _unique_names(sections: list[EnvironmentSection]) -> list[EnvironmentSection]:
     name, count = Counter(section.name for section in sections).most_common(1)[0]
     if count > 1 or not name.strip():
-        raise ValueError(f"{count} environments are named {name!r}; every one needs a name of its own")
+        raise ValueError(f"{count} environments are named {name!r}; names must be unique and not empty")
     return sections
 
 
-Environments = Annotated[list[EnvironmentSection], Field(min_length=1), AfterValidator(_told_apart)]
+Environments = Annotated[list[EnvironmentSection], Field(min_length=1), AfterValidator(_unique_names)]
 
 
 class RewardSection(Section):
-    """Weights of the parts; each is logged apart."""
+    """Weights of the reward's parts; each part is logged separately."""
 
     accuracy: NotNegative = 1.0
     format: NotNegative = 1.0
     language: NotNegative = 0.0
     length: NotNegative = 0.0
-    verdict: NotNegative = 0.0  # the model's own 'correct' verdicts being right
+    verdict: NotNegative = 0.0  # correctness of the self-verification (✓)
     target_language: Literal[
         "ar", "cs", "de", "el", "en", "es", "fr", "he", "hi", "it", "ja", "ko", "nl", "pl", "pt", "ru", "sv", "th",
         "tr", "uk", "vi", "zh",
@@ -229,28 +229,28 @@ class RewardSection(Section):
 
 
 class GRPOSection(Section):
-    """Group relative policy optimisation (R1 §2.1); defaults are R1-Zero's (R1 supplement)."""
+    """Group relative policy optimisation (R1 §2.1); the defaults are R1-Zero's (R1 supplement)."""
 
     group_size: int = Field(16, ge=2, le=1 << 20)
     questions_per_step: Size = 32
-    mini_batches: Count = 1  # optimizer steps a rollout; 1 is on-policy
+    mini_batches: Count = 1  # optimizer steps per rollout; 1: on-policy
     clip_low: float = Field(0.2, gt=0, lt=1)
     clip_high: Positive = 0.2
-    kl: NotNegative = 0.001
-    refresh_reference: int = Field(400, ge=0, lt=1 << 31)  # steps; 0: never
+    kl: NotNegative = 0.001  # β; 0: no reference model
+    refresh_reference: int = Field(400, ge=0, lt=1 << 31)  # steps between copies of π to π_ref; 0: never
     normalise_std: bool = True
-    average: Literal["sequence", "token"] = "sequence"
-    drop_flat_groups: bool = False  # leave out groups whose rewards are all equal
+    average: Literal["sequence", "token"] = "sequence"  # of the loss; token: DAPO
+    drop_zero_std_groups: bool = False  # drop groups whose rewards are all equal
     temperature: Temperature = 1.0
-    max_tokens: Size = 256
-    micro_tokens: int = Field(16384, ge=64, lt=1 << 31)  # tokens a forward pass in training
-    rollout_slots: Size = 256  # sequences decoded at once
+    max_tokens: Size = 256  # of a completion
+    micro_tokens: int = Field(16384, ge=64, lt=1 << 31)  # tokens per forward pass in training
+    rollout_max_num_seqs: Size = 256  # sequences decoded at once
 
     @model_validator(mode="after")
     def _enough_questions(self) -> "GRPOSection":
         if self.mini_batches > self.questions_per_step:
             raise ValueError(
-                f"mini_batches = {self.mini_batches}: a step has {self.questions_per_step} questions to share out "
-                "(questions_per_step); lower it"
+                f"mini_batches = {self.mini_batches}: a step has only questions_per_step = "
+                f"{self.questions_per_step}; lower it"
             )
         return self

@@ -1,6 +1,6 @@
-"""JSON as the standard has it, also for numbers that are not finite.
+"""Standard JSON, also for non-finite numbers.
 
-JSON knows no NaN and no Infinity, and most readers (jq, browsers, databases) refuse them. Here they are words.
+JSON has no NaN and Infinity, and most readers (jq, browsers, databases) refuse them. Here they are strings.
 """
 
 import json
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def finite(value: Any) -> Any:
-    """The value with "nan", "inf" and "-inf" in place of such numbers, at any depth."""
+    """The value with "nan", "inf" and "-inf" for non-finite numbers, at any depth."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(float(value))
     if isinstance(value, dict):
@@ -21,7 +21,7 @@ def finite(value: Any) -> Any:
 
 
 def is_finite(value: Any) -> bool:
-    """Whether it is a number, and one that a float can hold: JSON's integers have no end."""
+    """Whether it is a number within the range of a float; JSON's integers are unbounded."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 

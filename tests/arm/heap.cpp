@@ -1,8 +1,8 @@
-// A heap at a fixed address that another process can share: loaded before Python (LD_PRELOAD), it gives out all the
-// memory that Python, NumPy and PyTorch ask for, so that an address means the same here and in the ARM process
-// (host.cpp), also where it stands in a table of numbers, as those of a decode step do.
+// A heap at a fixed address that another process can share: loaded before Python (LD_PRELOAD), it serves all
+// allocations of Python, NumPy and PyTorch, so that an address means the same here and in the ARM process (host.cpp), also
+// where it is an element of a tensor, as in a fused decode step.
 //
-// Pieces are powers of two, kept in lists when they are given back; memory that is not touched costs nothing.
+// Blocks are powers of two, kept in free lists; untouched memory costs nothing.
 
 #include <cerrno>
 #include <cstddef>
@@ -16,21 +16,21 @@
 
 namespace {
 
-constexpr uintptr_t START = 0x200000000000;  // far from what Linux gives out by itself
-constexpr size_t SIZE = size_t(1) << 36, LEAST = 64;
+constexpr uintptr_t START = 0x200000000000;  // far from what Linux maps by itself
+constexpr size_t SIZE = size_t(1) << 36, MIN_ALIGN = 64;
 
-struct Piece {
+struct Block {
     size_t size;  // as a power of two
-    Piece *next;
+    Block *next;
 };
-// What lies just below the memory given out, which begins at a multiple of LEAST or of what was asked for.
-struct Mark {
-    Piece *piece;
-    size_t room;
+// Lies just below the allocated memory, which is aligned to MIN_ALIGN or to the requested alignment.
+struct Header {
+    Block *block;
+    size_t capacity;
 };
 
-std::mutex turn;
-Piece *spare[64];
+std::mutex mutex;
+Block *free_lists[64];
 uintptr_t end = 0;
 int file = -1;
 
@@ -47,29 +47,29 @@ void begin() {
     end = START;
 }
 
-Mark &mark_of(void *p) { return reinterpret_cast<Mark *>(p)[-1]; }
+Header &header_of(void *p) { return reinterpret_cast<Header *>(p)[-1]; }
 
-void *give(size_t align, size_t size) {
-    align = align < LEAST ? LEAST : align;
-    const size_t wanted = size + align + LEAST;
-    if (wanted < size || wanted > SIZE) return errno = ENOMEM, nullptr;
+void *allocate(size_t align, size_t size) {
+    align = align < MIN_ALIGN ? MIN_ALIGN : align;
+    const size_t needed = size + align + MIN_ALIGN;
+    if (needed < size || needed > SIZE) return errno = ENOMEM, nullptr;
     int k = 7;
-    while ((size_t(1) << k) < wanted) ++k;
-    const std::lock_guard guard(turn);
+    while ((size_t(1) << k) < needed) ++k;
+    const std::lock_guard guard(mutex);
     if (!end) begin();
-    Piece *piece = spare[k];
-    if (piece) {
-        spare[k] = piece->next;
+    Block *block = free_lists[k];
+    if (block) {
+        free_lists[k] = block->next;
     } else {
         if (end + (size_t(1) << k) > START + SIZE) return errno = ENOMEM, nullptr;
-        piece = reinterpret_cast<Piece *>(end);
+        block = reinterpret_cast<Block *>(end);
         end += size_t(1) << k;
-        piece->size = size_t(k);
+        block->size = size_t(k);
     }
-    const uintptr_t whole = reinterpret_cast<uintptr_t>(piece);
-    const uintptr_t at = (whole + sizeof(Piece) + sizeof(Mark) + align - 1) / align * align;
+    const uintptr_t start = reinterpret_cast<uintptr_t>(block);
+    const uintptr_t at = (start + sizeof(Block) + sizeof(Header) + align - 1) / align * align;
     void *p = reinterpret_cast<void *>(at);
-    mark_of(p) = {piece, whole + (size_t(1) << k) - at};
+    header_of(p) = {block, start + (size_t(1) << k) - at};
     return p;
 }
 
@@ -77,42 +77,42 @@ void *give(size_t align, size_t size) {
 
 extern "C" {
 
-void *malloc(size_t size) { return give(LEAST, size); }
+void *malloc(size_t size) { return allocate(MIN_ALIGN, size); }
 
 void free(void *p) {
     if (!p) return;
-    Piece *piece = mark_of(p).piece;
-    const std::lock_guard guard(turn);
-    piece->next = spare[piece->size];
-    spare[piece->size] = piece;
+    Block *block = header_of(p).block;
+    const std::lock_guard guard(mutex);
+    block->next = free_lists[block->size];
+    free_lists[block->size] = block;
 }
 
 void *calloc(size_t count, size_t size) {
     size_t all;
     if (__builtin_mul_overflow(count, size, &all)) return errno = ENOMEM, nullptr;
-    void *p = give(LEAST, all);
+    void *p = allocate(MIN_ALIGN, all);
     return p ? memset(p, 0, all) : p;
 }
 
 void *realloc(void *p, size_t size) {
     if (!p) return malloc(size);
-    const size_t room = mark_of(p).room;
-    if (size <= room) return p;
+    const size_t capacity = header_of(p).capacity;
+    if (size <= capacity) return p;
     void *q = malloc(size);
     if (!q) return q;
-    memcpy(q, p, room);
+    memcpy(q, p, capacity);
     free(p);
     return q;
 }
 
-int posix_memalign(void **to, size_t align, size_t size) { return (*to = give(align, size)) ? 0 : ENOMEM; }
-void *aligned_alloc(size_t align, size_t size) { return give(align, size); }
-void *memalign(size_t align, size_t size) { return give(align, size); }
-void *valloc(size_t size) { return give(4096, size); }
-void *pvalloc(size_t size) { return give(4096, (size + 4095) / 4096 * 4096); }
-size_t malloc_usable_size(void *p) { return p ? mark_of(p).room : 0; }
+int posix_memalign(void **to, size_t align, size_t size) { return (*to = allocate(align, size)) ? 0 : ENOMEM; }
+void *aligned_alloc(size_t align, size_t size) { return allocate(align, size); }
+void *memalign(size_t align, size_t size) { return allocate(align, size); }
+void *valloc(size_t size) { return allocate(4096, size); }
+void *pvalloc(size_t size) { return allocate(4096, (size + 4095) / 4096 * 4096); }
+size_t malloc_usable_size(void *p) { return p ? header_of(p).capacity : 0; }
 
-// What the other process needs to have the same memory at the same address.
+// What the other process needs to map the same memory at the same address.
 int heap_file() { return file; }
 uintptr_t heap_start() { return START; }
 size_t heap_size() { return SIZE; }

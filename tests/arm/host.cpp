@@ -2,7 +2,7 @@
 //
 //     host LIBRARY FILE START SIZE      FILE: the number of the open file that is that memory
 //
-// reads requests from standard input and answers each with an i64: 0, or the value that was asked for.
+// reads requests from standard input and answers each with an i64: 0, or the requested value.
 
 #include <cstdint>
 #include <cstdio>

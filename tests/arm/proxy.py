@@ -1,4 +1,4 @@
-"""A pytest plugin: the compiled functions are those of an ARM library, which run in a process of their own (host.cpp).
+"""A pytest plugin that runs the compiled kernels of an ARM library, in a process of their own (host.cpp).
 
 .ci/arm.sh loads it, with RORQUAL_ARM set to the command line of that process and heap.cpp loaded before Python.
 """
@@ -14,13 +14,14 @@ import pytest
 import torch
 
 from rorqual.kernels import cpu
+from rorqual.kernels.cpu import bindings
 
 REQUEST = struct.Struct("56s2q32q8f")  # as in host.cpp
 calls: dict[str, int] = {}
 
 
 class Library:
-    """Stands for the ctypes library: its functions take integers, numbers and None as they do."""
+    """Stands in for the ctypes library: its functions take int, float and None as ctypes' do."""
 
     def __init__(self, command: list[str]) -> None:
         heap = ctypes.CDLL(None)
@@ -41,8 +42,8 @@ class Library:
         def function(*values: int | float | None) -> None:
             if len(values) != len(kinds):
                 raise TypeError(f"{name} takes {len(kinds)} arguments, not {len(values)}")
-            integers = [int(v or 0) for kind, v in zip(kinds, values, strict=True) if kind != "x"]
-            numbers = [v for kind, v in zip(kinds, values, strict=True) if kind == "x"]
+            integers = [int(v or 0) for kind, v in zip(kinds, values, strict=True) if kind != cpu.FLOAT]
+            numbers = [v for kind, v in zip(kinds, values, strict=True) if kind == cpu.FLOAT]
             self._ask(name, 0, integers, numbers)
             calls[name] = calls.get(name, 0) + 1
 
@@ -66,12 +67,11 @@ class Library:
         return int.from_bytes(answer, "little", signed=True)
 
 
-# Before the tests are read, since they ask what there is when they are.
+# Before collection, since tests query the library when they are imported.
 library = Library(os.environ["RORQUAL_ARM"].split())
 torch.backends.cpu.get_cpu_capability = lambda: "DEFAULT"  # as PyTorch says on ARM
-cpu._library = functools.cache(lambda: ("portable", library))
-cpu.has_dot_products = lambda: bool(library.value("dot_products"))
-cpu.has_matrix_unit = lambda: bool(library.value("matrix_unit"))
+bindings._library = functools.cache(lambda: ("portable", library))
+bindings._number = library.value
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

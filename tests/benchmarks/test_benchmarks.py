@@ -178,7 +178,7 @@ def test_quick_run_gives_its_ratio(name, ratio):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "ratio"), [("rollout", "speedrun-rl/s a step"), ("speculate", "lookup-smollm2-copies/without")]
+    ("name", "ratio"), [("rollout", "speedrun-rl/s a step"), ("speculate", "ngram-smollm2-copies/without")]
 )
 def test_quick_run_with_a_speedrun_gives_its_ratio(name, ratio, speedrun):
     assert quick(name, "--run", speedrun)["ratios"][ratio] > 0

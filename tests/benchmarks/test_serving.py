@@ -11,11 +11,11 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from tiny import GROUPED
 
+from helpers.small_configs import GROUPED
+from rorqual.checkpoint.huggingface import save_model
 from rorqual.data.tokenizer import save_tokenizer, train_tokenizer
 from rorqual.model import Transformer
-from rorqual.model.checkpoint import save_model
 from rorqual.recipe import TokenizerSection
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"

@@ -7,9 +7,9 @@ import pyarrow
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made_documents import make_texts, write_jsonl
 from pyarrow import parquet
 
+from helpers.documents import make_texts, write_jsonl
 from rorqual.data import corpus
 from rorqual.data.corpus import read_texts
 from rorqual.errors import UserError
@@ -105,7 +105,7 @@ def test_a_byte_order_mark_is_no_text(tmp_path, raw):
         ("[1]", r"a\.jsonl, line 3 holds a list, not a JSON object"),
         ('{"body": "x"}', r"a\.jsonl, line 3 has no field 'text' but \['body'\]"),
         ('{"text": 7}', r"a\.jsonl, line 3: field 'text' holds a int"),
-        ('{"text": "\\ud800"}', r"a\.jsonl, line 3: field 'text' holds half a character"),
+        ('{"text": "\\ud800"}', r"a\.jsonl, line 3: field 'text' contains a lone surrogate"),
         ('{"text": "cut', r"a\.jsonl, line 3 is not valid JSON"),
         ("\0\0\0", r"a\.jsonl, line 3 is not valid JSON"),
         ('{"text": ' + "[" * 100_000, r"a\.jsonl, line 3 is not valid JSON"),

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rorqual.data.loader import Heldout, Loader, Rows, bytes_of_tokens, document_mask
-from rorqual.data.shards import Documents
+from rorqual.data.loader import Heldout, Loader, PackedDataset, bytes_of_tokens, document_mask
+from rorqual.data.token_shards import Documents
 from rorqual.errors import UserError
 
 PAD = 0
@@ -20,7 +20,7 @@ def documents_of(lengths, first=1):
 
 
 def rows_of(lengths, length=16, first=1, isolate=False):
-    return Rows(documents_of(lengths, first), length, PAD, isolate)
+    return PackedDataset(documents_of(lengths, first), length, PAD, isolate)
 
 
 def same(a, b):
@@ -33,7 +33,7 @@ LENGTHS = st.lists(st.integers(2, 50), min_size=1, max_size=40)
 @given(LENGTHS, st.integers(2, 24), st.booleans(), st.booleans(), st.integers(1, 7))
 @settings(deadline=None)
 def test_an_epoch_holds_every_token_and_target_once(lengths, length, isolate, whole, size):
-    rows = Rows(documents_of(lengths), length, PAD, isolate, whole)
+    rows = PackedDataset(documents_of(lengths), length, PAD, isolate, whole)
     loader = Loader([rows], [1.0], seed=3)
     batches = [loader.next(min(size, len(rows) - start)) for start in range(0, len(rows), size)]
     assert loader.epoch == 1.0
@@ -134,7 +134,7 @@ def test_mask_is_causal_within_documents(documents):
 def test_target_weights_follow_their_tokens():
     base = documents_of([4, 3])
     marked = Documents(base.tokens, base.offsets, np.array([0, 0, 1, 1, 1, 1, 0], np.uint8))
-    batch = Rows(marked, 6, PAD, isolate=True).batch(np.array([0]))
+    batch = PackedDataset(marked, 6, PAD, isolate=True).batch(np.array([0]))
     assert dict(zip(batch.targets[0].tolist(), batch.weights[0].tolist(), strict=True)) == {
         2: 0, 3: 1, 4: 1, 5: 0, 6: 1, 7: 0
     }  # fmt: skip

@@ -5,11 +5,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from tiny import DEVICES, GROUPED, LATENT, agree, greedy_by_full_passes, logits
 
+from helpers.small_configs import DEVICES, GROUPED, LATENT, agree, greedy_by_full_passes, logits
 from rorqual.engine import Engine, SamplingParams
 from rorqual.errors import UserError
-from rorqual.kernels.draw import Cut, draw
+from rorqual.kernels.sample import SamplingFilter, sample
 from rorqual.model import Transformer
 
 
@@ -38,7 +38,7 @@ def test_greedy_equals_full_passes_however_few_the_slots(model, prompts):
     expected = [greedy_by_full_passes(model, p, 12) for p in prompts]
     assert len({len(tokens) for tokens, _ in expected}) > 1, "some should end early, or nothing leaves the batch"
     for slots in (1, 3, 64):
-        found = Engine(model, slots=slots).generate(prompts, SamplingParams(temperature=0, max_tokens=12))
+        found = Engine(model, max_num_seqs=slots).generate(prompts, SamplingParams(temperature=0, max_tokens=12))
         for completion, (tokens, logprobs) in zip(found, expected, strict=True):
             assert completion.tokens == tokens
             assert completion.logprobs == pytest.approx(logprobs, abs=1e-4)
@@ -46,7 +46,7 @@ def test_greedy_equals_full_passes_however_few_the_slots(model, prompts):
 
 
 def test_samples_of_a_prompt_are_neighbours_and_differ(model, prompts):
-    found = Engine(model, slots=5).generate(prompts[:3], SamplingParams(n=4, max_tokens=8, seed=1))
+    found = Engine(model, max_num_seqs=5).generate(prompts[:3], SamplingParams(n=4, max_tokens=8, seed=1))
     assert len(found) == 12
     assert len({tuple(c.tokens) for c in found[4:8]}) > 1
     for i, completion in enumerate(found):
@@ -59,7 +59,7 @@ def test_samples_of_a_prompt_are_neighbours_and_differ(model, prompts):
 
 def test_seed_decides_and_slots_do_not(model, prompts):
     def run(seed, slots):
-        found = Engine(model, slots=slots).generate(prompts, SamplingParams(n=2, max_tokens=10, seed=seed))
+        found = Engine(model, max_num_seqs=slots).generate(prompts, SamplingParams(n=2, max_tokens=10, seed=seed))
         return [c.tokens for c in found]
 
     assert run(7, 20) == run(7, 20)
@@ -124,7 +124,7 @@ class ThinkTokenizer:
 
 
 def test_thinking_budget_closes_the_thinking(model, prompts):
-    engine = Engine(model, ThinkTokenizer(), slots=4)
+    engine = Engine(model, ThinkTokenizer(), max_num_seqs=4)
     for budget in (0, 3):
         found = engine.generate(prompts, SamplingParams(n=3, seed=2, max_tokens=12, thinking_budget=budget))
         for c in found:
@@ -137,7 +137,7 @@ def test_a_cache_of_8_bits_takes_half_the_memory_and_hardly_changes_an_answer(pr
     torch.manual_seed(3)
     model = Transformer(GROUPED.replace(head_dim=32)).eval()
     params = SamplingParams(temperature=0, max_tokens=20)
-    exact, small = (Engine(model, cache_dtype=dtype, chunk=4) for dtype in (None, torch.int8))
+    exact, small = (Engine(model, kv_cache_dtype=dtype, max_prefill_tokens=4) for dtype in (None, torch.int8))
     assert small.block_bytes / exact.block_bytes == 34 / 32 / 4, "FP32 here"
     differences = []
     for a, b in zip(exact.generate(prompts, params), small.generate(prompts, params), strict=True):
@@ -149,7 +149,7 @@ def test_a_cache_of_8_bits_takes_half_the_memory_and_hardly_changes_an_answer(pr
 
 def test_latent_attention_has_no_cache_of_8_bits():
     with pytest.raises(UserError, match="grouped-query attention"):
-        Engine(Transformer(LATENT), cache_dtype=torch.int8)
+        Engine(Transformer(LATENT), kv_cache_dtype=torch.int8)
 
 
 def test_stream_says_what_generate_says(model):
@@ -172,13 +172,13 @@ def test_sampling_follows_the_distribution_it_is_cut_to():
         (SamplingParams(min_p=0.2), [0, 1, 4]),  # e⁻¹·⁵ = .22 of the most probable, e⁻² = .14
         (SamplingParams(min_p=0.2, top_k=2), [0, 1]),
     ):
-        tokens, logprobs = draw(logits, params.cut, torch.rand(40_000))
+        tokens, logprobs = sample(logits, params.filter, torch.rand(40_000))
         share = torch.bincount(tokens, minlength=5) / 40_000
         expected = torch.zeros(5)
         expected[kept] = p[kept] / p[kept].sum()
         assert (share - expected).abs().max() < 0.01  # four standard deviations
         torch.testing.assert_close(logprobs, p[tokens].log())
-    hot, _ = draw(logits, Cut(100.0), torch.rand(40_000))
+    hot, _ = sample(logits, SamplingFilter(100.0), torch.rand(40_000))
     assert (torch.bincount(hot, minlength=5) / 40_000 - 0.2).abs().max() < 0.02
 
 
@@ -220,15 +220,17 @@ def test_prompts_as_they_are_usually_written(model):
             engine.generate(wrong, params)
 
 
-@pytest.mark.parametrize("wrong", [{"slots": 0}, {"chunk": 0}, {"cache_bytes": -1}, {"speculate": "guess"}])
+@pytest.mark.parametrize(
+    "wrong", [{"max_num_seqs": 0}, {"max_prefill_tokens": 0}, {"kv_cache_bytes": -1}, {"speculative": "guess"}]
+)
 def test_an_engine_that_could_make_nothing_is_refused(model, wrong):
     with pytest.raises(UserError, match=next(iter(wrong))):
         Engine(model, **wrong)
 
 
 def test_a_cache_of_nothing_holds_nothing(model):
-    with pytest.raises(UserError, match="the cache holds 0"):
-        Engine(model, cache_bytes=0).generate([[3, 5]], SamplingParams(max_tokens=3))
+    with pytest.raises(UserError, match="the KV cache holds 0"):
+        Engine(model, kv_cache_bytes=0).generate([[3, 5]], SamplingParams(max_tokens=3))
 
 
 def test_every_seed_is_one_of_its_own(model):

@@ -1,29 +1,30 @@
 """However requests meet in the batch and whatever the cache has room for, each gets what it would get alone."""
 
+import copy
 import random
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import DEVICES, GROUPED, LATENT, agree, greedy_by_full_passes, logits
 
+from helpers.small_configs import DEVICES, GROUPED, LATENT, agree, greedy_by_full_passes, logits
 from rorqual.engine import Engine, SamplingParams
-from rorqual.engine.blocks import BLOCK
-from rorqual.engine.cache import block_bytes
-from rorqual.engine.text import Speller, TextStream
+from rorqual.engine.block_manager import BLOCK
+from rorqual.engine.detokenizer import IncrementalDetokenizer, TokenDecoder
+from rorqual.engine.paged_kv_cache import block_bytes
 from rorqual.errors import UserError
 from rorqual.model import Transformer
 
 GREEDY = SamplingParams(temperature=0, max_tokens=40)
 
 
-@pytest.fixture(params=DEVICES)
+@pytest.fixture(scope="module", params=DEVICES)
 def device(request):
     return request.param
 
 
-@pytest.fixture(params=[LATENT, GROUPED], ids=["latent", "grouped"])
+@pytest.fixture(scope="module", params=[LATENT, GROUPED], ids=["latent", "grouped"])
 def model(request, device):
     torch.manual_seed(3)
     model = Transformer(request.param.replace(max_position_embeddings=200)).eval().to(device)
@@ -32,7 +33,7 @@ def model(request, device):
     return model
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def prompts():
     """Some begin the same way; lengths around those of blocks."""
     generator = torch.Generator().manual_seed(1)
@@ -41,43 +42,62 @@ def prompts():
     return own + [shared[:n] + own[i][:3] for i, n in ((3, 16), (4, 40), (5, 33), (7, 32))]
 
 
+@pytest.fixture(scope="module")
+def endless(model, prompts):
+    """Greedy answers to the prompts by full passes: 40 tokens, whether or not the end token is among them."""
+    return [greedy_by_full_passes(model, p, 40, to_the_end=True)[0] for p in prompts]
+
+
+@pytest.fixture(scope="module")
+def answers(endless):
+    """The same, up to the end token."""
+    return [tokens[: tokens.index(0) + 1] if 0 in tokens else tokens for tokens in endless]
+
+
+@pytest.fixture(scope="module")
+def crowd(model):
+    """33 prompts, and 24 tokens of the answer that each gets alone."""
+    prompts = [[(7 * i + j * j) % 59 + 1 for j in range(1 + (5 * i) % 41)] for i in range(33)]
+    params = replace(GREEDY, max_tokens=24, ignore_eos=True)
+    return prompts, [Engine(model).generate([p], params)[0].tokens for p in prompts]
+
+
 def bytes_for(model, blocks):
     return blocks * block_bytes(model.config, torch.float32)
 
 
 def all_free(engine):
-    blocks = engine._scheduler.blocks
-    return blocks.free == blocks.count - 1 and not any(blocks.holders)
+    return engine.status().blocks_used == 0
 
 
 @pytest.mark.parametrize("prefix_cache", [False, True])
-@pytest.mark.parametrize("chunk", [7, 4096])
+@pytest.mark.parametrize("max_prefill_tokens", [7, 4096])
 @pytest.mark.parametrize("room", [None, 16, 9])
-def test_greedy_equals_full_passes_in_any_company(model, prompts, prefix_cache, chunk, room):
-    expected = [greedy_by_full_passes(model, p, 40, to_the_end=True)[0] for p in prompts]
+def test_greedy_equals_full_passes_in_any_company(model, prompts, endless, prefix_cache, max_prefill_tokens, room):
     memory = None if room is None else bytes_for(model, room)
-    engine = Engine(model, slots=12, chunk=chunk, prefix_cache=prefix_cache, cache_bytes=memory)
+    engine = Engine(
+        model, max_num_seqs=12, max_prefill_tokens=max_prefill_tokens, prefix_cache=prefix_cache, kv_cache_bytes=memory
+    )
     for turn in range(2):
         found = engine.generate(prompts, replace(GREEDY, ignore_eos=True))
-        assert [c.tokens for c in found] == expected
+        assert [c.tokens for c in found] == endless
         if prefix_cache and turn and room is None:
             assert all(c.cached_tokens == (len(p) - 1) // BLOCK * BLOCK for c, p in zip(found, prompts, strict=True))
         assert all_free(engine)
     if room == 9:
-        assert engine._scheduler.counts.preempted > 0, "the cache was to be too small"
+        assert engine.status().counters.preemptions > 0, "the cache was to be too small"
 
 
-@pytest.mark.parametrize("options", [{}, {"chunk": 7, "prefix_cache": True}, {"cache_bytes": 30}])
-def test_greedy_answers_are_the_same_alone_and_among_32_others(model, options):
-    if "cache_bytes" in options:
-        options = {"cache_bytes": bytes_for(model, options["cache_bytes"])}
-    prompts = [[(7 * i + j * j) % 59 + 1 for j in range(1 + (5 * i) % 41)] for i in range(33)]
+@pytest.mark.parametrize("options", [{}, {"max_prefill_tokens": 7, "prefix_cache": True}, {"kv_cache_bytes": 30}])
+def test_greedy_answers_are_the_same_alone_and_among_32_others(model, crowd, options):
+    if "kv_cache_bytes" in options:
+        options = {"kv_cache_bytes": bytes_for(model, options["kv_cache_bytes"])}
+    prompts, alone = crowd
     params = replace(GREEDY, max_tokens=24, ignore_eos=True)
-    alone = [Engine(model).generate([p], params)[0].tokens for p in prompts]
-    engine = Engine(model, slots=33, **options)
+    engine = Engine(model, max_num_seqs=33, **options)
     for _ in range(2):
         assert [c.tokens for c in engine.generate(prompts, params)] == alone
-    assert (engine.status().counts.preempted > 0) == ("cache_bytes" in options)
+    assert (engine.status().counters.preemptions > 0) == ("kv_cache_bytes" in options)
     assert all_free(engine)
 
 
@@ -85,12 +105,12 @@ def test_greedy_answers_are_the_same_alone_and_among_32_others(model, options):
 def test_samples_do_not_depend_on_company_or_preemption(model, prompts, room):
     params = SamplingParams(n=3, seed=5, max_tokens=30, ignore_eos=True)
     memory = None if room is None else bytes_for(model, room)
-    together = Engine(model, slots=9, cache_bytes=memory, chunk=20)
+    together = Engine(model, max_num_seqs=9, kv_cache_bytes=memory, max_prefill_tokens=20)
     found = [c.tokens for c in together.generate(prompts[:5], params)]
     wide = [c.tokens for c in Engine(model).generate(prompts[:5], params)]
     assert agree(found, wide, model)
     assert all_free(together)
-    assert together._scheduler.counts.preempted > 0 or room is None
+    assert together.status().counters.preemptions > 0 or room is None
 
 
 def test_requests_with_different_wishes_share_a_batch(model, prompts):
@@ -107,11 +127,11 @@ def test_requests_with_different_wishes_share_a_batch(model, prompts):
         requests = [engine.submit(prompts[i], wishes[i]) for i in which]
         while not engine.idle:
             engine.step()
-        return [[engine.completion(s) for s in r.samples] for r in requests]
+        return [[engine.completion(s) for s in r.sequences] for r in requests]
 
-    together = run(Engine(model, slots=16), range(6))
+    together = run(Engine(model, max_num_seqs=16), range(6))
     for i in range(6):
-        (alone,) = run(Engine(model, slots=16), [i])
+        (alone,) = run(Engine(model, max_num_seqs=16), [i])
         assert [c.tokens for c in alone] == [c.tokens for c in together[i]]
     (reported,) = together[5]
     for token, logprob, best in zip(reported.tokens, reported.logprobs, reported.top_logprobs, strict=True):
@@ -148,11 +168,16 @@ def test_penalties_and_biases_change_the_logits_as_defined(model):
     assert gap(place, made, other) == pytest.approx(float(then[made] - then[other]) - 0.75, abs=1e-4)
 
 
-def test_cancelling_frees_blocks_at_once_wherever_the_request_is(model, prompts):
+def test_cancelling_frees_blocks_at_once_wherever_the_request_is(model, prompts, answers):
     rng = random.Random(0)
     for _ in range(10):
-        engine = Engine(model, slots=4, chunk=8, cache_bytes=bytes_for(model, 24), prefix_cache=rng.random() < 0.5)
-        expected = [greedy_by_full_passes(model, p, 40)[0] for p in prompts]
+        engine = Engine(
+            model,
+            max_num_seqs=4,
+            max_prefill_tokens=8,
+            kv_cache_bytes=bytes_for(model, 24),
+            prefix_cache=rng.random() < 0.5,
+        )
         requests = {i: engine.submit(p, GREEDY) for i, p in enumerate(prompts)}
         gone = rng.sample(sorted(requests), 6)
         for i in gone:
@@ -162,51 +187,51 @@ def test_cancelling_frees_blocks_at_once_wherever_the_request_is(model, prompts)
         while not engine.idle:
             engine.step()
         for i, request in requests.items():
-            (sample,) = request.samples
-            assert sample.finish is not None
+            (sample,) = request.sequences
+            assert sample.finish_reason is not None
             if i not in gone:
-                assert sample.tokens == expected[i]
+                assert sample.tokens == answers[i]
         assert all_free(engine)
 
 
 def test_a_request_that_could_never_fit_is_refused(model):
-    engine = Engine(model, cache_bytes=bytes_for(model, 6))
+    engine = Engine(model, kv_cache_bytes=bytes_for(model, 6))
     engine.generate([[5] * 30], SamplingParams(max_tokens=34))
-    with pytest.raises(UserError, match="takes 65 tokens, but the cache holds 64"):
+    with pytest.raises(UserError, match="takes 65 tokens, but the KV cache holds 64"):
         engine.generate([[5] * 30], SamplingParams(max_tokens=35))
 
 
 def test_the_cache_takes_what_was_stated(model):
     memory = bytes_for(model, 11) + 5
-    engine = Engine(model, cache_bytes=memory)
+    engine = Engine(model, kv_cache_bytes=memory)
     engine.generate([[5] * 30], SamplingParams(max_tokens=5))
-    held = sum(s.nbytes for layer in engine._scheduler.cache.layers for s in layer)
-    assert memory - bytes_for(model, 1) < held <= memory
+    assert memory - bytes_for(model, 1) < engine.status().kv_cache_bytes <= memory
 
 
 def test_forgetting_lets_new_weights_count(model, prompts):
+    model = copy.deepcopy(model)
     engine = Engine(model, prefix_cache=True)
     engine.generate(prompts, GREEDY)
     with torch.no_grad():
         for p in model.parameters():
             if p.ndim > 1:
                 p.mul_(1.3)
-    engine.forget()
+    engine.reset_prefix_cache()
     assert [c.tokens for c in engine.generate(prompts, GREEDY)] == [
         greedy_by_full_passes(model, p, 40)[0] for p in prompts
     ]
 
 
 def test_many_ways_to_sample_do_not_pile_up(model):
-    engine = Engine(model, slots=3)
+    engine = Engine(model, max_num_seqs=3)
     for i in range(12):
         request = engine.submit([5, 6], SamplingParams(temperature=1 + i / 10, seed=i, max_tokens=4))
         while not engine.idle:
             engine.step()
-        alone = engine.completion(request.samples[0])
+        alone = engine.completion(request.sequences[0])
         (wide,) = Engine(model).generate([[5, 6]], request.params)
         assert alone.tokens == wide.tokens
-    assert len(engine._scheduler.rows._cuts) <= 4
+    assert len(engine._scheduler.batch._filters) <= 4
 
 
 class Letters:
@@ -243,7 +268,7 @@ def test_stop_strings_end_the_text_before_them_and_never_show(model, prompts):
 
 
 def test_text_comes_in_whole_characters():
-    stream = TextStream(Speller(Letters()), stop=("nop",))
+    stream = IncrementalDetokenizer(TokenDecoder(Letters()), stop=("nop",))
     tokens, shown = [], []
     for t in [1, 59, 58, 13, 14, 2, 59, 13, 14, 15, 3]:
         tokens.append(t)
@@ -254,11 +279,11 @@ def test_text_comes_in_whole_characters():
 
 
 def test_generating_does_not_mistake_what_others_submitted_for_its_own(model, prompts):
-    engine = Engine(model, slots=8)
+    engine = Engine(model, max_num_seqs=8)
     other = engine.submit(prompts[0], replace(GREEDY, max_tokens=3, ignore_eos=True))
     found = engine.generate(prompts[1:4], GREEDY)
     assert [c.tokens for c in found] == [greedy_by_full_passes(model, p, 40)[0] for p in prompts[1:4]]
-    assert engine.completion(other.samples[0]).tokens == greedy_by_full_passes(model, prompts[0], 3, True)[0]
+    assert engine.completion(other.sequences[0]).tokens == greedy_by_full_passes(model, prompts[0], 3, True)[0]
 
 
 def test_streaming_text_needs_a_tokenizer(model):

@@ -21,7 +21,7 @@ import time
 import traceback
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for `helpers`, as pytest does
 
 import torch
 
@@ -57,7 +57,7 @@ def run(words, folder, stdin):
             resource.setrlimit(resource.RLIMIT_AS, (size + ROOM, size + ROOM))
             os.chdir(folder)
             sys.argv = ["rorqual", *words]
-            from rorqual.cli import main
+            from rorqual.cli.entry import main
 
             main()
             code = 0

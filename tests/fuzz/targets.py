@@ -15,10 +15,10 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 
-from damage import damaged, odd
-from gguf_files import KINDS, LLAMA, network, write
-from reasoner import save_reasoner
-from rorqual.train.run import to_toml
+from helpers.corruption import damaged, odd
+from helpers.gguf_files import KINDS, LLAMA, network, write
+from helpers.reasoning_model import save_reasoner
+from rorqual.train.run_folder import to_toml
 
 SIZES = {
     "model_type": "llama", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
@@ -102,7 +102,7 @@ def _finished_run(folder):
     recipe = pretrain_recipe() | {"name": "done"}
     recipe["train"] = TRAIN | {"save_every": 1, "keep": 9}
     (folder / "done.toml").write_text(to_toml(recipe))
-    code = "import sys; sys.argv = sys.argv[:1] + ['pretrain', 'done.toml']; from rorqual.cli import main; main()"
+    code = "import sys; sys.argv = sys.argv[:1] + ['pretrain', 'done.toml']; from rorqual.cli.entry import main; main()"
     subprocess.run([sys.executable, "-c", code], cwd=folder, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
                    capture_output=True)  # fmt: skip
 
@@ -203,11 +203,12 @@ VALUES = ["nan", "inf", "-inf", "-1", "0", "1e400", "1e-400", "99999999999999999
           "1_0", " 1", "1.5", "\udcff"]  # fmt: skip
 OPTIONS = {
     "generate": ["--temperature", "--top-p", "--max-tokens", "--thinking-budget", "--seed", "--weights", "--dtype",
-                 "--speculate", "--device"],
+                 "--speculative", "--device"],
     "eval": ["--samples", "--problems", "--template", "--temperature", "--top-p", "--max-tokens", "--thinking-budget",
              "--seed", "--against", "--dtype", "--device", "--tasks"],
-    "serve": ["--host", "--port", "--name", "--api-keys", "--slots", "--cache-gb", "--waiting", "--timeout", "--dtype",
-              "--weights", "--cache-format", "--speculate", "--device"],
+    "serve": ["--host", "--port", "--name", "--api-keys", "--max-num-seqs", "--cache-gb", "--max-queue", "--timeout",
+              "--dtype",
+              "--weights", "--kv-cache-dtype", "--speculative", "--device"],
     "quantize": ["--format"],
     "speedrun": ["--seed", "--minutes", "--out"],
 }  # fmt: skip
@@ -231,7 +232,7 @@ def options_of(verb):
         if rng is not None:
             for _ in range(rng.choice([1, 1, 2])):
                 option = rng.choice(OPTIONS[verb])
-                large = option in ("--max-tokens", "--samples", "--minutes", "--slots", "--cache-gb")
+                large = option in ("--max-tokens", "--samples", "--minutes", "--max-num-seqs", "--cache-gb")
                 values = [v for v in VALUES if not (large and v.startswith("9"))]
                 if option == "--minutes":  # and what is a time would be taken
                     values = [v for v in values if v not in ("1.5", " 1", "1_0")]
@@ -245,9 +246,9 @@ def options_of(verb):
 
 def _do_not_listen():
     """Serving ends where it would begin to wait for clients."""
-    import rorqual.serve.run
+    import rorqual.serve.server
 
-    rorqual.serve.run.serve = lambda *_: None
+    rorqual.serve.server.serve = lambda *_: None
 
 
 def overrides(verb):

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from damage import damaged, odd
-from reasoner import save_reasoner
+from helpers.corruption import damaged, odd
+from helpers.reasoning_model import save_reasoner
+from helpers.servers import Server
 
 SECONDS = float(os.environ.get("RORQUAL_FUZZ_SECONDS", 600))
 SEED = os.environ.get("RORQUAL_FUZZ_SEED") or str(random.SystemRandom().randrange(10**6))
@@ -104,9 +105,6 @@ def wrong_with(method, status, text, kind):
 
 def test_requests(tmp_path):
     """No 500, no answer that is not JSON, no hang; afterwards the server answers as before and holds nothing."""
-    sys.path.insert(0, str(Path(__file__).parents[1] / "serve"))
-    from conftest import Server
-
     server = Server(save_reasoner(tmp_path / "tiny"))
     host, number, statuses = server.url.removeprefix("http://"), 0, {}
     until = time.monotonic() + 0.15 * SECONDS

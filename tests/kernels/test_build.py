@@ -1,11 +1,14 @@
 """The compiled functions are made once, as far as they can be; what cannot is told in one sentence. A script stands for
 the compiler."""
 
+import re
 import shutil
+from dataclasses import fields
 
 import pytest
 
-from rorqual.kernels.cpu import build
+from rorqual.kernels import append_tokens, fused_decode, quantized_linear
+from rorqual.kernels.cpu import bindings, build
 
 SCRIPT = """#!/bin/sh
 echo "$@" >> {log}
@@ -36,24 +39,30 @@ def compiler(tmp_path, monkeypatch):
 
 
 def test_nothing_is_compiled_twice(compiler, tmp_path):
-    sources = ["decode.cpp", "lowbit.cpp", "product.cpp", "rows.cpp", "step.cpp"]
+    names = ("bf16_gemm", "elementwise", "fused_decode", "paged_attention", "qgemm", "sampling")
+    sources = [f"{name}.cpp" for name in names]
+    csrc = build.HERE / "csrc"
+    assert sorted(path.name for path in csrc.glob("*.cpp")) == sources
     assert compiler(["portable"]) == (["portable"], sources)
     assert compiler(["portable"]) == (["portable"], [])
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["compiled_portable.so"]
-    with open(build.HERE / "rows.cpp", "a") as file:
+    with open(csrc / "elementwise.cpp", "a") as file:
         file.write("\n")
-    assert compiler(["portable"])[1] == ["rows.cpp"]
-    with open(build.HERE / "tile.h", "a") as file:
+    assert compiler(["portable"])[1] == ["elementwise.cpp"]
+    with open(csrc / "microkernel.h", "a") as file:
         file.write("\n")
-    assert compiler(["portable"])[1] == ["lowbit.cpp"]
-    (build.HERE / "lanes.h").write_text("")
+    assert compiler(["portable"])[1] == ["qgemm.cpp"]
+    with open(csrc / "fused_decode" / "moe.h", "a") as file:
+        file.write("\n")
+    assert compiler(["portable"])[1] == ["fused_decode.cpp"]
+    (csrc / "dtypes.h").write_text("")
     assert compiler(["portable"])[1] == sources
     assert len(list(build.OBJECTS.iterdir())) == len(sources)
 
 
 def test_what_failed_is_told_and_the_rest_is_built(compiler, tmp_path, capsys):
     levels = list(build.LEVELS)
-    built, _ = compiler(levels, bad="rows.cpp")
+    built, _ = compiler(levels, bad="elementwise.cpp")
     assert built == []
     said = [line for line in capsys.readouterr().out.splitlines() if "fail" in line]
     assert len(said) == 1
@@ -83,3 +92,24 @@ def test_this_machine_gets_what_it_runs():
     levels = build.own_levels(["g++"])
     assert levels[-1] == "portable"
     assert set(levels) <= set(build.LEVELS)
+
+
+def declared(file, kind):
+    """The names that a C++ struct or enum declares, in order."""
+    source = re.sub(r"//.*", "", (build.HERE / "csrc" / file).read_text())
+    parts = re.split("[;,]", re.search(rf"\b{kind} {{(.*?)}}", source, re.DOTALL)[1])
+    return [re.findall(r"\w+", part)[-1] for part in parts if part.strip()]
+
+
+def test_tables_are_the_same_in_cpp():
+    assert f"INTERFACE = {bindings.INTERFACE};" in (build.HERE / "csrc" / "dtypes.h").read_text()
+    for enum, names in (
+        ("BatchNumber", append_tokens.NUMBERS),
+        ("FilterColumn", append_tokens.FILTER_COLUMNS),
+    ):
+        assert declared("sampling.cpp", f"enum {enum}") == [name.upper() for name in names]
+    assert declared("quantized_rows.h", "enum Format") == [name.upper() for name in quantized_linear.FORMATS]
+    model = "fused_decode/model.h"
+    assert declared(model, "struct Layer") == [f.name for f in fields(fused_decode.LayerWeights)]
+    sizes = [f.name for f in fields(fused_decode.ModelSizes)]
+    assert declared(model, "struct Network")[2 : 2 + len(sizes)] == sizes

@@ -3,6 +3,7 @@ import sys
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from rorqual.kernels import cross_entropy as ce
 
@@ -36,6 +37,7 @@ def test_loss_and_gradients_match_reference():
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-3)])
 def test_compiled_softmax_slope_matches_reference(dtype, tolerance):
     """With a sure and a hopeless target, whose slopes are tiny and full."""
@@ -43,8 +45,8 @@ def test_compiled_softmax_slope_matches_reference(dtype, tolerance):
     logits, targets, share = (4 * torch.randn(6, 77)).to(dtype), torch.randint(77, (6,)), torch.randn(6)
     logits[0, targets[0]], logits[1, targets[1]] = 30, -90
     exact = logits.float().clone()
-    right = ce.softmax_slope_reference_(exact, targets, share, 0.7)
-    found = ce.softmax_slope_(logits, targets, share, 0.7)
+    right = ce.softmax_grad_reference_(exact, targets, share, 0.7)
+    found = ce.softmax_grad_(logits, targets, share, 0.7)
     for mine, reference in zip((*found, logits), (*right, exact), strict=True):
         torch.testing.assert_close(mine.float(), reference, rtol=tolerance, atol=1e-6)
 
@@ -52,14 +54,14 @@ def test_compiled_softmax_slope_matches_reference(dtype, tolerance):
 def test_logits_that_are_not_finite_give_a_loss_that_is_not():
     logits = torch.randn(2, 9)
     logits[1, 4] = float("nan")
-    logprob, _ = ce.softmax_slope_(logits, torch.tensor([0, 0]), None)
+    logprob, _ = ce.softmax_grad_(logits, torch.tensor([0, 0]), None)
     assert logprob.isfinite().tolist() == [True, False]
 
 
 def test_a_target_outside_the_vocabulary_is_refused():
     for target in (-1, 9):
         with pytest.raises(IndexError, match="vocabulary of 9"):
-            ce.softmax_slope_(torch.randn(1, 9), torch.tensor([target]), None)
+            ce.softmax_grad_(torch.randn(1, 9), torch.tensor([target]), None)
 
 
 def test_chunk_size_does_not_change_the_loss(monkeypatch):
@@ -106,17 +108,23 @@ def test_only_wanted_gradients_are_made(frozen):
     assert tensors[1 - frozen].grad is not None
 
 
-def test_no_grad_makes_no_gradients(monkeypatch):
-    monkeypatch.setattr(ce, "_Gradients", None)  # would fail if called
-    with torch.no_grad():
-        assert ce.linear_cross_entropy(*inputs()).isfinite()
+def test_no_grad_makes_no_gradients():
+    """Gradients are made in the forward pass; without them it has only the logits' product, of 33 tokens that count."""
+
+    def flops(grad):
+        with torch.set_grad_enabled(grad), FlopCounterMode(display=False) as counter:
+            assert ce.linear_cross_entropy(*inputs()).isfinite()
+        return counter.get_total_flops()
+
+    assert flops(False) == 2 * 33 * 33 * 16
+    assert flops(True) > flops(False)
 
 
 def test_second_backward_is_refused():
     hidden, *rest = inputs()
     loss = ce.linear_cross_entropy(hidden, *rest)
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="second backward"):
+    with pytest.raises(RuntimeError, match="backward ran already"):
         loss.backward()
 
 
@@ -138,7 +146,7 @@ def test_logprobs_and_entropy_match_reference(temperature, known):
 def test_a_derivative_other_than_announced_is_refused():
     hidden, weight, targets, share = inputs()
     logprobs, _ = ce.token_logprobs(hidden, weight, targets, 1.0, share)
-    with pytest.raises(RuntimeError, match="not the slope"):
+    with pytest.raises(RuntimeError, match="differs from known_grad"):
         (logprobs @ share).mul(2).backward()
 
 

@@ -12,22 +12,23 @@ from pathlib import Path
 import pytest
 
 from rorqual.kernels import cpu
+from rorqual.kernels.cpu import bindings
 from rorqual.processor import CLASSES, VARIABLE
 
 ROOT = Path(__file__).parents[2]
 CHOSEN = [
-    "tests/kernels/test_lowbit.py",
-    "tests/kernels/test_past.py",
-    "tests/kernels/test_past8.py",
+    "tests/kernels/test_quantized_linear.py",
+    "tests/kernels/test_paged_attention.py",
+    "tests/kernels/test_kv_int8.py",
     "tests/kernels/test_elementwise.py",
-    "tests/kernels/test_rotate.py",
-    "tests/kernels/test_permute.py",
-    "tests/kernels/test_draw.py::test_without_temperature_the_first_of_the_most_probable",
-    "tests/kernels/test_draw.py::test_what_is_forbidden_is_never_drawn",
-    "tests/engine/test_choose.py",
-    "tests/engine/test_direct.py::test_logits_are_the_networks",
-    "tests/engine/test_direct.py::test_several_tokens_of_a_sequence_at_once",
-    "tests/engine/test_direct.py::test_a_cache_of_8_bits_keeps_and_says_what_the_reference_does",
+    "tests/kernels/test_rotary.py",
+    "tests/kernels/test_moe_permute.py",
+    "tests/kernels/test_sample.py::test_without_temperature_the_first_of_the_most_probable",
+    "tests/kernels/test_sample.py::test_what_is_forbidden_is_never_drawn",
+    "tests/engine/test_sampling.py",
+    "tests/engine/test_fused_cpu.py::test_logits_are_the_networks",
+    "tests/engine/test_fused_cpu.py::test_several_tokens_of_a_sequence_at_once",
+    "tests/engine/test_fused_cpu.py::test_a_cache_of_8_bits_keeps_and_says_what_the_reference_does",
 ]
 # Of decode steps two networks of ten, in FP32, which are most of the code; of products a large and an odd shape.
 LEFT_OUT = (
@@ -49,7 +50,7 @@ def test_a_lower_class_agrees(name):
     if CLASSES.index(name) >= CLASSES.index(in_use()):
         pytest.skip("not lower than what the other tests run in")
     level = name.partition("-")[0]
-    if level in cpu.LEVELS and isinstance(why := cpu._load(level), str):
+    if level in cpu.LEVELS and isinstance(why := bindings._load(level), str):
         pytest.skip(why)
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
     environment |= {VARIABLE: name, "OMP_NUM_THREADS": "1"}

@@ -3,8 +3,8 @@ import json
 import pytest
 import torch
 
+from rorqual.plan.hardware import describe_machine, matrix_peak, memory_total, memory_used
 from rorqual.plan.ledger import Ledger
-from rorqual.plan.machine import describe_machine, matrix_peak, memory_total, memory_used
 
 
 def test_ledger_adds_up(tmp_path, monkeypatch):

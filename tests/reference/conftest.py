@@ -1,15 +1,20 @@
+"""The small models that parity is tested on."""
+
 import pytest
 import torch
-from networks import CONFIGS, build
+
+from helpers.reference_models import CONFIGS, build
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
 def ours(request):
+    """A model of every config."""
     return build(CONFIGS[request.param])
 
 
 @pytest.fixture(scope="module", params=[name for name in CONFIGS if name.startswith("v")])
 def latent(request):
+    """A model of every config with multi-head latent attention."""
     return build(CONFIGS[request.param])
 
 

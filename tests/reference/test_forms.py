@@ -1,9 +1,9 @@
 """The two forms of attention agree: all tokens at once, and one token at a time with a cache."""
 
 import torch
-from networks import CONFIGS, build
 
-from rorqual.model.past import Chunk, Singles
+from helpers.reference_models import CONFIGS, build
+from rorqual.model.kv_cache import DecodeView, PrefillView
 
 PLACES = 32  # a row is one block here
 
@@ -24,9 +24,9 @@ class RowCache:
         if T == 1:
             tables = torch.arange(self.rows, dtype=torch.int32).unsqueeze(1)
             lengths = torch.full((self.rows,), end, dtype=torch.int32)
-            return [Singles(slice(0, self.rows), *stores, tables, lengths)]
+            return [DecodeView(slice(0, self.rows), *stores, tables, lengths)]
         rows = range(self.rows)
-        return [Chunk(slice(i * T, (i + 1) * T), *(store[i : i + 1, :end] for store in stores)) for i in rows]
+        return [PrefillView(slice(i * T, (i + 1) * T), *(store[i : i + 1, :end] for store in stores)) for i in rows]
 
 
 def decode(model, tokens, pieces):
@@ -58,7 +58,7 @@ def test_absorbed_equals_expanded(latent, tokens):
     tables = torch.arange(B, dtype=torch.int32).unsqueeze(1)
     with torch.no_grad():
         expanded = attention.expanded(q_nope, q_rope, *(x[:, :S] for x in past), None)
-        singles = Singles(slice(0, B), *past, tables, torch.full((B,), S, dtype=torch.int32))
+        singles = DecodeView(slice(0, B), *past, tables, torch.full((B,), S, dtype=torch.int32))
         absorbed = attention.absorbed(q_nope[:, 0], q_rope[:, 0], singles)
     torch.testing.assert_close(absorbed, expanded[:, 0], atol=1e-5, rtol=1e-5)
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from networks import CONFIGS, build
 
+from helpers.reference_models import CONFIGS, build
 from rorqual import load_model, save_model
 
 transformers = pytest.importorskip("transformers")
@@ -21,7 +21,7 @@ def test_states_of_every_depth(depth, tokens, tmp_path):
     theirs = MtpModel.from_pretrained(main).eval()
     with torch.no_grad():
         hidden = ours(tokens)
-        found = ours.predict_ahead(hidden, tokens)
+        found = ours.mtp_hidden_states(hidden, tokens)
         state = main.model(tokens).last_hidden_state
         for k in range(depth):
             # depth k has inputs for all but the last k+1 positions
@@ -37,6 +37,6 @@ def test_modules_come_back_from_disk(tokens, tmp_path):
     save_model(ours, tmp_path / "model")
     again = load_model(tmp_path / "model")
     with torch.no_grad():
-        expected, found = (m.predict_ahead(m(tokens), tokens) for m in (ours, again))
+        expected, found = (m.mtp_hidden_states(m(tokens), tokens) for m in (ours, again))
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, atol=0, rtol=0)

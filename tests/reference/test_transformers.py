@@ -55,7 +55,7 @@ def test_greedy_continuation(ours, theirs, tokens):
 def test_greedy_continuation_by_the_engine(ours, theirs, tokens):
     prompts = [tokens[:1, :8], tokens[1:, :3], tokens[1:, :11]]  # of unequal lengths, two at a time
     params = SamplingParams(temperature=0, max_tokens=12)
-    found = Engine(ours, slots=2).generate([p[0].tolist() for p in prompts], params)
+    found = Engine(ours, max_num_seqs=2).generate([p[0].tolist() for p in prompts], params)
     for prompt, completion in zip(prompts, found, strict=True):
         expected = continuation(theirs, prompt)
         assert completion.tokens == expected[0, prompt.shape[1] :].tolist()

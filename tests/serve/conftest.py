@@ -1,112 +1,20 @@
 """A tiny reasoning model, served on a port of this machine."""
 
-import asyncio
-import os
-import re
-import subprocess
-import sys
-import threading
-import time
-
-import httpx
-import openai
 import pytest
-import torch
-import uvicorn
 
-from reasoner import save_reasoner
-from rorqual.engine import Engine, SamplingParams
-from rorqual.serve.app import build_app
-from rorqual.serve.run import bind
-from rorqual.serve.service import Options, Service
+from helpers.reasoning_model import save_reasoner
+from helpers.servers import Process, Server
 
 
 @pytest.fixture(scope="session")
 def directory(tmp_path_factory):
+    """The model's directory."""
     return save_reasoner(tmp_path_factory.mktemp("served") / "tiny")
-
-
-class OneThread(Engine):
-    """Two threads make so small a model no faster, and wait for one another where another program has a core."""
-
-    def submit(self, *args, **kwargs):
-        torch.set_num_threads(1)  # of the calling thread
-        return super().submit(*args, **kwargs)
-
-
-class Server:
-    """A running service: `url`, `service`, and `stop`, which ends it as SIGTERM does."""
-
-    def __init__(
-        self, directory, slots=8, cache_bytes=1 << 20, page=None, recommended=SamplingParams(), **options
-    ):  # fmt: skip
-        engine = OneThread(directory, slots=slots, cache_bytes=cache_bytes, prefix_cache=True)
-        self.service = Service(engine, recommended, Options("tiny", **options))
-        app = build_app(self.service)
-        if page is not None:
-            page(app, self.service)
-        listening = bind("127.0.0.1", 0)
-        self.url = f"http://127.0.0.1:{listening.getsockname()[1]}"
-        self.server = uvicorn.Server(uvicorn.Config(app, log_config=None))
-        self.thread = threading.Thread(target=lambda: asyncio.run(self.server.serve(sockets=[listening])), daemon=True)
-        self.thread.start()
-        while not self.server.started:
-            time.sleep(0.01)
-
-    def client(self, key="none", **options):
-        return openai.OpenAI(base_url=self.url + "/v1", api_key=key, max_retries=0, **options)
-
-    def settled(self, seconds=20.0):
-        """Wait until nothing runs; gives the blocks still held."""
-        until = time.monotonic() + seconds
-        while time.monotonic() < until:
-            now = self.service.engine.status()
-            if self.service.worker.count == now.running == now.waiting == now.blocks_held == 0:
-                break
-            time.sleep(0.01)
-        return self.service.engine.status().blocks_held
-
-    def stop(self):
-        self.server.should_exit = True
-        self.thread.join(30)
-        assert not self.thread.is_alive()
-
-
-class Process:
-    """`rorqual serve` as a user starts it: `url`, what it has logged, and `end`, which waits for its exit status."""
-
-    def __init__(self, directory, log, *options):
-        self.log = log
-        with log.open("a") as out:
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", "from rorqual.cli import main; main()", "serve", str(directory), *options],
-                stdout=out, stderr=out, env=os.environ | {"OMP_NUM_THREADS": "1"},
-            )  # fmt: skip
-        while not (found := re.findall(r"(http://[\d.]+:\d+)/v1", log.read_text())):
-            assert self.process.poll() is None, log.read_text()
-            time.sleep(0.05)
-        self.url = found[-1]
-        assert httpx.get(self.url + "/health", timeout=60).status_code == 200
-
-    def figures(self):
-        """/metrics, by name."""
-        lines = httpx.get(self.url + "/metrics", timeout=60).text.splitlines()
-        return {name: float(value) for name, value in (x.rsplit(" ", 1) for x in lines if not x.startswith("#"))}
-
-    def wait_for(self, name, fits, seconds=60.0):
-        until = time.monotonic() + seconds
-        while not fits(value := self.figures()[name]):
-            assert time.monotonic() < until, f"{name} is still {value}"
-            time.sleep(0.02)
-
-    def end(self, number):
-        self.process.send_signal(number)
-        return self.process.wait(60)
 
 
 @pytest.fixture
 def serve(directory, tmp_path):
-    """Start such processes."""
+    """Starts `rorqual serve` processes with the options given; killed after the test."""
     running = []
 
     def begin(*options):
@@ -121,6 +29,7 @@ def serve(directory, tmp_path):
 
 @pytest.fixture(scope="session")
 def server(directory):
+    """One server that most tests share."""
     running = Server(directory)
     yield running
     running.stop()
@@ -128,8 +37,8 @@ def server(directory):
 
 @pytest.fixture(scope="session")
 def small(directory):
-    """Its cache has room for few tokens, so that nothing takes long whatever is asked for."""
-    running = Server(directory, cache_bytes=1 << 14)
+    """A server whose KV cache holds few tokens, so that no request takes long, whatever its parameters."""
+    running = Server(directory, kv_cache_bytes=1 << 14)
     assert running.service.context < 128
     yield running
     assert running.settled() == 0
@@ -143,7 +52,7 @@ def client(server):
 
 @pytest.fixture(scope="module")
 def begin():
-    """Servers of other models."""
+    """Starts servers of other models, and gives their URLs."""
     running = []
 
     def one(directory):
@@ -157,7 +66,7 @@ def begin():
 
 @pytest.fixture
 def start(directory):
-    """Servers with settings of their own."""
+    """Starts servers with options of their own."""
     running = []
 
     def begin(directory=directory, **options):

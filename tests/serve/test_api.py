@@ -9,7 +9,7 @@ import openai
 import pytest
 
 from rorqual.engine import Engine, SamplingParams
-from rorqual.serve.answers import ENCODE
+from rorqual.serve.responses import ENCODE
 from rorqual.serve.sse import EventStream
 
 NO_THINKING = {"chat_template_kwargs": {"think": False}}
@@ -107,7 +107,7 @@ def test_whoever_closes_a_stream_frees_its_blocks(server, client):
         "ignore_eos": True})  # fmt: skip
     for _ in zip(range(20), stream, strict=False):
         pass
-    assert server.service.engine.status().blocks_held > 0
+    assert server.service.engine.status().blocks_used > 0
     stream.close()
     assert server.settled() == 0
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from rorqual.engine.score import Scoring
+from rorqual.engine.prompt_logprobs import PromptLogprobs
 
 lm_eval = pytest.importorskip("lm_eval.evaluator")
 
@@ -70,9 +70,9 @@ def test_choices_are_scored_as_the_engine_scores_them(server, directory, tasks):
         question = engine.tokenizer(sample["doc"]["question"]).input_ids
         for choice, ((found, greedy),) in zip(sample["doc"]["choices"], sample["resps"], strict=True):
             whole = question + engine.tokenizer(" " + choice).input_ids
-            scoring = Scoring(tuple(whole), engine.model.head_weight, 1)
+            scoring = PromptLogprobs(tuple(whole), engine.model.head_weight, 1)
             with torch.inference_mode():
-                scoring.read(engine.model(torch.tensor([whole]))[0], 0)  # all at once
+                scoring.append(engine.model(torch.tensor([whole]))[0], 0)  # all at once
             logprobs, ranked = scoring.logprobs, scoring.ranked
             assert float(found) == pytest.approx(sum(logprobs[len(question) :]), abs=1e-3)
             best = [r[0][0] for r in ranked[len(question) :]] == whole[len(question) :]

@@ -72,7 +72,7 @@ def many(url, count, seed, counts):
 
 
 def test_a_thousand_requests_and_an_end_in_their_midst(serve):
-    server = serve("--port", "0", "--slots", "8", "--waiting", "2000", "--cache-gb", "0.001")
+    server = serve("--port", "0", "--max-num-seqs", "8", "--max-queue", "2000", "--cache-gb", "0.001")
     counts = dict.fromkeys([200, 400, "left", "refused", "broken"], 0)
     many(server.url, 700, 0, counts)
     assert counts[200] > 300

@@ -6,8 +6,8 @@ import shutil
 import pytest
 
 from rorqual.engine import SamplingParams
-from rorqual.engine.recommended import recommended
-from rorqual.model.released import SUPPRESSED
+from rorqual.engine.generation_defaults import default_sampling
+from rorqual.model.release_settings import SUPPRESS_BIAS
 from rorqual.serve.protocol import ChatRequest, CompletionRequest
 
 RELEASE = {
@@ -16,7 +16,7 @@ RELEASE = {
 }  # fmt: skip
 FROM_RELEASE = {
     "temperature": 0, "top_p": 0.8, "top_k": 20, "min_p": 0.1, "repetition_penalty": 1.2, "presence_penalty": 0.5,
-    "frequency_penalty": 0.25, "stop": ("zz",), "logit_bias": ((9, SUPPRESSED),),
+    "frequency_penalty": 0.25, "stop": ("zz",), "logit_bias": ((9, SUPPRESS_BIAS),),
 }  # fmt: skip
 
 
@@ -30,7 +30,7 @@ def released(directory, tmp_path_factory):
 
 def params(released, **body):
     asked = ChatRequest(messages=[{"role": "user", "content": "?"}], **body)
-    return asked.params(recommended(released), 7, 0, None)
+    return asked.params(default_sampling(released), 7, 0, None)
 
 
 def test_what_a_request_leaves_out_is_the_releases(released):
@@ -49,7 +49,7 @@ def test_what_a_request_leaves_out_is_the_releases(released):
         ({"frequency_penalty": 0.0}, {"frequency_penalty": 0.0}),
         ({"stop": []}, {"stop": ()}),
         ({"stop": "b"}, {"stop": ("b",)}),
-        ({"logit_bias": {"8": 1.0}}, {"logit_bias": ((9, SUPPRESSED), (8, 1.0))}),
+        ({"logit_bias": {"8": 1.0}}, {"logit_bias": ((9, SUPPRESS_BIAS), (8, 1.0))}),
         ({"logit_bias": {"9": 1.0}}, {"logit_bias": ((9, 1.0),)}),
     ],
 )

@@ -5,7 +5,7 @@ import json
 import httpx
 import pytest
 
-from puppets import BYTE_LEVEL, END, LEGACY, LETTER, SAY, save_puppet, vocabulary
+from helpers.scripted_models import BYTE_LEVEL, END, LEGACY, LETTER, SAY, save_puppet, vocabulary
 
 THINK = ("<think>", "</think>")
 TEMPLATE = (

@@ -5,17 +5,17 @@ import json
 import pytest
 
 from rorqual.errors import UserError
-from rorqual.reason.environment import open_environment
+from rorqual.rl.envs.registry import open_environment
 from rorqual.speedrun import speedrun
 from rorqual.speedrun import stages as stages_module
 from rorqual.speedrun.level import LEVELS, choose_level, machine_line, training_speed
 from rorqual.speedrun.outcome import FEW_SAMPLES, FIRST, difficulty_table, table
-from rorqual.speedrun.stages import Budget, Check, Story, needed
+from rorqual.speedrun.stages import Budget, Check, SpeedrunState, needed
 
 
-def story(tmp_path, minutes=10.0, speed=10_000.0, level=LEVELS[0]):
+def state(tmp_path, minutes=10.0, speed=10_000.0, level=LEVELS[0]):
     environments = [open_environment(section) for section in level.environments]
-    return Story(tmp_path, 0, Budget(minutes), level, environments, speed)
+    return SpeedrunState(tmp_path, 0, Budget(minutes), level, environments, speed)
 
 
 def test_more_tokens_bring_harder_problems():
@@ -46,9 +46,9 @@ def test_a_weak_start_is_one_that_no_family_can_climb_from():
 
 @pytest.mark.parametrize(("minutes", "speed"), [(2.0, 10_000.0), (10.0, 500.0)])
 def test_the_minutes_that_are_named_would_do(tmp_path, minutes, speed):
-    asked = needed(story(tmp_path, minutes, speed))
+    asked = needed(state(tmp_path, minutes, speed))
     assert asked > minutes
-    assert 60 * asked * stages_module.PRETRAIN_SHARE * speed > stages_module.ENOUGH
+    assert 60 * asked * stages_module.PRETRAIN_SHARE * speed > stages_module.MIN_RL_TOKENS
 
 
 @pytest.mark.parametrize(("last", "kept"), [(0.4, True), (0.5, False), (0.6, False)])
@@ -59,7 +59,7 @@ def test_a_start_that_rl_kept_is_noticed(tmp_path, last, kept):
         {"step": 2, "eval_a": last, "eval_b": 0.0},
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert stages_module._kept_start(tmp_path) == kept
+    assert stages_module.kept_start(tmp_path) == kept
 
 
 def test_half_a_minute_learns_something_and_says_that_it_is_too_short(tmp_path, capsys):
@@ -85,7 +85,7 @@ def test_half_a_minute_learns_something_and_says_that_it_is_too_short(tmp_path, 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"minutes": 0.1}, r"--minutes 0\.1: at least 0\.5"),
+        ({"minutes": 0.1}, r"--minutes 0\.1: must be from 0\.5"),
         ({"minutes": float("nan")}, r"--minutes nan"),
         ({"minutes": float("inf")}, r"--minutes inf"),
         ({"seed": -1}, r"--seed -1"),

@@ -1,3 +1,5 @@
+"""Small models, batches, a corpus and a recipe for training tests."""
+
 import os
 import random
 
@@ -30,11 +32,14 @@ SIZES = {
 
 @pytest.fixture(autouse=True)
 def one_thread():
+    """More threads make models of this size no faster, and wait for one another on a busy machine."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture
 def make_model():
+    """Builds a small DeepSeek-V3-style model with one MTP module; `changes` are config fields."""
+
     def make(seed: int = 0, **changes) -> Transformer:
         set_seed(seed)
         return Transformer(ModelConfig(model_type="deepseek_v3", vocab_size=64, **(SIZES | changes)))

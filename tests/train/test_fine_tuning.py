@@ -4,14 +4,14 @@ from pathlib import Path
 
 import pytest
 
+from rorqual.checkpoint.huggingface import load_model, save_model
 from rorqual.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from rorqual.engine import Engine
 from rorqual.errors import UserError
-from rorqual.model.checkpoint import load_model, save_model
 from rorqual.plan.estimate import plan_text
 from rorqual.recipe import TokenizerSection, load_recipe, parse_recipe
+from rorqual.train.build_model import tokenizer_of
 from rorqual.train.dry_run import dry_run
-from rorqual.train.prepare import tokenizer_of
 from rorqual.train.pretrain import pretrain
 from rorqual.train.sft import sft
 
@@ -57,7 +57,7 @@ def test_what_the_release_says_is_kept_from_run_to_run(chat_recipe, tmp_path):
         recipe.name, recipe.model.path = name, str(base)
         made = json.loads((sft(recipe) / "model" / "generation_config.json").read_text())
         assert {key: made.get(key) for key in own} == own
-    assert Engine(tmp_path / "runs" / "second").eos == (0, 7)
+    assert Engine(tmp_path / "runs" / "second").end_tokens == (0, 7)
 
 
 def test_a_tokenizer_without_an_end_token_takes_the_models(chat_recipe, tmp_path):
@@ -116,7 +116,7 @@ def test_dry_run_says_what_a_run_takes_and_starts_nothing(make_recipe):
     assert plan["parameters_total"] > plan["parameters_active"] > 10_000
     text = plan_text(plan)
     assert "parameters" in text
-    assert "in all" in text
+    assert "active per token" in text
     assert "tokens/s at 40% of" in text
     assert not recipe.run_dir.exists()
 
@@ -124,7 +124,7 @@ def test_dry_run_says_what_a_run_takes_and_starts_nothing(make_recipe):
 def test_dry_run_of_epochs_and_of_seconds(make_recipe):
     epochs = dry_run(make_recipe(train__steps=None, train__epochs=2.0))
     assert epochs["tokens"] is epochs["seconds"] is None
-    assert "known once it is packed" in plan_text(epochs)
+    assert "known once the data is packed" in plan_text(epochs)
     assert dry_run(make_recipe(train__steps=None, train__seconds=60.0))["seconds"] == pytest.approx(60)
 
 

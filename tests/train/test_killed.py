@@ -4,8 +4,8 @@ import json
 
 from safetensors.torch import load_file
 
-from killing import run_whole_and_killed
-from rorqual.train.run import to_toml
+from helpers.killed_runs import run_whole_and_killed
+from rorqual.train.run_folder import to_toml
 
 
 def test_twenty_kills_change_nothing(tmp_path, make_recipe):

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
+from rorqual.checkpoint.huggingface import save_model
 from rorqual.data.loader import Batch
 from rorqual.model import ModelConfig, Transformer
-from rorqual.model.checkpoint import save_model
 from rorqual.recipe import OptimizerSection, ScheduleSection
 from rorqual.train import set_seed
-from rorqual.train.loop import split
+from rorqual.train.run_loop import split
 from rorqual.train.trainer import Trainer
 
 CONFIG = {

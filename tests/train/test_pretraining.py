@@ -15,13 +15,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from rorqual.checkpoint.huggingface import load_model
 from rorqual.errors import UserError
-from rorqual.model.checkpoint import load_model
 from rorqual.train import checkpoints as checkpoints_module
-from rorqual.train.loop import Run
+from rorqual.train.interrupts import Stopped, StopSignals
 from rorqual.train.pretrain import pretrain
-from rorqual.train.run import to_toml
-from rorqual.train.signals import Stopped, StopSignals
+from rorqual.train.run_folder import to_toml
+from rorqual.train.run_loop import TrainingRun
 from rorqual.train.trainer import Trainer
 
 
@@ -95,8 +95,8 @@ def crash_at(monkeypatch, owner, name, calls, late=False):
         (checkpoints_module, "save_file", 2, True),
         (checkpoints_module, "_force_to_disk", 6, False),
         (os, "replace", 3, False),
-        (Run, "_save", 3, True),  # after the last step, before the model is written
-        ("rorqual.train.finish", "save_model", 1, True),
+        (TrainingRun, "_save", 3, True),  # after the last step, before the model is written
+        ("rorqual.train.export", "save_model", 1, True),
     ],
 )
 def test_crash_and_resume_end_with_the_same_weights(make_recipe, monkeypatch, owner, name, calls, late):
@@ -242,7 +242,7 @@ def test_disk_full_at_the_very_end(make_recipe, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device", str(self))
 
     with monkeypatch.context() as patch:
-        patch.setattr("rorqual.train.finish.model_card", lambda *_: patch.setattr(Path, "write_text", write_text) or "")
+        patch.setattr("rorqual.train.export.model_card", lambda *_: patch.setattr(Path, "write_text", write_text) or "")
         with pytest.raises(UserError, match=r"README.md cannot be written \(the disk is full\); .* with --resume"):
             pretrain(recipe)
     assert (pretrain(recipe, resume=True) / "ledger.json").exists()

@@ -10,7 +10,7 @@ import pytest
 
 from rorqual.errors import UserError
 from rorqual.recipe import PretrainRecipe
-from rorqual.train.run import open_run, to_toml
+from rorqual.train.run_folder import open_run, to_toml
 from rorqual.train.telemetry import Telemetry
 
 
@@ -137,7 +137,7 @@ def test_a_run_that_did_something_is_protected(make_recipe, name):
     run_dir = start(make_recipe())
     (run_dir / name).parent.mkdir(exist_ok=True)
     (run_dir / name).write_text("something")
-    with pytest.raises(UserError, match="already holds a run; continue it with --resume or give another name"):
+    with pytest.raises(UserError, match="already holds a run; continue it with --resume or choose another name"):
         start(make_recipe())
     with pytest.raises(UserError, match=r"tokenizer.vocab_size was 300 and is 400 now"):
         start(make_recipe(tokenizer__vocab_size=400), resume=True)
@@ -154,7 +154,7 @@ def test_a_run_that_has_ended_is_not_trained_again_because_its_checkpoints_are_g
     (run_dir / name).parent.mkdir(exist_ok=True)
     (run_dir / name).write_text("something")
     for _ in range(2):
-        with pytest.raises(UserError, match=r"has ended .* and has no checkpoints to continue from; put checkpoints/"):
+        with pytest.raises(UserError, match=r"has ended .* has no checkpoints to continue from; restore checkpoints/"):
             start(make_recipe(), resume=True)
         (run_dir / "checkpoints").mkdir(exist_ok=True)
 
@@ -174,7 +174,7 @@ def test_a_run_folder_that_is_a_link_to_nowhere(make_recipe, tmp_path):
     run_dir = make_recipe().run_dir
     run_dir.parent.mkdir(parents=True, exist_ok=True)
     run_dir.symlink_to(tmp_path / "disk")
-    with pytest.raises(UserError, match="a file, or a link that leads nowhere, lies in its place; move it away"):
+    with pytest.raises(UserError, match="a file, or a dangling link, has this name; move it away"):
         start(make_recipe())
 
 
@@ -183,7 +183,7 @@ def test_a_folder_of_other_files_is_not_taken(make_recipe, resume):
     run_dir = make_recipe().run_dir
     run_dir.mkdir(parents=True)
     (run_dir / "thesis.tex").write_text("mine")
-    with pytest.raises(UserError, match=r"holds files that are no run's \(thesis.tex\); give another name"):
+    with pytest.raises(UserError, match=r"holds files that are not a run's \(thesis.tex\); choose another name"):
         start(make_recipe(), resume)
     assert [p.name for p in run_dir.iterdir()] == ["thesis.tex"]
 

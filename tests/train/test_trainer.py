@@ -6,7 +6,7 @@ from rorqual.model import Transformer
 from rorqual.plan.cost import flops_per_token, mtp_flops_per_token
 from rorqual.recipe import BalanceSection, MTPSection, OptimizerSection, ScheduleSection
 from rorqual.train.balance import max_violation, update_correction_bias
-from rorqual.train.loop import split
+from rorqual.train.run_loop import split
 from rorqual.train.trainer import Trainer
 
 CONSTANT = ScheduleSection(name="constant", warmup=0)
@@ -31,7 +31,7 @@ def test_loss_is_the_papers(make_model, make_batch):
     hidden = model(batch.inputs, routing=routing)
     main = nll(hidden @ model.head_weight.T, tokens[:, 1:])
     ahead = []
-    for k, state in enumerate(model.predict_ahead(hidden, batch.inputs, routing=routing)):
+    for k, state in enumerate(model.mtp_hidden_states(hidden, batch.inputs, routing=routing)):
         ahead.append(nll((state @ model.head_weight.T)[:, : -(k + 1)], tokens[:, k + 2 :]))
     (main + 0.3 * sum(ahead) / 2 + 0.01 * sum(r.sequence_loss for r in routing)).backward()
     norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
@@ -180,7 +180,7 @@ def test_flops_and_tokens_are_counted(make_model, make_batch):
 def test_without_a_compiler_it_says_so_and_runs(make_model, make_batch, monkeypatch):
     monkeypatch.setattr("shutil.which", lambda name: None)
     said = []
-    trainer = trainer_of(make_model(), compile=True, say=said.append)
+    trainer = trainer_of(make_model(), compile=True, notify=said.append)
     plain = trainer_of(make_model())
     assert trainer.step([make_batch()], 0.0) == plain.step([make_batch()], 0.0)
     assert said == ["train.compile: no C++ compiler found; running without torch.compile"]

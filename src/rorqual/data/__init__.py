@@ -1,1 +1,1 @@
-"""From text to batches of tokens: tokenizers, corpora, packing, and loaders that resume exactly."""
+"""Tokenizers, corpora, chat data, packing, and data loaders that resume exactly."""

@@ -1,4 +1,4 @@
-"""Documents from files, datasets directories and the Hugging Face Hub, one at a time."""
+"""Stream documents from files, saved datasets and the Hugging Face Hub."""
 
 import codecs
 import glob
@@ -10,24 +10,25 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from rorqual.characters import whole
-from rorqual.data.cut import rejoined
+from rorqual.data.text_pieces import split_stream
 from rorqual.errors import UserError, file_error
+from rorqual.extras import require
 from rorqual.recipe import Source
+from rorqual.unicode_checks import whole
 
 RECORDS = (".jsonl", ".jsonl.gz", ".parquet")
 SUFFIXES = (".txt", *RECORDS)
 TXT_DOCUMENT = 1 << 15  # characters
-READ = 1 << 16  # bytes at a time
-PARQUET_ROWS = 256  # in memory at a time; a row may be a book
+READ_BYTES = 1 << 16  # per read
+PARQUET_ROWS = 256  # per batch in memory; a row may be a whole book
 
 
 def read_texts(source: Source) -> Iterator[str]:
-    """The documents of one source, in order; empty ones and nulls are left out.
+    """The documents of one source, in order, without empty ones and nulls.
 
-    A .txt file is cut into documents of about 32 KB, at line ends, else at spaces, else anywhere, so that one large
-    file, or line, can be streamed, tokenised in parallel and partly held out. Raises UserError, with file and line,
-    for whatever cannot be read.
+    A .txt file is split into documents of about 32 K characters, at line ends, else at spaces, else anywhere, so that a
+    large file or line can be streamed, tokenised in parallel and partly held out. Raises UserError, with file and line,
+    for what cannot be read.
     """
     if _is_dataset(source.path):
         for number, record in enumerate(_rows(source), start=1):
@@ -35,16 +36,16 @@ def read_texts(source: Source) -> Iterator[str]:
         return
     for path in find_files(source.path):
         if named(path, ".txt"):
-            yield from rejoined(_read_txt(path), TXT_DOCUMENT)
+            yield from split_stream(_read_txt(path), TXT_DOCUMENT)
         else:
             for where, record in read_records(path, source.text_field):
                 yield from _text(record, source.text_field, where)
 
 
 def find_files(pattern: str, suffixes: Sequence[str] = SUFFIXES) -> list[Path]:
-    """The file or files that a path or glob names, sorted. What exists as it is written is taken so, brackets too.
+    """The files that a path or glob matches, sorted. A path that exists is taken literally, brackets included.
 
-    Raises UserError for those whose names end otherwise than in `suffixes`.
+    Raises UserError where nothing matches, and for a file whose name does not end in one of `suffixes`.
     """
     path = Path(pattern)
     try:
@@ -71,21 +72,21 @@ def _glob(path: Path) -> list[Path]:
     while rest and (literal / rest[0]).exists():
         literal /= rest.pop(0)
     before, pattern = glob.escape(str(literal)), str(Path(*rest))
-    for way in (pattern, pattern.replace("[", "[[]")):
-        if found := sorted(Path(p) for p in glob.glob(f"{before}/{way}", recursive=True) if Path(p).is_file()):
+    for candidate in (pattern, pattern.replace("[", "[[]")):
+        if found := sorted(Path(p) for p in glob.glob(f"{before}/{candidate}", recursive=True) if Path(p).is_file()):
             return found
     return []
 
 
 def named(path: Path, *suffixes: str) -> bool:
-    """Whether a file's name ends so, in whatever case."""
+    """Whether a file's name ends in one of the suffixes, in any case."""
     return path.name.lower().endswith(suffixes)
 
 
 def read_records(path: Path, column: str | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Pairs (place for error messages, record) from a .jsonl, .jsonl.gz or .parquet file.
+    """Pairs (file and line for error messages, record) of a .jsonl, .jsonl.gz or .parquet file.
 
-    `column` limits what is read from Parquet.
+    `column`: the only column to read from Parquet. Raises UserError, with file and line, for what cannot be read.
     """
     if named(path, ".parquet"):
         yield from _read_parquet(path, column)
@@ -96,7 +97,7 @@ def read_records(path: Path, column: str | None = None) -> Iterator[tuple[str, d
 
 
 def describe(source: Source) -> list[Any]:
-    """What identifies the contents of a source without reading them, for fingerprints (JSON-able)."""
+    """JSON-able fingerprint of a source's contents (sizes and modification times), without reading them."""
     if _is_dataset(source.path):
         return [source.path, source.split, source.text_field, _open_dataset(source)._fingerprint]
     stats = [(str(path), path.stat()) for path in find_files(source.path)]
@@ -110,13 +111,13 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 try:
                     record = _parse(line, path, number)
                 except UserError:
-                    while file.read(READ):  # to the end, where a damaged gzip file shows that it is
+                    while file.read(READ_BYTES):  # a damaged gzip file raises only at its end
                         pass
                     raise
                 yield f"{path}, line {number}", record
     except (gzip.BadGzipFile, zlib.error, EOFError) as e:
         raise UserError(
-            f"{path} cannot be read as gzip ({e}); it is damaged, cut short or no gzip file: fetch it again"
+            f"{path} cannot be read as gzip ({e}); it is damaged, truncated or not gzip; download it again"
         ) from e
     except OSError as e:
         raise file_error(path, e, "read") from e
@@ -124,12 +125,12 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _open(path: Path) -> BinaryIO:
     file = open(path, "rb")  # noqa: SIM115 (closed by the caller, or with the gzip file)
-    packed = named(path, ".gz") or file.peek(2)[:2] == b"\x1f\x8b"
-    return gzip.GzipFile(fileobj=file) if packed else file
+    compressed = named(path, ".gz") or file.peek(2)[:2] == b"\x1f\x8b"
+    return gzip.GzipFile(fileobj=file) if compressed else file
 
 
 def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    """Numbered lines that are not blank, whether they end with LF, CR LF or CR."""
+    """Numbered non-blank lines, with LF, CR LF or CR line ends."""
     number = 0
     for line in file:
         for part in line.rstrip(b"\r\n").split(b"\r"):
@@ -145,9 +146,9 @@ def _parse(line: bytes, path: Path, number: int) -> dict[str, Any]:
     except UnicodeDecodeError as e:
         raise UserError(f"{path}, line {number} is not UTF-8 text ({e.reason}); save the file as UTF-8") from None
     except (ValueError, RecursionError) as e:
-        raise UserError(f"{path}, line {number} is not valid JSON ({e}); mend or remove the line") from None
+        raise UserError(f"{path}, line {number} is not valid JSON ({e}); correct or remove the line") from None
     if not isinstance(record, dict):
-        raise UserError(f"{path}, line {number} holds a {type(record).__name__}, not a JSON object; mend the line")
+        raise UserError(f"{path}, line {number} holds a {type(record).__name__}, not a JSON object; correct the line")
     return record
 
 
@@ -155,23 +156,25 @@ def _text(record: dict[str, Any], field: str, where: str) -> Iterator[str]:
     if field not in record:
         raise UserError(f"{where} has no field {field!r} but {sorted(record)}; set text_field")
     text = record[field]
-    if text is None:  # how tables say that a row has no text
+    if text is None:  # a table's row without text
         return
     if not isinstance(text, str):
-        raise UserError(f"{where}: field {field!r} holds a {type(text).__name__}, not text; mend it or set text_field")
+        raise UserError(
+            f"{where}: field {field!r} holds a {type(text).__name__}, not text; correct it or set text_field"
+        )
     if not whole(text):
-        raise UserError(f"{where}: field {field!r} holds half a character (a lone surrogate); mend it")
+        raise UserError(f"{where}: field {field!r} contains a lone surrogate (half a character); correct it")
     if text:
         yield text
 
 
 def _read_txt(path: Path) -> Iterator[str]:
-    """The text in parts, line ends as they are."""
+    """The text in chunks, with its line ends unchanged."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     line = 1
     try:
         with open(path, "rb") as file:
-            while raw := file.read(READ):
+            while raw := file.read(READ_BYTES):
                 yield decoder.decode(raw)
                 line += raw.count(b"\n")
             yield decoder.decode(b"", final=True)
@@ -183,11 +186,12 @@ def _read_txt(path: Path) -> Iterator[str]:
 
 
 def _read_parquet(path: Path, column: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
+    require("data", "pyarrow")
     from pyarrow import parquet
 
     number = 0
     try:
-        # Buffered, so that a column's pages are read one after another and not as a whole.
+        # Buffered, so that a column is read page by page and not as a whole.
         with parquet.ParquetFile(path, buffer_size=1 << 20) as file:
             if column is not None and column not in file.schema_arrow.names:
                 raise UserError(f"{path} has no column {column!r} but {file.schema_arrow.names}; set text_field")
@@ -197,20 +201,20 @@ def _read_parquet(path: Path, column: str | None) -> Iterator[tuple[str, dict[st
                     yield f"{path}, row {number}", record
     except UserError:
         raise
-    except Exception as e:  # pyarrow raises its own kinds and Python's: OSError, ValueError, UnicodeDecodeError, …
+    except Exception as e:  # pyarrow's errors, OSError, ValueError, UnicodeDecodeError, …
         after = f" after row {number}" if number else ""
         raise UserError(f"{path} is not a readable Parquet file{after} ({_first_line(e)}); check the file") from e
 
 
 def _is_dataset(path: str) -> bool:
-    """Whether a path is a datasets directory (save_to_disk) or, not being on this disk, a name on the Hub."""
+    """Whether a path is a saved dataset (save_to_disk) or, where it does not exist, a name on the Hub."""
     here = Path(path)
     try:
         if here.is_dir():
             return (here / "state.json").is_file() or (here / "dataset_dict.json").is_file()
         on_hub = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", path) and not path.lower().endswith(SUFFIXES)
         return bool(on_hub) and not here.exists()
-    except OSError:  # find_files says why
+    except OSError:  # find_files reports it
         return False
 
 
@@ -221,13 +225,14 @@ def _rows(source: Source) -> Iterator[dict[str, Any]]:
         for record in found:
             number += 1
             yield record
-    except Exception as e:  # as above: the files are pyarrow's
+    except Exception as e:  # pyarrow's, as above
         raise UserError(
             f"dataset {source.path} cannot be read after row {number} ({_first_line(e)}); restore it from its source"
         ) from e
 
 
 def _open_dataset(source: Source) -> Any:
+    require("data", "datasets")
     import datasets
 
     here = Path(source.path)
@@ -235,7 +240,7 @@ def _open_dataset(source: Source) -> Any:
         if not here.is_dir():
             return datasets.load_dataset(source.path, split=source.split)
         found = datasets.load_from_disk(str(here))
-    except Exception as e:  # the Hub client raises many kinds
+    except Exception as e:  # the Hub client raises many types
         raise UserError(f"dataset {source.path} cannot be opened ({_first_line(e)}); check the name or path") from e
     if isinstance(found, datasets.DatasetDict):
         if source.split not in found:

@@ -1,7 +1,7 @@
 """Fill-in-the-middle in prefix–suffix–middle order: `begin prefix hole suffix end middle` (V3 §4.1).
 
-It is applied to whole documents before packing, as V3 does: only then is the document's text at hand, so that the
-cuts fall between any two characters rather than between tokens, and packing knows the true lengths.
+Applied to whole documents before packing, as in V3: the text is then available, so that cuts fall between any two
+characters rather than between tokens, and packing uses the true lengths.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from rorqual.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-# Names of (begin, hole, end) in tokenizers we train, DeepSeek's and Qwen's.
+# Names of (begin, hole, end) in our tokenizers, DeepSeek's and Qwen's.
 KNOWN_TOKENS = (
     FIM_TOKENS,
     ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"),
@@ -24,7 +24,7 @@ KNOWN_TOKENS = (
 
 @dataclass(frozen=True)
 class FillInTheMiddle:
-    """Rearranges a share `rate` of documents; which ones and where depends on the seed and the text alone."""
+    """Rearranges a fraction `rate` of documents; the choice and the cuts depend only on the seed and the text."""
 
     rate: float
     seed: int
@@ -34,7 +34,7 @@ class FillInTheMiddle:
 
     @classmethod
     def of(cls, tokenizer: "PreTrainedTokenizerFast", rate: float, seed: int) -> "FillInTheMiddle":
-        """Raises UserError when the tokenizer lacks the three tokens."""
+        """With the tokenizer's FIM tokens. Raises UserError when it lacks them."""
         vocabulary = tokenizer.get_vocab()
         for names in KNOWN_TOKENS:
             if all(name in vocabulary for name in names):
@@ -45,7 +45,7 @@ class FillInTheMiddle:
         )
 
     def cut(self, text: str) -> tuple[str, str, str] | None:
-        """Prefix, middle and suffix, cut at two uniform places; None for a document left as it is."""
+        """Prefix, middle and suffix, cut at two uniformly random places; None for a document left unchanged."""
         digest = blake2b(text.encode(), digest_size=24, key=str(self.seed).encode()).digest()
         chosen, first, second = (int.from_bytes(digest[i : i + 8], "little") for i in (0, 8, 16))
         if chosen >= self.rate * 2**64:
@@ -54,4 +54,5 @@ class FillInTheMiddle:
         return text[:left], text[left:right], text[right:]
 
     def arrange(self, prefix: list[int], middle: list[int], suffix: list[int]) -> list[int]:
+        """Token ids in the order `begin prefix hole suffix end middle`."""
         return [self.begin, *prefix, self.hole, *suffix, self.end, *middle]

@@ -1,6 +1,6 @@
-"""Batches of packed rows: shuffled, mixed by weight, resumed exactly.
+"""Batches of packed rows: shuffled, mixed by source weight, exactly resumable.
 
-B: rows of a batch; T: sequence length; V: vocabulary.
+Shapes: B rows of a batch, T sequence length, V vocabulary size.
 """
 
 from collections.abc import Iterator
@@ -13,37 +13,37 @@ import torch
 from torch import Tensor
 
 from rorqual.data.packing import pack, ranges
-from rorqual.data.shards import Documents
+from rorqual.data.token_shards import Documents
 from rorqual.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-PADDING = -1  # the document of positions after a row's last
+PADDING = -1  # document id of padding positions
 
 
 @dataclass(frozen=True)
 class Batch:
-    """`targets` are the tokens after `inputs`; `weights` is 0 where there is none within the document, or no loss."""
+    """`targets`: the next token of each input; `weights`: its loss weight, 0 across documents and without loss."""
 
     inputs: Tensor  # [B, T] int64
     targets: Tensor  # [B, T] int64
     weights: Tensor  # [B, T] float32
-    positions: Tensor  # [B, T] int64; restart with every document where documents are isolated
-    documents: Tensor | None  # [B, T] int64, which document of its row each position is in; None: not isolated
+    positions: Tensor  # [B, T] int64; restart at each document where documents are isolated
+    documents: Tensor | None  # [B, T] int64, index of the document within its row; None: not isolated
 
 
 def document_mask(documents: Tensor) -> Tensor:
-    """documents [B, T] → bool [B, 1, T, T]: a position may attend to its own document up to itself."""
+    """documents [B, T] → bool [B, 1, T, T]: causal attention within each document."""
     length = documents.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=documents.device).tril()
     return ((documents[:, :, None] == documents[:, None, :]) & causal)[:, None]
 
 
-class Rows:
-    """Documents packed into rows of T + 1 tokens; any choice of rows becomes a Batch.
+class PackedDataset:
+    """Documents packed into rows of T + 1 tokens.
 
-    `isolate` sets `Batch.documents`; `whole` cuts no document that fits a row.
+    `isolate` sets `Batch.documents` (the document mask); `whole` never cuts a document that fits a row.
     """
 
     def __init__(
@@ -65,6 +65,7 @@ class Rows:
         return len(self.first) - 1
 
     def batch(self, rows: np.ndarray) -> Batch:
+        """The rows with these indices."""
         size, width = len(rows), self.length + 1
         counts = self.first[rows + 1] - self.first[rows]
         segments = ranges(self.first[rows], counts)
@@ -83,7 +84,7 @@ class Rows:
         tokens = grid(self.padding_token, np.int64, self.documents.tokens[places])
         own = self.documents.weights
         weights = grid(0, np.float32, 1 if own is None else own[places])
-        weights[heads] = 0  # what comes before a segment's first token is another document
+        weights[heads] = 0  # the token before a segment's first is another document's
         inside = ranges(np.zeros_like(lengths), lengths)
         documents = None
         if self.isolate:
@@ -106,13 +107,13 @@ class Rows:
 
 
 class Loader:
-    """Endless batches from several sources, a share `weights[s]` of the rows from source s.
+    """Endless batches from several sources; a fraction `weights[s]` (normalised) of the rows is from source s.
 
-    Each source is gone through in a new order every epoch; the order depends on the seed, the source's place and
-    the epoch alone, so `state_dict()` is just the number of rows drawn from each.
+    Each source is shuffled anew every epoch; the order depends only on the seed, the source's index and the epoch, so
+    `state_dict()` is just the number of rows drawn from each.
     """
 
-    def __init__(self, sources: list[Rows], weights: list[float], seed: int) -> None:
+    def __init__(self, sources: list[PackedDataset], weights: list[float], seed: int) -> None:
         self.sources, self.seed = sources, seed
         self.shares = np.array(weights, np.float64) / sum(weights)
         self.drawn = np.zeros(len(sources), np.int64)
@@ -121,15 +122,16 @@ class Loader:
 
     @property
     def rows(self) -> int:
-        """Rows of all sources together: what one epoch means for a mixture."""
+        """Rows of all sources together, one epoch of a mixture."""
         return sum(len(source) for source in self.sources)
 
     @property
     def epoch(self) -> float:
+        """Rows drawn so far, in epochs."""
         return int(self.drawn.sum()) / self.rows
 
     def next(self, batch_size: int) -> Batch:
-        """The next `batch_size` rows, which may differ from call to call."""
+        """The next `batch_size` rows; the size may differ between calls."""
         chosen: list[list[int]] = [[] for _ in self.sources]
         for place, source in enumerate(self._choose(batch_size)):
             chosen[source].append(place)
@@ -141,11 +143,11 @@ class Loader:
         return parts[0][1] if len(parts) == 1 else _interleave(parts, batch_size)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the loader is; JSON-able."""
+        """The position, JSON-able."""
         return {"data": self._identity, "drawn": self.drawn.tolist()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises UserError when the state belongs to other data, another sequence length, mixture or seed."""
+        """Restore a position. Raises UserError when it is of other data, sequence length, mixture or seed."""
         if state.get("data") != self._identity:
             raise UserError(
                 "the checkpoint was made with other data, sequence_length, source weights or seed than the recipe's; "
@@ -154,7 +156,7 @@ class Loader:
         self.drawn = np.array(state["drawn"], np.int64)
 
     def _choose(self, count: int) -> list[int]:
-        """Sources of the next rows: always the one furthest behind its share, so proportions hold at every step."""
+        """Source of each of the next rows: the one furthest below its share, so proportions hold at every step."""
         drawn = self.drawn.astype(np.float64)
         out = []
         for total in range(int(self.drawn.sum()) + 1, int(self.drawn.sum()) + count + 1):
@@ -177,8 +179,8 @@ class Loader:
         return np.concatenate(out)
 
 
-def _identity(sources: list[Rows], shares: np.ndarray, seed: int) -> str:
-    """Tells loaders apart that would not yield the same batches, without reading all tokens."""
+def _identity(sources: list[PackedDataset], shares: np.ndarray, seed: int) -> str:
+    """A hash that differs for loaders with different batches, without reading all tokens."""
     digest = blake2b(repr((seed, shares.tolist())).encode(), digest_size=8)
     for source in sources:
         digest.update(repr((source.length, source.isolate, len(source.documents))).encode())
@@ -188,7 +190,7 @@ def _identity(sources: list[Rows], shares: np.ndarray, seed: int) -> str:
 
 
 def _interleave(parts: list[tuple[list[int], Batch]], size: int) -> Batch:
-    """One batch out of several, each with the places its rows take."""
+    """One batch from several, each with the row indices it takes."""
     order = torch.empty(size, dtype=torch.int64)
     order[torch.tensor([place for places, _ in parts for place in places])] = torch.arange(size)
 
@@ -206,10 +208,12 @@ def _interleave(parts: list[tuple[list[int], Batch]], size: int) -> Batch:
 
 
 class Heldout:
-    """Held-out rows of every source in a fixed order, with the bytes their targets spell."""
+    """Held-out rows of all sources in a fixed order, with the bytes of text in their targets."""
 
-    def __init__(self, sources: list[Rows], bytes_of_token: np.ndarray, weights: list[float] | None = None) -> None:
-        """weights: of the sources in the mixture; None: all the same."""
+    def __init__(
+        self, sources: list[PackedDataset], bytes_of_token: np.ndarray, weights: list[float] | None = None
+    ) -> None:
+        """bytes_of_token [V]; weights: of the sources in the mixture, None: equal."""
         self.sources = sources
         self.bytes_of_token = torch.from_numpy(bytes_of_token)
         weights = weights or [1.0] * len(sources)
@@ -222,9 +226,9 @@ class Heldout:
     def batches(self, batch_size: int, limit: int | None = None) -> Iterator[tuple[Batch, int]]:
         """Pairs (batch, UTF-8 bytes of its targets of non-zero weight).
 
-        Without `limit` every row once. At most `limit` batches are a sample of the mixture: of each source its share,
-        and one row at least, again from the start where it has fewer.
-        Bits per byte are the summed negative log-probabilities over ln 2 and over the summed bytes.
+        Without `limit`, every row once. With it, at most `limit` batches sample the mixture: each source in proportion
+        to its weight, at least one row of each, and rows repeat where a source has too few. Bits per byte are the
+        summed negative log-probabilities / ln 2 / summed bytes.
         """
         source, row = self._order(None if limit is None else limit * batch_size)
         for start in range(0, len(source), batch_size):
@@ -238,18 +242,18 @@ class Heldout:
             yield batch, int((self.bytes_of_token[batch.targets] * (batch.weights > 0)).sum())
 
     def _order(self, most: int | None) -> tuple[np.ndarray, np.ndarray]:
-        """Sources and rows, the sources taking turns by their shares."""
+        """(source, row) indices, the sources interleaved in proportion to their weights."""
         lengths = np.array([len(source) for source in self.sources])
         counts = lengths
         if most is not None:
-            # No more than it takes for the source that is largest for its share to be seen once.
+            # No more than one pass over the source that is largest relative to its weight.
             total = min(float(most), float((lengths / self.shares).max()))
             counts = np.maximum(1, np.floor(total * self.shares + 0.5).astype(np.int64))
             while counts.sum() > max(most, len(counts)):
                 counts[counts.argmax()] -= 1
         source = np.repeat(np.arange(len(counts)), counts)
         place = ranges(np.zeros_like(counts), counts)
-        # Rows stand by the lengths of what is in them; a sample must not be all of long documents.
+        # Rows are sorted by document length; a sample must not consist of long documents only.
         orders = [np.random.default_rng(0).permutation(length) for length in lengths]
         row = np.concatenate([orders[s][np.arange(n) % lengths[s]] for s, n in enumerate(counts)])
         turn = np.argsort((place + 0.5) / counts[source], kind="stable")
@@ -257,7 +261,7 @@ class Heldout:
 
 
 def bytes_of_tokens(tokenizer: "PreTrainedTokenizerFast") -> np.ndarray:
-    """int64 [V]: UTF-8 bytes that each token spells in byte-level or SentencePiece-style BPE; special ones spell 0."""
+    """int64 [V]: UTF-8 bytes of each token's text in byte-level or SentencePiece-style BPE; 0 for special tokens."""
     byte_level = '"ByteLevel"' in tokenizer.backend_tokenizer.to_str()
     added = tokenizer.added_tokens_decoder
     out = np.zeros(max(tokenizer.get_vocab().values()) + 1, np.int64)

@@ -1,18 +1,18 @@
-"""Packing documents into rows of fixed length with few of them cut (Ding et al. 2024; V3 §4.1)."""
+"""Best-fit packing of documents into rows of fixed length, with few cuts (Ding et al. 2024; V3 §4.1)."""
 
 from collections import deque
 
 import numpy as np
 
-LARGEST_GAP = 1 / 16  # of a row: the most left empty where documents may be cut
+LARGEST_GAP = 1 / 16  # of a row: maximal padding where documents may be cut
 
 
 def pack(offsets: np.ndarray, capacity: int, whole: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Segments of documents (starts, lengths) and the row of each, rows holding at most `capacity` tokens.
+    """Segments of documents (starts, lengths) and the row of each, with at most `capacity` tokens per row.
 
-    `whole` leaves rows with whatever room best fit leaves them and cuts documents only where they exceed a row.
-    Otherwise rows with larger gaps are filled up with pieces of the documents of the emptiest rows: documents of
-    about 100 tokens would else leave a quarter of rows of 256 unused.
+    offsets [documents + 1]. `whole` accepts the padding of best fit and cuts only documents longer than a row.
+    Otherwise rows with gaps above LARGEST_GAP are filled with parts of the emptiest rows' documents: with documents of
+    about 100 tokens, rows of 256 would else be a quarter padding.
     """
     starts, lengths = cut_documents(offsets, capacity)
     row_of = best_fit(lengths, capacity)
@@ -22,8 +22,8 @@ def pack(offsets: np.ndarray, capacity: int, whole: bool = False) -> tuple[np.nd
 def cut_documents(offsets: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
     """Segments (starts, lengths) of documents, each of at most `capacity` tokens.
 
-    Only documents longer than that are cut, and neighbouring segments share one token, so that every token but a
-    document's first is the target of the one before it exactly once.
+    Only longer documents are cut, and neighbouring segments share one token, so that every token except a document's
+    first is a target exactly once.
     """
     lengths = np.diff(offsets)
     step = capacity - 1
@@ -34,7 +34,7 @@ def cut_documents(offsets: np.ndarray, capacity: int) -> tuple[np.ndarray, np.nd
 
 
 def best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
-    """The row of each segment: longest first, each into the fullest row that has room (best-fit decreasing)."""
+    """The row of each segment by best-fit decreasing: longest first, each into the fullest row that it fits."""
     row_of = np.empty(len(lengths), np.int64)
     whole = lengths == capacity
     rows = int(whole.sum())
@@ -42,7 +42,7 @@ def best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
     rest = np.flatnonzero(~whole)
     rest = rest[np.argsort(-lengths[rest], kind="stable")]
     with_space: list[list[int]] = [[] for _ in range(capacity + 1)]
-    spaces = 0  # bit s is set while some row has exactly s tokens of room: the fullest that fits is one shift away
+    spaces = 0  # bit s: some row has exactly s free tokens; the fullest row that fits is the lowest bit after a shift
     for segment, length in zip(rest.tolist(), lengths[rest].tolist(), strict=True):
         fitting = spaces >> length
         if fitting:
@@ -61,7 +61,7 @@ def best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
 def _fill_gaps(
     starts: np.ndarray, lengths: np.ndarray, row_of: np.ndarray, capacity: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Take the emptiest rows apart to fill the others; the pieces of a cut segment share one token."""
+    """Split up the emptiest rows to fill the others; the parts of a cut segment share one token."""
     least = max(2, int(capacity * LARGEST_GAP))
     spare = capacity - np.bincount(row_of, weights=lengths).astype(np.int64)
     gaps = np.flatnonzero(spare >= least)
@@ -76,15 +76,15 @@ def _fill_gaps(
     supply: list[tuple[int, int]] = []
     while waiting:
         row = waiting.popleft()
-        room = int(spare[row])
+        space = int(spare[row])
         kept += [(*segment, row) for segment in contents[row]]
-        while room >= least and (supply or waiting):
+        while space >= least and (supply or waiting):
             if not supply:
                 supply = contents[waiting.pop()]
             start, length = supply.pop()
-            taken = min(length, room)
+            taken = min(length, space)
             kept.append((start, taken, row))
-            room -= taken
+            space -= taken
             if taken < length:
                 supply.append((start + taken - 1, length - taken + 1))
     if supply:
@@ -98,6 +98,6 @@ def _fill_gaps(
 
 
 def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """`starts[i], …, starts[i] + lengths[i] - 1` for every i, one after another."""
+    """The concatenated ranges `starts[i], …, starts[i] + lengths[i] - 1`."""
     ends = np.cumsum(lengths)
     return np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - lengths), lengths)

@@ -1,4 +1,4 @@
-"""Byte-level BPE (Sennrich et al. 2016; Radford et al. 2019), trained here or read from a Hugging Face directory."""
+"""Byte-level BPE (Sennrich et al. 2016; Radford et al. 2019), trained or loaded from a Hugging Face directory."""
 
 import json
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rorqual.errors import UserError, file_error
-from rorqual.model.files import check_directory, foreign, model_directory, read_json
+from rorqual.model.model_directory import check_directory, foreign, model_directory, read_json
 from rorqual.recipe import TokenizerSection
 
 if TYPE_CHECKING:
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 END_OF_TEXT = "<|endoftext|>"
 FIM_TOKENS = ("<|fim_begin|>", "<|fim_hole|>", "<|fim_end|>")
 
-# Words with their leading space, runs of at most three digits, one other symbol with its leading space and the
-# line break after it (so that a mark at the end of a line is one token), white space.
+# Words with their leading space, runs of up to three digits, one other symbol with its leading space and the newline
+# after it (so that a symbol at the end of a line is one token), white space.
 PATTERN = r" ?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]\n?|\s+(?!\S)|\s+"
-# The same with digits apart, so that training learns no merge of digits when whole numbers bring their own.
-PATTERN_APART = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]\n?|\s+(?!\S)|\s+"
+# The same with single digits, so that training learns no digit merges where `whole_numbers` defines them.
+PATTERN_SINGLE_DIGITS = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]\n?|\s+(?!\S)|\s+"
 
 CHAT_TEMPLATE = """\
 {%- for message in messages %}
@@ -31,17 +31,16 @@ CHAT_TEMPLATE = """\
 {%- if add_generation_prompt %}{{- '<|assistant|>' }}{% endif %}"""
 LARGEST_ID = (
     1 << 24
-)  # tokenizers writes one number for every id up to the largest, and ends the process where memory ends
+)  # tokenizers allocates one entry per id up to the largest and aborts the process when memory runs out
 
 
 def train_tokenizer(texts: Iterable[str], section: TokenizerSection, fim: bool = False) -> "PreTrainedTokenizerFast":
-    """Train byte-level BPE to at most `section.vocab_size` tokens, special ones included.
+    """Train byte-level BPE to at most `section.vocab_size` tokens, special tokens included.
 
-    Every text is encodable and decodes to itself. Integers below `section.whole_numbers` are one token each.
-    Special tokens come first, `<|endoftext|>` (end and padding) being token 0; `fim` adds those of
-    fill-in-the-middle. Those written `<|…|>` are left out by `decode(…, skip_special_tokens=True)`; others,
-    such as `<think>`, stay in the text, as in R1's release. Raises UserError when the vocabulary cannot hold
-    what is asked for, or there is no text.
+    Encoding is lossless for every text. Integers below `section.whole_numbers` are one token each. Special tokens come
+    first, with `<|endoftext|>` (eos and padding) as token 0; `fim` adds the fill-in-the-middle tokens. Tokens written
+    `<|…|>` are removed by `decode(…, skip_special_tokens=True)`; others, such as `<think>`, stay in the text, as in
+    R1's release. Raises UserError when the vocabulary is too small for the fixed tokens, or there is no text.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -61,17 +60,17 @@ def train_tokenizer(texts: Iterable[str], section: TokenizerSection, fim: bool =
         split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
         return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
-    learner = Tokenizer(models.BPE())
-    learner.pre_tokenizer = steps(PATTERN_APART if number_merges else PATTERN)
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = steps(PATTERN_SINGLE_DIGITS if number_merges else PATTERN)
     trainer = trainers.BpeTrainer(
         vocab_size=section.vocab_size - len(number_merges) - len(special),
         initial_alphabet=alphabet,
         show_progress=sys.stderr.isatty(),
     )
-    learner.train_from_iterator(_some(texts), trainer)
-    learnt = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
-    # Number merges touch digits only and learnt merges then never do, so neither disturbs the other.
-    merges = number_merges + learnt
+    bpe.train_from_iterator(_checked_not_empty(texts), trainer)
+    learned = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
+    # Number merges are of digits only and learned merges then never are, so they are independent.
+    merges = number_merges + learned
     tokens = dict.fromkeys([*special, *alphabet, *(left + right for left, right in merges)])
     tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
     tokenizer.pre_tokenizer = steps(PATTERN)
@@ -79,13 +78,13 @@ def train_tokenizer(texts: Iterable[str], section: TokenizerSection, fim: bool =
     return _finish(tokenizer, special)
 
 
-def _some(texts: Iterable[str]) -> Iterable[str]:
+def _checked_not_empty(texts: Iterable[str]) -> Iterable[str]:
     seen = False
     for text in texts:
         seen = seen or bool(text)
         yield text
     if not seen:
-        raise UserError("the tokenizer was given no text to learn from; check data.sources")
+        raise UserError("there is no text to train the tokenizer on; check data.sources")
 
 
 def _finish(tokenizer, special: list[str]) -> "PreTrainedTokenizerFast":
@@ -111,8 +110,8 @@ def _is_control(token: str) -> bool:
 def _number_merges(count: int) -> list[tuple[str, str]]:
     """Merges that make each of the integers 0..count-1 one token: pairs of digits first, then triples.
 
-    Within `abc` both `ab` and `bc` may be merges; BPE takes the one of lower rank, the left one on a tie. Pairs
-    are ranked by value, so which of them is taken is known, and the triple is built from it.
+    Within `abc` both `ab` and `bc` may be merges; BPE applies the one of lower rank, or the left one on a tie. Pairs
+    are ranked by value, so the applied one is known, and the triple is built from it.
     """
     merges = [(str(n // 10), str(n % 10)) for n in range(10, min(count, 100))]
     for n in range(100, count):
@@ -123,9 +122,9 @@ def _number_merges(count: int) -> list[tuple[str, str]]:
 
 def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerFast":
     """The tokenizer of a Hugging Face directory or a run's folder (`tokenizer.json`, with its configuration and chat
-    template). What tokenizer_config.json says of BOS (add_bos_token) wins over tokenizer.json.
+    template). `add_bos_token` of tokenizer_config.json takes precedence over tokenizer.json.
 
-    Raises UserError when it is missing or cannot be read.
+    Raises UserError when it is missing or invalid.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -135,14 +134,14 @@ def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerFast":
     file, settings = path / "tokenizer.json", path / "tokenizer_config.json"
     if wrong := foreign(file, b"{"):
         raise UserError(wrong)
-    said = read_json(settings) if os.path.lexists(settings) else {}
-    bos = said.get("add_bos_token")
+    config = read_json(settings) if os.path.lexists(settings) else {}
+    bos = config.get("add_bos_token")
     if not isinstance(bos, bool | None):
         raise UserError(f"{settings}: add_bos_token = {bos!r:.60} must be true or false, or null")
-    longest = said.get("model_max_length")
+    longest = config.get("model_max_length")
     if isinstance(longest, bool) or not isinstance(longest, int | float | None):
         raise UserError(f"{settings}: model_max_length = {longest!r:.60} must be a number, or null")
-    template = said.get("chat_template")
+    template = config.get("chat_template")
     named = isinstance(template, list) and all(
         isinstance(t, dict) and {"name", "template"} <= t.keys() for t in template
     )
@@ -153,10 +152,10 @@ def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerFast":
         tokenizer = PreTrainedTokenizerFast.from_pretrained(str(path), local_files_only=True)
         if bos is not None:
             _add_bos(tokenizer, bos)
-        tokenizer("a")  # which fails where the settings are no tokenizer's
+        tokenizer("a")  # fails where the settings are invalid
         largest = max(tokenizer.get_vocab().values(), default=0)
         if largest >= LARGEST_ID:
-            raise ValueError(f"a token has the id {largest}, which no vocabulary needs")
+            raise ValueError(f"a token has the id {largest}, above any vocabulary's size")
         return tokenizer
     except Exception as e:  # tokenizers raises bare Exception for malformed files
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
@@ -165,24 +164,24 @@ def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerFast":
 
 
 def beginning(tokenizer: "PreTrainedTokenizerFast") -> tuple[int, ...]:
-    """What a tokenizer puts before every text, such as BOS. What it puts behind is no part of a text to go on with."""
+    """The tokens that a tokenizer puts before every text, such as BOS, without those it puts after."""
     bare, whole = tokenizer("a", add_special_tokens=False).input_ids, tokenizer("a").input_ids
     starts = range(len(whole) - len(bare) + 1)
     return tuple(whole[: next((i for i in starts if whole[i : i + len(bare)] == bare), 0)])
 
 
 def _add_bos(tokenizer: "PreTrainedTokenizerFast", wanted: bool) -> None:
-    """Let a tokenizer begin texts with BOS, or not: transformers 5 goes by tokenizer.json alone, where many releases
-    (DeepSeek's) leave it to tokenizer_config.json.
+    """Make a tokenizer prepend BOS, or not: transformers 5 reads only tokenizer.json, where many releases (DeepSeek's)
+    set it in tokenizer_config.json.
     """
     if tokenizer.bos_token_id is not None and wanted != (tokenizer.bos_token_id in beginning(tokenizer)):
         tokenizer.add_bos_token = wanted
 
 
 def token_ids(tokenizer: "PreTrainedTokenizerFast", text: str, special: bool = False) -> list[int]:
-    """A text's tokens. special: with those that the tokenizer puts before and behind a text.
+    """A text's token ids. special: with the special tokens that the tokenizer adds before and after a text.
 
-    The tokenizer's own call takes twice as long, and keeps other threads from the interpreter for 0.1 s per megabyte.
+    Calling the tokenizer itself takes twice as long and holds the GIL for 0.1 s per megabyte.
     """
     backend = tokenizer.backend_tokenizer
     if backend.truncation is not None:
@@ -193,11 +192,11 @@ def token_ids(tokenizer: "PreTrainedTokenizerFast", text: str, special: bool = F
 
 
 def save_tokenizer(tokenizer: "PreTrainedTokenizerFast", path: str | Path) -> None:
-    """Write `tokenizer.json`, `tokenizer_config.json` and, if there is one, `chat_template.jinja` into `path`."""
+    """Write `tokenizer.json`, `tokenizer_config.json` and any `chat_template.jinja` into `path`. Raises UserError."""
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
         tokenizer.save_pretrained(str(path))
-        # transformers 5 writes the name of a class that 4 does not know; both know this one.
+        # transformers 5 writes a class name that version 4 does not know; both know this one.
         config = Path(path) / "tokenizer_config.json"
         config.write_text(config.read_text().replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"'))
     except Exception as e:  # the Rust side reports a full disk as a bare Exception

@@ -1,7 +1,7 @@
-"""Generation: a cache of the past, slots that sequences enter and leave, and a sampler."""
+"""Inference engine: paged KV cache, continuous batching, sampling and speculative decoding."""
 
 from rorqual.engine.engine import Completion, Engine
 from rorqual.engine.grammar import Grammar
-from rorqual.engine.sampler import SamplingParams
+from rorqual.engine.sampling_params import SamplingParams
 
 __all__ = ["Completion", "Engine", "Grammar", "SamplingParams"]

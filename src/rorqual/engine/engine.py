@@ -1,6 +1,7 @@
-"""The front of generation: prompts in, completions out, all at once or as they come."""
+"""The engine's interface: generate a batch of completions, or submit requests and step."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import abc
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -8,134 +9,146 @@ from typing import Any, Literal
 
 import torch
 
-from rorqual.data.marks import encode
+from rorqual.data.special_tokens import encode
 from rorqual.data.tokenizer import beginning
-from rorqual.engine.blocks import BLOCK, Blocks
-from rorqual.engine.cache import BlockCache, block_bytes
-from rorqual.engine.given import several, token_ids
-from rorqual.engine.grammar import Compiler, Grammar, Guide
-from rorqual.engine.load import open_model
-from rorqual.engine.rows import Request, Sample
-from rorqual.engine.sampler import SamplingParams
-from rorqual.engine.scheduler import Counts, Scheduler
-from rorqual.engine.score import Scoring
-from rorqual.engine.speculate import Way
-from rorqual.engine.text import Speller, TextStream, leaves_open
+from rorqual.engine.argument_checks import prompt_list, token_ids
+from rorqual.engine.batch import Request, Sequence
+from rorqual.engine.block_manager import BLOCK, BlockManager
+from rorqual.engine.detokenizer import IncrementalDetokenizer, TokenDecoder, leaves_open
+from rorqual.engine.grammar import Grammar, GrammarCompiler, GrammarState
+from rorqual.engine.load_model import open_model
+from rorqual.engine.paged_kv_cache import PagedKVCache, block_bytes
+from rorqual.engine.prompt_logprobs import PromptLogprobs
+from rorqual.engine.sampling_params import SamplingParams
+from rorqual.engine.scheduler import Counters, Scheduler
+from rorqual.engine.speculative import SpeculativeMethod
 from rorqual.errors import UserError
 from rorqual.kernels import cpu
-from rorqual.kernels.lowbit import Packed
+from rorqual.kernels.quantized_linear import QuantizedWeight
 from rorqual.model import Transformer
 
-DEFAULT_BYTES = 1 << 30  # of the cache for requests that come and go; on a CPU what is not used is not taken
-CHUNK = 4096  # prompt tokens a step: what runs meanwhile waits for them
+DEFAULT_KV_CACHE_BYTES = 1 << 30  # for submitted requests; on a CPU, pages not written to take no memory
+MAX_PREFILL_TOKENS = 4096  # a step; running sequences wait for them
 
 
 @dataclass
 class Completion:
-    """One continuation. `tokens` and `logprobs` include the stop token, `text` neither it nor a stop string."""
+    """One completion. `tokens` and `logprobs` include the stop token, `text` neither it nor a stop string."""
 
     text: str
     tokens: list[int]
     logprobs: list[float]
     finish_reason: str  # "stop", "length" or "cancelled"
-    cached_tokens: int = 0  # of the prompt, found in the cache
-    top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)  # where asked for, at every token
+    cached_tokens: int = 0  # of the prompt, found in the prefix cache
+    top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)  # if requested, at every token
 
 
 @dataclass
 class Status:
-    """Samples, and blocks of the cache; blocks held by nobody but kept for later prompts count as free."""
+    """Numbers of sequences, and of KV cache blocks; blocks only kept for the prefix cache count as free."""
 
     running: int
     waiting: int
-    blocks_held: int
+    blocks_used: int
     blocks: int
-    counts: Counts
+    kv_cache_bytes: int  # that the cache takes
+    counters: Counters
 
 
 class Engine:
     """Generates from a model in memory (whose weights it uses in place), a Hugging Face directory or a .gguf file.
 
-    `slots`: sequences at a time. `cache_bytes`: what the past of all sequences may take; by default as much as
-    `generate` needs for what it is asked. `prefix_cache`: keep the past of finished sequences for prompts that begin
-    the same way; where weights change, call `forget`. `chunk`: prompt tokens a step. `speculate`: guess at tokens that
-    are then checked together, by the model's own multi-token module ("mtp") or by what followed the same tokens before
-    ("lookup"; "auto": that, where weights are packed); it changes the time an answer takes, never the answer.
-    `cache_dtype`: of the past, by default the dtype that the model computes in; int8 halves BF16's memory and is quick
-    where weights are packed. What else is given goes to `open_model`: dtype, device, weights ("int4" or "int8").
+    `max_num_seqs`: sequences decoded at a time. `kv_cache_bytes`: memory of the KV cache; by default as much as
+    `generate` needs for its prompts. `prefix_cache`: keep the KV cache of finished sequences for prompts with the same
+    prefix; after a change of weights call `reset_prefix_cache`. `max_prefill_tokens`: prompt tokens a step.
+    `speculative`: speculative decoding with drafts from the model's multi-token module ("mtp") or from prompt lookup
+    ("ngram"; "auto": "ngram" where weights are quantised); it changes the time an answer takes, never the answer.
+    `kv_cache_dtype`: by default the dtype that the model computes in; int8 halves BF16's memory and is fast where
+    weights are quantised. Other arguments go to `open_model`: dtype, device, weights ("int4" or "int8").
+
+    Raises UserError for invalid arguments, and for a model that cannot be read.
     """
 
     def __init__(
-        self, model: str | Path | Transformer, tokenizer: Any = None, slots: int = 256,
-        cache_bytes: int | None = None, prefix_cache: bool = False, chunk: int = CHUNK,
-        speculate: Way | Literal["auto"] | None = None, cache_dtype: torch.dtype | None = None, **load: Any,
+        self, model: str | Path | Transformer, tokenizer: Any = None, max_num_seqs: int = 256,
+        kv_cache_bytes: int | None = None, prefix_cache: bool = False, max_prefill_tokens: int = MAX_PREFILL_TOKENS,
+        speculative: SpeculativeMethod | Literal["auto"] | None = None, kv_cache_dtype: torch.dtype | None = None,
+        **load: Any,
     ) -> None:  # fmt: skip
-        for name, value, least in (("slots", slots, 1), ("chunk", chunk, 1), ("cache_bytes", cache_bytes or 0, 0)):
+        for name, value, least in (
+            ("max_num_seqs", max_num_seqs, 1),
+            ("max_prefill_tokens", max_prefill_tokens, 1),
+            ("kv_cache_bytes", kv_cache_bytes or 0, 0),
+        ):
             if value < least:
                 raise UserError(f"{name} = {value}: must be at least {least}")
-        if speculate not in (None, "auto", "mtp", "lookup"):
-            raise UserError(f'speculate = {speculate!r}: must be "mtp", "lookup" or "auto", or None')
+        if speculative not in (None, "auto", "mtp", "ngram"):
+            raise UserError(f'speculative = {speculative!r}: must be "mtp", "ngram" or "auto", or None')
         if not isinstance(model, Transformer):
             model, own = open_model(model, **load)
             tokenizer = tokenizer or own
-        self.model, self.tokenizer, self.slots = model, tokenizer, slots
-        self.cache_bytes, self.prefix_cache, self.chunk = cache_bytes, prefix_cache, chunk
-        if speculate == "mtp" and not model.config.num_nextn_predict_layers:
-            raise UserError('this model has no multi-token module (num_nextn_predict_layers); use "lookup"')
-        if speculate == "auto":  # elsewhere it has not been measured, and more lanes may round otherwise
-            direct = isinstance(model.head_weight, Packed) and cpu.capability() is not None
-            speculate = "lookup" if direct else None
-        self.speculate: Way | None = speculate
-        self.cache_dtype = cache_dtype or model.head_weight.dtype
-        self.block_bytes = block_bytes(model.config, self.cache_dtype, int(speculate == "mtp"))
-        self.eos = tuple(sorted(model.released.ends_with(tokenizer, model.config)))
-        self.begin = () if tokenizer is None else beginning(tokenizer)
+        self.model, self.tokenizer, self.max_num_seqs = model, tokenizer, max_num_seqs
+        self.kv_cache_bytes, self.prefix_cache = kv_cache_bytes, prefix_cache
+        self.max_prefill_tokens = max_prefill_tokens
+        if speculative == "mtp" and not model.config.num_nextn_predict_layers:
+            raise UserError('this model has no multi-token module (num_nextn_predict_layers); use "ngram"')
+        if speculative == "auto":  # elsewhere not measured, and rounding may depend on the number of tokens
+            fused = isinstance(model.head_weight, QuantizedWeight) and cpu.capability() is not None
+            speculative = "ngram" if fused else None
+        self.speculative: SpeculativeMethod | None = speculative
+        self.kv_cache_dtype = kv_cache_dtype or model.head_weight.dtype
+        self.block_bytes = block_bytes(model.config, self.kv_cache_dtype, int(speculative == "mtp"))
+        self.end_tokens = tuple(sorted(model.released.ends_with(tokenizer, model.config)))
+        self.bos_tokens = () if tokenizer is None else beginning(tokenizer)
         self._scheduler: Scheduler | None = None
-        self._texts: dict[Sample, TextStream] = {}
-        self.speller = None if tokenizer is None else Speller(tokenizer, self.eos)
-        self.think = None if self.speller is None else self.speller.think
+        self._detokenizers: dict[Sequence, IncrementalDetokenizer] = {}
+        self.token_decoder = None if tokenizer is None else TokenDecoder(tokenizer, self.end_tokens)
+        self.thinking_marks = None if self.token_decoder is None else self.token_decoder.think
 
-    # -- requests that come and go
+    # -- submit and step
 
-    def submit(self, prompt: str | Sequence[int], params: SamplingParams, watched: bool = True) -> Request:
-        """Take a request in; `step` works on it. Raises UserError for a prompt that cannot be continued."""
+    def submit(self, prompt: str | abc.Sequence[int], params: SamplingParams, streaming: bool = True) -> Request:
+        """Queue a request; `step` works on it. streaming: `step` returns its sequences after every token.
+
+        Raises UserError for an invalid prompt, and one that context or KV cache do not hold.
+        """
         request = self._request(prompt, params, "the prompt", torch.seed() if params.seed is None else params.seed)
-        request.watched = request.watched or watched
-        scheduler = self._ready([request], at_least=DEFAULT_BYTES)
+        request.streaming = request.streaming or streaming
+        scheduler = self._scheduler_for([request], at_least=DEFAULT_KV_CACHE_BYTES)
         self._add(scheduler, request)
         return request
 
-    def score(self, tokens: Sequence[int], top: int) -> Request:
-        """Take a text in to be scored, with the `top` most probable tokens at every place; `step` works on it, a chunk
-        at a time, until the request is done. Raises UserError for a text that context or cache do not hold.
+    def score(self, tokens: abc.Sequence[int], top: int) -> Request:
+        """Queue a text to be scored, with the `top` most probable tokens at every position; `step` works on it, a chunk
+        at a time, until the request is done. Raises UserError for a text that context or KV cache do not hold.
         """
         request = self._request(tokens, SamplingParams(max_tokens=1), "the text", 0)
-        request.samples, request.scoring = [], Scoring(request.prompt, self.model.head_weight, top)
-        self._add(self._ready([request], at_least=DEFAULT_BYTES), request)
+        request.sequences, request.prompt_logprobs = [], PromptLogprobs(request.prompt, self.model.head_weight, top)
+        self._add(self._scheduler_for([request], at_least=DEFAULT_KV_CACHE_BYTES), request)
         return request
 
     def compile(self, grammar: Grammar) -> Grammar:
-        """A grammar with which `submit` is quick. Another thread may do this. Raises UserError for a bad one."""
+        """Compile a grammar, which makes `submit` fast. May run in another thread. Raises UserError for a bad one."""
         return self._grammars.compile(grammar)
 
-    def step(self, begins: Callable[[], None] | None = None) -> list[Sample]:
-        """Make a token for every running sequence; returns the samples that ended, and watched ones, which grew.
+    def step(self, before_forward: Callable[[], None] | None = None) -> list[Sequence]:
+        """Decode a token for every running sequence, and prefill → finished sequences, and streaming ones, which grew.
 
-        begins: called when the network is about to compute, which takes most of a step and leaves the interpreter free.
+        before_forward: called before the forward pass, which takes most of a step and releases the GIL.
         """
         if self._scheduler is None:
             return []
-        found = self._scheduler.step(begins)
-        for sample in found:
-            if (text := self._texts.get(sample)) is None:
+        found = self._scheduler.step(before_forward)
+        for sequence in found:
+            if (text := self._detokenizers.get(sequence)) is None:
                 continue
-            text.feed(self._shown(sample), last=sample.finish is not None)
-            if text.thinking and sample.silent and sample.finish is None:
-                self._scheduler.rows.begin_thinking(sample)
-            if text.stopped and sample.finish != "stop":
-                if sample.finish is None:
-                    self._scheduler.end(self._scheduler.rows.samples.index(sample), "stop")
-                sample.finish = "stop"
+            text.feed(self._without_stop_token(sequence), last=sequence.finish_reason is not None)
+            if text.thinking and sequence.unopened and sequence.finish_reason is None:
+                self._scheduler.batch.open_thinking(sequence)
+            if text.stopped and sequence.finish_reason != "stop":
+                if sequence.finish_reason is None:
+                    self._scheduler.finish(self._scheduler.batch.sequences.index(sequence), "stop")
+                sequence.finish_reason = "stop"
         return found
 
     def cancel(self, request: Request) -> None:
@@ -145,109 +158,120 @@ class Engine:
         self.release(request)
 
     def release(self, request: Request) -> None:
-        """Forget the texts of a request that is done."""
-        for sample in request.samples:
-            self._texts.pop(sample, None)
+        """Drop the detokenizers of a request that is done."""
+        for sequence in request.sequences:
+            self._detokenizers.pop(sequence, None)
 
     def prepare(self) -> None:
-        """Make the cache, of `cache_bytes`, before a request wants it. Raises UserError without memory for it."""
-        self._ready([])
+        """Allocate the KV cache, of `kv_cache_bytes`, before the first request. Raises UserError if memory lacks."""
+        self._scheduler_for([])
 
     def reset(self) -> None:
-        """Give everything up: what ran, and the cache."""
+        """Drop all requests, and the KV cache."""
         self._scheduler = None
-        self._texts.clear()
+        self._detokenizers.clear()
 
     def status(self) -> Status:
-        """What goes on at the moment, and what has happened since the beginning."""
+        """Running and waiting sequences, blocks, and counters."""
         scheduler = self._scheduler
         if scheduler is None:
-            return Status(0, 0, 0, 0, Counts())
+            return Status(0, 0, 0, 0, 0, Counters())
         blocks = scheduler.blocks
-        running, waiting = scheduler.rows.n, scheduler.samples_waiting
-        return Status(running, waiting, blocks.count - 1 - blocks.free, blocks.count - 1, scheduler.counts)
+        running, waiting = scheduler.batch.n, scheduler.num_waiting
+        held = sum(store.nbytes for layer in scheduler.kv_cache.layers for store in layer)
+        return Status(running, waiting, blocks.count - 1 - blocks.free, blocks.count - 1, held, scheduler.counters)
 
-    def text(self, sample: Sample) -> TextStream:
-        """What a watched sample has said so far."""
-        return self._texts[sample]
+    def detokenizer(self, sequence: Sequence) -> IncrementalDetokenizer:
+        """The detokenizer of a streaming sequence, with its text so far."""
+        return self._detokenizers[sequence]
 
     @property
     def idle(self) -> bool:
         return self._scheduler is None or self._scheduler.idle
 
-    def forget(self) -> None:
-        """Remember no past, as is due when the weights have changed."""
+    def reset_prefix_cache(self) -> None:
+        """Empty the prefix cache, as is due when the weights have changed."""
         if self._scheduler is not None:
-            self._scheduler.blocks.forget()
+            self._scheduler.blocks.reset_prefix_cache()
 
-    def completion(self, sample: Sample) -> Completion:
-        """What a finished sample has become."""
-        stream = self._texts.pop(sample, None)
-        text = stream.text if stream is not None else self._spell(self._shown(sample))
-        return Completion(text, sample.tokens, sample.logprobs, sample.finish or "", sample.request.cached, sample.top)
+    def completion(self, sequence: Sequence) -> Completion:
+        """The completion of a finished sequence."""
+        stream = self._detokenizers.pop(sequence, None)
+        text = stream.text if stream is not None else self._decode(self._without_stop_token(sequence))
+        return Completion(
+            text,
+            sequence.tokens,
+            sequence.logprobs,
+            sequence.finish_reason or "",
+            sequence.request.cached_tokens,
+            sequence.top_logprobs,
+        )
 
-    # -- all at once
+    # -- generate
 
     def generate(
         self,
-        prompts: Sequence[str] | Sequence[Sequence[int]],
+        prompts: abc.Sequence[str] | abc.Sequence[abc.Sequence[int]],
         params: SamplingParams | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> list[Completion]:
-        """Continue every prompt (text, or token ids) params.n times; entries i·n … i·n+n-1 belong to prompt i. One
-        prompt alone counts as a list of one.
+        """Complete every prompt (text, or token ids) params.n times; entries i·n … i·n+n-1 belong to prompt i. A single
+        prompt counts as a list of one. progress: called with the number of sequences that have just finished.
 
-        The same seed gives the same completions. Raises UserError for a prompt that leaves no room in the context.
+        The same seed gives the same completions. Raises UserError for an invalid prompt, and one that context or KV
+        cache do not hold.
         """
         params = params or SamplingParams()
         seed = torch.seed() if params.seed is None else params.seed
-        asked = enumerate(several(prompts))
-        requests = [self._request(p, params, f"prompt {i + 1}", seed + (i << 32)) for i, p in asked]
+        numbered = enumerate(prompt_list(prompts))
+        requests = [self._request(p, params, f"prompt {i + 1}", seed + (i << 32)) for i, p in numbered]
         if not requests:
             return []
-        scheduler = self._ready(requests)
+        scheduler = self._scheduler_for(requests)
         for request in requests:
             self._add(scheduler, request)
         try:
-            left = {sample for request in requests for sample in request.samples}
-            while left:  # what others have submitted goes on meanwhile
+            left = {sequence for request in requests for sequence in request.sequences}
+            while left:  # requests submitted before go on too
                 ended = len(left)
-                left.difference_update(sample for sample in self.step() if sample.finish)
+                left.difference_update(sequence for sequence in self.step() if sequence.finish_reason)
                 ended -= len(left)
                 if progress and ended:
                     progress(ended)
-        finally:  # an interruption leaves nothing behind
+        finally:  # an interruption leaves no request behind
             for request in requests:
                 if not request.done:
                     scheduler.cancel(request)
-        return [self.completion(sample) for request in requests for sample in request.samples]
+        return [self.completion(sequence) for request in requests for sequence in request.sequences]
 
-    def check(self, prompts: Sequence[str] | Sequence[Sequence[int]], params: SamplingParams | None = None) -> None:
+    def check(
+        self, prompts: abc.Sequence[str] | abc.Sequence[abc.Sequence[int]], params: SamplingParams | None = None
+    ) -> None:
         """Raise what `generate` would raise for these prompts, UserError, before anything is computed."""
-        for i, prompt in enumerate(several(prompts)):
+        for i, prompt in enumerate(prompt_list(prompts)):
             self._request(prompt, params or SamplingParams(), f"prompt {i + 1}", 0)
 
-    def stream(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> Iterator[str]:
-        """The text of one continuation, piece by piece as it is made. Raises UserError without a tokenizer."""
+    def stream(self, prompt: str | abc.Sequence[int], params: SamplingParams | None = None) -> Iterator[str]:
+        """Yield the text of one completion as it is generated. Raises UserError without a tokenizer."""
         if self.tokenizer is None:
             raise UserError("this engine has no tokenizer, so there is no text to stream; pass tokenizer=")
         request = self.submit(prompt, replace(params or SamplingParams(), n=1))
-        sample, shown = request.samples[0], 0
-        text = self._texts[sample]
+        sequence, shown = request.sequences[0], 0
+        text = self._detokenizers[sequence]
         try:
-            while sample.finish is None:
+            while sequence.finish_reason is None:
                 self.step()
                 if len(text.text) > shown:
                     yield text.text[shown:]
                     shown = len(text.text)
         finally:
-            if sample.finish is None:
+            if sequence.finish_reason is None:
                 self.cancel(request)
-            self._texts.pop(sample, None)
+            self._detokenizers.pop(sequence, None)
 
-    # -- the rest
+    # -- internals
 
-    def _request(self, prompt: str | Sequence[int], params: SamplingParams, name: str, seed: int) -> Request:
+    def _request(self, prompt: str | abc.Sequence[int], params: SamplingParams, name: str, seed: int) -> Request:
         context = self.model.config.max_position_embeddings
         ids = tuple(self.encode(prompt)) if isinstance(prompt, str) else token_ids(prompt, name)
         if not ids:
@@ -263,60 +287,68 @@ class Engine:
                 raise UserError(f"{of}: token ids must be from 0 to {vocabulary - 1}")
         if params.stop and self.tokenizer is None:
             raise UserError("this engine has no tokenizer, which stop strings need; give stop_token_ids")
-        room = min(params.max_tokens, context - len(ids))
+        limit = min(params.max_tokens, context - len(ids))
         if params.max_length is not None:
             if len(ids) >= params.max_length:
                 raise UserError(
                     f"{name} has {len(ids)} tokens, but the model's max_length allows {params.max_length} with the "
-                    "answer; say how long that may be (max_tokens)"
+                    "answer; set max_tokens"
                 )
-            room = min(room, params.max_length - len(ids))
-        if self.cache_bytes is not None or (self._scheduler is not None and not self._scheduler.idle):
-            bounded = self.cache_bytes is not None
-            most = ((self._count(self.cache_bytes) if bounded else self._scheduler.blocks.count) - 2) * BLOCK
-            if len(ids) + room > most:
+            limit = min(limit, params.max_length - len(ids))
+        if self.kv_cache_bytes is not None or (self._scheduler is not None and not self._scheduler.idle):
+            bounded = self.kv_cache_bytes is not None
+            most = ((self._count(self.kv_cache_bytes) if bounded else self._scheduler.blocks.count) - 2) * BLOCK
+            if len(ids) + limit > most:
                 raise UserError(
-                    f"{name} with its answer takes {len(ids) + room} tokens, but the cache holds {max(0, most)}; lower "
-                    "max_tokens, or give the engine more memory for its cache"
+                    f"{name} with its answer takes {len(ids) + limit} tokens, but the KV cache holds {max(0, most)}; "
+                    "lower max_tokens, or raise kv_cache_bytes (--cache-gb)"
                 )
         think_end = None if params.thinking_budget is None else self._think_end()
-        stops = (() if params.ignore_eos else self.eos) + params.stop_token_ids
+        stops = (() if params.ignore_eos else self.end_tokens) + params.stop_token_ids
         opening = self.opening(ids)
         thinking = leaves_open(opening)
-        guide = None if params.grammar is None else self._guide(params.grammar, thinking, silent=bool(opening))
-        # Whoever may yet open the thinking is watched, since the budget counts from there.
-        silent = think_end is not None and self.think is not None and not thinking
-        watched = bool(params.stop) or silent
-        return Request(ids, params, room, seed, stops, think_end, watched, opening, silent, guide)
+        grammar_state = None
+        if params.grammar is not None:
+            grammar_state = self._start_grammar(params.grammar, thinking, may_think=not opening)
+        # Where the model may still open its thinking, its tokens are read at once, since the budget counts from there.
+        unopened = think_end is not None and self.thinking_marks is not None and not thinking
+        streaming = bool(params.stop) or unopened
+        return Request(ids, params, limit, seed, stops, think_end, streaming, opening, unopened, grammar_state)
 
     def _add(self, scheduler: Scheduler, request: Request) -> None:
-        if request.watched and self.speller is not None:
-            for sample in request.samples:
-                self._texts[sample] = TextStream(self.speller, request.params.stop, request.opening)
+        if request.streaming and self.token_decoder is not None:
+            for sequence in request.sequences:
+                self._detokenizers[sequence] = IncrementalDetokenizer(
+                    self.token_decoder, request.params.stop, request.opening
+                )
         scheduler.add(request)
 
-    def _ready(self, requests: list[Request], at_least: int = 0) -> Scheduler:
-        """The scheduler, with a cache that has room for these, of `at_least` so many bytes."""
+    def _scheduler_for(self, requests: list[Request], at_least: int = 0) -> Scheduler:
+        """The scheduler, with a KV cache that holds these requests and has `at_least` bytes."""
         scheduler = self._scheduler
-        if self.cache_bytes is not None:
-            count = self._count(self.cache_bytes)
+        if self.kv_cache_bytes is not None:
+            count = self._count(self.kv_cache_bytes)
         else:
-            longest = max(-(-(len(r.prompt) + r.room) // BLOCK) + 1 for r in requests)
-            samples = sum(r.params.n for r in requests)
-            count = 2 + longest * min(self.slots + self.slots // 8, samples + len(requests))
+            longest = max(-(-(len(r.prompt) + r.max_new_tokens) // BLOCK) + 1 for r in requests)
+            sequences = sum(r.params.n for r in requests)
+            count = 2 + longest * min(self.max_num_seqs + self.max_num_seqs // 8, sequences + len(requests))
             count = max(count, self._count(at_least))
         if scheduler is None or (scheduler.idle and scheduler.blocks.count < count):
             weight = self.model.head_weight
-            more = int(self.speculate == "mtp")
+            more = int(self.speculative == "mtp")
             try:
-                cache = BlockCache(self.model.config, count, self.cache_dtype, weight.device, more)
-            except RuntimeError:  # PyTorch's word for it, on a CPU too
+                cache = PagedKVCache(self.model.config, count, self.kv_cache_dtype, weight.device, more)
+            except RuntimeError:  # PyTorch's error for lack of memory, on a CPU too
                 need = count * self.block_bytes / 2**30
-                raise UserError(
-                    f"there is no memory for a cache of {need:.3g} GiB; make it smaller (--cache-gb)"
-                ) from None
+                raise UserError(f"no memory for a KV cache of {need:.3g} GiB; lower --cache-gb") from None
             self._scheduler = scheduler = Scheduler(
-                self.model, self.slots, cache, Blocks(count), self.prefix_cache, self.chunk, self.speculate
+                self.model,
+                self.max_num_seqs,
+                cache,
+                BlockManager(count),
+                self.prefix_cache,
+                self.max_prefill_tokens,
+                self.speculative,
             )
         return scheduler
 
@@ -324,11 +356,11 @@ class Engine:
         return cache_bytes // self.block_bytes
 
     def encode(self, text: str, begin: bool = True) -> list[int]:
-        """A text's tokens. begin: it is a bare text, to be begun as the tokenizer begins all (BOS), unless it begins so
-        already; a conversation begins as its template says.
+        """A text's token ids. begin: prepend the tokenizer's BOS, unless the text starts with it; chat templates write
+        their own.
         """
         ids = self._encode(text)
-        return [*self.begin, *ids] if begin and tuple(ids[: len(self.begin)]) != self.begin else ids
+        return [*self.bos_tokens, *ids] if begin and tuple(ids[: len(self.bos_tokens)]) != self.bos_tokens else ids
 
     def _encode(self, text: str) -> list[int]:
         if self.tokenizer is None:
@@ -341,23 +373,23 @@ class Engine:
             raise UserError("thinking_budget needs a tokenizer with </think> as one token")
         return ids[0]
 
-    def opening(self, prompt: Sequence[int]) -> str:
-        """What a prompt has written of the answer's thinking, from its mark on; "" for none (`Speller.opening`)."""
-        return "" if self.speller is None else self.speller.opening(prompt)
+    def opening(self, prompt: abc.Sequence[int]) -> str:
+        """The end of a prompt that belongs to the answer's thinking, from its mark on; "" for none."""
+        return "" if self.token_decoder is None else self.token_decoder.opening(prompt)
 
-    def _guide(self, grammar: Grammar, thinking: bool, silent: bool) -> Guide:
-        return self._grammars.guide(grammar, self.think, thinking, silent)
+    def _start_grammar(self, grammar: Grammar, thinking: bool, may_think: bool) -> GrammarState:
+        return self._grammars.start(grammar, self.thinking_marks, thinking, may_think)
 
     @cached_property
-    def _grammars(self) -> Compiler:
+    def _grammars(self) -> GrammarCompiler:
         if self.tokenizer is None:
             raise UserError("this engine has no tokenizer, which a grammar needs")
-        return Compiler(self.tokenizer, self.model.config.vocab_size, self.eos)
+        return GrammarCompiler(self.tokenizer, self.model.config.vocab_size, self.end_tokens)
 
-    def _shown(self, sample: Sample) -> list[int]:
-        """A sample's tokens but for the one that ended it."""
-        tokens = sample.tokens
-        return tokens[:-1] if tokens and tokens[-1] in sample.request.stop_ids else tokens
+    def _without_stop_token(self, sequence: Sequence) -> list[int]:
+        """A sequence's tokens without its stop token."""
+        tokens = sequence.tokens
+        return tokens[:-1] if tokens and tokens[-1] in sequence.request.stop_token_ids else tokens
 
-    def _spell(self, tokens: list[int]) -> str:
-        return "" if self.speller is None else self.speller.decode(tokens)
+    def _decode(self, tokens: list[int]) -> str:
+        return "" if self.token_decoder is None else self.token_decoder.decode(tokens)

@@ -1,4 +1,4 @@
-"""Structured output: at every place only tokens that can still lead to a text of the asked-for form (llguidance)."""
+"""Structured output: mask tokens that a grammar does not allow next (llguidance)."""
 
 import json
 from dataclasses import dataclass, field, replace
@@ -9,86 +9,91 @@ import torch
 from torch import Tensor
 
 from rorqual.errors import UserError
+from rorqual.extras import require
 
-WHITE = r"(\r?\n){0,2}[ \t]{0,20}"  # between two tokens of JSON, as in llama.cpp's grammars
+WHITESPACE = r"(\r?\n){0,2}[ \t]{0,20}"  # between two tokens of JSON, as in llama.cpp's grammars
 
 
 @dataclass(frozen=True)
 class Grammar:
-    """kind: what `text` is written in. A Lark grammar is llguidance's dialect: `start:` is its first rule.
+    """kind: the language of `text`. A Lark grammar is in llguidance's dialect: `start:` is its first rule.
 
-    source: the field that asked for it, for error messages.
+    source: the request's field, for error messages.
     """
 
     kind: Literal["json_schema", "regex", "lark"]
     text: str
     source: str = ""
-    matcher: Any = field(default=None, compare=False, repr=False)  # once it is compiled
+    matcher: Any = field(default=None, compare=False, repr=False)  # llguidance's, once compiled
 
 
-class Compiler:
-    """Grammars for one model's vocabulary; `ends` are the tokens that may stand where the text is complete."""
+class GrammarCompiler:
+    """Compiles grammars for one model's vocabulary; `ends` are the tokens allowed where the text is complete."""
 
     def __init__(self, tokenizer: Any, vocabulary: int, ends: tuple[int, ...]) -> None:
         if not ends:
             raise UserError("structured output needs a model with an end token (eos_token_id)")
+        require("serve", "llguidance")
         from llguidance.hf import from_tokenizer
 
         self.vocabulary, self.ends = vocabulary, ends
         self._tokens = from_tokenizer(tokenizer, n_vocab=vocabulary, eos_token=list(ends))
 
     def compile(self, grammar: Grammar) -> Grammar:
-        """With its matcher, which takes seconds for a large one. Raises UserError for a bad one."""
+        """The grammar with its matcher; takes seconds for a large one. Raises UserError for a bad one."""
         from llguidance import LLMatcher
 
-        written = {
+        parsers = {
             "json_schema": LLMatcher.grammar_from_json_schema,
             "regex": LLMatcher.grammar_from_regex,
             "lark": LLMatcher.grammar_from_lark,
         }
         try:
-            matcher = LLMatcher(self._tokens, written[grammar.kind](grammar.text), log_level=0)
+            matcher = LLMatcher(self._tokens, parsers[grammar.kind](grammar.text), log_level=0)
             problem = matcher.get_error() if matcher.is_error() else ""
         except ValueError as e:
             problem = str(e)
         if not problem:
-            matcher.compute_bitmask()  # only now is it known whether there is a first token
+            matcher.compute_bitmask()  # only this finds out whether there is a first token
             problem = "no text fits it; does a $ref lead to itself?" if matcher.is_error() else ""
         if problem:
-            name, said = f"the {grammar.kind.replace('_', ' ')}", problem.strip()
-            if grammar.source:  # whose writer has not seen the grammar that the other lines show
-                name, said = grammar.source, said.splitlines()[0]
-            raise UserError(f"{name} cannot be followed: {said}")
+            name, detail = f"the {grammar.kind.replace('_', ' ')}", problem.strip()
+            if grammar.source:  # the other lines quote the generated grammar, which the client has not seen
+                name, detail = grammar.source, detail.splitlines()[0]
+            raise UserError(f"{name} cannot be followed: {detail}")
         return replace(grammar, matcher=matcher)
 
-    def guide(self, grammar: Grammar, think: tuple[int, int] | None, thinking: bool, silent: bool) -> "Guide":
-        """The grammar holds for the answer: after the token that closes the thinking, where the prompt has opened it
-        (`thinking`); else from the start, unless a model that the prompt has not told to be `silent` opens it first.
-        think: the tokens that open and close it. Raises UserError for a bad grammar.
+    def start(self, grammar: Grammar, think: tuple[int, int] | None, thinking: bool, may_think: bool) -> "GrammarState":
+        """The state of a new answer. The grammar constrains the answer only, not the thinking before it.
+
+        think: the tokens that open and close thinking. thinking: the prompt has opened it. may_think: else the model
+        may open it with its first token. Raises UserError for a bad grammar.
         """
         compiled = grammar if grammar.matcher is not None else self.compile(grammar)
         opens, closes = think or (None, None)
-        begins = None if thinking or silent else opens
-        return Guide(compiled.matcher.deep_copy(), self, begins, closes, thinking and closes is not None)
+        may_open = opens if may_think and not thinking else None
+        return GrammarState(compiled.matcher.deep_copy(), self, may_open, closes, thinking and closes is not None)
 
 
-class Guide:
-    """One sample's place in its grammar."""
+class GrammarState:
+    """One sequence's position in its grammar."""
 
-    def __init__(self, matcher: Any, compiler: Compiler, opens: int | None, closes: int | None, thinking: bool) -> None:
+    def __init__(
+        self, matcher: Any, compiler: GrammarCompiler, opens: int | None, closes: int | None, thinking: bool
+    ) -> None:
         self._matcher, self._compiler = matcher, compiler
         self._opens, self._closes, self._thinking = opens, closes, thinking
-        self._read = 0  # tokens of the answer that the matcher has seen, or that came before it began
+        self._read = 0  # tokens consumed, those of the thinking included
 
-    def copy(self) -> "Guide":
-        return Guide(self._matcher.deep_copy(), self._compiler, self._opens, self._closes, self._thinking)
+    def copy(self) -> "GrammarState":
+        return GrammarState(self._matcher.deep_copy(), self._compiler, self._opens, self._closes, self._thinking)
 
-    def forbidden(self, made: list[int], logits: Tensor) -> Tensor | None:
-        """After the answer's tokens so far: which of the vocabulary [V] may not come next; None: any may.
+    def forbidden(self, generated: list[int], logits: Tensor) -> Tensor | None:
+        """Mask [V] of tokens that may not follow the tokens generated so far; None: all may.
 
-        logits [V]: thinking may begin where it is what the model would say if it were free.
+        logits [V]: the first token may open the thinking if it is the most probable one.
         """
-        for token in made[self._read :]:
+        for token in generated[self._read :]:
             if self._read == 0 and token == self._opens:
                 self._thinking = True
             elif not self._thinking:
@@ -111,10 +116,10 @@ class Guide:
 
 
 def json_grammar(schema: dict[str, Any] | None) -> Grammar:
-    """Text that is JSON of this schema; None: any object."""
+    """A grammar of JSON of this schema; None: any object."""
     return Grammar("json_schema", json.dumps(bounded({"type": "object"} if schema is None else schema)))
 
 
 def bounded(schema: dict[str, Any]) -> dict[str, Any]:
-    """A schema of JSON with little white space, which small models else go on with for ever."""
-    return {"x-guidance": {"whitespace_pattern": WHITE}} | schema
+    """A schema with bounded white space, which small models otherwise repeat without end."""
+    return {"x-guidance": {"whitespace_pattern": WHITESPACE}} | schema

@@ -1,7 +1,8 @@
-"""What runs in the next step: a token of every running sequence, and as much of waiting prompts as a step may hold.
+"""Continuous batching (Yu et al. 2022, Orca): a step decodes every running sequence and prefills waiting prompts.
 
-Finished sequences leave at once, waiting ones enter (Yu et al. 2022, Orca). When the cache is full, what came last
-gives its blocks back and is computed again later; nothing that was made is lost.
+Prefill is chunked: at most `max_prefill_tokens` prompt tokens a step. Finished sequences leave at once. When the KV
+cache is full, the most recent arrival is preempted: its blocks are freed, and its prompt and generated tokens are
+prefilled again later.
 """
 
 from collections import deque
@@ -12,205 +13,211 @@ import numpy as np
 import torch
 from torch import Tensor, from_numpy
 
-from rorqual.engine.blocks import BLOCK, Blocks, block_key
-from rorqual.engine.cache import BlockCache
-from rorqual.engine.choose import Turn
-from rorqual.engine.forward import Forward, Lanes, Piece
-from rorqual.engine.rows import Integers, Request, Rows, Sample
-from rorqual.engine.speculate import MOST, Module, Way, fit, look_up
-from rorqual.kernels.extend import TOKEN
+from rorqual.engine.batch import DecodeBatch, Integers, Request, Sequence
+from rorqual.engine.block_manager import BLOCK, BlockManager, block_key
+from rorqual.engine.model_runner import DecodeTokens, ModelRunner, PrefillChunk
+from rorqual.engine.paged_kv_cache import PagedKVCache
+from rorqual.engine.sampling import SamplingStep
+from rorqual.engine.speculative import MAX_MTP_SEQS, MTPDrafter, SpeculativeMethod, propose_lookup, trim_drafts
+from rorqual.kernels.append_tokens import STOP_TOKEN
 from rorqual.model import Transformer
 
 
 @dataclass(eq=False)
-class Job:
-    """Tokens to bring into the cache, and the samples that go on from there."""
+class PrefillJob:
+    """Tokens to prefill, and the sequences that decode from there."""
 
     request: Request
-    tokens: tuple[int, ...]  # the prompt, and what a sample that gave its blocks back had made
-    samples: list[Sample]
-    done: int = 0  # tokens in the cache
+    tokens: tuple[int, ...]  # the prompt; for a preempted sequence also its generated tokens
+    sequences: list[Sequence]
+    num_computed: int = 0  # tokens in the KV cache
     blocks: list[int] = field(default_factory=list)
-    # Of the last token, [1, V] and [1, D], when all are.
+    # Of the last token, [1, V] and [1, D], set when the prefill is complete.
     logits: Tensor | None = None
     state: Tensor | None = None
 
-    def piece(self, length: int) -> Piece:
-        """The next so many tokens."""
-        end = self.done + length
-        tokens = torch.tensor(self.tokens[self.done : end + 1])
-        return Piece(tokens[:length], tokens[1:], self.done, self.blocks)
+    def next_chunk(self, length: int) -> PrefillChunk:
+        """The next `length` tokens."""
+        end = self.num_computed + length
+        tokens = torch.tensor(self.tokens[self.num_computed : end + 1])
+        return PrefillChunk(tokens[:length], tokens[1:], self.num_computed, self.blocks)
 
 
 @dataclass
-class Counts:
-    """What has happened since the beginning."""
+class Counters:
+    """Totals since the scheduler was made."""
 
-    prompt_tokens: int = 0  # computed
-    cached_tokens: int = 0  # found in the cache
-    made_tokens: int = 0
-    preempted: int = 0
-    drafted: int = 0  # guesses at tokens that were checked
-    accepted: int = 0  # and right
+    prompt_tokens: int = 0  # prefilled
+    cached_tokens: int = 0  # prompt tokens found in the prefix cache
+    generated_tokens: int = 0
+    preemptions: int = 0
+    draft_tokens: int = 0  # verified
+    accepted_tokens: int = 0
 
 
 class Scheduler:
-    """`slots` sequences at most, in the blocks of one cache; `chunk` prompt tokens a step at most."""
+    """Decodes at most `max_num_seqs` sequences and prefills at most `max_prefill_tokens` tokens a step.
+
+    prefix_cache: keep full blocks for prompts with the same prefix. speculative: where draft tokens come from.
+    """
 
     def __init__(
-        self, model: Transformer, slots: int, cache: BlockCache, blocks: Blocks, keep: bool, chunk: int,
-        speculate: Way | None = None,
+        self, model: Transformer, max_num_seqs: int, kv_cache: PagedKVCache, blocks: BlockManager, prefix_cache: bool,
+        max_prefill_tokens: int, speculative: SpeculativeMethod | None = None,
     ) -> None:  # fmt: skip
-        """keep: remember full blocks for prompts that begin the same way. speculate: where drafts come from."""
-        self.model, self.cache, self.blocks, self.keep, self.chunk = model, cache, blocks, keep, chunk
-        self.waiting: deque[Job] = deque()
-        self.jobs: list[Job] = []  # partly in the cache, oldest first
-        self.ready: deque[Job] = deque()  # wholly in it; their samples wait for rows
-        self.rows = Rows(slots)
-        self.forward = Forward(model, cache)
-        self.module = Module(model, cache) if speculate == "mtp" else None
-        self.speculate = speculate
-        self.counts = Counts()
+        self.model, self.kv_cache, self.blocks = model, kv_cache, blocks
+        self.prefix_cache, self.max_prefill_tokens = prefix_cache, max_prefill_tokens
+        self.waiting: deque[PrefillJob] = deque()
+        self.prefilling: list[PrefillJob] = []  # oldest first
+        self.ready: deque[PrefillJob] = deque()  # prefilled; their sequences wait for rows of the batch
+        self.batch = DecodeBatch(max_num_seqs)
+        self.model_runner = ModelRunner(model, kv_cache)
+        self.mtp_drafter = MTPDrafter(model, kv_cache) if speculative == "mtp" else None
+        self.speculative = speculative
+        self.counters = Counters()
 
     @property
     def idle(self) -> bool:
-        return not (self.waiting or self.jobs or self.ready or self.rows.n)
+        return not (self.waiting or self.prefilling or self.ready or self.batch.n)
 
     @property
-    def samples_waiting(self) -> int:
-        return sum(len(job.samples) for job in (*self.waiting, *self.jobs, *self.ready))
+    def num_waiting(self) -> int:
+        return sum(len(job.sequences) for job in (*self.waiting, *self.prefilling, *self.ready))
 
     def add(self, request: Request) -> None:
-        self.waiting.append(Job(request, request.prompt, list(request.samples)))
+        self.waiting.append(PrefillJob(request, request.prompt, list(request.sequences)))
 
     @torch.inference_mode()
-    def step(self, begins: Callable[[], None] | None = None) -> list[Sample]:
-        """One step; returns the samples that ended, and those whose request is watched."""
+    def step(self, before_forward: Callable[[], None] | None = None) -> list[Sequence]:
+        """One step → the sequences that finished, and those of streaming requests."""
         self._admit()
-        jobs = self._pieces()
-        pieces = [job.piece(length) for job, length in jobs]
-        lanes, per_row = self._lanes()
-        if begins:
-            begins()
-        logits, states, read = self.forward(lanes, pieces)
-        ended = self._read(jobs, pieces, read, logits[len(lanes) :]) if pieces else []
-        started = self._start()
-        rows, n = self.rows, self.rows.n - len(started)
-        if rows.n == 0:
+        jobs = self._schedule_prefill()
+        chunks = [job.next_chunk(length) for job, length in jobs]
+        decode, tokens_per_row = self._decode_tokens()
+        if before_forward:
+            before_forward()
+        logits, states, prefill_states = self.model_runner(decode, chunks)
+        prefilled = self._finish_prefill(jobs, chunks, prefill_states, logits[len(decode) :]) if chunks else []
+        started = self._start_decode()
+        batch, n = self.batch, self.batch.n - len(started)
+        if batch.n == 0:
             return []
-        if started != ended:  # it takes a while to copy a batch's logits
-            logits = torch.cat([logits[: len(lanes)], *(job.logits for job in started)])
-        if per_row is not None and started:
-            per_row = np.concatenate([per_row, np.ones(len(started), dtype=np.int64)])
-        turn = Turn(rows, logits, per_row)
-        if self.module is not None:
-            turn.states = torch.cat([states, *(job.state for job in started)])
-            turn.places = np.concatenate([lanes.places.numpy(), rows.place[n : rows.n]])
-        turn.take()
-        self.counts.made_tokens += turn.made
-        self.counts.accepted += turn.made - rows.n
-        return self._finish(turn)
+        if started != prefilled:  # copying a batch's logits takes a while
+            logits = torch.cat([logits[: len(decode)], *(job.logits for job in started)])
+        if tokens_per_row is not None and started:
+            tokens_per_row = np.concatenate([tokens_per_row, np.ones(len(started), dtype=np.int64)])
+        sampling_step = SamplingStep(batch, logits, tokens_per_row)
+        if self.mtp_drafter is not None:
+            sampling_step.states = torch.cat([states, *(job.state for job in started)])
+            sampling_step.positions = np.concatenate([decode.positions.numpy(), batch.position[n : batch.n]])
+        sampling_step.sample()
+        self.counters.generated_tokens += sampling_step.num_sampled
+        self.counters.accepted_tokens += sampling_step.num_sampled - batch.n
+        return self._finish_decode(sampling_step)
 
-    def _lanes(self) -> tuple[Lanes, Integers | None]:
-        """What every row has to read: its newest token and the drafts after it; and how many these are a row, where
-        there may be drafts.
-        """
-        rows, n = self.rows, self.rows.n
-        last, place, tables, drafts = rows.last[:n], rows.place[:n], rows.tables[:n], rows.drafts[:n]
-        if self.speculate is None or not (drafts >= 0).any():
-            alone = None if self.module is None else np.ones(n, dtype=np.int64)
-            return Lanes(from_numpy(last), from_numpy(place), from_numpy(tables)), alone
-        right = fit(rows, self.blocks)
-        tables = rows.tables[:n]  # which may have grown
-        self.counts.drafted += int(right.sum())
+    def _decode_tokens(self) -> tuple[DecodeTokens, Integers | None]:
+        """Every row's newest token and the draft tokens after it; and their number a row, None where it is 1."""
+        batch, n = self.batch, self.batch.n
+        last, tables, drafts = batch.last_token[:n], batch.block_tables[:n], batch.drafts[:n]
+        position = batch.position[:n]
+        if self.speculative is None or not (drafts >= 0).any():
+            ones = None if self.mtp_drafter is None else np.ones(n, dtype=np.int64)
+            return DecodeTokens(from_numpy(last), from_numpy(position), from_numpy(tables)), ones
+        kept = trim_drafts(batch, self.blocks)
+        tables = batch.block_tables[:n]  # trim_drafts may have widened it
+        self.counters.draft_tokens += int(kept.sum())
         tokens = np.concatenate([last[:, None], drafts], axis=1)
-        there = np.concatenate([np.ones((n, 1), dtype=bool), right], axis=1)
-        places = place[:, None] + np.arange(tokens.shape[1])
-        per_row = there.sum(1)
-        parts = tokens[there], places[there], tables.repeat(per_row, 0)
-        return Lanes(*(from_numpy(part) for part in parts)), per_row
+        used = np.concatenate([np.ones((n, 1), dtype=bool), kept], axis=1)
+        positions = position[:, None] + np.arange(tokens.shape[1])
+        tokens_per_row = used.sum(1)
+        parts = tokens[used], positions[used], tables.repeat(tokens_per_row, 0)
+        return DecodeTokens(*(from_numpy(part) for part in parts)), tokens_per_row
 
     def cancel(self, request: Request) -> None:
-        """Stop a request's samples wherever they are; their blocks are free at once."""
-        for row, running in reversed(list(enumerate(self.rows.samples))):
+        """Stop a request's sequences, waiting or running; their blocks are free at once."""
+        for row, running in reversed(list(enumerate(self.batch.sequences))):
             if running.request is request:
-                self.end(row, "cancelled")
-        for queue in (self.waiting, self.jobs, self.ready):
+                self.finish(row, "cancelled")
+        for queue in (self.waiting, self.prefilling, self.ready):
             for job in [j for j in queue if j.request is request]:
                 queue.remove(job)
-                self.blocks.release(job.blocks)
-        for s in request.samples:
-            s.finish = s.finish or "cancelled"
+                self.blocks.free_blocks(job.blocks)
+        for sequence in request.sequences:
+            sequence.finish_reason = sequence.finish_reason or "cancelled"
 
-    def end(self, row: int, why: str) -> Sample:
-        """Take a row's sample out, finished."""
-        ended = self.rows.save(row)
-        ended.finish, ended.lookup = why, None
-        self._give_back(ended)
-        self.rows.remove([row])
-        return ended
+    def finish(self, row: int, reason: str) -> Sequence:
+        """Finish a row's sequence and remove it from the batch."""
+        sequence = self.batch.save(row)
+        sequence.finish_reason, sequence.drafter = reason, None
+        self._release_blocks(sequence)
+        self.batch.remove([row])
+        return sequence
 
-    # -- admission and blocks
+    # -- admission, prefill and blocks
 
     def _admit(self) -> None:
         if not self.waiting:
             return
-        busy = self.rows.n + sum(len(j.samples) for j in (*self.jobs, *self.ready))
-        free = self.rows.size - busy
-        # Admitting an eighth of the rows at a time keeps prompts from interrupting every step.
-        if busy and free < max(1, self.rows.size // 8) and len(self.waiting) > free:
+        busy = self.batch.n + sum(len(j.sequences) for j in (*self.prefilling, *self.ready))
+        free = self.batch.size - busy
+        # Admitting an eighth of the rows at a time keeps prefill from slowing every decode step.
+        if busy and free < max(1, self.batch.size // 8) and len(self.waiting) > free:
             return
-        promised = sum(-(-len(j.tokens) // BLOCK) - len(j.blocks) for j in self.jobs) + self.rows.n // BLOCK
+        promised = sum(-(-len(j.tokens) // BLOCK) - len(j.blocks) for j in self.prefilling) + self.batch.n // BLOCK
         while self.waiting and free > 0:
             job = self.waiting[0]
             promised += -(-len(job.tokens) // BLOCK) + 1
-            if free < self.rows.size and promised > self.blocks.free:
+            if free < self.batch.size and promised > self.blocks.free:
                 return
             self.waiting.popleft()
-            if self.keep and job.request.scoring is None:  # which every token is to be read for
-                self._find(job)
-            self.jobs.append(job)
-            free -= len(job.samples)
+            if self.prefix_cache and job.request.prompt_logprobs is None:  # logprobs need every token's hidden state
+                self._match_prefix(job)
+            self.prefilling.append(job)
+            free -= len(job.sequences)
 
-    def _find(self, job: Job) -> None:
-        """Begin a job with the blocks that are in the cache already; its last token is computed in any case."""
+    def _match_prefix(self, job: PrefillJob) -> None:
+        """Start a job from its longest prefix in the prefix cache; the last token is always computed."""
         key = b""
         for start in range(0, len(job.tokens) - BLOCK, BLOCK):
             key = block_key(key, job.tokens[start : start + BLOCK])
-            block = self.blocks.find(key)
+            block = self.blocks.lookup(key)
             if block is None:
                 break
-            self.blocks.hold(block)
+            self.blocks.incref(block)
             job.blocks.append(block)
-        job.done = len(job.blocks) * BLOCK
-        self.counts.cached_tokens += job.done
+        job.num_computed = len(job.blocks) * BLOCK
+        self.counters.cached_tokens += job.num_computed
         if job.tokens is job.request.prompt:
-            job.request.cached = job.done
+            job.request.cached_tokens = job.num_computed
 
-    def _pieces(self) -> list[tuple[Job, int]]:
-        """Blocks for the next token of every row; then pieces of prompts, as far as blocks and chunk go."""
-        rows = self.rows
-        lacking = (rows.place[: rows.n] >= rows.held[: rows.n] * BLOCK).nonzero()[0].tolist() if rows.lacking else []
+    def _schedule_prefill(self) -> list[tuple[PrefillJob, int]]:
+        """Allocate blocks for the next token of every row, then for chunks of prompts → jobs and chunk lengths."""
+        batch = self.batch
+        lacking = (
+            (batch.position[: batch.n] >= batch.num_blocks[: batch.n] * BLOCK).nonzero()[0].tolist()
+            if batch.needs_blocks
+            else []
+        )
         if len(lacking) <= self.blocks.free:
             if lacking:
-                rows.add_blocks(lacking, [self.blocks.take() for _ in lacking])
-            rows.lacking = False
+                batch.add_blocks(lacking, [self.blocks.allocate() for _ in lacking])
+            batch.needs_blocks = False
         else:
-            for needy in [rows.samples[row] for row in lacking]:  # the oldest first: those that came last give way
-                block = self._take_or_preempt(needy) if needy in rows.samples else None
+            for sequence in [batch.sequences[row] for row in lacking]:  # oldest first: the newest are preempted
+                block = self._allocate_or_preempt(sequence) if sequence in batch.sequences else None
                 if block is not None:
-                    rows.add_blocks([rows.samples.index(needy)], [block])
-        chosen, left = [], self.chunk
-        for job in self.jobs:
-            length = min(left, len(job.tokens) - job.done)
-            while len(job.blocks) * BLOCK < job.done + length:
-                block = self.blocks.take()
-                if block is None and not rows.n and not chosen:
-                    block = self._take_or_preempt(job)
+                    batch.add_blocks([batch.sequences.index(sequence)], [block])
+        chosen, left = [], self.max_prefill_tokens
+        for job in self.prefilling:
+            length = min(left, len(job.tokens) - job.num_computed)
+            while len(job.blocks) * BLOCK < job.num_computed + length:
+                block = self.blocks.allocate()
+                if block is None and not batch.n and not chosen:
+                    block = self._allocate_or_preempt(job)
                 if block is None:
                     break
                 job.blocks.append(block)
-            length = min(length, len(job.blocks) * BLOCK - job.done)
+            length = min(length, len(job.blocks) * BLOCK - job.num_computed)
             if length <= 0:
                 break
             chosen.append((job, length))
@@ -219,84 +226,89 @@ class Scheduler:
                 break
         return chosen
 
-    def _take_or_preempt(self, needy: Sample | Job) -> int | None:
-        """A block for `needy`, from whoever came last if need be; None when that is itself, and it gave way."""
-        while (block := self.blocks.take()) is None:
-            victim: Sample | Job
+    def _allocate_or_preempt(self, target: Sequence | PrefillJob) -> int | None:
+        """A block for `target`, preempting the most recent arrivals if none is free; None if that is `target`."""
+        while (block := self.blocks.allocate()) is None:
+            victim: Sequence | PrefillJob
             if self.ready:
                 victim = self.ready.pop()
-            elif self.jobs and self.jobs[-1] is not needy:
-                victim = self.jobs.pop()
+            elif self.prefilling and self.prefilling[-1] is not target:
+                victim = self.prefilling.pop()
             else:
-                victim = self.rows.samples[-1]
-            self.counts.preempted += 1
-            if isinstance(victim, Job):
-                self.blocks.release(victim.blocks)
-                self.waiting.appendleft(Job(victim.request, victim.tokens, victim.samples))
+                victim = self.batch.sequences[-1]
+            self.counters.preemptions += 1
+            if isinstance(victim, PrefillJob):
+                self.blocks.free_blocks(victim.blocks)
+                self.waiting.appendleft(PrefillJob(victim.request, victim.tokens, victim.sequences))
                 continue
-            saved = self.rows.save(self.rows.n - 1)
-            self.rows.remove([self.rows.n - 1])
-            self._give_back(saved)
-            self.waiting.appendleft(Job(saved.request, saved.request.prompt + tuple(saved.tokens), [saved]))
-            if saved is needy:
+            saved = self.batch.save(self.batch.n - 1)
+            self.batch.remove([self.batch.n - 1])
+            self._release_blocks(saved)
+            self.waiting.appendleft(PrefillJob(saved.request, saved.request.prompt + tuple(saved.tokens), [saved]))
+            if saved is target:
                 return None
         return block
 
-    def _give_back(self, saved: Sample) -> None:
-        if self.keep:
-            # The newest token has not been read yet.
-            self._remember((saved.request.prompt + tuple(saved.tokens))[:-1], saved.blocks)
-        self.blocks.release(saved.blocks)
-        saved.blocks = []
+    def _release_blocks(self, sequence: Sequence) -> None:
+        if self.prefix_cache:
+            # The newest token is not in the KV cache yet.
+            self._cache_blocks((sequence.request.prompt + tuple(sequence.tokens))[:-1], sequence.blocks)
+        self.blocks.free_blocks(sequence.blocks)
+        sequence.blocks = []
 
-    def _remember(self, tokens: tuple[int, ...], blocks: list[int]) -> None:
+    def _cache_blocks(self, tokens: tuple[int, ...], blocks: list[int]) -> None:
         key = b""
         for block, start in zip(blocks, range(0, len(tokens) - BLOCK + 1, BLOCK), strict=False):
             key = block_key(key, tokens[start : start + BLOCK])
-            self.blocks.remember(block, key)
+            self.blocks.insert(block, key)
 
-    def _read(self, jobs: list[tuple[Job, int]], pieces: list[Piece], states: Tensor, logits: Tensor) -> list[Job]:
-        """Note that pieces are in the cache, with the states [M, D] of all their tokens and logits [E, V] of the E last
-        ones of prompts → the jobs that these end.
+    def _finish_prefill(
+        self, jobs: list[tuple[PrefillJob, int]], chunks: list[PrefillChunk], states: Tensor, logits: Tensor
+    ) -> list[PrefillJob]:
+        """Record chunks as computed → the jobs whose prefill is complete.
+
+        states [M, D]: hidden states of all the chunks' tokens; logits [E, V]: of the last tokens of the E prompts that
+        end here.
         """
-        if self.module is not None:
-            self.module.read(pieces, states)
-        self.counts.prompt_tokens += len(states)
-        ended: list[Job] = []
+        if self.mtp_drafter is not None:
+            self.mtp_drafter.prefill(chunks, states)
+        self.counters.prompt_tokens += len(states)
+        prefilled: list[PrefillJob] = []
         for (job, length), part in zip(jobs, states.split([length for _, length in jobs]), strict=True):
-            if job.request.scoring is not None:
-                job.request.scoring.read(part, job.done)
-            job.done += length
-            if self.keep:
-                self._remember(job.tokens[: job.done], job.blocks)
-            if job.done == len(job.tokens):
-                job.logits, job.state = logits[len(ended) : len(ended) + 1].clone(), part[-1:].clone()
-                ended.append(job)
-                self.jobs.remove(job)
-                if job.samples:
+            if job.request.prompt_logprobs is not None:
+                job.request.prompt_logprobs.append(part, job.num_computed)
+            job.num_computed += length
+            if self.prefix_cache:
+                self._cache_blocks(job.tokens[: job.num_computed], job.blocks)
+            if job.num_computed == len(job.tokens):
+                e = len(prefilled)
+                job.logits, job.state = logits[e : e + 1].clone(), part[-1:].clone()
+                prefilled.append(job)
+                self.prefilling.remove(job)
+                if job.sequences:
                     self.ready.append(job)
                 else:
-                    self.blocks.release(job.blocks)
-        return ended
+                    self.blocks.free_blocks(job.blocks)
+        return prefilled
 
-    # -- tokens
+    # -- decode
 
-    def _start(self) -> list[Job]:
-        """Give free rows to samples whose prompt is in the cache → the job of each.
+    def _start_decode(self) -> list[PrefillJob]:
+        """Give free rows to sequences whose prompt is prefilled → the job of each.
 
-        Samples share its full blocks; each but the last copies the one that is not full.
+        A prompt's sequences share its full blocks; each but the last copies the block that is not full.
         """
-        begun, sources, targets = [], [], []
-        while self.ready and self.rows.n < self.rows.size:
+        jobs, sources, targets = [], [], []
+        while self.ready and self.batch.n < self.batch.size:
             job = self.ready[0]
             full = len(job.tokens) // BLOCK
             partly = len(job.blocks) > full
-            last = len(job.samples) == 1
+            last = len(job.sequences) == 1
             if partly and not last:
-                copy = self.blocks.take()
+                copy = self.blocks.allocate()
                 if copy is None:
-                    if self.rows.n == 0:  # alone, it must be able to go on
-                        self._separate(job)
+                    if self.batch.n == 0:  # nothing runs that could free a block
+                        self._requeue_all_but_first(job)
                         continue
                     break
                 sources.append(job.blocks[full])
@@ -306,47 +318,50 @@ class Scheduler:
                 blocks = list(job.blocks)
             if not last:
                 for block in job.blocks[:full]:
-                    self.blocks.hold(block)
-            started = job.samples.pop(0)
-            started.blocks = blocks
-            self.rows.add(started, len(job.tokens) - 1)
-            begun.append(job)
+                    self.blocks.incref(block)
+            sequence = job.sequences.pop(0)
+            sequence.blocks = blocks
+            self.batch.add(sequence, len(job.tokens) - 1)
+            jobs.append(job)
             if last:
                 self.ready.popleft()
         if sources:
-            self.cache.copy(sources, targets)
-        return begun
+            self.kv_cache.copy(sources, targets)
+        return jobs
 
-    def _separate(self, job: Job) -> None:
-        """Let all but the first of a job's samples come again later."""
-        for later in reversed(job.samples[1:]):
-            self.waiting.appendleft(Job(job.request, job.tokens, [later]))
-        job.samples = job.samples[:1]
+    def _requeue_all_but_first(self, job: PrefillJob) -> None:
+        """Put all but the first of a job's sequences back into the waiting queue."""
+        for sequence in reversed(job.sequences[1:]):
+            self.waiting.appendleft(PrefillJob(job.request, job.tokens, [sequence]))
+        job.sequences = job.sequences[:1]
 
-    def _finish(self, turn: Turn) -> list[Sample]:
-        """Let go what has ended, and guess further for what goes on."""
-        rows, finished = self.rows, turn.finished
-        watched = rows.watched[: rows.n].nonzero()[0].tolist() if rows.any_watched else []
-        grown = [rows.samples[row] for row in watched if row not in finished]
-        if self.speculate == "lookup" or (self.module is not None and rows.n <= MOST):
-            self._draft(turn)
+    def _finish_decode(self, sampling_step: SamplingStep) -> list[Sequence]:
+        """Remove finished sequences, and propose drafts for the others → those finished, and those that stream."""
+        batch, finished = self.batch, sampling_step.finished
+        streaming = batch.streaming[: batch.n].nonzero()[0].tolist() if batch.any_streaming else []
+        grown = [batch.sequences[row] for row in streaming if row not in finished]
+        if self.speculative == "ngram" or (self.mtp_drafter is not None and batch.n <= MAX_MTP_SEQS):
+            self._propose_drafts(sampling_step)
         ended = []
-        for row, why in finished.items():
-            saved = rows.save(row)
-            saved.finish, saved.lookup = "stop" if why == TOKEN else "length", None
-            self._give_back(saved)
-            ended.append(saved)
+        for row, reason in finished.items():
+            sequence = batch.save(row)
+            sequence.finish_reason, sequence.drafter = "stop" if reason == STOP_TOKEN else "length", None
+            self._release_blocks(sequence)
+            ended.append(sequence)
         if finished:
-            rows.remove(list(finished))
+            batch.remove(list(finished))
         return ended + grown
 
-    def _draft(self, turn: Turn) -> None:
-        """Answers with stop strings get no drafts: a string is found in the text, a token later than it ends."""
-        alive = [r not in turn.finished and not s.request.params.stop for r, s in enumerate(self.rows.samples)]
-        if not any(alive):
+    def _propose_drafts(self, sampling_step: SamplingStep) -> None:
+        """Requests with stop strings get no drafts: a stop string is found in the text only after the step."""
+        drafting = [
+            row not in sampling_step.finished and not sequence.request.params.stop
+            for row, sequence in enumerate(self.batch.sequences)
+        ]
+        if not any(drafting):
             return
-        which = np.array(alive)
-        if self.module is None:
-            look_up(self.rows, which.nonzero()[0])
+        which = np.array(drafting)
+        if self.mtp_drafter is None:
+            propose_lookup(self.batch, which.nonzero()[0])
         else:
-            self.module.draft(self.rows, which.nonzero()[0], *turn.read(which))
+            self.mtp_drafter.propose(self.batch, which.nonzero()[0], *sampling_step.accepted(which))

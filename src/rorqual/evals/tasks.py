@@ -1,8 +1,8 @@
-"""What can be evaluated: any reasoning-gym dataset, a file of questions and answers, the environments of a recipe for
-reinforcement learning, and HumanEval.
+"""Evaluation tasks: reasoning-gym datasets, files of questions and answers, the environments of an RL recipe, and
+HumanEval.
 
-A file is asked whole, as benchmarks are. Of a recipe's environments, its files too, and of datasets the held-out split
-is asked, which training left out.
+A file is used as a whole, like a benchmark. Datasets and a recipe's environments, files included, use their held-out
+split.
 
 On the command line a task is `name` or `name:option=value,…`: `gsm-symbolic`,
 `countdown:min_numbers=3,max_numbers=3`, `mine.jsonl`, `rl-recipe.toml`, `humaneval`.
@@ -18,34 +18,35 @@ from typing import Any, Protocol
 
 from rorqual.data.corpus import named
 from rorqual.errors import UserError
-from rorqual.reason.answers import read_answer
-from rorqual.reason.environment import Environment, JsonlEnvironment, Problem, open_environment
-from rorqual.reason.jsonl import SUFFIXES
-from rorqual.reason.prompts import Template, prompt_text
+from rorqual.judge.extract_answer import read_answer
 from rorqual.recipe import EnvironmentSection, load_recipe
+from rorqual.rl.envs.jsonl import SUFFIXES
+from rorqual.rl.envs.registry import Environment, JsonlEnvironment, Problem, open_environment
+from rorqual.rl.prompts import Template, prompt_text
 
 
 class Task(Protocol):
-    """Problems that training left out, how to ask them, and how to judge what comes back."""
+    """Held-out problems, their prompts, and how completions are scored."""
 
     name: str
-    split: str  # which problems of their source: "test", "dev", or "all" of a benchmark
+    split: str  # "test", "dev", or "all" of a benchmark
 
-    def problems(self, n: int, seed: int) -> list[Problem]: ...
+    def problems(self, n: int, seed: int) -> list[Problem]:
+        """At most `n` problems, chosen by `seed`."""
 
     def prompt(self, problem: Problem, tokenizer: Any, template: Template) -> str:
-        """The text the model continues."""
+        """The prompt as text."""
 
     def answer(self, problem: Problem, prompt: str, text: str) -> str | None:
-        """What a finished completion votes for; None where it gives no answer. `text`: with what the
-        prompt has opened of it (`Engine.opening`)."""
+        """The answer that a finished completion votes for; None where it has none. `text`: the completion with the tag
+        that the prompt opened (`Engine.opening`)."""
 
     def score(self, problems: Sequence[Problem], texts: Sequence[str], answers: Sequence[str | None]) -> list[bool]:
         """Whether each completion solves its problem."""
 
 
 class EnvironmentTask:
-    """Problems of an environment's `split`; "test" shares no number multiset or text with any training problem."""
+    """Problems of an environment's `split`; "test" shares no number multiset or text with training problems."""
 
     def __init__(self, environment: Environment, name: str | None = None, split: str = "test") -> None:
         self.environment, self.name, self.split = environment, name or environment.family, split
@@ -64,7 +65,7 @@ class EnvironmentTask:
 
 
 class FileTask(EnvironmentTask):
-    """A file of questions and answers, whole: every line is a problem of its own, also where two ask the same."""
+    """All problems of a file of questions and answers, duplicates included."""
 
     def __init__(self, path: str) -> None:
         self.file = JsonlEnvironment(EnvironmentSection(name=Path(path).stem, path=path))
@@ -72,12 +73,12 @@ class FileTask(EnvironmentTask):
 
     def problems(self, n: int, seed: int) -> list[Problem]:
         """All in the file's order, or a random `n` of them chosen by `seed`."""
-        everything = self.file.everything()
+        everything = self.file.all_problems()
         return everything if n >= len(everything) else random.Random(seed).sample(everything, n)
 
 
 def open_task(task: "str | Task | EnvironmentSection | Environment", split: str = "test") -> Task:
-    """A task by command-line name, by a recipe's section, or as it is. Raises UserError for an unknown name."""
+    """A task from a command-line name or a recipe section; a `Task` unchanged. Raises UserError for an unknown name."""
     if isinstance(task, Environment):
         return EnvironmentTask(task, split=split)
     if isinstance(task, EnvironmentSection):
@@ -86,12 +87,12 @@ def open_task(task: "str | Task | EnvironmentSection | Environment", split: str 
         return task
     name, colon, options = task.partition(":")
     if colon and named(Path(name), *SUFFIXES):
-        raise UserError(f"task {task!r}: a file takes no options; write {name}")
+        raise UserError(f"task {task!r}: a file has no options; write {name}")
     if named(Path(task), *SUFFIXES) or "/" in name or os.path.isfile(task):
         return FileTask(task)
     if name.lower() == "humaneval":
         if colon:
-            raise UserError(f"task {task!r}: humaneval takes no options; write humaneval")
+            raise UserError(f"task {task!r}: humaneval has no options; write humaneval")
         from rorqual.evals.humaneval import HumanEval
 
         return HumanEval()
@@ -101,11 +102,11 @@ def open_task(task: "str | Task | EnvironmentSection | Environment", split: str 
 
 
 def split_tasks(text: str) -> list[str | EnvironmentSection]:
-    """`--tasks` into its tasks: a comma ends a task unless the next word is one more option of it.
+    """Split `--tasks` at commas, except before another option of the same task.
 
-    A recipe stands for its environments. Raises UserError for an empty word or a recipe that cannot be read.
+    A recipe is replaced by its environments. Raises UserError for an empty word or a recipe that cannot be read.
     """
-    if os.path.isfile(text) and named(Path(text), *SUFFIXES):  # whatever commas its name holds
+    if os.path.isfile(text) and named(Path(text), *SUFFIXES):  # its name may contain commas
         return [text]
     words = [word.strip() for word in re.split(r",(?![^\[]*\])", text)]
     tasks: list[str] = []

@@ -1,1 +1,1 @@
-"""Functions the model calls that have, or may have, a faster form; each with a plain reference beside it."""
+"""Operators with a fast implementation; each has a plain reference beside it."""

@@ -1,4 +1,4 @@
-"""Products of rows with weights: a linear layer's, and those of experts with the rows that chose them.
+"""Matrix products: linear layers, and grouped products of experts with the rows routed to them.
 
 M rows, K in, N out, E experts; `ends` int32 [E]: the rows of expert e end at ends[e].
 """
@@ -11,63 +11,63 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rorqual.kernels import cpu
-from rorqual.kernels.lowbit import Packed, lowbit_linear
+from rorqual.kernels.quantized_linear import QuantizedWeight, quantized_linear
 from rorqual.processor import allows
 
-FEW = 256  # rows up to which oneDNN, which packs the weights each time, is slower
+MAX_COMPILED_ROWS = 256  # beyond, oneDNN is faster, which packs the weights at each call
 
 
-def linear(x: Tensor, weight: Tensor | Packed, bias: Tensor | None = None) -> Tensor:
-    """x [..., K], weight [N, K], bias [N] → [..., N]."""
-    if isinstance(weight, Packed):
-        return lowbit_linear(x, weight, bias)
+def linear(x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None = None) -> Tensor:
+    """x·weightᵀ + bias: x [..., K], weight [N, K], bias [N] → [..., N]."""
+    if isinstance(weight, QuantizedWeight):
+        return quantized_linear(x, weight, bias)
     fits = bias is None or (bias.shape == weight.shape[:1] and cpu.usable(x, bias))
-    if torch.is_grad_enabled() or not fits or not _usable(x, weight) or (rows := x[..., 0].numel()) > FEW:
+    if torch.is_grad_enabled() or not fits or not _usable(x, weight) or (rows := x[..., 0].numel()) > MAX_COMPILED_ROWS:
         return linear_reference(x, weight, bias)
     ends = torch.tensor([rows], dtype=torch.int32)
     out = _product(x.reshape(rows, x.shape[-1]), weight.unsqueeze(0), bias, ends)
     return out.view(*x.shape[:-1], len(weight))
 
 
-def any_shape(weight: Tensor | Packed, rows: int) -> bool:
-    """Whether products of so many rows with such weights cost no more in a shape that was not there before, as
-    oneDNN's in BF16 do: it compiles them, which takes longer than the product.
+def shapes_are_free(weight: Tensor | QuantizedWeight, rows: int) -> bool:
+    """Whether a product of a new shape costs no extra time. oneDNN compiles a kernel for every shape in BF16, which
+    takes longer than the product.
     """
-    if isinstance(weight, Packed):
+    if isinstance(weight, QuantizedWeight):
         return True
     compiles = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
-    return not compiles or (rows <= FEW and cpu.has_dot_products())
+    return not compiles or (rows <= MAX_COMPILED_ROWS and cpu.has_dot_products())
 
 
 def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-def grouped_linear(x: Tensor, weight: Tensor | Packed, ends: Tensor) -> Tensor:
+def grouped_linear(x: Tensor, weight: Tensor | QuantizedWeight, ends: Tensor) -> Tensor:
     """x [M, K] sorted by expert, weight [E, N, K] → [M, N]."""
-    if isinstance(weight, Packed):
-        return lowbit_linear(x, weight, ends=ends)
-    if not _groups(x, weight) or ends.shape != weight.shape[:1] or x.ndim != 2:
+    if isinstance(weight, QuantizedWeight):
+        return quantized_linear(x, weight, ends=ends)
+    if not _grouped_usable(x, weight) or ends.shape != weight.shape[:1] or x.ndim != 2:
         return grouped_linear_reference(x, weight, ends)
     return _Grouped.apply(x, weight, ends)
 
 
 def grouped_linear_reference(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     fits = ends.shape == weight.shape[:1]
-    if fits and any(size * weight.element_size() % 16 for size in weight.shape[1:]):  # which PyTorch's refuses
+    if fits and any(size * weight.element_size() % 16 for size in weight.shape[1:]):  # not supported by PyTorch's
         rows = x.tensor_split(ends[:-1].tolist())
         return torch.cat([part @ own.T for part, own in zip(rows, weight, strict=True)])
     return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
 
 
-def row_multiple(x: Tensor, weight: Tensor | Packed, mean_load: int) -> int:
-    """What to fill an expert's rows up to, where oneDNN makes the product (see any_shape): filling up made the experts
-    2.2 times faster at 512 rows each. Few rows have few shapes anyway.
+def row_multiple(x: Tensor, weight: Tensor | QuantizedWeight, mean_load: int) -> int:
+    """Multiple to pad an expert's rows to, where oneDNN multiplies (see shapes_are_free): padding made experts
+    2.2 times as fast at 512 rows each. Small loads have few shapes anyway.
     """
-    if isinstance(weight, Packed):
+    if isinstance(weight, QuantizedWeight):
         return 1
     slow = x.device.type == "cpu" and x.dtype == torch.bfloat16 and mean_load >= 128
-    return 32 if slow and not _groups(x, weight) else 1
+    return 32 if slow and not _grouped_usable(x, weight) else 1
 
 
 class _Grouped(torch.autograd.Function):
@@ -85,16 +85,18 @@ class _Grouped(torch.autograd.Function):
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
             grad_x = x.new_empty(x.shape)
-            cpu.call("product_backward", x.dtype, grad, N, weight, ends, E, N, K, grad_x)
+            cpu.call("grouped_gemm_backward_input", x.dtype, grad, N, weight, ends, E, N, K, grad_x)
         if ctx.needs_input_grad[1]:
             grad_weight = torch.empty_like(weight)
             pairs = x.new_empty(len(x) // 2 + E + 1, -(-N // 12) * 12, dtype=torch.float32)
-            cpu.call("product_backward_weights", x.dtype, grad, N, x, x.stride(0), ends, E, N, K, pairs, grad_weight)
+            cpu.call(
+                "grouped_gemm_backward_weight", x.dtype, grad, N, x, x.stride(0), ends, E, N, K, pairs, grad_weight
+            )
         return grad_x, grad_weight, None
 
 
 def _usable(x: Tensor, weight: Tensor) -> bool:
-    """Whether the compiled products (product.cpp) take these; they read weights once, as they lie."""
+    """Whether the compiled products (csrc/bf16_gemm.cpp) take these; they read weights once, without packing."""
     return (
         x.dtype == torch.bfloat16
         and cpu.usable(x, weight)
@@ -105,8 +107,8 @@ def _usable(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def _groups(x: Tensor, weight: Tensor) -> bool:
-    """Whether experts' products and derivatives do too; where there are matrix units, oneDNN, which has them, stays."""
+def _grouped_usable(x: Tensor, weight: Tensor) -> bool:
+    """Whether compiled grouped products and gradients are used; with AMX, oneDNN's, which use it, are faster."""
     units = torch.cpu._is_amx_tile_supported() and allows("amx")
     return _usable(x, weight) and weight.shape[-2] % 2 == 0 and not units
 
@@ -114,5 +116,5 @@ def _groups(x: Tensor, weight: Tensor) -> bool:
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, ends: Tensor) -> Tensor:
     E, N, K = weight.shape
     out = x.new_empty(len(x), N)
-    cpu.call("product", x.dtype, x, x.stride(0), weight, bias, ends, E, N, K, out)
+    cpu.call("grouped_gemm", x.dtype, x, x.stride(0), weight, bias, ends, E, N, K, out)
     return out

@@ -1,4 +1,4 @@
-"""Root-mean-square normalisation; compiled, both directions make one pass over x each."""
+"""RMS normalisation; compiled, forward and backward make one pass over x each."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from rorqual.kernels import cpu
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / √(mean(x²) + eps) · weight over the last dimension [..., D], computed in FP32, returned in x's dtype."""
     if not torch.is_grad_enabled():
-        weight = weight.float()  # of a network in BF16; a copy of one row
+        weight = weight.float()  # of a BF16 model; a copy of one row
     if cpu.usable(x) and weight.dtype == torch.float32 and weight.shape == x.shape[-1:]:
         return _RMSNorm.apply(x, weight, eps)
     return rms_norm_reference(x, weight, eps)

@@ -63,7 +63,7 @@ def _forward(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def _backward(grad: Tensor, gate: Tensor, up: Tensor, grad_gate: Tensor, grad_up: Tensor) -> None:
-    """Writes into the last two, whose rows must lie at one distance."""
+    """Writes grad_gate and grad_up, whose rows must have a constant stride."""
     (grad, g), (gate, a), (up, b) = cpu.rows(grad), cpu.rows(gate), cpu.rows(up)
     width, strides = gate.shape[-1], (cpu.rows(grad_gate)[1], cpu.rows(grad_up)[1])
     arguments = (grad, g, gate, a, up, b, grad.numel() // width, width, grad_gate, strides[0], grad_up, strides[1])

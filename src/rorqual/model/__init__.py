@@ -1,4 +1,4 @@
-"""The network, as the papers write it."""
+"""The model, written as in the DeepSeek papers."""
 
 from rorqual.model.config import ModelConfig
 from rorqual.model.transformer import Transformer

@@ -1,33 +1,33 @@
 """Attention: multi-head latent (V2 §2.1, V3 §2.1.1) and grouped-query.
 
 Shapes: B batch, T new tokens, S tokens attended to, H heads, G key/value heads, D hidden; C latent (kv_lora_rank),
-N / R query-key width without / with rotary embedding, V value width. A mask is bool [B, 1, T, S], true where a
-query may look, or several for sequences end to end (kernels/attention.py); None is causal. With a cache the new
-tokens of all sequences lie end to end, B = 1, and it says what each of them sees (past.py).
+N / R query-key width without / with rotary embedding, V value width. A mask is bool [B, 1, T, S], true where a query
+attends, or one for each of several packed sequences (kernels/dense_attention.py); None is causal. With a KV cache the
+new tokens of all sequences are concatenated, B = 1, and its views say what each attends to (kv_cache.py).
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rorqual.kernels.attention import Mask, attention
-from rorqual.kernels.past import grouped_attention, latent_attention
-from rorqual.kernels.rotate import rotate
+from rorqual.kernels.dense_attention import Mask, attention
+from rorqual.kernels.paged_attention import grouped_attention, latent_attention
+from rorqual.kernels.rotary import apply_rotary
 from rorqual.model.config import ModelConfig
+from rorqual.model.kv_cache import CacheView, DecodeView, KVCache
 from rorqual.model.layers import Linear, RMSNorm
-from rorqual.model.past import Cache, Past, Singles
 from rorqual.model.rope import softmax_scale
 
-LATENT_NORM_EPS = 1e-6  # the release's, whatever rms_norm_eps says
+LATENT_NORM_EPS = 1e-6  # as in the release, which ignores rms_norm_eps here
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
     """softmax(q·kᵀ·scale)·v for q [B, T, H, ·], k [B, S, G, ·] and v [B, S, G, V] → [B, T, H, V].
 
-    Without a mask the T queries are the last of the S places.
+    Without a mask the T queries are the last of the S positions.
     """
     width = v.shape[-1]
-    if width < q.shape[-1]:  # torch's fused CPU kernel wants equal widths; zero columns change nothing
+    if width < q.shape[-1]:  # torch's fused CPU kernel needs equal widths; zero columns change nothing
         v = F.pad(v, (0, q.shape[-1] - width))
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     T, S = q.shape[2], k.shape[2]
@@ -38,16 +38,18 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
     return out.transpose(1, 2)[..., :width]
 
 
-def end_to_end(parts: list[Tensor]) -> Tensor:
+def concatenate(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 class UpProjection(Linear):
-    """From latents to keys and values; decoding multiplies with its weight from both sides."""
+    """From latents to keys and values; the absorbed form multiplies with its weight directly."""
 
 
 class MultiHeadLatentAttention(nn.Module):
-    """Keys and values of all heads come from one latent of C numbers a token, which is all a cache must hold."""
+    """Keys and values of all heads are projected from one latent [C] a token; the KV cache holds it and the rotated
+    key [R] (V2 §2.1.2).
+    """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -67,40 +69,42 @@ class MultiHeadLatentAttention(nn.Module):
         self.kv_b_proj = UpProjection(self.C, self.H * (self.N + self.V), bias=False)
         self.o_proj = Linear(self.H * self.V, hidden, bias=bias)
 
-    def forward(self, x: Tensor, table: tuple[Tensor, Tensor], mask: Mask = None, cache: Cache | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, table: tuple[Tensor, Tensor], mask: Mask = None, cache: KVCache | None = None
+    ) -> Tensor:
         q = self.q_proj(x) if hasattr(self, "q_proj") else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
         q_nope, q_rope = q.unflatten(-1, (self.H, self.N + self.R)).split((self.N, self.R), dim=-1)
-        q_rope = rotate(q_rope, table, self.interleave)
+        q_rope = apply_rotary(q_rope, table, self.interleave)
         latent, k_rope = self.kv_a_proj_with_mqa(x).split((self.C, self.R), dim=-1)
         latent = self.kv_a_layernorm(latent)
-        k_rope = rotate(k_rope.unsqueeze(2), table, self.interleave).squeeze(2)
+        k_rope = apply_rotary(k_rope.unsqueeze(2), table, self.interleave).squeeze(2)
         if cache is None:
             heads = self.expanded(q_nope, q_rope, latent, k_rope, mask)
         else:
-            pasts = cache.append(self.layer, latent, k_rope)
-            heads = end_to_end([self.over(q_nope[:, p.tokens], q_rope[:, p.tokens], p) for p in pasts])
+            views = cache.append(self.layer, latent, k_rope)
+            heads = concatenate([self.attend_cached(q_nope[:, p.tokens], q_rope[:, p.tokens], p) for p in views])
         return self.o_proj(heads.flatten(2))
 
-    def over(self, q_nope: Tensor, q_rope: Tensor, past: Past) -> Tensor:
-        if isinstance(past, Singles):
-            return self.absorbed(q_nope[0], q_rope[0], past).unsqueeze(0)
-        return self.expanded(q_nope, q_rope, past.a, past.b, None)
+    def attend_cached(self, q_nope: Tensor, q_rope: Tensor, view: CacheView) -> Tensor:
+        if isinstance(view, DecodeView):
+            return self.absorbed(q_nope[0], q_rope[0], view).unsqueeze(0)
+        return self.expanded(q_nope, q_rope, view.a, view.b, None)
 
     def expanded(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, mask: Mask) -> Tensor:
-        """Training and prefill: every head's keys and values written out (V2 eq. 9–19) → [B, T, H, V]."""
+        """Training and prefill: keys and values of every head are computed (V2 eq. 9–19) → [B, T, H, V]."""
         k_nope, v = self.kv_b_proj(latent).unflatten(-1, (self.H, self.N + self.V)).split((self.N, self.V), dim=-1)
         k_rope = k_rope.unsqueeze(2).expand(-1, -1, self.H, -1)
         q, k = torch.cat([q_nope, q_rope], dim=-1), torch.cat([k_nope, k_rope], dim=-1)
         return attend(q, k, v, mask, self.scale)
 
-    def absorbed(self, q_nope: Tensor, q_rope: Tensor, past: Singles) -> Tensor:
-        """Decode: the up-projections move to the query and the output (V2 §2.1.2), so heads read latents alone.
+    def absorbed(self, q_nope: Tensor, q_rope: Tensor, view: DecodeView) -> Tensor:
+        """Decode: the up-projections are absorbed into query and output (V2 §2.1.2), so attention reads latents only.
 
         q_nope [n, H, N], q_rope [n, H, R], one token of each of n sequences → [n, H, V].
         """
         w_k, w_v = self.kv_b_proj.weight.view(self.H, self.N + self.V, self.C).split((self.N, self.V), dim=1)
         q_latent = torch.einsum("nhd,hdc->nhc", q_nope, w_k)
-        o_latent = latent_attention(q_latent, q_rope, past.a, past.b, past.tables, past.lengths, self.scale)
+        o_latent = latent_attention(q_latent, q_rope, view.a, view.b, view.tables, view.lengths, self.scale)
         return torch.einsum("nhc,hvc->nhv", o_latent, w_v)
 
 
@@ -118,18 +122,20 @@ class GroupedQueryAttention(nn.Module):
         self.v_proj = Linear(config.hidden_size, self.G * self.W, bias=bias)
         self.o_proj = Linear(self.H * self.W, config.hidden_size, bias=bias and config.model_type == "llama")
 
-    def forward(self, x: Tensor, table: tuple[Tensor, Tensor], mask: Mask = None, cache: Cache | None = None) -> Tensor:
-        q = rotate(self.q_proj(x).unflatten(-1, (self.H, self.W)), table, self.interleave)
-        k = rotate(self.k_proj(x).unflatten(-1, (self.G, self.W)), table, self.interleave)
+    def forward(
+        self, x: Tensor, table: tuple[Tensor, Tensor], mask: Mask = None, cache: KVCache | None = None
+    ) -> Tensor:
+        q = apply_rotary(self.q_proj(x).unflatten(-1, (self.H, self.W)), table, self.interleave)
+        k = apply_rotary(self.k_proj(x).unflatten(-1, (self.G, self.W)), table, self.interleave)
         v = self.v_proj(x).unflatten(-1, (self.G, self.W))
         if cache is None:
             heads = attend(q, k, v, mask, self.scale)
         else:
-            pasts = cache.append(self.layer, k, v)
-            heads = end_to_end([self.over(q[:, p.tokens], p) for p in pasts])
+            views = cache.append(self.layer, k, v)
+            heads = concatenate([self.attend_cached(q[:, p.tokens], p) for p in views])
         return self.o_proj(heads.reshape(*x.shape[:2], self.H * self.W))
 
-    def over(self, q: Tensor, past: Past) -> Tensor:
-        if isinstance(past, Singles):
-            return grouped_attention(q[0], past.a, past.b, past.tables, past.lengths, self.scale).unsqueeze(0)
-        return attend(q, past.a, past.b, None, self.scale)
+    def attend_cached(self, q: Tensor, view: CacheView) -> Tensor:
+        if isinstance(view, DecodeView):
+            return grouped_attention(q[0], view.a, view.b, view.tables, view.lengths, self.scale).unsqueeze(0)
+        return attend(q, view.a, view.b, None, self.scale)

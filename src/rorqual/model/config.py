@@ -1,7 +1,7 @@
-"""What a network is made of, in Hugging Face's own words (`config.json`).
+"""Model configuration, with the field names of Hugging Face's `config.json`.
 
 Supported architectures: deepseek_v3 (V3, R1), deepseek_v2 (V2, V2-Lite), qwen2 and llama (the
-R1-Distill family, SmolLM2). Field names are those of the releases.
+R1-Distill family, SmolLM2).
 """
 
 from dataclasses import asdict, dataclass, fields, replace
@@ -10,8 +10,8 @@ from types import NoneType, UnionType
 from typing import Any, get_args, get_origin
 
 from rorqual.errors import UserError
-from rorqual.model.files import check_directory, model_directory, read_json
-from rorqual.model.foreign import refuse_foreign, rope_of
+from rorqual.model.model_directory import check_directory, model_directory, read_json
+from rorqual.model.unsupported import check_supported, read_rope
 
 ARCHITECTURES = {
     "deepseek_v3": "DeepseekV3ForCausalLM",
@@ -19,14 +19,14 @@ ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
     "llama": "LlamaForCausalLM",
 }
-LARGEST, MOST = 1 << 31, 1e12  # what sizes are below; what other numbers are at most
-WORDS = {
+INT_LIMIT, MAX_NUMBER = 1 << 31, 1e12  # exclusive limit of sizes; maximum of other numbers
+TYPE_NAMES = {
     int: "a whole number ≥ 0", float: "a number ≥ 0", bool: "true or false", str: "text", dict: "an object",
     list: "a list of whole numbers", NoneType: "null",
 }  # fmt: skip
 MLA_FIELDS = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 MOE_FIELDS = ("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size")
-# Numbers above 0 without which a way of stretching the context cannot be computed, and those that may be left out.
+# Required fields of each rope_type, all above 0; and optional ones.
 ROPE_FIELDS = {
     "default": (),
     "linear": ("factor",),
@@ -34,13 +34,13 @@ ROPE_FIELDS = {
     "yarn": ("factor", "original_max_position_embeddings"),
 }
 ROPE_OPTIONS = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor")
-# Of a release with experts: left out, they would mean one thing here and another in the release's own code.
-EXPERTS_MUST_SAY = ("n_group", "topk_group", "norm_topk_prob", "routed_scaling_factor", "first_k_dense_replace")
+# Required in a release with experts: defaults here and in the release's own code differ.
+REQUIRED_WITH_EXPERTS = ("n_group", "topk_group", "norm_topk_prob", "routed_scaling_factor", "first_k_dense_replace")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes and choices of one network. Raises UserError when they cannot be built."""
+    """Sizes and options of one model. Raises UserError for invalid ones."""
 
     model_type: str
     vocab_size: int
@@ -87,7 +87,7 @@ class ModelConfig:
         for f in fields(self):
             value = getattr(self, f.name)
             if not _fits(value, f.type):
-                raise UserError(f"model.{f.name} = {value!r}: must be {_words(f.type)}")
+                raise UserError(f"model.{f.name} = {value!r}: must be {_type_name(f.type)}")
         if self.model_type not in ARCHITECTURES:
             raise UserError(
                 f"model_type {self.model_type!r} is not supported; choose one of {', '.join(ARCHITECTURES)}"
@@ -143,10 +143,10 @@ class ModelConfig:
         if not isinstance(kind, str) or kind not in ROPE_FIELDS:
             raise UserError(f"model.rope_scaling.rope_type = {kind!r}: must be one of {', '.join(ROPE_FIELDS)}")
         for name in ROPE_FIELDS[kind]:
-            if not _moderate(scaling.get(name)):
+            if not _is_positive(scaling.get(name)):
                 raise UserError(f"model.rope_scaling.{name} = {scaling.get(name)!r}: {kind} needs a number above 0")
         for name in ROPE_OPTIONS:
-            if scaling.get(name) not in (None, 0) and not _moderate(scaling[name]):
+            if scaling.get(name) not in (None, 0) and not _is_positive(scaling[name]):
                 raise UserError(f"model.rope_scaling.{name} = {scaling[name]!r}: must be a number ≥ 0")
         if scaling.get("attention_factor") == 0:
             raise UserError("model.rope_scaling.attention_factor = 0: must be above 0")
@@ -196,16 +196,16 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any], source: str = "config.json") -> "ModelConfig":
-        """Read a Hugging Face config. A null is as if the key were not there. Keys that do not shape the network are
-        passed over; of those that would shape it otherwise than we compute, UserError names one.
+        """Read a Hugging Face config. null counts as not given; keys without influence on the network are ignored.
+        Raises UserError, which names `source`, for keys whose value would need another network than this one.
         """
-        said, raw = raw, {name: value for name, value in raw.items() if value is not None}
+        raw_with_nulls, raw = raw, {name: value for name, value in raw.items() if value is not None}
         model_type = raw.get("model_type")
         if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
             raise UserError(
                 f"{source}: model_type {model_type!r} is not supported; choose one of {', '.join(ARCHITECTURES)}"
             )
-        raw |= rope_of(raw, source)
+        raw |= read_rope(raw, source)
         if model_type in ("qwen2",):
             raw["attention_bias"] = True
         if not model_type.startswith("deepseek"):
@@ -216,26 +216,24 @@ class ModelConfig:
             raise UserError(f"{source}: {required[0]} is missing")
         raw.setdefault("initializer_range", 0.02)
         names = {f.name for f in fields(cls)}
-        # Some releases write -1 for a token that there is not.
+        # Some releases write -1 for a token that does not exist.
         given = {k: v for k, v in raw.items() if k in names and not (k.endswith("_token_id") and v == -1)}
         try:
             config = cls(**given)
         except UserError as e:
             raise UserError(f"{source}: {e}") from None
-        refuse_foreign(said, config.num_hidden_layers, config.max_position_embeddings, source)
+        check_supported(raw_with_nulls, config.num_hidden_layers, config.max_position_embeddings, source)
         return config
 
     @classmethod
     def load(cls, directory: str | Path) -> "ModelConfig":
-        """What a model directory, or a run's folder for the model in it, says of its network. Raises UserError."""
+        """Read the config.json of a model directory, or of the model in a run's folder. Raises UserError."""
         check_directory(directory)
         path = model_directory(directory) / "config.json"
         raw = read_json(path)
         config = cls.from_dict(raw, str(path))
-        if missing := [n for n in EXPERTS_MUST_SAY if config.n_routed_experts and raw.get(n) is None]:
-            raise UserError(
-                f"{path}: {missing[0]} is missing, without which experts cannot be computed; restore the file"
-            )
+        if missing := [n for n in REQUIRED_WITH_EXPERTS if config.n_routed_experts and raw.get(n) is None]:
+            raise UserError(f"{path}: {missing[0]} is missing, which a mixture of experts needs; restore the file")
         return config
 
     def to_dict(self) -> dict[str, Any]:
@@ -244,7 +242,7 @@ class ModelConfig:
         out |= {k: v for k, v in asdict(self).items() if v is not None}
         out |= {"hidden_act": "silu", "use_cache": True}
         if self.is_mla:
-            out["q_lora_rank"] = self.q_lora_rank  # null has a meaning: queries without a low rank
+            out["q_lora_rank"] = self.q_lora_rank  # null is meaningful: queries without a low rank
         else:
             out.pop("rope_interleave")
         if not self.n_routed_experts:
@@ -254,24 +252,24 @@ class ModelConfig:
 
 
 def _fits(value: Any, kind: Any) -> bool:
-    """Whether a value may stand where a field is annotated `kind`."""
+    """Whether a value is valid for a field of type `kind`."""
     if isinstance(kind, UnionType):
         return any(_fits(value, k) for k in get_args(kind))
     if get_origin(kind) is list:
         return isinstance(value, list) and all(_fits(v, get_args(kind)[0]) for v in value)
     if kind is int:
-        return type(value) is int and 0 <= value < LARGEST
+        return type(value) is int and 0 <= value < INT_LIMIT
     if kind is float:
-        return type(value) in (int, float) and 0 <= value <= MOST
+        return type(value) in (int, float) and 0 <= value <= MAX_NUMBER
     return isinstance(value, get_origin(kind) or kind)
 
 
-def _moderate(value: Any) -> bool:
-    """A number above 0 whose logarithm and reciprocal can be had."""
-    return _fits(value, float) and value >= 1 / MOST
+def _is_positive(value: Any) -> bool:
+    """Whether a value is a number above 0 whose logarithm and reciprocal are finite."""
+    return _fits(value, float) and value >= 1 / MAX_NUMBER
 
 
-def _words(kind: Any) -> str:
+def _type_name(kind: Any) -> str:
     if isinstance(kind, UnionType):
-        return " or ".join(_words(k) for k in get_args(kind))
-    return WORDS[get_origin(kind) or kind]
+        return " or ".join(_type_name(k) for k in get_args(kind))
+    return TYPE_NAMES[get_origin(kind) or kind]

@@ -1,4 +1,4 @@
-"""The small parts every layer uses."""
+"""Building blocks of every layer."""
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +9,7 @@ from rorqual.kernels.swiglu import swiglu
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) · weight over the last dimension, in FP32 whatever comes in (Zhang & Sennrich 2019)."""
+    """x / rms(x) · weight over the last dimension, computed in FP32 (Zhang & Sennrich 2019)."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rorqual.kernels.linear import grouped_linear, row_multiple
-from rorqual.kernels.permute import arrange, combine, dispatch
+from rorqual.kernels.moe_permute import permute, sort_by_expert, unpermute
 from rorqual.kernels.swiglu import swiglu_joined
 from rorqual.model.config import ModelConfig
 from rorqual.model.layers import SwiGLU
@@ -19,14 +19,14 @@ from rorqual.model.layers import SwiGLU
 
 @dataclass
 class Routing:
-    """What one layer's router did in one forward pass."""
+    """Statistics of one layer's router in one forward pass."""
 
     load: Tensor  # [E] tokens sent to each expert
     sequence_loss: Tensor  # scalar: the sequence-wise balance loss of V3 eq. 17–20, before its weight α
 
 
 class Router(nn.Module):
-    """Chooses K experts a token and how much each counts."""
+    """Top-k gating: K experts a token and their weights (V3 eq. 12–16)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -43,14 +43,14 @@ class Router(nn.Module):
         logits = F.linear(x.float(), self.weight.float())
         scores = logits.sigmoid() if self.scoring == "sigmoid" else logits.softmax(-1)
         with torch.no_grad():
-            chosen = self._choose(scores).topk(self.K, dim=-1, sorted=False).indices
+            chosen = self._selection_scores(scores).topk(self.K, dim=-1, sorted=False).indices
         weights = scores.gather(1, chosen)
         if self.normalise:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         return weights * self.factor, chosen, scores
 
-    def _choose(self, scores: Tensor) -> Tensor:
-        """Scores for choosing only: with the correction bias, and zero or -inf outside the best groups."""
+    def _selection_scores(self, scores: Tensor) -> Tensor:
+        """Scores for the choice only: with the correction bias, and zero or -inf outside the best groups."""
         biased = self.method == "noaux_tc"
         if biased:
             scores = scores + self.e_score_correction_bias  # V3 eq. 16: the bias never touches the weights
@@ -63,7 +63,7 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """E SwiGLU networks, stacked so that one grouped product does them all."""
+    """E SwiGLU networks, stacked for grouped matmuls."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -78,21 +78,21 @@ class Experts(nn.Module):
 
 
 class TokenDispatcher(Protocol):
-    """Brings tokens to their experts and back; expert parallelism puts another in its place."""
+    """Dispatches tokens to their experts and combines the outputs; replaced for expert parallelism."""
 
     def __call__(self, experts: Experts, x: Tensor, weights: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
 class LocalDispatcher:
-    """All experts are here: sort the tokens by expert, run the grouped products, sort back and add up."""
+    """All experts are local: permute tokens by expert, run grouped matmuls, unpermute and sum."""
 
     @torch.compiler.disable  # shapes depend on the routing
     def __call__(self, experts: Experts, x: Tensor, weights: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
         """→ output [N, D] and load [E]."""
         K, E = chosen.shape[1], len(experts.down_proj)
-        arrangement = arrange(chosen, E, row_multiple(x, experts.gate_up_proj, chosen.numel() // E))
-        y = experts(dispatch(x, arrangement, K), arrangement.ends)
-        return combine(y, weights, arrangement), arrangement.load
+        permutation = sort_by_expert(chosen, E, row_multiple(x, experts.gate_up_proj, chosen.numel() // E))
+        y = experts(permute(x, permutation, K), permutation.ends)
+        return unpermute(y, weights, permutation), permutation.load
 
 
 class MixtureOfExperts(nn.Module):

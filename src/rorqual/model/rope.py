@@ -1,4 +1,4 @@
-"""The angles of rotary position embedding (RoFormer), with the releases' ways of stretching them.
+"""Frequencies of rotary position embedding (RoFormer, 2104.09864), with the releases' context extension methods.
 
 B batch, T tokens, F frequencies: half the rotary width.
 """
@@ -13,12 +13,12 @@ from rorqual.model.config import ModelConfig
 
 
 def yarn_mscale(factor: float, mscale: float) -> float:
-    """Temperature that YaRN gives attention at a context stretched `factor` times (V3 §4.3: 0.1·ln s + 1)."""
+    """YaRN's attention temperature for a context extended `factor` times (V3 §4.3: 0.1·ln s + 1)."""
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
 def rope_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
-    """Frequencies [F] in radians a token, and the factor by which cos and sin are multiplied."""
+    """Frequencies [F] in radians a token, and the factor of cos and sin. Raises UserError for an unknown rope_type."""
     width = config.qk_rope_head_dim if config.is_mla else config.head_dim
     exponents = torch.arange(0, width, 2, dtype=torch.float32, device="cpu") / width
     frequencies = 1.0 / config.rope_theta**exponents
@@ -71,7 +71,7 @@ def _yarn(frequencies: Tensor, theta: float, s: dict) -> tuple[Tensor, float]:
 
 
 def _llama3(frequencies: Tensor, s: dict) -> Tensor:
-    """Llama 3.1's stretching, which R1-Distill-Llama inherits: long waves divided, short kept, a blend between."""
+    """Llama 3.1's scaling, also R1-Distill-Llama's: low frequencies divided, high ones kept, a blend between."""
     factor, low, high = s["factor"], s["low_freq_factor"], s["high_freq_factor"]
     turns = s["original_max_position_embeddings"] * frequencies / (2 * math.pi)
     blend = ((turns - low) / (high - low)).clamp(0, 1)

@@ -1,4 +1,4 @@
-"""The network: embedding, layers, norm, head, and the multi-token modules (V3 §2).
+"""The transformer: embedding, layers, norm, head, and multi-token prediction modules (V3 §2).
 
 B batch, T tokens, D hidden, V vocabulary.
 """
@@ -6,14 +6,14 @@ B batch, T tokens, D hidden, V vocabulary.
 import torch
 from torch import Tensor, nn
 
-from rorqual.kernels.attention import Mask
+from rorqual.kernels.dense_attention import Mask
 from rorqual.kernels.linear import linear
 from rorqual.model.attention import GroupedQueryAttention, MultiHeadLatentAttention
 from rorqual.model.config import ModelConfig
+from rorqual.model.kv_cache import KVCache
 from rorqual.model.layers import Linear, RMSNorm, SwiGLU
 from rorqual.model.moe import MixtureOfExperts, Routing
-from rorqual.model.past import Cache
-from rorqual.model.released import Released
+from rorqual.model.release_settings import ReleaseSettings
 from rorqual.model.rope import rope_frequencies, rope_table
 
 Table = tuple[Tensor, Tensor]
@@ -34,7 +34,7 @@ class Layer(nn.Module):
             self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, config.mlp_bias)
 
     def forward(
-        self, x: Tensor, table: Table, mask: Mask, cache: Cache | None, routing: list[Routing] | None
+        self, x: Tensor, table: Table, mask: Mask, cache: KVCache | None, routing: list[Routing] | None
     ) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), table, mask, cache)
         h = self.post_attention_layernorm(x)
@@ -42,7 +42,7 @@ class Layer(nn.Module):
 
 
 class MultiTokenModule(Layer):
-    """Predicts one token further: the previous depth's state and the next token's embedding (V3 eq. 21–23).
+    """Predicts one token further, from the previous depth's hidden state and the next token's embedding (V3 eq. 21–23).
 
     Embedding and head are the main model's; `shared_head.norm` is its own, as in the release.
     """
@@ -55,7 +55,7 @@ class MultiTokenModule(Layer):
         self.shared_head = nn.ModuleDict({"norm": RMSNorm(config.hidden_size, config.rms_norm_eps)})
 
     def forward(  # type: ignore[override]
-        self, h: Tensor, embedded: Tensor, table: Table, mask: Mask, cache: Cache | None,
+        self, h: Tensor, embedded: Tensor, table: Table, mask: Mask, cache: KVCache | None,
         routing: list[Routing] | None,
     ) -> Tensor:  # fmt: skip
         x = self.eh_proj(torch.cat([self.enorm(embedded), self.hnorm(h)], dim=-1))
@@ -63,14 +63,14 @@ class MultiTokenModule(Layer):
 
 
 class Decoder(nn.Module):
-    """What the releases call `model`: all but the output head."""
+    """All but the output head; `model` in the releases."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        depth, ahead = config.num_hidden_layers, config.num_nextn_predict_layers
+        depth, mtp_depth = config.num_hidden_layers, config.num_nextn_predict_layers
         self.layers = nn.ModuleList(
-            [Layer(config, i) for i in range(depth)] + [MultiTokenModule(config, depth + k) for k in range(ahead)]
+            [Layer(config, i) for i in range(depth)] + [MultiTokenModule(config, depth + k) for k in range(mtp_depth)]
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -78,12 +78,12 @@ class Decoder(nn.Module):
 class Transformer(nn.Module):
     """A causal language model. Parameters are named as in the releases, routed experts stacked per layer.
 
-    `released`: what its release says of its use, which goes where the network goes.
+    `released`: the settings of its release.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.config, self.released = config, Released.of(config)
+        self.config, self.released = config, ReleaseSettings.of(config)
         self.model = Decoder(config)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -106,7 +106,7 @@ class Transformer(nn.Module):
         return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
     def moe_layers(self) -> list[MixtureOfExperts]:
-        """Mixture-of-experts layers in the order in which `routing` fills."""
+        """Mixture-of-experts layers in the order of `routing`."""
         return [layer.mlp for layer in self.model.layers if isinstance(layer.mlp, MixtureOfExperts)]
 
     def forward(
@@ -114,25 +114,25 @@ class Transformer(nn.Module):
         tokens: Tensor,
         positions: Tensor | None = None,
         mask: Mask = None,
-        cache: Cache | None = None,
+        cache: KVCache | None = None,
         routing: list[Routing] | None = None,
     ) -> Tensor:
         """tokens [B, T] → hidden states after the last norm [B, T, D].
 
-        positions [B, T] default to 0…T-1; mask bool [B, 1, T, S], true where a token may look (or several, see
-        kernels/attention.py), defaults to causal; `routing` collects one entry a mixture-of-experts layer.
+        positions [B, T] default to 0…T-1; mask bool [B, 1, T, S], true where a token attends (or several, see
+        kernels/dense_attention.py), defaults to causal; `routing` collects one entry a mixture-of-experts layer.
         """
         x = self.model.embed_tokens(tokens)
-        table = self._table(tokens, positions, x.dtype)
+        table = self._rope_table(tokens, positions, x.dtype)
         for layer in self.model.layers[: self.config.num_hidden_layers]:
             x = layer(x, table, mask, cache, routing)
         return self.model.norm(x)
 
-    def logits(self, tokens: Tensor, **inputs: Tensor | Cache | None) -> Tensor:
+    def logits(self, tokens: Tensor, **inputs: Tensor | KVCache | None) -> Tensor:
         """tokens [B, T] → [B, T, V]; takes forward's arguments."""
         return linear(self(tokens, **inputs), self.head_weight)
 
-    def predict_ahead(
+    def mtp_hidden_states(
         self,
         hidden: Tensor,
         tokens: Tensor,
@@ -144,7 +144,7 @@ class Transformer(nn.Module):
 
         The last k+1 positions of depth k lack their input token and must carry no loss.
         """
-        table = self._table(tokens, positions, hidden.dtype)
+        table = self._rope_table(tokens, positions, hidden.dtype)
         states = []
         for module in self.model.layers[self.config.num_hidden_layers :]:
             tokens = tokens.roll(-1, dims=1)
@@ -152,21 +152,21 @@ class Transformer(nn.Module):
             states.append(hidden)
         return states
 
-    def ahead(self, hidden: Tensor, following: Tensor, positions: Tensor, cache: Cache) -> Tensor:
-        """The first multi-token module over a cache: hidden [1, N, D] and the token after each [1, N] → states
-        [1, N, D] that predict the one after that. The module's layer is the cache's num_hidden_layers-th.
+    def mtp_forward(self, hidden: Tensor, following: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
+        """The first multi-token module with a KV cache: hidden [1, N, D] and the token after each [1, N] → hidden
+        states [1, N, D] that predict the token after that. Its layer index in the cache is num_hidden_layers.
         """
         module = self.model.layers[self.config.num_hidden_layers]
         return module(
             hidden,
             self.model.embed_tokens(following),
-            self._table(following, positions, hidden.dtype),
+            self._rope_table(following, positions, hidden.dtype),
             None,
             cache,
             None,
         )
 
-    def _table(self, tokens: Tensor, positions: Tensor | None, dtype: torch.dtype) -> Table:
+    def _rope_table(self, tokens: Tensor, positions: Tensor | None, dtype: torch.dtype) -> Table:
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0)
         frequencies, factor = self.rope

@@ -1,1 +1,1 @@
-"""What a run costs: parameters, FLOPs, memory and time, before it and after."""
+"""The cost of a run: parameters, FLOPs, memory and time, predicted and measured."""

@@ -1,6 +1,6 @@
-"""What a network costs: parameters, FLOPs a token, memory in training. All computed from its sizes alone.
+"""Parameters, FLOPs per token and training memory of a model, computed from its sizes.
 
-Multi-token modules are counted apart, as the releases do (V3: 671 B, and 14 B for the module, 685 B on disk).
+MTP modules are counted separately, as in the releases (V3: 671 B, plus 14 B for the module, 685 B on disk).
 """
 
 from dataclasses import asdict, dataclass
@@ -9,10 +9,10 @@ from rorqual.model.config import ModelConfig
 
 
 def parameters(config: ModelConfig) -> tuple[int, int]:
-    """(total, active per token), without multi-token modules.
+    """(total, active per token), without MTP modules.
 
-    Active are the weights a token is multiplied with: its experts and the head, not the embedding it looks up.
-    So counted V3 has 671.0 B and 36.6 B, V2 235.7 B and 20.9 B, V2-Lite 15.7 B and 2.5 B (published: 671 and 37,
+    Active are the weights that a token is multiplied with: its experts and the head, not the embedding lookup.
+    V3 then has 671.0 B and 36.6 B, V2 235.7 B and 20.9 B, V2-Lite 15.7 B and 2.5 B (published: 671 and 37,
     236 and 21, 15.7 and 2.4).
     """
     table = config.vocab_size * config.hidden_size
@@ -24,17 +24,17 @@ def parameters(config: ModelConfig) -> tuple[int, int]:
 
 
 def mtp_parameters(config: ModelConfig) -> int:
-    """Parameters the multi-token modules add to memory; embedding and head are shared (V3 §2.2)."""
+    """Additional parameters of the MTP modules; embedding and head are shared (V3 §2.2)."""
     moe = config.is_moe_layer(config.num_hidden_layers)
     return config.num_nextn_predict_layers * (_layer(config, moe)[0] + _mtp_extra(config))
 
 
 def flops_per_token(config: ModelConfig, sequence_length: int, training: bool = True) -> float:
-    """FLOPs a token of a sequence of this length, multi-token modules left out: 2 a multiplied weight and token,
-    plus causal attention over half the sequence on average; training costs three forward passes.
+    """FLOPs per token of a sequence of this length, without MTP modules.
 
-    At 4096 tokens, beside HW table 2: V3 250.5 (250), V2 155.3 (155), LLaMA-3.1-405B 2473 (2448), Qwen2.5-72B 445
-    (394, which is less than 6 FLOPs a parameter make by themselves) GFLOP.
+    2 per active weight, plus causal attention over half the sequence on average; training costs three forward passes.
+    GFLOP at 4096 tokens (and HW table 2): V3 250.5 (250), V2 155.3 (155), LLaMA-3.1-405B 2473 (2448), Qwen2.5-72B 445
+    (394, which is below 6 FLOPs per parameter).
     """
     head = config.vocab_size * config.hidden_size
     forward = 2.0 * head
@@ -44,7 +44,7 @@ def flops_per_token(config: ModelConfig, sequence_length: int, training: bool = 
 
 
 def mtp_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
-    """What the multi-token modules add to a training token: a layer, a projection and the head again, each depth."""
+    """Additional training FLOPs per token of the MTP modules: a layer, a projection and the head at each depth."""
     moe = config.is_moe_layer(config.num_hidden_layers)
     each = _layer_flops(config, moe, sequence_length)
     each += 2.0 * config.hidden_size * (2 * config.hidden_size + config.vocab_size)
@@ -53,7 +53,7 @@ def mtp_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes in training, by what they hold."""
+    """Training memory in bytes, by use."""
 
     weights: int
     masters: int
@@ -76,9 +76,9 @@ def memory(
     optimizer: str = "adamw",
     ema: bool = False,
 ) -> Memory:
-    """Memory of training with `tokens` in a forward pass, activations kept for the backward.
+    """Memory of training with `tokens` per forward pass, with activations kept for the backward pass.
 
-    Gradients, moments and masters are FP32; Muon keeps one moment of hidden matrices, AdamW two of everything.
+    Gradients, moments and masters are FP32; Muon has one moment for hidden matrices, AdamW two for all parameters.
     """
     count = parameters(config)[0] + mtp_parameters(config)
     size = 2 if dtype == "bfloat16" else 4
@@ -94,7 +94,7 @@ def memory(
         moments=8 * count if optimizer == "adamw" else 8 * outside + 4 * (count - outside),
         ema=4 * count if ema else 0,
         activations=tokens * kept,
-        # A chunk of logits with its softmax, and the head's gradient in FP32 (kernels/cross_entropy.py).
+        # One chunk of logits with its softmax, and the head's FP32 gradient (kernels/cross_entropy.py).
         loss=3 * min(64 << 20, 4 * tokens * config.vocab_size) + 4 * head + tokens * config.hidden_size * size,
     )
 
@@ -123,7 +123,7 @@ def _attention(config: ModelConfig) -> int:
 
 
 def _feed_forward(config: ModelConfig, moe: bool) -> tuple[int, int]:
-    """(stored, used by a token)."""
+    """Parameters (stored, active per token)."""
     D = config.hidden_size
     if not moe:
         width = config.intermediate_size
@@ -154,7 +154,7 @@ def _layer_flops(config: ModelConfig, moe: bool, sequence_length: int) -> float:
 
 
 def _activations(config: ModelConfig, moe: bool, size: int) -> int:
-    """Bytes a token leaves in a layer until the backward pass."""
+    """Activation bytes per token that a layer keeps for the backward pass."""
     D, H = config.hidden_size, config.num_attention_heads
     norms = 2 * D * (4 + size)  # input in FP32 and output, both norms
     if config.is_mla:

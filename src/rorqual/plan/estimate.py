@@ -1,24 +1,26 @@
-"""What a training recipe will take on this machine, before it starts."""
+"""Predict the cost of a training recipe on this machine."""
 
 from dataclasses import asdict
 from typing import Any
 
 import torch
 
-from rorqual.kernels.machine import compute_dtype, dtype_name
+from rorqual.kernels.dtypes import compute_dtype, dtype_name
 from rorqual.model.config import ModelConfig
 from rorqual.plan.cost import flops_per_token, memory, mtp_flops_per_token, mtp_parameters, parameters
-from rorqual.plan.machine import describe_machine, matrix_peak, memory_total
+from rorqual.plan.hardware import describe_machine, matrix_peak, memory_total
 from rorqual.recipe import PretrainRecipe, SFTRecipe
 
-# Share of the measured matrix peak that training is expected to reach; one core of a busy EPYC gave 0.30–0.46 in
-# float32 and 0.17 in bfloat16 at hidden sizes 64–256.
+# Expected fraction of the measured matmul peak in training; one core of a busy EPYC reached 0.30–0.46 in float32 and
+# 0.17 in bfloat16 at hidden sizes 64–256.
 UTILISATION = {torch.float32: 0.4, torch.bfloat16: 0.2}
 
 
 def predict(config: ModelConfig, recipe: PretrainRecipe | SFTRecipe, rows: int | None = None) -> dict[str, Any]:
-    """Parameters, FLOPs, bytes and seconds of a run. `rows` in an epoch of data; unknown until it is packed, and then
-    what follows from it (tokens, flops, seconds) is None where the run's length is given in epochs.
+    """Parameters, FLOPs, bytes and seconds of a run.
+
+    rows: in an epoch of packed data; None (not packed yet): tokens, flops and seconds are None where the run's length
+    is given in epochs.
     """
     section, length = recipe.train, recipe.data.sequence_length
     total, active = parameters(config)
@@ -63,12 +65,12 @@ def predict(config: ModelConfig, recipe: PretrainRecipe | SFTRecipe, rows: int |
 
 
 def plan_text(plan: dict[str, Any]) -> str:
-    """The plan for people to read."""
+    """The plan as text."""
     needed = {name: size for name, size in plan["memory"].items() if size and name != "total"}
     parts = ", ".join(f"{name} {_number(size, 'B')}" for name, size in needed.items())
     lines = [
-        f"parameters   {_number(plan['parameters_total'])} in all, {_number(plan['parameters_active'])} active a token",
-        f"compute      {_number(plan['flops_per_token'], 'FLOP')} a training token",
+        f"parameters   {_number(plan['parameters_total'])}, {_number(plan['parameters_active'])} active per token",
+        f"compute      {_number(plan['flops_per_token'], 'FLOP')} per training token",
         f"memory       {_number(plan['memory']['total'], 'B')} of {_number(plan['memory_machine'], 'B')} ({parts})",
     ]
     if plan["parameters_mtp"]:
@@ -76,7 +78,7 @@ def plan_text(plan: dict[str, Any]) -> str:
     peak = _number(plan["matrix_peak_flops"], "FLOP/s")
     speed = f"{_number(plan['tokens_per_second'])} tokens/s at {plan['utilisation']:.0%} of {peak}"
     if plan["tokens"] is None:
-        lines.append(f"time         {speed}; the corpus, and so the length of an epoch, is known once it is packed")
+        lines.append(f"time         {speed}; the length of an epoch is known once the data is packed")
     else:
         lines.append(f"run          {_number(plan['tokens'])} tokens, {_number(plan['flops'], 'FLOP')}")
         lines.append(f"time         about {_duration(plan['seconds'])}: {speed}")

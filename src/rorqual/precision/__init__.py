@@ -1,1 +1,1 @@
-"""How few bits a number needs."""
+"""Quantisation: rounding of weights, SmoothQuant, quantised checkpoints."""

@@ -1,4 +1,4 @@
-"""What is drawn: every picture with its title and the sentence that says what to look for."""
+"""The figures of a report, each with a title and a caption."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,13 +6,13 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 
-from rorqual.report.draw import THEMES, Theme, errorbars, grouped_bars, lines, save
-from rorqual.report.record import Part, Run, is_number
+from rorqual.report.charts import THEMES, Theme, errorbars, grouped_bars, lines, save
+from rorqual.report.run_record import Part, Run, is_number
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A drawn figure; light and dark are PNG files. `part` is the part of the run it belongs to, None: the whole."""
+    """A drawn figure; light and dark: PNG files; part: name of the `Part` it belongs to, None: the whole run."""
 
     part: str | None
     title: str
@@ -23,7 +23,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Curve:
-    """Metrics against steps. `keys`: metric → label; `prefix`: also every metric that begins so; `scale`: factor."""
+    """Metrics by step. `keys`: metric → label; `prefix`: also all metrics with this prefix; `scale`: factor."""
 
     name: str
     title: str
@@ -33,131 +33,134 @@ class Curve:
     prefix: str = ""
     scale: float = 1.0
     smooth: bool = True
-    from_zero: bool = True  # where the distance from zero means something
+    from_zero: bool = True  # whether the axis starts at zero
 
 
-SHARE = 100.0
+PERCENT = 100.0
 CURVES = (
     Curve(
         "dev",
         "Accuracy on the development set",
-        "pass@1 on problems kept apart from training, measured during the run. It should rise and stay up; a late "
-        "fall means that the policy went astray.",
-        "pass@1, %", prefix="eval_", scale=SHARE, smooth=False,
+        "pass@1 on held-out problems during the run. It should rise and stay up; a late fall means that the policy "
+        "has diverged.",
+        "pass@1, %", prefix="eval_", scale=PERCENT, smooth=False,
     ),
     Curve(
         "reward",
         "Reward by part",
-        "Mean over all answers of a step. Look for accuracy rising; if only the format rises, the model learnt the "
-        "form and not the task.",
+        "Mean over all answers of a step. Accuracy should rise; if only the format rises, the model learned the "
+        "format and not the task.",
         "mean reward", keys=(("reward", "total"),), prefix="reward_", from_zero=False,
     ),
     Curve(
         "length",
         "Length of answers",
-        "Tokens an answer. It grows where thinking longer pays; growth up to the allowed length with accuracy flat "
-        "is padding.",
+        "Tokens per answer. It grows where longer thinking helps; growth up to max_tokens at flat accuracy is "
+        "padding.",
         "tokens", keys=(("length", "length"),),
     ),
     Curve(
         "entropy",
         "Entropy of the policy",
-        "How undecided the model is at each token. A slow fall is learning; a collapse to zero ends exploration.",
-        "nats a token", keys=(("entropy", "entropy"),), from_zero=False,
+        "Per token. A slow fall is learning; a collapse to zero ends exploration.",
+        "nats per token", keys=(("entropy", "entropy"),), from_zero=False,
     ),
     Curve(
         "verdicts",
-        "Its own verdicts",
-        "How often the model calls its last candidate right (✓) and how often that is true. The second line falling "
-        "while the first rises means that it learns to claim.",
-        "%", keys=(("claimed", "says ✓"), ("verdict_precision", "✓ is right")), scale=SHARE,
+        "Self-verification",
+        "How often the model marks its last candidate correct (✓), and the precision of that. Falling precision with "
+        "more marks means that it learns to mark wrong answers.",
+        "%", keys=(("claimed", "self-verified"), ("verdict_precision", "verifier precision")), scale=PERCENT,
     ),
     Curve(
         "signal",
-        "Where there is nothing to learn",
-        "Flat groups have the same reward for every answer and give no gradient; truncated answers ran out of room; "
-        "clipped tokens moved too far in one update. All three should stay low.",
+        "Samples without gradient",
+        "Zero-std groups have the same reward for all answers and give no gradient; truncated answers reached "
+        "max_tokens; clipped tokens moved too far in one update. All three should stay low.",
         "%",
-        keys=(("flat_groups", "flat groups"), ("truncated", "truncated"), ("clip_share", "clipped tokens")),
-        scale=SHARE,
+        keys=(
+            ("zero_std_groups", "zero-std groups"), ("truncated", "truncated"),
+            ("clip_fraction", "clipped tokens"),
+        ),
+        scale=PERCENT,
     ),
     Curve(
         "kl",
         "Distance from the reference model",
-        "KL divergence a token. It rises as the model changes; a sudden jump is a warning.",
-        "nats a token", keys=(("kl", "KL"),),
+        "KL divergence per token. It rises as the model changes; a sudden jump is a warning.",
+        "nats per token", keys=(("kl", "KL"),),
     ),
     Curve(
         "loss",
         "Loss",
-        "Cross-entropy a token in training, and of the token after next where the network predicts it too. It falls "
-        "fast, then slowly; a spike that stays is trouble.",
-        "nats a token", keys=(("loss", "next token"), ("mtp_loss", "token after next")), from_zero=False,
+        "Training cross-entropy per token, and of the token after next (MTP) where the model predicts it. It falls "
+        "fast, then slowly; a lasting spike means divergence.",
+        "nats per token", keys=(("loss", "next token"), ("mtp_loss", "token after next (MTP)")), from_zero=False,
     ),
     Curve(
         "bits-per-byte",
         "Held-out bits per byte",
-        "The same on text never trained on, independent of the tokenizer. Rising while the loss falls means "
-        "learning by heart.",
-        "bits a byte", keys=(("valid_bpb", "held out"),), smooth=False, from_zero=False,
+        "Cross-entropy on held-out text, independent of the tokenizer. Rising while the training loss falls means "
+        "overfitting.",
+        "bits per byte", keys=(("valid_bpb", "held out"),), smooth=False, from_zero=False,
     ),
     Curve(
         "maxvio",
-        "Balance of the experts, by layer",
-        "MaxVio: load of the busiest expert over the mean, minus 1, in each layer that has experts. Bias balancing "
-        "should bring every layer near 0 and keep it there.",
+        "Expert load balance by layer",
+        "MaxVio: load of the busiest expert over the mean, minus 1, in each MoE layer. Bias balancing should bring "
+        "every layer near 0 and keep it there.",
         "MaxVio", prefix="max_vio_per_layer",
     ),
     Curve(
         "lr",
         "Learning rate",
-        "As the schedule set it, for reading the other curves.",
+        "As set by the schedule, to read the other curves.",
         "rate", keys=(("lr", "learning rate"),), smooth=False,
     ),
     Curve(
         "grad-norm",
         "Gradient norm",
-        "Before clipping. Calm is good; growth without end comes before divergence.",
+        "Before clipping. It should be steady; unbounded growth precedes divergence.",
         "norm", keys=(("grad_norm", "gradient norm"),),
     ),
     Curve(
         "speed",
         "Speed",
-        "Thousand tokens a second in training and in generation. A sag means that something else used the machine.",
+        "Thousand tokens per second in training and in generation. A dip means that another program used the machine.",
         "thousand tokens/s",
         keys=(("tokens_per_second", "training"), ("rollout_tokens_per_second", "generation")), scale=1e-3,
     ),
     Curve(
         "utilisation",
         "Utilisation",
-        "Floating-point operations done over what this machine's matrix product reaches. Higher is better.",
-        "% of the measured peak", keys=(("utilisation", "utilisation"),), scale=SHARE,
+        "FLOP/s over the measured matmul peak of this machine. Higher is better.",
+        "% of the measured peak", keys=(("utilisation", "utilisation"),), scale=PERCENT,
     ),
 )  # fmt: skip
 
 
 def draw_all(run: Run, folder: Path) -> list[Picture]:
-    """Draw what the run has data for, each in a light and a dark version (NAME.png, NAME-dark.png)."""
+    """Draw the figures that the run has data for, each in a light and a dark version (NAME.png, NAME-dark.png)."""
     folder.mkdir(exist_ok=True)
     pictures = []
     plans: list[tuple[str | None, str, str, str, Callable[[Axes, Theme], bool]]] = [
         (None, "stages", "Accuracy by stage",
          "pass@1 on held-out problems after each stage, with 95 % intervals. Intervals that do not overlap mark a "
          "real gain.", lambda axes, theme: _stages(run, axes, theme)),
-        (None, "thinking", "Accuracy against thinking length",
-         "The finished model with its thinking closed by force after so many tokens. A rising curve means that "
-         "thinking pays; where it is flat, more thinking is wasted.", lambda axes, theme: _thinking(run, axes, theme)),
+        (None, "thinking", "Accuracy by thinking budget",
+         "The final model, with `</think>` forced after N thinking tokens. A rising curve means that longer thinking "
+         "helps; where it is flat, it does not.", lambda axes, theme: _thinking(run, axes, theme)),
         (None, "difficulty", "Accuracy by difficulty",
-         "The finished model, easy to hard. A steep fall shows where it stops understanding and starts guessing.",
+         "The final model, from easy to hard problems.",
          lambda axes, theme: _difficulty(run, axes, theme)),
     ]  # fmt: skip
     for part in run.parts:
         prefix = part.name.replace("/", "-") + "-" if part.name else ""
         plans += [(part.name, prefix + curve.name, curve.title, curve.caption, _curve(part, curve)) for curve in CURVES]
-    for belongs, name, title, caption, plot in plans:
+    for owner, name, title, caption, plot in plans:
         files = [folder / f"{name}{suffix}.png" for suffix in ("", "-dark")]
         if all(save(plot, theme, file) for theme, file in zip(THEMES, files, strict=True)):
-            pictures.append(Picture(belongs, title, caption, *files))
+            pictures.append(Picture(owner, title, caption, *files))
     return pictures
 
 
@@ -219,7 +222,7 @@ def _thinking(run: Run, axes: Axes, theme: Theme) -> bool:
     if not curves:
         return False
     errorbars(axes, theme, curves)
-    axes.set_xlabel("tokens allowed for thinking")
+    axes.set_xlabel("thinking budget, tokens")
     axes.set_ylabel("pass@1, %")
     return True
 
@@ -245,4 +248,4 @@ def _point(result: dict) -> tuple[float, float, float]:
     """pass@1 and its interval in percent."""
     value = result["pass_at_1"]
     low, high = result.get("interval") or (value, value)
-    return SHARE * value, SHARE * low, SHARE * high
+    return PERCENT * value, PERCENT * low, PERCENT * high

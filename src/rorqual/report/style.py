@@ -1,4 +1,4 @@
-"""The page's style: one column on a phone, light or dark as the reader's system is."""
+"""The page's style sheet: one column on a phone; light or dark as the system setting."""
 
 STYLE = """
 :root {

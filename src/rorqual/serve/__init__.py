@@ -1,1 +1,5 @@
-"""A model behind the API that tools already speak, and a page to talk to it."""
+"""An OpenAI-compatible server, with a chat page."""
+
+from rorqual.extras import require
+
+require("serve", "fastapi", "uvicorn", "prometheus_client")

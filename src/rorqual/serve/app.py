@@ -1,4 +1,4 @@
-"""The routes. A request goes: guard → checked body → prompt tokens → Worker.open → pieces → answer or chunks."""
+"""The routes: AuthMiddleware → body checked → prompt tokens → EngineThread.open → deltas → response or chunks."""
 
 import contextlib
 import json
@@ -14,14 +14,13 @@ from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
-from rorqual.data.tools import JSON
+from rorqual.data.tool_formats import JSON
 from rorqual.engine import SamplingParams
-from rorqual.serve import shapes
-from rorqual.serve.answers import ChatChoice, Head, TextChoice, Usage
-from rorqual.serve.aside import aside, kind_of
-from rorqual.serve.body import JsonRoute
-from rorqual.serve.errors import ApiError, on_api_error, on_bug, on_http
-from rorqual.serve.guard import Guard
+from rorqual.serve import schemas
+from rorqual.serve.api_errors import ApiError, on_api_error, on_bug, on_http
+from rorqual.serve.background import kind_of, run_in_background
+from rorqual.serve.engine_thread import RequestHandle
+from rorqual.serve.middleware import AuthMiddleware
 from rorqual.serve.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -29,87 +28,88 @@ from rorqual.serve.protocol import (
     Sampling,
     TokenizeRequest,
 )
-from rorqual.serve.service import Service
+from rorqual.serve.request_body import JsonRoute
+from rorqual.serve.responses import ChatChoice, ResponseHeader, TextChoice, Usage
+from rorqual.serve.service import ModelService
 from rorqual.serve.sse import EventStream, unless_gone
-from rorqual.serve.tools import CallReader, call_grammar, must_call, offered
-from rorqual.serve.worker import Ticket
+from rorqual.serve.tool_calls import CallReader, call_grammar, callable_tools, must_call
 
 METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
 
 
-def build_app(service: Service) -> FastAPI:
-    """The application; `service.worker` runs while it does."""
+def build_app(service: ModelService) -> FastAPI:
+    """The FastAPI application; its lifespan starts and stops the engine thread."""
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        service.worker.start()
+        service.engine_thread.start()
         yield
-        await service.worker.stop()
+        await service.engine_thread.stop()
 
     options = service.options
     app = FastAPI(
         title="Rorqual", version=version("rorqual"), lifespan=lifespan, docs_url=None, redoc_url=None,
         redirect_slashes=False,
-        dependencies=[Depends(HTTPBearer(auto_error=False))] if options.keys else [],  # described; the guard checks it
+        dependencies=[Depends(HTTPBearer(auto_error=False))] if options.keys else [],  # for OpenAPI; middleware checks
     )  # fmt: skip
     app.router.route_class = JsonRoute
-    app.state.leaving = []  # what to call so that connections end which no answer ends
+    app.state.leaving = []  # callbacks that close long-lived connections on shutdown
     app.add_exception_handler(ApiError, on_api_error)
     app.add_exception_handler(HTTPException, on_http)
     app.add_exception_handler(Exception, on_bug)
 
-    def counted(scope: dict[str, Any], status: int) -> None:
+    def count_response(scope: dict[str, Any], status: int) -> None:
         route = scope.get("route")
-        path = getattr(route, "path", None) or "other"  # a client's own words would make figures without end
+        path = getattr(route, "path", None) or "other"  # unknown paths would add labels without limit
         service.metrics.requests.labels(path, str(status or 499)).inc()
 
     app.add_middleware(
-        Guard, keys=options.keys, host=options.host, origins=options.origins, max_body=options.max_body,
-        timeout=options.timeout, counted=counted,
+        AuthMiddleware, keys=options.keys, host=options.host, origins=options.origins, max_body=options.max_body,
+        timeout=options.timeout, count=count_response,
     )  # fmt: skip
 
-    @app.post("/v1/chat/completions", responses=shapes.streamed(shapes.ChatAnswer))
+    @app.post("/v1/chat/completions", responses=schemas.streamed(schemas.ChatAnswer))
     async def chat(body: ChatRequest, request: Request) -> Response:
-        """Answer a conversation. Thoughts come as `reasoning_content`, as in DeepSeek's API."""
+        """Chat completion. Thinking is returned as `reasoning_content`, as in DeepSeek's API."""
         started = time.monotonic()
         service.check_model(body.model)
         service.check_count(body.n)
-        tools = offered(body)
+        tools = callable_tools(body)
         settings = template_kwargs(service, body)
         prompt = await service.chat_prompt(body.messages, tools, body.add_generation_prompt, body.unfinished, settings)
-        wanted = body.max_completion_tokens or body.max_tokens
-        service.check_prompt(prompt, "messages", wanted)
-        grammar, reading = body.form(), None  # reading: how calls are read, where there may be any
+        max_tokens = body.max_completion_tokens or body.max_tokens
+        service.check_prompt(prompt, "messages", max_tokens)
+        grammar, call_format = body.form(), None
         if tools:
-            form = service.chat.habits(True).format
+            form = service.chat.tool_support(True).format
             calls = call_grammar(body, form, service.marks, body.schema())
             if calls is not None and body.structured_outputs is not None:
                 raise ApiError(
-                    400, "structured_outputs: a tool gives the form of its calls; leave one of the two out",
+                    400, "structured_outputs: tools constrain the answer already; leave one of the two out",
                     "structured_outputs",
                 )  # fmt: skip
             grammar = calls or grammar
-            reading = JSON if must_call(body) else form, {t.function.name for t in tools}, body.parallel_tool_calls
-        params = service.sampling(body, [prompt], wanted, body.top_logprobs, grammar)
+            call_format = JSON if must_call(body) else form, {t.function.name for t in tools}, body.parallel_tool_calls
+        params = service.sampling(body, [prompt], max_tokens, body.top_logprobs, grammar)
 
         def choice(index: int) -> ChatChoice:
-            reader = None if reading is None else CallReader(*reading)
+            reader = None if call_format is None else CallReader(*call_format)
             return ChatChoice(index, service.vocabulary, reader, body.logprobs, body.top_logprobs)
 
-        head = Head("chat.completion", options.name, "chatcmpl")
+        head = ResponseHeader("chat.completion", options.name, "chatcmpl")
         choices = [choice(i) for i in range(params.n)]
         return await answer(service, request, body, head, choices, [prompt], params, started, raw=False)
 
-    @app.post("/v1/completions", responses=shapes.streamed(shapes.TextAnswer))
+    @app.post("/v1/completions", responses=schemas.streamed(schemas.TextAnswer))
     async def completions(body: CompletionRequest, request: Request) -> Response:
-        """Continue texts, or token ids, as they are."""
+        """Complete texts, or token ids, as they are."""
         started = time.monotonic()
         service.check_model(body.model)
         given = body.prompts()
         if not given:
             raise ApiError(400, "prompt is empty; give at least one token", "prompt")
-        if service.longest and "max_tokens" not in body.model_fields_set:
-            body.max_tokens = None  # the release's word comes before OpenAI's 16
+        if service.max_answer_tokens and "max_tokens" not in body.model_fields_set:
+            body.max_tokens = None  # the release's limit goes before OpenAI's default of 16
         if body.max_tokens == 0 and not body.echo:
             raise ApiError(400, "max_tokens: 0 makes sense only with echo", "max_tokens")
         service.check_count(len(given) * body.n)
@@ -122,34 +122,34 @@ def build_app(service: Service) -> FastAPI:
         for i, prompt in enumerate(prompts):
             sent = given[i]
             echo = "" if not body.echo else sent if isinstance(sent, str) else await service.text(sent)
-            made = [TextChoice(i * params.n + j, service.vocabulary, body.logprobs, echo) for j in range(params.n)]
+            own = [TextChoice(i * params.n + j, service.vocabulary, body.logprobs, echo) for j in range(params.n)]
             if body.echo and body.logprobs is not None:
                 found = await unless_gone(request.receive, service.score(prompt, body.logprobs, started))
-                if isinstance(found, Response):  # nobody is there any more
+                if isinstance(found, Response):  # the client has disconnected
                     return found
-                for c in made:
-                    await aside(partial(c.prompt, prompt, *found), kind_of(len(prompt)))
-            choices += made
-        head = Head("text_completion", options.name, "cmpl")
+                for c in own:
+                    await run_in_background(partial(c.prompt, prompt, *found), kind_of(len(prompt)))
+            choices += own
+        head = ResponseHeader("text_completion", options.name, "cmpl")
         if body.max_tokens == 0:
             return echoed(service, body, head, choices, Usage(sum(map(len, prompts))), started)
         return await answer(service, request, body, head, choices, prompts, params, started, raw=True)
 
-    @app.get("/v1/models", response_model=shapes.ModelList, responses=shapes.problems(401, 403))
+    @app.get("/v1/models", response_model=schemas.ModelList, responses=schemas.problems(401, 403))
     async def models() -> Any:
-        """The one model served."""
+        """The model served."""
         return {"object": "list", "data": [model_card(service)]}
 
-    @app.get("/v1/models/{name:path}", response_model=shapes.ModelCard, responses=shapes.problems(400, 401, 403, 404))
+    @app.get("/v1/models/{name:path}", response_model=schemas.ModelCard, responses=schemas.problems(400, 401, 403, 404))
     async def model(name: str) -> Any:
         service.check_model(name)
         return model_card(service)
 
-    bodies = shapes.problems(400, 401, 403, 404, 408, 413, 415)
+    bodies = schemas.problems(400, 401, 403, 404, 408, 413, 415)
 
-    @app.post("/tokenize", response_model=shapes.Tokens, responses=bodies)
+    @app.post("/tokenize", response_model=schemas.Tokens, responses=bodies)
     async def tokenize(body: TokenizeRequest) -> Any:
-        """A text's tokens, or a conversation's."""
+        """Token ids of a text or a conversation."""
         service.check_model(body.model)
         if body.prompt is not None:
             tokens = await service.encode(body.prompt, body.add_special_tokens is not False)
@@ -163,27 +163,29 @@ def build_app(service: Service) -> FastAPI:
             )
         return {"count": len(tokens), "max_model_len": service.context, "tokens": tokens}
 
-    @app.post("/detokenize", response_model=shapes.Text, responses=bodies)
+    @app.post("/detokenize", response_model=schemas.Text, responses=bodies)
     async def detokenize(body: DetokenizeRequest) -> Any:
-        """The text of tokens."""
+        """The text of token ids."""
         service.check_model(body.model)
         service.check_tokens(body.tokens, "tokens")
         return {"prompt": await service.decode(body.tokens)}
 
-    @app.get("/health", responses={200: {"model": shapes.Health}, 503: {"model": shapes.Health}} | shapes.problems(403))
+    @app.get(
+        "/health", responses={200: {"model": schemas.Health}, 503: {"model": schemas.Health}} | schemas.problems(403)
+    )
     async def health() -> Response:
         """Whether the engine runs; needs no key."""
-        well = service.worker.alive
-        return JSONResponse({"status": "ok" if well else "the engine has stopped"}, 200 if well else 503)
+        alive = service.engine_thread.alive
+        return JSONResponse({"status": "ok" if alive else "the engine has stopped"}, 200 if alive else 503)
 
-    @app.get("/metrics", response_class=PlainTextResponse, responses=shapes.problems(401, 403))
+    @app.get("/metrics", response_class=PlainTextResponse, responses=schemas.problems(401, 403))
     async def metrics() -> Response:
-        """Figures for Prometheus."""
+        """Metrics for Prometheus."""
         return PlainTextResponse(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.api_route("/v1/{rest:path}", methods=METHODS, include_in_schema=False)
-    async def nothing(request: Request) -> None:
-        """Before the page, which is mounted at the root and would answer in its own way."""
+    async def unknown_path(request: Request) -> None:
+        """Unknown paths and methods; registered before the chat page, which is mounted at the root."""
         known = [r for r in app.routes if r.matches(request.scope)[0] is Match.PARTIAL]
         methods = sorted({method for route in known for method in getattr(route, "methods", ())})
         if methods:
@@ -194,9 +196,9 @@ def build_app(service: Service) -> FastAPI:
 
 
 def echoed(
-    service: Service, body: Sampling, head: Head, choices: list[TextChoice], usage: Usage, started: float
+    service: ModelService, body: Sampling, head: ResponseHeader, choices: list[TextChoice], usage: Usage, started: float
 ) -> Response:
-    """Prompts alone, whole or as a stream."""
+    """The response to max_tokens 0 with echo: prompts alone, whole or as a stream."""
     if not body.stream:
         return JSONResponse(head.whole([c.echoed() for c in choices], usage))
 
@@ -207,23 +209,23 @@ def echoed(
             yield head.chunk([], usage)
         yield "[DONE]"
 
-    return EventStream(chunks(), service.left(started), lambda: None)
+    return EventStream(chunks(), service.seconds_left(started), lambda: None)
 
 
-def template_kwargs(service: Service, body: ChatRequest) -> dict[str, Any]:
-    """What the template is told beside messages and tools."""
+def template_kwargs(service: ModelService, body: ChatRequest) -> dict[str, Any]:
+    """Arguments of the chat template besides messages and tools."""
     effort = body.reasoning_effort
     if effort is None or "reasoning_effort" in body.chat_template_kwargs:
         return body.chat_template_kwargs
     if "reasoning_effort" in service.template:
         return body.chat_template_kwargs | {"reasoning_effort": effort}
-    if effort != "medium":  # which is what OpenAI's models do unasked
+    if effort != "medium":  # OpenAI's default
         name = "reasoning_effort"
         raise ApiError(400, f"{name}: this model's template does not read it; send thinking_budget", name)
     return body.chat_template_kwargs
 
 
-def model_card(service: Service) -> dict[str, Any]:
+def model_card(service: ModelService) -> dict[str, Any]:
     return {
         "id": service.options.name,
         "object": "model",
@@ -234,44 +236,44 @@ def model_card(service: Service) -> dict[str, Any]:
 
 
 async def answer(
-    service: Service, request: Request, body: Sampling, head: Head, choices: list[Any], prompts: list[list[int]],
-    params: SamplingParams, started: float, raw: bool,
+    service: ModelService, request: Request, body: Sampling, head: ResponseHeader, choices: list[Any],
+    prompts: list[list[int]], params: SamplingParams, started: float, raw: bool,
 ) -> Response:  # fmt: skip
-    """Run it, and answer whole or in chunks; a client that goes away takes its request along."""
+    """Run the request and respond whole or in chunks; a client that disconnects cancels its request."""
     usage = Usage(sum(map(len, prompts)))
 
-    def counted(ticket: Ticket) -> Usage:
-        usage.cached = ticket.cached
-        usage.made = sum(c.tokens for c in choices)
-        usage.reasoning = sum(c.reasoning_tokens for c in choices)
+    def usage_of(handle: RequestHandle) -> Usage:
+        usage.cached_tokens = handle.cached_tokens
+        usage.completion_tokens = sum(c.tokens for c in choices)
+        usage.reasoning_tokens = sum(c.reasoning_tokens for c in choices)
         return usage
 
     if not body.stream:
 
         async def whole() -> Response:
-            async with service.running(prompts, params, raw) as ticket:
-                async for piece in service.pieces(ticket, started):
-                    choices[piece.index].take(piece)
-            return JSONResponse(head.whole([c.whole() for c in choices], counted(ticket)))
+            async with service.running(prompts, params, raw) as handle:
+                async for delta in service.deltas(handle, started):
+                    choices[delta.index].add(delta)
+            return JSONResponse(head.whole([c.whole() for c in choices], usage_of(handle)))
 
         return await unless_gone(request.receive, whole())
 
-    ticket = await unless_gone(request.receive, service.admit(prompts, params, raw))
-    if isinstance(ticket, Response):  # nobody is there any more
-        return ticket
+    handle = await unless_gone(request.receive, service.admit(prompts, params, raw))
+    if isinstance(handle, Response):  # the client has disconnected
+        return handle
     with_usage = body.stream_options is not None and body.stream_options.include_usage
 
     async def chunks() -> AsyncIterator[str]:
         try:
             if not raw:
                 yield head.chunk([c.first() for c in choices])
-            async for piece in service.pieces(ticket, started):
-                if (shown := choices[piece.index].take(piece)) is not None:
+            async for delta in service.deltas(handle, started):
+                if (shown := choices[delta.index].add(delta)) is not None:
                     yield head.chunk([shown])
             if with_usage:
-                yield head.chunk([], counted(ticket))
+                yield head.chunk([], usage_of(handle))
         except ApiError as e:
             yield json.dumps(e.body())
         yield "[DONE]"
 
-    return EventStream(chunks(), service.left(started), lambda: service.worker.close(ticket))
+    return EventStream(chunks(), service.seconds_left(started), lambda: service.engine_thread.close(handle))

@@ -1,19 +1,28 @@
-"""What clients may send: OpenAI's chat and text completions, with the sampling settings that open servers add."""
+"""Request bodies: OpenAI's chat and text completions, with the sampling parameters that open servers add."""
 
 import json
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
-from rorqual.data.tools import too_deep
+from rorqual.data.tool_formats import too_deep
 from rorqual.engine import Grammar, SamplingParams
 from rorqual.engine.grammar import json_grammar
-from rorqual.serve.fields import AsItIs, Biases, Count, Integer, Prompt, Sent, Several, TokenId
+from rorqual.serve.request_fields import (
+    Biases,
+    Count,
+    FailFastList,
+    Integer,
+    OnlyDefaults,
+    Prompt,
+    RequestObject,
+    TokenId,
+)
 
-N_MOST = 128  # answers to one request
-LOGPROBS_MOST, TOOLS_MOST, MESSAGES_MOST, CHOICES_MOST = 20, 1024, 1 << 14, 1024
-# Every one of these costs time at every token, of all that run.
-STOPS_MOST = 32
+MAX_N = 128  # answers to one request
+MAX_LOGPROBS, MAX_TOOLS, MAX_MESSAGES, MAX_CHOICES = 20, 1024, 1 << 14, 1024
+# Each costs time at every token, for all running requests.
+MAX_STOPS = 32
 
 
 def _shallow(schema: dict[str, Any]) -> dict[str, Any]:
@@ -25,10 +34,10 @@ def _shallow(schema: dict[str, Any]) -> dict[str, Any]:
 Schema = Annotated[dict[str, Any], AfterValidator(_shallow)]
 
 
-class Message(Sent):
-    """Of a conversation; `rorqual.data.messages` reads it, as it does those of training data.
+class Message(RequestObject):
+    """A message of a conversation, read by `rorqual.data.chat_messages`, as those of training data are.
 
-    What clients got from other servers they send back, so that no further field is refused.
+    Unknown fields are allowed, since clients send back messages that they got from other servers.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -36,12 +45,10 @@ class Message(Sent):
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | list[Any] | None = Field(None, description="text, or parts of type text or refusal")
     refusal: str | None = None
-    tool_calls: list[Any] | None = Field(None, description="an assistant's, as they were answered")
+    tool_calls: list[Any] | None = Field(None, description="an assistant's calls, as in the response")
     function_call: dict[str, Any] | None = None
     tool_call_id: str | None = None
-    prefix: bool | None = Field(
-        None, description="of the last message: the answer goes on with it, as in DeepSeek's API"
-    )
+    prefix: bool | None = Field(None, description="of the last message: the answer continues it, as in DeepSeek's API")
 
     @model_validator(mode="after")
     def _only_an_answer_goes_on(self) -> "Message":
@@ -50,7 +57,7 @@ class Message(Sent):
         return self
 
 
-class Function(Sent):
+class Function(RequestObject):
     name: Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_.-]+$")]
     description: str | None = None
     parameters: Schema | None = None
@@ -58,13 +65,13 @@ class Function(Sent):
 
     @property
     def schema_(self) -> dict[str, Any]:
-        """Of its arguments, which are an object; without parameters it is empty."""
+        """Schema of the arguments, an object; without parameters it is empty."""
         if self.parameters is None:
             return {"type": "object", "properties": {}, "additionalProperties": False}
         return self.parameters | {"type": "object"}
 
 
-class Tool(Sent):
+class Tool(RequestObject):
     type: Literal["function"]
     function: Function
 
@@ -73,22 +80,22 @@ class Tool(Sent):
         return {"type": self.type, "function": {"parameters": {"type": "object", "properties": {}}} | function}
 
 
-class ChosenFunction(Sent):
+class ChosenFunction(RequestObject):
     name: str
 
 
-class ToolChoice(Sent):
+class ToolChoice(RequestObject):
     type: Literal["function"]
     function: ChosenFunction
 
 
-class Allowed(Sent):
+class Allowed(RequestObject):
     mode: Literal["auto", "required"]
-    tools: Annotated[Several[ToolChoice], Field(min_length=1, max_length=TOOLS_MOST)]
+    tools: Annotated[FailFastList[ToolChoice], Field(min_length=1, max_length=MAX_TOOLS)]
 
 
-class AllowedTools(Sent):
-    """Only these of the tools may be called."""
+class AllowedTools(RequestObject):
+    """Restricts calls to these tools."""
 
     type: Literal["allowed_tools"]
     allowed_tools: Allowed
@@ -97,16 +104,16 @@ class AllowedTools(Sent):
         return [t.function.name for t in self.allowed_tools.tools]
 
 
-class JsonSchema(Sent):
+class JsonSchema(RequestObject):
     model_config = ConfigDict(populate_by_name=True)
 
     name: str = "answer"
     description: str | None = None
-    strict: bool = True  # it is followed to the letter, whatever this says
+    strict: bool = True  # the schema is always enforced
     schema_: Schema = Field(alias="schema", default_factory=lambda: {"type": "object"})
 
 
-class ResponseFormat(Sent):
+class ResponseFormat(RequestObject):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
@@ -117,14 +124,14 @@ class ResponseFormat(Sent):
         return self
 
 
-class StructuredOutputs(Sent):
-    """One of these, as vLLM names them."""
+class StructuredOutputs(RequestObject):
+    """Exactly one of these constraints, named as in vLLM."""
 
     model_config = ConfigDict(populate_by_name=True)
 
     json_: Schema | None = Field(alias="json", default=None)
     regex: str | None = None
-    choice: Annotated[Several[str], Field(min_length=1, max_length=CHOICES_MOST)] | None = None
+    choice: Annotated[FailFastList[str], Field(min_length=1, max_length=MAX_CHOICES)] | None = None
     grammar: str | None = None
 
     @model_validator(mode="after")
@@ -144,18 +151,18 @@ class StructuredOutputs(Sent):
 
 
 def json_choice(choices: list[str]) -> Grammar:
-    """One of these texts, word for word."""
+    """A grammar of exactly these texts."""
     return Grammar("lark", "start: " + " | ".join(json.dumps(c, ensure_ascii=False) for c in choices))
 
 
-class StreamOptions(Sent):
+class StreamOptions(RequestObject):
     include_usage: bool = False
     include_obfuscation: Literal[False] = False
     continuous_usage_stats: Literal[False] = False
 
 
-class Sampling(AsItIs):
-    """Common to both; None: what the model's generation_config.json recommends."""
+class Sampling(OnlyDefaults):
+    """Fields common to chat and text completions; None: the default of the model's generation_config.json."""
 
     model: str | None = None
     stream: bool = False
@@ -168,10 +175,10 @@ class Sampling(AsItIs):
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     logit_bias: Biases | None = None
-    n: Annotated[Integer, Field(ge=1, le=N_MOST)] = 1
+    n: Annotated[Integer, Field(ge=1, le=MAX_N)] = 1
     seed: Annotated[Integer, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
-    stop: str | Annotated[list[str], Field(max_length=STOPS_MOST)] | None = None
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=STOPS_MOST)] = Field(default_factory=list)
+    stop: str | Annotated[list[str], Field(max_length=MAX_STOPS)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOPS)] = Field(default_factory=list)
     ignore_eos: bool = False
     thinking_budget: Annotated[Integer, Field(ge=0, le=1 << 40)] | None = None
     structured_outputs: StructuredOutputs | None = None
@@ -184,40 +191,40 @@ class Sampling(AsItIs):
         return self
 
     def form(self) -> Grammar | None:
-        """What an answer must be."""
+        """The grammar of the answer, if it is constrained."""
         if self.structured_outputs is not None:
             return self.structured_outputs.as_grammar()
-        wanted = self.response_format
-        if wanted is None or wanted.type == "text":
+        response_format = self.response_format
+        if response_format is None or response_format.type == "text":
             return None
-        return json_grammar(None if wanted.json_schema is None else wanted.json_schema.schema_)
+        return json_grammar(None if response_format.json_schema is None else response_format.json_schema.schema_)
 
     def stops(self) -> tuple[str, ...]:
         found = [self.stop] if isinstance(self.stop, str) else self.stop or []
         return tuple(s for s in found if s)
 
     def params(
-        self, recommended: SamplingParams, max_tokens: int, logprobs: int, grammar: Grammar | None
+        self, defaults: SamplingParams, max_tokens: int, logprobs: int, grammar: Grammar | None
     ) -> SamplingParams:
-        """Raises UserError for what the engine refuses."""
+        """Parameters for the engine, with its defaults. Raises UserError for invalid ones."""
 
         def given(value: Any, fallback: Any) -> Any:
             return fallback if value is None else value
 
         return SamplingParams(
-            temperature=given(self.temperature, recommended.temperature),
-            top_p=given(self.top_p, recommended.top_p),
-            top_k=max(0, given(self.top_k, recommended.top_k)),
-            min_p=given(self.min_p, recommended.min_p),
-            repetition_penalty=given(self.repetition_penalty, recommended.repetition_penalty),
-            presence_penalty=given(self.presence_penalty, recommended.presence_penalty),
-            frequency_penalty=given(self.frequency_penalty, recommended.frequency_penalty),
-            logit_bias=tuple((dict(recommended.logit_bias) | (self.logit_bias or {})).items()),
+            temperature=given(self.temperature, defaults.temperature),
+            top_p=given(self.top_p, defaults.top_p),
+            top_k=max(0, given(self.top_k, defaults.top_k)),
+            min_p=given(self.min_p, defaults.min_p),
+            repetition_penalty=given(self.repetition_penalty, defaults.repetition_penalty),
+            presence_penalty=given(self.presence_penalty, defaults.presence_penalty),
+            frequency_penalty=given(self.frequency_penalty, defaults.frequency_penalty),
+            logit_bias=tuple((dict(defaults.logit_bias) | (self.logit_bias or {})).items()),
             max_tokens=max_tokens,
-            max_length=recommended.max_length,
+            max_length=defaults.max_length,
             n=self.n,
             seed=None if self.seed is None else self.seed % (1 << 63),
-            stop=recommended.stop if self.stop is None else self.stops(),
+            stop=defaults.stop if self.stop is None else self.stops(),
             stop_token_ids=tuple(self.stop_token_ids),
             ignore_eos=self.ignore_eos,
             thinking_budget=self.thinking_budget,
@@ -227,19 +234,19 @@ class Sampling(AsItIs):
 
 
 class ChatRequest(Sampling):
-    messages: Annotated[Several[Message], Field(min_length=1, max_length=MESSAGES_MOST)]
+    messages: Annotated[FailFastList[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
     logprobs: bool = False
-    top_logprobs: Annotated[Integer, Field(ge=0, le=LOGPROBS_MOST)] = 0
-    tools: Annotated[Several[Tool], Field(max_length=TOOLS_MOST)] | None = None
+    top_logprobs: Annotated[Integer, Field(ge=0, le=MAX_LOGPROBS)] = 0
+    tools: Annotated[FailFastList[Tool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | AllowedTools | None = None
     parallel_tool_calls: bool = True
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     reasoning_effort: str | None = None  # for templates that read it
-    add_generation_prompt: bool | None = None  # None: where the last message is not to be continued
+    add_generation_prompt: bool | None = None  # None: unless the last message is continued
     continue_final_message: bool = False
-    # What is done anyway.
+    # Accepted only with the value that is the behaviour here.
     add_special_tokens: Literal[False] = False
     echo: Literal[False] = False
     include_reasoning: Literal[True] = True
@@ -253,7 +260,7 @@ class ChatRequest(Sampling):
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs: true")
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
-            raise ValueError("max_tokens and max_completion_tokens say different things; give one of them")
+            raise ValueError("max_tokens and max_completion_tokens differ; give one of them")
         names = [t.function.name for t in self.tools or []]
         chosen = [self.tool_choice.function.name] if isinstance(self.tool_choice, ToolChoice) else []
         chosen = self.tool_choice.names() if isinstance(self.tool_choice, AllowedTools) else chosen
@@ -266,31 +273,31 @@ class ChatRequest(Sampling):
 
     @property
     def unfinished(self) -> bool:
-        """Whether the answer goes on with the last message."""
+        """Whether the answer continues the last message."""
         return self.continue_final_message or bool(self.messages[-1].prefix)
 
     def schema(self) -> dict[str, Any] | None:
-        """Of the JSON that response_format asks for; None where it asks for none."""
-        wanted = self.response_format
-        if wanted is None or wanted.type == "text":
+        """JSON schema of response_format; None without one."""
+        response_format = self.response_format
+        if response_format is None or response_format.type == "text":
             return None
-        return {"type": "object"} if wanted.json_schema is None else wanted.json_schema.schema_
+        return {"type": "object"} if response_format.json_schema is None else response_format.json_schema.schema_
 
 
 class CompletionRequest(Sampling):
     prompt: Prompt
-    add_special_tokens: bool = True  # to a prompt given as text, those that the tokenizer puts before one
+    add_special_tokens: bool = True  # prepend the tokenizer's BOS to prompts given as text
     max_tokens: Annotated[Integer, Field(ge=0, le=1 << 40)] = 16
-    logprobs: Annotated[Integer, Field(ge=0, le=LOGPROBS_MOST)] | None = None
+    logprobs: Annotated[Integer, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     echo: bool = False
-    # What is done anyway.
+    # Accepted only with the value that is the behaviour here.
     best_of: Integer | None = None
     suffix: Literal[""] = ""
 
     @model_validator(mode="after")
     def _all_of_them(self) -> "CompletionRequest":
         if self.best_of not in (None, self.n):
-            raise ValueError("best_of: all answers made are given, so that it must be n")
+            raise ValueError("best_of: must equal n, since all answers are returned")
         return self
 
     def prompts(self) -> list[str | list[int]]:
@@ -301,14 +308,14 @@ class CompletionRequest(Sampling):
         return list(self.prompt)  # type: ignore[arg-type]
 
 
-class TokenizeRequest(Sent):
-    """A text, or messages with what belongs to them."""
+class TokenizeRequest(RequestObject):
+    """A text, or messages with their template's arguments."""
 
     model: str | None = None
     prompt: str | None = None
-    add_special_tokens: bool | None = None  # to a text; messages have those of their template
-    messages: Annotated[Several[Message], Field(max_length=MESSAGES_MOST)] | None = None
-    tools: Annotated[Several[Tool], Field(max_length=TOOLS_MOST)] | None = None
+    add_special_tokens: bool | None = None  # for a text; the chat template adds its own
+    messages: Annotated[FailFastList[Message], Field(max_length=MAX_MESSAGES)] | None = None
+    tools: Annotated[FailFastList[Tool], Field(max_length=MAX_TOOLS)] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
@@ -326,6 +333,6 @@ class TokenizeRequest(Sent):
         return self
 
 
-class DetokenizeRequest(Sent):
+class DetokenizeRequest(RequestObject):
     model: str | None = None
-    tokens: Several[TokenId]
+    tokens: FailFastList[TokenId]

@@ -1,4 +1,4 @@
-"""One model behind the routes: prompts into tokens, tickets of the worker, their pieces timed."""
+"""The model behind the routes: prompts to tokens, requests to the engine thread, and their timing."""
 
 import asyncio
 import contextlib
@@ -9,47 +9,47 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
-from rorqual.characters import whole
-from rorqual.data.marks import encode
-from rorqual.data.messages import read_messages
-from rorqual.data.template import ChatTemplate
+from rorqual.data.chat_messages import read_messages
+from rorqual.data.chat_template import ChatTemplate
+from rorqual.data.special_tokens import encode
 from rorqual.engine import Engine, Grammar, SamplingParams
-from rorqual.engine.blocks import BLOCK
-from rorqual.engine.score import Ranked
+from rorqual.engine.block_manager import BLOCK
+from rorqual.engine.prompt_logprobs import Ranked
 from rorqual.errors import UserError
-from rorqual.serve.answers import Vocabulary
-from rorqual.serve.aside import aside, kind_of
-from rorqual.serve.errors import ApiError
-from rorqual.serve.metrics import Metrics
+from rorqual.serve.api_errors import ApiError
+from rorqual.serve.background import kind_of, run_in_background
+from rorqual.serve.engine_thread import EngineError, EngineThread, QueueFull, RequestHandle, TokenDelta
+from rorqual.serve.prometheus import Metrics
 from rorqual.serve.protocol import Message, Sampling, Tool
-from rorqual.serve.worker import Busy, Failed, Piece, Ticket, Worker
+from rorqual.serve.responses import Vocabulary
+from rorqual.unicode_checks import whole
 
-FORM_MOST = 1 << 17  # characters of a schema or grammar: to compile one of twice the size takes twenty seconds
+MAX_GRAMMAR_CHARACTERS = 1 << 17  # of a schema or grammar: one of twice the size takes twenty seconds to compile
 
 
 @dataclass(frozen=True)
 class Options:
-    """name: what clients call the model. keys: who may ask (none: everybody). waiting: samples that may queue.
-    host: the address it listens on. origins: of pages that may ask, beside its own and this machine's.
+    """name: the model's name in the API. keys: API keys (none: no authentication). max_queue: sequences that may wait.
+    host: the address to listen on. origins: web pages allowed besides the server's own and this machine's.
     """
 
     name: str
     keys: tuple[str, ...] = ()
-    waiting: int = 256
+    max_queue: int = 256
     timeout: float = 600.0  # seconds a request may take
     max_body: int = 8 << 20  # bytes
     host: str = "127.0.0.1"
     origins: tuple[str, ...] = ()
 
 
-class Service:
-    """One model behind the routes; `recommended` is how it samples where a request does not say."""
+class ModelService:
+    """The model behind the routes; `default_params`: sampling parameters where a request gives none."""
 
-    def __init__(self, engine: Engine, recommended: SamplingParams, options: Options) -> None:
-        self.engine, self.recommended, self.options = engine, recommended, options
+    def __init__(self, engine: Engine, default_params: SamplingParams, options: Options) -> None:
+        self.engine, self.default_params, self.options = engine, default_params, options
         self.context = context_of(engine)
-        self.longest: int | None = engine.model.released.sampling.get("max_tokens")  # of an answer, says the release
-        self.worker = Worker(engine, options.waiting)
+        self.max_answer_tokens: int | None = engine.model.released.sampling.get("max_tokens")  # of the release
+        self.engine_thread = EngineThread(engine, options.max_queue)
         self.metrics = Metrics(engine)
         self.vocabulary = Vocabulary(engine)
         self.template = str(getattr(engine.tokenizer, "chat_template", None) or "")
@@ -65,17 +65,17 @@ class Service:
         unfinished: bool = False,
         settings: dict[str, Any] | None = None,
     ) -> list[int]:
-        """Tokens of a conversation. generation: an answer is to follow; None: unless it goes on with the last message
-        (unfinished). settings: the template's own.
+        """Token ids of a conversation. generation: add the generation prompt; None: unless the answer continues the
+        last message (unfinished). settings: chat_template_kwargs. Raises ApiError.
         """
         if not self.template:
             raise ApiError(400, "this model has no chat template; use /v1/completions")
         if unfinished and generation:
             name = "add_generation_prompt"
             raise ApiError(
-                400, f"{name}: true begins a new message, but the last is to be continued; leave it out", name
+                400, f"{name}: true starts a new message, but the last is to be continued; leave it out", name
             )
-        # These are the server's own to give: with a template of its own, a request could run for ever.
+        # Arguments that the server sets: with a template of its own, a request could run for ever.
         known = inspect.signature(self.engine.tokenizer.apply_chat_template).parameters.keys()
         reserved = (settings or {}).keys() & {*known, "conversations", "messages", "self"}
         if reserved:
@@ -83,37 +83,37 @@ class Service:
             raise ApiError(400, f"{name}: {min(reserved)!r} is not for a template; leave it out", name)
 
         def render() -> list[int]:
-            said = read_messages([dict(m) for m in messages], "messages")
+            conversation = read_messages([dict(m) for m in messages], "messages")
             described = [t.for_template() for t in tools] or None
-            text = self.chat.render(said, described, generation is not False, unfinished, settings)
+            text = self.chat.render(conversation, described, generation is not False, unfinished, settings)
             return encode(text, self.engine.tokenizer)
 
         try:
-            return await aside(render, kind_of(sum(len(str(m.content)) for m in messages)))
+            return await run_in_background(render, kind_of(sum(len(str(m.content)) for m in messages)))
         except UserError as e:
-            place, said, _ = str(e).partition(": ")
-            raise ApiError(400, str(e), place if said and place.startswith("messages") else "messages") from e
+            place, colon, _ = str(e).partition(": ")
+            raise ApiError(400, str(e), place if colon and place.startswith("messages") else "messages") from e
 
     @cached_property
     def marks(self) -> dict[str, int]:
-        """Tokens that stand for a text as a whole."""
+        """Added tokens: text → id."""
         return {token.content: number for number, token in self.engine.tokenizer.added_tokens_decoder.items()}
 
     async def encode(self, text: str, special: bool) -> list[int]:
-        """special: with what the tokenizer puts before a text, unless it is there."""
+        """A text's token ids. special: prepend the tokenizer's BOS, unless the text starts with it."""
         if not whole(text):
-            raise ApiError(400, "prompt holds half a character (a lone surrogate); send whole ones", "prompt")
-        return await aside(partial(self.engine.encode, text, special), kind_of(len(text)))
+            raise ApiError(400, "prompt holds a lone surrogate (half a character); send whole ones", "prompt")
+        return await run_in_background(partial(self.engine.encode, text, special), kind_of(len(text)))
 
     async def text(self, tokens: Sequence[int]) -> str:
-        """What tokens of a prompt read, without the names of special ones."""
-        return await self.decode([t for t in tokens if t not in self.vocabulary.speller.hidden])
+        """The text of a prompt's tokens, without special tokens."""
+        return await self.decode([t for t in tokens if t not in self.vocabulary.decoder.hidden])
 
     async def decode(self, tokens: list[int]) -> str:
-        """In a batch of one: alone, it keeps the interpreter to itself."""
+        """The text of tokens, as a batch of one: only decode_batch releases the GIL."""
         backend = self.engine.tokenizer.backend_tokenizer
         work = partial(backend.decode_batch, [tokens], skip_special_tokens=False)
-        return (await aside(work, kind_of(len(tokens))))[0]
+        return (await run_in_background(work, kind_of(len(tokens))))[0]
 
     def check_tokens(self, tokens: Sequence[int], param: str) -> None:
         size = self.engine.model.config.vocab_size
@@ -127,123 +127,129 @@ class Service:
             message = f"the model {name!r} does not exist; this server has {self.options.name!r}"
             raise ApiError(404, message, "model", "model_not_found")
 
-    def check_count(self, samples: int) -> None:
-        """Before anything is done about so many answers."""
-        if samples > self.worker.limit:
-            raise ApiError(
-                400, f"{samples} answers are more than the {self.worker.limit} this server takes at once", "n"
-            )
+    def check_count(self, answers: int) -> None:
+        """Raises ApiError for more answers than can ever be accepted."""
+        if answers > self.engine_thread.limit:
+            limit = self.engine_thread.limit
+            raise ApiError(400, f"{answers} answers are more than the {limit} that this server accepts at once", "n")
 
-    def check_prompt(self, prompt: list[int], param: str, wanted: int | None) -> None:
+    def check_prompt(self, prompt: list[int], param: str, max_tokens: int | None) -> None:
         if not prompt:
             raise ApiError(400, f"{param} is empty; give at least one token", param)
-        if len(prompt) >= self.context or len(prompt) + (wanted or 0) > self.context:
-            asked = f" and asks for {wanted} more" if wanted else ""
-            message = f"{param} has {len(prompt)} tokens{asked}, but the context holds {self.context}; shorten it"
+        if len(prompt) >= self.context or len(prompt) + (max_tokens or 0) > self.context:
+            answer = f" and asks for {max_tokens} more" if max_tokens else ""
+            message = f"{param} has {len(prompt)} tokens{answer}, but the context holds {self.context}; shorten it"
             raise ApiError(400, message, param, "context_length_exceeded")
 
     def sampling(
-        self, body: Sampling, prompts: list[list[int]], wanted: int | None, logprobs: int, grammar: Grammar | None
+        self, body: Sampling, prompts: list[list[int]], max_tokens: int | None, logprobs: int, grammar: Grammar | None
     ) -> SamplingParams:
-        """`wanted`: tokens an answer may have; None: as many as the release says, else as there is room for."""
-        room = self.context - max(map(len, prompts))
+        """max_tokens: limit of the request; None: the release's, else what the context leaves. Raises ApiError."""
+        limit = self.context - max(map(len, prompts))
         try:
-            params = body.params(self.recommended, wanted or min(self.longest or room, room), logprobs, grammar)
-            return params if wanted is None else replace(params, max_length=None)
+            default = min(self.max_answer_tokens or limit, limit)
+            params = body.params(self.default_params, max_tokens or default, logprobs, grammar)
+            return params if max_tokens is None else replace(params, max_length=None)
         except UserError as e:
             raise ApiError(400, str(e)) from e
 
     @contextlib.asynccontextmanager
-    async def running(self, prompts: list[list[int]], params: SamplingParams, raw: bool) -> AsyncIterator[Ticket]:
-        ticket = await self.admit(prompts, params, raw)
+    async def running(
+        self, prompts: list[list[int]], params: SamplingParams, raw: bool
+    ) -> AsyncIterator[RequestHandle]:
+        handle = await self.admit(prompts, params, raw)
         try:
-            yield ticket
+            yield handle
         finally:
-            self.worker.close(ticket)
+            self.engine_thread.close(handle)
 
-    async def admit(self, prompts: list[list[int]], params: SamplingParams, raw: bool) -> Ticket:
-        """A ticket that the engine has accepted; must be closed."""
+    async def admit(self, prompts: list[list[int]], params: SamplingParams, raw: bool) -> RequestHandle:
+        """Submit prompts, and wait until the engine has accepted them → a handle, which must be closed.
+
+        Raises ApiError.
+        """
         if params.grammar is not None:
-            if len(params.grammar.text) > FORM_MOST:
-                raise ApiError(400, f"the form of the answer has more than {FORM_MOST} characters; make it smaller")
+            if len(params.grammar.text) > MAX_GRAMMAR_CHARACTERS:
+                most = MAX_GRAMMAR_CHARACTERS
+                raise ApiError(400, f"the schema or grammar has more than {most} characters; shorten it")
             try:
-                compiled = await aside(partial(self.engine.compile, params.grammar), "grammar")
+                compiled = await run_in_background(partial(self.engine.compile, params.grammar), "grammar")
             except UserError as e:
                 raise ApiError(400, str(e)) from e
             params = replace(params, grammar=compiled)
         try:
-            ticket = self.worker.open(prompts, params, raw)
-        except Busy:
-            raise busy() from None
+            handle = self.engine_thread.open(prompts, params, raw)
+        except QueueFull:
+            raise queue_full() from None
         try:
-            await ticket.accepted
+            await handle.accepted
         except BaseException as e:
-            self.worker.close(ticket)
+            self.engine_thread.close(handle)
             if isinstance(e, UserError):
                 raise ApiError(400, str(e)) from e
-            if isinstance(e, Failed):
-                raise failed(e) from e
+            if isinstance(e, EngineError):
+                raise engine_failed(e) from e
             raise
-        return ticket
+        return handle
 
-    async def pieces(self, ticket: Ticket, started: float) -> AsyncIterator[Piece]:
-        """A ticket's pieces, timed; raises ApiError where it takes too long or the engine fails."""
+    async def deltas(self, handle: RequestHandle, started: float) -> AsyncIterator[TokenDelta]:
+        """A handle's deltas, timed for the metrics. Raises ApiError on a time-out and if the engine fails."""
         before: float | None = None
-        left = ticket.samples
-        alarm = ticket.loop.call_later(self.left(started), ticket.put, [self._late()])
+        left = handle.num_sequences
+        alarm = handle.loop.call_later(self.seconds_left(started), handle.put, [self._timeout()])
         try:
             while left:
-                for piece in await ticket.fetch():
-                    if isinstance(piece, Exception):
-                        raise piece
+                for delta in await handle.fetch():
+                    if isinstance(delta, Exception):
+                        raise delta
                     now = time.monotonic()
                     if before is None:
                         self.metrics.first.observe(now - started)
-                    elif ticket.samples == 1 and piece.tokens:
-                        self.metrics.between.observe(now - before, len(piece.tokens))
+                    elif handle.num_sequences == 1 and delta.tokens:
+                        self.metrics.between.observe(now - before, len(delta.tokens))
                     before = now
-                    left -= piece.finish is not None
-                    yield piece
-        except Failed as e:
-            raise failed(e) from e
+                    left -= delta.finish is not None
+                    yield delta
+        except EngineError as e:
+            raise engine_failed(e) from e
         finally:
             alarm.cancel()
-        self.metrics.whole.observe(time.monotonic() - started)
+        self.metrics.observe_request(time.monotonic() - started)
 
     async def score(self, prompt: list[int], top: int, started: float) -> tuple[list[float | None], list[Ranked]]:
-        """A prompt's own log-probabilities."""
+        """A prompt's log-probabilities. Raises ApiError."""
         try:
-            async with asyncio.timeout(self.left(started)):
-                return await self.worker.score(prompt, top)
-        except Busy:
-            raise busy() from None
+            async with asyncio.timeout(self.seconds_left(started)):
+                return await self.engine_thread.score(prompt, top)
+        except QueueFull:
+            raise queue_full() from None
         except TimeoutError:
-            raise self._late() from None
-        except Failed as e:
-            raise failed(e) from e
+            raise self._timeout() from None
+        except EngineError as e:
+            raise engine_failed(e) from e
         except UserError as e:
             raise ApiError(400, str(e), "prompt") from e
 
-    def left(self, started: float) -> float:
-        """Seconds that a request which came then may still take."""
+    def seconds_left(self, started: float) -> float:
+        """Seconds until the time-out of a request that arrived at `started`."""
         return max(0.0, started + self.options.timeout - time.monotonic())
 
-    def _late(self) -> ApiError:
+    def _timeout(self) -> ApiError:
         return ApiError(504, f"the answer took longer than {self.options.timeout:g} seconds")
 
 
 def context_of(engine: Engine) -> int:
-    """Tokens a prompt and its answer may have: as many as the model knows places for and the cache has room for."""
+    """Tokens that a prompt and its answer may have: the model's context, or less if the KV cache holds less."""
     config = engine.model.config
-    if engine.cache_bytes is None:
+    if engine.kv_cache_bytes is None:
         return config.max_position_embeddings
-    blocks = engine.cache_bytes // engine.block_bytes
+    blocks = engine.kv_cache_bytes // engine.block_bytes
     return min(config.max_position_embeddings, max(0, blocks - 2) * BLOCK)
 
 
-def busy() -> ApiError:
-    return ApiError(429, "the server is busy and its queue is full; try again soon", code="queue_full", Retry_After="1")
+def queue_full() -> ApiError:
+    return ApiError(429, "the server's queue is full; retry later", code="queue_full", Retry_After="1")
 
 
-def failed(error: Failed) -> ApiError:
-    return ApiError(500, f"the engine failed ({error}); send the request again")
+def engine_failed(error: EngineError) -> ApiError:
+    return ApiError(500, f"the engine engine_failed ({error}); send the request again")

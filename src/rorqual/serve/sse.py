@@ -1,4 +1,4 @@
-"""Server-sent events, and what to do when whoever asked has gone."""
+"""Server-sent events, and cancellation when a client disconnects."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
@@ -7,10 +7,9 @@ from typing import Any
 from starlette.responses import Response
 
 Receive = Callable[[], Awaitable[Any]]
-# Where many readers end a line (Python's splitlines, httpx's iter_lines) and the format does not; within JSON's texts
-# they may be written so.
+# Line ends for many readers (Python's splitlines, httpx's iter_lines) but not for the format; escaped in JSON strings.
 LINE_ENDS = {"\x85": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"}
-READING = 10.0  # seconds for a client to read the end of an answer
+READ_SECONDS = 10.0  # for a client to read the end of an answer
 
 
 class Gone(Exception):
@@ -18,7 +17,7 @@ class Gone(Exception):
 
 
 async def unless_gone(receive: Receive, work: Coroutine[Any, Any, Any]) -> Any:
-    """The work's result; cancels it, and gives an answer nobody reads, when the client goes away meanwhile."""
+    """The work's result; when the client disconnects, cancel it and return an empty response."""
     try:
         return await _race(receive, work)
     except Gone:
@@ -26,16 +25,16 @@ async def unless_gone(receive: Receive, work: Coroutine[Any, Any, Any]) -> Any:
 
 
 async def _race(receive: Receive, work: Coroutine[Any, Any, Any]) -> Any:
-    doing, watching = asyncio.ensure_future(work), asyncio.ensure_future(_gone(receive))
+    task, disconnect = asyncio.ensure_future(work), asyncio.ensure_future(_gone(receive))
     try:
-        await asyncio.wait({doing, watching}, return_when=asyncio.FIRST_COMPLETED)
-        if doing.done():
-            return doing.result()
+        await asyncio.wait({task, disconnect}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
         raise Gone
     finally:
-        for task in (doing, watching):
-            task.cancel()
-        await asyncio.gather(doing, watching, return_exceptions=True)
+        for each in (task, disconnect):
+            each.cancel()
+        await asyncio.gather(task, disconnect, return_exceptions=True)
 
 
 async def _gone(receive: Receive) -> None:
@@ -44,9 +43,9 @@ async def _gone(receive: Receive) -> None:
 
 
 class EventStream(Response):
-    """One event for every text, which is JSON; `closed` is called in any case, once.
+    """One event for every JSON text; `closed` is called once, in any case.
 
-    The events take `seconds` at most; who has not read them READING seconds later is left alone.
+    The events take `seconds` at most; a client that has not read them READ_SECONDS seconds later is disconnected.
     """
 
     media_type = "text/event-stream"
@@ -54,7 +53,7 @@ class EventStream(Response):
     def __init__(self, events: AsyncIterator[str], seconds: float, closed: Callable[[], None]) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
-        self._events, self._seconds, self._closed = events, seconds + READING, closed
+        self._events, self._seconds, self._closed = events, seconds + READ_SECONDS, closed
 
     async def __call__(self, scope: Any, receive: Receive, send: Callable[[Any], Awaitable[None]]) -> None:
         try:

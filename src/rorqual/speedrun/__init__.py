@@ -1,9 +1,9 @@
-"""The main job: from nothing to a small R1 in about ten minutes on two cores.
+"""`rorqual speedrun`: train a small R1 from scratch in about ten minutes on two cores.
 
-The machine is measured, and problems and sizes are fitted to it. Documents made by generators → tokenizer →
-pre-training of a small V3-style mixture of experts → GRPO from there, as R1-Zero → rejection sampling and fine-tuning
-on what was right → every stage on held-out problems → a report. Each stage is the same code, and leaves the same
-folder, as the verb of its name.
+Stages: synthetic documents and a tokenizer; pre-training of a small V3-style MoE; GRPO from the base model, as R1-Zero;
+rejection sampling and fine-tuning on correct answers; evaluation of all stages on held-out problems; a report. The
+difficulty of the problems is chosen by the measured training speed. Each stage runs the code, and writes the folder, of
+the verb of its name.
 """
 
 import json
@@ -14,18 +14,19 @@ from typing import Any
 
 from rorqual import strict_json
 from rorqual.errors import UserError, file_error
+from rorqual.extras import require
 from rorqual.files import write_text
-from rorqual.reason.environment import open_environment
 from rorqual.report import write_report
+from rorqual.rl.envs.registry import open_environment
 from rorqual.speedrun.level import choose_level, machine_line, training_speed
 from rorqual.speedrun.outcome import difficulty_table, evaluate_stages, table
 from rorqual.speedrun.stages import (
-    ENOUGH,
+    MIN_RL_TOKENS,
     PRETRAIN_END,
     PRETRAIN_SHARE,
     RL_END,
     Budget,
-    Story,
+    SpeedrunState,
     distill_best,
     folders,
     needed,
@@ -39,66 +40,73 @@ LONGEST = 60 * 24 * 30  # minutes
 
 
 def speedrun(out: Path | None, seed: int, minutes: float) -> dict[str, Any]:
-    """Run everything into `out` (default: a new folder in runs/) and give what summary.json holds."""
+    """Run all stages into `out` (default: a new folder in runs/); returns the contents of summary.json.
+
+    Raises UserError for an unusable `out`, `seed` or `minutes`.
+    """
+    require("rl")
+    require("report")
     if not 0.5 <= minutes <= LONGEST:
-        raise UserError(f"--minutes {minutes:g}: at least 0.5 are needed, and {LONGEST:,} at most")
+        raise UserError(f"--minutes {minutes:g}: must be from 0.5 to {LONGEST:,}")
     if not 0 <= seed < 1 << 63:
         raise UserError(f"--seed {seed}: must be from 0 to {(1 << 63) - 1}")
     run_dir = out or _fresh(Path("runs"))
     try:
         if run_dir.exists() and any(run_dir.iterdir()):
-            raise UserError(f"{run_dir} is not empty; give another --out, or remove it")
+            raise UserError(f"{run_dir} is not empty; choose another --out, or remove it")
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise file_error(run_dir, e, "made") from e
-    story = _begin(run_dir, seed, Budget(minutes))
+    state = _begin(run_dir, seed, Budget(minutes))
 
-    _chapter(story, "1. documents and tokenizer", "documents", write_corpus)
-    _chapter(story, "2. pre-training", "pretrain", pretrain_small)
-    if story.checks["pretrain"].weak or story.budget.spent > 0.9 * RL_END * story.budget.seconds:
-        story.console.print("   reinforcement learning and what follows from it are left out")
+    _run_stage(state, "1. documents and tokenizer", "documents", write_corpus)
+    _run_stage(state, "2. pre-training", "pretrain", pretrain_small)
+    if state.checks["pretrain"].weak or state.budget.spent > 0.9 * RL_END * state.budget.seconds:
+        state.console.print("   reinforcement learning and distillation are skipped")
     else:
-        _chapter(story, "3. reinforcement learning (GRPO)", "rl", reinforce)
-        _chapter(story, "4. rejection sampling and fine-tuning", "distill", distill_best)
+        _run_stage(state, "3. reinforcement learning (GRPO)", "rl", reinforce)
+        _run_stage(state, "4. rejection sampling and fine-tuning", "distill", distill_best)
 
-    story.chapter("5. held-out problems, each stage")
+    state.announce("5. evaluation of all stages on held-out problems")
     start = time.monotonic()
-    summary = evaluate_stages(story)
-    story.timed("evaluate", start)
-    shutil.copytree(run_dir / folders(story)[-1][1] / "model", run_dir / "model")
-    _recommend_sampling(run_dir / "model" / "generation_config.json", story.level.max_tokens)
-    _finish(story, summary)
+    summary = evaluate_stages(state)
+    state.timed("evaluate", start)
+    shutil.copytree(run_dir / folders(state)[-1][1] / "model", run_dir / "model")
+    _recommend_sampling(run_dir / "model" / "generation_config.json", state.level.max_tokens)
+    _finish(state, summary)
     return summary
 
 
-def _begin(run_dir: Path, seed: int, budget: Budget) -> Story:
-    """Measure the machine, choose the level, and say what to expect."""
+def _begin(run_dir: Path, seed: int, budget: Budget) -> SpeedrunState:
+    """Measure the machine, choose the level, and print the plan."""
     set_seed(seed)
     speed = training_speed()
     tokens = PRETRAIN_SHARE * budget.seconds * speed
     level = choose_level(tokens)
-    story = Story(run_dir, seed, budget, level, [open_environment(section) for section in level.environments], speed)
+    state = SpeedrunState(
+        run_dir, seed, budget, level, [open_environment(section) for section in level.environments], speed
+    )
     plan = [
         machine_line(),
-        f"pre-training does {speed:,.0f} tokens/s, so about {tokens / 1e6:.1f} M in this run",
+        f"pre-training speed: {speed:,.0f} tokens/s, so about {tokens / 1e6:.1f} M tokens in this run",
         f"problems: {level.describe}",
         f"time: pre-training until {PRETRAIN_END * budget.seconds:.0f} s, reinforcement learning until "
-        f"{RL_END * budget.seconds:.0f} s, everything until {budget.seconds:.0f} s",
+        f"{RL_END * budget.seconds:.0f} s, all stages until {budget.seconds:.0f} s",
     ]
-    story.console.print("\n".join(plan), soft_wrap=True)
-    if tokens < ENOUGH:
-        story.note(
-            f"reinforcement learning needs a start that took about {ENOUGH / 1e6:.1f} M tokens; expect "
-            f"little of this run, and give --minutes {needed(story)} for one that learns to reason"
+    state.console.print("\n".join(plan), soft_wrap=True)
+    if tokens < MIN_RL_TOKENS:
+        state.note(
+            f"reinforcement learning needs about {MIN_RL_TOKENS / 1e6:.1f} M tokens of pre-training; this run will "
+            f"learn little: use --minutes {needed(state)} for one that learns to reason"
         )
-    return story
+    return state
 
 
-def _chapter(story: Story, title: str, name: str, stage: Any) -> None:
-    story.chapter(title)
+def _run_stage(state: SpeedrunState, title: str, name: str, stage: Any) -> None:
+    state.announce(title)
     start = time.monotonic()
-    stage(story)
-    story.timed(name, start)
+    stage(state)
+    state.timed(name, start)
 
 
 def _fresh(parent: Path) -> Path:
@@ -110,28 +118,28 @@ def _fresh(parent: Path) -> Path:
 
 
 def _recommend_sampling(path: Path, max_tokens: int) -> None:
-    """Chat samples as reinforcement learning did; past that length the model has never been."""
+    """Set RL's sampling parameters for chat, with its max_tokens: the model was never trained on longer answers."""
     own = json.loads(path.read_text())
     own |= {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "max_new_tokens": max_tokens}
     write_text(path, json.dumps(own, indent=2) + "\n")
 
 
-def _finish(story: Story, summary: dict[str, Any]) -> None:
-    summary["total_seconds"] = story.budget.spent
-    summary["seconds"] = story.seconds
-    path = story.run_dir / "summary.json"
+def _finish(state: SpeedrunState, summary: dict[str, Any]) -> None:
+    summary["total_seconds"] = state.budget.spent
+    summary["seconds"] = state.seconds
+    path = state.run_dir / "summary.json"
     write_text(path, strict_json.dumps(summary, indent=1, ensure_ascii=False))
-    page = write_report(story.run_dir)
-    summary["total_seconds"] = story.budget.spent  # the page, which takes seconds itself, has what was spent before it
+    page = write_report(state.run_dir)
+    summary["total_seconds"] = state.budget.spent  # the page, which takes seconds to make, has the time before it
     write_text(path, strict_json.dumps(summary, indent=1, ensure_ascii=False))
-    story.console.print(table(summary), difficulty_table(summary))
+    state.console.print(table(summary), difficulty_table(summary))
     for family, gain in summary["gains"].get("rl", {}).items():
         low, high = gain["interval"]
-        story.console.print(
+        state.console.print(
             f"{family}: reinforcement learning adds {100 * gain['gain']:.1f} points [{100 * low:.1f}, {100 * high:.1f}]"
         )
-    for sentence in story.notes:
-        story.console.print(f"[yellow]{sentence}[/yellow]", soft_wrap=True)
-    spent = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in story.seconds.items())
-    story.console.print(f"{summary['total_seconds']:.0f} s in all: {spent}")
-    story.console.print(f"report: {page}\nchat:   {summary['chat_command']}", soft_wrap=True)
+    for sentence in state.notes:
+        state.console.print(f"[yellow]{sentence}[/yellow]", soft_wrap=True)
+    spent = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in state.seconds.items())
+    state.console.print(f"{summary['total_seconds']:.0f} s in total: {spent}")
+    state.console.print(f"report: {page}\nchat:   {summary['chat_command']}", soft_wrap=True)

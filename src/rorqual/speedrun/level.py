@@ -1,7 +1,7 @@
-"""How hard the problems are: what this machine computes in the time that there is decides, not the recipe.
+"""Choose the difficulty of the problems by this machine's speed and the time budget.
 
-A level is chosen by the tokens that pre-training will see. Problems that a slow machine just learns leave a fast one
-nothing to show, and those that a fast one finds hard a slow one never learns.
+A level is chosen by the number of pre-training tokens: problems that a slow machine can just learn are saturated on a
+fast one, and those that are hard for a fast one are never learned on a slow one.
 """
 
 import time
@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from rorqual.data.loader import Batch
-from rorqual.kernels.machine import compute_dtype, dtype_name
+from rorqual.kernels.dtypes import compute_dtype, dtype_name
 from rorqual.model import ModelConfig, Transformer
-from rorqual.plan.machine import describe_machine
+from rorqual.plan.hardware import describe_machine
 from rorqual.recipe import EnvironmentSection, OptimizerSection, ScheduleSection
 from rorqual.train.trainer import Trainer
 
@@ -37,22 +37,23 @@ MODEL: dict[str, Any] = {
     "initializer_range": 0.02,
 }
 OPTIMIZER = {"name": "muon", "lr": 2e-3, "muon_lr": 4e-3, "weight_decay": 0.01}
-BATCH, LENGTH = 16, 192  # sequences a step of pre-training, tokens in each
-WARM, TIMED = 2, 6  # steps of the measurement
+BATCH, LENGTH = 16, 192  # pre-training: sequences per step, tokens per sequence
+WARM, TIMED = 2, 6  # warm-up and measured steps of the speed measurement
 
 
 @dataclass(frozen=True)
 class Level:
-    """Families with their documents, and how long an answer may be."""
+    """Environments with the number of documents for each, and the length limit of answers."""
 
     name: str
-    least_tokens: float  # of pre-training, from which on the level is chosen
+    least_tokens: float  # pre-training tokens from which on the level is chosen
     environments: tuple[EnvironmentSection, ...]
-    documents: tuple[int, ...]  # one an environment
-    max_tokens: int
+    documents: tuple[int, ...]  # per environment
+    max_tokens: int  # per answer
 
     @property
     def describe(self) -> str:
+        """The problems in one line."""
         return "; ".join(_describe(section) for section in self.environments)
 
 
@@ -89,17 +90,19 @@ LEVELS = (
 
 
 def choose_level(tokens: float) -> Level:
-    """The hardest level that so many tokens of pre-training are enough for."""
+    """The hardest level for this many pre-training tokens."""
     return [level for level in LEVELS if tokens >= level.least_tokens][-1]
 
 
 def training_speed() -> float:
-    """Tokens/s of pre-training on this machine, from a few steps of the real size: some three seconds."""
+    """Pre-training tokens/s on this machine, measured in a few full-size steps (about 3 s)."""
     config = ModelConfig.from_dict(MODEL | {"vocab_size": 1000}, "speedrun")
     trainer = Trainer(Transformer(config), OptimizerSection(**OPTIMIZER), ScheduleSection())
     tokens = torch.randint(1000, (BATCH, LENGTH))
-    third = (torch.arange(LENGTH) // 64).expand(BATCH, LENGTH)  # documents of 64 tokens
-    batch = Batch(tokens, tokens, torch.ones(BATCH, LENGTH), (torch.arange(LENGTH) % 64).expand(BATCH, LENGTH), third)
+    documents = (torch.arange(LENGTH) // 64).expand(BATCH, LENGTH)  # of 64 tokens each
+    batch = Batch(
+        tokens, tokens, torch.ones(BATCH, LENGTH), (torch.arange(LENGTH) % 64).expand(BATCH, LENGTH), documents
+    )
     seconds = []
     for _ in range(WARM + TIMED):
         start = time.perf_counter()
@@ -109,7 +112,7 @@ def training_speed() -> float:
 
 
 def machine_line() -> str:
-    """The processor and what is used of it, for people to read."""
+    """Processor, threads, kernels and dtype in one line."""
     machine = describe_machine()
     kernels = machine["compiled_functions"] or "none: plain PyTorch"
     dtype = dtype_name(compute_dtype())

@@ -1,4 +1,4 @@
-"""What the speedrun reached: every stage on the test problems, samples to read, the tables."""
+"""Evaluate the speedrun: all stages on test problems, the thinking curve, samples and tables."""
 
 import json
 import time
@@ -10,73 +10,80 @@ from rich import box
 from rich.table import Table
 
 from rorqual.engine import Engine, SamplingParams
-from rorqual.evals.run import Collected, collect, compare, summarise, thinking_curve
+from rorqual.evals.evaluate import Collected, collect, compare, summarise, thinking_curve
 from rorqual.evals.tasks import EnvironmentTask
-from rorqual.kernels.machine import compute_dtype, dtype_name
+from rorqual.kernels.dtypes import compute_dtype, dtype_name
 from rorqual.plan.cost import parameters
-from rorqual.reason.documents import line_is_right
-from rorqual.reason.problems import Problem
-from rorqual.reason.prompts import prompt_text
-from rorqual.reason.rollout import derived_seed
+from rorqual.rl.envs.environment import Problem
+from rorqual.rl.prompts import prompt_text
+from rorqual.rl.rollout import derived_seed
+from rorqual.speedrun.documents import line_is_right
 from rorqual.speedrun.level import MODEL
-from rorqual.speedrun.stages import END, TEMPLATE, Story, folders, open_engine, sampling
+from rorqual.speedrun.stages import END, TEMPLATE, SpeedrunState, folders, open_engine, sampling
 
-FIRST, LEAST, MOST = 24, 16, 1000  # test problems a family: in the first round, in a later one, in all
-SAMPLES, FEW_SAMPLES, SHORT = 8, 4, 4  # answers to each; few in runs of less than SHORT minutes, for more problems
-CURVE = 0.15  # of the time for reading, for the thinking curve
-BUDGETS = [0, 16, 32, 64, 128, 192]  # tokens
-REPORT = 12.0  # seconds for samples and the page with its figures, at the speed below
-REPORT_SPEED = 11_000  # training tokens/s of the machine where that was measured
+FIRST, LEAST, MOST = (
+    24,
+    16,
+    1000,
+)  # test problems per environment: in the first round, minimum of a later round, in total
+SAMPLES, FEW_SAMPLES, SHORT = 8, 4, 4  # answers per problem; fewer in runs below SHORT minutes, for more problems
+CURVE = 0.15  # fraction of the evaluation time for the thinking curve
+BUDGETS = [0, 16, 32, 64, 128, 192]  # thinking tokens
+REPORT = 12.0  # seconds for samples, figures and page, on a machine of REPORT_SPEED
+REPORT_SPEED = 11_000  # training tokens/s
 
 
-def evaluate_stages(story: Story) -> dict[str, Any]:
-    """Every stage's model on the same test problems, read for the first time now, and as many as there is time for."""
-    left = story.budget.left(END) - REPORT * min(3.0, REPORT_SPEED / story.speed)
+def evaluate_stages(state: SpeedrunState) -> dict[str, Any]:
+    """The summary: all stages on the same, so far unused test problems, as many as the time allows."""
+    left = state.budget.left(END) - REPORT * min(3.0, REPORT_SPEED / state.speed)
     ends = time.monotonic() + left
-    engines = {name: open_engine(story.run_dir / folder) for name, folder in folders(story)}
-    collected, speed = _collect(story, engines, ends - CURVE * left)
+    engines = {name: open_engine(state.run_dir / folder) for name, folder in folders(state)}
+    collected, speed = _collect(state, engines, ends - CURVE * left)
     results = {
-        name: {"tasks": {family: summarise(found, seed=story.seed, check_line=line_is_right)
+        name: {"tasks": {family: summarise(found, seed=state.seed, check_line=line_is_right)
                          for family, found in of_families.items()}}
         for name, of_families in collected.items()
     }  # fmt: skip
     stages = []
-    for name, folder in folders(story):
-        ledger = json.loads((story.run_dir / folder / "ledger.json").read_text())
-        # Of reinforcement learning, those it sampled; what it learnt from is computed once more.
+    for name, folder in folders(state):
+        ledger = json.loads((state.run_dir / folder / "ledger.json").read_text())
+        # For RL, the sampled tokens: those trained on are the same ones again.
         tokens = ledger["stages"].get("rollout", ledger["total"])["tokens"]
-        stages.append({"name": name, "seconds": story.seconds[name], "tokens": tokens} | results[name])
-    engine = engines[folders(story)[-1][0]]
+        stages.append({"name": name, "seconds": state.seconds[name], "tokens": tokens} | results[name])
+    engine = engines[folders(state)[-1][0]]
     total, active = parameters(engine.model.config)
     return {
         "stages": stages,
         "gains": {after: compare(results[before], results[after]) for before, after in pairwise(results)},
-        "thinking_curve": _thinking_curve(story, engine, speed * (ends - time.monotonic())),
-        "samples": _samples(story),
-        "seed": story.seed,
-        "minutes": story.budget.minutes,
-        "level": story.level.name,
-        "problems": story.level.describe,
-        "training_tokens_per_second": story.speed,
+        "thinking_curve": _thinking_curve(state, engine, speed * (ends - time.monotonic())),
+        "samples": _samples(state),
+        "seed": state.seed,
+        "minutes": state.budget.minutes,
+        "level": state.level.name,
+        "problems": state.level.describe,
+        "training_tokens_per_second": state.speed,
         "dtype": dtype_name(compute_dtype()),
-        "notes": story.notes,
+        "notes": state.notes,
         "model": {"parameters_total": total, "parameters_active": active, "config": MODEL},
-        "chat_command": f"rorqual chat {story.run_dir}/model",
+        "chat_command": f"rorqual chat {state.run_dir}/model",
     }
 
 
-def _collect(story: Story, engines: dict[str, Engine], ends: float) -> tuple[dict[str, dict[str, Collected]], float]:
-    """Answers of every stage's model, by stage and family: in rounds of new problems for all, until time is up; and
-    tokens/s. How long a problem takes is known after the first round, which is small.
+def _collect(
+    state: SpeedrunState, engines: dict[str, Engine], ends: float
+) -> tuple[dict[str, dict[str, Collected]], float]:
+    """({stage: {family: answers}}, tokens/s). All models answer rounds of new problems until `ends` (monotonic time).
+
+    The small first round measures the time per problem.
     """
-    tasks = {e.family: EnvironmentTask(e) for e in story.environments}
-    streams = {e.family: _distinct(e.stream("test", story.seed)) for e in story.environments}
-    samples = SAMPLES if story.budget.minutes >= SHORT else FEW_SAMPLES
+    tasks = {e.family: EnvironmentTask(e) for e in state.environments}
+    streams = {e.family: _distinct(e.stream("test", state.seed)) for e in state.environments}
+    samples = SAMPLES if state.budget.minutes >= SHORT else FEW_SAMPLES
     found: dict[str, dict[str, Collected]] = {name: {} for name in engines}
     done, size, started = 0, FIRST, time.monotonic()
     while size:
-        seed = derived_seed(story.seed, "test", done)
-        params = SamplingParams(temperature=1.0, max_tokens=story.level.max_tokens, n=samples, seed=seed)
+        seed = derived_seed(state.seed, "test", done)
+        params = SamplingParams(temperature=1.0, max_tokens=state.level.max_tokens, n=samples, seed=seed)
         for family, task in tasks.items():
             problems = list(islice(streams[family], size))
             for name, engine in engines.items():
@@ -87,7 +94,7 @@ def _collect(story: Story, engines: dict[str, Engine], ends: float) -> tuple[dic
         fit = int(0.97 * (ends - time.monotonic()) / each)
         size = min(fit, MOST - done, max(3 * done, LEAST)) if fit >= LEAST else 0
     seconds = time.monotonic() - started
-    story.console.print(f"   {done} problems a family, {samples} answers each, in {seconds:.0f} s")
+    state.console.print(f"   {done} problems per family, {samples} answers each, in {seconds:.0f} s")
     tokens = sum(len(c.tokens) for stage in found.values() for part in stage.values() for c in part.completions)
     return found, tokens / seconds
 
@@ -100,24 +107,24 @@ def _distinct(problems: Iterator[Problem]) -> Iterator[Problem]:
             yield problem
 
 
-def _thinking_curve(story: Story, engine: Engine, tokens: float) -> dict[str, list[dict[str, Any]]]:
-    """Accuracy against the tokens allowed for thinking, on as many problems as `tokens` are enough for."""
-    lengths = list(story.checks.values())[-1].length
+def _thinking_curve(state: SpeedrunState, engine: Engine, tokens: float) -> dict[str, list[dict[str, Any]]]:
+    """Accuracy by thinking budget, on as many problems as can be answered in `tokens` sampled tokens."""
+    lengths = list(state.checks.values())[-1].length
     each = sum(sum(min(budget, length) + 12 for budget in BUDGETS) for length in lengths.values())
-    few = int(max(LEAST, min(MOST // 4, 0.7 * tokens / each)))  # so few at a time are slower
+    few = int(max(LEAST, min(MOST // 4, 0.7 * tokens / each)))  # 0.7: small batches are slower
     return {
-        e.family: thinking_curve(engine, engine.tokenizer, e, BUDGETS, samples=1, problems=few, **sampling(story))
-        for e in story.environments
+        e.family: thinking_curve(engine, engine.tokenizer, e, BUDGETS, samples=1, problems=few, **sampling(state))
+        for e in state.environments
     }
 
 
-def _samples(story: Story) -> list[dict[str, str]]:
-    """The same development problems answered before and after, for people to read."""
-    engines = [open_engine(story.run_dir / folders(story)[which][1]) for which in (0, -1)]
-    params = SamplingParams(max_tokens=story.level.max_tokens, seed=story.seed)
+def _samples(state: SpeedrunState) -> list[dict[str, str]]:
+    """Answers of the first and the last stage to the same development problems."""
+    engines = [open_engine(state.run_dir / folders(state)[which][1]) for which in (0, -1)]
+    params = SamplingParams(max_tokens=state.level.max_tokens, seed=state.seed)
     rows = []
-    for environment in story.environments:
-        problems = environment.problems("dev", 3, story.seed)
+    for environment in state.environments:
+        problems = environment.problems("dev", 3, state.seed)
         texts = []
         for engine in engines:
             prompts = [prompt_text(p.question, TEMPLATE, engine.tokenizer) for p in problems]
@@ -130,13 +137,26 @@ def _samples(story: Story) -> list[dict[str, str]]:
 
 
 def table(summary: dict[str, Any]) -> Table:
-    """Stages by families: pass@1 with its interval, cons@k, pass@k."""
+    """Terminal table of stages and families: pass@1 with its interval, cons@k, pass@k, tokens, self-verification."""
     first = next(iter(summary["stages"][0]["tasks"].values()))
     k = first["k"]
-    title = f"{first['problems']} held-out problems a family, {k} samples each"
+    title = f"{first['problems']} held-out problems per family, {k} samples each"
     table = _table(title)
-    for name in ("stage", "family", "pass@1 %", f"cons@{k}", f"pass@{k}", "tokens", "says ✓", "✓ right"):
-        table.add_column(name, justify="left" if name in ("stage", "family") else "right", no_wrap=True)
+    for name in (
+        "stage",
+        "family",
+        "pass@1 %",
+        f"cons@{k}",
+        f"pass@{k}",
+        "tokens",
+        "self-\nverified",
+        "verifier\nprecision",
+    ):
+        table.add_column(
+            name,
+            justify="left" if name in ("stage", "family") else "right",
+            no_wrap="\n" not in name,
+        )
     for stage in summary["stages"]:
         for row, (family, r) in enumerate(stage["tasks"].items()):
             table.add_row(
@@ -153,7 +173,7 @@ def table(summary: dict[str, Any]) -> Table:
 
 
 def difficulty_table(summary: dict[str, Any]) -> Table:
-    """pass@1 of every stage by difficulty, easy to hard."""
+    """Terminal table of pass@1 of all stages by difficulty, easy to hard."""
     table = _table("pass@1 % by difficulty")
     table.add_column("family")
     table.add_column("difficulty")
@@ -168,7 +188,7 @@ def difficulty_table(summary: dict[str, Any]) -> Table:
 
 
 def _table(title: str) -> Table:
-    """Narrow enough for 80 columns."""
+    """An empty table narrow enough for 80 columns."""
     return Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, collapse_padding=True)
 
 

@@ -1,4 +1,4 @@
-"""The stages of the speedrun: what each writes down as a recipe, and runs by the code of the verb of its name."""
+"""The training stages of the speedrun: each builds a recipe and runs it as the verb of its name does."""
 
 import json
 import math
@@ -9,38 +9,39 @@ from typing import Any
 
 from rich.console import Console
 
+from rorqual.checkpoint.huggingface import save_model
 from rorqual.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from rorqual.engine import Engine
-from rorqual.evals.run import evaluate
-from rorqual.model.checkpoint import save_model
-from rorqual.reason.documents import LARGEST, write_documents
-from rorqual.reason.environment import Environment
-from rorqual.reason.rejection import NothingRight, distill
-from rorqual.reason.rl import rl
+from rorqual.evals.evaluate import evaluate
 from rorqual.recipe import ModelSection, TokenizerSection, parse_recipe
+from rorqual.rl.envs.registry import Environment
+from rorqual.rl.rejection_sampling import NoCorrectSamples, distill
+from rorqual.rl.rl_run import rl
+from rorqual.speedrun.documents import LARGEST, write_documents
 from rorqual.speedrun.level import BATCH, LENGTH, MODEL, OPTIMIZER, Level
-from rorqual.train.numbers import start_numbers
-from rorqual.train.prepare import build_model
+from rorqual.train.build_model import build_model
+from rorqual.train.number_init import start_numbers
 from rorqual.train.pretrain import pretrain
 
-# As DeepSeek's own template for R1: the assistant's turn begins inside the thinking.
+# As DeepSeek's template for R1: the prompt opens the thinking.
 CHAT_TEMPLATE = "{{ messages[-1]['content'] }}\n{% if add_generation_prompt %}<think>{% endif %}"
 TEMPLATE = "plain"
 
-# When stages end, as shares of the whole time. What comes before them takes its time out of pre-training's.
+# End of each stage, as fractions of the time budget. The preparation is part of pre-training's time.
 PRETRAIN_END, RL_END, DISTILL_END, END = 0.42, 0.76, 0.80, 0.985
-PRETRAIN_SHARE = PRETRAIN_END - 0.025  # what is left of it after measuring and writing documents
-FLOOR = 0.04  # where less of the answers of every family is right, RL has nothing to reward
-ENOUGH = 1.8e6  # tokens of pre-training; RL of a minute or two found nothing from 1.4 M on, and climbed from 2.2 M on
-# Where less is right, nearly every ✓ is false, and a price on that teaches to claim and solve nothing: 6 % right became
-# none in 40 steps.
-SURE = 0.2
-SLOTS = 1024  # sequences sampled at a time
+PRETRAIN_SHARE = PRETRAIN_END - 0.025  # without measuring and writing documents
+MIN_RL_ACCURACY = 0.04  # below this accuracy in all families, RL has nothing to reward
+MIN_RL_TOKENS = (
+    1.8e6  # of pre-training; RL of a minute or two learned nothing after 1.4 M tokens, and improved after 2.2 M
+)
+# Below this accuracy nearly every ✓ is false, and a verdict reward collapses training: 6 % became 0 in 40 steps.
+VERDICT_ACCURACY = 0.2
+MAX_NUM_SEQS = 1024  # sequences decoded at once
 
 
 @dataclass
 class Budget:
-    """The wall time of a run, from `started` to the end of its report."""
+    """The wall time budget of a run, from `started` to the end of its report."""
 
     minutes: float
     started: float = field(default_factory=time.monotonic)
@@ -54,27 +55,27 @@ class Budget:
         return time.monotonic() - self.started
 
     def left(self, until: float = 1.0) -> float:
-        """Seconds until a share of the whole time is over."""
+        """Seconds until the fraction `until` of the budget is used; at least 1 % of the budget."""
         return max(until * self.seconds - self.spent, 0.01 * self.seconds)
 
 
 @dataclass
 class Check:
-    """A glance at development problems: shares of right answers and mean tokens of a family, and how fast it went."""
+    """A short evaluation on development problems: accuracy and mean tokens per family, and sampling speed."""
 
-    right: dict[str, float]
+    accuracy: dict[str, float]
     length: dict[str, float]
     tokens_per_second: float
 
     @property
     def weak(self) -> bool:
-        """Whether so little is right that reinforcement learning has nothing to reward."""
-        return max(self.right.values()) < FLOOR
+        """Whether the accuracy is too low for RL to have rewards."""
+        return max(self.accuracy.values()) < MIN_RL_ACCURACY
 
 
 @dataclass
-class Story:
-    """What the stages leave behind, on its way to summary.json."""
+class SpeedrunState:
+    """Inputs and results of the stages, from which summary.json is made."""
 
     run_dir: Path
     seed: int
@@ -84,38 +85,40 @@ class Story:
     speed: float  # tokens/s of pre-training, measured at the start
     seconds: dict[str, float] = field(default_factory=dict)
     checks: dict[str, Check] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)  # what a reader of the result must know
+    notes: list[str] = field(default_factory=list)  # shown with the results
     console: Console = field(default_factory=lambda: Console(highlight=False))
 
-    def chapter(self, title: str) -> "Story":
+    def announce(self, title: str) -> None:
+        """Print a stage's title and the time so far."""
         self.console.print(f"[bold]{title}[/bold]  [dim]{self.budget.spent:.0f} s[/dim]")
-        return self
 
     def timed(self, name: str, start: float) -> None:
+        """Add the time since `start` (monotonic) to a stage."""
         self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - start
 
     def note(self, sentence: str) -> None:
+        """Print a sentence and keep it for the report."""
         self.notes.append(sentence)
         self.console.print(f"   [yellow]{sentence}[/yellow]", soft_wrap=True)
 
 
-def folders(story: Story) -> list[tuple[str, str]]:
-    """Stage and folder of every model there is."""
-    pretrained = "pretrain/more" if (story.run_dir / "pretrain/more/model").exists() else "pretrain"
+def folders(state: SpeedrunState) -> list[tuple[str, str]]:
+    """(stage, folder) of each trained model."""
+    pretrained = "pretrain/more" if (state.run_dir / "pretrain/more/model").exists() else "pretrain"
     every = [("pretrain", pretrained), ("rl", "rl"), ("distill", "distill/student")]
-    return [(name, folder) for name, folder in every if (story.run_dir / folder / "model").exists()]
+    return [(name, folder) for name, folder in every if (state.run_dir / folder / "model").exists()]
 
 
 def open_engine(folder: Path) -> Engine:
-    return Engine(folder / "model", slots=SLOTS)
+    return Engine(folder / "model", max_num_seqs=MAX_NUM_SEQS)
 
 
-def write_corpus(story: Story) -> None:
-    """Documents, fewer in a short run, and the tokenizer."""
-    level, path = story.level, story.run_dir / "documents.jsonl"
-    counts = [int(count * min(1.0, story.budget.minutes / 10)) for count in level.documents]
+def write_corpus(state: SpeedrunState) -> None:
+    """Write the documents (fewer in runs below ten minutes) and train the tokenizer."""
+    level, path = state.level, state.run_dir / "documents.jsonl"
+    counts = [int(count * min(1.0, state.budget.minutes / 10)) for count in level.documents]
     problems = [max(500, count // 4) for count in counts]
-    count = write_documents(path, story.environments, counts, problems, story.seed)
+    count = write_documents(path, state.environments, counts, problems, state.seed)
     with path.open(encoding="utf-8") as lines:
         texts = [json.loads(line)["text"] for line, _ in zip(lines, range(4000), strict=False)]
     special = ["<think>", "</think>", "<answer>", "</answer>"]
@@ -123,43 +126,43 @@ def write_corpus(story: Story) -> None:
     section = TokenizerSection(vocab_size=size, whole_numbers=LARGEST + 1, special_tokens=special)
     tokenizer = train_tokenizer(texts, section)
     tokenizer.chat_template = CHAT_TEMPLATE
-    save_tokenizer(tokenizer, story.run_dir / "tokenizer")
-    story.console.print(f"   {count:,} documents, {len(tokenizer)} tokens in the vocabulary")
+    save_tokenizer(tokenizer, state.run_dir / "tokenizer")
+    state.console.print(f"   {count:,} documents, vocabulary of {len(tokenizer)} tokens")
 
 
-def pretrain_small(story: Story) -> None:
-    """Pre-train from random weights; where that leaves nothing for RL to reward, with the time of RL too."""
-    run_dir = story.run_dir
+def pretrain_small(state: SpeedrunState) -> None:
+    """Pre-train from random weights; where the model is then too weak for RL, also use the time of RL."""
+    run_dir = state.run_dir
     tokenizer = load_tokenizer(run_dir / "tokenizer")
-    model = build_model(ModelSection(config=MODEL), tokenizer, story.seed)
+    model = build_model(ModelSection(config=MODEL), tokenizer, state.seed)
     start_numbers(model, tokenizer)
     save_model(model, run_dir / "start", tokenizer)
-    _pretrain(story, run_dir / "start", run_dir, "pretrain", PRETRAIN_END)
-    check(story, "pretrain")
-    if story.checks["pretrain"].weak:
-        best = max(story.checks["pretrain"].right.values())
-        story.note(
-            f"pre-training fell short: {best:.1%} of the answers are right, and reinforcement learning needs about "
-            f"{FLOOR:.0%} to begin with; its time goes to pre-training. Give the run --minutes {needed(story)}"
+    _pretrain(state, run_dir / "start", run_dir, "pretrain", PRETRAIN_END)
+    check(state, "pretrain")
+    if state.checks["pretrain"].weak:
+        best = max(state.checks["pretrain"].accuracy.values())
+        state.note(
+            f"pre-training was too short: accuracy is {best:.1%}, and reinforcement learning needs about "
+            f"{MIN_RL_ACCURACY:.0%}; its time is used for pre-training. Use --minutes {needed(state)}"
         )
-        _pretrain(story, run_dir / "pretrain" / "model", run_dir / "pretrain", "more", RL_END)
-        check(story, "pretrain")
+        _pretrain(state, run_dir / "pretrain" / "model", run_dir / "pretrain", "more", RL_END)
+        check(state, "pretrain")
 
 
-def needed(story: Story) -> int:
-    """Minutes in which this machine pre-trains far enough."""
-    enough = math.ceil(ENOUGH / (60 * PRETRAIN_SHARE * story.speed))
-    return max(enough, math.ceil(1.5 * story.budget.minutes))
+def needed(state: SpeedrunState) -> int:
+    """Minutes that this machine needs for enough pre-training."""
+    enough = math.ceil(MIN_RL_TOKENS / (60 * PRETRAIN_SHARE * state.speed))
+    return max(enough, math.ceil(1.5 * state.budget.minutes))
 
 
-def _pretrain(story: Story, start: Path, out: Path, name: str, until: float) -> None:
+def _pretrain(state: SpeedrunState, start: Path, out: Path, name: str, until: float) -> None:
     recipe = {
         "name": name,
         "out": str(out),
-        "seed": story.seed,
+        "seed": state.seed,
         "model": {"path": str(start)},
         "data": {
-            "sources": [{"path": str(story.run_dir / "documents.jsonl")}],
+            "sources": [{"path": str(state.run_dir / "documents.jsonl")}],
             "sequence_length": LENGTH,
             "isolate_documents": True,
             "valid_fraction": 0.005,
@@ -167,106 +170,106 @@ def _pretrain(story: Story, start: Path, out: Path, name: str, until: float) -> 
         "optimizer": OPTIMIZER,
         "schedule": {"name": "wsd", "warmup": 0.02, "decay": 0.4, "final": 0.02},
         "mtp": {"weight": 0.3, "final_weight": 0.0, "switch_at": 0.3},
-        "train": {"seconds": story.budget.left(until), "batch_size": BATCH, "eval_every": 200, "save_every": 1000},
+        "train": {"seconds": state.budget.left(until), "batch_size": BATCH, "eval_every": 200, "save_every": 1000},
     }
     pretrain(parse_recipe(recipe, "pretrain", "speedrun"))
 
 
-def reinforce(story: Story) -> None:
-    """GRPO on the families, until its share of the time is over."""
-    best = max(story.checks["pretrain"].right.values())
+def reinforce(state: SpeedrunState) -> None:
+    """GRPO on all environments, until RL_END."""
+    best = max(state.checks["pretrain"].accuracy.values())
     recipe = {
         "name": "rl",
-        "out": str(story.run_dir),
-        "seed": story.seed,
-        "model": {"path": str(story.run_dir / folders(story)[-1][1] / "model")},
-        "environments": _sections(story),
+        "out": str(state.run_dir),
+        "seed": state.seed,
+        "model": {"path": str(state.run_dir / folders(state)[-1][1] / "model")},
+        "environments": _sections(state),
         "template": TEMPLATE,
-        "reward": {"accuracy": 1.0, "format": 0.1, "verdict": 0.2 if best > SURE else 0.0},
+        "reward": {"accuracy": 1.0, "format": 0.1, "verdict": 0.2 if best > VERDICT_ACCURACY else 0.0},
         "grpo": {
             "group_size": 16,
             "questions_per_step": 16,
             "kl": 0.0,
             "average": "token",
-            "drop_flat_groups": True,
+            "drop_zero_std_groups": True,
             "clip_high": 0.28,
-            "max_tokens": story.level.max_tokens,
-            "rollout_slots": SLOTS,
+            "max_tokens": state.level.max_tokens,
+            "rollout_max_num_seqs": MAX_NUM_SEQS,
         },
         "optimizer": {"name": "muon", "lr": 2e-4, "muon_lr": 5e-4, "weight_decay": 0.0},
-        "seconds": story.budget.left(RL_END),
+        "seconds": state.budget.left(RL_END),
         "warmup_steps": 3,
         "decay": 0.3,
         "eval_every": 40,
-        "eval_problems": max(20, min(200, int(20 * story.budget.minutes))),
+        "eval_problems": max(20, min(200, int(20 * state.budget.minutes))),
         "save_every": 100,
         "keep_start": True,
     }
     rl(parse_recipe(recipe, "rl", "speedrun"))
-    if _kept_start(story.run_dir / "rl"):
-        story.note(
-            "reinforcement learning ended below its start, which is kept: from here it needs more time, or a better "
-            f"start; give the run --minutes {needed(story)}"
+    if kept_start(state.run_dir / "rl"):
+        state.note(
+            "reinforcement learning ended below its start, so the start is kept: it needs more time or a better "
+            f"pre-trained model; use --minutes {needed(state)}"
         )
-    check(story, "rl")
+    check(state, "rl")
 
 
-def _kept_start(run_dir: Path) -> bool:
-    """Whether rl released what it began with, since its last evaluation was below its first (`keep_start`)."""
+def kept_start(run_dir: Path) -> bool:
+    """Whether RL released its initial model, since its last evaluation was below its first (`keep_start`)."""
     lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
     found = [[value for key, value in line.items() if key.startswith("eval_")] for line in lines]
     sums = [sum(values) for values in found if values]
     return sums[-1] < sums[0]
 
 
-def distill_best(story: Story) -> None:
-    """Rejection sampling from the model that RL left, and fine-tuning on what was right: as many as there is time."""
-    teacher, glance = str(story.run_dir / "rl" / "model"), story.checks["rl"]
-    length = sum(glance.length.values()) / len(glance.length)
-    problems = 0.6 * story.budget.left(DISTILL_END) * glance.tokens_per_second / (8 * length)
+def distill_best(state: SpeedrunState) -> None:
+    """Rejection sampling from the RL model, then fine-tuning on correct answers; as many problems as time allows."""
+    teacher, checked = str(state.run_dir / "rl" / "model"), state.checks["rl"]
+    length = sum(checked.length.values()) / len(checked.length)
+    problems = 0.6 * state.budget.left(DISTILL_END) * checked.tokens_per_second / (8 * length)
     recipe = {
         "name": "distill",
-        "out": str(story.run_dir),
-        "seed": story.seed,
+        "out": str(state.run_dir),
+        "seed": state.seed,
         "teacher": teacher,
         "model": {"path": teacher},
-        "environments": _sections(story),
+        "environments": _sections(state),
         "template": TEMPLATE,
         "problems": int(min(1000, max(20, problems))),
         "samples": 8,
         "keep_per_problem": 2,
-        "max_tokens": story.level.max_tokens,
-        "sequence_length": story.level.max_tokens + 64,
+        "max_tokens": state.level.max_tokens,
+        "sequence_length": state.level.max_tokens + 64,
         "optimizer": {"name": "muon", "lr": 1e-4, "muon_lr": 3e-4, "weight_decay": 0.0},
         "train": {"epochs": 2, "batch_size": 16},
     }
     try:
         distill(parse_recipe(recipe, "distill", "speedrun"))
-    except NothingRight as e:  # a run of a minute or two
-        story.note(f"left out: {e}")
+    except NoCorrectSamples as e:  # a run of a minute or two
+        state.note(f"distillation is skipped: {e}")
 
 
-def check(story: Story, stage: str) -> None:
-    """Ask the newest model some development problems, and say what came of it."""
-    engine = open_engine(story.run_dir / folders(story)[-1][1])
-    problems, samples = max(8, min(48, int(5 * story.budget.minutes))), 4
+def check(state: SpeedrunState, stage: str) -> None:
+    """Evaluate the newest model on a few development problems and print the accuracy."""
+    engine = open_engine(state.run_dir / folders(state)[-1][1])
+    problems, samples = max(8, min(48, int(5 * state.budget.minutes))), 4
     start = time.monotonic()
     found = evaluate(
-        engine, engine.tokenizer, story.environments, samples, problems, split="dev", quiet=True, **sampling(story)
+        engine, engine.tokenizer, state.environments, samples, problems, split="dev", quiet=True, **sampling(state)
     )["tasks"]  # fmt: skip
     length = {family: result["mean_tokens"] for family, result in found.items()}
     tokens = problems * samples * sum(length.values())
-    right = {family: result["pass_at_1"] for family, result in found.items()}
-    story.checks[stage] = Check(right, length, tokens / (time.monotonic() - start))
-    shares = ", ".join(f"{family} {share:.0%}" for family, share in right.items())
-    story.console.print(f"   right answers to development problems: {shares}")
+    accuracy = {family: result["pass_at_1"] for family, result in found.items()}
+    state.checks[stage] = Check(accuracy, length, tokens / (time.monotonic() - start))
+    shares = ", ".join(f"{family} {share:.0%}" for family, share in accuracy.items())
+    state.console.print(f"   accuracy on development problems: {shares}")
 
 
-def sampling(story: Story) -> dict[str, Any]:
-    """As reinforcement learning samples."""
-    return {"template": TEMPLATE, "temperature": 1.0, "top_p": 1.0, "max_tokens": story.level.max_tokens,
-            "seed": story.seed}  # fmt: skip
+def sampling(state: SpeedrunState) -> dict[str, Any]:
+    """The sampling parameters of RL."""
+    return {"template": TEMPLATE, "temperature": 1.0, "top_p": 1.0, "max_tokens": state.level.max_tokens,
+            "seed": state.seed}  # fmt: skip
 
 
-def _sections(story: Story) -> list[dict[str, Any]]:
-    return [section.model_dump() for section in story.level.environments]
+def _sections(state: SpeedrunState) -> list[dict[str, Any]]:
+    return [section.model_dump() for section in state.level.environments]

@@ -1,10 +1,10 @@
 """Pre-training and supervised fine-tuning."""
 
 from rorqual.train.checkpoints import Checkpoints
+from rorqual.train.interrupts import Stopped, StopSignals
 from rorqual.train.optimizer import Optimizer, StepResult
 from rorqual.train.rng import load_rng_tensors, rng_tensors, set_seed
 from rorqual.train.schedule import schedule_factor
-from rorqual.train.signals import Stopped, StopSignals
 from rorqual.train.telemetry import Telemetry
 
 __all__ = [

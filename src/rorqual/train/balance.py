@@ -1,4 +1,4 @@
-"""Keeping the experts of a mixture evenly busy."""
+"""Expert load balancing (V3 §2.1.2)."""
 
 import torch
 from torch import Tensor, nn
@@ -8,8 +8,8 @@ from torch import Tensor, nn
 def update_correction_bias(model: nn.Module, loads: list[Tensor], speed: float) -> None:
     """b ← b + γ·sign(mean load − load) for every layer whose router has a correction bias (V3 §2.1.2).
 
-    `loads` [E] tokens an expert got in the step, one a layer in `moe_layers()` order; multi-token layers, which
-    come last, may be left out where they did not run. `speed` is γ.
+    `loads`: per MoE layer, in `moe_layers()` order, the tokens [E] that each expert got in the step; MTP layers, which
+    come last, may be missing where they did not run. `speed` is γ.
     """
     for layer, load in zip(model.moe_layers(), loads, strict=False):
         bias = getattr(layer.gate, "e_score_correction_bias", None)
@@ -19,6 +19,6 @@ def update_correction_bias(model: nn.Module, loads: list[Tensor], speed: float) 
 
 
 def max_violation(load: Tensor) -> float:
-    """MaxVio: how far the busiest expert's load [E] is above the mean, as a fraction of it (LB §4.1)."""
+    """MaxVio = max(load) / mean(load) − 1 of one layer's expert load [E] (LB §4.1)."""
     load = load.float()
     return float(load.max() / load.mean().clamp(min=1e-9) - 1)

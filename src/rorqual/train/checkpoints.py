@@ -1,8 +1,8 @@
 """Resumable checkpoints: run_dir/checkpoints/step-N/{tensors.safetensors, state.json}.
 
-A checkpoint exists whole or not at all: it is written beside its place, forced to disk and renamed. It is removed only
-when newer ones take its place. What cannot be read stays where it is; what is proven damaged is set aside as
-damaged-step-N. Everything else in the folder is not ours and left alone.
+Writing is atomic: a checkpoint is written under a temporary name, fsynced and renamed. It is removed only once newer
+ones replace it. An unreadable checkpoint stays in place; a provably damaged one is renamed to damaged-step-N. Other
+files in the folder are left alone.
 """
 
 import json
@@ -27,8 +27,8 @@ from rorqual.files import check_link
 
 TENSORS, STATE = "tensors.safetensors", "state.json"
 NAME = re.compile(r"step-(0|[1-9][0-9]*)")
-DEBRIS = re.compile(r"\.(writing|going)-step-[0-9]+")
-PIECE = 1 << 22  # bytes read at a time
+LEFTOVER = re.compile(r"\.(writing|going)-step-[0-9]+")
+CHUNK_BYTES = 1 << 22  # per read
 
 
 class Damaged(Exception):
@@ -42,9 +42,9 @@ def _to_stderr(sentence: str) -> None:
 class Checkpoints:
     """Keeps the last `keep` checkpoints of a run and the best one."""
 
-    def __init__(self, run_dir: Path, keep: int, say: Callable[[str], None] = _to_stderr) -> None:
-        """`say` is told of what was set aside and what could not be removed."""
-        self.directory, self.keep, self.say = Path(run_dir) / "checkpoints", keep, say
+    def __init__(self, run_dir: Path, keep: int, notify: Callable[[str], None] = _to_stderr) -> None:
+        """`notify` receives one sentence for each checkpoint that was set aside or could not be removed."""
+        self.directory, self.keep, self.notify = Path(run_dir) / "checkpoints", keep, notify
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, oldest first."""
@@ -58,11 +58,11 @@ class Checkpoints:
         self, step: int, tensors: dict[str, Tensor], state: dict[str, Any], score: float | None = None,
         good: bool = True,
     ) -> None:  # fmt: skip
-        """Write a checkpoint, then delete those no longer kept. `score`: lower is better; one not finite is none.
+        """Write a checkpoint, then delete those no longer kept.
 
-        A step already saved stays as it is. `good` false: it may not be worth going on from, so that it does not
-        count among the last `keep`. Raises UserError when it cannot be written or a tensor is not finite; earlier
-        checkpoints stay intact.
+        `score`: lower is better; a non-finite one counts as none. `good` False (a step with a non-finite loss): it does
+        not count among the last `keep`. A step already saved is not rewritten. Raises UserError when the checkpoint
+        cannot be written or a tensor is not finite; earlier checkpoints stay intact.
         """
         final, temporary = self.path(step), self.directory / f".writing-step-{step}"
         if final.exists():
@@ -88,12 +88,12 @@ class Checkpoints:
         self._prune()
 
     def load_latest(self) -> tuple[int, dict[str, Tensor], dict[str, Any]] | None:
-        """The newest checkpoint that is whole, as (step, tensors, state); None where none was ever written.
+        """The newest intact checkpoint as (step, tensors, state); None where none was ever written.
 
-        A damaged one is set aside. Raises UserError for one that cannot be read, and when all are damaged.
+        Damaged ones are set aside. Raises UserError for one that cannot be read, and when all are damaged.
         """
         for entry in self._entries():
-            if DEBRIS.fullmatch(entry.name):
+            if LEFTOVER.fullmatch(entry.name):
                 _discard(entry)
             elif NAME.fullmatch(entry.name):
                 check_link(entry)
@@ -117,8 +117,8 @@ class Checkpoints:
         return _best(self._readable())
 
     @contextmanager
-    def another_version(self, step: int) -> Iterator[None]:
-        """Within it a checkpoint that lacks something ends in a UserError."""
+    def reject_other_version(self, step: int) -> Iterator[None]:
+        """Context in which a missing or wrong entry of the checkpoint raises UserError."""
         try:
             yield
         except (KeyError, TypeError, RuntimeError) as e:
@@ -137,7 +137,7 @@ class Checkpoints:
             raise file_error(self.directory, e, "read", "then continue with --resume") from e
 
     def _read(self, step: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Raises Damaged when the content proves it, OSError when it cannot be read."""
+        """Raises Damaged for wrong or missing content, OSError when it cannot be read."""
         path = self.path(step)
         for file in (path / STATE, path / TENSORS):
             check_link(file)
@@ -165,10 +165,10 @@ class Checkpoints:
             os.replace(self.path(step), place)
         except OSError as e:
             raise file_error(self.path(step), e, "set aside", "then continue with --resume") from e
-        self.say(f"{self.path(step)} is damaged ({why}); it is kept as {place.name}, and an earlier one is taken")
+        self.notify(f"{self.path(step)} is damaged ({why}); it is kept as {place.name}, and an earlier one is used")
 
     def _readable(self) -> dict[int, dict[str, Any]]:
-        """Step → state.json, of those where it can be read."""
+        """Step → state.json, of the checkpoints where it can be read."""
         found = {}
         for step in self.steps():
             try:
@@ -180,7 +180,7 @@ class Checkpoints:
         return found
 
     def _prune(self) -> None:
-        """Of what can be read, keep the last `keep` good ones, all since, and the best."""
+        """Remove readable checkpoints except the last `keep` good ones, all later ones and the best."""
         readable = self._readable()
         best = _best(readable)
         good = [step for step, found in readable.items() if found.get("good", True)]
@@ -196,7 +196,7 @@ class Checkpoints:
         try:
             os.replace(self.path(step), going)
         except OSError as e:
-            self.say(f"{file_error(self.path(step), e, 'removed')}; the run goes on")
+            self.notify(f"{file_error(self.path(step), e, 'removed')}; the run goes on")
             return
         _discard(going)
 
@@ -221,10 +221,10 @@ def _best(states: dict[int, dict[str, Any]]) -> int | None:
 
 
 def _crc32(path: Path) -> int:
-    """Read with plain reads: where the disk fails they raise an error, and a memory map ends the process."""
+    """CRC-32 by plain reads: a failing disk raises OSError, where a memory map would kill the process."""
     value = 0
     with path.open("rb") as file:
-        while piece := file.read(PIECE):
+        while piece := file.read(CHUNK_BYTES):
             value = zlib.crc32(piece, value)
     return value
 

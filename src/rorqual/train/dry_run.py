@@ -1,15 +1,15 @@
-"""`--dry-run`: the plan of a recipe; nothing is started and nothing is written."""
+"""`--dry-run`: the plan of a recipe; nothing is trained or written."""
 
 from typing import Any
 
 from rorqual.data.tokenizer import load_tokenizer
 from rorqual.plan.estimate import predict
 from rorqual.recipe import PretrainRecipe, SFTRecipe
-from rorqual.train.prepare import check_length, check_model, model_config, set_threads, tokenizer_of
+from rorqual.train.build_model import check_length, check_model, model_config, set_threads, tokenizer_of
 
 
 def dry_run(recipe: PretrainRecipe | SFTRecipe) -> dict[str, Any]:
-    """Parameters, FLOPs, memory and time (`plan_text` prints them). Raises UserError as the run itself would."""
+    """Predicted parameters, FLOPs, memory and time (`plan_text` prints them). Raises UserError as the run would."""
     set_threads(recipe.train)
     check_model(recipe.model)
     check_length(recipe.model, recipe.data)

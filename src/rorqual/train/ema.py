@@ -10,7 +10,7 @@ from rorqual.train.optimizer import Optimizer
 
 
 class EMA:
-    """average ← decay·average + (1 − decay)·master, after each step."""
+    """average ← decay·average + (1 − decay)·master after each step; FP32."""
 
     def __init__(self, optimizer: Optimizer, decay: float) -> None:
         self.optimizer, self.decay = optimizer, decay
@@ -23,7 +23,7 @@ class EMA:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The model holds the average within, its own weights again after."""
+        """Context in which the model holds the averaged weights."""
         parameters = self.optimizer.parameters
         own = {name: p.detach().clone() for name, p in parameters.items()}
         try:

@@ -1,7 +1,7 @@
-"""Muon: momentum orthogonalised by Newton–Schulz, for the matrices of the hidden layers.
+"""Muon: momentum orthogonalised by Newton–Schulz, for the matrices of hidden layers.
 
 M ← μM + G;  O = NS(G + μM) (Nesterov);  W ← (1 − ηλ)W − η · 0.2·√max(rows, cols) · O.
-The scale gives the update the RMS that AdamW's has, so that both share a learning rate and a weight decay
+The scale gives the update the RMS of an AdamW update, so that both share learning rate and weight decay
 (Moonlight, arXiv 2502.16982 §2.2; Kimi K2, 2507.20534 §2.1). Newton–Schulz with the quintic coefficients of
 K. Jordan, "Muon" (2024).
 """
@@ -9,16 +9,16 @@ K. Jordan, "Muon" (2024).
 import torch
 from torch import Tensor
 
-from rorqual.kernels.machine import fastest_dtype
+from rorqual.kernels.dtypes import fastest_dtype
 
 QUINTIC = (3.4445, -4.7750, 2.0315)
 RMS = 0.2  # of an AdamW update
 
 
 def orthogonalise(matrices: Tensor, steps: int = 5, dtype: torch.dtype | None = None) -> Tensor:
-    """The orthogonal factor UVᵀ of each matrix UΣVᵀ in [N, rows, cols], singular values within about 0.7–1.2.
+    """Approximate UVᵀ of each matrix UΣVᵀ in [N, rows, cols]: singular values of about 0.7–1.2.
 
-    In BF16, which is enough for that, where it is faster (2.3 times on an EPYC with AVX512-BF16).
+    Computes in BF16, which is accurate enough, where that is faster (2.3x on an EPYC with AVX512-BF16).
     """
     a, b, c = QUINTIC
     x = matrices.to(dtype or fastest_dtype(matrices.device))
@@ -34,7 +34,7 @@ def orthogonalise(matrices: Tensor, steps: int = 5, dtype: torch.dtype | None = 
 
 
 def as_matrices(name: str, tensor: Tensor) -> Tensor:
-    """A view [N, rows, cols] of the matrices a parameter holds: stacked experts apart, gate and up apart."""
+    """A view [N, rows, cols] of a parameter's matrices: stacked experts, gate and up are separate matrices."""
     if name.endswith("gate_up_proj"):
         experts, rows, cols = tensor.shape
         return tensor.view(2 * experts, rows // 2, cols)
@@ -42,7 +42,7 @@ def as_matrices(name: str, tensor: Tensor) -> Tensor:
 
 
 class Muon:
-    """Momentum and update of `masters` (name → FP32 matrix or stack of matrices), updated in place."""
+    """Muon over `masters` (name → FP32 matrix or stack of matrices), which it updates in place."""
 
     def __init__(self, masters: dict[str, Tensor], lr: float, weight_decay: float, momentum: float = 0.95) -> None:
         self.masters, self.lr, self.weight_decay, self.mu = masters, lr, weight_decay, momentum
@@ -50,7 +50,7 @@ class Muon:
 
     @torch.no_grad()
     def step(self, grads: dict[str, Tensor], factor: float) -> None:
-        """Update every matrix that has a gradient with learning rate lr · factor."""
+        """Update each matrix that has a gradient, with learning rate lr · factor."""
         names = [name for name in self.masters if name in grads]
         if not names:
             return
@@ -61,13 +61,13 @@ class Muon:
         torch._foreach_add_(momentum, gradient)
         nesterov = torch._foreach_add(gradient, momentum, alpha=self.mu)
         torch._foreach_mul_([self.masters[name] for name in names], 1 - lr * self.weight_decay)
-        alike: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}  # same shape up to transposition
+        by_shape: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}  # same shape up to transposition
         for name, update in zip(names, nesterov, strict=True):
             update, weight = as_matrices(name, update), as_matrices(name, self.masters[name])
             if update.shape[-2] > update.shape[-1]:
                 update, weight = update.mT, weight.mT
-            alike.setdefault((update.shape[-2], update.shape[-1]), []).append((update, weight))
-        for (_, longest), pairs in alike.items():
+            by_shape.setdefault((update.shape[-2], update.shape[-1]), []).append((update, weight))
+        for (_, longest), pairs in by_shape.items():
             updates = orthogonalise(torch.cat([update for update, _ in pairs]))
             parts = updates.split([len(update) for update, _ in pairs])
             for part, (_, weight) in zip(parts, pairs, strict=True):

@@ -1,8 +1,8 @@
-"""AdamW and Muon over FP32 master weights, with clipping by the global norm.
+"""AdamW and Muon over FP32 master weights, with clipping by the global gradient norm.
 
-In float32 the masters are the model's own tensors. In bfloat16 the model's matrices are converted in place,
-the masters stay FP32 beside them, and gradients are summed in FP32 (V3 §3.3.2). Norms and the router compute in
-FP32 either way.
+In float32 the masters are the model's own tensors. In bfloat16 the model's matrices are converted in place, FP32
+masters are kept beside them, and gradients are accumulated in FP32 (V3 §3.3.2). Norms and the router are FP32 in both
+cases.
 """
 
 from dataclasses import dataclass
@@ -12,32 +12,32 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from rorqual.errors import UserError
-from rorqual.kernels.add import add_into
+from rorqual.kernels.accumulate import accumulate
 from rorqual.recipe import OptimizerSection
 from rorqual.train.muon import Muon
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """Global gradient norm before clipping; `skipped` when it was not finite and nothing was changed."""
+    """Global gradient norm before clipping; `skipped`: it was not finite (or absent), and no weight was changed."""
 
     grad_norm: float
     skipped: bool
 
 
 def is_converted(name: str, parameter: Tensor) -> bool:
-    """Whether it takes the compute dtype: embeddings, linears with their biases, experts; not router and norms."""
+    """Whether it is stored in the compute dtype: embeddings, linears with biases, experts; not router and norms."""
     return (parameter.ndim >= 2 and not name.endswith("mlp.gate.weight")) or name.endswith(".bias")
 
 
 def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
-    """Whether Muon takes it: matrices between embedding and head."""
+    """Whether Muon updates it: matrices other than embedding, head and router."""
     outside = "embed_tokens" in name or name.startswith("lm_head") or name.endswith("mlp.gate.weight")
     return parameter.ndim >= 2 and not outside
 
 
 class AdamW:
-    """Decoupled weight decay on matrices; one fused kernel a group (torch's)."""
+    """AdamW with weight decay on matrices only; torch's fused kernel, once per group."""
 
     def __init__(self, masters: dict[str, Tensor], section: OptimizerSection) -> None:
         self.masters, self.section = masters, section
@@ -70,16 +70,16 @@ class AdamW:
 
 
 class Optimizer:
-    """Owns master weights, gradients and moments of `model`; after each backward call `accumulate`, then `step`."""
+    """Owns master weights, gradients and moments of `model`. Call `accumulate` after each backward, then `step`."""
 
     def __init__(self, model: nn.Module, section: OptimizerSection, compute_dtype: torch.dtype) -> None:
         """`section.name` is 'adamw', or 'muon': Muon on hidden matrices, AdamW on embedding, head, router and norms.
 
-        Converts the model's matrices (and the biases of its linears) to `compute_dtype` in place.
+        Convert the model's matrices (and the biases of its linears) to `compute_dtype` in place.
         """
         self.section = section
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        # The router's correction bias and the like: not trained by gradient, but part of where a run stands.
+        # Such as the router's correction bias: not trained by gradient, but part of the checkpoint.
         self.buffers = {n: t for n, t in model.state_dict(keep_vars=True).items() if not isinstance(t, nn.Parameter)}
         self.masters: dict[str, Tensor] = {}
         for name, p in self.parameters.items():
@@ -96,20 +96,20 @@ class Optimizer:
         for name, p in self.parameters.items():
             if p.grad is not None:
                 if name in self.grads:
-                    add_into(self.grads[name], p.grad)
+                    accumulate(self.grads[name], p.grad)
                 else:
                     self.grads[name] = p.grad.float()
                 p.grad = None
 
     def discard(self) -> None:
-        """Forget the gradients gathered so far."""
+        """Drop the accumulated gradients."""
         self.grads.clear()
         for p in self.parameters.values():
             p.grad = None
 
     @torch.no_grad()
     def step(self, factor: float) -> StepResult:
-        """Clip, update with learning rate · `factor`, write the weights back; skips when the norm is not finite."""
+        """Clip, update with learning rate · `factor`, copy masters to the model; skip where the norm is not finite."""
         gradients = list(self.grads.values())
         if not gradients:
             return StepResult(0.0, skipped=True)
@@ -126,12 +126,12 @@ class Optimizer:
         return StepResult(norm, skipped=False)
 
     def _write_back(self) -> None:
-        apart = [n for n, p in self.parameters.items() if p.data_ptr() != self.masters[n].data_ptr()]
-        if apart:
-            torch._foreach_copy_([self.parameters[n].data for n in apart], [self.masters[n] for n in apart])
+        converted = [n for n, p in self.parameters.items() if p.data_ptr() != self.masters[n].data_ptr()]
+        if converted:
+            torch._foreach_copy_([self.parameters[n].data for n in converted], [self.masters[n] for n in converted])
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything a checkpoint needs: masters, moments, step counts and the model's buffers (not copied)."""
+        """The checkpoint's tensors: masters, moments, step counts and the model's buffers (not copied)."""
         out = {f"weights.{n}": w for n, w in self.masters.items()}
         out |= {f"buffers.{n}": t for n, t in self.buffers.items()}
         out |= {f"adamw.first.{n}": t for n, t in self.adamw.first.items()}
@@ -142,7 +142,7 @@ class Optimizer:
 
     @torch.no_grad()
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Restore what `tensors` gave (other names are passed over). Raises UserError when one is missing."""
+        """Restore what `tensors` returned; other names are ignored. Raises UserError for one missing or misshapen."""
         for name, mine in self.tensors().items():
             saved = tensors.get(name)
             if saved is None or saved.shape != mine.shape:

@@ -3,21 +3,21 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rorqual.data.open import open_pretrain_data, open_tokenizer
+from rorqual.data.datasets import open_pretrain_data, open_tokenizer
 from rorqual.data.tokenizer import load_tokenizer, save_tokenizer
 from rorqual.recipe import PretrainRecipe
-from rorqual.train.finish import finish, train
-from rorqual.train.prepare import build_model, check_length, set_threads
-from rorqual.train.run import open_run
+from rorqual.train.build_model import build_model, check_length, set_threads
+from rorqual.train.export import finish, train
+from rorqual.train.run_folder import open_run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
 def pretrain(recipe: PretrainRecipe, resume: bool = False) -> Path:
-    """Run the recipe to its end and give the run's folder, with the release in model/.
+    """Run the recipe and return the run's folder, with the released model in model/.
 
-    Raises UserError for whatever the user can mend, Stopped after SIGINT or SIGTERM.
+    Raises UserError for what the user can fix, Stopped after SIGINT or SIGTERM.
     """
     set_threads(recipe.train)
     check_length(recipe.model, recipe.data)
@@ -30,14 +30,14 @@ def pretrain(recipe: PretrainRecipe, resume: bool = False) -> Path:
 
 
 def _tokenizer(recipe: PretrainRecipe, run_dir: Path) -> "PreTrainedTokenizerFast":
-    """The recipe's, the model's, or one trained now and kept in the run's folder."""
+    """The recipe's tokenizer, the model's, or one trained now and saved in the run's folder."""
     if recipe.tokenizer.path is not None:
         return load_tokenizer(recipe.tokenizer.path)
     if recipe.model.path is not None:
         return load_tokenizer(recipe.model.path)
     kept = run_dir / "tokenizer"
     if not kept.exists():
-        being_written = run_dir / "tokenizer.writing"
-        save_tokenizer(open_tokenizer(recipe.tokenizer, recipe.data), being_written)
-        being_written.rename(kept)
+        temporary = run_dir / "tokenizer.writing"
+        save_tokenizer(open_tokenizer(recipe.tokenizer, recipe.data), temporary)
+        temporary.rename(kept)
     return load_tokenizer(kept)

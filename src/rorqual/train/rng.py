@@ -1,4 +1,4 @@
-"""Random numbers: seeded once, saved and restored with checkpoints."""
+"""Random number generators: seeded once, saved and restored with checkpoints."""
 
 import random
 
@@ -15,7 +15,7 @@ def set_seed(seed: int) -> None:
 
 
 def rng_tensors() -> dict[str, Tensor]:
-    """Where torch's generators stand. Everything else draws from generators of its own, seeded by step."""
+    """The state of torch's generators. All other code uses its own generators, seeded by step."""
     out = {"rng.torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         out["rng.cuda"] = torch.cuda.get_rng_state()

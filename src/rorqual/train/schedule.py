@@ -1,6 +1,6 @@
-"""What changes over a run: learning rate, multi-token weight, bias speed, batch size.
+"""Schedules over a run: learning rate, MTP weight, bias update speed, batch size.
 
-`progress` in [0, 1] is the fraction of the run that is done: of its steps, or of its seconds.
+`progress` in [0, 1] is the fraction of the run that is done, in steps or in seconds.
 """
 
 import math
@@ -8,17 +8,17 @@ import math
 from rorqual.recipe import BalanceSection, MTPSection, ScheduleSection, TrainSection
 from rorqual.sections import V3_CONSTANT
 
-# V3 §4.2: after V3_CONSTANT, cosine to a tenth over 4.3 T tokens, a tenth for 333 B, 7.3e-6 of 2.2e-4 after.
+# V3 §4.2: after V3_CONSTANT, cosine to 0.1 of the peak over 4.3 T tokens, 0.1 for 333 B, then 7.3e-6 of 2.2e-4.
 V3_COSINE, V3_TAIL = 14.3 / 14.8, 14.633 / 14.8
 V3_LOW, V3_LAST = 0.1, 7.3e-6 / 2.2e-4
 
 
 def schedule_factor(section: ScheduleSection, progress: float) -> float:
-    """Learning rate as a factor of its peak, after a linear warm-up over `section.warmup` of the run.
+    """Learning rate as a fraction of its peak, with linear warm-up over the first `section.warmup` of the run.
 
-    `v3` follows V3 §4.2 in fractions of its 14.8 T tokens; `cosine` falls to `final` over the rest of the run;
-    `wsd` stays at the peak and falls linearly to `final` over the last `decay` of the run (MiniCPM, 2404.06395 §4);
-    `constant` stays.
+    `v3` follows V3 §4.2 in fractions of its 14.8 T tokens; `cosine` decays to `final` over the rest of the run;
+    `wsd` stays at the peak, then decays linearly to `final` over the last `decay` of the run (MiniCPM, 2404.06395 §4);
+    `constant` stays at the peak.
     """
     progress = min(max(progress, 0.0), 1.0)
     if progress < section.warmup:
@@ -41,7 +41,7 @@ def _cosine(done: float, final: float) -> float:
 
 
 def mtp_weight(section: MTPSection, progress: float) -> float:
-    """λ of the multi-token loss: 0.3 for the first 10 T tokens of V3, 0.1 after (V3 §4.2)."""
+    """λ of the MTP loss: 0.3 for the first 10 T tokens of V3, 0.1 after (V3 §4.2)."""
     return section.weight if progress < section.switch_at else section.final_weight
 
 
@@ -51,7 +51,7 @@ def bias_speed(section: BalanceSection, progress: float) -> float:
 
 
 def batch_size(section: TrainSection, progress: float) -> int:
-    """Sequences in a step: linear from the ramp's first size to `batch_size` (V3 §4.2: 3072 → 15360)."""
+    """Sequences per step: linear from the ramp's first size to `batch_size` (V3 §4.2: 3072 → 15360)."""
     if section.batch_ramp is None:
         return section.batch_size
     first, until = section.batch_ramp

@@ -1,19 +1,19 @@
-"""`rorqual sft`: conversations → a model that answers. The loss is on the assistant's turns."""
+"""`rorqual sft`: supervised fine-tuning on conversations, with the loss on assistant turns only."""
 
 import sys
 from pathlib import Path
 
-from rorqual.data.open import open_chat_data
+from rorqual.data.datasets import open_chat_data
 from rorqual.recipe import SFTRecipe
-from rorqual.train.finish import finish, train
-from rorqual.train.prepare import build_model, check_length, set_threads, tokenizer_of
-from rorqual.train.run import open_run
+from rorqual.train.build_model import build_model, check_length, set_threads, tokenizer_of
+from rorqual.train.export import finish, train
+from rorqual.train.run_folder import open_run
 
 
 def sft(recipe: SFTRecipe, resume: bool = False) -> Path:
-    """Run the recipe to its end and give the run's folder, with the release in model/.
+    """Run the recipe and return the run's folder, with the released model in model/.
 
-    Raises UserError for whatever the user can mend, Stopped after SIGINT or SIGTERM.
+    Raises UserError for what the user can fix, Stopped after SIGINT or SIGTERM.
     """
     set_threads(recipe.train)
     tokenizer = tokenizer_of(recipe.model)
@@ -23,7 +23,7 @@ def sft(recipe: SFTRecipe, resume: bool = False) -> Path:
         if samples.shortened or samples.dropped:
             print(
                 f"{recipe.data.path}: {samples.shortened} samples were cut at data.sequence_length = "
-                f"{recipe.data.sequence_length}, {samples.dropped} left out with no assistant's token within it",
+                f"{recipe.data.sequence_length}, {samples.dropped} were dropped (no assistant token within it)",
                 file=sys.stderr,
             )
         model = build_model(recipe.model, tokenizer, recipe.seed)

@@ -1,4 +1,4 @@
-"""What a run says while it runs: metrics.jsonl, a progress bar, and trackio where asked."""
+"""Telemetry of a run: metrics.jsonl, a progress bar, and trackio where requested."""
 
 import contextlib
 import json
@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from rorqual import strict_json
-from rorqual.errors import UserError, file_error
+from rorqual.errors import file_error
+from rorqual.extras import require
 from rorqual.files import write_text
 
 Metric = float | int | str | list[float] | None
@@ -18,7 +19,7 @@ BAR = ("loss", "reward", "valid_bpb", "lr", "tokens_per_second", "rollout_tokens
 
 
 class Telemetry:
-    """One line of JSON a step in run_dir/metrics.jsonl, the same to the progress bar and trackio."""
+    """Logs each step as a JSON line of run_dir/metrics.jsonl, to the progress bar and to trackio."""
 
     def __init__(
         self, run_dir: Path, total: float | None, unit: str, track: bool = False, resume_step: int = 0
@@ -36,7 +37,7 @@ class Telemetry:
         except OSError as e:
             raise file_error(self.path, e, then="then continue with --resume") from e
         if damaged:
-            self.note(f"{self.path}: {damaged} lines were not JSON; the file as it was is kept as {_KEPT}")
+            self.note(f"{self.path}: {damaged} lines were not JSON; the original file is kept as {_KEPT}")
         self.tracker = _tracker(Path(run_dir).name, resume_step > 0) if track else None
 
     def log(self, step: int, *, done: float | None = None, **metrics: Metric) -> None:
@@ -52,13 +53,13 @@ class Telemetry:
         self.bar.update(done, f"step {step}  " + "  ".join(shown))
 
     def note(self, sentence: str) -> None:
-        """Say something to the user, and keep it with the metrics."""
+        """Print a sentence and record it in metrics.jsonl."""
         self._write({"step": self.step, "note": sentence})
-        self.bar.say(sentence)
+        self.bar.note(sentence)
 
     def close(self) -> None:
         self.bar.close()
-        with contextlib.suppress(OSError):  # each line was flushed, and a failure then has been told
+        with contextlib.suppress(OSError):  # each line was flushed, and that reported any failure
             self.file.close()
         if self.tracker is not None:
             self.tracker.finish()
@@ -72,7 +73,7 @@ class Telemetry:
 
 
 class _Bar:
-    """rich's progress bar on a terminal; elsewhere a plain line every 30 seconds, fit for a log."""
+    """rich's progress bar on a terminal; elsewhere a plain line every 30 seconds, for log files."""
 
     def __init__(self, total: float | None, unit: str) -> None:
         self.total, self.unit, self.last = total, unit, time.monotonic()
@@ -94,7 +95,7 @@ class _Bar:
             whole = f" of {self.total:.0f}" if self.total else ""
             print(f"{done:.0f}{whole} {self.unit}  {text}", file=sys.stderr, flush=True)
 
-    def say(self, sentence: str) -> None:
+    def note(self, sentence: str) -> None:
         if self.progress is not None:
             self.progress.console.print(sentence, markup=False)
         else:
@@ -106,9 +107,9 @@ class _Bar:
 
 
 def _drop_after(path: Path, step: int) -> int:
-    """Keep the lines up to `step`; a last line cut short by a crash goes too.
+    """Drop the lines after `step` and a last line cut short by a crash.
 
-    Gives how many other lines are not JSON with a step; the file with them is kept beside.
+    Returns the number of other lines that are not JSON with a step; a copy of the file with them is kept.
     """
     if not path.exists():
         return 0
@@ -137,9 +138,8 @@ def _unused(path: Path) -> Path:
 
 
 def _tracker(name: str, resume: bool) -> Any:
-    try:
-        import trackio
-    except ImportError:
-        raise UserError("track = true needs trackio; run 'pip install trackio' or set track = false") from None
+    require("track")  # track = true in the recipe
+    import trackio
+
     trackio.init(project="rorqual", name=name, resume="allow" if resume else "never")
     return trackio

@@ -1,6 +1,6 @@
-"""One optimizer step of next-token training, and nothing about runs: pre-training, SFT and the speedrun drive it.
+"""One optimizer step of next-token training. Pre-training, SFT and the speedrun drive it.
 
-B sequences in a micro batch, T tokens, D hidden, E experts.
+Shapes: B sequences in a micro-batch, T tokens, D hidden size, E experts.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,12 +12,12 @@ from torch import Tensor
 
 from rorqual.data.loader import Batch, document_mask
 from rorqual.kernels.cross_entropy import linear_cross_entropy
-from rorqual.kernels.machine import compute_dtype
+from rorqual.kernels.dtypes import compute_dtype
 from rorqual.model import Transformer
 from rorqual.plan.cost import flops_per_token, mtp_flops_per_token
 from rorqual.recipe import BalanceSection, MTPSection, OptimizerSection, ScheduleSection
 from rorqual.train.balance import max_violation, update_correction_bias
-from rorqual.train.compiling import compiled
+from rorqual.train.compile import compiled
 from rorqual.train.ema import EMA
 from rorqual.train.optimizer import Optimizer
 from rorqual.train.rng import load_rng_tensors, rng_tensors
@@ -27,7 +27,7 @@ Metrics = dict[str, Any]
 
 
 class Trainer:
-    """A model with everything that changes while it learns."""
+    """Model, optimizer, EMA and counters of a training run."""
 
     def __init__(
         self,
@@ -40,28 +40,28 @@ class Trainer:
         dtype: str = "auto",
         ema: float | None = None,
         compile: bool = False,
-        say: Callable[[str], None] = print,
+        notify: Callable[[str], None] = print,
     ) -> None:
-        """Converts `model` to `dtype` ("auto": what is fastest on its device) in place.
+        """Convert `model` to `dtype` ("auto": the fastest on its device) in place.
 
-        Without `mtp` or `balance` their losses and updates are off.
+        Without `mtp` or `balance` the MTP loss or the load balancing is off.
         """
         self.model, self.schedule, self.dtype = model, schedule, compute_dtype(dtype, model.head_weight.device)
         self.mtp = mtp or MTPSection(weight=0.0, final_weight=0.0)
         self.balance = balance or BalanceSection(bias_speed=0.0, sequence_loss=0.0)
         self.optimizer = Optimizer(model, optimizer, self.dtype)
         self.ema = EMA(self.optimizer, ema) if ema else None
-        self.forward = compiled(model, say) if compile else model
+        self.forward = compiled(model, notify) if compile else model
         self.depth = model.config.num_nextn_predict_layers
         self.steps = self.tokens = self.skipped_in_a_row = 0
         self.flops = 0.0
 
     def step(self, micro_batches: Sequence[Batch], progress: float) -> Metrics:
-        """One optimizer step over the micro batches together; `progress` of the run in [0, 1].
+        """One optimizer step over all micro-batches; `progress` of the run in [0, 1].
 
-        The loss is the mean over tokens, by their weights: cross-entropy + λ/depth · Σ multi-token losses (V3 eq. 25)
-        + α · sequence-wise balance loss. Returns loss, mtp_loss, grad_norm, lr, tokens, max_vio, max_vio_per_layer
-        and skipped; a step whose loss or gradient is not finite is skipped and changes nothing but the counts.
+        The loss is the weighted mean over tokens of cross-entropy + λ/depth · Σ MTP losses (V3 eq. 25)
+        + α · sequence-wise balance loss. Returns loss (nats), mtp_loss, grad_norm, lr, max_vio, max_vio_per_layer and
+        skipped. A step with a non-finite loss or gradient is skipped and changes only the counters.
         """
         λ = mtp_weight(self.mtp, progress) if self.depth else 0.0
         totals = self._weight_totals(micro_batches, ahead=λ > 0)
@@ -105,10 +105,7 @@ class Trainer:
 
     @torch.no_grad()
     def bits_per_byte(self, batches: Iterable[tuple[Batch, int]]) -> float:
-        """Bits the model needs for a byte of held-out text: batches with the bytes their targets stand for.
-
-        With an EMA, of the averaged weights.
-        """
+        """Bits per byte of the released weights on held-out text, given (batch, bytes of text in its targets)."""
         self.model.eval()
         nats, length = 0.0, 0
         with self.released_weights():
@@ -121,20 +118,21 @@ class Trainer:
 
     @contextmanager
     def released_weights(self) -> Iterator[None]:
-        """Within it the model holds the weights a release gets: the average where there is one."""
+        """Context in which the model holds the weights to release: the EMA where there is one."""
         with self.ema.applied() if self.ema else nullcontext():
             yield
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything tensor-shaped that a resumed run needs."""
+        """The tensors of a checkpoint: model, optimizer, EMA and generator states."""
         return self.optimizer.tensors() | (self.ema.tensors() if self.ema else {}) | rng_tensors()
 
     def state(self) -> dict[str, float]:
+        """The counters of a checkpoint."""
         names = ("steps", "tokens", "skipped_in_a_row", "flops")
         return {name: getattr(self, name) for name in names}
 
     def load(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Stand where `tensors()` and `state()` were taken. Raises UserError when they are another model's."""
+        """Restore what `tensors()` and `state()` returned. Raises UserError when they are another model's."""
         self.optimizer.load_tensors(tensors)
         if self.ema:
             self.ema.load_tensors(tensors)
@@ -143,13 +141,13 @@ class Trainer:
             setattr(self, name, state[name])
 
     def _losses(self, batch: Batch, totals: list[float]) -> tuple[list[Tensor], list[Any]]:
-        """Main loss, then one a multi-token depth if `totals` has them; each divided by its total weight."""
+        """Main loss, then the loss of each MTP depth if `totals` has it; each divided by its total weight."""
         routing: list[Any] = []
         mask = _mask(batch.documents)
         hidden = self.forward(batch.inputs, batch.positions, mask, routing=routing)
         states = [hidden]
         if len(totals) > 1:
-            states += self.model.predict_ahead(hidden, batch.inputs, batch.positions, mask, routing)
+            states += self.model.mtp_hidden_states(hidden, batch.inputs, batch.positions, mask, routing)
         losses = []
         for ahead, (state, total) in enumerate(zip(states, totals, strict=True)):
             targets, weights = _shifted(batch, ahead)
@@ -181,7 +179,7 @@ class Trainer:
 
 
 def _shifted(batch: Batch, ahead: int) -> tuple[Tensor, Tensor]:
-    """Targets and weights [B, T] `ahead` tokens further than the next one; past the end, or in another document, 0."""
+    """Targets and weights [B, T], `ahead` tokens after the next one; weight 0 past the end or in another document."""
     if not ahead:
         return batch.targets, batch.weights
     targets, weights = batch.targets.roll(-ahead, dims=1), batch.weights.roll(-ahead, dims=1)

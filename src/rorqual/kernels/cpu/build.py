@@ -1,10 +1,11 @@
-"""Compiles this folder's functions, once for every instruction set. setup.py, the Makefile and people run it:
+"""Compiles the CPU kernels in csrc/, once for every instruction set. setup.py, the Makefile and people run it:
 
     python src/rorqual/kernels/cpu/build.py [LEVEL …]
 
-Without a level it makes the machine's best and the one that runs everywhere; `all`: every level that the machine runs.
-It needs Python alone, so that it can run before PyTorch is there. Objects are kept by what they are made of, in
-`build/kernels` of the checkout: what did not change is not compiled again.
+Without a level it builds the machine's best and `portable`; `all`: every level the machine runs. It needs only Python,
+so it can run before PyTorch is installed. Objects are cached by a hash of their sources and flags in `build/kernels` of
+the checkout, so what did not change is not compiled again. CXX names the compiler; with CXX="g++ -DRORQUAL_CHECK" the
+kernels check indices and buffer bounds as they run.
 """
 
 import hashlib
@@ -23,35 +24,36 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 OBJECTS = HERE.parents[3] / "build" / "kernels"
 X86 = platform.machine() in ("x86_64", "AMD64")
-# -O2 and no unrolling (lowbit.cpp) at the level that every processor runs: a quarter of the time to compile, or less.
+# portable: -O2 and no unrolling (qgemm.cpp) take at most a quarter of the compile time.
 LEVELS = {"portable": ["-O2"]}
 if X86:
     LEVELS["avx2"] = ["-O3", "-march=x86-64-v3"]
     LEVELS["avx512"] = ["-O3", "-march=x86-64-v4", "-mprefer-vector-width=512"]
-# No flag here lets the compiler assume that numbers are finite: a NaN must stay one, so that its step is skipped.
-# Debug information doubles the time; that vectors of 64 bytes are passed differently at each level concerns nobody.
+# No -ffast-math: a NaN must stay one, so that training skips its step. Debug information doubles the compile time.
+# -Wno-psabi: 64-byte vectors are passed differently at each level, but never across libraries.
 FLAGS = [
     "-std=c++20", "-g0", "-fPIC", "-fwrapv", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-Wall", "-Wno-psabi",
 ]  # fmt: skip
-# Longest first, with seconds that one core takes (AMD Milan, GCC 12).
+# The sources in csrc/, longest first, with the seconds one core takes (AMD Milan, GCC 12).
 SECONDS = {
-    "step": {"portable": 10, "avx2": 28, "avx512": 28},
-    "lowbit": {"portable": 6, "avx2": 20, "avx512": 40},
-    "decode": {"portable": 6, "avx2": 13, "avx512": 13},
-    "rows": {"portable": 2, "avx2": 4, "avx512": 4},
-    "product": {"portable": 1, "avx2": 1, "avx512": 3},
+    "fused_decode": {"portable": 10, "avx2": 28, "avx512": 28},
+    "qgemm": {"portable": 6, "avx2": 20, "avx512": 40},
+    "paged_attention": {"portable": 5, "avx2": 10, "avx512": 10},
+    "sampling": {"portable": 1, "avx2": 3, "avx512": 3},
+    "elementwise": {"portable": 2, "avx2": 4, "avx512": 4},
+    "bf16_gemm": {"portable": 1, "avx2": 1, "avx512": 3},
 }
-SLOWER = "plain PyTorch runs instead, several times slower, and packed weights not at all fast"
+SLOWER = "plain PyTorch runs instead, several times slower, and far slower with quantised weights"
 
 
 class Failed(Exception):
-    """No build: one sentence says why."""
+    """No build; the message says why in one sentence."""
 
 
 def build(folder: Path, levels: list[str] | None = None) -> list[str]:
-    """Compile these levels (see above) into `folder`; say what happens; return what was built.
+    """Compile `levels` (see above) into `folder`, print the progress, and return the levels that were built.
 
-    Whatever fails is told in a sentence and leaves the rest as it is: every function has a reference in PyTorch.
+    A failure prints one sentence and leaves the rest as it is, since every function has a reference in PyTorch.
     """
     try:
         compiler = find_compiler()
@@ -73,7 +75,7 @@ def find_compiler() -> list[str]:
 
 
 def own_levels(compiler: list[str]) -> list[str]:
-    """The levels that this processor runs, the best first."""
+    """The levels this processor runs, best first."""
     if not X86:
         return ["portable"]
     found = _run([*compiler, "-march=native", "-dM", "-E", "-x", "c++", os.devnull])
@@ -104,7 +106,7 @@ def _build(folder: Path, levels: list[str], compiler: list[str]) -> list[str]:
         start, to = time.monotonic(), objects[key]
         to.parent.mkdir(parents=True, exist_ok=True)
         part = to.with_suffix(f".{os.getpid()}")
-        result = _run([*compiler, *FLAGS, *LEVELS[level], "-c", str(HERE / f"{name}.cpp"), "-o", str(part)])
+        result = _run([*compiler, *FLAGS, *LEVELS[level], "-c", str(_source(name)), "-o", str(part)])
         with counting:
             if result.returncode:
                 lines = result.stderr.splitlines()
@@ -121,7 +123,7 @@ def _build(folder: Path, levels: list[str], compiler: list[str]) -> list[str]:
     built = [level for level in levels if level not in errors]
     for level in built:
         folder.mkdir(parents=True, exist_ok=True)
-        part = folder / f".compiled_{level}.{os.getpid()}"  # replaced in one go: it may be in use
+        part = folder / f".compiled_{level}.{os.getpid()}"  # replaced atomically, since it may be in use
         shared = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
         command = [*compiler, *shared, "-fopenmp", *(str(objects[level, name]) for name in SECONDS), "-o", str(part)]
         result = _run(command)
@@ -140,19 +142,24 @@ def _build(folder: Path, levels: list[str], compiler: list[str]) -> list[str]:
 
 def _object(level: str, name: str, compiler: list[str], version: str) -> Path:
     digest = hashlib.sha256(repr((compiler, version, FLAGS, LEVELS[level])).encode())
-    for part in sorted(_parts(HERE / f"{name}.cpp")):
+    for part in sorted(_dependencies(_source(name))):
         digest.update(part.read_bytes())
     return OBJECTS / f"{level}-{name}-{digest.hexdigest()[:16]}.o"
 
 
-def _parts(path: Path) -> set[Path]:
-    """A source and what it includes of this folder."""
+def _source(name: str) -> Path:
+    return HERE / "csrc" / f"{name}.cpp"
+
+
+def _dependencies(path: Path) -> set[Path]:
+    """A source and the files of csrc/ it includes, directly or not."""
     found, waiting = set(), [path]
     while waiting:
         here = waiting.pop()
         if here not in found:
             found.add(here)
-            waiting += [HERE / name for name in re.findall(r'^ *#include "([^"]+)"', here.read_text(), re.MULTILINE)]
+            names = re.findall(r'^ *#include "([^"]+)"', here.read_text(), re.MULTILINE)
+            waiting += [(here.parent / name).resolve() for name in names]
     return found
 
 
@@ -165,10 +172,10 @@ def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
 
 if __name__ == "__main__":
     unknown = [level for level in sys.argv[1:] if level not in LEVELS and sys.argv[1:] != ["all"]]
-    if not (HERE / "step.cpp").exists():
-        sys.exit("kernels: their sources are in Rorqual's repository; a wheel carries them compiled")
+    if not _source("fused_decode").exists():
+        sys.exit("kernels: no sources here; they are in Rorqual's repository")
     if unknown:
-        sys.exit(f"kernels: {unknown[0]}: no level of this processor's family; there are {', '.join(LEVELS)}")
+        sys.exit(f"kernels: {unknown[0]}: no such level for this processor family; there are {', '.join(LEVELS)}")
     built = build(HERE, sys.argv[1:])
     if built:
         print(f"kernels: ready for {' and '.join(built)}", flush=True)

@@ -1,0 +1,1 @@
+"""Files of models: Hugging Face directories, safetensors, FP8 blocks, GGUF."""

@@ -1,0 +1,35 @@
+"""DeepSeek's FP8 releases: E4M3 weights with one scale per block (V3 §3.3.2), dequantised while loading."""
+
+from typing import Any
+
+from torch import Tensor
+
+from rorqual.errors import UserError
+
+SCALE_SUFFIX = "_scale_inv"  # the release's name for the scale by which a block is multiplied
+
+
+def block_size(raw: dict[str, Any], source: str) -> tuple[int, int]:
+    """Rows and columns of a block, from a config.json's `quantization_config`; (128, 128) by default.
+
+    Raises UserError for quantised releases that are not block-scaled FP8.
+    """
+    quantization = raw.get("quantization_config") or {}
+    method = quantization.get("quant_method", "fp8")
+    block = quantization.get("weight_block_size", [128, 128])
+    if method != "fp8":
+        raise UserError(f"{source}: quant_method {method!r} is not supported; get the unquantised release, or FP8")
+    if not (isinstance(block, list) and len(block) == 2 and all(isinstance(n, int) and n > 0 for n in block)):
+        raise UserError(f"{source}: weight_block_size = {block!r} must be two whole numbers, such as [128, 128]")
+    return block[0], block[1]
+
+
+def scale_shape(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, int]:
+    """Shape of the scales of a weight: one for each block; the last row and column of blocks may be partial."""
+    return -(-shape[0] // block[0]), -(-shape[1] // block[1])
+
+
+def expand(weight: Tensor, scale: Tensor, block: tuple[int, int]) -> Tensor:
+    """weight [R, C] E4M3 and scale [⌈R/r⌉, ⌈C/c⌉] for blocks of r × c → weight·scale [R, C] in fp32."""
+    rows = scale.float().repeat_interleave(block[0], 0)[: weight.shape[0]]
+    return weight.float().mul_(rows.repeat_interleave(block[1], 1)[:, : weight.shape[1]])

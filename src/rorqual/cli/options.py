@@ -1,0 +1,133 @@
+"""Options that several commands share, and their checks."""
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rorqual.errors import UserError
+from rorqual.local_paths import local_path
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE.toml", help="the run's recipe; see recipes/")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key=value …]", help="override recipe fields")]
+Resume = Annotated[bool, typer.Option("--resume", help="continue the run from its newest checkpoint")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="print the plan (parameters, FLOPs, memory, time) and stop")]
+AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object instead of text")]
+
+
+def within(least: float, most: float, above: bool = False) -> Any:
+    """An option's callback that raises UserError outside [least, most], or (least, most] with `above`."""
+
+    def check(option: typer.CallbackParam, value: float | None) -> float | None:
+        if value is not None and not (least < value <= most if above else least <= value <= most):
+            shown = f"{value:g}" if isinstance(value, float) else str(value)
+            limits = f"above {least} and at most {most}" if above else f"from {least} to {most}"
+            raise UserError(f"{option.opts[0]} {shown}: must be {limits}")
+        return value
+
+    return check
+
+
+NO_LIMIT = 10**12  # for counts without a limit of their own: tokens, problems
+SEEDS = -(2**63), 2**63 - 1
+Temperature = Annotated[
+    float | None, typer.Option(callback=within(0, 100), help="0 is greedy; default: the model's own, else 0.6")
+]
+TopP = Annotated[
+    float | None,
+    typer.Option(
+        callback=within(0, 1, above=True), help="top-p (nucleus) sampling; default: the model's own, else 0.95"
+    ),
+]
+MaxTokens = Annotated[
+    int | None,
+    typer.Option(callback=within(1, NO_LIMIT), help="maximum tokens to generate; default: the model's own, else 512"),
+]
+ThinkingBudget = Annotated[
+    int | None, typer.Option(callback=within(0, NO_LIMIT), help="maximum tokens of thinking, then </think> is inserted")
+]
+Weights = Annotated[str | None, typer.Option(help="quantise the weights to int4 or int8 while loading")]
+Speculative = Annotated[
+    str,
+    typer.Option(
+        help="speculative decoding: ngram (prompt lookup), mtp (the model's multi-token module) or none; "
+        "auto: ngram where weights are quantised"
+    ),
+]
+Device = Annotated[str, typer.Option(help="cpu or cuda")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16, or auto: the fastest on this machine")]
+DEVICES = ("cpu", "cuda")
+ModelDir = Annotated[
+    str, typer.Argument(metavar="MODEL", help="a Hugging Face directory, a run's folder or a .gguf file")
+]
+
+
+def find_model(model: str) -> Path:
+    """A model's directory or .gguf file, for a run's folder the model in it, for a Hub id its snapshot.
+
+    Raises UserError if there is no such model.
+    """
+    from rorqual.model.model_directory import is_gguf, model_directory, unreadable
+
+    path = expand_path(Path(model))
+    if is_gguf(path):
+        return path
+    if os.path.lexists((found := model_directory(path)) / "config.json"):
+        return found
+    try:
+        if path.is_dir():
+            os.listdir(path)
+    except OSError as e:
+        raise unreadable(path, e) from None
+    if path.exists() or path.is_absolute() or model.count("/") != 1:
+        raise UserError(f"{model} is not a model: no config.json in it; give a Hugging Face directory or a Hub id")
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "*.jinja"]
+    try:
+        return Path(snapshot_download(model, allow_patterns=patterns))
+    except Exception as e:  # any error of the network or the Hub
+        raise UserError(
+            f"{model} is not a directory, and cannot be downloaded from the Hub ({type(e).__name__}); check the name "
+            "and the network"
+        ) from e
+
+
+def expand_path(path: Path) -> Path:
+    """Expand ~ and variables that the shell has not, as in --out=~/run."""
+    return Path(local_path(str(path)))
+
+
+def served_name(model: Path) -> str:
+    """The default model name in the API: a run's name, or a file's without .gguf."""
+    from rorqual.model.model_directory import is_gguf
+
+    path = model.resolve()
+    path = path.parent if path.name == "model" else path
+    return path.stem if is_gguf(path) else path.name
+
+
+def check_weights(weights: str | None) -> Any:
+    if weights is not None:
+        check_choice("--weights", weights, ("int4", "int8"))
+    return weights
+
+
+def check_dtype(name: str, device: str) -> Any:
+    """The torch.dtype of --dtype on --device. Raises UserError for invalid values."""
+    check_choice("--dtype", name, ("auto", "float32", "bfloat16"))
+    check_choice("--device", device, DEVICES)
+    from rorqual.kernels.dtypes import compute_dtype
+
+    return compute_dtype(name, device)
+
+
+def check_speculative(method: str) -> Any:
+    check_choice("--speculative", method, ("auto", "ngram", "mtp", "none"))
+    return None if method == "none" else method
+
+
+def check_choice(option: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise UserError(f"{option} {value!r}: must be one of {', '.join(allowed)}")

@@ -1,0 +1,107 @@
+"""rorqual pretrain, sft, rl, distill, speedrun and report."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rorqual.cli.options import DryRun, Overrides, RecipeFile, Resume, expand_path, within
+
+
+def pretrain(recipe: RecipeFile, overrides: Overrides = None, resume: Resume = False, dry_run: DryRun = False) -> None:
+    """Pre-train a model on text."""
+    from rorqual.train.pretrain import pretrain as run
+
+    _train("pretrain", run, recipe, overrides, resume, dry_run)
+
+
+def sft(recipe: RecipeFile, overrides: Overrides = None, resume: Resume = False, dry_run: DryRun = False) -> None:
+    """Fine-tune a model on conversations, with the loss on the assistant's turns."""
+    from rorqual.train.sft import sft as run
+
+    _train("sft", run, recipe, overrides, resume, dry_run)
+
+
+def _train(kind: str, run: Any, path: Path, overrides: list[str] | None, resume: bool, dry: bool) -> None:
+    from rorqual.plan.estimate import plan_text
+    from rorqual.recipe import load_recipe
+    from rorqual.train.dry_run import dry_run
+
+    recipe = load_recipe(path, kind, overrides)
+    if dry:
+        print(plan_text(dry_run(recipe)))
+        return
+    _finished(run(recipe, resume=resume))
+
+
+def rl(recipe: RecipeFile, overrides: Overrides = None, resume: Resume = False, dry_run: DryRun = False) -> None:
+    """RL-tune a model on verifiable problems (GRPO)."""
+    from rorqual.kernels.dtypes import compute_dtype, dtype_name
+    from rorqual.model import ModelConfig
+    from rorqual.plan.cost import memory, parameters
+    from rorqual.recipe import load_recipe
+    from rorqual.rl.envs.registry import open_environment
+    from rorqual.rl.rl_run import check_problems, predict_rl
+    from rorqual.rl.rl_run import rl as run
+    from rorqual.train.build_model import check_model, tokenizer_of
+
+    checked = load_recipe(recipe, "rl", overrides)
+    if dry_run:
+        tokenizer = tokenizer_of(checked.model)
+        check_model(checked.model)
+        check_problems(checked, tokenizer, [open_environment(section) for section in checked.environments])
+        config = ModelConfig.load(checked.model.path)
+        total, active = parameters(config)
+        dtype = dtype_name(compute_dtype(checked.model.dtype))
+        needed = memory(config, checked.grpo.micro_tokens, dtype=dtype, optimizer=checked.optimizer.name, ema=False)
+        print(f"{'parameters':<12} {total:.4g}, {active:.4g} active per token")
+        print(f"{'memory':<12} about {needed.total / 1e9:.3g} GB in training, without the rollouts' KV cache")
+        for name, value in predict_rl(checked, config).items():
+            print(f"{name:<12} {'until the time limit' if value is None else f'at most {value:.3g}'}")
+        return
+    _finished(run(checked, resume=resume))
+
+
+def distill(recipe: RecipeFile, overrides: Overrides = None, resume: Resume = False) -> None:
+    """Distill: sample a teacher, keep the best answers (rejection sampling), fine-tune a student on them."""
+    from rorqual.recipe import load_recipe
+    from rorqual.rl.rejection_sampling import distill as run
+
+    _finished(run(load_recipe(recipe, "distill", overrides), resume=resume))
+
+
+def _finished(run_dir: Path) -> None:
+    from rorqual.extras import MissingExtra
+    from rorqual.report import write_report
+
+    try:
+        report = f"the report in {write_report(run_dir)}"
+    except MissingExtra as e:
+        report = f"no report: {e}"
+    print(f"{run_dir}: done; the model is in {_model_in(run_dir)}, {report}")
+
+
+def _model_in(run_dir: Path) -> Path:
+    from rorqual.model.model_directory import model_directory
+
+    return model_directory(run_dir)
+
+
+def speedrun(
+    seed: Annotated[int, typer.Option(callback=within(0, 2**32 - 1), help="seed of the whole run")] = 0,
+    minutes: Annotated[
+        float, typer.Option(callback=within(0, 10**6, above=True), help="wall time of the whole run")
+    ] = 10.0,
+    out: Annotated[Path | None, typer.Option(help="the run's folder; default: a new one in runs/")] = None,
+) -> None:
+    """Train a small R1 from scratch: tokenizer, pre-training, GRPO, rejection sampling, SFT, evaluation, report."""
+    from rorqual.speedrun import speedrun as run
+
+    run(out and expand_path(out), seed, minutes)
+
+
+def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="a run's folder, e.g. runs/NAME")]) -> None:
+    """Write RUN/report.html and RUN/figures/."""
+    from rorqual.report import write_report
+
+    print(write_report(expand_path(run)))

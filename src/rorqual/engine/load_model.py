@@ -1,0 +1,57 @@
+"""Load a model and its tokenizer from a directory or file."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from rorqual.checkpoint.huggingface import load_model
+from rorqual.data.tokenizer import load_tokenizer
+from rorqual.errors import UserError
+from rorqual.kernels.dtypes import fastest_dtype
+from rorqual.model import Transformer
+from rorqual.model.model_directory import is_gguf, model_directory
+from rorqual.precision.packed_checkpoint import is_quantized, load_packed
+from rorqual.precision.quantize import Bits, load_converted
+from rorqual.process_tuning import release_memory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+def open_model(
+    path: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", weights: Bits | None = None
+) -> tuple[Transformer, "PreTrainedTokenizerFast"]:
+    """Load a Hugging Face directory, a run's folder or a .gguf file.
+
+    `weights`: quantise on loading; ignored where weights are quantised already. `dtype`, by default the fastest on
+    `device`: of weights that are not quantised, and so of the KV cache. Raises UserError for what cannot be read, for a
+    missing device, and for quantised weights on a GPU.
+    """
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise UserError("device cuda: PyTorch finds no GPU here; leave it out to compute on the CPU")
+    if is_gguf(path):
+        _check_device(device)
+        from rorqual.precision.gguf_weights import load_gguf
+
+        return load_gguf(path, dtype)
+    path = model_directory(path)
+    tokenizer = load_tokenizer(path)
+    release_memory()
+    if is_quantized(path):
+        _check_device(device)
+        return load_packed(path, dtype), tokenizer
+    if weights is None:
+        try:
+            return load_model(path, dtype or fastest_dtype(device), device), tokenizer
+        except torch.OutOfMemoryError:
+            raise UserError(f"device {device}: no memory for the weights of {path}; try bfloat16 or the CPU") from None
+    _check_device(device)
+    return load_converted(path, weights, dtype or fastest_dtype()), tokenizer
+
+
+def _check_device(device: torch.device | str) -> None:
+    if torch.device(device).type != "cpu":
+        raise UserError(
+            f"device {device}: quantised weights are for a CPU; leave out --weights, and give a model not quantised"
+        )

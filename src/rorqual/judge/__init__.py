@@ -1,0 +1,1 @@
+"""Answer extraction and equivalence: one judge for rewards and evaluations."""

@@ -1,0 +1,105 @@
+"""Paged attention of one new token of each sequence over the KV cache; forward only.
+
+n sequences, H heads, G key/value heads (H is a multiple), W their width; C latent, R rotary width. The KV cache has
+blocks of P slots (16 or a larger power of two): row i attends to the first lengths[i] slots of the blocks tables[i],
+both int32. Raises ValueError for other shapes.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rorqual.kernels import cpu
+
+
+def grouped_attention(q: Tensor, k: Tensor, v: Tensor, tables: Tensor, lengths: Tensor, scale: float) -> Tensor:
+    """q [n, H, W], k and v [blocks, P, G, W] → [n, H, W]."""
+    _check(q, k, tables, lengths)
+    if not _usable(q, k, v):
+        return grouped_attention_reference(q, k, v, tables, lengths, scale)
+    none = q.new_empty(0)
+    keys = (*k.stride()[:3], none, 0, 0)
+    return _call(q, none, k, keys, v, v.stride()[:3], k.shape[2], tables, lengths, scale)
+
+
+def grouped_attention_reference(
+    q: Tensor, k: Tensor, v: Tensor, tables: Tensor, lengths: Tensor, scale: float
+) -> Tensor:
+    """The heads of a group are stacked as query positions, so its keys are read once."""
+    n, H, W = q.shape
+    k, v, mask = _gather(k, tables), _gather(v, tables), _mask(k, tables, lengths)
+    heads = q.view(n, k.shape[2], -1, W)
+    out = F.scaled_dot_product_attention(
+        heads, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask[:, None, None], scale=scale
+    )
+    return out.reshape(n, H, -1)
+
+
+def latent_attention(
+    q_latent: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, tables: Tensor, lengths: Tensor, scale: float
+) -> Tensor:
+    """softmax((q_latent·latentᵀ + q_rope·k_ropeᵀ)·scale)·latent: q_latent [n, H, C], q_rope [n, H, R], latent
+    [blocks, P, C], k_rope [blocks, P, R] → [n, H, C] (V2 §2.1.2). Latents are read twice; plain products read them
+    four times.
+    """
+    _check(q_latent, latent, tables, lengths)
+    if not _usable(q_latent, q_rope, latent, k_rope):
+        return latent_attention_reference(q_latent, q_rope, latent, k_rope, tables, lengths, scale)
+    block, slot = latent.stride()[:2]
+    keys = (block, slot, 0, k_rope, *k_rope.stride()[:2])
+    return _call(q_latent, q_rope, latent, keys, latent, (block, slot, 0), 1, tables, lengths, scale)
+
+
+def latent_attention_reference(
+    q_latent: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, tables: Tensor, lengths: Tensor, scale: float
+) -> Tensor:
+    mask = _mask(latent, tables, lengths)
+    latent, k_rope = _gather(latent, tables), _gather(k_rope, tables)
+    scores = torch.bmm(q_latent, latent.transpose(1, 2))
+    scores = torch.baddbmm(scores, q_rope, k_rope.transpose(1, 2))
+    scores = scores.float().mul_(scale).masked_fill_(~mask.unsqueeze(1), float("-inf"))
+    return torch.bmm(scores.softmax(-1).to(latent.dtype), latent)
+
+
+def _gather(store: Tensor, tables: Tensor) -> Tensor:
+    """[blocks, P, …] → [n, S, …], S the slots of a whole table."""
+    return store[tables.long()].flatten(1, 2)
+
+
+def _mask(store: Tensor, tables: Tensor, lengths: Tensor) -> Tensor:
+    slots = torch.arange(tables.shape[1] * store.shape[1], device=lengths.device)
+    return slots < lengths.unsqueeze(1)
+
+
+def _check(q: Tensor, store: Tensor, tables: Tensor, lengths: Tensor) -> None:
+    n, P = len(q), store.shape[1]
+    if P & (P - 1) or P < 16 or tables.shape[0] != n or lengths.shape != (n,):
+        raise ValueError(f"{n} rows, blocks of {P} slots, tables {list(tables.shape)}, lengths {list(lengths.shape)}")
+
+
+def _usable(q: Tensor, *others: Tensor) -> bool:
+    return not torch.is_grad_enabled() and cpu.usable(q, *others)
+
+
+def _call(
+    q: Tensor,
+    q2: Tensor,
+    k: Tensor,
+    keys: tuple[int | Tensor, ...],
+    v: Tensor,
+    values: tuple[int, ...],
+    groups: int,
+    tables: Tensor,
+    lengths: Tensor,
+    scale: float,
+) -> Tensor:
+    """keys, values: strides of blocks, slots and heads; keys also have the second part and its strides."""
+    n, H, W = q.shape
+    P = k.shape[1]
+    out = q.new_empty(n, H, v.shape[-1])
+    width2 = q2.shape[-1]
+    cpu.call(
+        "paged_attention", q.dtype, q.contiguous(), q2.contiguous(), k, *keys, v, *values, tables, tables.stride(0), P,
+        lengths, n, H, groups, W, width2, v.shape[-1], scale, out,
+    )  # fmt: skip
+    return out

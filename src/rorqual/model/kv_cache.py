@@ -1,0 +1,43 @@
+"""The KV cache as attention sees it: new tokens [1, N] are concatenated, and each view holds the keys and values of a
+slice of them.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+
+@dataclass
+class DecodeView:
+    """Decode: one new token of each of n sequences, with paged stores a and b [blocks, slots, …].
+
+    Row i attends to the first lengths[i] tokens (int32 [n]), its own included, in the blocks tables[i] (int32 [n, ·]).
+    """
+
+    tokens: slice
+    a: Tensor
+    b: Tensor
+    tables: Tensor
+    lengths: Tensor
+
+
+@dataclass
+class PrefillView:
+    """Prefill: new tokens of one sequence, the last of the S tokens of a [1, S, …] and b [1, S, …]."""
+
+    tokens: slice
+    a: Tensor
+    b: Tensor
+
+
+CacheView = DecodeView | PrefillView
+
+
+class KVCache(Protocol):
+    """Stores a layer's a and b of new tokens [1, N] and returns views that cover all of these tokens, in order.
+
+    For latent attention a are latents [1, N, C] and b rotated keys [1, N, R], else keys and values [1, N, G, W].
+    """
+
+    def append(self, layer: int, a: Tensor, b: Tensor) -> list[CacheView]: ...

@@ -1,1 +1,0 @@
-"""R1: environments, rewards, rollouts, GRPO, rejection sampling, distillation."""

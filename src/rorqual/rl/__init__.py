@@ -1,0 +1,1 @@
+"""Reinforcement learning (R1): environments, rewards, rollouts, GRPO, rejection sampling, distillation."""

@@ -1,0 +1,1 @@
+"""Environments: problems with verifiable answers, and their verifiers."""

@@ -1,0 +1,198 @@
+"""Problems with verifiable answers, and the train/dev/test splits that prevent contamination.
+
+A problem's split is a hash of its key alone, so it is the same in every stage, seed, prompt and environment. The key is
+the sorted multiset of the integers in the question, or the normalised text where the integers belong to the wording: no
+multiset (or text) of one split occurs in another.
+"""
+
+import hashlib
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from string import Formatter
+from typing import Any, Literal
+
+from rorqual.errors import UserError
+
+Split = Literal["train", "dev", "test"]
+TRAIN, DEV = 0.8, 0.1  # fractions of the keys; the rest is test
+CHUNK = 64  # candidates generated per background task
+CACHED_CHUNKS = 16
+
+
+@dataclass(frozen=True)
+class Problem:
+    question: str  # before the prompt template is applied
+    answer: str  # a correct answer
+    key: str  # its hash decides the split
+    difficulty: str  # label to group results by, e.g. "num_terms=3"; "" where the source has none
+    family: str  # the environment's name
+    where: str = field(default="", compare=False)  # file and line, of a problem from a file
+    metadata: dict[str, Any] = field(default_factory=dict, compare=False)
+
+    @property
+    def split(self) -> Split:
+        return split_of(self.key)
+
+
+def split_of(key: str) -> Split:
+    """80% of the keys are train, 10% dev, 10% test, by SHA-256."""
+    share = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
+    return "train" if share < TRAIN else "dev" if share < TRAIN + DEV else "test"
+
+
+def number_key(numbers: Iterable[int]) -> str:
+    return " ".join(map(str, sorted(numbers)))
+
+
+def text_key(text: str) -> str:
+    return " ".join(text.lower().split())
+
+
+def integers(text: str) -> list[int]:
+    """The runs of digits in `text`, without signs; a decimal point separates two runs."""
+    return [int(run) for run in re.findall(r"\d{1,4000}", text)]
+
+
+class PromptFormat:
+    """A recipe's `prompt`: a Python format string over a problem's fields, lists joined by spaces.
+
+    Raises UserError for an invalid format string, an unknown field or a format that does not fit a value.
+    """
+
+    def __init__(self, template: str, known: Iterable[str], environment: str) -> None:
+        self.template, self.environment = template, environment
+        known = sorted(known)
+        try:
+            names = list(_names(template))
+        except ValueError as e:
+            raise UserError(f"environment {environment}: prompt {template!r} is not a format string ({e})") from None
+        self.names = set(names)
+        for name in names:
+            if name not in known:
+                raise UserError(
+                    f"environment {environment}: prompt field {{{name}}} is unknown; use {', '.join(known)}"
+                )
+
+    def __call__(self, fields: dict[str, Any]) -> str:
+        joined = {k: " ".join(map(str, v)) if isinstance(v, list | tuple) else v for k, v in fields.items()}
+        try:
+            return self.template.format_map(joined)
+        except (ValueError, TypeError) as e:  # {question:d}
+            raise UserError(
+                f"environment {self.environment}: prompt {self.template!r} cannot be filled ({e})"
+            ) from None
+
+
+def _names(template: str) -> Iterator[str]:
+    """The fields of a format string, including those nested in format specifications: {question:{width}}."""
+    for _, name, inner, _ in Formatter().parse(template):
+        if name is not None:
+            yield name
+            yield from _names(inner or "")
+
+
+class Environment(ABC):
+    """Source of problems and verifier of answers. Candidate `index` of `seed` is always the same problem."""
+
+    remedy = "widen its config"  # advice in the error for too few problems
+
+    def __init__(self, family: str, weight: float) -> None:
+        self.family, self.weight = family, weight
+        self.fits: Callable[[Problem], bool] | None = None  # problems it rejects are skipped
+        self._chunks: dict[tuple[int, int], Future[list[Problem | None]]] = {}
+        self._prefetcher = ThreadPoolExecutor(1, thread_name_prefix=f"problems-{family}")
+        self._scores: dict[tuple[str, str, str], float] = {}
+
+    @abstractmethod
+    def candidate(self, seed: int, index: int) -> Problem | None:
+        """Problem number `index`, of any split; None where the source has none for it."""
+
+    @abstractmethod
+    def check(self, problem: Problem, answer: str) -> float:
+        """The source's score of an answer, in [0, 1]."""
+
+    def candidate_count(self) -> int | None:
+        """Upper bound on the number of distinct candidates; None where unknown."""
+        return None
+
+    def all_problems(self) -> list[Problem] | None:
+        """All problems of a file; None where problems are generated."""
+        return None
+
+    def takes(self, problem: Problem | None, split: Split) -> bool:
+        """Whether a candidate is a problem of the split that fits the context."""
+        return problem is not None and problem.split == split and (self.fits is None or self.fits(problem))
+
+    def score(self, problem: Problem, answer: str | None) -> float:
+        """Score in [0, 1] of an extracted answer; 0 for no answer. Cached."""
+        if answer is None or not answer.strip():
+            return 0.0
+        key = (problem.question, problem.answer, answer)
+        if key not in self._scores:
+            if len(self._scores) >= 100_000:
+                self._scores.clear()
+            self._scores[key] = min(1.0, max(0.0, float(self.check(problem, answer))))
+        return self._scores[key]
+
+    def correct(self, problem: Problem, answer: str | None) -> bool:
+        """Whether the answer gets the full score; partial credit is not correct."""
+        return self.score(problem, answer) >= 1.0
+
+    def stream(self, split: Split, seed: int, index: int = 0) -> "ProblemStream":
+        """Endless problems of a split (a small source repeats); resumes at the `index` of an earlier stream."""
+        return ProblemStream(self, split, seed, index)
+
+    def problems(self, split: Split, n: int, seed: int = 0) -> list[Problem]:
+        """`n` distinct problems, deterministic in the arguments. Raises UserError when fewer exist."""
+        found: dict[str, Problem] = {}
+        bound = self.candidate_count()
+        index = fresh = 0
+        # A source without a known bound is exhausted when this many candidates in a row bring nothing new: of a split
+        # that is 0.1 of the keys, the probability to stop wrongly is about e^-5.
+        while len(found) < n and index - fresh < 500 + 50 * len(found) and index != bound:
+            problem = self.chunked(seed, index)
+            index += 1
+            if self.takes(problem, split) and problem.question not in found:
+                found[problem.question] = problem
+                fresh = index
+        if len(found) < n:
+            raise UserError(
+                f"environment {self.family}: {n} distinct {split} problems requested, but only {len(found)} exist; "
+                f"ask for fewer or {self.remedy}"
+            )
+        return list(found.values())
+
+    def chunked(self, seed: int, index: int) -> Problem | None:
+        """`candidate`, prefetched one chunk ahead in a thread: some generators take 0.3 s per problem."""
+        chunk = index // CHUNK
+        for wanted in (chunk, chunk + 1):
+            if (seed, wanted) not in self._chunks:
+                self._chunks[seed, wanted] = self._prefetcher.submit(self._generate, seed, wanted)
+        found = self._chunks[seed, chunk]
+        while len(self._chunks) > CACHED_CHUNKS:  # evict the oldest, which may be the current one
+            self._chunks.pop(next(iter(self._chunks)))
+        return found.result()[index % CHUNK]
+
+    def _generate(self, seed: int, chunk: int) -> list[Problem | None]:
+        return [self.candidate(seed, index) for index in range(chunk * CHUNK, (chunk + 1) * CHUNK)]
+
+
+class ProblemStream(Iterator[Problem]):
+    """The problems of one split in order; `index` (of the next candidate) is its complete state."""
+
+    def __init__(self, environment: Environment, split: Split, seed: int, index: int = 0) -> None:
+        self.environment, self.split, self.seed, self.index = environment, split, seed, index
+
+    def __next__(self) -> Problem:
+        for _ in range(10_000):
+            problem = self.environment.chunked(self.seed, self.index)
+            self.index += 1
+            if self.environment.takes(problem, self.split):
+                return problem
+        raise UserError(
+            f"environment {self.environment.family}: no {self.split} problem among 10000 candidates; "
+            f"{self.environment.remedy}"
+        )

@@ -1,0 +1,144 @@
+"""Environment of questions and answers in the user's file: .jsonl, .jsonl.gz, .json (a list) or .parquet."""
+
+import json
+import math
+from collections.abc import Iterator
+from decimal import Decimal
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from rorqual.data.corpus import RECORDS, find_files, named, read_records
+from rorqual.errors import UserError, file_error
+from rorqual.files import read_text
+from rorqual.judge import judge
+from rorqual.recipe import EnvironmentSection
+from rorqual.rl.envs.environment import Environment, Problem, PromptFormat, integers, number_key, text_key
+from rorqual.unicode_checks import whole_inside
+
+SUFFIXES = (*RECORDS, ".json")
+# The first of these fields that a record has: names differ among benchmarks.
+QUESTION = ("question", "problem", "prompt")
+ANSWER = ("answer", "target", "solution")
+
+
+class JsonlEnvironment(Environment):
+    """Records with a question, an answer and optionally `difficulty` and fields for the prompt.
+
+    Raises UserError, with file and line, for a record without a usable question or answer.
+    """
+
+    remedy = "add lines to its file"
+
+    def __init__(self, section: EnvironmentSection) -> None:
+        super().__init__(section.name, section.weight)
+        if section.config:
+            raise UserError(
+                f"environment {section.name}: {section.path} is a file, which has no config "
+                f"({', '.join(section.config)}); remove it"
+            )
+        places, rows = [], []
+        for where, row in _records(section.path):
+            places.append(where)
+            rows.append(_checked(where, row))
+        if not rows:
+            raise UserError(f"{section.path} has no lines; write one JSON object with question and answer per line")
+        prompt = None
+        if section.prompt is not None:
+            shared = set.intersection(*(set(row) for row in rows)) - {"answer"}
+            prompt = PromptFormat(section.prompt, shared, section.name)
+            for where, row in zip(places, rows, strict=True):
+                if empty := next((name for name in prompt.names if row[name] is None), None):
+                    raise UserError(f"{where}: field {empty} is null, and the prompt of {section.name} uses it; add it")
+        self._problems = [_problem(row, prompt, section.name, where) for where, row in zip(places, rows, strict=True)]
+        self._orders: dict[tuple[int, int], list[int]] = {}
+
+    def candidate_count(self) -> int:
+        return len(self._problems)
+
+    def candidate(self, seed: int, index: int) -> Problem:
+        epoch, place = divmod(index, len(self._problems))
+        if (seed, epoch) not in self._orders:
+            order = list(range(len(self._problems)))
+            Random(f"{seed}/{epoch}").shuffle(order)
+            self._orders = {(seed, epoch): order}  # only the current epoch is kept
+        return self._problems[self._orders[seed, epoch][place]]
+
+    def all_problems(self) -> list[Problem]:
+        """All problems in the file's order."""
+        return list(self._problems)
+
+    def check(self, problem: Problem, answer: str) -> float:
+        """1 where the judge finds the answer equal to the reference and not copied from the question; else 0."""
+        copied = judge.copies(problem.question, problem.answer, answer)
+        return float(not copied and judge.same_answer(problem.answer, answer))
+
+
+def _records(pattern: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(file and line, record) of every file that the path or glob matches."""
+    for file in find_files(pattern, SUFFIXES):
+        yield from _listed(file) if named(file, ".json") else read_records(file)
+
+
+def _listed(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    try:
+        rows = json.loads(read_text(path))
+    except FileNotFoundError as e:
+        raise file_error(path, e, "read") from e
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{path} is not valid JSON ({e}); name it .jsonl if it has one object per line") from None
+    if not isinstance(rows, list):
+        raise UserError(
+            f"{path} holds a {type(rows).__name__}, not a list; write a list of objects with question and answer"
+        )
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise UserError(f"{path}, entry {number} holds a {type(row).__name__}, not a JSON object; correct it")
+        yield f"{path}, entry {number}", row
+
+
+def _checked(where: str, row: dict[str, Any]) -> dict[str, Any]:
+    """The record with its question and answer as text, under the names `question` and `answer`."""
+    (question_name, question), (answer_name, answer) = (_field(where, row, names) for names in (QUESTION, ANSWER))
+    rest = {name: value for name, value in row.items() if name not in (question_name, answer_name)}
+    checked = rest | {"question": question, "answer": judge.final_answer(answer)}
+    if not checked["answer"]:
+        raise UserError(f"{where}: there is no answer after #### or in \\boxed ({answer[-20:]!r}); add it")
+    if broken := [name for name, value in checked.items() if not whole_inside([name, value])]:
+        raise UserError(f"{where}: field {broken[0]!r} contains a lone surrogate (half a character); correct it")
+    return checked
+
+
+def _field(where: str, row: dict[str, Any], names: tuple[str, ...]) -> tuple[str, str]:
+    """Name and text of the first of `names` that the record has."""
+    name = next((name for name in names if name in row), None)
+    if name is None:
+        raise UserError(
+            f"{where}: field {names[0]} is missing (it may also be called {' or '.join(names[1:])}); add it"
+        )
+    value = row[name]
+    if isinstance(value, bool) and names is ANSWER:
+        return name, str(value)
+    number = isinstance(value, int | float | Decimal) and not isinstance(value, bool)
+    if not isinstance(value, str) and not (number and (isinstance(value, int) or math.isfinite(value))):
+        found = "null" if value is None else value if number else f"a {type(value).__name__}"
+        raise UserError(f"{where}: field {name} is {found}, not text or a number; correct it")
+    text = str(value)
+    if not text.strip():
+        raise UserError(f"{where}: field {name} is empty; add it")
+    return name, text
+
+
+def _problem(row: dict[str, Any], prompt: PromptFormat | None, family: str, where: str) -> Problem:
+    question = row["question"]
+    numbers = integers(question)
+    difficulty = row.get("difficulty")
+    return Problem(
+        question=prompt(row) if prompt else question,
+        answer=row["answer"],
+        key=number_key(numbers) if numbers else text_key(question),
+        difficulty="" if difficulty is None else str(difficulty),
+        family=family,
+        where=where,
+        metadata=row,
+    )

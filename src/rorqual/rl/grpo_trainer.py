@@ -1,0 +1,266 @@
+"""One GRPO step (R1 §2.1): rollout, rewards, update. `rorqual.rl.rl_run` and the speedrun drive it."""
+
+import copy
+import time
+from collections.abc import Sequence
+from random import Random
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rorqual.engine import Engine, SamplingParams
+from rorqual.errors import UserError
+from rorqual.kernels.cross_entropy import token_logprobs
+from rorqual.kernels.dtypes import compute_dtype
+from rorqual.model import Transformer
+from rorqual.plan.cost import flops_per_token
+from rorqual.recipe import RLRecipe
+from rorqual.rl.envs.environment import Environment, Problem
+from rorqual.rl.grpo import group_advantages, grpo_loss, on_policy_grad, token_weights, zero_std_groups
+from rorqual.rl.rewards import Rewards, Verdict, score
+from rorqual.rl.rollout import Rollout, derived_seed, sample_groups
+from rorqual.rl.rollout_metrics import UpdateSums, describe_rollout, describe_update, readable_sample
+from rorqual.rl.rollout_packing import PackedRollout, pack_rollout
+from rorqual.train.balance import update_correction_bias
+from rorqual.train.optimizer import Optimizer
+from rorqual.train.schedule import bias_speed
+
+MAX_SKIPPED = 3  # non-finite updates in a row before the run stops
+COUNTERS = ("steps", "tokens", "trained_tokens", "skipped_in_a_row", "flops")  # saved in checkpoints
+OLD_COUNTERS = {"trained_tokens": "learnt"}  # keys of checkpoints written before they were renamed
+Metrics = dict[str, Any]
+
+
+class GRPOTrainer:
+    """Policy, optimizer, reference model and problem streams. The engine samples from the policy's own weights."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Any,
+        environments: Sequence[Environment],
+        recipe: RLRecipe,
+        verdict: Verdict | None = None,
+    ) -> None:
+        """Convert `model` to the recipe's dtype in place. `verdict` replaces the reward of the self-verification.
+
+        Raises UserError when two environments have the same name.
+        """
+        families = [e.family for e in environments]
+        if len(set(families)) < len(families):
+            raise UserError(f"environments {', '.join(families)}: names must differ; rename or merge the duplicates")
+        self.model, self.recipe, self.section, self.verdict = model, recipe, recipe.grpo, verdict
+        dtype = compute_dtype(recipe.model.dtype, model.head_weight.device)
+        self.optimizer = Optimizer(model, recipe.optimizer, dtype)
+        self.engine = Engine(model, tokenizer, max_num_seqs=self.section.rollout_max_num_seqs)
+        self.environments = {e.family: e for e in environments}
+        self.streams = {e.family: e.stream("train", derived_seed(recipe.seed, e.family)) for e in environments}
+        self.reference = self._frozen_copy() if self.section.kl else None
+        self.steps = self.skipped_in_a_row = 0
+        self.tokens = 0  # sampled
+        self.trained_tokens = 0  # in forward and backward passes, prompts and padding included
+        self.flops = {"rollout": 0.0, "train": 0.0}
+
+    def step(self, progress: float = 0.0) -> Metrics:
+        """Sample groups, score them, update the policy.
+
+        `progress` of the run in [0, 1] sets the learning rate and when bias balancing stops. Returns the metrics of
+        `describe_rollout` and `describe_update`. Raises UserError when three updates in a row are not finite.
+        """
+        problems = self._draw()
+        section = self.section
+        params = SamplingParams(
+            temperature=section.temperature,
+            max_tokens=section.max_tokens,
+            n=section.group_size,
+            seed=derived_seed(self.recipe.seed, "rollout", self.steps),
+        )
+        rollout = sample_groups(self.engine, problems, self.recipe.template, params)
+        rewards = score(rollout.samples, self.environments, self.recipe.reward, section.max_tokens, self.verdict)
+        start = time.monotonic()
+        sums = self._update(rollout, rewards, progress)
+        self._count(rollout, sums)
+        metrics: Metrics = {"tokens": self.tokens, "lr": self.recipe.optimizer.lr * self._lr_factor(progress)}
+        metrics |= describe_rollout(rollout, rewards) | describe_update(sums, time.monotonic() - start)
+        if self.steps % self.recipe.sample_every == 0:
+            metrics["sample"] = readable_sample(rollout, rewards, self.steps)
+        self.steps += 1
+        if self.reference is not None and section.refresh_reference and self.steps % section.refresh_reference == 0:
+            self.reference.load_state_dict(self.model.state_dict())
+        return metrics
+
+    def evaluate(self, n: int) -> dict[str, float]:
+        """pass@1 on `n` dev problems of each environment, one sample each: {"eval_<family>": fraction}."""
+        params = SamplingParams(
+            temperature=self.section.temperature,
+            max_tokens=self.section.max_tokens,
+            seed=derived_seed(self.recipe.seed, "eval"),
+        )
+        shares = {}
+        for family, environment in self.environments.items():
+            problems = environment.problems("dev", n, self.recipe.seed)
+            rollout = sample_groups(self.engine, problems, self.recipe.template, params)
+            correct = score(rollout.samples, self.environments, self.recipe.reward, params.max_tokens).correct
+            shares[f"eval_{family}"] = float(correct.float().mean())
+        return shares
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors of a checkpoint: model, optimizer and reference."""
+        reference = self.reference.state_dict() if self.reference is not None else {}
+        return self.optimizer.tensors() | {f"reference.{name}": t for name, t in reference.items()}
+
+    def state(self) -> dict[str, Any]:
+        """The JSON part of a checkpoint: counters and the position of each problem stream."""
+        counters = {name: getattr(self, name) for name in COUNTERS}
+        return counters | {"streams": {family: stream.index for family, stream in self.streams.items()}}
+
+    def load(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Restore what `tensors()` and `state()` returned. Raises UserError when they are another model's."""
+        self.optimizer.load_tensors(tensors)
+        if self.reference is not None:
+            prefix = "reference."
+            self.reference.load_state_dict(
+                {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+            )
+        for family, stream in self.streams.items():
+            stream.index = state["streams"][family]
+        for name in COUNTERS:
+            setattr(self, name, state[name] if name in state else state[OLD_COUNTERS[name]])
+
+    def _lr_factor(self, progress: float) -> float:
+        """Factor on the learning rate: linear warm-up, then linear decay at the end of the run."""
+        left = (1.0 - progress) / self.recipe.decay if self.recipe.decay else 1.0
+        return min(1.0, (self.steps + 1) / max(self.recipe.warmup_steps, 1), max(left, 0.0))
+
+    def _draw(self) -> list[Problem]:
+        families = list(self.environments)
+        weights = [self.environments[family].weight for family in families]
+        chosen = Random(derived_seed(self.recipe.seed, "families", self.steps)).choices(
+            families, weights, k=self.section.questions_per_step
+        )
+        return [next(self.streams[family]) for family in chosen]
+
+    def _update(self, rollout: Rollout, rewards: Rewards, progress: float) -> UpdateSums:
+        """The optimizer steps of one rollout.
+
+        A zero-std group has no gradient without a KL term: it then counts in the average (unless dropped) but is not
+        computed.
+        """
+        section, G = self.section, self.section.group_size
+        grouped = rewards.total.view(-1, G)
+        advantages = group_advantages(grouped, section.normalise_std).flatten()
+        zero_std = zero_std_groups(grouped)
+        counted = (~zero_std if section.drop_zero_std_groups else torch.ones_like(zero_std)).nonzero().flatten()
+        lengths = torch.tensor([len(c) for c in rollout.completions])
+        sums = UpdateSums()
+        self.model.train()
+        for groups in counted.chunk(section.mini_batches):
+            members = (groups[:, None] * G + torch.arange(G)).flatten()
+            weights = torch.zeros(len(lengths))
+            weights[members] = token_weights(lengths[members], section.average)
+            computed = members if section.kl else members[~zero_std.repeat_interleave(G)[members]]
+            if len(computed):
+                self._optimize(rollout, computed.tolist(), advantages, weights, progress, sums)
+        return sums
+
+    def _optimize(
+        self,
+        rollout: Rollout,
+        members: list[int],
+        advantages: Tensor,
+        weights: Tensor,
+        progress: float,
+        sums: UpdateSums,
+    ) -> None:
+        """One optimizer step on the completions `members`; advantages and weights [Q·G] are of all completions.
+
+        Raises UserError when three updates in a row are not finite.
+        """
+        G, config = self.section.group_size, self.model.config
+        batches = pack_rollout(
+            rollout.prompts,
+            [rollout.completions[i] for i in members],
+            [i // G for i in members],
+            self.section.micro_tokens,
+            # 4x: attention computes the whole block, where the planner counts the causal half, and reaches half the
+            # FLOP/s of linear layers (SmolLM2 in bfloat16 on a CPU, blocks of 300 tokens: 0.65 of 4.5 seconds).
+            lambda length: flops_per_token(config, 4 * length),
+        )
+        device = self.model.head_weight.device
+        advantages, weights = advantages[members].to(device), weights[members].to(device)
+        old = None
+        if self.section.mini_batches > 1:
+            old = torch.tensor([p for i in members for p in rollout.logprobs[i]], device=device)
+        total_tokens = sum(packed.tokens.numel() for packed in batches)
+        loads: list[Tensor] = []
+        for packed in batches:
+            packed = packed.to(device)
+            routing: list[Any] | None = [] if self._balances else None
+            grad = None
+            if old is None and self.reference is None:
+                grad = on_policy_grad(advantages, weights, packed.sequence)
+            logprobs, entropy = self._logprobs(self.model, packed, routing, grad)
+            reference = None
+            if self.reference is not None:
+                with torch.no_grad():
+                    reference, _ = self._logprobs(self.reference, packed)
+            old_logprobs = None if old is None else old[packed.offset]
+            loss = grpo_loss(logprobs, old_logprobs, reference, advantages, weights, packed.sequence, self.section)
+            total = loss.loss
+            if routing:
+                # A micro-batch is one sequence of V3 eq. 17–20, weighted by its tokens.
+                share = self.recipe.balance.sequence_loss * packed.tokens.numel() / total_tokens
+                total = total + share * sum(r.sequence_loss for r in routing)
+                found = [r.load.detach() for r in routing]
+                loads = [a + b for a, b in zip(loads, found, strict=True)] if loads else found
+            total.backward()
+            self.optimizer.accumulate()
+            sums.tokens += len(packed.targets)
+            sums.computed += packed.tokens.numel()
+            sums.entropy += float(entropy.sum())
+            sums.kl = float(loss.kl) + (sums.kl or 0.0) if reference is not None else None
+            sums.clipped += float(loss.clipped)
+        result = self.optimizer.step(self._lr_factor(progress))
+        sums.grad_norms.append(result.grad_norm)
+        sums.loads = loads
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if result.skipped else 0
+        if self.skipped_in_a_row >= MAX_SKIPPED:
+            raise UserError(
+                f"optimizer.lr = {self.recipe.optimizer.lr}: three updates in a row had no finite gradient, the last "
+                f"at step {self.steps + 1}; the last checkpoint is intact, lower the learning rate"
+            )
+        speed = bias_speed(self.recipe.balance, progress)
+        if speed and loads and not result.skipped:
+            update_correction_bias(self.model, loads, speed)
+
+    @property
+    def _balances(self) -> bool:
+        return self.recipe.balance.sequence_loss > 0 or self.recipe.balance.bias_speed > 0
+
+    def _logprobs(
+        self,
+        model: Transformer,
+        packed: PackedRollout,
+        routing: list[Any] | None = None,
+        grad: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probabilities and entropies [N] of the targets under `model` at the sampling temperature.
+
+        grad [N]: dL/d log π where it is known before the backward pass.
+        """
+        hidden = model(packed.tokens, packed.positions, packed.mask, routing=routing)[0].index_select(0, packed.source)
+        return token_logprobs(hidden, model.head_weight, packed.targets, self.section.temperature, grad)
+
+    def _frozen_copy(self) -> Transformer:
+        return copy.deepcopy(self.model).requires_grad_(False)
+
+    def _count(self, rollout: Rollout, sums: UpdateSums) -> None:
+        config = self.model.config
+        length = sum(map(len, rollout.prompts)) // len(rollout.prompts) + rollout.tokens // len(rollout.completions)
+        rollout_tokens = rollout.tokens + sum(map(len, rollout.prompts))
+        passes = 3 + (self.reference is not None)
+        self.tokens += rollout.tokens
+        self.trained_tokens += sums.computed
+        self.flops["rollout"] += rollout_tokens * flops_per_token(config, length, training=False)
+        self.flops["train"] += sums.computed * passes * flops_per_token(config, length, training=False)

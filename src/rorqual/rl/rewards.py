@@ -1,0 +1,146 @@
+"""Rule-based rewards (R1 §2.1, supplement): each part, then their weighted sum."""
+
+import functools
+import re
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rorqual.errors import UserError
+from rorqual.judge.extract_answer import read_answer
+from rorqual.recipe import RewardSection
+from rorqual.rl.envs.environment import Environment, Problem
+
+RIGHT, WRONG = "✓", "✗"  # self-verification marks that a model puts after a candidate in its thinking
+OVERLONG = 0.2  # fraction of max_tokens over which the overlong penalty grows (DAPO §3.4: 4096 of 20480)
+
+FORMAT = re.compile(r"\s*<think>(.+?)</think>\s*<answer>(.+?)</answer>\s*", re.DOTALL)
+TAG = re.compile(r"</?(?:think|answer)>")
+
+SCRIPTS = {
+    "ar": ("ARABIC",), "el": ("GREEK",), "he": ("HEBREW",), "hi": ("DEVANAGARI",),
+    "ja": ("HIRAGANA", "KATAKANA", "CJK"),
+    "ko": ("HANGUL",), "ru": ("CYRILLIC",), "th": ("THAI",), "uk": ("CYRILLIC",), "zh": ("CJK",),
+} | dict.fromkeys(("cs", "de", "en", "es", "fr", "it", "nl", "pl", "pt", "sv", "tr", "vi"), ("LATIN",))  # fmt: skip
+UNSPACED = ("CJK", "HIRAGANA", "KATAKANA", "THAI")  # scripts without spaces: each character counts as a word
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One completion. `text` includes an opening tag that the prompt ends with (`<think>`), but no stop token."""
+
+    problem: Problem
+    text: str
+    length: int  # sampled tokens, the stop token included
+    truncated: bool  # stopped by max_tokens
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """`parts`: name → [N], unweighted; `total` [N]: weighted sum of the parts; `correct`: bool [N]."""
+
+    parts: dict[str, Tensor]
+    total: Tensor
+    correct: Tensor
+
+
+Verdict = Callable[[Sample, bool], float]
+
+
+def score(
+    samples: Sequence[Sample],
+    environments: Mapping[str, Environment],
+    section: RewardSection,
+    max_tokens: int,
+    verdict: Verdict | None = None,
+) -> Rewards:
+    """Score N samples. Parts of weight 0 are not computed, except accuracy, which every report needs.
+
+    A truncated completion is never correct, whatever answer it contains: the model did not end it there.
+    `environments` by family; `verdict(sample, correct)` scores the self-verification, by default `marked_verdict`.
+    """
+    verdict = verdict or marked_verdict
+    correct = [
+        not s.truncated and environments[s.problem.family].correct(s.problem, read_answer(s.text, s.problem.answer))
+        for s in samples
+    ]
+    scorers: dict[str, Callable[[int], float]] = {
+        "accuracy": lambda i: float(correct[i]),
+        "format": lambda i: format_reward(samples[i].text),
+        "language": lambda i: language_reward(samples[i].text, section.target_language),
+        "length": lambda i: length_reward(samples[i].length, max_tokens, samples[i].truncated),
+        "verdict": lambda i: verdict(samples[i], correct[i]),
+    }
+    weights = {name: getattr(section, name) for name in scorers}
+    parts = {
+        name: torch.tensor([scorer(i) for i in range(len(samples))])
+        for name, scorer in scorers.items()
+        if weights[name] or name == "accuracy"
+    }
+    total = sum((weights[name] * part for name, part in parts.items()), torch.zeros(len(samples)))
+    return Rewards(parts, total, torch.tensor(correct, dtype=torch.bool))
+
+
+def format_reward(text: str) -> float:
+    """1 for exactly `<think>…</think><answer>…</answer>`, neither empty, with optional surrounding spaces; else 0."""
+    match = FORMAT.fullmatch(text)
+    if match is None or any(TAG.search(inner) or not inner.strip() for inner in match.groups()):
+        return 0.0
+    return 1.0
+
+
+def length_reward(length: int, max_tokens: int, truncated: bool = False) -> float:
+    """Soft overlong penalty (DAPO, 2503.14476, eq. 13), in [−1, 0]: falls to −1 over the last fifth of `max_tokens`.
+
+    length: sampled tokens. A truncated completion gets −1.
+    """
+    if truncated:
+        return -1.0
+    soft = OVERLONG * max_tokens
+    return max(-1.0, min(0.0, (max_tokens - soft - length) / soft))
+
+
+def language_reward(text: str, target: str) -> float:
+    """Fraction of the words in the thinking that are in the target language's script, in [0, 1] (R1 §2.3.2).
+
+    A word is a run of letters, or one character in scripts without spaces; without words the reward is 1. Script is a
+    proxy for language: it separates Chinese from English, the mixing seen in R1, but not French from English. Raises
+    UserError for an unknown `target`.
+    """
+    if target not in SCRIPTS:
+        raise UserError(f"reward.target_language = {target!r} is not known; use one of {', '.join(sorted(SCRIPTS))}")
+    thinking = text.partition("</think>")[0] if "</think>" in text else text
+    scripts = _word_scripts(TAG.sub(" ", thinking))
+    return sum(s in SCRIPTS[target] for s in scripts) / len(scripts) if scripts else 1.0
+
+
+def self_verified(text: str) -> bool:
+    """Whether the last self-verification mark in the thinking is ✓."""
+    thinking = text.partition("</think>")[0]
+    return thinking.rfind(RIGHT) > thinking.rfind(WRONG)
+
+
+def marked_verdict(sample: Sample, correct: bool) -> float:
+    """1 for ✓ on a correct answer, −1 for ✓ on a wrong one, 0 without ✓: a false ✓ must cost more than giving up."""
+    if not self_verified(sample.text):
+        return 0.0
+    return 1.0 if correct else -1.0
+
+
+def _word_scripts(text: str) -> list[str]:
+    words = []
+    for run in re.findall(r"[^\W\d_]+", text):
+        previous = None
+        for script in map(_script, filter(str.isalpha, run)):
+            if script in UNSPACED or script != previous:
+                words.append(script)
+            previous = script
+    return words
+
+
+@functools.lru_cache(maxsize=4096)
+def _script(letter: str) -> str:
+    return unicodedata.name(letter, "UNKNOWN").split()[0].split("-")[0]

@@ -1,0 +1,154 @@
+"""`rorqual rl`: from a recipe, over GRPOTrainer steps, evaluation and checkpoints, to a released model."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rorqual.checkpoint.huggingface import load_model, save_model, stored_dtype
+from rorqual.files import write_text
+from rorqual.kernels.dtypes import compute_dtype
+from rorqual.model import Transformer
+from rorqual.model.config import ModelConfig
+from rorqual.plan.cost import flops_per_token
+from rorqual.plan.hardware import matrix_peak, memory_used
+from rorqual.plan.ledger import Ledger
+from rorqual.recipe import RLRecipe
+from rorqual.rl.context_limits import check_context
+from rorqual.rl.envs.registry import Environment, open_environment
+from rorqual.rl.grpo_trainer import GRPOTrainer
+from rorqual.rl.rollout import derived_seed
+from rorqual.train.build_model import build_model, tokenizer_of
+from rorqual.train.model_card import card
+from rorqual.train.run_folder import open_run
+from rorqual.train.run_loop import RunLoop
+from rorqual.train.telemetry import Telemetry
+
+STAGES = ("rollout", "train")  # parts of a step in the ledger
+
+
+def rl(recipe: RLRecipe, resume: bool = False) -> Path:
+    """Run the recipe and return the run's folder, with the released model in model/.
+
+    Raises UserError for what the user can fix, Stopped after SIGINT or SIGTERM.
+    """
+    tokenizer = tokenizer_of(recipe.model)
+    environments = [open_environment(section) for section in recipe.environments]
+    check_problems(recipe, tokenizer, environments)
+    with open_run(recipe, resume) as run_dir:
+        model = build_model(recipe.model, tokenizer, recipe.seed)
+        run = RLRun(run_dir, recipe, GRPOTrainer(model, tokenizer, environments, recipe), recipe.track)
+        run.fit()
+        if recipe.keep_start and run.got_worse():
+            model = load_model(recipe.model.path, stored_dtype(recipe.model.path))
+        _release(run, model, tokenizer)
+    return run_dir
+
+
+def check_problems(recipe: RLRecipe, tokenizer: Any, environments: Sequence[Environment]) -> None:
+    """Check prompts and problem counts. Raises UserError for what would stop the run, and its resumption, at a step."""
+    context = ModelConfig.load(recipe.model.path).max_position_embeddings
+    check_context(environments, recipe.template, tokenizer, context, recipe.grpo.max_tokens, "grpo.max_tokens")
+    for environment in environments:
+        next(environment.stream("train", derived_seed(recipe.seed, environment.family)))
+        if recipe.eval_every and environment.all_problems() is not None:
+            environment.problems("dev", recipe.eval_problems, recipe.seed)
+
+
+def predict_rl(recipe: RLRecipe, config: ModelConfig) -> dict[str, Any]:
+    """Upper bound on the cost of a run: all completions at max_tokens, all groups trained on.
+
+    Returns tokens (sampled + trained on), flops, and seconds at the measured matrix peak; tokens and flops are None for
+    a run with a time budget.
+    """
+    section = recipe.grpo
+    if recipe.steps is None:
+        return {"tokens": None, "flops": None, "seconds": recipe.seconds}
+    tokens = recipe.steps * section.questions_per_step * section.group_size * section.max_tokens
+    passes = 4 + (section.kl > 0)  # one to sample, three to train, one of the reference
+    flops = tokens * passes * flops_per_token(config, section.max_tokens, training=False)
+    return {"tokens": 2 * tokens, "flops": flops, "seconds": flops / matrix_peak(compute_dtype(recipe.model.dtype))}
+
+
+@dataclass
+class RLRun(RunLoop):
+    section: RLRecipe
+    trainer: GRPOTrainer
+    evaluations: dict[str, dict[str, float]] = field(default_factory=dict)  # step → eval_<family>
+    stages: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))  # seconds
+
+    def begin(self, telemetry: Telemetry) -> None:
+        if self.section.eval_every and not self.evaluations:
+            telemetry.log(0, **self._evaluate(), seconds=self.seconds)
+
+    def step(self, telemetry: Telemetry) -> bool:
+        start = time.monotonic()
+        skipped = self.trainer.skipped_in_a_row
+        metrics = self.trainer.step(self.progress())
+        elapsed = time.monotonic() - start
+        sampled = metrics["length"] * self.section.grpo.questions_per_step * self.section.grpo.group_size
+        sampling = min(elapsed, sampled / metrics["rollout_tokens_per_second"])
+        self.stages["rollout"] += sampling
+        self.stages["train"] += elapsed - sampling
+        step = self.trainer.steps
+        if self.trainer.skipped_in_a_row > skipped:
+            telemetry.note(f"step {step}: the gradient is not finite; update skipped")
+            metrics["grad_norm"] = None
+        ended = self.done()
+        if self.section.eval_every and (ended or step % self.section.eval_every == 0):
+            metrics |= self._evaluate()
+        telemetry.log(step, seconds=self.seconds, memory_gb=memory_used() / 1e9, **metrics)
+        return ended
+
+    def score(self) -> float | None:
+        shares = self.evaluations.get(str(self.trainer.steps))
+        return None if shares is None else -sum(shares.values()) / len(shares)
+
+    def state(self) -> dict[str, Any]:
+        return {"evaluations": self.evaluations, "stages": self.stages}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self.evaluations, self.stages = state["evaluations"], state["stages"]
+
+    def got_worse(self) -> bool:
+        """Whether pass@1 of the last evaluation is below the first."""
+        means = {int(step): sum(shares.values()) for step, shares in self.evaluations.items()}
+        return bool(means) and means[max(means)] < means[min(means)]
+
+    def _evaluate(self) -> dict[str, float]:
+        shares = self.trainer.evaluate(self.section.eval_problems)
+        self.evaluations[str(self.trainer.steps)] = shares
+        return shares
+
+
+def _release(run: RLRun, model: Transformer, tokenizer: Any) -> None:
+    directory = run.run_dir / "model"
+    save_model(model, directory, tokenizer)
+    write_text(directory / "README.md", _card(run, model), then="then continue with --resume")
+    trainer = run.trainer
+    ledger = Ledger(run.run_dir, predict_rl(run.section, model.config), compute_dtype(run.section.model.dtype))
+    for stage, tokens in zip(STAGES, (trainer.tokens, trainer.trained_tokens), strict=True):
+        ledger.add(stage, tokens=tokens, flops=trainer.flops[stage], seconds=run.stages[stage])
+    ledger.write()
+
+
+def _card(run: RLRun, model: Transformer) -> str:
+    recipe, trainer = run.section, run.trainer
+    families = ", ".join(trainer.environments)
+    curve = "\n".join(
+        f"| {step} | " + " | ".join(f"{share:.1%}" for share in shares.values()) + " |"
+        for step, shares in run.evaluations.items()
+    )
+    head = f"| step | {' | '.join(trainer.environments)} |\n|---|{'---|' * len(trainer.environments)}\n"
+    kept = recipe.keep_start and run.got_worse()
+    text = f"""`{recipe.model.path}` after {trainer.steps} steps of reinforcement learning (GRPO) on {families}
+by Rorqual (`rorqual rl`), seed {recipe.seed}: {trainer.tokens:,} sampled tokens, {run.seconds:,.0f} seconds.
+
+## Accuracy
+{"pass@1 on held-out development problems:" if curve else "Not measured during training."}
+
+{head + curve if curve else ""}
+{"The last is below the first, so the released weights are the initial ones (keep_start)." if kept else ""}
+"""
+    return card(recipe, run.run_dir, [model.config.model_type, "grpo"], text)

@@ -1,0 +1,159 @@
+"""Rollouts packed for training: a block holds a prompt once and its completions after it, masked from each other.
+
+    block:     p p p a a a b b        p the prompt, a and b completions of it
+    positions: 0 1 2 3 4 5 3 4
+
+A completion attends to its prompt and to itself, so its log-probabilities are those of prompt + completion alone,
+while the prompt is computed once per block. A completion's first token is predicted by the prompt's last token, hence
+indices into the hidden states (`source`) instead of a shift. A completion's last token is only a target.
+Blocks of all lengths are concatenated into one row, so that almost no padding is computed.
+Shapes: T tokens of a micro-batch, N target tokens, n blocks of t tokens each.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+import torch
+from torch import Tensor
+
+LENGTH_MULTIPLE = 16  # blocks are padded to a multiple of this, so that matmul shapes repeat
+PADDING = -1  # branch id of padding tokens
+
+
+@dataclass(frozen=True)
+class PackedRollout:
+    """One micro-batch."""
+
+    tokens: Tensor  # [1, T]
+    positions: Tensor  # [1, T]
+    mask: tuple[Tensor, ...]  # bool [n, 1, t, t], one per block length, in block order
+    source: Tensor  # [N] index into the T hidden states of the one that predicts the target
+    targets: Tensor  # [N] token ids
+    sequence: Tensor  # [N] index of the completion
+    offset: Tensor  # [N] index of the token in the concatenation of all completions
+
+    def to(self, device: torch.device) -> "PackedRollout":
+        moved = {name: t.to(device) for name, t in vars(self).items() if name != "mask"}
+        return PackedRollout(**moved, mask=tuple(t.to(device) for t in self.mask))
+
+
+@dataclass
+class _Block:
+    prompt: int
+    members: list[int]  # indices of the completions in this block
+    length: int
+
+
+def pack_rollout(
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    prompt_of: Sequence[int],
+    micro_tokens: int,
+    cost: Callable[[int], float],
+) -> list[PackedRollout]:
+    """Micro-batches of at most `micro_tokens` tokens (or one block) that hold every completion once.
+
+    prompts, completions: token ids; prompt_of[i] is the index of completion i's prompt. Longer blocks share a prompt
+    among more completions but compute attention over the whole block: the blocks with the lowest total cost are taken,
+    where `cost(t)` is the cost of one token in a block of t tokens.
+    """
+    groups: dict[int, list[int]] = {}
+    for i, p in enumerate(prompt_of):
+        groups.setdefault(p, []).append(i)
+    sizes = [len(c) - 1 for c in completions]
+    blocks: list[_Block] = []
+    for p, members in groups.items():
+        blocks += _cheapest(p, len(prompts[p]), members, sizes, micro_tokens, cost)
+    return [_build(batch, prompts, completions) for batch in _split(blocks, micro_tokens)]
+
+
+def _cheapest(
+    prompt: int, prompt_size: int, members: list[int], sizes: list[int], limit: int, cost: Callable[[int], float]
+) -> list[_Block]:
+    """Split one group into balanced blocks, within `limit` where possible: add blocks while that lowers the cost."""
+    best: list[_Block] = []
+    lowest = float("inf")
+    for count in range(1, len(members) + 1):
+        blocks = [_Block(prompt, [], prompt_size) for _ in range(count)]
+        for i in sorted(members, key=lambda i: -sizes[i]):
+            shortest = min(blocks, key=lambda b: (b.length, len(b.members)))
+            shortest.members.append(i)
+            shortest.length += sizes[i]
+        for block in blocks:
+            block.length = -(-block.length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+        if any(b.length > limit and len(b.members) > 1 for b in blocks):
+            continue
+        total = sum(b.length * cost(b.length) for b in blocks)
+        if total >= lowest:
+            break
+        best, lowest = blocks, total
+    return best
+
+
+def _split(blocks: list[_Block], micro_tokens: int) -> Iterator[list[_Block]]:
+    """Micro-batches of up to `micro_tokens` tokens, longest blocks first."""
+    batch: list[_Block] = []
+    length = 0
+    for block in sorted(blocks, key=lambda b: -b.length):
+        if batch and length + block.length > micro_tokens:
+            yield batch
+            batch, length = [], 0
+        batch.append(block)
+        length += block.length
+    yield batch
+
+
+def _build(
+    blocks: list[_Block], prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]
+) -> PackedRollout:
+    T = sum(b.length for b in blocks)
+    tokens, positions = np.zeros(T, np.int64), np.zeros(T, np.int64)
+    branches = np.full(T, PADDING, np.int32)  # 0 is the prompt
+    source: list[np.ndarray] = []
+    targets: list[np.ndarray] = []
+    sequence: list[np.ndarray] = []
+    offset: list[np.ndarray] = []
+    starts = np.cumsum([0] + [len(c) for c in completions])
+    start = 0
+    for block in blocks:
+        prompt = prompts[block.prompt]
+        end = start + len(prompt)
+        tokens[start:end], positions[start:end], branches[start:end] = prompt, np.arange(len(prompt)), 0
+        last = end - 1
+        for k, i in enumerate(block.members, 1):
+            completion = np.asarray(completions[i])
+            n = len(completion) - 1
+            new = slice(end, end + n)
+            tokens[new], positions[new], branches[new] = completion[:-1], len(prompt) + np.arange(n), k
+            source += [np.array([last]), np.arange(end, end + n)]
+            targets.append(completion)
+            sequence.append(np.full(n + 1, i))
+            offset.append(np.arange(starts[i], starts[i + 1]))
+            end += n
+        start += block.length
+    masks, start = [], 0
+    for length, alike in groupby(blocks, key=lambda b: b.length):
+        end = start + length * len(list(alike))
+        masks.append(branch_mask(torch.from_numpy(branches[start:end]).view(-1, length)))
+        start = end
+    return PackedRollout(
+        tokens=torch.from_numpy(tokens).unsqueeze(0),
+        positions=torch.from_numpy(positions).unsqueeze(0),
+        mask=tuple(masks),
+        source=torch.from_numpy(np.concatenate(source)),
+        targets=torch.from_numpy(np.concatenate(targets).astype(np.int64)),
+        sequence=torch.from_numpy(np.concatenate(sequence)),
+        offset=torch.from_numpy(np.concatenate(offset)),
+    )
+
+
+def branch_mask(branches: Tensor) -> Tensor:
+    """branches [n, t] → bool [n, 1, t, t]: a token attends to itself and earlier tokens of its branch and of branch 0.
+
+    Padding attends to padding only.
+    """
+    query, key = branches[:, :, None], branches[:, None, :]
+    allowed = (query == key) | ((key == 0) & (query != PADDING))
+    return allowed.tril_().unsqueeze(1)

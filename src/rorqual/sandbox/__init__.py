@@ -1,0 +1,1 @@
+"""Untrusted code and slow checkers, in separate processes."""

@@ -1,0 +1,135 @@
+"""A separate process for checkers that evaluate model output.
+
+sympy (in math-verify and some of reasoning-gym's checkers) can hang or exhaust the memory on a short string, and cannot
+be interrupted from another thread: here the whole process is killed after the time-out and restarted. Requests and
+replies are one JSON object per line. This file is also the script of that process, where it imports nothing of the
+package.
+"""
+
+import atexit
+import contextlib
+import json
+import selectors
+import subprocess
+import sys
+import threading
+from typing import Any
+
+START_TIMEOUT = 120.0  # seconds to import sympy and the checkers on a busy machine
+MEMORY = 4 << 30  # bytes of address space for the process
+
+
+class CheckerProcess:
+    """One checker process, started at the first call; thread-safe."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._lock = threading.Lock()
+
+    def call(self, request: dict[str, Any], timeout: float) -> float | None:
+        """The checker's score; None where it took longer than `timeout` seconds, failed or died."""
+        with self._lock:
+            if self._process is not None and self._process.poll() is not None:
+                self._stop()  # killed from outside between two calls
+            if self._process is None and not self._start():
+                return None
+            try:
+                self._process.stdin.write(json.dumps(request, default=str).encode() + b"\n")
+                self._process.stdin.flush()
+            except OSError:
+                self._stop()
+                return None
+            line = self._read(timeout)
+            if line is None:
+                self._stop()
+                return None
+            return json.loads(line)
+
+    def close(self) -> None:
+        with self._lock:
+            self._stop()
+
+    def _start(self) -> bool:
+        from rorqual.extras import require  # not at the top: the script imports nothing of the package
+
+        require("rl")  # without them every answer that is checked here would count as wrong
+        # -P: this file's folder must not shadow library modules.
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # a Ctrl-C for the trainer must not kill it
+        )
+        if self._read(START_TIMEOUT) is None:
+            self._stop()
+            return False
+        return True
+
+    def _read(self, timeout: float) -> bytes | None:
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._process.stdout, selectors.EVENT_READ)
+            if not selector.select(timeout):
+                return None
+        return self._process.stdout.readline() or None
+
+    def _stop(self) -> None:
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            process.wait()
+            for pipe in (process.stdin, process.stdout):
+                with contextlib.suppress(OSError):  # unflushed data has no reader
+                    pipe.close()
+
+
+_shared = CheckerProcess()
+atexit.register(_shared.close)
+
+
+def shared_checker() -> CheckerProcess:
+    """The process-wide checker."""
+    return _shared
+
+
+def _math(request: dict[str, Any]) -> float:
+    """Parse both texts as LaTeX and as a whole: math-verify must not pick an expression from the middle of a text."""
+    from math_verify import LatexExtractionConfig, parse, verify
+
+    gold, answer = (
+        parse(f"${request[name].replace('$', ' ')}$", [LatexExtractionConfig()], "no_fallback", parsing_timeout=None)
+        for name in ("gold", "answer")
+    )
+    return float(verify(gold, answer, timeout_seconds=None))
+
+
+def _gym(request: dict[str, Any]) -> float:
+    import reasoning_gym
+
+    dataset = reasoning_gym.create_dataset(request["name"], **request["config"])
+    return float(dataset.score_answer(request["answer"], request["entry"]))
+
+
+def _serve() -> None:
+    import logging
+    import os
+    import resource
+
+    limit = resource.getrlimit(resource.RLIMIT_AS)[1]
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY if limit < 0 else min(MEMORY, limit), limit))
+    logging.disable()
+    import math_verify  # noqa: F401  (before the ready line, so that its import counts against no time-out)
+
+    replies = os.fdopen(os.dup(1), "wb", buffering=0)
+    os.dup2(2, 1)  # prints of a checker must not be read as replies
+    replies.write(b"ready\n")
+    for line in sys.stdin.buffer:
+        request = json.loads(line)
+        result = None
+        with contextlib.suppress(Exception):
+            result = {"math": _math, "gym": _gym}[request["task"]](request)
+        replies.write(json.dumps(result).encode() + b"\n")
+
+
+if __name__ == "__main__":
+    _serve()

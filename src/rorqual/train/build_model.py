@@ -1,0 +1,105 @@
+"""Build or load the model and the tokenizer of a recipe, and check that they fit each other."""
+
+from dataclasses import fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from rorqual.checkpoint.describe import read_released
+from rorqual.checkpoint.huggingface import load_model, open_release
+from rorqual.data.tokenizer import load_tokenizer
+from rorqual.errors import UserError
+from rorqual.model import ModelConfig, Transformer
+from rorqual.recipe import ChatDataSection, DataSection, DistillRecipe, ModelSection, TrainSection
+from rorqual.train.rng import set_seed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+def check_length(
+    section: ModelSection, data: DataSection | ChatDataSection | DistillRecipe, field: str = "data.sequence_length"
+) -> None:
+    """Lower a default `sequence_length` to the model's context (max_position_embeddings, tokens).
+
+    Raises UserError where the recipe sets a longer one: the released model could not be used at that length.
+    """
+    length = data.sequence_length
+    if section.path is not None:
+        context, remedy = ModelConfig.load(section.path).max_position_embeddings, "lower it"
+    else:
+        context = section.config.get("max_position_embeddings", length)
+        remedy = "lower it or raise model.config.max_position_embeddings"
+    if not isinstance(context, int) or not 2 <= context < length:
+        return
+    if "sequence_length" in data.model_fields_set:
+        raise UserError(f"{field} = {length}: the model's context holds {context} (max_position_embeddings); {remedy}")
+    data.sequence_length = context
+
+
+def model_config(
+    section: ModelSection, vocab_size: int, eos_token_id: int | None = None, length: int = 0
+) -> ModelConfig:
+    """The config that a recipe describes; `vocab_size` and `eos_token_id` default to the tokenizer's.
+
+    length: training sequence length in tokens; the default context is at least that. Raises UserError for an unknown
+    field and a vocabulary smaller than the tokenizer's.
+    """
+    if section.path is not None:
+        return ModelConfig.load(section.path)
+    known = {f.name for f in fields(ModelConfig)} | {"hidden_act", "rope_parameters"}
+    for name in section.config.keys() - known:
+        near = get_close_matches(name, known, 1)
+        raise UserError(f"field model.config.{name} is unknown; {f'did you mean {near[0]}?' if near else 'remove it'}")
+    defaults = {"model_type": "deepseek_v3", "vocab_size": vocab_size, "eos_token_id": eos_token_id}
+    if length > ModelConfig.max_position_embeddings:
+        defaults["max_position_embeddings"] = length
+    config = ModelConfig.from_dict(defaults | section.config, "model.config")
+    if config.vocab_size < vocab_size:
+        raise UserError(
+            f"model.config.vocab_size = {config.vocab_size}: the tokenizer has {vocab_size} tokens; raise it to that, "
+            "or leave it out"
+        )
+    return config
+
+
+def build_model(section: ModelSection, tokenizer: "PreTrainedTokenizerFast", seed: int, length: int = 0) -> Transformer:
+    """The model to train, in FP32 (the optimizer converts it); `seed` determines random weights.
+
+    length: as in `model_config`. Raises UserError where the model's vocabulary is smaller than the tokenizer's.
+    """
+    set_seed(seed)
+    size = len(tokenizer)
+    config = model_config(section, size, tokenizer.eos_token_id, length)
+    if section.path is None:
+        return Transformer(config)
+    if config.vocab_size < size:
+        raise UserError(
+            f"{section.path}: the model has {config.vocab_size} tokens and the tokenizer {size}; "
+            "use the tokenizer the model was trained with"
+        )
+    return load_model(section.path, dtype=torch.float32)
+
+
+def check_model(section: ModelSection) -> None:
+    """Raises UserError for a model that `build_model` would refuse, without reading its weights."""
+    if section.path is not None:
+        open_release(Path(section.path))
+
+
+def tokenizer_of(section: ModelSection) -> "PreTrainedTokenizerFast":
+    """The tokenizer in the model's directory. Raises UserError when the recipe starts from random weights."""
+    if section.path is None:
+        raise UserError("model.path is missing: fine-tuning starts from a trained model's directory")
+    tokenizer = load_tokenizer(section.path)
+    if tokenizer.eos_token_id is None and (ends := read_released(section.path).end_tokens):
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ends[0])  # training samples end with it too
+    return tokenizer
+
+
+def set_threads(section: TrainSection) -> None:
+    """Set torch's thread count where the recipe has one."""
+    if section.threads is not None:
+        torch.set_num_threads(section.threads)

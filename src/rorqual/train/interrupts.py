@@ -1,0 +1,40 @@
+"""SIGINT and SIGTERM: the training loop saves a checkpoint and stops."""
+
+import signal
+import threading
+from types import FrameType
+
+from rorqual.errors import Stopped
+
+
+class StopSignals:
+    """Context in which SIGINT and SIGTERM set `requested`; a second signal raises KeyboardInterrupt.
+
+    Outside the main thread, where Python allows no signal handlers, nothing is installed.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self.number = 0
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> "StopSignals":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested, self.number = True, number
+
+    def stopped(self, step: int) -> Stopped:
+        """The exception to raise once the checkpoint of `step` is written."""
+        name = signal.Signals(self.number).name
+        return Stopped(self.number, f"stopped by {name} at step {step}, saved; continue with --resume")

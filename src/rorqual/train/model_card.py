@@ -1,0 +1,70 @@
+"""The model card, model/README.md."""
+
+from pathlib import Path
+
+from rorqual.plan.cost import parameters
+from rorqual.recipe import PretrainRecipe, Recipe, SFTRecipe
+from rorqual.train.run_folder import to_toml
+from rorqual.train.run_loop import TrainingRun
+
+
+def model_card(recipe: PretrainRecipe | SFTRecipe, run: TrainingRun) -> str:
+    """Model card of a pre-training or SFT run: architecture, data, compute, losses, usage and recipe."""
+    trainer = run.trainer
+    config = trainer.model.config
+    total, active = parameters(config)
+    if isinstance(recipe, PretrainRecipe):
+        sources = "\n".join(f"- `{s.path}`, weight {s.weight:g}" for s in recipe.data.sources)
+        what = "pre-trained on text"
+    else:
+        sources = f"- `{recipe.data.path}`, loss on the assistant's turns"
+        what = f"fine-tuned on conversations from `{recipe.model.path}`"
+    rows = {
+        "architecture": config.model_type,
+        "parameters": f"{total:,} in total, {active:,} active per token",
+        "context in training": f"{recipe.data.sequence_length} tokens",
+        "training tokens": f"{trainer.tokens:,}",
+        "compute": f"{trainer.flops:.3g} FLOP in {run.seconds:,.0f} seconds",
+        "training loss": _shown(run.last.get("loss"), "nats per token, last step"),
+        "held-out text": _shown(run.last.get("valid_bpb"), "bits per byte"),
+    }
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    text = f"""A language model {what} by Rorqual (`rorqual {recipe.kind}`), seed {recipe.seed}.
+
+| | |
+|---|---|
+{table}
+
+## Data
+{sources}
+"""
+    return card(recipe, run.run_dir, [config.model_type], text)
+
+
+def card(recipe: Recipe, run_dir: Path, tags: list[str], text: str) -> str:
+    """A model card in Markdown: Hugging Face front matter and name, `text`, usage and recipe."""
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [{", ".join(["rorqual", *tags])}]
+---
+# {recipe.name}
+
+{text}
+## Use
+```
+rorqual generate {run_dir}/model "…"
+```
+or `AutoModelForCausalLM.from_pretrained` in transformers.
+
+## Recipe
+```toml
+{to_toml(recipe.model_dump()).strip()}
+```
+"""
+
+
+def _shown(value: object, unit: str) -> str:
+    if isinstance(value, str):  # not finite
+        return f"{value} {unit}"
+    return f"{value:.4g} {unit}" if isinstance(value, float) else "not measured"

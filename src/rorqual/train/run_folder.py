@@ -1,0 +1,167 @@
+"""The folder of a run: out/name with recipe.toml, metrics.jsonl, checkpoints/, model/ and ledger.json."""
+
+import json
+import re
+import shutil
+import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rorqual.errors import UserError, file_error
+from rorqual.files import check_link, locked, write_text
+from rorqual.kernels.dtypes import dtype_name, fastest_dtype
+from rorqual.recipe import DistillRecipe, Recipe
+from rorqual.renamed import current_fields
+from rorqual.train.input_fingerprints import keep_inputs
+
+# Fields that a resumed run may change, since they do not affect the final weights.
+FREE = {"out", "track", "train.eval_every", "train.save_every", "train.keep", "save_every", "eval_every", "keep",
+        "sample_every", "eval_problems", "data.workers"}  # fmt: skip
+# Results of training: with one of these, the folder holds a run that can be resumed.
+WORK = ("checkpoints", "samples.jsonl", "samples.partial.jsonl", "student", "model", "ledger.json")
+# Fields that only the student of a distillation reads. They may change until the student's own run, in student/, has
+# begun and checks them itself, so that a student that cannot start does not cost the samples.
+STUDENT_FIELDS = ("model.", "optimizer.", "schedule.", "balance.", "train.", "sequence_length")
+
+
+@contextmanager
+def open_run(recipe: Recipe, resume: bool) -> Iterator[Path]:
+    """Create and lock the run's folder and save the resolved recipe; with `resume`, check that the recipe is the same.
+
+    A `recipe.model.dtype` of "auto" becomes the dtype the run began with, else the fastest on this machine. A start
+    that failed before it trained does not count as a run: the next one replaces it, whatever its recipe.
+
+    Raises UserError when the folder holds a run and `resume` is false, when the recipe or its data have changed, when
+    another process trains in the folder, when it holds other files, or when the checkpoints are missing.
+    """
+    run_dir = recipe.run_dir
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        inside = {path.name for path in run_dir.iterdir() if not path.name.startswith(".")}
+    except OSError as e:
+        raise file_error(run_dir, e, then="or set out to a writable place") from e
+    if inside and not inside & {"recipe.toml", *WORK}:
+        raise UserError(f"{run_dir} holds files that are not a run's ({min(inside)}); choose another name")
+    with locked(run_dir / ".lock", f"{run_dir}: another process trains in it"):
+        saved, begun, moved_from = run_dir / "recipe.toml", _has_work(run_dir), recipe.out
+        same_text = True  # as the text that an earlier start, which never trained, trained its tokenizer on
+        if begun:
+            if not resume:
+                raise UserError(f"{run_dir} already holds a run; continue it with --resume or choose another name")
+            before = _read(saved)
+            if recipe.model.dtype == "auto":
+                recipe.model.dtype = before.get("model.dtype", "auto")
+            _check_same(recipe, before, saved)
+            _check_checkpoints(run_dir)
+            moved_from = before.get("out", recipe.out)
+        elif saved.exists():
+            same_text = _tokenizer_fields(_read(saved)) == _tokenizer_fields(_resolved(recipe))
+        if recipe.model.dtype == "auto":
+            recipe.model.dtype = dtype_name(fastest_dtype())
+        write_text(saved, to_toml(recipe.model_dump()), then="or set out to a writable place")
+        if not (keep_inputs(run_dir, recipe, begun, moved_from) and same_text):
+            shutil.rmtree(run_dir / "tokenizer", ignore_errors=True)
+        yield run_dir
+
+
+def _has_work(run_dir: Path) -> bool:
+    """Whether there is training to resume. Raises UserError for a dangling link: its disk may be absent."""
+    try:
+        for path in (run_dir / name for name in WORK):
+            check_link(path)
+        return any(path.stat().st_size if path.is_file() else any(path.iterdir()) for path in
+                   (run_dir / name for name in WORK) if path.exists())  # fmt: skip
+    except OSError as e:
+        raise file_error(e.filename or run_dir, e, "read") from e
+
+
+def _check_checkpoints(run_dir: Path) -> None:
+    """Raises UserError for a finished run without checkpoints: resuming would retrain it and overwrite its model."""
+    ended = next((name for name in ("model", "ledger.json") if (run_dir / name).exists()), None)
+    checkpoints = run_dir / "checkpoints"
+    if ended and not (checkpoints.is_dir() and any(checkpoints.iterdir())):
+        raise UserError(
+            f"{run_dir} has ended ({ended} exists) and has no checkpoints to continue from; restore checkpoints/, "
+            "or start again under another name"
+        )
+
+
+def to_toml(values: dict[str, Any], prefix: str = "") -> str:
+    """Nested dictionaries as TOML; None, which TOML lacks, is left out."""
+    lines, tables = [], []
+    for key, value in values.items():
+        name = key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else _value(key)
+        if isinstance(value, dict):
+            tables.append(f"\n[{prefix}{name}]\n{to_toml(value, f'{prefix}{name}.')}")
+        elif isinstance(value, list) and value and all(isinstance(v, dict) for v in value):
+            tables += [f"\n[[{prefix}{name}]]\n{to_toml(v, f'{prefix}{name}.')}" for v in value]
+        elif value is not None:
+            lines.append(f"{name} = {_value(value)}\n")
+    return "".join(lines + tables)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_value(v) for v in value) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_value(k)} = {_value(v)}" for k, v in value.items() if v is not None) + "}"
+    if isinstance(value, float):
+        return repr(value)
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # escaped in TOML, not in JSON
+
+
+def _read(saved: Path) -> dict[str, Any]:
+    try:
+        return _flat(current_fields(tomllib.loads(saved.read_text(encoding="utf-8")), quiet=True))
+    except OSError as e:
+        raise file_error(saved, e, "read", "or start a run with another name") from e
+    except ValueError as e:  # not TOML, or not UTF-8
+        raise UserError(f"{saved} is damaged ({e}); restore it, or start a run with another name") from e
+
+
+def _resolved(recipe: Recipe) -> dict[str, Any]:
+    return _flat(tomllib.loads(to_toml(recipe.model_dump())))
+
+
+def _tokenizer_fields(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields that determine the tokenizer a run trains."""
+    return {name: value for name, value in fields.items() if name.startswith(("tokenizer.", "data.sources."))}
+
+
+def _check_same(recipe: Recipe, before: dict[str, Any], saved: Path) -> None:
+    now = _resolved(recipe)
+    free = STUDENT_FIELDS if isinstance(recipe, DistillRecipe) else ()
+    for field in [*now, *before]:
+        if field in FREE or field.startswith(free):
+            continue
+        if before.get(field) != now.get(field) and _from_out(before, field) != _from_out(now, field):
+            was, is_now = _shown(before, field), _shown(now, field)
+            raise UserError(
+                f"{saved}: {field} was {was} and is {is_now} now; a resumed run must keep its recipe, "
+                "so set it back or choose another name"
+            )
+
+
+def _from_out(flat: dict[str, Any], field: str) -> Any:
+    """A field's value; a path within `out` is made relative to it, since a folder of runs may move."""
+    value, out = flat.get(field), flat.get("out")
+    if isinstance(value, str) and isinstance(out, str) and Path(value).is_relative_to(out):
+        return Path(value).relative_to(out)
+    return value
+
+
+def _shown(flat: dict[str, Any], field: str) -> str:
+    return _value(flat[field]) if field in flat else "not set"
+
+
+def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(values, list) and any(isinstance(v, dict) for v in values):
+        values = {str(i): v for i, v in enumerate(values)}
+    if not isinstance(values, dict):
+        return {prefix.rstrip("."): values}
+    out: dict[str, Any] = {}
+    for key, value in values.items():
+        out |= _flat(value, f"{prefix}{key}.")
+    return out
