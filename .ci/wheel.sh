@@ -1,12 +1,16 @@
 #!/usr/bin/env bash
-# A source archive of this checkout and a wheel built from that, installed elsewhere: it carries every level, its command starts, the best level runs.
+# A source archive of this checkout, whole; and a wheel, installed elsewhere: it carries every level, its command starts, the best level runs.
 # The Python given, by default the checkout's own, has what Rorqual needs: a line in a .pth lends it to the new one.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=$(realpath -s "${1:-.venv/bin/python}")
 room=$(mktemp -d)
 trap 'rm -rf "$room"' EXIT
-"$python" -m build --outdir "$room" . >"$room/build.log" || { tail -40 "$room/build.log"; exit 1; }
+"$python" -m build --sdist --outdir "$room" . >"$room/build.log" || { tail -40 "$room/build.log"; exit 1; }
+tar --list --file "$room"/rorqual-*.tar.gz | sed 's|^[^/]*/||' | sort >"$room/packed"
+missing=$(git ls-files src/rorqual setup.py pyproject.toml README.md | sort | comm -23 - "$room/packed")
+[ -z "$missing" ] || { echo "the source archive lacks $missing"; exit 1; }
+"$python" -m pip wheel . --quiet --no-deps --wheel-dir "$room"
 "$python" -m venv "$room/venv"
 "$room/venv/bin/python" -m pip install --quiet --no-deps "$room"/rorqual-*.whl
 site='import sysconfig; print(sysconfig.get_path("purelib"))'
