@@ -1,5 +1,6 @@
 """Random damage to files: bytes flipped, cut, moved or made huge; values in JSON replaced by odd ones."""
 
+import copy
 import json
 
 ODD = [
@@ -47,5 +48,6 @@ def odd(rng, value):
         if rng.random() < 0.15:
             del holder[path[-1]]
         else:
-            holder[path[-1]] = rng.choice(ODD)
+            # A copy: the second change may be inside of it, and ODD is for all.
+            holder[path[-1]] = copy.deepcopy(rng.choice(ODD))
     return value
