@@ -121,7 +121,7 @@ class Checkpoints:
         """Context in which a missing or wrong entry of the checkpoint raises UserError."""
         try:
             yield
-        except (KeyError, TypeError, RuntimeError) as e:
+        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as e:
             what = (str(e).splitlines() or [type(e).__name__])[0]
             raise UserError(
                 f"{self.path(step)} does not fit ({what}): another version wrote it; continue with that version, or "

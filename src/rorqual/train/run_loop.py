@@ -138,7 +138,7 @@ class RunLoop(ABC):
         step, tensors, state = found
         with checkpoints.reject_other_version(step):
             self.trainer.load(tensors, state["trainer"])
-            self.seconds_before = state["seconds"]
+            self.seconds_before = 0.0 + state["seconds"]  # a TypeError for what is not a number
             self.load_state(state)
 
 
