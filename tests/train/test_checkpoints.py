@@ -312,3 +312,18 @@ def test_a_really_full_disk(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, before)
     assert store.load_latest()[0] == 1
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda state: 0.0 + state["seconds"],
+        lambda state: state["loader"].get("data"),
+        lambda state: state["missing"],
+        lambda state: int(state["seconds"]),
+    ],
+)
+def test_an_entry_of_another_type_is_refused_with_the_checkpoint_named(tmp_path, read):
+    checkpoints = Checkpoints(tmp_path, 1)
+    with pytest.raises(UserError, match=r"step-3 does not fit"), checkpoints.reject_other_version(3):
+        read({"seconds": "x", "loader": 7})
