@@ -15,7 +15,7 @@ import pytest
 
 from helpers.reasoning_model import save_reasoner
 from rorqual.cli.entry import main
-from rorqual.cli.terminal import complete_blocks, markdown, read_prompt, talk
+from rorqual.cli.terminal import complete_blocks, markdown, questions, read_prompt, talk
 from rorqual.errors import UserError
 
 UP, CTRL_C, CTRL_D = "\x1b[A", "\x03", "\x04"
@@ -154,6 +154,12 @@ def test_ctrl_c_stops_the_reply_or_the_line_and_nothing_else(model, terminal):
         talk.until(AT_THE_PROMPT)
     talk.type(CTRL_D)
     assert talk.end() == 0
+
+
+def test_what_is_not_utf8_becomes_replacement_characters(monkeypatch):
+    typed = "café?\n".encode("latin-1") + "half of の".encode()[:-1] + b"\nand on\n"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(typed), encoding="utf-8", errors="strict"))
+    assert list(questions()) == ["caf\ufffd?", "half of \ufffd", "and on"]
 
 
 @pytest.fixture

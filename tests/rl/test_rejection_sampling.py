@@ -24,6 +24,9 @@ class Teacher:
         self.tokenizer, self.scripts, self.asked = tokenizer, scripts, []
         self.model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=512))
 
+    def require_tokenizer(self):
+        return self.tokenizer
+
     def opening(self, prompt):
         return "<think>"
 

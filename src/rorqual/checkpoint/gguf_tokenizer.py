@@ -1,13 +1,14 @@
 """Convert the tokenizer of a GGUF file's header to the tokenizers library."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from rorqual.checkpoint.gguf_config import Fields, number
 from rorqual.errors import UserError
 from rorqual.model.config import ModelConfig
+from rorqual.tokenizer_protocol import Tokenizer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    import tokenizers
 
 # Pre-tokenizer patterns of byte-level BPE, as in the models' own tokenizer.json; by GGUF's names below.
 LLAMA3 = (
@@ -53,9 +54,10 @@ PRE_TOKENIZERS = ("smollm", "gpt-2", *SPLITS)
 CONTROL, USER_DEFINED = 3, 4  # llama.cpp's token types
 
 
-def tokenizer_of(fields: Fields, config: ModelConfig) -> "PreTrainedTokenizerFast":
+def tokenizer_of(fields: Fields, config: ModelConfig) -> Tokenizer:
     """The tokenizer. Raises UserError unless it is byte-level BPE with a known pre-tokenizer, and for damaged ones."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+    import tokenizers
+    from tokenizers import AddedToken, decoders, models, normalizers, processors
     from transformers import PreTrainedTokenizerFast
 
     kind, split = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre")
@@ -69,7 +71,7 @@ def tokenizer_of(fields: Fields, config: ModelConfig) -> "PreTrainedTokenizerFas
     if not len(vocabulary) == len(tokens) == len(types) == config.vocab_size:
         raise UserError("the numbers of tokens, token types and embeddings differ; fetch the file again")
     merges = [tuple(merge.split(" ")) for merge in _list(fields, "merges", str)]
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=split == "llama-bpe"))
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=split == "llama-bpe"))
     tokenizer.pre_tokenizer = _pre_tokenizer(split)
     tokenizer.decoder = decoders.ByteLevel()
     if "qwen" in split:
@@ -103,7 +105,7 @@ def tokenizer_of(fields: Fields, config: ModelConfig) -> "PreTrainedTokenizerFas
         **named,
     )
     fast.chat_template = _templates(fields)
-    return fast
+    return cast(Tokenizer, fast)
 
 
 def _templates(fields: Fields) -> str | dict[str, str] | None:
@@ -122,10 +124,10 @@ def _templates(fields: Fields) -> str | dict[str, str] | None:
 class _NoCopy:
     """Avoids the copy that transformers makes of a tokenizer, which takes the memory and time of building it."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: "tokenizers.Tokenizer") -> None:
         self.tokenizer = tokenizer
 
-    def __deepcopy__(self, _: Any) -> Any:
+    def __deepcopy__(self, _: Any) -> "tokenizers.Tokenizer":
         return self.tokenizer
 
 

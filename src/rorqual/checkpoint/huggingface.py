@@ -9,7 +9,7 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +22,7 @@ from rorqual.model.config import ModelConfig
 from rorqual.model.model_directory import model_directory, read_json
 from rorqual.model.release_settings import GENERATION, ReleaseSettings
 from rorqual.model.transformer import Layer, Transformer
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from rorqual.tokenizer_protocol import Tokenizer
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 EMBEDDING = "model.embed_tokens.weight"
@@ -259,7 +257,7 @@ def _check(
 def save_model(
     model: Transformer,
     path: str | Path,
-    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    tokenizer: Tokenizer | None = None,
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
     """Write a Hugging Face directory that transformers and vLLM load too; each tensor in its own dtype.
@@ -283,7 +281,7 @@ def save_model(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _write_configs(model: Transformer, path: Path, tokenizer: "PreTrainedTokenizerBase | None") -> None:
+def _write_configs(model: Transformer, path: Path, tokenizer: Tokenizer | None) -> None:
     config = model.config
     dtype = str(model.head_weight.dtype).removeprefix("torch.")
     write_json(path / "config.json", config.to_dict() | {"torch_dtype": dtype})
@@ -324,7 +322,7 @@ def write_weights(tensors: dict[str, Tensor], path: Path, max_shard_bytes: int) 
     write_json(path / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
 
 
-def _write_tokenizer(tokenizer: "PreTrainedTokenizerBase", path: Path) -> None:
+def _write_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
     try:
         tokenizer.save_pretrained(str(path))
         # transformers 5 writes the name of a class that 4 does not know; both know this one.

@@ -72,7 +72,7 @@ def evaluate(
     for directory in directories:
         try:
             engine = Engine(directory, dtype=computed, device=device)
-            result = run(engine, engine.tokenizer, opened, samples, problems, **settings)
+            result = run(engine, engine.require_tokenizer(), opened, samples, problems, **settings)
         except UserError:
             if results and as_json:  # the first model's results are not lost with the second
                 print(strict_json.dumps(results[0]))

@@ -1,6 +1,7 @@
 """Terminal interface: one completion, or a chat with dimmed thinking and Markdown rendered while it streams."""
 
 import contextlib
+import io
 import os
 import re
 import signal
@@ -82,9 +83,10 @@ def timed(engine: Engine, prompt: str | list[int], params: SamplingParams) -> di
 
 def templated(engine: Engine, messages: list[dict[str, str]]) -> str:
     """Messages rendered with the model's chat template. Raises UserError without one."""
-    if getattr(engine.tokenizer, "chat_template", None) is None:
+    tokenizer = engine.require_tokenizer()
+    if getattr(tokenizer, "chat_template", None) is None:
         raise UserError("this model has no chat template (chat_template.jinja); use `rorqual generate --raw`")
-    return ChatTemplate(engine.tokenizer).render(messages)
+    return ChatTemplate(tokenizer).render(messages)
 
 
 # -- chat
@@ -114,11 +116,12 @@ def talk(engine: Engine, params: SamplingParams, system: str | None = None) -> N
 
 def questions() -> Iterator[str]:
     """Yield the questions typed, pasted lines as one; Ctrl-C discards a line, Ctrl-D ends."""
+    if isinstance(sys.stdin, io.TextIOWrapper):  # what is not UTF-8, as from a paste in another encoding
+        sys.stdin.reconfigure(errors="replace")
     remember = _history() if sys.stdin.isatty() else lambda: None
     while True:
         try:
-            # Lone surrogates, as from a paste in another encoding, cannot be tokenized.
-            question = input("> ").strip().encode(errors="replace").decode()
+            question = input("> ").strip()
         except KeyboardInterrupt:
             print()
             continue

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -16,9 +16,7 @@ from rorqual.data.special_tokens import encode, unescape
 from rorqual.data.token_shards import Documents
 from rorqual.data.tool_formats import as_json, as_object
 from rorqual.errors import UserError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+from rorqual.tokenizer_protocol import Tokenizer
 
 Segment = tuple[str, bool]  # text, and whether it is trained on
 Sample = tuple[list[int], list[int]]  # tokens and loss mask (1: trained on)
@@ -34,9 +32,7 @@ class ChatSplit:
     dropped: int
 
 
-def read_chat(
-    path: str, tokenizer: "PreTrainedTokenizerFast", sequence_length: int, valid_fraction: float = 0.0
-) -> ChatSplit:
+def read_chat(path: str, tokenizer: Tokenizer, sequence_length: int, valid_fraction: float = 0.0) -> ChatSplit:
     """Tokenise every sample of a .jsonl, .jsonl.gz or .parquet file, or glob of them.
 
     A record has `messages`, or `prompt` and `completion`: both lists of messages, or both strings, which are used
@@ -112,7 +108,7 @@ class _Samples:
 
 def encode_sample(
     record: dict[str, Any],
-    tokenizer: "PreTrainedTokenizerFast",
+    tokenizer: Tokenizer,
     where: str = "sample",
     template: ChatTemplate | None = None,
 ) -> Sample:
@@ -133,9 +129,7 @@ def encode_sample(
     return tokens, mask
 
 
-def _segments(
-    record: dict[str, Any], tokenizer: "PreTrainedTokenizerFast", template: ChatTemplate, where: str
-) -> Iterator[Segment]:
+def _segments(record: dict[str, Any], tokenizer: Tokenizer, template: ChatTemplate, where: str) -> Iterator[Segment]:
     field = "functions" if record.get("tools") is None else "tools"  # OpenAI's name before tools
     tools = read_tools(record.get(field), f"{where}: {field}")
     prompt, completion = record.get("prompt"), record.get("completion")

@@ -4,16 +4,14 @@ import hashlib
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rorqual.data.chat_messages import Message
 from rorqual.data.special_tokens import escape, escape_message
 from rorqual.data.tool_formats import FORMATS, HERMES, Call, Format, as_object, format_of
 from rorqual.errors import UserError
+from rorqual.tokenizer_protocol import Tokenizer
 from rorqual.unicode_checks import whole
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 Tools = list[dict[str, Any]]
 
@@ -45,7 +43,7 @@ class ChatTemplate:
     Tool descriptions, calls and results that the template does not support are rendered as message text (`Format`).
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerFast") -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         self._tool_support: dict[bool, ToolSupport] = {}
 

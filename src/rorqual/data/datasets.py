@@ -3,7 +3,6 @@
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rorqual.data.chat_dataset import ChatSplit, read_chat
 from rorqual.data.corpus import read_texts
@@ -14,15 +13,12 @@ from rorqual.data.token_shards import CHUNK_CHARACTERS, Documents, pack_source
 from rorqual.data.tokenizer import load_tokenizer, train_tokenizer
 from rorqual.errors import UserError
 from rorqual.recipe import ChatDataSection, DataSection, TokenizerSection
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
-
+from rorqual.tokenizer_protocol import Tokenizer
 
 TOKENIZER_CHARACTERS = 100_000_000  # of all sources; the merges of a small vocabulary converge long before
 
 
-def open_tokenizer(section: TokenizerSection, data: DataSection) -> "PreTrainedTokenizerFast":
+def open_tokenizer(section: TokenizerSection, data: DataSection) -> Tokenizer:
     """The tokenizer at `section.path`, or one trained on the first documents of each source, by source weight."""
     if section.path is not None:
         return load_tokenizer(section.path)
@@ -43,7 +39,7 @@ def _first_texts(data: DataSection) -> Iterator[str]:
 
 
 def open_pretrain_data(
-    section: DataSection, tokenizer: "PreTrainedTokenizerFast", cache: Path, seed: int
+    section: DataSection, tokenizer: Tokenizer, cache: Path, seed: int
 ) -> tuple[Loader, Heldout | None]:
     """(training loader, held-out rows or None where none are requested); sources are tokenised into `cache` once."""
     fim = FillInTheMiddle.of(tokenizer, section.fim_rate, seed) if section.fim_rate else None
@@ -64,7 +60,7 @@ def open_pretrain_data(
 
 
 def open_chat_data(
-    section: ChatDataSection, tokenizer: "PreTrainedTokenizerFast", seed: int
+    section: ChatDataSection, tokenizer: Tokenizer, seed: int
 ) -> tuple[Loader, Heldout | None, ChatSplit]:
     """(training loader, held-out rows or None, the samples with counts of shortened and dropped ones).
 

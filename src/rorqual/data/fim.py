@@ -6,13 +6,10 @@ characters rather than between tokens, and packing uses the true lengths.
 
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import TYPE_CHECKING
 
 from rorqual.data.tokenizer import FIM_TOKENS
 from rorqual.errors import UserError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+from rorqual.tokenizer_protocol import Tokenizer
 
 # Names of (begin, hole, end) in our tokenizers, DeepSeek's and Qwen's.
 KNOWN_TOKENS = (
@@ -33,7 +30,7 @@ class FillInTheMiddle:
     end: int
 
     @classmethod
-    def of(cls, tokenizer: "PreTrainedTokenizerFast", rate: float, seed: int) -> "FillInTheMiddle":
+    def of(cls, tokenizer: Tokenizer, rate: float, seed: int) -> "FillInTheMiddle":
         """With the tokenizer's FIM tokens. Raises UserError when it lacks them."""
         vocabulary = tokenizer.get_vocab()
         for names in KNOWN_TOKENS:

@@ -6,7 +6,7 @@ Shapes: B rows of a batch, T sequence length, V vocabulary size.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,9 +15,7 @@ from torch import Tensor
 from rorqual.data.packing import pack, ranges
 from rorqual.data.token_shards import Documents
 from rorqual.errors import UserError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+from rorqual.tokenizer_protocol import Tokenizer
 
 PADDING = -1  # document id of padding positions
 
@@ -260,7 +258,7 @@ class Heldout:
         return source[turn], row[turn]
 
 
-def bytes_of_tokens(tokenizer: "PreTrainedTokenizerFast") -> np.ndarray:
+def bytes_of_tokens(tokenizer: Tokenizer) -> np.ndarray:
     """int64 [V]: UTF-8 bytes of each token's text in byte-level or SentencePiece-style BPE; 0 for special tokens."""
     byte_level = '"ByteLevel"' in tokenizer.backend_tokenizer.to_str()
     added = tokenizer.added_tokens_decoder

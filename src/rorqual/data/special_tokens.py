@@ -13,10 +13,11 @@ from weakref import WeakKeyDictionary
 from rorqual.data.tokenizer import token_ids
 from rorqual.data.tool_formats import FORMATS
 from rorqual.errors import UserError
-from rorqual.unicode_checks import whole
+from rorqual.tokenizer_protocol import Tokenizer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    import tokenizers
+from rorqual.unicode_checks import whole
 
 ESCAPE = "\ufdd0"  # a noncharacter, which Unicode reserves for internal use
 THINK = ("<think>", "</think>")
@@ -35,12 +36,12 @@ def is_special(name: str, special: bool) -> bool:
     return special and not GENERATED.match(name)
 
 
-def escape(value: Any, tokenizer: "PreTrainedTokenizerFast") -> Any:
+def escape(value: Any, tokenizer: Tokenizer) -> Any:
     """A text or JSON value for a template, with the names of control tokens escaped."""
     return _escape(value, _names(tokenizer).user)
 
 
-def escape_message(message: dict[str, Any], tokenizer: "PreTrainedTokenizerFast") -> dict[str, Any]:
+def escape_message(message: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
     """`escape` for a message. In an assistant's content, the tokens that a model generates in its turn (thinking, tool
     calls) stay tokens; those that end a turn or begin another are escaped.
     """
@@ -52,7 +53,7 @@ def escape_message(message: dict[str, Any], tokenizer: "PreTrainedTokenizerFast"
     }
 
 
-def encode(text: str, tokenizer: "PreTrainedTokenizerFast", after: int | None = None) -> list[int]:
+def encode(text: str, tokenizer: Tokenizer, after: int | None = None) -> list[int]:
     """Token ids of a rendered text, without BOS. Raises UserError for a lone surrogate.
 
     after: the token before the text; without it, SentencePiece vocabularies would begin a new word.
@@ -87,7 +88,7 @@ def framed_as_special(backend: str) -> str:
 class _Names:
     """Control tokens of one tokenizer, by name."""
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerFast") -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         template = str(getattr(tokenizer, "chat_template", None) or "")
         self.added = added = getattr(tokenizer, "added_tokens_decoder", {})
         self.byte_level = "ByteLevel" in str(getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None))
@@ -104,7 +105,7 @@ class _Names:
             if name not in THINK and not GENERATED.match(name) and (added[number].special or FRAMED.fullmatch(name))
         ]
         self.assistant = _pattern(model)
-        self._text_tokenizer: Any = None
+        self._text_tokenizer: tokenizers.Tokenizer | None = None
         self._wall = ""
 
     def encode(self, text: str) -> list[int]:
@@ -137,7 +138,7 @@ class _Names:
 _known: "WeakKeyDictionary[Any, tuple[Any, _Names]]" = WeakKeyDictionary()
 
 
-def _names(tokenizer: "PreTrainedTokenizerFast") -> _Names:
+def _names(tokenizer: Tokenizer) -> _Names:
     state = getattr(tokenizer, "chat_template", None), getattr(tokenizer, "__len__", int)()
     found = _known.get(tokenizer)
     if found is None or found[0] != state:
@@ -165,9 +166,9 @@ def _escape(value: Any, names: re.Pattern[str]) -> Any:
     return value
 
 
-def _without_control_tokens(tokenizer: "PreTrainedTokenizerFast", control: dict[int, str]) -> tuple[Any, str]:
+def _without_control_tokens(tokenizer: Tokenizer, control: dict[int, str]) -> "tuple[tokenizers.Tokenizer, str]":
     """The tokenizer with its control tokens renamed to names that no text contains; and one of these names."""
-    from tokenizers import Tokenizer
+    import tokenizers
 
     described = json.loads(tokenizer.backend_tokenizer.to_str())
     described |= {"post_processor": None, "truncation": None, "padding": None}
@@ -181,4 +182,4 @@ def _without_control_tokens(tokenizer: "PreTrainedTokenizerFast", control: dict[
         described["model"]["vocab"] = {other.get(name, name): number for name, number in vocabulary.items()}
     elif isinstance(vocabulary, list):  # of a Unigram model
         described["model"]["vocab"] = [[other.get(name, name), score] for name, score in vocabulary]
-    return Tokenizer.from_str(json.dumps(described)), next(iter(other.values()))
+    return tokenizers.Tokenizer.from_str(json.dumps(described)), next(iter(other.values()))

@@ -18,7 +18,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -30,9 +29,7 @@ from rorqual.data.text_pieces import split_text
 from rorqual.errors import UserError, file_error
 from rorqual.files import read_json
 from rorqual.recipe import Source
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+from rorqual.tokenizer_protocol import Tokenizer
 
 FORMAT = 3
 BATCH_CHUNKS, BATCH_CHARACTERS = 1024, 1 << 20
@@ -58,7 +55,7 @@ class Documents:
 
 def pack_source(
     source: Source,
-    tokenizer: "PreTrainedTokenizerFast",
+    tokenizer: Tokenizer,
     cache: Path,
     valid_fraction: float = 0.0,
     fim: FillInTheMiddle | None = None,
@@ -126,9 +123,9 @@ class _Encoder:
     def __init__(
         self, backend: str, eos: int, dtype: np.dtype, valid_fraction: float, fim: FillInTheMiddle | None
     ) -> None:
-        from tokenizers import Tokenizer
+        import tokenizers
 
-        self.tokenizer = Tokenizer.from_str(framed_as_special(backend))
+        self.tokenizer = tokenizers.Tokenizer.from_str(framed_as_special(backend))
         self.tokenizer.encode_special_tokens = True  # special-token names in a document are text
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()

@@ -5,13 +5,15 @@ import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from rorqual.errors import UserError, file_error
 from rorqual.model.model_directory import check_directory, foreign, model_directory, read_json
 from rorqual.recipe import TokenizerSection
+from rorqual.tokenizer_protocol import Tokenizer
 
 if TYPE_CHECKING:
+    import tokenizers
     from transformers import PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
@@ -34,7 +36,7 @@ LARGEST_ID = (
 )  # tokenizers allocates one entry per id up to the largest and aborts the process when memory runs out
 
 
-def train_tokenizer(texts: Iterable[str], section: TokenizerSection, fim: bool = False) -> "PreTrainedTokenizerFast":
+def train_tokenizer(texts: Iterable[str], section: TokenizerSection, fim: bool = False) -> Tokenizer:
     """Train byte-level BPE to at most `section.vocab_size` tokens, special tokens included.
 
     Encoding is lossless for every text. Integers below `section.whole_numbers` are one token each. Special tokens come
@@ -42,7 +44,8 @@ def train_tokenizer(texts: Iterable[str], section: TokenizerSection, fim: bool =
     `<|…|>` are removed by `decode(…, skip_special_tokens=True)`; others, such as `<think>`, stay in the text, as in
     R1's release. Raises UserError when the vocabulary is too small for the fixed tokens, or there is no text.
     """
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    import tokenizers
+    from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
     special = list(dict.fromkeys([END_OF_TEXT, *section.special_tokens, *(FIM_TOKENS if fim else ())]))
     if "" in special:
@@ -60,7 +63,7 @@ def train_tokenizer(texts: Iterable[str], section: TokenizerSection, fim: bool =
         split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
         return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
-    bpe = Tokenizer(models.BPE())
+    bpe = tokenizers.Tokenizer(models.BPE())
     bpe.pre_tokenizer = steps(PATTERN_SINGLE_DIGITS if number_merges else PATTERN)
     trainer = trainers.BpeTrainer(
         vocab_size=section.vocab_size - len(number_merges) - len(special),
@@ -72,7 +75,7 @@ def train_tokenizer(texts: Iterable[str], section: TokenizerSection, fim: bool =
     # Number merges are of digits only and learned merges then never are, so they are independent.
     merges = number_merges + learned
     tokens = dict.fromkeys([*special, *alphabet, *(left + right for left, right in merges)])
-    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
     tokenizer.pre_tokenizer = steps(PATTERN)
     tokenizer.decoder = decoders.ByteLevel()
     return _finish(tokenizer, special)
@@ -87,7 +90,7 @@ def _checked_not_empty(texts: Iterable[str]) -> Iterable[str]:
         raise UserError("there is no text to train the tokenizer on; check data.sources")
 
 
-def _finish(tokenizer, special: list[str]) -> "PreTrainedTokenizerFast":
+def _finish(tokenizer: "tokenizers.Tokenizer", special: list[str]) -> Tokenizer:
     from tokenizers import AddedToken
     from transformers import PreTrainedTokenizerFast
 
@@ -100,7 +103,7 @@ def _finish(tokenizer, special: list[str]) -> "PreTrainedTokenizerFast":
         clean_up_tokenization_spaces=False,
     )
     fast.chat_template = CHAT_TEMPLATE
-    return fast
+    return cast(Tokenizer, fast)
 
 
 def _is_control(token: str) -> bool:
@@ -120,7 +123,7 @@ def _number_merges(count: int) -> list[tuple[str, str]]:
     return merges
 
 
-def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerFast":
+def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer of a Hugging Face directory or a run's folder (`tokenizer.json`, with its configuration and chat
     template). `add_bos_token` of tokenizer_config.json takes precedence over tokenizer.json.
 
@@ -156,14 +159,14 @@ def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerFast":
         largest = max(tokenizer.get_vocab().values(), default=0)
         if largest >= LARGEST_ID:
             raise ValueError(f"a token has the id {largest}, above any vocabulary's size")
-        return tokenizer
+        return cast(Tokenizer, tokenizer)
     except Exception as e:  # tokenizers raises bare Exception for malformed files
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         reason = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in reason)  # the file's own bytes
         raise UserError(f"{file} or the files beside it cannot be read ({reason}); restore them from the source") from e
 
 
-def beginning(tokenizer: "PreTrainedTokenizerFast") -> tuple[int, ...]:
+def beginning(tokenizer: "Tokenizer | PreTrainedTokenizerFast") -> tuple[int, ...]:
     """The tokens that a tokenizer puts before every text, such as BOS, without those it puts after."""
     bare, whole = tokenizer("a", add_special_tokens=False).input_ids, tokenizer("a").input_ids
     starts = range(len(whole) - len(bare) + 1)
@@ -178,7 +181,7 @@ def _add_bos(tokenizer: "PreTrainedTokenizerFast", wanted: bool) -> None:
         tokenizer.add_bos_token = wanted
 
 
-def token_ids(tokenizer: "PreTrainedTokenizerFast", text: str, special: bool = False) -> list[int]:
+def token_ids(tokenizer: Tokenizer, text: str, special: bool = False) -> list[int]:
     """A text's token ids. special: with the special tokens that the tokenizer adds before and after a text.
 
     Calling the tokenizer itself takes twice as long and holds the GIL for 0.1 s per megabyte.
@@ -191,7 +194,7 @@ def token_ids(tokenizer: "PreTrainedTokenizerFast", text: str, special: bool = F
     return backend.encode_batch_fast([text], add_special_tokens=special)[0].ids
 
 
-def save_tokenizer(tokenizer: "PreTrainedTokenizerFast", path: str | Path) -> None:
+def save_tokenizer(tokenizer: Tokenizer, path: str | Path) -> None:
     """Write `tokenizer.json`, `tokenizer_config.json` and any `chat_template.jinja` into `path`. Raises UserError."""
     try:
         Path(path).mkdir(parents=True, exist_ok=True)

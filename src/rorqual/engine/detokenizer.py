@@ -3,9 +3,9 @@
 import codecs
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from rorqual.data.special_tokens import FRAMED, THINK, is_special
+from rorqual.tokenizer_protocol import Tokenizer
 
 BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # one byte, in SentencePiece's vocabularies
 PROMPT_TAIL = 64  # last tokens of a prompt searched for <think> where the vocabulary has no such token
@@ -20,7 +20,7 @@ class TokenDecoder:
     own turn. `think`: the tokens that open and close thinking; None for a vocabulary that has none.
     """
 
-    def __init__(self, tokenizer: Any, ends: Iterable[int] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer, ends: Iterable[int] = ()) -> None:
         from transformers.convert_slow_tokenizer import bytes_to_unicode
 
         self._tokenizer = tokenizer
@@ -84,11 +84,11 @@ class TokenDecoder:
         return self._tokenizer.decode([token]).encode()
 
 
-def thinking_tokens(tokenizer: Any) -> tuple[int, int] | None:
+def thinking_tokens(tokenizer: Tokenizer) -> tuple[int, int] | None:
     """The tokens that open and close thinking; None for a model that has none."""
     vocabulary = tokenizer.get_vocab()
-    found = tuple(vocabulary.get(name) for name in THINK)
-    return None if None in found else found
+    start, end = (vocabulary.get(name) for name in THINK)
+    return None if start is None or end is None else (start, end)
 
 
 def leaves_open(opening: str) -> bool:

@@ -26,6 +26,7 @@ from rorqual.errors import UserError
 from rorqual.kernels import cpu
 from rorqual.kernels.quantized_linear import QuantizedWeight
 from rorqual.model import Transformer
+from rorqual.tokenizer_protocol import Tokenizer
 
 DEFAULT_KV_CACHE_BYTES = 1 << 30  # for submitted requests; on a CPU, pages not written to take no memory
 MAX_PREFILL_TOKENS = 4096  # a step; running sequences wait for them
@@ -70,7 +71,7 @@ class Engine:
     """
 
     def __init__(
-        self, model: str | Path | Transformer, tokenizer: Any = None, max_num_seqs: int = 256,
+        self, model: str | Path | Transformer, tokenizer: Tokenizer | None = None, max_num_seqs: int = 256,
         kv_cache_bytes: int | None = None, prefix_cache: bool = False, max_prefill_tokens: int = MAX_PREFILL_TOKENS,
         speculative: SpeculativeMethod | Literal["auto"] | None = None, kv_cache_dtype: torch.dtype | None = None,
         **load: Any,
@@ -253,8 +254,7 @@ class Engine:
 
     def stream(self, prompt: str | abc.Sequence[int], params: SamplingParams | None = None) -> Iterator[str]:
         """Yield the text of one completion as it is generated. Raises UserError without a tokenizer."""
-        if self.tokenizer is None:
-            raise UserError("this engine has no tokenizer, so there is no text to stream; pass tokenizer=")
+        self.require_tokenizer()
         request = self.submit(prompt, replace(params or SamplingParams(), n=1))
         sequence, shown = request.sequences[0], 0
         text = self._detokenizers[sequence]
@@ -363,15 +363,19 @@ class Engine:
         return [*self.bos_tokens, *ids] if begin and tuple(ids[: len(self.bos_tokens)]) != self.bos_tokens else ids
 
     def _encode(self, text: str) -> list[int]:
-        if self.tokenizer is None:
-            raise UserError("this engine has no tokenizer; give token ids or pass tokenizer=")
-        return encode(text, self.tokenizer)
+        return encode(text, self.require_tokenizer())
 
     def _think_end(self) -> int:
         ids = self._encode("</think>")
         if len(ids) != 1:
             raise UserError("thinking_budget needs a tokenizer with </think> as one token")
         return ids[0]
+
+    def require_tokenizer(self) -> Tokenizer:
+        """The tokenizer. Raises UserError if the engine has none."""
+        if self.tokenizer is None:
+            raise UserError("this engine has no tokenizer; give token ids or pass tokenizer=")
+        return self.tokenizer
 
     def opening(self, prompt: abc.Sequence[int]) -> str:
         """The end of a prompt that belongs to the answer's thinking, from its mark on; "" for none."""
@@ -382,9 +386,7 @@ class Engine:
 
     @cached_property
     def _grammars(self) -> GrammarCompiler:
-        if self.tokenizer is None:
-            raise UserError("this engine has no tokenizer, which a grammar needs")
-        return GrammarCompiler(self.tokenizer, self.model.config.vocab_size, self.end_tokens)
+        return GrammarCompiler(self.require_tokenizer(), self.model.config.vocab_size, self.end_tokens)
 
     def _without_stop_token(self, sequence: Sequence) -> list[int]:
         """A sequence's tokens without its stop token."""

@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rorqual.errors import UserError
 from rorqual.extras import require
+from rorqual.tokenizer_protocol import Tokenizer
 
 WHITESPACE = r"(\r?\n){0,2}[ \t]{0,20}"  # between two tokens of JSON, as in llama.cpp's grammars
 
@@ -30,14 +31,14 @@ class Grammar:
 class GrammarCompiler:
     """Compiles grammars for one model's vocabulary; `ends` are the tokens allowed where the text is complete."""
 
-    def __init__(self, tokenizer: Any, vocabulary: int, ends: tuple[int, ...]) -> None:
+    def __init__(self, tokenizer: Tokenizer, vocabulary: int, ends: tuple[int, ...]) -> None:
         if not ends:
             raise UserError("structured output needs a model with an end token (eos_token_id)")
         require("serve", "llguidance")
         from llguidance.hf import from_tokenizer
 
         self.vocabulary, self.ends = vocabulary, ends
-        self._tokens = from_tokenizer(tokenizer, n_vocab=vocabulary, eos_token=list(ends))
+        self._tokens = from_tokenizer(cast(Any, tokenizer), n_vocab=vocabulary, eos_token=list(ends))
 
     def compile(self, grammar: Grammar) -> Grammar:
         """The grammar with its matcher; takes seconds for a large one. Raises UserError for a bad one."""

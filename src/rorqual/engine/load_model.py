@@ -1,7 +1,6 @@
 """Load a model and its tokenizer from a directory or file."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -14,14 +13,12 @@ from rorqual.model.model_directory import is_gguf, model_directory
 from rorqual.precision.packed_checkpoint import is_quantized, load_packed
 from rorqual.precision.quantize import Bits, load_converted
 from rorqual.process_tuning import release_memory
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+from rorqual.tokenizer_protocol import Tokenizer
 
 
 def open_model(
     path: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", weights: Bits | None = None
-) -> tuple[Transformer, "PreTrainedTokenizerFast"]:
+) -> tuple[Transformer, Tokenizer]:
     """Load a Hugging Face directory, a run's folder or a .gguf file.
 
     `weights`: quantise on loading; ignored where weights are quantised already. `dtype`, by default the fastest on

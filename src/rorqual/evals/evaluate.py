@@ -24,6 +24,7 @@ from rorqual.evals.tasks import Task, open_task
 from rorqual.rl.envs.registry import Problem
 from rorqual.rl.prompts import Template
 from rorqual.rl.rewards import RIGHT, WRONG, self_verified
+from rorqual.tokenizer_protocol import Tokenizer
 
 TEMPERATURE, TOP_P = 0.6, 0.95  # R1's sampling for evaluation (R1, "Evaluation")
 MARKED = re.compile(f"([^{RIGHT}{WRONG}]*)([{RIGHT}{WRONG}])")
@@ -34,7 +35,7 @@ LineChecker = Callable[[Problem, str], bool | None]
 
 def evaluate(
     engine: Engine,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     tasks: Sequence[Any],
     samples: int = 8,
     problems: int = 200,
@@ -110,7 +111,7 @@ def sampling_params(samples: int, problems: int, template: Template = "chat", **
 
 
 def thinking_curve(
-    engine: Engine, tokenizer: Any, task: Any, budgets: Sequence[int], **options: Any
+    engine: Engine, tokenizer: Tokenizer, task: Any, budgets: Sequence[int], **options: Any
 ) -> list[dict[str, Any]]:
     """Accuracy by thinking budget: `</think>` is forced after that many thinking tokens.
 
@@ -211,7 +212,7 @@ class Collected:
 
 def collect(
     engine: Engine,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     task: Task,
     problems: list[Problem],
     params: SamplingParams,

@@ -11,6 +11,7 @@ from rorqual.extras import require
 from rorqual.rl.envs.registry import Problem
 from rorqual.rl.prompts import Template, prompt_text
 from rorqual.sandbox.run_program import Limits, isolation, run_program
+from rorqual.tokenizer_protocol import Tokenizer
 
 INSTRUCTION = "Complete this Python function. Answer with the whole function in one ```python block.\n\n"
 
@@ -29,7 +30,7 @@ class HumanEval:
         everything = load()
         return everything if n >= len(everything) else random.Random(seed).sample(everything, n)
 
-    def prompt(self, problem: Problem, tokenizer: object, template: Template) -> str:
+    def prompt(self, problem: Problem, tokenizer: Tokenizer, template: Template) -> str:
         """An instruction for chat models; only the beginning of the function for base models."""
         if template != "chat" or not getattr(tokenizer, "chat_template", None):
             return problem.question

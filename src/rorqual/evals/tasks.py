@@ -23,6 +23,7 @@ from rorqual.recipe import EnvironmentSection, load_recipe
 from rorqual.rl.envs.jsonl import SUFFIXES
 from rorqual.rl.envs.registry import Environment, JsonlEnvironment, Problem, open_environment
 from rorqual.rl.prompts import Template, prompt_text
+from rorqual.tokenizer_protocol import Tokenizer
 
 
 class Task(Protocol):
@@ -34,7 +35,7 @@ class Task(Protocol):
     def problems(self, n: int, seed: int) -> list[Problem]:
         """At most `n` problems, chosen by `seed`."""
 
-    def prompt(self, problem: Problem, tokenizer: Any, template: Template) -> str:
+    def prompt(self, problem: Problem, tokenizer: Tokenizer, template: Template) -> str:
         """The prompt as text."""
 
     def answer(self, problem: Problem, prompt: str, text: str) -> str | None:
@@ -54,7 +55,7 @@ class EnvironmentTask:
     def problems(self, n: int, seed: int) -> list[Problem]:
         return self.environment.problems(split=self.split, n=n, seed=seed)
 
-    def prompt(self, problem: Problem, tokenizer: Any, template: Template) -> str:
+    def prompt(self, problem: Problem, tokenizer: Tokenizer, template: Template) -> str:
         return prompt_text(problem.question, template, tokenizer)
 
     def answer(self, problem: Problem, prompt: str, text: str) -> str | None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rorqual import strict_json
 from rorqual.errors import UserError
 from rorqual.model.model_directory import read_json
+from rorqual.tokenizer_protocol import Tokenizer
 
 if TYPE_CHECKING:
     from rorqual.model.config import ModelConfig
@@ -129,13 +130,13 @@ class ReleaseSettings:
         file = directory / GENERATION
         return cls.of(config, read_json(file) if os.path.lexists(file) else None, str(file))
 
-    def ends_with(self, tokenizer: Any, config: "ModelConfig") -> tuple[int, ...]:
+    def ends_with(self, tokenizer: Tokenizer | None, config: "ModelConfig") -> tuple[int, ...]:
         """All end tokens, with the tokenizer's if it is within the vocabulary."""
         own = getattr(tokenizer, "eos_token_id", None)
         more = [own] if own is not None and own < config.vocab_size else []
         return tuple(dict.fromkeys([*self.end_tokens, *more]))
 
-    def generation_config(self, config: "ModelConfig", tokenizer: Any = None) -> dict[str, Any]:
+    def generation_config(self, config: "ModelConfig", tokenizer: Tokenizer | None = None) -> dict[str, Any]:
         """The generation_config.json of a model made from this one: all of its own, and every end token."""
         found = {name: value for name in TOKENS if (value := getattr(config, name)) is not None}
         found |= {name: value for name, value in self.generation.items() if value is not None}

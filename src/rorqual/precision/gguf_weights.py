@@ -7,7 +7,6 @@ import itertools
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -26,9 +25,7 @@ from rorqual.model import Transformer
 from rorqual.model.moe import Router
 from rorqual.precision.quantize import QuantizedEmbedding, packable
 from rorqual.process_tuning import release_memory
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+from rorqual.tokenizer_protocol import Tokenizer
 
 # GGUF types kept without loss (Q4_K: with rounded scales). Others become int8_groups.
 FORMATS: dict[GGMLQuantizationType, Format] = {
@@ -40,7 +37,7 @@ FORMATS: dict[GGMLQuantizationType, Format] = {
 BLOCK_BYTES = {GGMLQuantizationType.Q4_0: 18, GGMLQuantizationType.Q4_1: 20, GGMLQuantizationType.Q8_0: 34}
 
 
-def load_gguf(path: str | Path, dtype: torch.dtype | None = None) -> tuple[Transformer, "PreTrainedTokenizerFast"]:
+def load_gguf(path: str | Path, dtype: torch.dtype | None = None) -> tuple[Transformer, Tokenizer]:
     """Load a llama, qwen2 or deepseek2 model with quantised weights as in the file; `dtype`: of all others, by default
     the fastest.
 

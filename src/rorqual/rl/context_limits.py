@@ -2,11 +2,11 @@
 
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from rorqual.errors import UserError
 from rorqual.rl.envs.environment import Environment, Problem
 from rorqual.rl.prompts import Template, prompt_text, render
+from rorqual.tokenizer_protocol import Tokenizer
 
 MAX_SKIPPED = 200  # problems that do not fit, with none that did, before the environment is refused
 
@@ -14,7 +14,7 @@ MAX_SKIPPED = 200  # problems that do not fit, with none that did, before the en
 def check_context(
     environments: Sequence[Environment],
     template: Template,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     context: int,
     max_tokens: int,
     setting: str,
@@ -45,7 +45,7 @@ def check_context(
 class _ContextFilter:
     """Whether a generated problem fits. Prints a note at the first that does not; raises UserError when none does."""
 
-    def __init__(self, family: str, template: Template, tokenizer: Any, max_prompt: int, limit: str) -> None:
+    def __init__(self, family: str, template: Template, tokenizer: Tokenizer, max_prompt: int, limit: str) -> None:
         self.family, self.template, self.tokenizer = family, template, tokenizer
         self.max_prompt, self.limit = max_prompt, limit
         self.fitting = self.skipped = 0

@@ -22,6 +22,7 @@ from rorqual.rl.rewards import Rewards, Verdict, score
 from rorqual.rl.rollout import Rollout, derived_seed, sample_groups
 from rorqual.rl.rollout_metrics import UpdateSums, describe_rollout, describe_update, readable_sample
 from rorqual.rl.rollout_packing import PackedRollout, pack_rollout
+from rorqual.tokenizer_protocol import Tokenizer
 from rorqual.train.balance import update_correction_bias
 from rorqual.train.optimizer import Optimizer
 from rorqual.train.schedule import bias_speed
@@ -38,7 +39,7 @@ class GRPOTrainer:
     def __init__(
         self,
         model: Transformer,
-        tokenizer: Any,
+        tokenizer: Tokenizer,
         environments: Sequence[Environment],
         recipe: RLRecipe,
         verdict: Verdict | None = None,

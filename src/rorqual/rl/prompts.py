@@ -1,11 +1,12 @@
 """Prompt templates: from a question to prompt tokens."""
 
-from typing import Any, Literal
+from typing import Literal
 
 from rorqual.data.chat_template import ChatTemplate
 from rorqual.data.special_tokens import encode, escape
 from rorqual.data.tokenizer import beginning
 from rorqual.errors import UserError
+from rorqual.tokenizer_protocol import Tokenizer
 
 Template = Literal["chat", "r1-zero", "plain"]
 
@@ -18,7 +19,7 @@ R1_ZERO = (
 )
 
 
-def prompt_text(question: str, template: Template, tokenizer: Any) -> str:
+def prompt_text(question: str, template: Template, tokenizer: Tokenizer) -> str:
     """`chat`: the tokenizer's chat template; `r1-zero`: R1-Zero's template; `plain`: question, newline, <think>.
 
     Special-token names in the question stay text when the prompt is encoded by data/special_tokens.py. `r1-zero` and
@@ -33,6 +34,6 @@ def prompt_text(question: str, template: Template, tokenizer: Any) -> str:
     return begin + (R1_ZERO.replace("{question}", question) if template == "r1-zero" else f"{question}\n<think>")
 
 
-def render(question: str, template: Template, tokenizer: Any) -> list[int]:
+def render(question: str, template: Template, tokenizer: Tokenizer) -> list[int]:
     """Token ids of the prompt."""
     return encode(prompt_text(question, template, tokenizer), tokenizer)

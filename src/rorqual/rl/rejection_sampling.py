@@ -65,7 +65,7 @@ def rejection_sample(
             members.sort(key=lambda i: (-float(rewards.total[i]), rollout.samples[i].length))
             different = {rollout.samples[i].text: i for i in reversed(members)}  # of equal texts, the best
             best = sorted(different.values(), key=members.index)[:keep_per_problem]
-            prompt = prompt_text(problem.question, template, engine.tokenizer)
+            prompt = prompt_text(problem.question, template, engine.require_tokenizer())
             kept += [
                 {
                     "prompt": prompt,
@@ -116,7 +116,7 @@ def _sample_teacher(recipe: DistillRecipe, environments: Sequence[Environment], 
 
     engine = Engine(recipe.teacher)
     context = engine.model.config.max_position_embeddings
-    check_context(environments, recipe.template, engine.tokenizer, context, recipe.max_tokens, "max_tokens")
+    check_context(environments, recipe.template, engine.require_tokenizer(), context, recipe.max_tokens, "max_tokens")
     partial = samples.with_name("samples.partial.jsonl")
     start, kept = _read_partial(partial)
     params = SamplingParams(temperature=recipe.temperature, max_tokens=recipe.max_tokens, n=recipe.samples)

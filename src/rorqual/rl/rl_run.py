@@ -19,6 +19,7 @@ from rorqual.rl.context_limits import check_context
 from rorqual.rl.envs.registry import Environment, open_environment
 from rorqual.rl.grpo_trainer import GRPOTrainer
 from rorqual.rl.rollout import derived_seed
+from rorqual.tokenizer_protocol import Tokenizer
 from rorqual.train.build_model import build_model, tokenizer_of
 from rorqual.train.model_card import card
 from rorqual.train.run_folder import open_run
@@ -46,7 +47,7 @@ def rl(recipe: RLRecipe, resume: bool = False) -> Path:
     return run_dir
 
 
-def check_problems(recipe: RLRecipe, tokenizer: Any, environments: Sequence[Environment]) -> None:
+def check_problems(recipe: RLRecipe, tokenizer: Tokenizer, environments: Sequence[Environment]) -> None:
     """Check prompts and problem counts. Raises UserError for what would stop the run, and its resumption, at a step."""
     context = ModelConfig.load(recipe.model.path).max_position_embeddings
     check_context(environments, recipe.template, tokenizer, context, recipe.grpo.max_tokens, "grpo.max_tokens")
@@ -122,7 +123,7 @@ class RLRun(RunLoop):
         return shares
 
 
-def _release(run: RLRun, model: Transformer, tokenizer: Any) -> None:
+def _release(run: RLRun, model: Transformer, tokenizer: Tokenizer) -> None:
     directory = run.run_dir / "model"
     save_model(model, directory, tokenizer)
     write_text(directory / "README.md", _card(run, model), then="then continue with --resume")

@@ -31,7 +31,8 @@ class Rollout:
 def sample_groups(engine: Engine, problems: Sequence[Problem], template: Template, params: SamplingParams) -> Rollout:
     """Sample `params.n` completions per problem. Raises UserError for a prompt that fills the model's context."""
     start = time.monotonic()
-    prompts = [render(p.question, template, engine.tokenizer) for p in problems]
+    tokenizer = engine.require_tokenizer()
+    prompts = [render(p.question, template, tokenizer) for p in problems]
     completions = engine.generate(prompts, params)
     openings = [engine.opening(prompt) for prompt in prompts]
     samples = [

@@ -52,8 +52,9 @@ class ModelService:
         self.engine_thread = EngineThread(engine, options.max_queue)
         self.metrics = Metrics(engine)
         self.vocabulary = Vocabulary(engine)
-        self.template = str(getattr(engine.tokenizer, "chat_template", None) or "")
-        self.chat = ChatTemplate(engine.tokenizer)
+        self.tokenizer = engine.require_tokenizer()
+        self.template = str(getattr(self.tokenizer, "chat_template", None) or "")
+        self.chat = ChatTemplate(self.tokenizer)
 
     # -- prompts
 
@@ -76,7 +77,7 @@ class ModelService:
                 400, f"{name}: true starts a new message, but the last is to be continued; leave it out", name
             )
         # Arguments that the server sets: with a template of its own, a request could run for ever.
-        known = inspect.signature(self.engine.tokenizer.apply_chat_template).parameters.keys()
+        known = inspect.signature(self.tokenizer.apply_chat_template).parameters.keys()
         reserved = (settings or {}).keys() & {*known, "conversations", "messages", "self"}
         if reserved:
             name = "chat_template_kwargs"
@@ -86,7 +87,7 @@ class ModelService:
             conversation = read_messages([dict(m) for m in messages], "messages")
             described = [t.for_template() for t in tools] or None
             text = self.chat.render(conversation, described, generation is not False, unfinished, settings)
-            return encode(text, self.engine.tokenizer)
+            return encode(text, self.tokenizer)
 
         try:
             return await run_in_background(render, kind_of(sum(len(str(m.content)) for m in messages)))
@@ -97,7 +98,7 @@ class ModelService:
     @cached_property
     def marks(self) -> dict[str, int]:
         """Added tokens: text → id."""
-        return {token.content: number for number, token in self.engine.tokenizer.added_tokens_decoder.items()}
+        return {token.content: number for number, token in self.tokenizer.added_tokens_decoder.items()}
 
     async def encode(self, text: str, special: bool) -> list[int]:
         """A text's token ids. special: prepend the tokenizer's BOS, unless the text starts with it."""
@@ -111,7 +112,7 @@ class ModelService:
 
     async def decode(self, tokens: list[int]) -> str:
         """The text of tokens, as a batch of one: only decode_batch releases the GIL."""
-        backend = self.engine.tokenizer.backend_tokenizer
+        backend = self.tokenizer.backend_tokenizer
         work = partial(backend.decode_batch, [tokens], skip_special_tokens=False)
         return (await run_in_background(work, kind_of(len(tokens))))[0]
 
@@ -252,4 +253,4 @@ def queue_full() -> ApiError:
 
 
 def engine_failed(error: EngineError) -> ApiError:
-    return ApiError(500, f"the engine engine_failed ({error}); send the request again")
+    return ApiError(500, f"the engine failed ({error}); send the request again")

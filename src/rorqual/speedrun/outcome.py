@@ -87,7 +87,7 @@ def _collect(
         for family, task in tasks.items():
             problems = list(islice(streams[family], size))
             for name, engine in engines.items():
-                more = collect(engine, engine.tokenizer, task, problems, params, TEMPLATE)
+                more = collect(engine, engine.require_tokenizer(), task, problems, params, TEMPLATE)
                 found[name][family] = found[name][family] + more if family in found[name] else more
         done += size
         each = (time.monotonic() - started) / done
@@ -113,7 +113,9 @@ def _thinking_curve(state: SpeedrunState, engine: Engine, tokens: float) -> dict
     each = sum(sum(min(budget, length) + 12 for budget in BUDGETS) for length in lengths.values())
     few = int(max(LEAST, min(MOST // 4, 0.7 * tokens / each)))  # 0.7: small batches are slower
     return {
-        e.family: thinking_curve(engine, engine.tokenizer, e, BUDGETS, samples=1, problems=few, **sampling(state))
+        e.family: thinking_curve(
+            engine, engine.require_tokenizer(), e, BUDGETS, samples=1, problems=few, **sampling(state)
+        )
         for e in state.environments
     }
 
@@ -127,7 +129,7 @@ def _samples(state: SpeedrunState) -> list[dict[str, str]]:
         problems = environment.problems("dev", 3, state.seed)
         texts = []
         for engine in engines:
-            prompts = [prompt_text(p.question, TEMPLATE, engine.tokenizer) for p in problems]
+            prompts = [prompt_text(p.question, TEMPLATE, engine.require_tokenizer()) for p in problems]
             texts.append(["<think>" + c.text for c in engine.generate(prompts, params)])
         rows += [
             {"family": p.family, "question": p.question, "before": before, "after": after}

@@ -254,8 +254,9 @@ def check(state: SpeedrunState, stage: str) -> None:
     engine = open_engine(state.run_dir / folders(state)[-1][1])
     problems, samples = max(8, min(48, int(5 * state.budget.minutes))), 4
     start = time.monotonic()
+    tokenizer = engine.require_tokenizer()
     found = evaluate(
-        engine, engine.tokenizer, state.environments, samples, problems, split="dev", quiet=True, **sampling(state)
+        engine, tokenizer, state.environments, samples, problems, split="dev", quiet=True, **sampling(state)
     )["tasks"]  # fmt: skip
     length = {family: result["mean_tokens"] for family, result in found.items()}
     tokens = problems * samples * sum(length.values())

@@ -3,7 +3,6 @@
 from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,10 +12,8 @@ from rorqual.data.tokenizer import load_tokenizer
 from rorqual.errors import UserError
 from rorqual.model import ModelConfig, Transformer
 from rorqual.recipe import ChatDataSection, DataSection, DistillRecipe, ModelSection, TrainSection
+from rorqual.tokenizer_protocol import Tokenizer
 from rorqual.train.rng import set_seed
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 
 def check_length(
@@ -65,7 +62,7 @@ def model_config(
     return config
 
 
-def build_model(section: ModelSection, tokenizer: "PreTrainedTokenizerFast", seed: int, length: int = 0) -> Transformer:
+def build_model(section: ModelSection, tokenizer: Tokenizer, seed: int, length: int = 0) -> Transformer:
     """The model to train, in FP32 (the optimizer converts it); `seed` determines random weights.
 
     length: as in `model_config`. Raises UserError where the model's vocabulary is smaller than the tokenizer's.
@@ -89,7 +86,7 @@ def check_model(section: ModelSection) -> None:
         open_release(Path(section.path))
 
 
-def tokenizer_of(section: ModelSection) -> "PreTrainedTokenizerFast":
+def tokenizer_of(section: ModelSection) -> Tokenizer:
     """The tokenizer in the model's directory. Raises UserError when the recipe starts from random weights."""
     if section.path is None:
         raise UserError("model.path is missing: fine-tuning starts from a trained model's directory")

@@ -1,7 +1,6 @@
 """Shared by pre-training and SFT: run a recipe's trainer, then write the released model and the ledger."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rorqual.checkpoint.huggingface import save_model
 from rorqual.data.loader import Heldout, Loader
@@ -10,12 +9,10 @@ from rorqual.model import Transformer
 from rorqual.plan.estimate import predict
 from rorqual.plan.ledger import Ledger
 from rorqual.recipe import PretrainRecipe, SFTRecipe
+from rorqual.tokenizer_protocol import Tokenizer
 from rorqual.train.model_card import model_card
 from rorqual.train.run_loop import TrainingRun
 from rorqual.train.trainer import Trainer
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 EVAL_BATCHES = 32  # per validation; more changes bits per byte by less than training steps do
 
@@ -48,7 +45,7 @@ def train(
     return run
 
 
-def finish(recipe: PretrainRecipe | SFTRecipe, run: TrainingRun, tokenizer: "PreTrainedTokenizerFast") -> Path:
+def finish(recipe: PretrainRecipe | SFTRecipe, run: TrainingRun, tokenizer: Tokenizer) -> Path:
     """Write model/ (weights, tokenizer, model card) and ledger.json; returns the run's folder."""
     trainer, directory = run.trainer, run.run_dir / "model"
     with trainer.released_weights():

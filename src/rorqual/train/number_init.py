@@ -7,12 +7,12 @@ initialise with them). They are trained like all other weights.
 """
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from rorqual.model import Transformer
+from rorqual.tokenizer_protocol import Tokenizer
 
 PERIODS = (2, 4, 5, 8, 10, 16, 20, 25, 32, 50, 64, 100, 128, 200, 256, 400, 800)
 SCALE = 0.3  # norm of a head row; an embedding has √hidden times that
@@ -26,7 +26,7 @@ def number_features(numbers: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def start_numbers(model: Transformer, tokenizer: Any) -> int:
+def start_numbers(model: Transformer, tokenizer: Tokenizer) -> int:
     """Set the embedding and head rows of all integer tokens, in a random orthonormal frame; returns their count.
 
     The hidden size must be at least 2·periods + 1 = 35.

@@ -1,17 +1,14 @@
 """`rorqual pretrain`: text → tokenizer → packed tokens → a trained model."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rorqual.data.datasets import open_pretrain_data, open_tokenizer
 from rorqual.data.tokenizer import load_tokenizer, save_tokenizer
 from rorqual.recipe import PretrainRecipe
+from rorqual.tokenizer_protocol import Tokenizer
 from rorqual.train.build_model import build_model, check_length, set_threads
 from rorqual.train.export import finish, train
 from rorqual.train.run_folder import open_run
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 
 def pretrain(recipe: PretrainRecipe, resume: bool = False) -> Path:
@@ -29,7 +26,7 @@ def pretrain(recipe: PretrainRecipe, resume: bool = False) -> Path:
         return finish(recipe, run, tokenizer)
 
 
-def _tokenizer(recipe: PretrainRecipe, run_dir: Path) -> "PreTrainedTokenizerFast":
+def _tokenizer(recipe: PretrainRecipe, run_dir: Path) -> Tokenizer:
     """The recipe's tokenizer, the model's, or one trained now and saved in the run's folder."""
     if recipe.tokenizer.path is not None:
         return load_tokenizer(recipe.tokenizer.path)
