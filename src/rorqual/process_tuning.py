@@ -3,7 +3,7 @@
 import ctypes
 import os
 import sys
-from typing import Any
+from collections.abc import Callable
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 LARGEST = 32 << 20  # glibc's maximal mmap threshold, bytes
@@ -32,5 +32,5 @@ def release_memory() -> None:
         trim(0)
 
 
-def _glibc(name: str) -> Any:
+def _glibc(name: str) -> Callable[..., int] | None:
     return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None

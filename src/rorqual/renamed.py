@@ -1,8 +1,10 @@
 """Old names of options, recipe fields and metrics, accepted with a warning until release 0.3."""
 
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+Value = TypeVar("Value")
 
 OPTIONS = {
     "--slots": "--max-num-seqs",
@@ -56,6 +58,6 @@ def current_fields(raw: dict[str, Any], quiet: bool = False) -> dict[str, Any]:
     return raw
 
 
-def current_metrics(record: dict[str, Any]) -> dict[str, Any]:
+def current_metrics(record: Mapping[str, Value]) -> dict[str, Value]:
     """A line of metrics.jsonl with current names; no warning, since old runs are valid."""
     return {METRICS.get(name, name): value for name, value in record.items()}

@@ -1,7 +1,6 @@
 """Lone surrogates (half characters): JSON and command-line bytes can contain them, UTF-8 cannot."""
 
 import json
-from typing import Any
 
 
 def whole(text: str) -> bool:
@@ -13,6 +12,6 @@ def whole(text: str) -> bool:
     return True
 
 
-def whole_inside(value: Any) -> bool:
+def whole_inside(value: object) -> bool:
     """`whole` for all texts within a JSON or Parquet value."""
     return whole(value) if isinstance(value, str) else whole(json.dumps(value, ensure_ascii=False, default=str))
