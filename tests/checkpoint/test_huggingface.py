@@ -10,8 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from helpers.peak_memory import loading_peak
 from rorqual import ModelConfig, load_model, save_model
-from rorqual.checkpoint import huggingface
+from rorqual.checkpoint import model_reader, model_writer
 from rorqual.checkpoint.huggingface import stored_dtype
+from rorqual.checkpoint.release_tensors import release_tensors
 from rorqual.errors import UserError
 from rorqual.kernels.dtypes import fastest_dtype
 from rorqual.model.transformer import Transformer
@@ -141,7 +142,7 @@ def test_failed_save_changes_nothing(tmp_path, monkeypatch, existing):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(huggingface, "write_shard", full)
+    monkeypatch.setattr(model_writer, "write_shard", full)
     with pytest.raises(UserError, match=r"cannot be saved .*the disk is full"):
         save_model(small(SMALL.replace(num_nextn_predict_layers=0)), path)
     assert {f.name: f.read_bytes() for f in path.glob("*")} == before
@@ -213,8 +214,8 @@ def test_fp8_release_is_expanded(tmp_path, monkeypatch, block):
         {} if block == (128, 128) else {"weight_block_size": list(block)}
     )
     set_config(tmp_path / "m", quantization_config=quantization)
-    monkeypatch.setattr(huggingface, "CHUNK_BYTES", 1)  # pieces end where blocks do
-    found = huggingface.release_tensors(load_model(tmp_path / "m", dtype=torch.float32))
+    monkeypatch.setattr(model_reader, "CHUNK_BYTES", 1)  # pieces end where blocks do
+    found = release_tensors(load_model(tmp_path / "m", dtype=torch.float32))
     assert len(expected) == 3 * 4 + 3 + 2
     for name, plain in expected.items():
         assert torch.equal(found[name], plain), name

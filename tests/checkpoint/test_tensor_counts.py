@@ -2,7 +2,7 @@
 
 import pytest
 
-from rorqual.checkpoint.huggingface import meta_model
+from rorqual.checkpoint.release_tensors import meta_model
 from rorqual.model.config import ModelConfig
 
 YARN = {"type": "yarn", "factor": 40, "beta_fast": 32, "beta_slow": 1, "original_max_position_embeddings": 4096}

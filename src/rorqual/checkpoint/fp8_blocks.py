@@ -1,27 +1,31 @@
 """DeepSeek's FP8 releases: E4M3 weights with one scale per block (V3 §3.3.2), dequantised while loading."""
 
-from typing import Any
+from collections.abc import Mapping
 
 from torch import Tensor
 
 from rorqual.errors import UserError
+from rorqual.strict_json import Json
 
 SCALE_SUFFIX = "_scale_inv"  # the release's name for the scale by which a block is multiplied
 
 
-def block_size(raw: dict[str, Any], source: str) -> tuple[int, int]:
+def block_size(raw: Mapping[str, Json], source: str) -> tuple[int, int]:
     """Rows and columns of a block, from a config.json's `quantization_config`; (128, 128) by default.
 
     Raises UserError for quantised releases that are not block-scaled FP8.
     """
-    quantization = raw.get("quantization_config") or {}
-    method = quantization.get("quant_method", "fp8")
-    block = quantization.get("weight_block_size", [128, 128])
-    if method != "fp8":
+    quantization = raw.get("quantization_config")
+    if not isinstance(quantization, dict | None):
+        raise UserError(f"{source}: quantization_config must be an object; restore the file")
+    quantization = quantization or {}
+    if (method := quantization.get("quant_method", "fp8")) != "fp8":
         raise UserError(f"{source}: quant_method {method!r} is not supported; get the unquantised release, or FP8")
-    if not (isinstance(block, list) and len(block) == 2 and all(isinstance(n, int) and n > 0 for n in block)):
-        raise UserError(f"{source}: weight_block_size = {block!r} must be two whole numbers, such as [128, 128]")
-    return block[0], block[1]
+    match quantization.get("weight_block_size", [128, 128]):
+        case [int(rows), int(columns)] if rows > 0 and columns > 0:
+            return rows, columns
+        case block:
+            raise UserError(f"{source}: weight_block_size = {block!r} must be two whole numbers, such as [128, 128]")
 
 
 def scale_shape(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, int]:

@@ -10,15 +10,16 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from rorqual.checkpoint.gguf_config import config_of, released_of
+from rorqual.checkpoint.gguf_config import Fields, Stored, config_of, released_of
 from rorqual.checkpoint.gguf_file import GGUFTensor, open_gguf
 from rorqual.checkpoint.gguf_tokenizer import tokenizer_of
-from rorqual.checkpoint.huggingface import allocate, copy_companions, load_model, meta_model, save_model, stored_dtype
+from rorqual.checkpoint.huggingface import load_model, save_model, stored_dtype
+from rorqual.checkpoint.model_writer import copy_companions
+from rorqual.checkpoint.release_tensors import allocate, meta_model
 from rorqual.errors import UserError
 from rorqual.model.config import ModelConfig
 from rorqual.model.model_directory import check_destination, foreign, is_gguf, model_directory, unreadable
@@ -149,7 +150,7 @@ def read_release_settings(path: str | Path) -> ReleaseSettings:
     return replace(released, unhonoured=tuple(f"{path}: {sentence}" for sentence in released.unhonoured))
 
 
-def outline(fields: dict[str, Any], stored: dict[str, GGUFTensor]) -> tuple[Transformer, dict[str, list[str]]]:
+def outline(fields: Fields, stored: Stored) -> tuple[Transformer, dict[str, list[str]]]:
     """The model on the meta device, and for each of its tensors the file's tensors that it consists of.
 
     Raises UserError for missing or unknown tensors, and for shapes that do not fit.

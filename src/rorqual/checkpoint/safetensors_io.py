@@ -10,13 +10,16 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rorqual.errors import UserError
 from rorqual.model.model_directory import foreign, unreadable
+from rorqual.strict_json import Json
 
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"  # of a model in one file, and in several
 CHUNK_BYTES = 8 << 20
 MAX_HEADER_BYTES = 100_000_000  # as in the safetensors library
 DTYPES = {
@@ -87,7 +90,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     return tensors
 
 
-def _entry(path: Path, name: str, entry: dict, data: int) -> TensorEntry:
+def _entry(path: Path, name: str, entry: dict[str, Any], data: int) -> TensorEntry:
     if entry["dtype"] not in DTYPES:
         raise ValueError(f"tensor {name} has the unknown dtype {entry['dtype']!r}")
     if not name.isprintable():
@@ -103,7 +106,7 @@ def _entry(path: Path, name: str, entry: dict, data: int) -> TensorEntry:
 
 def write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write tensors (at least one dimension each) to a new safetensors file and force it to disk."""
-    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, dict[str, Json]] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, t in tensors.items():
         start, end = end, end + t.nbytes
@@ -115,6 +118,6 @@ def write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
         for t in tensors.values():
             rows = max(1, CHUNK_BYTES * t.shape[0] // max(1, t.nbytes))
             for chunk in t.detach().split(rows):
-                file.write(chunk.cpu().contiguous().flatten().view(torch.uint8).numpy())
+                file.write(chunk.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from rorqual.checkpoint.model_writer import write_tokenizer
 from rorqual.errors import UserError, file_error
 from rorqual.model.model_directory import check_directory, foreign, model_directory, read_json
 from rorqual.recipe import TokenizerSection
@@ -198,9 +199,6 @@ def save_tokenizer(tokenizer: Tokenizer, path: str | Path) -> None:
     """Write `tokenizer.json`, `tokenizer_config.json` and any `chat_template.jinja` into `path`. Raises UserError."""
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
-        tokenizer.save_pretrained(str(path))
-        # transformers 5 writes a class name that version 4 does not know; both know this one.
-        config = Path(path) / "tokenizer_config.json"
-        config.write_text(config.read_text().replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"'))
-    except Exception as e:  # the Rust side reports a full disk as a bare Exception
+        write_tokenizer(tokenizer, Path(path))
+    except OSError as e:
         raise file_error(path, e, then="or choose another place") from e

@@ -4,26 +4,18 @@ The format (`pack-quantized`: four or eight numbers to an int32, a scale for eac
 transformers and vLLM too. Embedding and head are stored unquantised, and quantised on loading.
 """
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rorqual.checkpoint.huggingface import (
-    copy_companions,
-    load_model,
-    meta_model,
-    move_into_place,
-    read_directory,
-    release_tensors,
-    stored_dtype,
-    write_json,
-    write_weights,
-)
+from rorqual.checkpoint.huggingface import load_model, stored_dtype
+from rorqual.checkpoint.model_reader import read_directory
+from rorqual.checkpoint.model_writer import copy_companions, new_directory, write_json, write_weights
+from rorqual.checkpoint.release_tensors import meta_model, release_tensors
 from rorqual.checkpoint.safetensors_io import TensorEntry
-from rorqual.errors import UserError, file_error
+from rorqual.errors import UserError
 from rorqual.kernels.dtypes import fastest_dtype
 from rorqual.kernels.quantized_linear import GROUP, QuantizedWeight, pack, unpack_numbers
 from rorqual.model import Transformer
@@ -56,19 +48,11 @@ def quantize_checkpoint(source: Path, dest: Path, bits: Bits) -> None:
                     _store(tensors, f"{name}.{e}.{part}", bits)
         elif f"{name}.weight" in tensors and name != "lm_head":
             _store(tensors, name, bits)
-    temporary = dest.parent / f".{dest.name}.saving"
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+    with new_directory(dest) as temporary:
         raw.pop("quantization_config", None)
         write_json(temporary / "config.json", raw | {"quantization_config": _description(bits)})
         copy_companions(source, temporary)
-        write_weights(tensors, temporary, 5_000_000_000)
-        move_into_place(temporary, dest)
-    except OSError as e:
-        raise file_error(dest, e, then="or choose another directory") from e
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        write_weights(tensors, temporary)
 
 
 def _store(tensors: dict[str, Tensor], name: str, bits: Bits) -> None:

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rorqual.checkpoint.huggingface import EMBEDDING, open_release
+from rorqual.checkpoint.model_reader import open_release
+from rorqual.checkpoint.release_tensors import EMBEDDING
 from rorqual.errors import UserError
 from rorqual.kernels.quantized_linear import GROUP, PANEL, QuantizedWeight, dequantize, gather, pack
 from rorqual.model import Transformer

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from rorqual.checkpoint.describe import read_released
-from rorqual.checkpoint.huggingface import load_model, open_release
+from rorqual.checkpoint.huggingface import load_model
+from rorqual.checkpoint.model_reader import open_release
 from rorqual.data.tokenizer import load_tokenizer
 from rorqual.errors import UserError
 from rorqual.model import ModelConfig, Transformer
