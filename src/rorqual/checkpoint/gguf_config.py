@@ -5,7 +5,8 @@ Sizes come from the tensors where possible, so that a damaged header cannot ask 
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from types import EllipsisType
+from typing import Any, TypeAlias, overload
 
 import numpy as np
 import torch
@@ -15,8 +16,10 @@ from rorqual.errors import UserError
 from rorqual.model.config import ModelConfig
 from rorqual.model.release_settings import ReleaseSettings
 from rorqual.model.rope import rope_frequencies
+from rorqual.strict_json import Json
 
-Fields, Stored = Mapping[str, Any], Mapping[str, GGUFTensor]
+Fields: TypeAlias = Mapping[str, Json]  # the header's values
+Stored: TypeAlias = Mapping[str, GGUFTensor]
 ARCHITECTURES = ("llama", "qwen2", "deepseek2")
 # Sampling keys of a header (gguf-py, Keys.General) → their names in generation_config.json.
 SAMPLING = {
@@ -31,7 +34,7 @@ SAMPLING = {
     "general.sampling.mirostat": "mirostat",
 }
 # Keys of an architecture that would need another network → values with which they change nothing.
-NEUTRAL: dict[str, tuple[Any, ...]] = {
+NEUTRAL: dict[str, tuple[Json, ...]] = {
     "attention.causal": (True,),
     "attention.clamp_kqv": (0,),
     "attention.max_alibi_bias": (0,),
@@ -63,6 +66,10 @@ def config_of(fields: Fields, stored: Stored) -> ModelConfig:
     vocabulary, hidden = shape(stored, "token_embd.weight", 2)
     heads = number(fields, f"{architecture}.attention.head_count")
     own = _latent if architecture == "deepseek2" else _grouped
+    sizes = own(fields, stored, architecture, heads)
+    for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
+        token = number(fields, f"tokenizer.ggml.{theirs}_token_id", None, least=0, below=vocabulary)
+        sizes[f"{ours}_token_id"] = token
     config = ModelConfig(
         vocab_size=vocabulary,
         hidden_size=hidden,
@@ -72,11 +79,7 @@ def config_of(fields: Fields, stored: Stored) -> ModelConfig:
         rms_norm_eps=real(fields, f"{architecture}.attention.layer_norm_rms_epsilon"),
         rope_theta=real(fields, f"{architecture}.rope.freq_base", 10000.0),
         initializer_range=0.02,
-        **own(fields, stored, architecture, heads),
-        **{
-            f"{ours}_token_id": number(fields, f"tokenizer.ggml.{theirs}_token_id", None, least=0, below=vocabulary)
-            for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
-        },
+        **sizes,
     )
     _check_supported(fields, config, architecture)
     return config.replace(rope_scaling=_rope_scaling(fields, stored, config, architecture))
@@ -94,7 +97,7 @@ def released_of(fields: Fields, config: ModelConfig) -> ReleaseSettings:
     return ReleaseSettings.of(config, generation, "general.sampling")
 
 
-def _shortest_float(value: Any) -> Any:
+def _shortest_float(value: Json) -> Json:
     return float(str(np.float32(value))) if isinstance(value, float) else value  # 0.6, not 0.6000000238418579
 
 
@@ -251,11 +254,22 @@ def shape(stored: Stored, name: str, dimensions: int) -> tuple[int, ...]:
     return stored[name].shape
 
 
-def number(fields: Fields, name: str, default: Any = ..., least: int = 1, below: int = 1 << 31) -> Any:
+@overload
+def number(
+    fields: Fields, name: str, default: int | EllipsisType = ..., least: int = 1, below: int = 1 << 31
+) -> int: ...
+@overload
+def number(fields: Fields, name: str, default: None, least: int = 1, below: int = 1 << 31) -> int | None: ...
+def number(
+    fields: Fields, name: str, default: int | EllipsisType | None = ..., least: int = 1, below: int = 1 << 31
+) -> int | None:
+    """A whole number of the header. Raises UserError for another value, and where it is missing without a default."""
     value = fields.get(name, default)
     if value is ...:
         raise UserError(f"{name} is missing; fetch the file again")
-    if value is not None and (type(value) is not int or not least <= value < below):
+    if value is None:
+        return None
+    if type(value) is not int or not least <= value < below:
         raise UserError(f"{name} = {value!r} must be a whole number from {least} to {below - 1}")
     return value
 

@@ -9,7 +9,7 @@ import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, dequanti
 from torch import Tensor
 
 from rorqual.errors import UserError
+from rorqual.strict_json import Json
 
 HEADER_BYTES = 64 << 20  # at most; that of V3 with its 129 280 tokens has 8 MB
 CODES = {
@@ -58,7 +59,7 @@ class GGUFTensor:
         data = np.empty((last - first, self.row_bytes), np.uint8)
         with self.path.open("rb", buffering=0) as file:
             file.seek(self.start + first * self.row_bytes)
-            if file.readinto(data) != data.nbytes:
+            if file.readinto(data.data) != data.nbytes:
                 raise ValueError(f"it ends inside tensor {self.name}")
         return data
 
@@ -72,7 +73,7 @@ class GGUFTensor:
         return values
 
 
-def open_gguf(path: str | Path) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
+def open_gguf(path: str | Path) -> tuple[dict[str, Json], dict[str, GGUFTensor]]:
     """The header's values and the tensors, by name; of all parts if the file is the first of several.
 
     Raises UserError for a part that is missing or not the first, ValueError and OSError for a damaged file.
@@ -93,26 +94,26 @@ def open_gguf(path: str | Path) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
     return fields, tensors
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
+def _read(path: Path) -> tuple[dict[str, Json], dict[str, GGUFTensor]]:
     size = path.stat().st_size
     with path.open("rb") as file:
         header = _Header(file, size)
         if header.take(4) != b"GGUF":
             raise ValueError("it does not begin with GGUF")
-        version = header.number(GGUFValueType.UINT32)
+        version = header.uint32()
         if version not in (2, 3):
             raise ValueError(f"its version is {version}, not 2 or 3 in the byte order of this machine")
-        tensors, values = header.number(GGUFValueType.UINT64), header.number(GGUFValueType.UINT64)
-        fields = {}
+        tensors, values = header.uint64(), header.uint64()
+        fields: dict[str, Json] = {}
         for _ in range(values):
-            name, kind = header.string(), GGUFValueType(header.number(GGUFValueType.UINT32))
+            name, kind = header.string(), GGUFValueType(header.uint32())
             fields[name] = header.value(kind)
         described = [header.tensor() for _ in range(tensors)]
     alignment = fields.get("general.alignment", 32)
     if type(alignment) is not int or alignment < 1:
         raise ValueError(f"general.alignment is {alignment!r}")
     data = -(-header.position // alignment) * alignment
-    stored = {}
+    stored: dict[str, GGUFTensor] = {}
     for name, kind, shape, start in described:
         tensor = GGUFTensor(path, name, kind, shape, data + start)
         if name in stored:
@@ -137,19 +138,25 @@ class _Header:
         self.position += count
         return self.file.read(count)
 
-    def number(self, kind: GGUFValueType) -> Any:
+    def uint32(self) -> int:
+        return int.from_bytes(self.take(4), "little")
+
+    def uint64(self) -> int:
+        return int.from_bytes(self.take(8), "little")
+
+    def number(self, kind: GGUFValueType) -> int | float:
         code = "<" + CODES[kind]
         return struct.unpack(code, self.take(struct.calcsize(code)))[0]
 
     def string(self) -> str:
-        return self.take(self.number(GGUFValueType.UINT64)).decode()
+        return self.take(self.uint64()).decode()
 
-    def value(self, kind: GGUFValueType) -> Any:
+    def value(self, kind: GGUFValueType) -> Json:
         if kind == GGUFValueType.STRING:
             return self.string()
         if kind != GGUFValueType.ARRAY:
             return self.number(kind)
-        kind, count = GGUFValueType(self.number(GGUFValueType.UINT32)), self.number(GGUFValueType.UINT64)
+        kind, count = GGUFValueType(self.uint32()), self.uint64()
         if kind in CODES:
             numbers = np.frombuffer(self.take(count * struct.calcsize("<" + CODES[kind])), "<" + CODES[kind])
             return numbers.tolist()
@@ -157,11 +164,11 @@ class _Header:
 
     def tensor(self) -> tuple[str, GGMLQuantizationType, tuple[int, ...], int]:
         """A tensor's name, type, shape and offset after the header."""
-        name, dimensions = self.string(), self.number(GGUFValueType.UINT32)
+        name, dimensions = self.string(), self.uint32()
         if not name.isprintable():
             raise ValueError("a tensor's name is damaged")
         if not 1 <= dimensions <= 4:
             raise ValueError(f"tensor {name} has {dimensions} dimensions")
-        shape = tuple(self.number(GGUFValueType.UINT64) for _ in range(dimensions))[::-1]
-        kind = GGMLQuantizationType(self.number(GGUFValueType.UINT32))
-        return name, kind, shape, self.number(GGUFValueType.UINT64)
+        shape = tuple(self.uint64() for _ in range(dimensions))[::-1]
+        kind = GGMLQuantizationType(self.uint32())
+        return name, kind, shape, self.uint64()

@@ -1,6 +1,6 @@
 """Convert the tokenizer of a GGUF file's header to the tokenizers library."""
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from rorqual.checkpoint.gguf_config import Fields, number
 from rorqual.errors import UserError
@@ -9,6 +9,9 @@ from rorqual.tokenizer_protocol import Tokenizer
 
 if TYPE_CHECKING:
     import tokenizers
+    from tokenizers import pre_tokenizers
+
+T = TypeVar("T")
 
 # Pre-tokenizer patterns of byte-level BPE, as in the models' own tokenizer.json; by GGUF's names below.
 LLAMA3 = (
@@ -70,7 +73,7 @@ def tokenizer_of(fields: Fields, config: ModelConfig) -> Tokenizer:
     vocabulary = {token: i for i, token in enumerate(tokens)}
     if not len(vocabulary) == len(tokens) == len(types) == config.vocab_size:
         raise UserError("the numbers of tokens, token types and embeddings differ; fetch the file again")
-    merges = [tuple(merge.split(" ")) for merge in _list(fields, "merges", str)]
+    merges = [(a, b) for a, _, b in (merge.partition(" ") for merge in _list(fields, "merges", str))]
     tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=split == "llama-bpe"))
     tokenizer.pre_tokenizer = _pre_tokenizer(split)
     tokenizer.decoder = decoders.ByteLevel()
@@ -113,11 +116,14 @@ def _templates(fields: Fields) -> str | dict[str, str] | None:
     names = fields.get("tokenizer.chat_templates", [])
     if not isinstance(names, list):
         raise UserError("tokenizer.chat_templates is not a list; fetch the file again")
-    keys = {"default": "tokenizer.chat_template"} | {name: f"tokenizer.chat_template.{name}" for name in names}
-    found = {name: fields[key] for name, key in keys.items() if key in fields}
-    for name, template in found.items():
-        if not isinstance(template, str):
-            raise UserError(f"{keys[name]} is not a string; fetch the file again")
+    keys = {"default": "tokenizer.chat_template"} | {str(n): f"tokenizer.chat_template.{n}" for n in names}
+    found: dict[str, str] = {}
+    for name, key in keys.items():
+        if key not in fields:
+            continue
+        if not isinstance(template := fields[key], str):
+            raise UserError(f"{key} is not a string; fetch the file again")
+        found[name] = template
     return found if found.keys() - {"default"} else found.get("default")
 
 
@@ -127,18 +133,19 @@ class _NoCopy:
     def __init__(self, tokenizer: "tokenizers.Tokenizer") -> None:
         self.tokenizer = tokenizer
 
-    def __deepcopy__(self, _: Any) -> "tokenizers.Tokenizer":
+    def __deepcopy__(self, _: object) -> "tokenizers.Tokenizer":
         return self.tokenizer
 
 
-def _list(fields: Fields, name: str, kind: type) -> list[Any]:
+def _list(fields: Fields, name: str, kind: type[T]) -> list[T]:
     values = fields.get(f"tokenizer.ggml.{name}")
-    if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
+    found = [value for value in values if isinstance(value, kind)] if isinstance(values, list) else []
+    if not isinstance(values, list) or len(found) < len(values):
         raise UserError(f"tokenizer.ggml.{name} is missing or not a list of {kind.__name__}; fetch the file again")
-    return values
+    return found
 
 
-def _pre_tokenizer(split: str) -> Any:
+def _pre_tokenizer(split: str) -> "pre_tokenizers.PreTokenizer":
     from tokenizers import Regex, pre_tokenizers
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Split
 
