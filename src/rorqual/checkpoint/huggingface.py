@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from rorqual.checkpoint.fp8_blocks import SCALE_SUFFIX, block_size, expand, scale_shape
 from rorqual.checkpoint.safetensors_io import CHUNK_BYTES, TensorEntry, read_header, write_shard
 from rorqual.errors import UserError, file_error
+from rorqual.files import force_to_disk, write_folder
 from rorqual.kernels.dtypes import fastest_dtype
 from rorqual.model.config import ModelConfig
 from rorqual.model.model_directory import model_directory, read_json
@@ -266,19 +267,14 @@ def save_model(
     files of other names stay. Raises UserError if it cannot be written, with nothing changed.
     """
     path = Path(path)
-    temporary = path.parent / f".{path.name}.saving"
     try:
-        shutil.rmtree(temporary, ignore_errors=True)  # of a save that was killed
-        temporary.mkdir(parents=True)
-        _write_configs(model, temporary, tokenizer)
-        write_weights(release_tensors(model), temporary, max_shard_bytes)
-        if tokenizer is not None:
-            _write_tokenizer(tokenizer, temporary)
-        move_into_place(temporary, path)
+        with write_folder(path, move_into_place) as folder:
+            _write_configs(model, folder, tokenizer)
+            write_weights(release_tensors(model), folder, max_shard_bytes)
+            if tokenizer is not None:
+                _write_tokenizer(tokenizer, folder)
     except OSError as e:
         raise file_error(path, e, "saved", "or choose another directory") from e
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _write_configs(model: Transformer, path: Path, tokenizer: Tokenizer | None) -> None:
@@ -332,19 +328,17 @@ def _write_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
         raise OSError(str(e)) from e
 
 
-def move_into_place(temporary: Path, path: Path) -> None:
+def move_into_place(folder: Path, path: Path) -> None:
+    """`move` of files.write_folder for a model's directory: in an existing one, replace file by file."""
     if not path.exists():
-        temporary.rename(path)
-    else:
-        new = {file.name for file in temporary.iterdir()}
-        old = {INDEX, *(file.name for file in path.glob("model*.safetensors"))}
-        for name in sorted(new, key=lambda n: n == INDEX):  # the index last, after the shards that it names
-            if (path / name).is_dir():  # the templates'
-                shutil.rmtree(path / name)
-            os.replace(temporary / name, path / name)
-        for name in old - new:  # shards of a former layout
-            (path / name).unlink(missing_ok=True)
-    for directory in (path, path.parent):
-        handle = os.open(directory, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
+        folder.rename(path)
+        return
+    new = {file.name for file in folder.iterdir()}
+    old = {INDEX, *(file.name for file in path.glob("model*.safetensors"))}
+    for name in sorted(new, key=lambda n: n == INDEX):  # the index last, after the shards that it names
+        if (path / name).is_dir():  # the templates'
+            shutil.rmtree(path / name)
+        os.replace(folder / name, path / name)
+    for name in old - new:  # shards of a former layout
+        (path / name).unlink(missing_ok=True)
+    force_to_disk(path)

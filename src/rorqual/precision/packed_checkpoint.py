@@ -4,7 +4,6 @@ The format (`pack-quantized`: four or eight numbers to an int32, a scale for eac
 transformers and vLLM too. Embedding and head are stored unquantised, and quantised on loading.
 """
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from rorqual.checkpoint.huggingface import (
 )
 from rorqual.checkpoint.safetensors_io import TensorEntry
 from rorqual.errors import UserError, file_error
+from rorqual.files import write_folder
 from rorqual.kernels.dtypes import fastest_dtype
 from rorqual.kernels.quantized_linear import GROUP, QuantizedWeight, pack, unpack_numbers
 from rorqual.model import Transformer
@@ -56,19 +56,14 @@ def quantize_checkpoint(source: Path, dest: Path, bits: Bits) -> None:
                     _store(tensors, f"{name}.{e}.{part}", bits)
         elif f"{name}.weight" in tensors and name != "lm_head":
             _store(tensors, name, bits)
-    temporary = dest.parent / f".{dest.name}.saving"
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        raw.pop("quantization_config", None)
-        write_json(temporary / "config.json", raw | {"quantization_config": _description(bits)})
-        copy_companions(source, temporary)
-        write_weights(tensors, temporary, 5_000_000_000)
-        move_into_place(temporary, dest)
+        with write_folder(dest, move_into_place) as folder:
+            raw.pop("quantization_config", None)
+            write_json(folder / "config.json", raw | {"quantization_config": _description(bits)})
+            copy_companions(source, folder)
+            write_weights(tensors, folder, 5_000_000_000)
     except OSError as e:
         raise file_error(dest, e, then="or choose another directory") from e
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _store(tensors: dict[str, Tensor], name: str, bits: Bits) -> None:
