@@ -3,8 +3,9 @@
 import codecs
 import json
 import os
+import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -57,14 +58,59 @@ def check_link(path: Path) -> None:
 
 
 def write_text(path: Path, text: str, then: str = "") -> None:
-    """Write a UTF-8 file atomically. Raises UserError; `then`: what to do once the cause is fixed."""
-    temporary = path.with_name(f".{path.name}.writing")
+    """Write a UTF-8 file, which appears whole or not at all, also after a power failure.
+
+    Raises UserError; `then`: what to do once the cause is fixed.
+    """
+    temporary = _beside(path)
     try:
         temporary.write_text(text, encoding="utf-8")
+        force_to_disk(temporary)
         os.replace(temporary, path)
     except OSError as e:
         temporary.unlink(missing_ok=True)
         raise file_error(path, e, then=then) from e
+
+
+@contextmanager
+def write_folder(path: Path, move: Callable[[Path, Path], None] = os.replace) -> Iterator[Path]:
+    """Yield an empty folder to fill, which becomes `path` after the block.
+
+    `path` appears whole or not at all, also after a power failure. An exception in the block leaves nothing behind.
+    `move(folder, path)` puts the folder in its place. Raises OSError.
+    """
+    temporary = _beside(path)
+    discard(temporary)  # of a process that was killed
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for written in (*temporary.rglob("*"), temporary):
+            force_to_disk(written)
+        move(temporary, path)
+        force_to_disk(path.parent)
+    finally:
+        discard(temporary)
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".writing-{path.name}")
+
+
+def force_to_disk(path: Path) -> None:
+    """fsync of a file or a folder. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def discard(folder: Path) -> None:
+    """Remove a folder, or a link to one; what cannot be removed stays."""
+    if folder.is_symlink():
+        folder.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

@@ -204,7 +204,7 @@ def test_full_disk(source, tokenizer, tmp_path, monkeypatch):
 def test_leavings_of_a_killed_run_are_replaced(source, tokenizer, tmp_path):
     expected = pack_source(source, tokenizer, tmp_path / "cache")["train"].tokens.tolist()
     (folder,) = (tmp_path / "cache").iterdir()
-    partial = folder.rename(folder.with_name(folder.name + ".partial"))
+    partial = folder.rename(folder.with_name(".writing-" + folder.name))
     (partial / "train.tokens").write_bytes(b"debris")
     made = pack_source(source, tokenizer, tmp_path / "cache")["train"]
     assert made.tokens.tolist() == expected

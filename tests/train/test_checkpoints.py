@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from rorqual import files
 from rorqual.errors import UserError
 from rorqual.train import checkpoints as module
 from rorqual.train.checkpoints import Checkpoints
@@ -41,7 +42,7 @@ def test_nothing_there(tmp_path):
 
 OPERATIONS = [
     ("save_file", module),
-    ("_force_to_disk", module),
+    ("force_to_disk", files),
     ("replace", os),
     ("rmtree", shutil),
     ("mkdir", Path),
@@ -66,6 +67,7 @@ def test_a_crash_at_any_point_leaves_a_good_checkpoint(tmp_path, monkeypatch, na
         if seen == call + 1:
             if late:
                 real(*args, **kwargs)
+            patch.setattr(files, "discard", lambda folder: None)  # a killed process cleans nothing up
             raise Crash
         return real(*args, **kwargs)
 
@@ -276,8 +278,8 @@ def test_a_checkpoint_that_cannot_be_removed_does_not_end_the_run(tmp_path, monk
     assert "step-1 cannot be removed (Permission denied)" in said[0]
 
 
-@pytest.mark.parametrize("operation", ["save_file", "_force_to_disk"])
-def test_disk_full_is_one_sentence_and_loses_nothing(tmp_path, monkeypatch, operation):
+@pytest.mark.parametrize(("owner", "operation"), [(module, "save_file"), (files, "force_to_disk")])
+def test_disk_full_is_one_sentence_and_loses_nothing(tmp_path, monkeypatch, owner, operation):
     store = Checkpoints(tmp_path, keep=1)
     store.save(1, content(1), {"n": 1})
 
@@ -285,7 +287,7 @@ def test_disk_full_is_one_sentence_and_loses_nothing(tmp_path, monkeypatch, oper
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, operation, full)
+        patch.setattr(owner, operation, full)
         with pytest.raises(
             UserError, match=r"step-2 cannot be written \(the disk is full\); free space, .*--resume; step 1 is intact"
         ) as error:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from rorqual import files
 from rorqual.checkpoint.huggingface import load_model
 from rorqual.errors import UserError
 from rorqual.train import checkpoints as checkpoints_module
@@ -81,6 +82,7 @@ def crash_at(monkeypatch, owner, name, calls, late=False):
         if seen == calls:
             if late:
                 real(*args, **kwargs)
+            monkeypatch.setattr(files, "discard", lambda folder: None)  # a killed process cleans nothing up
             raise Crash
         return real(*args, **kwargs)
 
@@ -93,7 +95,7 @@ def crash_at(monkeypatch, owner, name, calls, late=False):
         (Trainer, "step", 3, True),  # before the first checkpoint
         (Trainer, "step", 7, False),
         (checkpoints_module, "save_file", 2, True),
-        (checkpoints_module, "_force_to_disk", 6, False),
+        (files, "force_to_disk", 14, False),
         (os, "replace", 3, False),
         (TrainingRun, "_save", 3, True),  # after the last step, before the model is written
         ("rorqual.train.export", "save_model", 1, True),

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rorqual.checkpoint.safetensors_io import INDEX, WEIGHTS, write_shard
 from rorqual.errors import file_error
+from rorqual.files import force_to_disk, write_folder
 from rorqual.model.release_settings import GENERATION
 from rorqual.tokenizer_protocol import Tokenizer
 
@@ -25,39 +26,31 @@ TEMPLATES = "additional_chat_templates"  # a directory of named templates
 
 @contextmanager
 def new_directory(path: Path, done: str = "written") -> Iterator[Path]:
-    """A temporary directory that becomes `path` where the block ends without an error.
+    """An empty directory to fill, which becomes `path` where the block ends without an error.
 
     A new directory appears complete or not at all. In an existing one, files are replaced atomically one by one, and
     files of other names stay. Raises UserError, with what was to be `done`, for an OSError, with nothing changed.
     """
-    temporary = path.parent / f".{path.name}.saving"
     try:
-        shutil.rmtree(temporary, ignore_errors=True)  # of a save that was killed
-        temporary.mkdir(parents=True)
-        yield temporary
-        _move_into_place(temporary, path)
+        with write_folder(path, _move_into_place) as folder:
+            yield folder
     except OSError as e:
         raise file_error(path, e, done, "or choose another directory") from e
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _move_into_place(temporary: Path, path: Path) -> None:
+def _move_into_place(folder: Path, path: Path) -> None:
     if not path.exists():
-        temporary.rename(path)
-    else:
-        new = {file.name for file in temporary.iterdir()}
-        old = {INDEX, *(file.name for file in path.glob("model*.safetensors"))}
-        for name in sorted(new, key=lambda n: n == INDEX):  # the index last, after the shards that it names
-            if (path / name).is_dir():  # the templates'
-                shutil.rmtree(path / name)
-            os.replace(temporary / name, path / name)
-        for name in old - new:  # shards of a former layout
-            (path / name).unlink(missing_ok=True)
-    for directory in (path, path.parent):
-        handle = os.open(directory, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
+        folder.rename(path)
+        return
+    new = {file.name for file in folder.iterdir()}
+    old = {INDEX, *(file.name for file in path.glob("model*.safetensors"))}
+    for name in sorted(new, key=lambda n: n == INDEX):  # the index last, after the shards that it names
+        if (path / name).is_dir():  # the templates'
+            shutil.rmtree(path / name)
+        os.replace(folder / name, path / name)
+    for name in old - new:  # shards of a former layout
+        (path / name).unlink(missing_ok=True)
+    force_to_disk(path)
 
 
 def copy_companions(source: Path, dest: Path) -> None:

@@ -7,7 +7,6 @@ memory, and writes without assembling a shard: loading and saving need no second
 
 import json
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,7 +104,7 @@ def _entry(path: Path, name: str, entry: dict[str, Any], data: int) -> TensorEnt
 
 
 def write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write tensors (at least one dimension each) to a new safetensors file and force it to disk."""
+    """Write tensors (at least one dimension each) to a new safetensors file."""
     header: dict[str, dict[str, Json]] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, t in tensors.items():
@@ -119,5 +118,3 @@ def write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
             rows = max(1, CHUNK_BYTES * t.shape[0] // max(1, t.nbytes))
             for chunk in t.detach().split(rows):
                 file.write(chunk.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        file.flush()
-        os.fsync(file.fileno())

@@ -106,9 +106,6 @@ class ShardWriter:
             np.save(self.folder / f"{split}.offsets.npy", offsets)
             index[split] = {"documents": len(found), "tokens": int(offsets[-1]), "bytes": found.bytes}
         (self.folder / "index.json").write_text(json.dumps(index, indent=1))
-        for path in self.folder.iterdir():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
 
     def _balance(self, name: str) -> None:
         """Move documents so that no split is empty and the held-out bytes are about `valid_fraction`."""

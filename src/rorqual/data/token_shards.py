@@ -10,7 +10,6 @@ CACHE/FINGERPRINT/
 
 import json
 import os
-import shutil
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +26,7 @@ from rorqual.data.heldout import SPLITS, EncodedBatch, ShardWriter
 from rorqual.data.special_tokens import framed_as_special
 from rorqual.data.text_pieces import split_text
 from rorqual.errors import UserError, file_error
-from rorqual.files import read_json
+from rorqual.files import read_json, write_folder
 from rorqual.recipe import Source
 from rorqual.tokenizer_protocol import Tokenizer
 
@@ -74,22 +73,18 @@ def pack_source(
     backend = tokenizer.backend_tokenizer.to_str()
     identity = [FORMAT, describe(source), backend, tokenizer.eos_token_id, valid_fraction, repr(fim)]
     fingerprint = blake2b(json.dumps(identity).encode(), digest_size=10).hexdigest()
-    packed, partial = cache / fingerprint, cache / f"{fingerprint}.partial"
+    packed = cache / fingerprint
     if not packed.is_dir():
         try:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            writer = ShardWriter(partial, len(tokenizer), valid_fraction)
-            encoder = _Encoder(backend, tokenizer.eos_token_id, writer.dtype, valid_fraction, fim)
-            batches = _batches(read_texts(source))
-            for batch in _progress(_in_parallel(encoder, batches, workers), source.path):
-                writer.write(batch)
-            writer.finish(source.path)
-            partial.rename(packed)
+            with write_folder(packed) as folder:
+                writer = ShardWriter(folder, len(tokenizer), valid_fraction)
+                encoder = _Encoder(backend, tokenizer.eos_token_id, writer.dtype, valid_fraction, fim)
+                batches = _batches(read_texts(source))
+                for batch in _progress(_in_parallel(encoder, batches, workers), source.path):
+                    writer.write(batch)
+                writer.finish(source.path)
         except OSError as e:
             raise file_error(packed, e, then="or choose another place") from e
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
     return {split: _map(packed, split) for split in SPLITS}
 
 

@@ -1,14 +1,12 @@
 """Resumable checkpoints: run_dir/checkpoints/step-N/{tensors.safetensors, state.json}.
 
-Writing is atomic: a checkpoint is written under a temporary name, fsynced and renamed. It is removed only once newer
-ones replace it. An unreadable checkpoint stays in place; a provably damaged one is renamed to damaged-step-N. Other
-files in the folder are left alone.
+Writing is atomic (files.write_folder). A checkpoint is removed only once newer ones replace it. An unreadable one stays
+in place; a provably damaged one is renamed to damaged-step-N. Other files in the folder are left alone.
 """
 
 import json
 import os
 import re
-import shutil
 import sys
 import zlib
 from collections.abc import Callable, Iterator
@@ -23,7 +21,7 @@ from torch import Tensor
 
 from rorqual import strict_json
 from rorqual.errors import UserError, file_error
-from rorqual.files import check_link
+from rorqual.files import check_link, discard, write_folder
 
 TENSORS, STATE = "tensors.safetensors", "state.json"
 NAME = re.compile(r"step-(0|[1-9][0-9]*)")
@@ -64,25 +62,19 @@ class Checkpoints:
         not count among the last `keep`. A step already saved is not rewritten. Raises UserError when the checkpoint
         cannot be written or a tensor is not finite; earlier checkpoints stay intact.
         """
-        final, temporary = self.path(step), self.directory / f".writing-step-{step}"
+        final = self.path(step)
         if final.exists():
             return
         self._check_finite(step, tensors)
         try:
-            _discard(temporary)
-            temporary.mkdir(parents=True)
-            save_file({name: t.detach().contiguous() for name, t in tensors.items()}, temporary / TENSORS)
-            described = {
-                "step": step, "score": score if _is_score(score) else None, "good": good,
-                "crc32": _crc32(temporary / TENSORS), "state": state,
-            }  # fmt: skip
-            (temporary / STATE).write_text(strict_json.dumps(described))
-            for path in (temporary / TENSORS, temporary / STATE, temporary):
-                _force_to_disk(path)
-            os.replace(temporary, final)
-            _force_to_disk(self.directory)
+            with write_folder(final) as folder:
+                save_file({name: t.detach().contiguous() for name, t in tensors.items()}, folder / TENSORS)
+                described = {
+                    "step": step, "score": score if _is_score(score) else None, "good": good,
+                    "crc32": _crc32(folder / TENSORS), "state": state,
+                }  # fmt: skip
+                (folder / STATE).write_text(strict_json.dumps(described))
         except (OSError, SafetensorError) as e:
-            _discard(temporary)
             intact = f"; step {self.steps()[-1]} is intact" if self.steps() else ""
             raise UserError(f"{file_error(final, e, then='then continue with --resume')}{intact}") from e
         self._prune()
@@ -94,7 +86,7 @@ class Checkpoints:
         """
         for entry in self._entries():
             if LEFTOVER.fullmatch(entry.name):
-                _discard(entry)
+                discard(entry)
             elif NAME.fullmatch(entry.name):
                 check_link(entry)
         for step in reversed(self.steps()):
@@ -192,13 +184,13 @@ class Checkpoints:
     def _remove(self, step: int) -> None:
         # Renamed first, so that an interrupted deletion never looks like a checkpoint.
         going = self.directory / f".going-step-{step}"
-        _discard(going)  # of a deletion that was interrupted
+        discard(going)  # of a deletion that was interrupted
         try:
             os.replace(self.path(step), going)
         except OSError as e:
             self.notify(f"{file_error(self.path(step), e, 'removed')}; the run goes on")
             return
-        _discard(going)
+        discard(going)
 
     def _check_finite(self, step: int, tensors: dict[str, Tensor]) -> None:
         for name, t in tensors.items():
@@ -227,19 +219,3 @@ def _crc32(path: Path) -> int:
         while piece := file.read(CHUNK_BYTES):
             value = zlib.crc32(piece, value)
     return value
-
-
-def _discard(path: Path) -> None:
-    """Remove a folder, or a link to one."""
-    if path.is_symlink():
-        path.unlink(missing_ok=True)
-    else:
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def _force_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -4,6 +4,8 @@ from pathlib import Path
 
 from rorqual.data.datasets import open_pretrain_data, open_tokenizer
 from rorqual.data.tokenizer import load_tokenizer, save_tokenizer
+from rorqual.errors import file_error
+from rorqual.files import write_folder
 from rorqual.recipe import PretrainRecipe
 from rorqual.tokenizer_protocol import Tokenizer
 from rorqual.train.build_model import build_model, check_length, set_threads
@@ -34,7 +36,10 @@ def _tokenizer(recipe: PretrainRecipe, run_dir: Path) -> Tokenizer:
         return load_tokenizer(recipe.model.path)
     kept = run_dir / "tokenizer"
     if not kept.exists():
-        temporary = run_dir / "tokenizer.writing"
-        save_tokenizer(open_tokenizer(recipe.tokenizer, recipe.data), temporary)
-        temporary.rename(kept)
+        tokenizer = open_tokenizer(recipe.tokenizer, recipe.data)
+        try:
+            with write_folder(kept) as folder:
+                save_tokenizer(tokenizer, folder)
+        except OSError as e:
+            raise file_error(kept, e, then="or set out to a writable place") from e
     return load_tokenizer(kept)
