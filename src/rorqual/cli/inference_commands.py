@@ -62,8 +62,11 @@ def generate(
     with loading(directory):
         engine = Engine(directory, weights=bits, dtype=computed, speculative=method, device=device)
     loaded = time.monotonic()
-    messages = [{"role": "user", "content": text.rstrip("\n")}]
-    tokens = engine.encode(text) if raw else engine.encode(templated(engine, messages), begin=False)
+    if raw:
+        tokens = engine.encode(text)
+    else:
+        question = templated(engine, [{"role": "user", "content": text.rstrip("\n")}])
+        tokens = engine.encode(question, begin=False)
     if as_json:
         found = timed(engine, tokens, params) | {"load_seconds": loaded - started}
         print(strict_json.dumps(found, ensure_ascii=False))

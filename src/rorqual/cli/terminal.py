@@ -18,6 +18,7 @@ from rich.markdown import Markdown
 from rich.status import Status
 from rich.text import Text
 
+from rorqual.data.chat_messages import Message
 from rorqual.data.chat_template import ChatTemplate
 from rorqual.engine import Engine, SamplingParams
 from rorqual.errors import UserError
@@ -81,7 +82,7 @@ def timed(engine: Engine, prompt: str | list[int], params: SamplingParams) -> di
     }
 
 
-def templated(engine: Engine, messages: list[dict[str, str]]) -> str:
+def templated(engine: Engine, messages: list[Message]) -> str:
     """Messages rendered with the model's chat template. Raises UserError without one."""
     tokenizer = engine.require_tokenizer()
     if getattr(tokenizer, "chat_template", None) is None:
@@ -98,7 +99,7 @@ def talk(engine: Engine, params: SamplingParams, system: str | None = None) -> N
         raise UserError("--system is not UTF-8 text; convert it")
     console = Console(highlight=False)
     console.print("Ctrl-C stops a reply, Ctrl-D ends.", style="dim")
-    beginning = [] if system is None else [{"role": "system", "content": system}]
+    beginning: list[Message] = [] if system is None else [{"role": "system", "content": system}]
     messages = list(beginning)
     for question in questions():
         messages.append({"role": "user", "content": question})
@@ -158,7 +159,7 @@ def _history() -> Any:
     return remember
 
 
-def reply(engine: Engine, messages: list[dict[str, str]], params: SamplingParams, console: Console) -> str:
+def reply(engine: Engine, messages: list[Message], params: SamplingParams, console: Console) -> str:
     """Print a reply as it streams, then its figures → its text without the thinking."""
     started = time.monotonic()
     request = engine.submit(engine.encode(templated(engine, messages), begin=False), replace(params, n=1))

@@ -5,13 +5,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from rorqual.data.chat_messages import Message, read_messages, read_tools, without_nulls
+from rorqual.data.chat_messages import Message, Tool, read_messages, read_tools, without_nulls
 from rorqual.data.chat_template import ChatTemplate
-from rorqual.data.corpus import RECORDS, find_files, named, read_records
+from rorqual.data.corpus import RECORDS, Record, find_files, named, read_records
 from rorqual.data.special_tokens import encode, unescape
 from rorqual.data.token_shards import Documents
 from rorqual.data.tool_formats import as_json, as_object
@@ -59,7 +58,7 @@ def read_chat(path: str, tokenizer: Tokenizer, sequence_length: int, valid_fract
         if not any(mask[1:]):
             dropped += 1
             continue
-        digest = blake2b(np.array(tokens, np.int64), digest_size=8).digest()
+        digest = blake2b(np.array(tokens, np.int64).data, digest_size=8).digest()
         held_out = int.from_bytes(digest, "little") < valid_fraction * 2**64
         samples[held_out].append(tokens, mask)
     if not samples[False] and not samples[True]:
@@ -74,7 +73,7 @@ def read_chat(path: str, tokenizer: Tokenizer, sequence_length: int, valid_fract
     return ChatSplit(samples[False].documents(), samples[True].documents(), shortened, dropped)
 
 
-def _records(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _records(file: Path) -> Iterator[tuple[str, Record]]:
     for where, record in read_records(file):
         yield where, without_nulls(record) if named(file, ".parquet") else record
 
@@ -93,7 +92,7 @@ class _Samples:
         self.mask.extend(mask)
         self.ends.append(len(self.tokens))
 
-    def pop(self) -> tuple[array, array]:
+    def pop(self) -> tuple["array[int]", "array[int]"]:
         self.ends.pop()
         start = self.ends[-1]
         last = self.tokens[start:], self.mask[start:]
@@ -107,7 +106,7 @@ class _Samples:
 
 
 def encode_sample(
-    record: dict[str, Any],
+    record: Record,
     tokenizer: Tokenizer,
     where: str = "sample",
     template: ChatTemplate | None = None,
@@ -129,7 +128,7 @@ def encode_sample(
     return tokens, mask
 
 
-def _segments(record: dict[str, Any], tokenizer: Tokenizer, template: ChatTemplate, where: str) -> Iterator[Segment]:
+def _segments(record: Record, tokenizer: Tokenizer, template: ChatTemplate, where: str) -> Iterator[Segment]:
     field = "functions" if record.get("tools") is None else "tools"  # OpenAI's name before tools
     tools = read_tools(record.get(field), f"{where}: {field}")
     prompt, completion = record.get("prompt"), record.get("completion")
@@ -156,18 +155,18 @@ def _segments(record: dict[str, Any], tokenizer: Tokenizer, template: ChatTempla
         )
 
 
-def _messages(value: Any, where: str) -> list[Message]:
+def _messages(value: object, where: str) -> list[Message]:
     messages = read_messages(value, where)
     for n, message in enumerate(messages):
         if message["content"] is None and "tool_calls" not in message:
             raise UserError(f"{where}.{n}: needs a content, or an assistant's tool_calls; correct it")
-        if message.get("weight", 1) not in (0, 1):
-            raise UserError(f"{where}.{n}.weight: must be 0 or 1, not {message['weight']!r:.80}; correct it")
+        if (weight := message.get("weight", 1)) not in (0, 1):
+            raise UserError(f"{where}.{n}.weight: must be 0 or 1, not {weight!r:.80}; correct it")
     return messages
 
 
 def _turns(
-    messages: list[Message], first: int, tools: list[dict[str, Any]] | None, template: ChatTemplate, where: str
+    messages: list[Message], first: int, tools: list[Tool] | None, template: ChatTemplate, where: str
 ) -> Iterator[Segment]:
     """The rendered conversation, split into prompts and assistant turns, from message `first` on.
 

@@ -1,12 +1,48 @@
 """Normalise the conversations of clients and datasets to the form that `ChatTemplate` renders."""
 
 import json
-from typing import Any
+from typing import Any, Literal, NotRequired, Required, TypedDict, cast, overload
 
 from rorqual.data.tool_formats import as_json, too_deep
 from rorqual.errors import UserError
+from rorqual.strict_json import Json
 
-Message = dict[str, Any]
+
+class CalledFunction(TypedDict):
+    name: str
+    arguments: str  # JSON
+
+
+class ToolCall(TypedDict):
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
+class Message(TypedDict, total=False):
+    """A message of `read_messages`. Other fields are allowed; they are for the template."""
+
+    role: Required[str]  # system, user, assistant or tool
+    content: Required[str | None]
+    reasoning_content: str  # an assistant's thinking; some datasets name it reasoning or thinking
+    tool_calls: list[ToolCall]
+    tool_call_id: str  # of the call whose result this is
+    name: str  # of the function whose result this is
+    weight: float  # 0: an assistant's message that is not trained on
+
+
+class FunctionDescription(TypedDict):
+    name: str
+    description: NotRequired[str]
+    parameters: NotRequired[dict[str, Json]]  # a JSON schema
+
+
+class Tool(TypedDict):
+    """A tool of `read_tools`."""
+
+    type: Literal["function"]
+    function: FunctionDescription
+
 
 ROLES = {
     "system": "system",
@@ -24,7 +60,7 @@ THINKING = {"thinking": "thinking", "reasoning": "reasoning"}  # in assistant me
 OWN = {"role", "content", "tool_calls", "function_call", "tool_call_id", "refusal", "prefix"}
 
 
-def read_messages(value: Any, where: str) -> list[Message]:
+def read_messages(value: object, where: str) -> list[Message]:
     """Messages with role, content (text or None), tool_calls and tool_call_id where present, and the other fields for
     the template.
 
@@ -38,7 +74,7 @@ def read_messages(value: Any, where: str) -> list[Message]:
     return messages
 
 
-def read_tools(value: Any, where: str) -> list[dict[str, Any]] | None:
+def read_tools(value: object, where: str) -> list[Tool] | None:
     """Tools as {"type": "function", "function": {"name", …}}, from a list of tools or functions, or its JSON text.
 
     None where there are none. Raises UserError, which begins with `where` and the field, for anything else.
@@ -51,7 +87,11 @@ def read_tools(value: Any, where: str) -> list[dict[str, Any]] | None:
     return [_tool(tool, f"{where}.{n}") for n, tool in enumerate(value)] or None
 
 
-def without_nulls(value: Any) -> Any:
+@overload
+def without_nulls(value: dict[str, object]) -> dict[str, object]: ...
+@overload
+def without_nulls(value: object) -> object: ...
+def without_nulls(value: object) -> object:
     """A Parquet value without its nulls: Parquet gives each object of a column the fields of all, null where absent."""
     if isinstance(value, dict):
         return {key: without_nulls(v) for key, v in value.items() if v is not None}
@@ -62,7 +102,7 @@ def without_nulls(value: Any) -> Any:
     return value
 
 
-def _message(value: Any, where: str) -> Message:
+def _message(value: object, where: str) -> Message:
     if not isinstance(value, dict):
         raise UserError(f"{where}: must be an object with role and content, not {_shown(value)}; correct it")
     role = value.get("role")
@@ -71,8 +111,8 @@ def _message(value: Any, where: str) -> Message:
     content, thinking = _text(value.get("content"), f"{where}.content", role == "assistant")
     if content is None and isinstance(value.get("refusal"), str):
         content = value["refusal"]
-    message: Message = {key: v for key, v in value.items() if key not in OWN and v is not None}
-    message |= {"role": ROLES[role], "content": content}
+    others = {key: v for key, v in value.items() if key not in OWN and v is not None}
+    message = cast(Message, others | {"role": ROLES[role], "content": content})
     if thinking:
         message.setdefault("reasoning_content", thinking)
     calls = _parsed(value.get("tool_calls"), f"{where}.tool_calls")
@@ -87,7 +127,7 @@ def _message(value: Any, where: str) -> Message:
     return message
 
 
-def _text(content: Any, where: str, assistant: bool = False) -> tuple[str | None, str]:
+def _text(content: object, where: str, assistant: bool = False) -> tuple[str | None, str]:
     """(text, thinking) of a content: a text, or a list of parts."""
     if content is None or isinstance(content, str):
         return content, ""
@@ -102,12 +142,12 @@ def _text(content: Any, where: str, assistant: bool = False) -> tuple[str | None
     return text, thinking
 
 
-def _part(part: Any, where: str, fields: dict[str, str]) -> str:
+def _part(part: object, where: str, fields: dict[str, str]) -> str:
     if isinstance(part, str):
         return part
     kind = part.get("type") if isinstance(part, dict) else part
     name = fields.get(kind) if isinstance(kind, str) else None
-    if name is None:
+    if not isinstance(part, dict) or name is None:
         raise UserError(f"{where}.type: only text is supported, not {_shown(kind)}; remove the part")
     text = part.get(name)
     if isinstance(text, list) and fields is THINKING:  # Mistral: a list of parts
@@ -117,10 +157,10 @@ def _part(part: Any, where: str, fields: dict[str, str]) -> str:
     return text
 
 
-def _call(value: Any, where: str) -> dict[str, Any]:
+def _call(value: object, where: str) -> ToolCall:
     """A call, in OpenAI's form or, as in some datasets, only a function's name and arguments."""
-    function = value.get("function", value) if isinstance(value, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+    function = _function(value)
+    if not isinstance(value, dict) or function is None:
         raise UserError(f"{where}: must have a function with a name and arguments, not {_shown(value)}; correct it")
     arguments = function.get("arguments")
     if arguments is None or (isinstance(arguments, str) and not arguments.strip()):
@@ -130,7 +170,14 @@ def _call(value: Any, where: str) -> dict[str, Any]:
             arguments = as_json(arguments)
         except (TypeError, ValueError, RecursionError) as e:
             raise UserError(f"{where}.function.arguments: cannot be written as JSON ({e}); correct them") from None
-    return {"id": value.get("id"), "type": "function", "function": {"name": function["name"], "arguments": arguments}}
+    called: CalledFunction = {"name": function["name"], "arguments": arguments}
+    return {"id": value.get("id") or "", "type": "function", "function": called}
+
+
+def _function(value: object) -> dict[str, Any] | None:
+    """The function of a call or a tool, which is also accepted without the object around it; None without a name."""
+    function = value.get("function", value) if isinstance(value, dict) else None
+    return function if isinstance(function, dict) and isinstance(function.get("name"), str) else None
 
 
 def _identify(messages: list[Message]) -> None:
@@ -150,10 +197,10 @@ def _identify(messages: list[Message]) -> None:
                 message.setdefault("name", names[identity])
 
 
-def _tool(value: Any, where: str) -> dict[str, Any]:
+def _tool(value: object, where: str) -> Tool:
     value = _parsed(value, where)
-    function = value.get("function", value) if isinstance(value, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+    function = _function(value)
+    if function is None:
         raise UserError(f"{where}: must be a function with a name, not {_shown(value)}; correct it")
     # `strict` is for the server, not for the model.
     function = {key: v for key, v in function.items() if v is not None and key not in ("type", "strict")}
@@ -163,10 +210,10 @@ def _tool(value: Any, where: str) -> dict[str, Any]:
             raise UserError(f"{where}.function.parameters: must be a JSON schema; correct them")
     if too_deep(function):
         raise UserError(f"{where}: is nested too deeply; make it flatter")
-    return {"type": "function", "function": function}
+    return {"type": "function", "function": cast(FunctionDescription, function)}
 
 
-def _parsed(value: Any, where: str) -> Any:
+def _parsed(value: object, where: str) -> object:
     """The value of a JSON text, as some datasets write it; other values unchanged."""
     if not isinstance(value, str):
         return value
@@ -176,7 +223,7 @@ def _parsed(value: Any, where: str) -> Any:
         raise UserError(f"{where}: is text, but not JSON ({e}); correct it") from None
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     if value is None:
         return "nothing"
     return type(value).__name__ if isinstance(value, dict | list) and too_deep(value) else f"{value!r:.80}"

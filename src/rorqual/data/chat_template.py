@@ -2,9 +2,9 @@
 
 import hashlib
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from rorqual.data.chat_messages import Message
 from rorqual.data.special_tokens import escape, escape_message
@@ -13,7 +13,9 @@ from rorqual.errors import UserError
 from rorqual.tokenizer_protocol import Tokenizer
 from rorqual.unicode_checks import whole
 
-Tools = list[dict[str, Any]]
+Tools: TypeAlias = Sequence[Mapping[str, object]]  # as of `read_tools`
+# As a template takes it: the content may be absent, and a call's arguments an object.
+TemplateMessage: TypeAlias = dict[str, Any]
 
 ABSENT = object()  # no `content` key at all
 END = "zqend"  # marks the end of a message that is to be continued
@@ -28,7 +30,7 @@ class ToolSupport:
     shows_system: bool  # renders system messages
     shows_results: bool = False  # renders messages of role tool
     shows_calls: bool = False  # renders tool_calls
-    empty_content: Any = ""  # the content of a message with calls only: "", None or ABSENT
+    empty_content: object = ""  # the content of a message with calls only: "", None or ABSENT
     arguments_as_objects: bool = False  # takes a call's arguments as an object, else as JSON text
     any_id: bool = True  # takes call ids of any length
     shows_content: bool = False  # renders content beside calls
@@ -50,16 +52,16 @@ class ChatTemplate:
     def tool_support(self, tools: bool) -> ToolSupport:
         """tools: of the template for conversations with tools, which a tokenizer may have beside the default one."""
         if tools not in self._tool_support:
-            self._tool_support[tools] = probe(lambda messages, given: self._apply(messages, given, False, {}), tools)
+            self._tool_support[tools] = probe(self._apply, tools)
         return self._tool_support[tools]
 
     def render(
         self,
-        messages: list[Message],
+        messages: Sequence[Message],
         tools: Tools | None = None,
         generation: bool = True,
         unfinished: bool = False,
-        settings: dict[str, Any] | None = None,
+        settings: Mapping[str, object] | None = None,
     ) -> str:
         """A conversation as text for `special_tokens.encode`; messages, tools: of `read_messages` and `read_tools`.
 
@@ -69,15 +71,15 @@ class ChatTemplate:
         """
         if not self.tokenizer.chat_template:
             raise UserError("the tokenizer has no chat template; add chat_template.jinja beside tokenizer.json")
-        messages = [escape_message(message, self.tokenizer) for message in messages]
-        tools, settings = escape(tools, self.tokenizer), escape(settings or {}, self.tokenizer)
-        last = messages[-1]["content"] or ""
+        escaped = [escape_message(message, self.tokenizer) for message in messages]
+        tools, settings = escape(tools, self.tokenizer), escape(settings, self.tokenizer)
+        last = escaped[-1]["content"] or ""
         if unfinished:
-            if "tool_calls" in messages[-1]:
+            if "tool_calls" in escaped[-1]:
                 raise UserError("a message with tool_calls cannot be continued; remove them")
-            messages = [*messages[:-1], messages[-1] | {"content": last + END}]
+            escaped[-1]["content"] = last + END
         try:
-            prepared, shown = self._prepared(messages, tools)
+            prepared, shown = self._prepared(escaped, tools)
             text = self._apply(prepared, shown, generation and not unfinished, settings)
         except RecursionError:
             raise UserError("the chat template cannot render values nested this deeply; make them flatter") from None
@@ -91,29 +93,38 @@ class ChatTemplate:
             raise UserError("the chat template changes the last message, so that it cannot be continued")
         return text[: text.rindex(END)]
 
-    def _apply(self, messages: list[Message], tools: Tools | None, generation: bool, settings: dict[str, Any]) -> str:
+    def _apply(
+        self,
+        messages: list[TemplateMessage],
+        tools: Tools | None,
+        generation: bool = False,
+        settings: Mapping[str, object] | None = None,
+    ) -> str:
         # Not apply_chat_template, which drops null contents: some templates test for them.
         from transformers.utils.chat_template_utils import render_jinja_template
 
+        listed: list[dict[str, Any] | Callable[..., Any]] | None = None if tools is None else [{**t} for t in tools]
         (text,), _ = render_jinja_template(
             conversations=[messages],
-            tools=tools,
-            chat_template=self.tokenizer.get_chat_template(tools=tools),
+            tools=listed,
+            chat_template=self.tokenizer.get_chat_template(tools=listed),
             add_generation_prompt=generation,
-            **{**self.tokenizer.special_tokens_map, **settings},
+            **{**self.tokenizer.special_tokens_map, **(settings or {})},
         )
         return text
 
-    def _prepared(self, messages: list[Message], tools: Tools | None) -> tuple[list[Message], Tools | None]:
+    def _prepared(self, messages: list[Message], tools: Tools | None) -> tuple[list[TemplateMessage], Tools | None]:
         """Messages and tools in the form that the template supports."""
-        messages = [m if m["content"] is not None or "tool_calls" in m else m | {"content": ""} for m in messages]
+        for message in messages:
+            if message["content"] is None and "tool_calls" not in message:
+                message["content"] = ""
         if not tools and not any("tool_calls" in m or m["role"] == "tool" for m in messages):
-            return messages, None
+            return [dict(message) for message in messages], None
         support = self.tool_support(bool(tools))
-        out: list[Message] = []
+        out: list[TemplateMessage] = []
         converted = False  # the last message is a user's, made of results, and the next may have to be merged into it
         for message in messages:
-            user, content = message["role"] == "user", message["content"]
+            user, content = message["role"] == "user", message["content"] or ""
             if "tool_calls" in message:
                 out += _with_calls(message, support)
             elif message["role"] == "tool" and not support.shows_results:
@@ -121,7 +132,7 @@ class ChatTemplate:
                 if not converted:
                     out.append({"role": "user", "content": content})
             elif message["role"] == "tool" and not support.parallel_calls:
-                out.insert(_after_call(out, message["tool_call_id"]), dict(message))
+                out.insert(_after_call(out, message.get("tool_call_id", "")), dict(message))
             elif not (user and converted):
                 out.append(dict(message))
             if user and converted:
@@ -135,33 +146,29 @@ class ChatTemplate:
         return out, tools
 
 
-def _with_calls(message: Message, support: ToolSupport) -> list[Message]:
+def _with_calls(message: Message, support: ToolSupport) -> list[TemplateMessage]:
     """A message with calls in the form that the template renders; with the calls as text where it cannot."""
-    calls, content = message["tool_calls"], message["content"] or ""
+    calls, content = message.get("tool_calls", []), message["content"] or ""
     arguments = [as_object(call["function"]["arguments"]) for call in calls]
-    rest = {key: value for key, value in message.items() if key not in ("content", "tool_calls")}
+    rest: TemplateMessage = {key: value for key, value in message.items() if key not in ("content", "tool_calls")}
     lost = (content.strip() and not support.shows_content) or (
         None in arguments and not support.shows_invalid_arguments
     )
     if not support.shows_calls or (lost and support.accepts_written_calls):
         written = support.format.write([Call(**call["function"]) for call in calls])
         return [rest | {"content": f"{content}\n{written}" if content.strip() else written}]
-    shown = [
-        call
-        | {
-            "function": call["function"]
-            | ({} if given is None or not support.arguments_as_objects else {"arguments": given})
-        }
-        for call, given in zip(calls, arguments, strict=True)
-    ]
-    found = []
+    shown: list[dict[str, object]] = []
+    for call, given in zip(calls, arguments, strict=True):
+        objects = support.arguments_as_objects and given is not None
+        shown.append({**call, "function": {**call["function"], "arguments": given}} if objects else {**call})
+    found: list[TemplateMessage] = []
     for group in [shown] if support.parallel_calls else [[call] for call in shown]:
         beside = content if content.strip() and not found else support.empty_content
         found.append(rest | ({} if beside is ABSENT else {"content": beside}) | {"tool_calls": group})
     return found
 
 
-def _after_call(messages: list[Message], identity: str) -> int:
+def _after_call(messages: list[TemplateMessage], identity: str) -> int:
     """Index after the call of this id among the last messages, where each call is a message of its own."""
     for at in range(len(messages) - 1, -1, -1):
         if messages[at]["role"] not in ("assistant", "tool"):
@@ -171,7 +178,7 @@ def _after_call(messages: list[Message], identity: str) -> int:
     return len(messages)
 
 
-def _shorten_ids(messages: list[Message]) -> None:
+def _shorten_ids(messages: list[TemplateMessage]) -> None:
     """Replace call ids by nine letters and digits, the form of Mistral's templates."""
 
     def short(identity: str) -> str:
@@ -185,7 +192,7 @@ def _shorten_ids(messages: list[Message]) -> None:
             message["tool_call_id"] = short(message["tool_call_id"])
 
 
-def _add_tools(messages: list[Message], text: str, system: bool) -> None:
+def _add_tools(messages: list[TemplateMessage], text: str, system: bool) -> None:
     """Put the tools' description into the system message, or into the first where there can be none."""
     first = messages[0]
     if first["role"] == "system":
@@ -206,10 +213,10 @@ PARAMETERS = {"type": "object", "properties": {PLACE: {"type": "string"}}, "requ
 TOOL = {"type": "function", "function": {"name": LOOK, "description": LOOK, "parameters": PARAMETERS}}
 
 
-def probe(apply: Callable[[list[Message], Tools | None], str], tools: bool) -> ToolSupport:
+def probe(apply: Callable[[list[TemplateMessage], Tools | None], str], tools: bool) -> ToolSupport:
     """What a template supports of tools. apply: renders messages with tools."""
 
-    def shown(messages: list[Message], *words: str, with_tools: bool = tools) -> str | None:
+    def shown(messages: list[TemplateMessage], *words: str, with_tools: bool = tools) -> str | None:
         """The rendered text; None where it lacks one of the words or fails."""
         try:
             text = apply(messages, [TOOL] if with_tools else None)
@@ -217,7 +224,7 @@ def probe(apply: Callable[[list[Message], Tools | None], str], tools: bool) -> T
             return None
         return text if all(word in text for word in words) else None
 
-    def call(content: Any, *names: str, arguments: Any = GIVEN) -> list[Message]:
+    def call(content: object, *names: str, arguments: object = GIVEN) -> list[TemplateMessage]:
         if arguments is GIVEN and not objects:
             arguments = f'{{"{PLACE}": "{PLACE}"}}'
         calls = [
@@ -226,7 +233,7 @@ def probe(apply: Callable[[list[Message], Tools | None], str], tools: bool) -> T
         beside = {} if content is ABSENT else {"content": content}
         return [ask, {"role": "assistant", "tool_calls": calls} | beside]
 
-    def answer(content: str) -> Message:
+    def answer(content: str) -> TemplateMessage:
         return {"role": "assistant", "content": content}
 
     ask = {"role": "user", "content": ASK}

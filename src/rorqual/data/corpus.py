@@ -3,18 +3,25 @@
 import codecs
 import glob
 import gzip
+import io
 import json
 import re
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, TypeAlias, cast
 
 from rorqual.data.text_pieces import split_stream
 from rorqual.errors import UserError, file_error
 from rorqual.extras import require
 from rorqual.recipe import Source
+from rorqual.strict_json import Json
 from rorqual.unicode_checks import whole
+
+if TYPE_CHECKING:
+    import datasets
+
+Record: TypeAlias = dict[str, object]  # of a JSON line, a Parquet row or a dataset's; then with dates, bytes, Decimal
 
 RECORDS = (".jsonl", ".jsonl.gz", ".parquet")
 SUFFIXES = (".txt", *RECORDS)
@@ -83,7 +90,7 @@ def named(path: Path, *suffixes: str) -> bool:
     return path.name.lower().endswith(suffixes)
 
 
-def read_records(path: Path, column: str | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_records(path: Path, column: str | None = None) -> Iterator[tuple[str, Record]]:
     """Pairs (file and line for error messages, record) of a .jsonl, .jsonl.gz or .parquet file.
 
     `column`: the only column to read from Parquet. Raises UserError, with file and line, for what cannot be read.
@@ -96,7 +103,7 @@ def read_records(path: Path, column: str | None = None) -> Iterator[tuple[str, d
         raise UserError(f"{path} is not .jsonl, .jsonl.gz or .parquet; convert it")
 
 
-def describe(source: Source) -> list[Any]:
+def describe(source: Source) -> list[Json]:
     """JSON-able fingerprint of a source's contents (sizes and modification times), without reading them."""
     if _is_dataset(source.path):
         return [source.path, source.split, source.text_field, _open_dataset(source)._fingerprint]
@@ -104,7 +111,7 @@ def describe(source: Source) -> list[Any]:
     return [source.text_field, [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]]
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _read_jsonl(path: Path) -> Iterator[tuple[str, Record]]:
     try:
         with _open(path) as file:
             for number, line in _lines(file):
@@ -123,13 +130,13 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise file_error(path, e, "read") from e
 
 
-def _open(path: Path) -> BinaryIO:
+def _open(path: Path) -> io.BufferedIOBase:
     file = open(path, "rb")  # noqa: SIM115 (closed by the caller, or with the gzip file)
     compressed = named(path, ".gz") or file.peek(2)[:2] == b"\x1f\x8b"
     return gzip.GzipFile(fileobj=file) if compressed else file
 
 
-def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+def _lines(file: io.BufferedIOBase) -> Iterator[tuple[int, bytes]]:
     """Numbered non-blank lines, with LF, CR LF or CR line ends."""
     number = 0
     for line in file:
@@ -140,7 +147,7 @@ def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
                 yield number, part
 
 
-def _parse(line: bytes, path: Path, number: int) -> dict[str, Any]:
+def _parse(line: bytes, path: Path, number: int) -> Record:
     try:
         record = json.loads(line.decode())
     except UnicodeDecodeError as e:
@@ -152,7 +159,7 @@ def _parse(line: bytes, path: Path, number: int) -> dict[str, Any]:
     return record
 
 
-def _text(record: dict[str, Any], field: str, where: str) -> Iterator[str]:
+def _text(record: Record, field: str, where: str) -> Iterator[str]:
     if field not in record:
         raise UserError(f"{where} has no field {field!r} but {sorted(record)}; set text_field")
     text = record[field]
@@ -185,7 +192,7 @@ def _read_txt(path: Path) -> Iterator[str]:
         raise file_error(path, e, "read") from e
 
 
-def _read_parquet(path: Path, column: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
+def _read_parquet(path: Path, column: str | None) -> Iterator[tuple[str, Record]]:
     require("data", "pyarrow")
     from pyarrow import parquet
 
@@ -218,20 +225,20 @@ def _is_dataset(path: str) -> bool:
         return False
 
 
-def _rows(source: Source) -> Iterator[dict[str, Any]]:
+def _rows(source: Source) -> Iterator[Record]:
     found = _open_dataset(source)
     number = 0
     try:
         for record in found:
             number += 1
-            yield record
+            yield cast(Record, record)
     except Exception as e:  # pyarrow's, as above
         raise UserError(
             f"dataset {source.path} cannot be read after row {number} ({_first_line(e)}); restore it from its source"
         ) from e
 
 
-def _open_dataset(source: Source) -> Any:
+def _open_dataset(source: Source) -> "datasets.Dataset":
     require("data", "datasets")
     import datasets
 

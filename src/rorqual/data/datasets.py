@@ -9,7 +9,7 @@ from rorqual.data.corpus import read_texts
 from rorqual.data.fim import FillInTheMiddle
 from rorqual.data.loader import Heldout, Loader, PackedDataset, bytes_of_tokens
 from rorqual.data.text_pieces import split_text
-from rorqual.data.token_shards import CHUNK_CHARACTERS, Documents, pack_source
+from rorqual.data.token_shards import CHUNK_CHARACTERS, Documents, end_token, pack_source
 from rorqual.data.tokenizer import load_tokenizer, train_tokenizer
 from rorqual.errors import UserError
 from rorqual.recipe import ChatDataSection, DataSection, TokenizerSection
@@ -43,13 +43,14 @@ def open_pretrain_data(
 ) -> tuple[Loader, Heldout | None]:
     """(training loader, held-out rows or None where none are requested); sources are tokenised into `cache` once."""
     fim = FillInTheMiddle.of(tokenizer, section.fim_rate, seed) if section.fim_rate else None
+    padding = end_token(tokenizer)
     packed = [
         pack_source(source, tokenizer, Path(cache), section.valid_fraction, fim, section.workers)
         for source in section.sources
     ]
 
     def rows(documents: Documents) -> PackedDataset:
-        return PackedDataset(documents, section.sequence_length, tokenizer.eos_token_id, section.isolate_documents)
+        return PackedDataset(documents, section.sequence_length, padding, section.isolate_documents)
 
     train = Loader([rows(p["train"]) for p in packed], [source.weight for source in section.sources], seed)
     held = [(rows(p["valid"]), s.weight) for p, s in zip(packed, section.sources, strict=True) if len(p["valid"])]

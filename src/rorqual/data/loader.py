@@ -3,18 +3,19 @@
 Shapes: B rows of a batch, T sequence length, V vocabulary size.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from rorqual.data.packing import pack, ranges
 from rorqual.data.token_shards import Documents
 from rorqual.errors import UserError
+from rorqual.strict_json import Json
 from rorqual.tokenizer_protocol import Tokenizer
 
 PADDING = -1  # document id of padding positions
@@ -74,7 +75,7 @@ class PackedDataset:
         cells = ranges(np.arange(size) * width, filled)  # in the batch
         heads = cells[np.cumsum(lengths) - lengths]
 
-        def grid(fill: Any, dtype: type, values: Any) -> np.ndarray:
+        def grid(fill: int, dtype: type, values: ArrayLike) -> np.ndarray:
             out = np.full(size * width, fill, dtype)
             out[cells] = values
             return out
@@ -140,11 +141,11 @@ class Loader:
         ]
         return parts[0][1] if len(parts) == 1 else _interleave(parts, batch_size)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Json]:
         """The position, JSON-able."""
-        return {"data": self._identity, "drawn": self.drawn.tolist()}
+        return {"data": self._identity, "drawn": [int(count) for count in self.drawn]}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Json]) -> None:
         """Restore a position. Raises UserError when it is of other data, sequence length, mixture or seed."""
         if state.get("data") != self._identity:
             raise UserError(
@@ -156,7 +157,7 @@ class Loader:
     def _choose(self, count: int) -> list[int]:
         """Source of each of the next rows: the one furthest below its share, so proportions hold at every step."""
         drawn = self.drawn.astype(np.float64)
-        out = []
+        out: list[int] = []
         for total in range(int(self.drawn.sum()) + 1, int(self.drawn.sum()) + count + 1):
             source = int(np.argmax(self.shares * total - drawn))
             drawn[source] += 1

@@ -7,17 +7,21 @@ ordinary text tokens. A text without such names gets the tokenizer's usual token
 
 import json
 import re
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, TypeVar, cast
 from weakref import WeakKeyDictionary
 
+from rorqual.data.chat_messages import Message
 from rorqual.data.tokenizer import token_ids
 from rorqual.data.tool_formats import FORMATS
 from rorqual.errors import UserError
 from rorqual.tokenizer_protocol import Tokenizer
+from rorqual.unicode_checks import whole
 
 if TYPE_CHECKING:
     import tokenizers
-from rorqual.unicode_checks import whole
+
+T = TypeVar("T")
 
 ESCAPE = "\ufdd0"  # a noncharacter, which Unicode reserves for internal use
 THINK = ("<think>", "</think>")
@@ -36,21 +40,22 @@ def is_special(name: str, special: bool) -> bool:
     return special and not GENERATED.match(name)
 
 
-def escape(value: Any, tokenizer: Tokenizer) -> Any:
+def escape(value: T, tokenizer: Tokenizer) -> T:
     """A text or JSON value for a template, with the names of control tokens escaped."""
-    return _escape(value, _names(tokenizer).user)
+    return cast(T, _escape(value, _names(tokenizer).user))
 
 
-def escape_message(message: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
+def escape_message(message: Message, tokenizer: Tokenizer) -> Message:
     """`escape` for a message. In an assistant's content, the tokens that a model generates in its turn (thinking, tool
     calls) stay tokens; those that end a turn or begin another are escaped.
     """
     names = _names(tokenizer)
     own = message.get("role") == "assistant"
-    return {
+    escaped = {
         key: value if key == "role" else _escape(value, names.assistant if own and key == "content" else names.user)
         for key, value in message.items()
     }
+    return cast(Message, escaped)
 
 
 def encode(text: str, tokenizer: Tokenizer, after: int | None = None) -> list[int]:
@@ -135,7 +140,7 @@ class _Names:
         return self._text_tokenizer.encode(self._wall + text, add_special_tokens=False).ids[1:]
 
 
-_known: "WeakKeyDictionary[Any, tuple[Any, _Names]]" = WeakKeyDictionary()
+_known: "WeakKeyDictionary[Tokenizer, tuple[tuple[object, int], _Names]]" = WeakKeyDictionary()
 
 
 def _names(tokenizer: Tokenizer) -> _Names:
@@ -151,12 +156,12 @@ def _is_mark(name: str, template: str) -> bool:
     return bool(FRAMED.fullmatch(name) or (BRACKETED.fullmatch(name) and (name in template or name in TOOL)))
 
 
-def _pattern(names: Any) -> re.Pattern[str]:
+def _pattern(names: Iterable[str]) -> re.Pattern[str]:
     longest_first = sorted(names, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
 
-def _escape(value: Any, names: re.Pattern[str]) -> Any:
+def _escape(value: object, names: re.Pattern[str]) -> object:
     if isinstance(value, str):
         return names.sub(lambda m: m[0][0] + ESCAPE + m[0][1:], value.replace(ESCAPE, ""))
     if isinstance(value, dict):

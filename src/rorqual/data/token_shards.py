@@ -12,11 +12,12 @@ import json
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -68,17 +69,16 @@ def pack_source(
     rearranges text held out by hash. Special-token names in a document are text. Raises UserError for unreadable or
     empty sources and when the disk is full.
     """
-    if tokenizer.eos_token_id is None:
-        raise UserError("the tokenizer has no eos_token to end documents with; set it in tokenizer_config.json")
+    eos = end_token(tokenizer)
     backend = tokenizer.backend_tokenizer.to_str()
-    identity = [FORMAT, describe(source), backend, tokenizer.eos_token_id, valid_fraction, repr(fim)]
+    identity = [FORMAT, describe(source), backend, eos, valid_fraction, repr(fim)]
     fingerprint = blake2b(json.dumps(identity).encode(), digest_size=10).hexdigest()
     packed = cache / fingerprint
     if not packed.is_dir():
         try:
             with write_folder(packed) as folder:
                 writer = ShardWriter(folder, len(tokenizer), valid_fraction)
-                encoder = _Encoder(backend, tokenizer.eos_token_id, writer.dtype, valid_fraction, fim)
+                encoder = _Encoder(backend, eos, writer.dtype, valid_fraction, fim)
                 batches = _batches(read_texts(source))
                 for batch in _progress(_in_parallel(encoder, batches, workers), source.path):
                     writer.write(batch)
@@ -88,13 +88,23 @@ def pack_source(
     return {split: _map(packed, split) for split in SPLITS}
 
 
-def read_index(packed: Path) -> dict:
+def end_token(tokenizer: Tokenizer) -> int:
+    """The id of the token that ends a document. Raises UserError where the tokenizer has none."""
+    if tokenizer.eos_token_id is None:
+        raise UserError("the tokenizer has no eos_token to end documents with; set it in tokenizer_config.json")
+    return tokenizer.eos_token_id
+
+
+def read_index(packed: Path) -> dict[str, Any]:
     """index.json of a cached source. Raises UserError where it is missing or damaged."""
     path, then = packed / "index.json", f"delete {packed} to have it rebuilt"
     try:
-        return read_json(path, then)
+        found = read_json(path, then)
     except FileNotFoundError as e:
         raise file_error(path, e, "read", f"or {then}") from e
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is damaged (no JSON object); {then}")
+    return found
 
 
 def _map(packed: Path, split: str) -> Documents:
@@ -131,7 +141,7 @@ class _Encoder:
         raw = [text.encode() for text, _ in batch]
         held_out = [int.from_bytes(blake2b(r, digest_size=8).digest(), "little") < self.threshold for r in raw]
         texts: list[str] = []
-        cuts = []
+        cuts: list[tuple[str, str, str] | None] = []
         for (text, _), held in zip(batch, held_out, strict=True):
             cut = None if held or self.fim is None else self.fim.cut(text)
             cuts.append(cut)
@@ -141,7 +151,10 @@ class _Encoder:
         # A rearranged chunk ends its document with the middle; later chunks of the document are documents of their own.
         last = [ends or cut is not None for (_, ends), cut in zip(batch, cuts, strict=True)]
         for cut, ends in zip(cuts, last, strict=True):
-            ids = next(encoded).ids if cut is None else self.fim.arrange(*(next(encoded).ids for _ in cut))
+            if cut is None or self.fim is None:
+                ids = next(encoded).ids
+            else:
+                ids = self.fim.arrange(*(next(encoded).ids for _ in cut))
             parts.append(np.array([*ids, self.eos] if ends else ids, self.dtype))
         return EncodedBatch(np.concatenate(parts), [len(part) for part in parts], [len(r) for r in raw], held_out, last)
 
@@ -169,7 +182,7 @@ def _in_parallel(encoder: _Encoder, batches: Iterator[list[Chunk]], workers: int
     torch or tokenizers is unsafe.
     """
     with _single_threaded_calls(), ThreadPoolExecutor(workers) as pool:
-        in_flight: deque = deque()
+        in_flight: deque[Future[EncodedBatch]] = deque()
         try:
             for batch in batches:
                 in_flight.append(pool.submit(encoder, batch))

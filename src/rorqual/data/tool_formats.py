@@ -7,9 +7,11 @@ Sources: the chat templates of released models (Qwen and Hermes; DeepSeek V3, R1
 import json
 import math
 import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from rorqual.strict_json import Json
 from rorqual.unicode_checks import whole, whole_inside
 
 DEEPEST = 100  # levels of nesting
@@ -57,7 +59,7 @@ class Format:
         written = [call.arguments.join(self.halves(call.name)) for call in calls]
         return self.between.join(written).join(self.around)
 
-    def describe_tools(self, tools: list[dict[str, Any]]) -> str:
+    def describe_tools(self, tools: Iterable[Mapping[str, object]]) -> str:
         """A system prompt that describes the functions, for chat templates that do not."""
         described = "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in tools)
         example = "{its arguments}".join(self.halves("its name")).join(self.around)
@@ -140,7 +142,7 @@ def format_of(text: str, name: str) -> Format | None:
     def squeezed(some: str) -> str:
         return "".join(some.split())
 
-    found = []
+    found: list[Format] = []
     for form in FORMATS:
         starts = [at for mark in form.opens if (at := text.find(mark)) >= 0]
         read = form.read(text[min(starts) :]) if starts else None
@@ -150,13 +152,13 @@ def format_of(text: str, name: str) -> Format | None:
     return next(iter(written or found), None)
 
 
-def as_json(value: Any) -> str:
+def as_json(value: object) -> str:
     """JSON text that UTF-8 can encode: lone surrogates are escaped."""
     text = json.dumps(value, ensure_ascii=False)
     return text if whole(text) else json.dumps(value)
 
 
-def as_object(text: str) -> dict[str, Any] | None:
+def as_object(text: str) -> dict[str, Json] | None:
     """A call's arguments as an object; None where they are not a JSON object, as a model may generate."""
     try:
         value = DECODER.decode(text)
@@ -167,12 +169,12 @@ def as_object(text: str) -> dict[str, Any] | None:
     return value if whole_inside(value) else None
 
 
-def too_deep(value: Any) -> bool:
+def too_deep(value: dict[str, Any] | list[Any]) -> bool:
     """Whether lists and objects are nested deeper than DEEPEST, which recursive code could not follow."""
     level = [value]
     for _ in range(DEEPEST):
-        level = [v for some in level for v in (some.values() if isinstance(some, dict) else some)]
-        level = [v for v in level if isinstance(v, dict | list)]
+        inside = (v for some in level for v in (some.values() if isinstance(some, dict) else some))
+        level = [v for v in inside if isinstance(v, dict | list)]
         if not level:
             return False
     return True
@@ -188,12 +190,13 @@ def _number(text: str) -> float:
 DECODER = json.JSONDecoder(strict=False, parse_float=_number, parse_constant=_number)
 
 
-def _call(value: Any, name: str | None) -> Call | None:
+def _call(value: Json, name: str | None) -> Call | None:
     """A call from its JSON; only the arguments where `name` is given, and possibly as a JSON text."""
     arguments = value
     if name is None:
-        if not isinstance(value, dict) or not isinstance(name := value.get("name"), str):
+        if not isinstance(value, dict) or not isinstance(found := value.get("name"), str):
             return None
+        name = found
         arguments = next((value[key] for key in ("arguments", "parameters") if key in value), {})
     if isinstance(arguments, str) and arguments.strip():
         arguments = as_object(arguments)
