@@ -7,7 +7,7 @@ the same stat values is not read again, so that hashing costs about 1 s per GB, 
 import json
 from hashlib import blake2b, file_digest
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from rorqual.data.corpus import SUFFIXES, find_files
 from rorqual.errors import UserError, file_error
@@ -106,4 +106,4 @@ def _read(path: Path) -> Inputs:
             entry["stat"] = entry.pop("told")
         if not isinstance(entry, dict) or not {"size", "blake2b", "stat"} <= entry.keys():
             raise UserError(f"{path} is damaged (an entry lacks size, blake2b or stat); {then}")
-    return cast(Inputs, found)
+    return found
