@@ -124,12 +124,11 @@ def _guard_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     layers = config.num_hidden_layers + config.num_nextn_predict_layers
     shapes = {EMBEDDING: (config.vocab_size, D), f"model.layers.{layers - 1}.input_layernorm.weight": (D,)}
     if config.is_mla:
-        shapes[f"{attention}.kv_a_proj_with_mqa.weight"] = (
-            config.kv_lora_rank + config.qk_rope_head_dim,
-            D,
-        )
+        mla = config.mla
+        shapes[f"{attention}.kv_a_proj_with_mqa.weight"] = (mla.kv_lora_rank + mla.qk_rope_head_dim, D)
     else:
-        shapes[f"{attention}.k_proj.weight"] = (config.num_key_value_heads * config.head_dim, D)
+        gqa = config.gqa
+        shapes[f"{attention}.k_proj.weight"] = (gqa.num_key_value_heads * gqa.head_dim, D)
     first = -(-config.first_k_dense_replace // config.moe_layer_freq) * config.moe_layer_freq
     if config.n_routed_experts and first < layers:
         shapes[f"model.layers.{first}.mlp.gate.weight"] = (config.n_routed_experts, D)
