@@ -100,7 +100,7 @@ class ShardWriter:
             raise UserError(f"{name} holds no documents; check the path and that they are not empty")
         if self.valid_fraction:
             self._balance(name)
-        index: dict = {"dtype": self.dtype.name}
+        index: dict[str, object] = {"dtype": self.dtype.name}
         for split, found in self.splits.items():
             offsets = np.concatenate([[0], np.cumsum(np.frombuffer(found.lengths, np.int64))]).astype(np.int64)
             np.save(self.folder / f"{split}.offsets.npy", offsets)

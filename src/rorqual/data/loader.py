@@ -165,7 +165,8 @@ class Loader:
         return out
 
     def _take(self, source: int, count: int) -> np.ndarray:
-        size, out = len(self.sources[source]), []
+        size = len(self.sources[source])
+        out: list[np.ndarray] = []
         while count:
             epoch, start = divmod(int(self.drawn[source]), size)
             if self._orders.get(source, (None,))[0] != epoch:

@@ -1,7 +1,7 @@
 """Predict the cost of a training recipe on this machine."""
 
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 
@@ -16,7 +16,25 @@ from rorqual.recipe import PretrainRecipe, SFTRecipe
 UTILISATION = {torch.float32: 0.4, torch.bfloat16: 0.2}
 
 
-def predict(config: ModelConfig, recipe: PretrainRecipe | SFTRecipe, rows: int | None = None) -> dict[str, Any]:
+class Plan(TypedDict):
+    """What a run is predicted to cost; the key `tokens`, `flops` or `seconds` is None where it is not known yet."""
+
+    parameters_total: int
+    parameters_active: int  # per token
+    parameters_mtp: int  # of the modules for multi-token prediction, not in the total
+    tokens: float | None
+    flops_per_token: float
+    flops: float | None
+    memory: dict[str, int]  # bytes by use (`cost.Memory`), and `total`
+    memory_machine: int  # bytes
+    tokens_per_second: float
+    seconds: float | None
+    utilisation: float  # fraction of the peak
+    matrix_peak_flops: float  # FLOP/s of a matmul
+    machine: dict[str, Any]
+
+
+def predict(config: ModelConfig, recipe: PretrainRecipe | SFTRecipe, rows: int | None = None) -> Plan:
     """Parameters, FLOPs, bytes and seconds of a run.
 
     rows: in an epoch of packed data; None (not packed yet): tokens, flops and seconds are None where the run's length
@@ -37,7 +55,7 @@ def predict(config: ModelConfig, recipe: PretrainRecipe | SFTRecipe, rows: int |
         first, until = section.batch_ramp or (section.batch_size, 0.0)
         average = section.batch_size + (first - section.batch_size) * min(until, 1.0) / 2
         tokens = section.steps * average * length
-    elif rows is not None:
+    elif section.epochs is not None and rows is not None:
         tokens = section.epochs * rows * length
     sequences = section.micro_batch or section.batch_size
     needed = memory(
@@ -64,7 +82,7 @@ def predict(config: ModelConfig, recipe: PretrainRecipe | SFTRecipe, rows: int |
     }
 
 
-def plan_text(plan: dict[str, Any]) -> str:
+def plan_text(plan: Plan) -> str:
     """The plan as text."""
     needed = {name: size for name, size in plan["memory"].items() if size and name != "total"}
     parts = ", ".join(f"{name} {_number(size, 'B')}" for name, size in needed.items())
@@ -77,7 +95,7 @@ def plan_text(plan: dict[str, Any]) -> str:
         lines[0] += f", and {_number(plan['parameters_mtp'])} for multi-token prediction"
     peak = _number(plan["matrix_peak_flops"], "FLOP/s")
     speed = f"{_number(plan['tokens_per_second'])} tokens/s at {plan['utilisation']:.0%} of {peak}"
-    if plan["tokens"] is None:
+    if plan["tokens"] is None or plan["flops"] is None or plan["seconds"] is None:
         lines.append(f"time         {speed}; the length of an epoch is known once the data is packed")
     else:
         lines.append(f"run          {_number(plan['tokens'])} tokens, {_number(plan['flops'], 'FLOP')}")

@@ -1,7 +1,7 @@
 """The ledger of a run: measured tokens, FLOPs and seconds of each stage, beside the predicted ones."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -13,7 +13,7 @@ from rorqual.plan.hardware import describe_machine, matrix_peak
 class Ledger:
     """Collects the stages' costs and writes run_dir/ledger.json."""
 
-    def __init__(self, run_dir: Path, predicted: dict[str, Any], dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, run_dir: Path, predicted: Mapping[str, object], dtype: torch.dtype = torch.float32) -> None:
         """`predicted`: the planner's tokens, flops, seconds … before the run.
 
         `dtype`: compute dtype of the run, whose measured peak the utilisation is relative to.
@@ -27,7 +27,7 @@ class Ledger:
         for key, value in (("tokens", tokens), ("flops", flops), ("seconds", seconds)):
             account[key] += value
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Stages and total: tokens, FLOPs, seconds, and utilisation (FLOP/s over the measured matmul peak)."""
         peak = matrix_peak(self.dtype)
         total = {key: sum(s[key] for s in self.stages.values()) for key in ("tokens", "flops", "seconds")}

@@ -1,14 +1,12 @@
 """`--dry-run`: the plan of a recipe; nothing is trained or written."""
 
-from typing import Any
-
 from rorqual.data.tokenizer import load_tokenizer
-from rorqual.plan.estimate import predict
+from rorqual.plan.estimate import Plan, predict
 from rorqual.recipe import PretrainRecipe, SFTRecipe
 from rorqual.train.build_model import check_length, check_model, model_config, set_threads, tokenizer_of
 
 
-def dry_run(recipe: PretrainRecipe | SFTRecipe) -> dict[str, Any]:
+def dry_run(recipe: PretrainRecipe | SFTRecipe) -> Plan:
     """Predicted parameters, FLOPs, memory and time (`plan_text` prints them). Raises UserError as the run would."""
     set_threads(recipe.train)
     check_model(recipe.model)
