@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rorqual.errors import UserError
-from rorqual.recipe import parse_recipe
+from rorqual.recipe import RLRecipe, parse_recipe
 from rorqual.rl.envs.environment import Environment, Problem
 from rorqual.rl.grpo_trainer import GRPOTrainer
 from rorqual.train.checkpoints import Checkpoints
@@ -36,7 +36,7 @@ def recipe(reward=None, optimizer=None, **grpo):
             "balance": {"bias_speed": 0.01, "sequence_loss": 0.01},
             "grpo": sizes | {"kl": 0.0} | grpo,
         },
-        "rl",
+        RLRecipe,
     )
 
 

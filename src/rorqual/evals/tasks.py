@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from rorqual.data.corpus import named
 from rorqual.errors import UserError
 from rorqual.judge.extract_answer import read_answer
-from rorqual.recipe import EnvironmentSection, load_recipe
+from rorqual.recipe import EnvironmentSection, RLRecipe, load_recipe
 from rorqual.rl.envs.jsonl import SUFFIXES
 from rorqual.rl.envs.registry import Environment, JsonlEnvironment, Problem, open_environment
 from rorqual.rl.prompts import Template, prompt_text
@@ -120,7 +120,7 @@ def split_tasks(text: str) -> list[str | EnvironmentSection]:
             tasks.append(word)
     every: list[str | EnvironmentSection] = []
     for task in tasks:
-        every += load_recipe(task, "rl").environments if task.lower().endswith(".toml") else [task]
+        every += load_recipe(task, RLRecipe).environments if task.lower().endswith(".toml") else [task]
     return every
 
 
