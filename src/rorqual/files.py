@@ -8,9 +8,9 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from rorqual.errors import UserError, file_error
+from rorqual.strict_json import Json
 
 try:
     import fcntl
@@ -37,7 +37,7 @@ def read_text(path: Path) -> str:
         raise UserError(f"{path}, line {line} is not UTF-8 text ({e.reason}); save the file as UTF-8") from None
 
 
-def read_json(path: Path, then: str) -> Any:
+def read_json(path: Path, then: str) -> Json:
     """The value of a JSON file. Raises UserError, with what to do `then` where it is damaged, or FileNotFoundError."""
     try:
         return json.loads(path.read_bytes())

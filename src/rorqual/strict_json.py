@@ -6,10 +6,17 @@ JSON has no NaN and Infinity, and most readers (jq, browsers, databases) refuse 
 import json
 import math
 import sys
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypeAlias, TypeGuard, cast, overload
+
+Json: TypeAlias = bool | int | float | str | list["Json"] | dict[str, "Json"] | None  # what `json.loads` returns
 
 
-def finite(value: Any) -> Any:
+@overload
+def finite(value: Mapping[str, object]) -> dict[str, Json]: ...
+@overload
+def finite(value: object) -> Json: ...
+def finite(value: object) -> Json:
     """The value with "nan", "inf" and "-inf" for non-finite numbers, at any depth."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(float(value))
@@ -17,14 +24,14 @@ def finite(value: Any) -> Any:
         return {key: finite(v) for key, v in value.items()}
     if isinstance(value, list | tuple):
         return [finite(v) for v in value]
-    return value
+    return cast(Json, value)  # json.dumps refuses other types
 
 
-def is_finite(value: Any) -> bool:
+def is_finite(value: object) -> TypeGuard[float]:
     """Whether it is a number within the range of a float; JSON's integers are unbounded."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
-def dumps(value: Any, **options: Any) -> str:
+def dumps(value: object, **options: Any) -> str:
     """`json.dumps` of `finite(value)`."""
     return json.dumps(finite(value), allow_nan=False, **options)

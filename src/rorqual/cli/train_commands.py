@@ -54,14 +54,14 @@ def rl(recipe: RecipeFile, overrides: Overrides = None, resume: Resume = False, 
     from rorqual.rl.envs.registry import open_environment
     from rorqual.rl.rl_run import check_problems, predict_rl
     from rorqual.rl.rl_run import rl as run
-    from rorqual.train.build_model import check_model, tokenizer_of
+    from rorqual.train.build_model import check_model, tokenizer_of, trained_path
 
     checked = load_recipe(recipe, RLRecipe, overrides)
     if dry_run:
         tokenizer = tokenizer_of(checked.model)
         check_model(checked.model)
         check_problems(checked, tokenizer, [open_environment(section) for section in checked.environments])
-        config = ModelConfig.load(checked.model.path)
+        config = ModelConfig.load(trained_path(checked.model))
         total, active = parameters(config)
         dtype = dtype_name(compute_dtype(checked.model.dtype))
         needed = memory(config, checked.grpo.micro_tokens, dtype=dtype, optimizer=checked.optimizer.name, ema=False)
