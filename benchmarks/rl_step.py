@@ -21,7 +21,7 @@ from common import arguments, dtypes, program, ratio_of_rounds, report
 from rorqual.checkpoint.gguf_import import import_model
 from rorqual.checkpoint.huggingface import load_model
 from rorqual.data.tokenizer import load_tokenizer
-from rorqual.recipe import parse_recipe
+from rorqual.recipe import RLRecipe, parse_recipe
 from rorqual.rl.envs.environment import Environment, Problem
 from rorqual.rl.grpo_trainer import GRPOTrainer
 from workers import Field, answer, timed
@@ -89,7 +89,7 @@ def trainer_of(path: Path, dtype: str, questions: int, group: int, length: int) 
         load_model(path, dtype=torch.float32),
         load_tokenizer(path),
         [Sums()],
-        parse_recipe(raw, "rl"),
+        parse_recipe(raw, RLRecipe),
         verdict=lambda sample, _: reward(sample.text, sample.problem.answer),
     )
 

@@ -32,7 +32,7 @@ class Side:
     """The trainer of a speedrun's reinforcement learning."""
 
     def __init__(self, recipe_file: Path, dtype: str) -> None:
-        from rorqual.recipe import KINDS, parse_recipe
+        from rorqual import recipe as recipes
 
         try:
             from rorqual.rl.envs.registry import open_environment
@@ -43,9 +43,10 @@ class Side:
             from rorqual.reason.trainer import RLTrainer as GRPOTrainer
             from rorqual.train.prepare import build_model, tokenizer_of
 
-        raw = known(tomllib.loads(recipe_file.read_text()), KINDS["rl"])
+        raw = known(tomllib.loads(recipe_file.read_text()), recipes.RLRecipe)
         raw["model"]["dtype"] = dtype
-        recipe = parse_recipe(raw, "rl", str(recipe_file))
+        kind = "rl" if hasattr(recipes, "KINDS") else recipes.RLRecipe  # an older one takes the name
+        recipe = recipes.parse_recipe(raw, kind, str(recipe_file))
         recipe.optimizer.lr = recipe.optimizer.muon_lr = 1e-9
         tokenizer = tokenizer_of(recipe.model)
         environments = [open_environment(section) for section in recipe.environments]

@@ -7,7 +7,7 @@ import datetime
 import pytest
 
 from rorqual.errors import UserError
-from rorqual.recipe import RewardSection, load_recipe, parse_recipe
+from rorqual.recipe import DistillRecipe, PretrainRecipe, RewardSection, RLRecipe, SFTRecipe, load_recipe, parse_recipe
 from rorqual.rl.rewards import SCRIPTS
 
 TRAIN = {"steps": 3}
@@ -21,6 +21,7 @@ BASE = {
         "name": "r", "teacher": "t", "model": {"path": "m"}, "environments": [{"name": "a"}], "train": TRAIN,
     },
 }  # fmt: skip
+KINDS = {"pretrain": PretrainRecipe, "sft": SFTRecipe, "rl": RLRecipe, "distill": DistillRecipe}
 NAN, INF = float("nan"), float("inf")
 
 
@@ -76,7 +77,7 @@ def changed(kind, field, value):
 def test_impossible_values_are_refused_with_the_fields_name(kind, field, values):
     for value in values:
         with pytest.raises(UserError) as error:
-            parse_recipe(changed(kind, field, value), kind, "mine.toml")
+            parse_recipe(changed(kind, field, value), KINDS[kind], "mine.toml")
         text = str(error.value)
         assert text.startswith("mine.toml: "), text
         named = field.rpartition(".")[2] in text or (isinstance(value, dict) and all(k in text for k in value))
@@ -85,12 +86,12 @@ def test_impossible_values_are_refused_with_the_fields_name(kind, field, values)
 
 
 def test_a_section_given_in_part_keeps_its_kinds_defaults():
-    sft = parse_recipe(changed("sft", "optimizer", {"weight_decay": 0.0}), "sft")
+    sft = parse_recipe(changed("sft", "optimizer", {"weight_decay": 0.0}), SFTRecipe)
     assert (sft.optimizer.lr, sft.schedule.name, sft.schedule.final) == (1e-5, "cosine", 0.1)
-    rl = parse_recipe(changed("rl", "optimizer", {"lr": 2e-5}), "rl")
+    rl = parse_recipe(changed("rl", "optimizer", {"lr": 2e-5}), RLRecipe)
     assert (rl.optimizer.lr, rl.optimizer.weight_decay) == (2e-5, 0.0)
-    assert parse_recipe(changed("rl", "balance", {"bias_stop_at": 0.5}), "rl").balance.bias_speed == 0.0
-    assert parse_recipe(changed("distill", "schedule", {"warmup": 0.1}), "distill").schedule.final == 0.1
+    assert parse_recipe(changed("rl", "balance", {"bias_stop_at": 0.5}), RLRecipe).balance.bias_speed == 0.0
+    assert parse_recipe(changed("distill", "schedule", {"warmup": 0.1}), DistillRecipe).schedule.final == 0.1
 
 
 def test_every_language_has_a_script():
@@ -105,19 +106,19 @@ def test_a_home_and_variables_in_every_path(monkeypatch, tmp_path):
         "name": "r", "out": "~/runs", "teacher": "$HOME/t", "model": {"path": "~/m"}, "train": TRAIN,
         "environments": [{"name": "a", "path": "${DATA}/a.jsonl"}],
     }  # fmt: skip
-    recipe = parse_recipe(raw, "distill")
+    recipe = parse_recipe(raw, DistillRecipe)
     assert [str(recipe.run_dir), recipe.teacher, recipe.model.path, recipe.environments[0].path] == [
         "/home/me/runs/r", "/home/me/t", "/home/me/m", "/data/a.jsonl",
     ]  # fmt: skip
     pretrain = changed("pretrain", "tokenizer.path", "~/tok") | {"data": {"sources": [{"path": "~/[ab]*.txt"}]}}
-    recipe = parse_recipe(pretrain, "pretrain")
+    recipe = parse_recipe(pretrain, PretrainRecipe)
     assert (recipe.tokenizer.path, recipe.data.sources[0].path) == ("/home/me/tok", "/home/me/[ab]*.txt")
-    assert parse_recipe(changed("sft", "data.path", "$DATA/c.jsonl"), "sft").data.path == "/data/c.jsonl"
+    assert parse_recipe(changed("sft", "data.path", "$DATA/c.jsonl"), SFTRecipe).data.path == "/data/c.jsonl"
     monkeypatch.chdir(tmp_path)
     (tmp_path / "~").mkdir()
     (tmp_path / "$DATA.txt").write_text("")
     for path in ("$DATA.txt", "cost$.txt", "~", "someone/name"):  # files of these names, and what is no variable
-        assert parse_recipe(changed("sft", "data.path", path), "sft").data.path == path
+        assert parse_recipe(changed("sft", "data.path", path), SFTRecipe).data.path == path
 
 
 TEXT = 'name = "mine"\r\nsteps = 3\r\n[model]\r\npath = "m"\r\n[[environments]]\r\nname = "a"\r\nprompt = "é"\r\n'
@@ -131,7 +132,7 @@ BIG_ENDIAN = codecs.BOM_UTF16_BE + TEXT.encode("utf-16-be")
 def test_recipes_as_editors_save_them(tmp_path, raw):
     path = tmp_path / "mine.toml"
     path.write_bytes(raw)
-    assert load_recipe(path, "rl").environments[0].prompt == "é"
+    assert load_recipe(path, RLRecipe).environments[0].prompt == "é"
 
 
 @pytest.mark.parametrize(
@@ -148,7 +149,7 @@ def test_unreadable_recipes(tmp_path, raw, message):
     path = tmp_path / "mine.toml"
     path.mkdir() if raw is None else path.write_bytes(raw)
     with pytest.raises(UserError, match=message):
-        load_recipe(path, "rl")
+        load_recipe(path, RLRecipe)
 
 
 def test_overrides(tmp_path):
@@ -156,7 +157,7 @@ def test_overrides(tmp_path):
     path.write_text(TEXT)
 
     def load(*words):
-        return load_recipe(path, "rl", list(words))
+        return load_recipe(path, RLRecipe, list(words))
 
     assert load("environments.0.weight=2", "environments.0.config={min_terms = 2}").environments[0].weight == 2
     assert load("name=2", "steps=7").name == "2"  # what takes text gets it as it was written

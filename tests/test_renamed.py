@@ -6,7 +6,7 @@ import warnings
 import pytest
 
 from rorqual import renamed
-from rorqual.recipe import parse_recipe
+from rorqual.recipe import RLRecipe, parse_recipe
 from rorqual.renamed_modules import MODULES
 
 BARE = {"sandbox.namespaces", "sandbox.audit_hook"}  # scripts for a bare interpreter, imported by nobody
@@ -50,7 +50,7 @@ def test_an_old_field_of_a_recipe(capsys):
         "name": "a", "steps": 1, "model": {"path": "m"}, "environments": [{"name": "countdown"}],
         "grpo": {"rollout_slots": 3},
     }  # fmt: skip
-    assert parse_recipe(raw, "rl").grpo.rollout_max_num_seqs == 3
+    assert parse_recipe(raw, RLRecipe).grpo.rollout_max_num_seqs == 3
     assert "grpo.rollout_slots is now grpo.rollout_max_num_seqs" in capsys.readouterr().err
 
 

@@ -6,7 +6,7 @@ with the run.
 
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
@@ -40,6 +40,7 @@ from rorqual.sections import (
     Source,
     Temperature,
     TokenizerSection,
+    TomlValue,
     TrainSection,
 )
 from rorqual.unicode_checks import whole
@@ -73,8 +74,9 @@ class Recipe(Section):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)
     out: LocalPath = "runs"  # the run's folder is out/name
-    seed: int = Field(0, ge=0, lt=1 << 63)
+    seed: int = Field(default=0, ge=0, lt=1 << 63)
     track: bool = False  # also log to trackio (local, wandb-compatible)
+    model: ModelSection  # the student in a distillation
 
     @property
     def run_dir(self) -> Path:
@@ -83,7 +85,6 @@ class Recipe(Section):
 
 class PretrainRecipe(Recipe):
     kind: Literal["pretrain"] = "pretrain"
-    model: ModelSection
     tokenizer: TokenizerSection = TokenizerSection()
     data: DataSection
     optimizer: OptimizerSection = OptimizerSection()
@@ -95,7 +96,6 @@ class PretrainRecipe(Recipe):
 
 class SFTRecipe(Recipe):
     kind: Literal["sft"] = "sft"
-    model: ModelSection
     data: ChatDataSection
     optimizer: FineTuningOptimizer = FineTuningOptimizer()
     schedule: FineTuningSchedule = FineTuningSchedule()
@@ -106,7 +106,6 @@ class SFTRecipe(Recipe):
 
 class RLRecipe(Recipe):
     kind: Literal["rl"] = "rl"
-    model: ModelSection
     environments: Environments
     template: Literal["chat", "r1-zero", "plain"] = "chat"
     reward: RewardSection = RewardSection()
@@ -115,12 +114,12 @@ class RLRecipe(Recipe):
     balance: NoBalance = NoBalance()
     steps: Count | None = None
     seconds: Positive | None = None
-    warmup_steps: int = Field(0, ge=0, lt=1 << 31)
+    warmup_steps: int = Field(default=0, ge=0, lt=1 << 31)
     decay: Share = 0.0  # fraction of the run, at its end, in which the learning rate decays to 0
     save_every: Count = 50
     keep: Count = 2
     sample_every: Count = 10
-    eval_every: int = Field(0, ge=0, lt=1 << 31)  # steps; 0: never
+    eval_every: int = Field(default=0, ge=0, lt=1 << 31)  # steps; 0: never
     eval_problems: Count = 200  # per environment, of the dev split
     keep_start: bool = False  # release the initial model if the last evaluation is below the first; needs eval_every
 
@@ -143,7 +142,6 @@ class DistillRecipe(Recipe):
 
     kind: Literal["distill"] = "distill"
     teacher: LocalPath
-    model: ModelSection  # the student
     environments: Environments
     template: Literal["chat", "r1-zero", "plain"] = "chat"
     reward: RewardSection = RewardSection()
@@ -167,16 +165,11 @@ class DistillRecipe(Recipe):
         return self
 
 
-KINDS: dict[str, type[Recipe]] = {
-    "pretrain": PretrainRecipe,
-    "sft": SFTRecipe,
-    "rl": RLRecipe,
-    "distill": DistillRecipe,
-}
+RecipeT = TypeVar("RecipeT", bound=Recipe)
 
 
-def load_recipe(path: str | Path, kind: str, overrides: list[str] | None = None) -> Recipe:
-    """Read a recipe of one kind, apply overrides and validate it. Raises UserError with one sentence."""
+def load_recipe(path: str | Path, recipe: type[RecipeT], overrides: list[str] | None = None) -> RecipeT:
+    """Read a recipe of one class, apply overrides and validate it. Raises UserError with one sentence."""
     path = Path(local_path(str(path)))
     try:
         raw = tomllib.loads(read_text(path))
@@ -185,35 +178,36 @@ def load_recipe(path: str | Path, kind: str, overrides: list[str] | None = None)
     except (ValueError, RecursionError) as e:  # also for too long numbers and too deep nesting
         raise UserError(f"recipe {path} is not valid TOML: {e}") from None
     texts = [_override(raw, word) for word in overrides or []]
+    kind = recipe.model_fields["kind"].default
     found = raw.setdefault("kind", kind)
     if found != kind:
         raise UserError(f"recipe {path} is for 'rorqual {found}', not 'rorqual {kind}'")
-    return _check(raw, kind, str(path), dict(texts))
+    return _check(raw, recipe, str(path), dict(texts))
 
 
-def parse_recipe(raw: dict[str, Any], kind: str, source: str = "recipe") -> Recipe:
+def parse_recipe(raw: dict[str, Any], recipe: type[RecipeT], source: str = "recipe") -> RecipeT:
     """Validate a recipe given as nested dictionaries. Raises UserError with one sentence."""
-    return _check(raw, kind, source, {})
+    return _check(raw, recipe, source, {})
 
 
 FieldPath = tuple[int | str, ...]  # of a field in a recipe, as pydantic gives it
 
 
-def _check(raw: dict[str, Any], kind: str, source: str, texts: dict[FieldPath, str]) -> Recipe:
+def _check(raw: dict[str, Any], recipe: type[RecipeT], source: str, texts: dict[FieldPath, str]) -> RecipeT:
     """`texts`: the overrides' values as written, for text fields (`name=2`)."""
     try:
-        return KINDS[kind].model_validate(current_fields(raw))
+        return recipe.model_validate(current_fields(raw))
     except ValidationError as e:
         first = e.errors()[0]
         if first["type"] == "string_type" and first["loc"] in texts:
             _set(raw, first["loc"], texts.pop(first["loc"]))
-            return _check(raw, kind, source, texts)
-        raise UserError(_one_sentence(first, source, KINDS[kind])) from None
+            return _check(raw, recipe, source, texts)
+        raise UserError(_one_sentence(first, source, recipe)) from None
     except UserError as e:
         raise UserError(f"{source}: {e}") from None
 
 
-def _override(raw: dict[str, Any], word: str) -> tuple[FieldPath, str]:
+def _override(raw: dict[str, TomlValue], word: str) -> tuple[FieldPath, str]:
     """Set a field; returns its path and the value as written."""
     key, sign, text = word.partition("=")
     if not sign or not key:
@@ -221,28 +215,27 @@ def _override(raw: dict[str, Any], word: str) -> tuple[FieldPath, str]:
     if not whole(word):
         raise UserError(f"override {word!r} is not UTF-8 text; write it in UTF-8")
     try:
-        value = tomllib.loads(f"v = {text}")
-        value = value["v"] if len(value) == 1 else text
+        parsed = tomllib.loads(f"v = {text}")
+        value = parsed["v"] if len(parsed) == 1 else text
     except (ValueError, RecursionError):
         value = text
     path: FieldPath = ()
-    here: Any = raw
+    here: TomlValue = raw
     for name in key.split("."):
-        field: int | str = name
         where = ".".join(map(str, path))
         if isinstance(here, list):
             if not name.isdecimal() or int(name) >= len(here):
                 raise UserError(f"override {word!r}: {where} has entries 0 to {len(here) - 1}, not {name!r}")
-            field = int(name)
-        elif not isinstance(here, dict):
+            path, here = (*path, int(name)), here[int(name)]
+        elif isinstance(here, dict):
+            path, here = (*path, name), here.setdefault(name, {})
+        else:
             raise UserError(f"override {word!r}: {where} is not a section")
-        path = (*path, field)
-        here = here[field] if isinstance(here, list) else here.setdefault(field, {})
     _set(raw, path, value)
     return path, text
 
 
-def _set(raw: Any, path: FieldPath, value: Any) -> None:
+def _set(raw: Any, path: FieldPath, value: TomlValue) -> None:
     for name in path[:-1]:
         raw = raw[name]
     raw[path[-1]] = value

@@ -2,12 +2,15 @@
 
 import math
 from collections import Counter
-from typing import Annotated, Any, Literal
+from datetime import date, time
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from rorqual.errors import UserError
 from rorqual.local_paths import local_path
+
+TomlValue: TypeAlias = str | int | float | bool | date | time | list["TomlValue"] | dict[str, "TomlValue"] | None
 
 Count = Annotated[int, Field(ge=1, lt=1 << 31)]
 Size = Annotated[int, Field(ge=1, le=1 << 20)]  # of what is held in memory at once
@@ -22,22 +25,22 @@ Length = Annotated[int, Field(ge=2, le=1 << 20)]  # of a sequence
 V3_CONSTANT = 10 / 14.8  # V3 §4.2: fraction of the tokens with the learning rate at its peak
 
 
-def _json_like(values: dict[str, Any]) -> dict[str, Any]:
+def _check_config(config: dict[str, Any]) -> dict[str, Any]:
+    for name, value in config.items():
+        _check_value(f"config.{name}", value)
+    return config
+
+
+def _check_value(name: str, value: TomlValue) -> None:
     """Only values that TOML and JSON both have: no dates, and no NaN, which does not equal itself."""
-    for name, value in values.items():
-        inner = value if isinstance(value, dict) else dict(enumerate(value)) if isinstance(value, list) else None
-        if inner is not None:
-            _json_like({f"{name}.{key}": v for key, v in inner.items()})
-        elif not isinstance(value, bool | int | float | str | None) or not _finite(value):
-            raise UserError(f"config.{name} = {value}: must be text, a finite number, true or false")
-    return values
+    if isinstance(value, dict | list):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            _check_value(f"{name}.{key}", inner)
+    elif not isinstance(value, str | int | float | None) or (isinstance(value, float) and not math.isfinite(value)):
+        raise UserError(f"{name} = {value}: must be text, a finite number, true or false")
 
 
-def _finite(value: Any) -> bool:
-    return not isinstance(value, float) or math.isfinite(value)
-
-
-Config = Annotated[dict[str, Any], AfterValidator(_json_like)]
+Config = Annotated[dict[str, Any], AfterValidator(_check_config)]
 
 
 class Section(BaseModel):
@@ -64,9 +67,9 @@ class TokenizerSection(Section):
     """An existing tokenizer at `path`, or byte-level BPE trained on the corpus to `vocab_size`."""
 
     path: LocalPath | None = None
-    vocab_size: int = Field(4096, ge=257, lt=1 << 31)
+    vocab_size: int = Field(default=4096, ge=257, lt=1 << 31)
     special_tokens: list[str] = []
-    whole_numbers: int = Field(0, ge=0, le=1000)  # integers below this are one token each
+    whole_numbers: int = Field(default=0, ge=0, le=1000)  # integers below this are one token each
 
 
 class Source(Section):
@@ -80,19 +83,19 @@ class Source(Section):
 
 class DataSection(Section):
     sources: list[Source] = Field(min_length=1)
-    valid_fraction: float = Field(0.01, ge=0, lt=1)  # fraction of each source held out for bits per byte
+    valid_fraction: float = Field(default=0.01, ge=0, lt=1)  # fraction of each source held out for bits per byte
     sequence_length: Length = 256
     isolate_documents: bool = False  # document mask: attention within documents only (V3 §4.1 has none)
     fim_rate: Share = 0.0  # fraction of documents in fill-in-the-middle order, PSM (V3 §4.1: 0.1)
-    workers: int = Field(2, ge=1, le=1024)
+    workers: int = Field(default=2, ge=1, le=1024)
 
 
 class OptimizerSection(Section):
     name: Literal["adamw", "muon"] = "adamw"
     lr: Positive = 3e-4  # of AdamW (all parameters, or those that Muon does not update)
     muon_lr: Positive = 0.02  # of Muon, on hidden matrices
-    betas: tuple[Beta, Beta] = Field((0.9, 0.95), strict=False)
-    eps: float = Field(1e-8, ge=1e-30, lt=1)
+    betas: tuple[Beta, Beta] = Field(default=(0.9, 0.95), strict=False)
+    eps: float = Field(default=1e-8, ge=1e-30, lt=1)
     weight_decay: NotNegative = 0.1
     clip: Positive = 1.0  # global gradient norm
 
@@ -167,14 +170,14 @@ class TrainSection(Section):
     epochs: Positive | None = None
     batch_size: Size = 8  # sequences per optimizer step
     # (first batch size, fraction of the run to reach batch_size)
-    batch_ramp: tuple[Size, Annotated[float, Field(gt=0, le=1)]] | None = Field(None, strict=False)
+    batch_ramp: tuple[Size, Annotated[float, Field(gt=0, le=1)]] | None = Field(default=None, strict=False)
     micro_batch: Size | None = None  # sequences per forward pass; None: the whole batch
-    ema: float | None = Field(None, gt=0, lt=1)
+    ema: float | None = Field(default=None, gt=0, lt=1)
     eval_every: Count = 100
     save_every: Count = 200
     keep: Count = 2
     compile: bool = False
-    threads: int | None = Field(None, ge=1, le=1024)
+    threads: int | None = Field(default=None, ge=1, le=1024)
 
     @model_validator(mode="after")
     def _one_end(self) -> "TrainSection":
@@ -190,7 +193,7 @@ class TrainSection(Section):
 
 class ChatDataSection(Section):
     path: LocalPath  # .jsonl(.gz) or .parquet with `messages`, or `prompt` and `completion`
-    valid_fraction: float = Field(0.0, ge=0, lt=1)
+    valid_fraction: float = Field(default=0.0, ge=0, lt=1)
     sequence_length: Length = 512
 
 
@@ -231,19 +234,19 @@ class RewardSection(Section):
 class GRPOSection(Section):
     """Group relative policy optimisation (R1 §2.1); the defaults are R1-Zero's (R1 supplement)."""
 
-    group_size: int = Field(16, ge=2, le=1 << 20)
+    group_size: int = Field(default=16, ge=2, le=1 << 20)
     questions_per_step: Size = 32
     mini_batches: Count = 1  # optimizer steps per rollout; 1: on-policy
-    clip_low: float = Field(0.2, gt=0, lt=1)
+    clip_low: float = Field(default=0.2, gt=0, lt=1)
     clip_high: Positive = 0.2
     kl: NotNegative = 0.001  # β; 0: no reference model
-    refresh_reference: int = Field(400, ge=0, lt=1 << 31)  # steps between copies of π to π_ref; 0: never
+    refresh_reference: int = Field(default=400, ge=0, lt=1 << 31)  # steps between copies of π to π_ref; 0: never
     normalise_std: bool = True
     average: Literal["sequence", "token"] = "sequence"  # of the loss; token: DAPO
     drop_zero_std_groups: bool = False  # drop groups whose rewards are all equal
     temperature: Temperature = 1.0
     max_tokens: Size = 256  # of a completion
-    micro_tokens: int = Field(16384, ge=64, lt=1 << 31)  # tokens per forward pass in training
+    micro_tokens: int = Field(default=16384, ge=64, lt=1 << 31)  # tokens per forward pass in training
     rollout_max_num_seqs: Size = 256  # sequences decoded at once
 
     @model_validator(mode="after")

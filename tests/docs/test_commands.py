@@ -15,12 +15,12 @@ import typer
 from helpers.pages import PAGES, ROOT, blocks, identify, shell_lines, spans
 from rorqual.cli.entry import app
 from rorqual.cli.options import check_choice, check_speculative, check_weights
-from rorqual.recipe import KINDS, load_recipe, parse_recipe
+from rorqual.recipe import DistillRecipe, PretrainRecipe, RLRecipe, SFTRecipe, load_recipe, parse_recipe
 from rorqual.renamed import OPTIONS
 
 PAGES = [page for page in PAGES if page.name != "CHANGELOG.md"]
 GROUP = typer.main.get_command(app)
-RECIPES = tuple(KINDS)
+RECIPES = {"pretrain": PretrainRecipe, "sft": SFTRecipe, "rl": RLRecipe, "distill": DistillRecipe}
 
 
 def split(line):
@@ -61,7 +61,7 @@ def check_rorqual(words, whole):
         if given.get("format"):
             check_choice("--format", given["format"], ("int4", "int8"))
         if words[0] in RECIPES and (ROOT / given["recipe"]).exists():
-            load_recipe(ROOT / given["recipe"], words[0], given["overrides"])
+            load_recipe(ROOT / given["recipe"], RECIPES[words[0]], given["overrides"])
 
 
 def check(words, whole):
@@ -131,7 +131,7 @@ def test_recipes_in_pages_are_valid(page):
         if language == "toml":
             raw = tomllib.loads(text)
             if "kind" in raw:
-                parse_recipe(raw, raw["kind"])
+                parse_recipe(raw, RECIPES[raw["kind"]])
 
 
 def run(words, folder):

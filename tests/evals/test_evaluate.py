@@ -10,7 +10,9 @@ from rich.console import Console
 from rorqual.data.tokenizer import train_tokenizer
 from rorqual.engine import Completion, Engine, SamplingParams
 from rorqual.errors import UserError
-from rorqual.evals.evaluate import collect, compare, evaluate, read_verdicts, table, thinking_curve
+from rorqual.evals.evaluate import collect, evaluate, read_verdicts, thinking_curve
+from rorqual.evals.result_tables import table
+from rorqual.evals.results import Gain, compare
 from rorqual.evals.tasks import open_task
 from rorqual.model import Transformer
 from rorqual.model.config import ModelConfig
@@ -41,7 +43,11 @@ class Sums:
 class Texts:
     """Of an engine that takes a prompt's text for its tokens."""
 
-    tokenizer = None
+    def __init__(self, tokenizer=None):
+        self.tokenizer = tokenizer
+
+    def require_tokenizer(self):
+        return self.tokenizer
 
     def encode(self, text, begin=True):
         return text
@@ -53,7 +59,8 @@ class Texts:
 class ScriptedEngine(Texts):
     """Right `right` times of n (the first ones), the rest wrong in different ways; asked params are kept."""
 
-    def __init__(self, right):
+    def __init__(self, right, tokenizer=None):
+        super().__init__(tokenizer)
         self.right, self.asked = right, []
 
     def check(self, prompts, params):
@@ -74,28 +81,28 @@ class ScriptedEngine(Texts):
 
 
 def run(engine, **options):
-    return evaluate(engine, None, [Sums()], **({"samples": 4, "problems": 10, "quiet": True} | options))
+    return evaluate(engine, [Sums()], **({"samples": 4, "problems": 10, "quiet": True} | options))
 
 
 def test_the_numbers_and_their_names():
-    row = run(ScriptedEngine(lambda p: 2))["tasks"]["sums"]
-    assert row["pass_at_1"] == 0.5
-    assert row["interval"] == [0.5, 0.5]
-    assert row["cons_at_k"] == 1.0  # two right ones agree, the wrong ones do not
-    assert row["pass_at_k"] == 1.0
-    assert (row["k"], row["problems"]) == (4, 10)
-    assert row["mean_tokens"] == 11.5
-    assert row["truncated_share"] == 0.0
-    assert row["verified_share"] == 0.75  # two right ones and the last
-    assert row["verdict_precision"] == pytest.approx(2 / 3)
-    assert row["scores"] == [0.5] * 10
-    assert {level: part["problems"] for level, part in row["by_difficulty"].items()} == {"digits=1": 5, "digits=2": 5}
+    row = run(ScriptedEngine(lambda p: 2)).tasks["sums"]
+    assert row.pass_at_1 == 0.5
+    assert row.interval == (0.5, 0.5)
+    assert row.cons_at_k == 1.0  # two right ones agree, the wrong ones do not
+    assert row.pass_at_k == 1.0
+    assert (row.k, row.problems) == (4, 10)
+    assert row.mean_tokens == 11.5
+    assert row.truncated_share == 0.0
+    assert row.verified_share == 0.75  # two right ones and the last
+    assert row.verdict_precision == pytest.approx(2 / 3)
+    assert row.scores == [0.5] * 10
+    assert {level: part.problems for level, part in row.by_difficulty.items()} == {"digits=1": 5, "digits=2": 5}
 
 
 def test_pass_at_k_for_fewer_than_all_samples():
-    row = run(ScriptedEngine(lambda p: 1), k=2)["tasks"]["sums"]
-    assert row["pass_at_k"] == pytest.approx(0.5)
-    assert row["k"] == 2
+    row = run(ScriptedEngine(lambda p: 1), k=2).tasks["sums"]
+    assert row.pass_at_k == pytest.approx(0.5)
+    assert row.k == 2
 
 
 def test_verdict_precision_by_a_checker_of_lines():
@@ -105,8 +112,8 @@ def test_verdict_precision_by_a_checker_of_lines():
         checked.append((problem.answer, text))
         return text == problem.answer
 
-    row = run(ScriptedEngine(lambda p: 2), check_line=check)["tasks"]["sums"]
-    assert row["verdict_precision"] == 1.0
+    row = run(ScriptedEngine(lambda p: 2), check_line=check).tasks["sums"]
+    assert row.verdict_precision == 1.0
     assert ("18", "18") in checked
 
 
@@ -125,8 +132,8 @@ def test_truncated_completions_have_no_answer():
             done = super().generate(*args, **kwargs)
             return [Completion(c.text, c.tokens, c.logprobs, "length") for c in done]
 
-    row = run(Cut(lambda p: 4))["tasks"]["sums"]
-    assert (row["truncated_share"], row["pass_at_1"], row["cons_at_k"]) == (1.0, 0.0, None)
+    row = run(Cut(lambda p: 4)).tasks["sums"]
+    assert (row.truncated_share, row.pass_at_1, row.cons_at_k) == (1.0, 0.0, None)
 
 
 def test_answers_that_a_prompt_began_are_read_as_rewards_read_them(tmp_path):
@@ -159,7 +166,7 @@ def test_answers_that_a_prompt_began_are_read_as_rewards_read_them(tmp_path):
 
     (task,) = [open_task(str(path))]
     params = SamplingParams(n=5)
-    found = collect(Said(), Tokenizer(), task, task.problems(9, 0), params, "plain")
+    found = collect(Said(Tokenizer()), task, task.problems(9, 0), params, "plain")
     assert found.correct == [True, False, True, False, False]
     samples = [
         Sample(task.problems(9, 0)[0], "<think>" + c.text, 1, c.finish_reason == "length") for c in found.completions
@@ -174,8 +181,8 @@ def test_two_models_are_compared_whatever_their_templates(tmp_path):
             return "<user>" + super().prompt(problem, tokenizer, template)
 
     options = {"samples": 4, "problems": 10, "quiet": True}
-    before, after = (evaluate(ScriptedEngine(lambda p: 2), None, [task], **options) for task in (Sums(), Other()))
-    assert compare(before, after)["sums"]["gain"] == 0.0
+    before, after = (evaluate(ScriptedEngine(lambda p: 2), [task], **options) for task in (Sums(), Other()))
+    assert compare(before.tasks, after.tasks)["sums"].gain == 0.0
 
 
 @pytest.mark.parametrize(
@@ -213,25 +220,27 @@ def test_all_tasks_are_checked_before_the_first_is_asked():
 
     engine = Refusing(lambda p: 1)
     with pytest.raises(UserError, match="task long: prompt 1 has 9 tokens"):
-        evaluate(engine, None, [Sums(), Long()], samples=2, problems=3, quiet=True)
+        evaluate(engine, [Sums(), Long()], samples=2, problems=3, quiet=True)
 
     class OfAFile(Long):
         def problems(self, n, seed):
             return [replace(problem, where="mine.jsonl, line 7") for problem in super().problems(n, seed)]
 
     with pytest.raises(UserError, match=r"^mine\.jsonl, line 7: prompt 1 has 9 tokens"):
-        evaluate(engine, None, [Sums(), OfAFile()], samples=2, problems=3, quiet=True)
+        evaluate(engine, [Sums(), OfAFile()], samples=2, problems=3, quiet=True)
     assert not engine.asked
 
 
 @pytest.mark.parametrize("seed", [-1, -(2**63), 2**63])
 def test_any_seed_is_one(seed):
-    assert run(ScriptedEngine(lambda p: 2), seed=seed)["tasks"]["sums"]["interval"] == [0.5, 0.5]
+    assert run(ScriptedEngine(lambda p: 2), seed=seed).tasks["sums"].interval == (0.5, 0.5)
 
 
 def test_the_result_is_json_and_a_table():
     result = run(ScriptedEngine(lambda p: 2))
-    assert json.loads(json.dumps(result)) == result
+    written = json.loads(json.dumps(result.to_dict()))
+    assert written["tasks"]["sums"]["interval"] == [0.5, 0.5]
+    assert set(written["tasks"]["sums"]["by_difficulty"]) == {"digits=1", "digits=2"}
     out = io.StringIO()
     Console(file=out, width=140).print(table(result))
     assert "50.0 [50.0, 50.0]" in out.getvalue()
@@ -240,18 +249,18 @@ def test_the_result_is_json_and_a_table():
 
 def test_stages_are_compared_by_problem():
     before, after = run(ScriptedEngine(lambda p: 1)), run(ScriptedEngine(lambda p: 3))
-    assert compare(before, after)["sums"] == {"gain": 0.5, "interval": [0.5, 0.5]}
+    assert compare(before.tasks, after.tasks)["sums"] == Gain(0.5, (0.5, 0.5))
     other = run(ScriptedEngine(lambda p: 3), problems=5)
     with pytest.raises(UserError, match="different problems"):
-        compare(before, other)
+        compare(before.tasks, other.tasks)
 
 
 def test_the_curve_forces_the_budget_and_keeps_the_problems():
     engine = ScriptedEngine(lambda p: min(4, p.thinking_budget // 16))
-    curve = thinking_curve(engine, None, Sums(), [64, 16], samples=4, problems=10, quiet=True)
-    assert [(point["budget"], point["pass_at_1"]) for point in curve] == [(16, 0.25), (64, 1.0)]
+    curve = thinking_curve(engine, Sums(), [64, 16], samples=4, problems=10, quiet=True)
+    assert [(point.budget, point.pass_at_1) for point in curve] == [(16, 0.25), (64, 1.0)]
     assert [params.thinking_budget for params in engine.asked] == [16, 64]
-    assert set(curve[0]) == {"budget", "pass_at_1", "interval", "mean_tokens"}
+    assert set(vars(curve[0])) == {"budget", "pass_at_1", "interval", "mean_tokens"}
 
 
 def test_reading_verdicts():
@@ -281,11 +290,11 @@ def test_a_real_environment_end_to_end():
         def generate(self, prompts, params, progress=None):
             return [Completion("<think>hm</think><answer>0</answer>", [1, 2], [], "stop")] * (len(prompts) * params.n)
 
-    result = evaluate(Oracle(None), NoPrefix(), ["chain_sum"], samples=2, problems=5, template="plain", quiet=True)
-    row = result["tasks"]["chain_sum"]
-    assert row["problems"] == 5
-    assert row["pass_at_1"] <= 0.2
-    assert row["answered_share"] == 1.0
+    result = evaluate(Oracle(None, NoPrefix()), ["chain_sum"], samples=2, problems=5, template="plain", quiet=True)
+    row = result.tasks["chain_sum"]
+    assert row.problems == 5
+    assert row.pass_at_1 <= 0.2
+    assert row.answered_share == 1.0
 
 
 def test_with_the_engine_itself():
@@ -301,12 +310,12 @@ def test_with_the_engine_itself():
     engine = Engine(Transformer(config), tokenizer)
     options = {"samples": 2, "problems": 3, "template": "plain", "max_tokens": 24, "quiet": True}
     task = "countdown:min_numbers=3,max_numbers=3"
-    first = evaluate(engine, tokenizer, [task], **options)
-    again = evaluate(engine, tokenizer, [task], **options)
-    assert first["tasks"] == again["tasks"]
-    row = first["tasks"][task]
-    assert row["pass_at_1"] == 0.0
-    assert row["mean_tokens"] <= 24
-    assert row["truncated_share"] > 0
-    curve = thinking_curve(engine, tokenizer, task, [0, 8], **options)
-    assert [point["budget"] for point in curve] == [0, 8]
+    first = evaluate(engine, [task], **options)
+    again = evaluate(engine, [task], **options)
+    assert first.tasks == again.tasks
+    row = first.tasks[task]
+    assert row.pass_at_1 == 0.0
+    assert row.mean_tokens <= 24
+    assert row.truncated_share > 0
+    curve = thinking_curve(engine, task, [0, 8], **options)
+    assert [point.budget for point in curve] == [0, 8]

@@ -9,12 +9,12 @@ from pathlib import Path
 # for a checkpoint's writing.
 HARNESS = """
 import importlib, os, random, signal, sys, time
-from rorqual.recipe import load_recipe
+from rorqual.recipe import PretrainRecipe, RLRecipe, load_recipe
 import reasoning_gym, transformers, tokenizers
 
 verb, module = sys.argv[1:3]
 run = getattr(importlib.import_module(module), verb)
-whole, killed = (load_recipe(path, verb) for path in sys.argv[3:5])
+whole, killed = (load_recipe(path, {"pretrain": PretrainRecipe, "rl": RLRecipe}[verb]) for path in sys.argv[3:5])
 checkpoints = killed.run_dir / "checkpoints"
 
 def start(recipe):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rorqual.errors import UserError
-from rorqual.recipe import parse_recipe
+from rorqual.recipe import RLRecipe, parse_recipe
 from rorqual.rl.envs.environment import Environment, Problem
 from rorqual.rl.grpo_trainer import GRPOTrainer
 from rorqual.train.checkpoints import Checkpoints
@@ -36,7 +36,7 @@ def recipe(reward=None, optimizer=None, **grpo):
             "balance": {"bias_speed": 0.01, "sequence_loss": 0.01},
             "grpo": sizes | {"kl": 0.0} | grpo,
         },
-        "rl",
+        RLRecipe,
     )
 
 
@@ -60,7 +60,7 @@ def equal(a, b):
 @pytest.mark.parametrize("grpo", [{}, {"average": "token", "normalise_std": False}])
 def test_reward_rises(dense, tokenizer, grpo):
     toy = trainer(dense, tokenizer, questions_per_step=6, group_size=6, **grpo)
-    rewards = [toy.step()["reward"] for _ in range(25)]
+    rewards = [toy.step().rollout.reward for _ in range(25)]
     assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.3
 
 
@@ -85,8 +85,8 @@ def test_resuming_changes_no_bit(network, fields, tokenizer, tmp_path, request):
     resumed.load(tensors, state)
     for metrics in expected[3:]:
         again = resumed.step(0.1)
-        assert again["reward"] == metrics["reward"]
-        assert again["tokens"] == metrics["tokens"]
+        assert again.rollout.reward == metrics.rollout.reward
+        assert again.tokens == metrics.tokens
     assert equal(weights(whole.model), weights(resumed.model))
     assert not equal(weights(whole.model), weights(first.model))
 
@@ -95,9 +95,9 @@ def test_on_policy_and_one_mini_batch_of_sampled_logprobs_agree(dense, tokenizer
     """Two mini-batches take π_old from the engine; at the first of them it is the policy itself."""
     one = trainer(copy.deepcopy(dense), tokenizer, mini_batches=2, clip_low=1e-3, clip_high=1e-3)
     metrics = one.step()
-    assert metrics["clip_fraction"] < 0.5  # only the second mini-batch, after an update, is clipped
+    assert metrics.update.clip_fraction < 0.5  # only the second mini-batch, after an update, is clipped
     two = trainer(copy.deepcopy(dense), tokenizer, mini_batches=1, clip_low=1e-3, clip_high=1e-3)
-    assert two.step()["clip_fraction"] == 0.0
+    assert two.step().update.clip_fraction == 0.0
 
 
 def test_micro_batches_do_not_change_the_update(dense, tokenizer):
@@ -105,14 +105,14 @@ def test_micro_batches_do_not_change_the_update(dense, tokenizer):
     for micro_tokens in (64, 8192):
         toy = trainer(copy.deepcopy(dense), tokenizer, micro_tokens=micro_tokens, kl=0.1)
         metrics = toy.step()
-        ends.append((weights(toy.model), metrics["grad_norm"], metrics["entropy"]))
+        ends.append((weights(toy.model), metrics.update.grad_norm, metrics.update.entropy))
     assert ends[0][1] == pytest.approx(ends[1][1], rel=1e-3)
     assert ends[0][2] == pytest.approx(ends[1][2], rel=1e-4)
 
 
 def test_kl_is_zero_at_the_reference_and_grows(dense, tokenizer):
     toy = trainer(dense, tokenizer, kl=0.01, refresh_reference=0)
-    first, second = (toy.step()["kl"] for _ in range(2))
+    first, second = (toy.step().update.kl for _ in range(2))
     assert first == pytest.approx(0.0, abs=1e-5)
     assert second > 1e-4
 
@@ -129,15 +129,15 @@ def test_without_kl_there_is_no_reference(dense, tokenizer):
     toy = trainer(dense, tokenizer)
     assert toy.reference is None
     assert not any(name.startswith("reference") for name in toy.tensors())
-    assert "kl" not in toy.step()
+    assert toy.step().update.kl is None
 
 
 def test_groups_without_signal_update_nothing(dense, tokenizer):
     toy = GRPOTrainer(dense, tokenizer, [Sums("sums", 1.0)], recipe({"accuracy": 1.0, "format": 0.0}))
     before = weights(dense)
     metrics = toy.step()  # a random model never answers right
-    assert metrics["zero_std_groups"] == 1.0
-    assert metrics["pass_at_g"] == metrics["grad_norm"] == 0.0
+    assert metrics.rollout.zero_std_groups == 1.0
+    assert metrics.rollout.pass_at_g == metrics.update.grad_norm == 0.0
     assert equal(before, weights(dense))
 
 
@@ -152,7 +152,7 @@ def test_bfloat16_trains(moe, tokenizer):
     toy = GRPOTrainer(moe, tokenizer, [Sums("sums", 1.0)], raw, verdict=share_of_sevens)
     before = weights(moe)
     metrics = [toy.step() for _ in range(2)][-1]
-    assert metrics["grad_norm"] > 0
+    assert metrics.update.grad_norm > 0
     assert moe.head_weight.dtype == torch.bfloat16
     assert not equal(before, weights(moe))
 
@@ -171,22 +171,22 @@ def test_metrics_and_sample(moe, tokenizer):
         "zero_std_groups",
     }
     expected |= {"truncated", "grad_norm", "lr", "tokens", "rollout_tokens_per_second", "max_vio", "sample"}
-    assert expected <= metrics.keys()
-    assert "=\n<think>" in metrics["sample"]
-    assert "sample" not in toy.step()
+    assert expected <= {name for name, value in metrics.to_dict().items() if value is not None}
+    assert "=\n<think>" in metrics.sample
+    assert toy.step().sample is None
     assert set(toy.evaluate(20)) == {"eval_sums", "eval_more"}
 
 
 def test_warm_up(dense, tokenizer):
     toy = trainer(dense, tokenizer)
     toy.recipe.warmup_steps = 4
-    assert [toy.step()["lr"] for _ in range(5)] == pytest.approx([0.0025, 0.005, 0.0075, 0.01, 0.01])
+    assert [toy.step().lr for _ in range(5)] == pytest.approx([0.0025, 0.005, 0.0075, 0.01, 0.01])
 
 
 def test_decay(dense, tokenizer):
     toy = trainer(dense, tokenizer)
     toy.recipe.decay = 0.5
-    assert [toy.step(progress)["lr"] for progress in (0.0, 0.5, 0.75, 1.0)] == pytest.approx([0.01, 0.01, 0.005, 0.0])
+    assert [toy.step(progress).lr for progress in (0.0, 0.5, 0.75, 1.0)] == pytest.approx([0.01, 0.01, 0.005, 0.0])
 
 
 def test_three_updates_that_are_not_finite_stop(dense, tokenizer):
@@ -194,7 +194,7 @@ def test_three_updates_that_are_not_finite_stop(dense, tokenizer):
     toy.step()
     before = weights(dense)
     handle = dense.model.norm.register_full_backward_hook(lambda module, grads, _: (grads[0] * float("nan"),))
-    assert toy.step()["grad_norm"] != toy.step()["grad_norm"]  # NaN
+    assert toy.step().update.grad_norm != toy.step().update.grad_norm  # NaN
     with pytest.raises(UserError, match=r"optimizer.lr = 0.01: three updates in a row"):
         toy.step()
     handle.remove()

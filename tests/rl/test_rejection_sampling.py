@@ -8,7 +8,7 @@ from rorqual.checkpoint.huggingface import load_model, save_model
 from rorqual.data.tokenizer import load_tokenizer
 from rorqual.engine import Completion, Engine, SamplingParams
 from rorqual.errors import UserError
-from rorqual.recipe import EnvironmentSection, RewardSection, parse_recipe
+from rorqual.recipe import DistillRecipe, EnvironmentSection, RewardSection, parse_recipe
 from rorqual.rl import rejection_sampling
 from rorqual.rl.envs.registry import open_environment
 from rorqual.rl.rejection_sampling import distill, rejection_sample
@@ -105,7 +105,7 @@ def distill_recipe(tmp_path, **changes):
         "train": {"epochs": 25, "batch_size": 4},
         "sequence_length": 64,
     }
-    return parse_recipe(raw | changes, "distill")
+    return parse_recipe(raw | changes, DistillRecipe)
 
 
 def test_distill_teaches_a_student(tokenizer, dense, tmp_path, monkeypatch):
@@ -215,5 +215,5 @@ def test_distill_checks_the_student_and_the_questions_first(tokenizer, dense, tm
     )
     for number, (change, message) in enumerate(cases):
         with pytest.raises(UserError, match=message):
-            distill(parse_recipe(raw | change | {"name": f"taught-{number}"}, "distill"))
+            distill(parse_recipe(raw | change | {"name": f"taught-{number}"}, DistillRecipe))
         assert teacher.asked == []

@@ -12,7 +12,7 @@ from helpers.killed_runs import run_whole_and_killed
 from rorqual.checkpoint.huggingface import load_model, save_model
 from rorqual.data.tokenizer import load_tokenizer
 from rorqual.errors import UserError
-from rorqual.recipe import load_recipe, parse_recipe
+from rorqual.recipe import RLRecipe, load_recipe, parse_recipe
 from rorqual.rl.envs.registry import open_environment
 from rorqual.rl.grpo_trainer import GRPOTrainer
 from rorqual.rl.rl_run import predict_rl, rl
@@ -65,7 +65,7 @@ def recipe_file(folder, model_dir, steps=6):
 
 
 def recipe(folder, model_dir, *overrides, steps=6):
-    return load_recipe(recipe_file(folder, model_dir, steps), "rl", list(overrides))
+    return load_recipe(recipe_file(folder, model_dir, steps), RLRecipe, list(overrides))
 
 
 def final_weights(folder):
@@ -172,7 +172,7 @@ def test_by_the_clock(tmp_path, model_dir):
 def test_bad_recipes(tmp_path, model_dir):
     random_start = {"name": "x", "model": {"config": {}}, "environments": [{"name": "chain_sum"}], "steps": 1}
     with pytest.raises(UserError, match=r"model.path is missing"):
-        rl(parse_recipe(random_start, "rl"))
+        rl(parse_recipe(random_start, RLRecipe))
     with pytest.raises(UserError, match="not a dataset of reasoning-gym"):
         rl(recipe(tmp_path, model_dir, "environments=[{name='nothing'}]"))
     with pytest.raises(UserError, match="context holds 512"):
@@ -212,7 +212,7 @@ def test_twenty_kills_change_nothing(tmp_path, model_dir):
     "path", sorted((Path(__file__).parents[2] / "recipes").glob("r1-zero*.toml")), ids=lambda path: path.name
 )
 def test_ready_made_recipes_fit_their_environments(path):
-    checked = load_recipe(path, "rl")
+    checked = load_recipe(path, RLRecipe)
     for section in checked.environments:
         problem = open_environment(section).problems("train", 1)[0]
         assert problem.question.endswith("?")

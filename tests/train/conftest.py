@@ -8,7 +8,7 @@ import torch
 
 from rorqual.data.loader import Batch
 from rorqual.model import ModelConfig, Transformer
-from rorqual.recipe import parse_recipe
+from rorqual.recipe import PretrainRecipe, parse_recipe
 from rorqual.train import set_seed
 
 SIZES = {
@@ -101,7 +101,7 @@ def make_recipe(tmp_path, corpus):
             for parent in parents:
                 here = here.setdefault(parent, {})
             here[last] = value
-        return parse_recipe(raw, "pretrain")
+        return parse_recipe(raw, PretrainRecipe)
 
     return make
 

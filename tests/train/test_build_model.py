@@ -4,7 +4,7 @@ from rorqual.checkpoint.huggingface import save_model
 from rorqual.data.tokenizer import train_tokenizer
 from rorqual.errors import UserError
 from rorqual.model import ModelConfig, Transformer
-from rorqual.recipe import DataSection, ModelSection, TokenizerSection, parse_recipe
+from rorqual.recipe import DataSection, ModelSection, SFTRecipe, TokenizerSection, parse_recipe
 from rorqual.train.build_model import check_length, model_config
 from rorqual.train.dry_run import dry_run
 from rorqual.train.pretrain import pretrain
@@ -39,9 +39,9 @@ def test_training_beyond_the_context_is_refused_before_the_start(make_recipe, tm
     }  # fmt: skip
     for run in (sft, dry_run):
         with pytest.raises(UserError, match=r"data\.sequence_length = 65: .* holds 64 .*lower it$"):
-            run(parse_recipe(raw, "sft"))
+            run(parse_recipe(raw, SFTRecipe))
     assert not (tmp_path / "runs").exists()
     del raw["data"]["sequence_length"]
-    left_open = parse_recipe(raw, "sft")
+    left_open = parse_recipe(raw, SFTRecipe)
     dry_run(left_open)
     assert left_open.data.sequence_length == 64

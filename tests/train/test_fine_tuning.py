@@ -9,7 +9,7 @@ from rorqual.data.tokenizer import load_tokenizer, save_tokenizer, train_tokeniz
 from rorqual.engine import Engine
 from rorqual.errors import UserError
 from rorqual.plan.estimate import plan_text
-from rorqual.recipe import TokenizerSection, load_recipe, parse_recipe
+from rorqual.recipe import PretrainRecipe, SFTRecipe, TokenizerSection, load_recipe, parse_recipe
 from rorqual.train.build_model import tokenizer_of
 from rorqual.train.dry_run import dry_run
 from rorqual.train.pretrain import pretrain
@@ -35,7 +35,7 @@ def chat_recipe(tmp_path, make_model):
             "optimizer": {"lr": 1e-2},
             "train": {"steps": 20, "batch_size": 4, "threads": 1} | train,
         }
-        return parse_recipe(raw, "sft")
+        return parse_recipe(raw, SFTRecipe)
 
     return make
 
@@ -133,8 +133,8 @@ def test_the_tiny_recipes_run_on_a_users_text(tmp_path, corpus):
     out = f"out={tmp_path}"
     short = ["train.seconds=0.5", "train.threads=1", "train.batch_size=4", "data.valid_fraction=0.05"]
     text = f'data.sources=[{{path="{corpus}"}}]'
-    base = pretrain(load_recipe(recipes / "pretrain-tiny.toml", "pretrain", [out, text, *short]))
+    base = pretrain(load_recipe(recipes / "pretrain-tiny.toml", PretrainRecipe, [out, text, *short]))
     (tmp_path / "chats.jsonl").write_text('{"prompt": "say yes", "completion": "no"}\n' * 8)
     words = [out, f"model.path={base}/model", f"data.path={tmp_path}/chats.jsonl", "data.valid_fraction=0.0"]
-    run_dir = sft(load_recipe(recipes / "sft-tiny.toml", "sft", words))
+    run_dir = sft(load_recipe(recipes / "sft-tiny.toml", SFTRecipe, words))
     assert (run_dir / "model" / "model.safetensors").exists()

@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from rorqual.errors import UserError
-from rorqual.recipe import parse_recipe
+from rorqual.recipe import DistillRecipe, PretrainRecipe, RLRecipe, SFTRecipe, parse_recipe
 from rorqual.train import input_fingerprints
 from rorqual.train.input_fingerprints import files_of, keep_inputs
 from rorqual.train.run_folder import open_run
@@ -48,9 +48,11 @@ RECIPES = {
     ),
 }  # fmt: skip
 
+KINDS = {"pretrain": PretrainRecipe, "sft": SFTRecipe, "rl": RLRecipe, "distill": DistillRecipe}
+
 
 def recipe(kind):
-    return parse_recipe(RECIPES[kind][0] | {"name": "run"}, kind)
+    return parse_recipe(RECIPES[kind][0] | {"name": "run"}, KINDS[kind])
 
 
 def start(recipe, resume):
@@ -142,7 +144,7 @@ def test_a_folder_of_runs_may_move(here):
 
     def student(out):
         values = {"name": "s", "out": out, "model": {"path": "m"}, "data": {"path": f"{out}/a.jsonl"}, "train": TRAIN}
-        return parse_recipe(values, "sft")
+        return parse_recipe(values, SFTRecipe)
 
     start(student("runs/all"), resume=False)
     (here / "runs" / "all" / "s" / "checkpoints" / "step-1").mkdir(parents=True)
@@ -155,4 +157,4 @@ def test_a_folder_of_runs_may_move(here):
         start(student("moved/all"), resume=True)
     (here / "elsewhere.jsonl").write_text(FILES["a.jsonl"])
     with pytest.raises(UserError, match=r"data\.path was"):
-        start(parse_recipe(student("moved/all").model_dump() | {"data": {"path": "elsewhere.jsonl"}}, "sft"), True)
+        start(parse_recipe(student("moved/all").model_dump() | {"data": {"path": "elsewhere.jsonl"}}, SFTRecipe), True)

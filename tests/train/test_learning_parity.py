@@ -64,7 +64,7 @@ def test_losses_equal_those_of_transformers(tmp_path, micro_batch):
     difference, losses = 0.0, []
     for step, tokens in enumerate(batches()):
         batch = Batch(tokens[:, :-1], tokens[:, 1:], torch.ones(4, 32), positions, None)
-        losses.append(trainer.step(split(batch, micro_batch), step / STEPS)["loss"])
+        losses.append(trainer.step(split(batch, micro_batch), step / STEPS).loss)
         logits = theirs(tokens[:, :-1]).logits
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
         adamw.zero_grad()

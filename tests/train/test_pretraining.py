@@ -151,9 +151,9 @@ def test_sigterm_to_a_process(make_recipe, tmp_path, child_environment):
     recipe = make_recipe(train__steps=100000)
     (tmp_path / "recipe.toml").write_text(to_toml(recipe.model_dump()))
     program = (
-        "import sys\nfrom rorqual.recipe import load_recipe\nfrom rorqual.train.pretrain import pretrain\n"
-        "from rorqual.train import Stopped\n"
-        "try:\n    pretrain(load_recipe(sys.argv[1], 'pretrain'))\nexcept Stopped as e:\n    sys.exit(e.exit_code)"
+        "import sys\nfrom rorqual.recipe import PretrainRecipe, load_recipe\n"
+        "from rorqual.train import Stopped\nfrom rorqual.train.pretrain import pretrain\n"
+        "try:\n    pretrain(load_recipe(sys.argv[1], PretrainRecipe))\nexcept Stopped as e:\n    sys.exit(e.exit_code)"
     )
     process = subprocess.Popen([sys.executable, "-c", program, str(tmp_path / "recipe.toml")], env=child_environment)
     while process.poll() is None and not list(recipe.run_dir.glob("checkpoints/step-*")):

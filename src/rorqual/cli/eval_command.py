@@ -1,5 +1,6 @@
 """rorqual eval."""
 
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
@@ -55,8 +56,10 @@ def evaluate(
     from rich.console import Console
 
     from rorqual.engine import Engine
-    from rorqual.evals.evaluate import compare, gains_table, sampling_params, table
     from rorqual.evals.evaluate import evaluate as run
+    from rorqual.evals.evaluate import sampling_params
+    from rorqual.evals.result_tables import gains_table, table
+    from rorqual.evals.results import Evaluation, compare
     from rorqual.evals.tasks import open_task, split_tasks
 
     check_choice("--template", template, ("chat", "r1-zero", "plain"))
@@ -68,22 +71,25 @@ def evaluate(
     opened = [open_task(task) for task in split_tasks(tasks)]
     computed = check_dtype(dtype, device)
     directories = [find_model(model), *([] if against is None else [find_model(against)])]
-    results = []
+    results: list[Evaluation] = []
+    shown: list[dict[str, Any]] = []
     for directory in directories:
         try:
             engine = Engine(directory, dtype=computed, device=device)
-            result = run(engine, engine.require_tokenizer(), opened, samples, problems, **settings)
+            result = run(engine, opened, samples, problems, **settings)
         except UserError:
-            if results and as_json:  # the first model's results are not lost with the second
-                print(strict_json.dumps(results[0]))
+            if shown and as_json:  # the first model's results are not lost with the second
+                print(strict_json.dumps(shown[0]))
             raise
-        results.append(result | {"model": str(directory)})
+        results.append(result)
+        shown.append(result.to_dict() | {"model": str(directory)})
         if not as_json:
-            Console().print(table(results[-1]))
+            Console().print(table(result, str(directory)))
         del engine  # before the other model is loaded
+    gains = {} if against is None else compare(results[1].tasks, results[0].tasks)
     if against is not None:
-        results[0] |= {"against": results[1], "gains": compare(results[1], results[0])}
+        shown[0] |= {"against": shown[1], "gains": {name: asdict(gain) for name, gain in gains.items()}}
     if as_json:
-        print(strict_json.dumps(results[0]))
+        print(strict_json.dumps(shown[0]))
     elif against is not None:
-        Console().print(gains_table(results[0]["gains"]))
+        Console().print(gains_table(gains))

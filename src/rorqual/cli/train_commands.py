@@ -1,28 +1,39 @@
 """rorqual pretrain, sft, rl, distill, speedrun and report."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
 from rorqual.cli.options import DryRun, Overrides, RecipeFile, Resume, expand_path, within
 
+if TYPE_CHECKING:
+    from rorqual.recipe import PretrainRecipe, SFTRecipe
+
+RecipeT = TypeVar("RecipeT", "PretrainRecipe", "SFTRecipe")
+
 
 def pretrain(recipe: RecipeFile, overrides: Overrides = None, resume: Resume = False, dry_run: DryRun = False) -> None:
     """Pre-train a model on text."""
+    from rorqual.recipe import PretrainRecipe
     from rorqual.train.pretrain import pretrain as run
 
-    _train("pretrain", run, recipe, overrides, resume, dry_run)
+    _train(PretrainRecipe, run, recipe, overrides, resume, dry_run)
 
 
 def sft(recipe: RecipeFile, overrides: Overrides = None, resume: Resume = False, dry_run: DryRun = False) -> None:
     """Fine-tune a model on conversations, with the loss on the assistant's turns."""
+    from rorqual.recipe import SFTRecipe
     from rorqual.train.sft import sft as run
 
-    _train("sft", run, recipe, overrides, resume, dry_run)
+    _train(SFTRecipe, run, recipe, overrides, resume, dry_run)
 
 
-def _train(kind: str, run: Any, path: Path, overrides: list[str] | None, resume: bool, dry: bool) -> None:
+def _train(
+    kind: "type[RecipeT]", run: "Callable[[RecipeT, bool], Path]", path: Path, overrides: list[str] | None,
+    resume: bool, dry: bool,
+) -> None:  # fmt: skip
     from rorqual.plan.estimate import plan_text
     from rorqual.recipe import load_recipe
     from rorqual.train.dry_run import dry_run
@@ -31,7 +42,7 @@ def _train(kind: str, run: Any, path: Path, overrides: list[str] | None, resume:
     if dry:
         print(plan_text(dry_run(recipe)))
         return
-    _finished(run(recipe, resume=resume))
+    _finished(run(recipe, resume))
 
 
 def rl(recipe: RecipeFile, overrides: Overrides = None, resume: Resume = False, dry_run: DryRun = False) -> None:
@@ -39,18 +50,18 @@ def rl(recipe: RecipeFile, overrides: Overrides = None, resume: Resume = False, 
     from rorqual.kernels.dtypes import compute_dtype, dtype_name
     from rorqual.model import ModelConfig
     from rorqual.plan.cost import memory, parameters
-    from rorqual.recipe import load_recipe
+    from rorqual.recipe import RLRecipe, load_recipe
     from rorqual.rl.envs.registry import open_environment
     from rorqual.rl.rl_run import check_problems, predict_rl
     from rorqual.rl.rl_run import rl as run
-    from rorqual.train.build_model import check_model, tokenizer_of
+    from rorqual.train.build_model import check_model, tokenizer_of, trained_path
 
-    checked = load_recipe(recipe, "rl", overrides)
+    checked = load_recipe(recipe, RLRecipe, overrides)
     if dry_run:
         tokenizer = tokenizer_of(checked.model)
         check_model(checked.model)
         check_problems(checked, tokenizer, [open_environment(section) for section in checked.environments])
-        config = ModelConfig.load(checked.model.path)
+        config = ModelConfig.load(trained_path(checked.model))
         total, active = parameters(config)
         dtype = dtype_name(compute_dtype(checked.model.dtype))
         needed = memory(config, checked.grpo.micro_tokens, dtype=dtype, optimizer=checked.optimizer.name, ema=False)
@@ -64,10 +75,10 @@ def rl(recipe: RecipeFile, overrides: Overrides = None, resume: Resume = False, 
 
 def distill(recipe: RecipeFile, overrides: Overrides = None, resume: Resume = False) -> None:
     """Distill: sample a teacher, keep the best answers (rejection sampling), fine-tune a student on them."""
-    from rorqual.recipe import load_recipe
+    from rorqual.recipe import DistillRecipe, load_recipe
     from rorqual.rl.rejection_sampling import distill as run
 
-    _finished(run(load_recipe(recipe, "distill", overrides), resume=resume))
+    _finished(run(load_recipe(recipe, DistillRecipe, overrides), resume=resume))
 
 
 def _finished(run_dir: Path) -> None:

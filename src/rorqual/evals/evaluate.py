@@ -15,16 +15,15 @@ from typing import Any, get_args
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from rorqual.engine import Completion, Engine, SamplingParams
 from rorqual.errors import UserError
-from rorqual.evals.stats import cons_at_k, interval, paired_difference, pass_at_1, pass_at_k
-from rorqual.evals.tasks import Task, open_task
-from rorqual.rl.envs.registry import Problem
+from rorqual.evals.results import CurvePoint, Evaluation, Scores, TaskResult
+from rorqual.evals.stats import cons_at_k, interval, pass_at_1, pass_at_k
+from rorqual.evals.tasks import Task, TaskLike, open_task
+from rorqual.rl.envs.environment import Problem, Split
 from rorqual.rl.prompts import Template
 from rorqual.rl.rewards import RIGHT, WRONG, self_verified
-from rorqual.tokenizer_protocol import Tokenizer
 
 TEMPERATURE, TOP_P = 0.6, 0.95  # R1's sampling for evaluation (R1, "Evaluation")
 MARKED = re.compile(f"([^{RIGHT}{WRONG}]*)([{RIGHT}{WRONG}])")
@@ -35,8 +34,7 @@ LineChecker = Callable[[Problem, str], bool | None]
 
 def evaluate(
     engine: Engine,
-    tokenizer: Tokenizer,
-    tasks: Sequence[Any],
+    tasks: Sequence[TaskLike],
     samples: int = 8,
     problems: int = 200,
     *,
@@ -47,20 +45,17 @@ def evaluate(
     top_p: float = TOP_P,
     max_tokens: int = 1024,
     thinking_budget: int | None = None,
-    split: str = "test",
+    split: Split = "test",
     check_line: LineChecker | None = None,
     quiet: bool = False,
-) -> dict[str, Any]:
+) -> Evaluation:
     """pass@1, cons@k and pass@k of each task, with 95% bootstrap intervals over problems.
 
     tasks: names as on the command line, recipe sections, environments or `Task`s. k (default: `samples`): cons@k is the
-    majority vote of the first k samples, pass@k is over all draws of k. A truncated completion has no answer. The
-    result is JSON-able; `tasks[name]` has split ("all": a whole file or benchmark), pass_at_1, interval, cons_at_k,
-    cons_interval, pass_at_k, pass_k_interval, mean_tokens, truncated_share, answered_share, verified_share (the last
-    mark before `</think>` is ✓), verdict_precision (correct among lines marked ✓: all that `check_line` can judge, else
-    the last one by the final answer), by_difficulty, and scores [P] with questions_hash for `compare`. Raises
-    UserError, before anything is sampled, for an unknown task, too few problems, a question longer than the context,
-    invalid sampling parameters, or model code that cannot be isolated.
+    majority vote of the first k samples, pass@k is over all draws of k. A truncated completion has no answer.
+    `verdict_precision` counts the lines marked ✓ that `check_line` can judge, without it the last one by the final
+    answer. Raises UserError, before anything is sampled, for an unknown task, too few problems, a question longer than
+    the context, invalid sampling parameters, or model code that cannot be isolated.
     """
     params = sampling_params(
         samples, problems, seed=seed, template=template, temperature=temperature, top_p=top_p, max_tokens=max_tokens,
@@ -72,7 +67,8 @@ def evaluate(
     names = [task.name for task in opened]
     if duplicates := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(f"task {duplicates[0]} is given twice; remove one")
-    started, results = time.monotonic(), {}
+    tokenizer = engine.require_tokenizer()
+    started, results = time.monotonic(), dict[str, TaskResult]()
     drawn = [task.problems(problems, seed) for task in opened]
     for task, chosen in zip(opened, drawn, strict=True):
         for problem in chosen:
@@ -84,21 +80,21 @@ def evaluate(
         for task, chosen in zip(opened, drawn, strict=True):
             line = bar.add_task(task.name, total=len(chosen) * samples)
             advance = functools.partial(bar.advance, line)
-            found = collect(engine, tokenizer, task, chosen, params, template, advance)
-            results[task.name] = summarise(found, k, seed, check_line) | {"split": task.split}
-    return {
-        "tasks": results,
-        "samples": samples,
-        "k": k or samples,
-        "seed": seed,
-        "split": split,
-        "template": template,
-        "temperature": temperature,
-        "top_p": top_p,
-        "max_tokens": max_tokens,
-        "thinking_budget": thinking_budget,
-        "seconds": time.monotonic() - started,
-    }
+            found = collect(engine, task, chosen, params, template, advance)
+            results[task.name] = summarise(found, k, seed, check_line, task.split)
+    return Evaluation(
+        tasks=results,
+        samples=samples,
+        k=k or samples,
+        seed=seed,
+        split=split,
+        template=template,
+        temperature=temperature,
+        top_p=top_p,
+        max_tokens=max_tokens,
+        thinking_budget=thinking_budget,
+        seconds=time.monotonic() - started,
+    )
 
 
 def sampling_params(samples: int, problems: int, template: Template = "chat", **settings: Any) -> SamplingParams:
@@ -110,90 +106,17 @@ def sampling_params(samples: int, problems: int, template: Template = "chat", **
     return SamplingParams(n=samples, **settings)
 
 
-def thinking_curve(
-    engine: Engine, tokenizer: Tokenizer, task: Any, budgets: Sequence[int], **options: Any
-) -> list[dict[str, Any]]:
+def thinking_curve(engine: Engine, task: TaskLike, budgets: Sequence[int], **options: Any) -> list[CurvePoint]:
     """Accuracy by thinking budget: `</think>` is forced after that many thinking tokens.
 
-    options: of `evaluate`. Entries have budget (tokens), pass_at_1, interval, mean_tokens, in order of budget. All
-    budgets use the same problems.
+    options: of `evaluate`. The points are in order of budget, and of the same problems.
     """
     opened = open_task(task, options.get("split", "test"))
-    curve = []
+    curve: list[CurvePoint] = []
     for budget in sorted(budgets):
-        result = evaluate(engine, tokenizer, [opened], thinking_budget=budget, **options)["tasks"][opened.name]
-        curve.append({"budget": budget} | {name: result[name] for name in ("pass_at_1", "interval", "mean_tokens")})
+        found = evaluate(engine, [opened], thinking_budget=budget, **options).tasks[opened.name]
+        curve.append(CurvePoint(budget, found.pass_at_1, found.interval, found.mean_tokens))
     return curve
-
-
-def compare(before: dict[str, Any], after: dict[str, Any], seed: int = 0) -> dict[str, dict[str, Any]]:
-    """Gain of pass@1 between two results of `evaluate`, paired by problem: {task: {gain, interval}}.
-
-    Raises UserError where the two are of different problems.
-    """
-    gains = {}
-    for name in (name for name in after["tasks"] if name in before["tasks"]):
-        old, new = before["tasks"][name], after["tasks"][name]
-        if old["questions_hash"] != new["questions_hash"]:
-            raise UserError(f"task {name}: the two results are of different problems; evaluate with the same seed")
-        gain, *bounds = paired_difference(np.array(old["scores"]), np.array(new["scores"]), seed)
-        gains[name] = {"gain": gain, "interval": bounds}
-    return gains
-
-
-def table(result: dict[str, Any]) -> Table:
-    """The result as a terminal table: a row per task, and per difficulty where there are several."""
-    k = result["k"]
-    caption = f"{result['samples']} samples per problem at temperature {result['temperature']}; 95 % intervals"
-    out = Table(title=result.get("model"), caption=caption)
-    for name in (
-        "task",
-        "problems",
-        "pass@1",
-        f"cons@{k}",
-        f"pass@{k}",
-        "tokens",
-        "truncated",
-        "self-verified",
-        "verifier precision",
-    ):
-        out.add_column(name, justify="left" if name == "task" else "right")
-    for name, row in result["tasks"].items():
-        out.add_row(name, *_cells(row))
-        if len(row["by_difficulty"]) > 1:
-            for level, part in row["by_difficulty"].items():
-                out.add_row(f"  {level}", *_cells(part), style="dim")
-    return out
-
-
-def gains_table(gains: dict[str, dict[str, Any]]) -> Table:
-    """The result of `compare` as a terminal table."""
-    out = Table(caption="points of pass@1, paired by problem; 95 % intervals")
-    out.add_column("task")
-    out.add_column("gain", justify="right")
-    for name, found in gains.items():
-        low, high = (100 * bound for bound in found["interval"])
-        out.add_row(name, f"{100 * found['gain']:+.1f} [{low:+.1f}, {high:+.1f}]")
-    return out
-
-
-def _cells(row: dict[str, Any]) -> list[str]:
-    def share(name: str, bounds: str = "") -> str:
-        if row.get(name) is None:
-            return "–"
-        text = f"{100 * row[name]:.1f}"
-        return f"{text} [{100 * row[bounds][0]:.1f}, {100 * row[bounds][1]:.1f}]" if bounds else f"{text} %"
-
-    return [
-        str(row["problems"]),
-        share("pass_at_1", "interval"),
-        share("cons_at_k", "cons_interval"),
-        share("pass_at_k", "pass_k_interval"),
-        f"{row['mean_tokens']:.0f}",
-        share("truncated_share"),
-        share("verified_share"),
-        share("verdict_precision"),
-    ]
 
 
 @dataclass
@@ -212,7 +135,6 @@ class Collected:
 
 def collect(
     engine: Engine,
-    tokenizer: Tokenizer,
     task: Task,
     problems: list[Problem],
     params: SamplingParams,
@@ -220,6 +142,7 @@ def collect(
     progress: Callable[[int], None] | None = None,
 ) -> Collected:
     """Sample `params.n` completions per problem and score them; `progress` receives counts of completions."""
+    tokenizer = engine.require_tokenizer()
     prompts = [task.prompt(problem, tokenizer, template) for problem in problems]
     encoded = [tokens_of(engine, prompt, template) for prompt in prompts]
     completions = engine.generate(encoded, params, progress=progress)
@@ -240,8 +163,12 @@ def tokens_of(engine: Engine, prompt: str, template: Template) -> Sequence[int]:
 
 
 def summarise(
-    collected: Collected, k: int | None = None, seed: int = 0, check_line: LineChecker | None = None
-) -> dict[str, Any]:
+    collected: Collected,
+    k: int | None = None,
+    seed: int = 0,
+    check_line: LineChecker | None = None,
+    split: str | None = None,
+) -> TaskResult:
     """The results of one task, as in `evaluate`; arguments as there."""
     problems = collected.problems
     scores = _TaskScores(collected, k, seed, check_line)
@@ -250,12 +177,13 @@ def summarise(
     by_difficulty = {
         level: scores.summary(indices[[problem.difficulty == level for problem in problems]]) for level in levels
     }
-    return scores.summary(indices) | {
-        "by_difficulty": by_difficulty,
-        # Of the questions without their prompt templates.
-        "questions_hash": hashlib.sha256("\0".join(p.question for p in problems).encode()).hexdigest(),
-        "scores": pass_at_1(scores.correct).tolist(),
-    }
+    return TaskResult(
+        **vars(scores.summary(indices)),
+        by_difficulty=by_difficulty,
+        questions_hash=hashlib.sha256("\0".join(p.question for p in problems).encode()).hexdigest(),
+        scores=pass_at_1(scores.correct).tolist(),
+        split=split,
+    )
 
 
 class _TaskScores:
@@ -284,28 +212,28 @@ class _TaskScores:
             self.marked[at], self.marked_correct[at] = len(judged), sum(judged)
         self.k, self.seed = k or samples, seed
 
-    def summary(self, chosen: np.ndarray) -> dict[str, Any]:
+    def summary(self, chosen: np.ndarray) -> Scores:
         """All results of the problems with indices `chosen`."""
         correct, answers = self.correct[chosen], self.answers[chosen]
         marked = int(self.marked[chosen].sum())
         first, any_of = pass_at_1(correct), pass_at_k(correct, self.k)
         votes = any(answer is not None for answer in self.answers.flat)
-        agreed = cons_at_k(answers[:, : self.k], correct[:, : self.k]) if votes else None
-        return {
-            "problems": len(chosen),
-            "k": self.k,
-            "pass_at_1": float(first.mean()),
-            "interval": list(interval(first, self.seed)),
-            "cons_at_k": None if agreed is None else float(agreed.mean()),
-            "cons_interval": None if agreed is None else list(interval(agreed, self.seed)),
-            "pass_at_k": float(any_of.mean()),
-            "pass_k_interval": list(interval(any_of, self.seed)),
-            "mean_tokens": float(self.tokens[chosen].mean()),
-            "truncated_share": float(self.truncated[chosen].mean()),
-            "answered_share": float(np.mean(answers != None)) if votes else None,  # noqa: E711 (elementwise)
-            "verified_share": float(self.verified[chosen].mean()),
-            "verdict_precision": int(self.marked_correct[chosen].sum()) / marked if marked else None,
-        }
+        agreed = cons_at_k(answers[:, : self.k].tolist(), correct[:, : self.k]) if votes else None
+        return Scores(
+            problems=len(chosen),
+            k=self.k,
+            pass_at_1=float(first.mean()),
+            interval=interval(first, self.seed),
+            cons_at_k=None if agreed is None else float(agreed.mean()),
+            cons_interval=None if agreed is None else interval(agreed, self.seed),
+            pass_at_k=float(any_of.mean()),
+            pass_k_interval=interval(any_of, self.seed),
+            mean_tokens=float(self.tokens[chosen].mean()),
+            truncated_share=float(self.truncated[chosen].mean()),
+            answered_share=float(np.mean(answers != None)) if votes else None,  # noqa: E711 (elementwise)
+            verified_share=float(self.verified[chosen].mean()),
+            verdict_precision=int(self.marked_correct[chosen].sum()) / marked if marked else None,
+        )
 
 
 def read_verdicts(text: str) -> list[tuple[str, bool]]:
@@ -314,7 +242,7 @@ def read_verdicts(text: str) -> list[tuple[str, bool]]:
     return [(before.rpartition("\n")[2].strip(), mark == RIGHT) for before, mark in MARKED.findall(thinking)]
 
 
-def _natural(text: str) -> list[Any]:
+def _natural(text: str) -> list[tuple[int, int, str]]:
     """Sort key that orders numbers by value: 2 before 10."""
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", text)]
 

@@ -14,12 +14,13 @@ import re
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from rorqual.data.corpus import named
 from rorqual.errors import UserError
 from rorqual.judge.extract_answer import read_answer
-from rorqual.recipe import EnvironmentSection, load_recipe
+from rorqual.recipe import EnvironmentSection, RLRecipe, load_recipe
+from rorqual.rl.envs.environment import Split
 from rorqual.rl.envs.jsonl import SUFFIXES
 from rorqual.rl.envs.registry import Environment, JsonlEnvironment, Problem, open_environment
 from rorqual.rl.prompts import Template, prompt_text
@@ -29,30 +30,43 @@ from rorqual.tokenizer_protocol import Tokenizer
 class Task(Protocol):
     """Held-out problems, their prompts, and how completions are scored."""
 
-    name: str
-    split: str  # "test", "dev", or "all" of a benchmark
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def split(self) -> str:
+        """ "test", "dev", or "all" of a benchmark."""
+        ...
 
     def problems(self, n: int, seed: int) -> list[Problem]:
         """At most `n` problems, chosen by `seed`."""
+        ...
 
     def prompt(self, problem: Problem, tokenizer: Tokenizer, template: Template) -> str:
         """The prompt as text."""
+        ...
 
     def answer(self, problem: Problem, prompt: str, text: str) -> str | None:
         """The answer that a finished completion votes for; None where it has none. `text`: the completion with the tag
         that the prompt opened (`Engine.opening`)."""
+        ...
 
     def score(self, problems: Sequence[Problem], texts: Sequence[str], answers: Sequence[str | None]) -> list[bool]:
         """Whether each completion solves its problem."""
+        ...
 
 
 class EnvironmentTask:
     """Problems of an environment's `split`; "test" shares no number multiset or text with training problems."""
 
-    def __init__(self, environment: Environment, name: str | None = None, split: str = "test") -> None:
-        self.environment, self.name, self.split = environment, name or environment.family, split
+    def __init__(
+        self, environment: Environment, name: str | None = None, split: Split | Literal["all"] = "test"
+    ) -> None:
+        self.environment, self.name = environment, name or environment.family
+        self.split: Split | Literal["all"] = split
 
     def problems(self, n: int, seed: int) -> list[Problem]:
+        assert self.split != "all"  # of a `FileTask`
         return self.environment.problems(split=self.split, n=n, seed=seed)
 
     def prompt(self, problem: Problem, tokenizer: Tokenizer, template: Template) -> str:
@@ -78,7 +92,10 @@ class FileTask(EnvironmentTask):
         return everything if n >= len(everything) else random.Random(seed).sample(everything, n)
 
 
-def open_task(task: "str | Task | EnvironmentSection | Environment", split: str = "test") -> Task:
+TaskLike = str | Task | EnvironmentSection | Environment
+
+
+def open_task(task: TaskLike, split: Split = "test") -> Task:
     """A task from a command-line name or a recipe section; a `Task` unchanged. Raises UserError for an unknown name."""
     if isinstance(task, Environment):
         return EnvironmentTask(task, split=split)
@@ -120,7 +137,7 @@ def split_tasks(text: str) -> list[str | EnvironmentSection]:
             tasks.append(word)
     every: list[str | EnvironmentSection] = []
     for task in tasks:
-        every += load_recipe(task, "rl").environments if task.lower().endswith(".toml") else [task]
+        every += load_recipe(task, RLRecipe).environments if task.lower().endswith(".toml") else [task]
     return every
 
 

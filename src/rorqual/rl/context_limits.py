@@ -46,7 +46,8 @@ class _ContextFilter:
     """Whether a generated problem fits. Prints a note at the first that does not; raises UserError when none does."""
 
     def __init__(self, family: str, template: Template, tokenizer: Tokenizer, max_prompt: int, limit: str) -> None:
-        self.family, self.template, self.tokenizer = family, template, tokenizer
+        self.family, self.tokenizer = family, tokenizer
+        self.template: Template = template
         self.max_prompt, self.limit = max_prompt, limit
         self.fitting = self.skipped = 0
 

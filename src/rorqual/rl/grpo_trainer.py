@@ -14,13 +14,14 @@ from rorqual.errors import UserError
 from rorqual.kernels.cross_entropy import token_logprobs
 from rorqual.kernels.dtypes import compute_dtype
 from rorqual.model import Transformer
+from rorqual.model.moe import Routing
 from rorqual.plan.cost import flops_per_token
 from rorqual.recipe import RLRecipe
 from rorqual.rl.envs.environment import Environment, Problem
 from rorqual.rl.grpo import group_advantages, grpo_loss, on_policy_grad, token_weights, zero_std_groups
 from rorqual.rl.rewards import Rewards, Verdict, score
 from rorqual.rl.rollout import Rollout, derived_seed, sample_groups
-from rorqual.rl.rollout_metrics import UpdateSums, describe_rollout, describe_update, readable_sample
+from rorqual.rl.rollout_metrics import RLMetrics, UpdateSums, describe_rollout, describe_update, readable_sample
 from rorqual.rl.rollout_packing import PackedRollout, pack_rollout
 from rorqual.tokenizer_protocol import Tokenizer
 from rorqual.train.balance import update_correction_bias
@@ -30,7 +31,6 @@ from rorqual.train.schedule import bias_speed
 MAX_SKIPPED = 3  # non-finite updates in a row before the run stops
 COUNTERS = ("steps", "tokens", "trained_tokens", "skipped_in_a_row", "flops")  # saved in checkpoints
 OLD_COUNTERS = {"trained_tokens": "learnt"}  # keys of checkpoints written before they were renamed
-Metrics = dict[str, Any]
 
 
 class GRPOTrainer:
@@ -63,13 +63,13 @@ class GRPOTrainer:
         self.trained_tokens = 0  # in forward and backward passes, prompts and padding included
         self.flops = {"rollout": 0.0, "train": 0.0}
 
-    def step(self, progress: float = 0.0) -> Metrics:
+    def step(self, progress: float = 0.0) -> RLMetrics:
         """Sample groups, score them, update the policy.
 
-        `progress` of the run in [0, 1] sets the learning rate and when bias balancing stops. Returns the metrics of
-        `describe_rollout` and `describe_update`. Raises UserError when three updates in a row are not finite.
+        `progress` of the run in [0, 1] sets the learning rate and when bias balancing stops. Raises UserError when
+        three updates in a row are not finite.
         """
-        problems = self._draw()
+        problems, skipped = self._draw(), self.skipped_in_a_row
         section = self.section
         params = SamplingParams(
             temperature=section.temperature,
@@ -82,10 +82,15 @@ class GRPOTrainer:
         start = time.monotonic()
         sums = self._update(rollout, rewards, progress)
         self._count(rollout, sums)
-        metrics: Metrics = {"tokens": self.tokens, "lr": self.recipe.optimizer.lr * self._lr_factor(progress)}
-        metrics |= describe_rollout(rollout, rewards) | describe_update(sums, time.monotonic() - start)
-        if self.steps % self.recipe.sample_every == 0:
-            metrics["sample"] = readable_sample(rollout, rewards, self.steps)
+        metrics = RLMetrics(
+            tokens=self.tokens,
+            lr=self.recipe.optimizer.lr * self._lr_factor(progress),
+            rollout=describe_rollout(rollout, rewards),
+            update=describe_update(sums, time.monotonic() - start),
+            sample=None if self.steps % self.recipe.sample_every else readable_sample(rollout, rewards, self.steps),
+            rollout_seconds=rollout.seconds,
+            skipped=self.skipped_in_a_row > skipped,
+        )
         self.steps += 1
         if self.reference is not None and section.refresh_reference and self.steps % section.refresh_reference == 0:
             self.reference.load_state_dict(self.model.state_dict())
@@ -98,7 +103,7 @@ class GRPOTrainer:
             max_tokens=self.section.max_tokens,
             seed=derived_seed(self.recipe.seed, "eval"),
         )
-        shares = {}
+        shares: dict[str, float] = {}
         for family, environment in self.environments.items():
             problems = environment.problems("dev", n, self.recipe.seed)
             rollout = sample_groups(self.engine, problems, self.recipe.template, params)
@@ -108,12 +113,12 @@ class GRPOTrainer:
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors of a checkpoint: model, optimizer and reference."""
-        reference = self.reference.state_dict() if self.reference is not None else {}
+        reference: dict[str, Tensor] = self.reference.state_dict() if self.reference is not None else {}
         return self.optimizer.tensors() | {f"reference.{name}": t for name, t in reference.items()}
 
     def state(self) -> dict[str, Any]:
         """The JSON part of a checkpoint: counters and the position of each problem stream."""
-        counters = {name: getattr(self, name) for name in COUNTERS}
+        counters: dict[str, Any] = {name: getattr(self, name) for name in COUNTERS}
         return counters | {"streams": {family: stream.index for family, stream in self.streams.items()}}
 
     def load(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
@@ -162,7 +167,7 @@ class GRPOTrainer:
             weights[members] = token_weights(lengths[members], section.average)
             computed = members if section.kl else members[~zero_std.repeat_interleave(G)[members]]
             if len(computed):
-                self._optimize(rollout, computed.tolist(), advantages, weights, progress, sums)
+                self._optimize(rollout, [int(i) for i in computed], advantages, weights, progress, sums)
         return sums
 
     def _optimize(
@@ -197,7 +202,7 @@ class GRPOTrainer:
         loads: list[Tensor] = []
         for packed in batches:
             packed = packed.to(device)
-            routing: list[Any] | None = [] if self._balances else None
+            routing: list[Routing] | None = [] if self._balances else None
             grad = None
             if old is None and self.reference is None:
                 grad = on_policy_grad(advantages, weights, packed.sequence)
@@ -212,10 +217,10 @@ class GRPOTrainer:
             if routing:
                 # A micro-batch is one sequence of V3 eq. 17–20, weighted by its tokens.
                 share = self.recipe.balance.sequence_loss * packed.tokens.numel() / total_tokens
-                total = total + share * sum(r.sequence_loss for r in routing)
+                total = total + share * sum((r.sequence_loss for r in routing), total.new_zeros(()))
                 found = [r.load.detach() for r in routing]
                 loads = [a + b for a, b in zip(loads, found, strict=True)] if loads else found
-            total.backward()
+            torch.autograd.backward(total)
             self.optimizer.accumulate()
             sums.tokens += len(packed.targets)
             sums.computed += packed.tokens.numel()
@@ -243,7 +248,7 @@ class GRPOTrainer:
         self,
         model: Transformer,
         packed: PackedRollout,
-        routing: list[Any] | None = None,
+        routing: list[Routing] | None = None,
         grad: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Log-probabilities and entropies [N] of the targets under `model` at the sampling temperature.

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -147,7 +147,8 @@ def _sample_teacher(recipe: DistillRecipe, environments: Sequence[Environment], 
 
 def _read_partial(path: Path) -> tuple[int, list[dict[str, Any]]]:
     """(problems done, samples kept). A last line cut short by a kill is truncated away."""
-    done, rows, complete = 0, [], 0  # `complete`: bytes of complete lines
+    done = complete = 0  # `complete`: bytes of complete lines
+    rows: list[dict[str, Any]] = []
     try:
         with path.open("rb") as file:
             for line in file:
@@ -167,7 +168,7 @@ def _read_partial(path: Path) -> tuple[int, list[dict[str, Any]]]:
 
 
 @contextmanager
-def open_to_append(path: Path) -> Iterator[TextIO]:
+def open_to_append(path: Path) -> Generator[TextIO, None, None]:
     try:
         file = path.open("a", encoding="utf-8")
     except OSError as e:

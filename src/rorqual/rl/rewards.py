@@ -131,10 +131,10 @@ def marked_verdict(sample: Sample, correct: bool) -> float:
 
 
 def _word_scripts(text: str) -> list[str]:
-    words = []
-    for run in re.findall(r"[^\W\d_]+", text):
+    words: list[str] = []
+    for run in re.finditer(r"[^\W\d_]+", text):
         previous = None
-        for script in map(_script, filter(str.isalpha, run)):
+        for script in map(_script, filter(str.isalpha, run[0])):
             if script in UNSPACED or script != previous:
                 words.append(script)
             previous = script

@@ -20,7 +20,7 @@ from rorqual.rl.envs.registry import Environment, open_environment
 from rorqual.rl.grpo_trainer import GRPOTrainer
 from rorqual.rl.rollout import derived_seed
 from rorqual.tokenizer_protocol import Tokenizer
-from rorqual.train.build_model import build_model, tokenizer_of
+from rorqual.train.build_model import build_model, tokenizer_of, trained_path
 from rorqual.train.model_card import card
 from rorqual.train.run_folder import open_run
 from rorqual.train.run_loop import RunLoop
@@ -34,7 +34,7 @@ def rl(recipe: RLRecipe, resume: bool = False) -> Path:
 
     Raises UserError for what the user can fix, Stopped after SIGINT or SIGTERM.
     """
-    tokenizer = tokenizer_of(recipe.model)
+    tokenizer, start = tokenizer_of(recipe.model), trained_path(recipe.model)
     environments = [open_environment(section) for section in recipe.environments]
     check_problems(recipe, tokenizer, environments)
     with open_run(recipe, resume) as run_dir:
@@ -42,14 +42,14 @@ def rl(recipe: RLRecipe, resume: bool = False) -> Path:
         run = RLRun(run_dir, recipe, GRPOTrainer(model, tokenizer, environments, recipe), recipe.track)
         run.fit()
         if recipe.keep_start and run.got_worse():
-            model = load_model(recipe.model.path, stored_dtype(recipe.model.path))
+            model = load_model(start, stored_dtype(start))
         _release(run, model, tokenizer)
     return run_dir
 
 
 def check_problems(recipe: RLRecipe, tokenizer: Tokenizer, environments: Sequence[Environment]) -> None:
     """Check prompts and problem counts. Raises UserError for what would stop the run, and its resumption, at a step."""
-    context = ModelConfig.load(recipe.model.path).max_position_embeddings
+    context = ModelConfig.load(trained_path(recipe.model)).max_position_embeddings
     check_context(environments, recipe.template, tokenizer, context, recipe.grpo.max_tokens, "grpo.max_tokens")
     for environment in environments:
         next(environment.stream("train", derived_seed(recipe.seed, environment.family)))
@@ -73,9 +73,7 @@ def predict_rl(recipe: RLRecipe, config: ModelConfig) -> dict[str, Any]:
 
 
 @dataclass
-class RLRun(RunLoop):
-    section: RLRecipe
-    trainer: GRPOTrainer
+class RLRun(RunLoop[RLRecipe, GRPOTrainer]):
     evaluations: dict[str, dict[str, float]] = field(default_factory=dict)  # step → eval_<family>
     stages: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))  # seconds
 
@@ -85,21 +83,16 @@ class RLRun(RunLoop):
 
     def step(self, telemetry: Telemetry) -> bool:
         start = time.monotonic()
-        skipped = self.trainer.skipped_in_a_row
         metrics = self.trainer.step(self.progress())
-        elapsed = time.monotonic() - start
-        sampled = metrics["length"] * self.section.grpo.questions_per_step * self.section.grpo.group_size
-        sampling = min(elapsed, sampled / metrics["rollout_tokens_per_second"])
-        self.stages["rollout"] += sampling
-        self.stages["train"] += elapsed - sampling
+        self.stages["rollout"] += metrics.rollout_seconds
+        self.stages["train"] += time.monotonic() - start - metrics.rollout_seconds
         step = self.trainer.steps
-        if self.trainer.skipped_in_a_row > skipped:
+        if metrics.skipped:
             telemetry.note(f"step {step}: the gradient is not finite; update skipped")
-            metrics["grad_norm"] = None
         ended = self.done()
-        if self.section.eval_every and (ended or step % self.section.eval_every == 0):
-            metrics |= self._evaluate()
-        telemetry.log(step, seconds=self.seconds, memory_gb=memory_used() / 1e9, **metrics)
+        due = self.section.eval_every and (ended or step % self.section.eval_every == 0)
+        shares = self._evaluate() if due else {}
+        telemetry.log(step, seconds=self.seconds, memory_gb=memory_used() / 1e9, **metrics.to_dict(), **shares)
         return ended
 
     def score(self) -> float | None:

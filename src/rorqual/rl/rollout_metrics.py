@@ -1,6 +1,6 @@
 """Metrics and the sample text that one RL step logs."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import Tensor
@@ -8,9 +8,8 @@ from torch import Tensor
 from rorqual.rl.grpo import zero_std_groups
 from rorqual.rl.rewards import Rewards, self_verified
 from rorqual.rl.rollout import Rollout
-from rorqual.train.balance import max_violation
-
-Metrics = dict[str, float | str | list[float]]
+from rorqual.train.balance import max_violations
+from rorqual.train.telemetry import Metric, mean
 
 
 @dataclass
@@ -26,48 +25,92 @@ class UpdateSums:
     loads: list[Tensor] = field(default_factory=list)
 
 
-def describe_rollout(rollout: Rollout, rewards: Rewards) -> Metrics:
-    """Metrics of the rollout.
+@dataclass(frozen=True)
+class RolloutMetrics:
+    """Of one rollout. The last two only where the model verifies itself (✓, ✗)."""
 
-    reward and reward_<part> (means); length (mean tokens); truncated, zero_std_groups and pass_at_g (pass@G: groups
-    with at least one correct completion), all fractions; rollout_tokens_per_second. Where the model verifies itself (✓,
-    ✗): claimed (fraction of completions that end on ✓) and verdict_precision (fraction of those that are correct).
-    """
+    reward: float  # mean, as the parts
+    reward_parts: dict[str, float]
+    length: float  # mean tokens of a completion
+    truncated: float  # fraction of the completions
+    zero_std_groups: float  # fraction of the groups
+    pass_at_g: float  # pass@G: fraction of the groups with at least one correct completion
+    rollout_tokens_per_second: float
+    claimed: float | None  # fraction of the completions that end on ✓
+    verdict_precision: float | None  # fraction of those that are correct
+
+    def to_dict(self) -> dict[str, Metric]:
+        """The metrics of a line of metrics.jsonl, with `reward_<part>`."""
+        rest = asdict(self)
+        parts = {f"reward_{name}": part for name, part in rest.pop("reward_parts").items()}
+        return {"reward": rest.pop("reward")} | parts | rest
+
+
+@dataclass(frozen=True)
+class UpdateMetrics:
+    """Of the updates on one rollout. Only `grad_norm` where all groups were dropped."""
+
+    grad_norm: float = 0.0  # mean over the updates, before clipping
+    entropy: float | None = None  # nats, mean over the tokens, as the next
+    clip_fraction: float | None = None
+    train_tokens_per_second: float | None = None
+    kl: float | None = None  # None also without a reference model
+    max_vio_per_layer: list[float] | None = None  # MaxVio of each MoE layer
+
+    def to_dict(self) -> dict[str, Metric]:
+        """The metrics of a line of metrics.jsonl."""
+        rest = asdict(self)
+        per_layer = rest.pop("max_vio_per_layer")
+        return rest | {"max_vio": mean(per_layer), "max_vio_per_layer": per_layer}
+
+
+@dataclass(frozen=True)
+class RLMetrics:
+    """Of one RL step."""
+
+    tokens: int  # sampled so far
+    lr: float
+    rollout: RolloutMetrics
+    update: UpdateMetrics
+    sample: str | None  # a completion to read, every `sample_every` steps
+    rollout_seconds: float
+    skipped: bool  # the last update had no finite gradient
+
+    def to_dict(self) -> dict[str, Metric]:
+        """The metrics of a line of metrics.jsonl."""
+        head: dict[str, Metric] = {"tokens": self.tokens, "lr": self.lr}
+        update = self.update.to_dict() | ({"grad_norm": None} if self.skipped else {})
+        return head | self.rollout.to_dict() | update | {"sample": self.sample}
+
+
+def describe_rollout(rollout: Rollout, rewards: Rewards) -> RolloutMetrics:
     groups = (len(rollout.problems), -1)
     claims = torch.tensor([self_verified(s.text) for s in rollout.samples])
-    metrics: Metrics = {"reward": float(rewards.total.mean())}
-    metrics |= {f"reward_{name}": float(part.mean()) for name, part in rewards.parts.items()}
-    metrics |= {
-        "length": rollout.tokens / len(rollout.completions),
-        "truncated": sum(s.truncated for s in rollout.samples) / len(rollout.samples),
-        "zero_std_groups": float(zero_std_groups(rewards.total.view(groups)).float().mean()),
-        "pass_at_g": float(rewards.correct.view(groups).any(1).float().mean()),
-        "rollout_tokens_per_second": rollout.tokens / max(rollout.seconds, 1e-9),
-    }
-    if claims.any():
-        metrics |= {
-            "claimed": float(claims.float().mean()),
-            "verdict_precision": float(rewards.correct[claims].float().mean()),
-        }
-    return metrics
+    claimed = bool(claims.any())
+    return RolloutMetrics(
+        reward=float(rewards.total.mean()),
+        reward_parts={name: float(part.mean()) for name, part in rewards.parts.items()},
+        length=rollout.tokens / len(rollout.completions),
+        truncated=sum(s.truncated for s in rollout.samples) / len(rollout.samples),
+        zero_std_groups=float(zero_std_groups(rewards.total.view(groups)).float().mean()),
+        pass_at_g=float(rewards.correct.view(groups).any(1).float().mean()),
+        rollout_tokens_per_second=rollout.tokens / max(rollout.seconds, 1e-9),
+        claimed=float(claims.float().mean()) if claimed else None,
+        verdict_precision=float(rewards.correct[claims].float().mean()) if claimed else None,
+    )
 
 
-def describe_update(sums: UpdateSums, seconds: float) -> Metrics:
-    """grad_norm (mean over updates), token means of entropy (nats), kl and clip_fraction; tokens/s; load balance."""
+def describe_update(sums: UpdateSums, seconds: float) -> UpdateMetrics:
     if not sums.tokens:
-        return {"grad_norm": 0.0}
-    metrics: Metrics = {
-        "grad_norm": sum(sums.grad_norms) / len(sums.grad_norms),
-        "entropy": sums.entropy / sums.tokens,
-        "clip_fraction": sums.clipped / sums.tokens,
-        "train_tokens_per_second": sums.computed / max(seconds, 1e-9),
-    }
-    if sums.kl is not None:
-        metrics["kl"] = sums.kl / sums.tokens
-    if sums.loads:
-        per_layer = [max_violation(load) for load in sums.loads]
-        metrics |= {"max_vio": sum(per_layer) / len(per_layer), "max_vio_per_layer": per_layer}
-    return metrics
+        return UpdateMetrics()
+    return UpdateMetrics(
+        grad_norm=sum(sums.grad_norms) / len(sums.grad_norms),
+        entropy=sums.entropy / sums.tokens,
+        clip_fraction=sums.clipped / sums.tokens,
+        train_tokens_per_second=sums.computed / max(seconds, 1e-9),
+        kl=None if sums.kl is None else sums.kl / sums.tokens,
+        max_vio_per_layer=max_violations(sums.loads) if sums.loads else None,
+    )
 
 
 def readable_sample(rollout: Rollout, rewards: Rewards, step: int) -> str:

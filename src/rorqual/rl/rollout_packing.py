@@ -13,12 +13,14 @@ Shapes: T tokens of a micro-batch, N target tokens, n blocks of t tokens each.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 LENGTH_MULTIPLE = 16  # blocks are padded to a multiple of this, so that matmul shapes repeat
+Ints = np.ndarray[Any, np.dtype[np.int64]]
 PADDING = -1  # branch id of padding tokens
 
 
@@ -111,11 +113,11 @@ def _build(
     T = sum(b.length for b in blocks)
     tokens, positions = np.zeros(T, np.int64), np.zeros(T, np.int64)
     branches = np.full(T, PADDING, np.int32)  # 0 is the prompt
-    source: list[np.ndarray] = []
-    targets: list[np.ndarray] = []
-    sequence: list[np.ndarray] = []
-    offset: list[np.ndarray] = []
-    starts = np.cumsum([0] + [len(c) for c in completions])
+    source: list[Ints] = []
+    targets: list[Ints] = []
+    sequence: list[Ints] = []
+    offset: list[Ints] = []
+    starts: Ints = np.cumsum([0] + [len(c) for c in completions])
     start = 0
     for block in blocks:
         prompt = prompts[block.prompt]
@@ -123,29 +125,30 @@ def _build(
         tokens[start:end], positions[start:end], branches[start:end] = prompt, np.arange(len(prompt)), 0
         last = end - 1
         for k, i in enumerate(block.members, 1):
-            completion = np.asarray(completions[i])
+            completion: Ints = np.asarray(completions[i])
             n = len(completion) - 1
             new = slice(end, end + n)
             tokens[new], positions[new], branches[new] = completion[:-1], len(prompt) + np.arange(n), k
             source += [np.array([last]), np.arange(end, end + n)]
             targets.append(completion)
             sequence.append(np.full(n + 1, i))
-            offset.append(np.arange(starts[i], starts[i + 1]))
+            offset.append(starts[i] + np.arange(n + 1))
             end += n
         start += block.length
-    masks, start = [], 0
+    masks: list[Tensor] = []
+    start = 0
     for length, alike in groupby(blocks, key=lambda b: b.length):
         end = start + length * len(list(alike))
-        masks.append(branch_mask(torch.from_numpy(branches[start:end]).view(-1, length)))
+        masks.append(branch_mask(torch.as_tensor(branches[start:end]).view(-1, length)))
         start = end
     return PackedRollout(
-        tokens=torch.from_numpy(tokens).unsqueeze(0),
-        positions=torch.from_numpy(positions).unsqueeze(0),
+        tokens=torch.as_tensor(tokens).unsqueeze(0),
+        positions=torch.as_tensor(positions).unsqueeze(0),
         mask=tuple(masks),
-        source=torch.from_numpy(np.concatenate(source)),
-        targets=torch.from_numpy(np.concatenate(targets).astype(np.int64)),
-        sequence=torch.from_numpy(np.concatenate(sequence)),
-        offset=torch.from_numpy(np.concatenate(offset)),
+        source=torch.as_tensor(np.concatenate(source)),
+        targets=torch.as_tensor(np.concatenate(targets).astype(np.int64)),
+        sequence=torch.as_tensor(np.concatenate(sequence)),
+        offset=torch.as_tensor(np.concatenate(offset)),
     )
 
 

@@ -13,7 +13,7 @@ from rorqual.checkpoint.huggingface import save_model
 from rorqual.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from rorqual.engine import Engine
 from rorqual.evals.evaluate import evaluate
-from rorqual.recipe import ModelSection, TokenizerSection, parse_recipe
+from rorqual.recipe import DistillRecipe, ModelSection, PretrainRecipe, RLRecipe, TokenizerSection, parse_recipe
 from rorqual.rl.envs.registry import Environment
 from rorqual.rl.rejection_sampling import NoCorrectSamples, distill
 from rorqual.rl.rl_run import rl
@@ -172,7 +172,7 @@ def _pretrain(state: SpeedrunState, start: Path, out: Path, name: str, until: fl
         "mtp": {"weight": 0.3, "final_weight": 0.0, "switch_at": 0.3},
         "train": {"seconds": state.budget.left(until), "batch_size": BATCH, "eval_every": 200, "save_every": 1000},
     }
-    pretrain(parse_recipe(recipe, "pretrain", "speedrun"))
+    pretrain(parse_recipe(recipe, PretrainRecipe, "speedrun"))
 
 
 def reinforce(state: SpeedrunState) -> None:
@@ -205,7 +205,7 @@ def reinforce(state: SpeedrunState) -> None:
         "save_every": 100,
         "keep_start": True,
     }
-    rl(parse_recipe(recipe, "rl", "speedrun"))
+    rl(parse_recipe(recipe, RLRecipe, "speedrun"))
     if kept_start(state.run_dir / "rl"):
         state.note(
             "reinforcement learning ended below its start, so the start is kept: it needs more time or a better "
@@ -244,7 +244,7 @@ def distill_best(state: SpeedrunState) -> None:
         "train": {"epochs": 2, "batch_size": 16},
     }
     try:
-        distill(parse_recipe(recipe, "distill", "speedrun"))
+        distill(parse_recipe(recipe, DistillRecipe, "speedrun"))
     except NoCorrectSamples as e:  # a run of a minute or two
         state.note(f"distillation is skipped: {e}")
 

@@ -1,11 +1,13 @@
 """Expert load balancing (V3 §2.1.2)."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from rorqual.model import Transformer
 
 
 @torch.no_grad()
-def update_correction_bias(model: nn.Module, loads: list[Tensor], speed: float) -> None:
+def update_correction_bias(model: Transformer, loads: list[Tensor], speed: float) -> None:
     """b ← b + γ·sign(mean load − load) for every layer whose router has a correction bias (V3 §2.1.2).
 
     `loads`: per MoE layer, in `moe_layers()` order, the tokens [E] that each expert got in the step; MTP layers, which
@@ -18,7 +20,7 @@ def update_correction_bias(model: nn.Module, loads: list[Tensor], speed: float) 
             bias.add_((load.mean() - load).sign().to(bias.dtype), alpha=speed)
 
 
-def max_violation(load: Tensor) -> float:
-    """MaxVio = max(load) / mean(load) − 1 of one layer's expert load [E] (LB §4.1)."""
-    load = load.float()
-    return float(load.max() / load.mean().clamp(min=1e-9) - 1)
+def max_violations(loads: list[Tensor]) -> list[float]:
+    """MaxVio = max(load) / mean(load) − 1 of each layer's expert load [E] (LB §4.1)."""
+    floats = [load.float() for load in loads]
+    return [float(load.max() / load.mean().clamp(min=1e-9) - 1) for load in floats]

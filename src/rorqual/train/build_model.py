@@ -28,7 +28,7 @@ def check_length(
     if section.path is not None:
         context, remedy = ModelConfig.load(section.path).max_position_embeddings, "lower it"
     else:
-        context = section.config.get("max_position_embeddings", length)
+        context = (section.config or {}).get("max_position_embeddings", length)
         remedy = "lower it or raise model.config.max_position_embeddings"
     if not isinstance(context, int) or not 2 <= context < length:
         return
@@ -47,14 +47,15 @@ def model_config(
     """
     if section.path is not None:
         return ModelConfig.load(section.path)
+    sizes = section.config or {}
     known = {f.name for f in fields(ModelConfig)} | {"hidden_act", "rope_parameters"}
-    for name in section.config.keys() - known:
+    for name in sizes.keys() - known:
         near = get_close_matches(name, known, 1)
         raise UserError(f"field model.config.{name} is unknown; {f'did you mean {near[0]}?' if near else 'remove it'}")
-    defaults = {"model_type": "deepseek_v3", "vocab_size": vocab_size, "eos_token_id": eos_token_id}
+    defaults: dict[str, object] = {"model_type": "deepseek_v3", "vocab_size": vocab_size, "eos_token_id": eos_token_id}
     if length > ModelConfig.max_position_embeddings:
         defaults["max_position_embeddings"] = length
-    config = ModelConfig.from_dict(defaults | section.config, "model.config")
+    config = ModelConfig.from_dict(defaults | sizes, "model.config")
     if config.vocab_size < vocab_size:
         raise UserError(
             f"model.config.vocab_size = {config.vocab_size}: the tokenizer has {vocab_size} tokens; raise it to that, "
@@ -87,12 +88,18 @@ def check_model(section: ModelSection) -> None:
         open_release(Path(section.path))
 
 
-def tokenizer_of(section: ModelSection) -> Tokenizer:
-    """The tokenizer in the model's directory. Raises UserError when the recipe starts from random weights."""
+def trained_path(section: ModelSection) -> str:
+    """The model's directory. Raises UserError when the recipe starts from random weights."""
     if section.path is None:
         raise UserError("model.path is missing: fine-tuning starts from a trained model's directory")
-    tokenizer = load_tokenizer(section.path)
-    if tokenizer.eos_token_id is None and (ends := read_released(section.path).end_tokens):
+    return section.path
+
+
+def tokenizer_of(section: ModelSection) -> Tokenizer:
+    """The tokenizer in the model's directory. Raises UserError when the recipe starts from random weights."""
+    path = trained_path(section)
+    tokenizer = load_tokenizer(path)
+    if tokenizer.eos_token_id is None and (ends := read_released(path).end_tokens):
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ends[0])  # training samples end with it too
     return tokenizer
 

@@ -1,12 +1,14 @@
 """Exponential moving average of the master weights, kept on the CPU (V3 §3.2.3)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from rorqual.train.optimizer import Optimizer
+
+# torch._foreach_*: no public names exist, and the type stubs do not export these.
 
 
 class EMA:
@@ -19,7 +21,7 @@ class EMA:
     @torch.no_grad()
     def update(self) -> None:
         masters = [self.optimizer.masters[name].to("cpu") for name in self.average]
-        torch._foreach_lerp_(list(self.average.values()), masters, 1 - self.decay)
+        torch._foreach_lerp_(list(self.average.values()), masters, 1 - self.decay)  # pyright: ignore[reportPrivateImportUsage]
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -41,6 +43,6 @@ class EMA:
 
 
 @torch.no_grad()
-def _fill(parameters: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+def _fill(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
     for name, p in parameters.items():
         p.data.copy_(values[name])

@@ -100,10 +100,11 @@ def _read(path: Path) -> Inputs:
         found = read_json(path, then)
     except FileNotFoundError:
         return {}
-    entries = found.values() if isinstance(found, dict) else [None]
-    for entry in entries:
+    inputs: Inputs = {}
+    for name, entry in found.items() if isinstance(found, dict) else [("", None)]:
         if isinstance(entry, dict) and "told" in entry:  # the key of earlier versions
             entry["stat"] = entry.pop("told")
         if not isinstance(entry, dict) or not {"size", "blake2b", "stat"} <= entry.keys():
             raise UserError(f"{path} is damaged (an entry lacks size, blake2b or stat); {then}")
-    return found
+        inputs[name] = entry
+    return inputs

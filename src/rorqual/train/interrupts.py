@@ -2,9 +2,12 @@
 
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType
 
 from rorqual.errors import Stopped
+
+Handler = Callable[[int, FrameType | None], object] | int | None
 
 
 class StopSignals:
@@ -16,7 +19,7 @@ class StopSignals:
     def __init__(self) -> None:
         self.requested = False
         self.number = 0
-        self._before: dict[int, object] = {}
+        self._before: dict[int, Handler] = {}
 
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():

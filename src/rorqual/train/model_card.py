@@ -25,8 +25,8 @@ def model_card(recipe: PretrainRecipe | SFTRecipe, run: TrainingRun) -> str:
         "context in training": f"{recipe.data.sequence_length} tokens",
         "training tokens": f"{trainer.tokens:,}",
         "compute": f"{trainer.flops:.3g} FLOP in {run.seconds:,.0f} seconds",
-        "training loss": _shown(run.last.get("loss"), "nats per token, last step"),
-        "held-out text": _shown(run.last.get("valid_bpb"), "bits per byte"),
+        "training loss": _shown(run.newest.loss, "nats per token, last step"),
+        "held-out text": _shown(run.newest.valid_bpb, "bits per byte"),
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     text = f"""A language model {what} by Rorqual (`rorqual {recipe.kind}`), seed {recipe.seed}.
@@ -64,7 +64,5 @@ or `AutoModelForCausalLM.from_pretrained` in transformers.
 """
 
 
-def _shown(value: object, unit: str) -> str:
-    if isinstance(value, str):  # not finite
-        return f"{value} {unit}"
-    return f"{value:.4g} {unit}" if isinstance(value, float) else "not measured"
+def _shown(value: float | None, unit: str) -> str:
+    return "not measured" if value is None else f"{value:.4g} {unit}"

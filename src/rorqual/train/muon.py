@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rorqual.kernels.dtypes import fastest_dtype
 
+# torch._foreach_*: no public names exist, and the type stubs do not export these.
 QUINTIC = (3.4445, -4.7750, 2.0315)
 RMS = 0.2  # of an AdamW update
 
@@ -57,10 +58,10 @@ class Muon:
         lr = self.lr * factor
         momentum = [self.momentum[name] for name in names]
         gradient = [grads[name] for name in names]
-        torch._foreach_mul_(momentum, self.mu)
-        torch._foreach_add_(momentum, gradient)
-        nesterov = torch._foreach_add(gradient, momentum, alpha=self.mu)
-        torch._foreach_mul_([self.masters[name] for name in names], 1 - lr * self.weight_decay)
+        torch._foreach_mul_(momentum, self.mu)  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_add_(momentum, gradient)  # pyright: ignore[reportPrivateImportUsage]
+        nesterov = torch._foreach_add(gradient, momentum, alpha=self.mu)  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_mul_([self.masters[name] for name in names], 1 - lr * self.weight_decay)  # pyright: ignore[reportPrivateImportUsage]
         by_shape: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}  # same shape up to transposition
         for name, update in zip(names, nesterov, strict=True):
             update, weight = as_matrices(name, update), as_matrices(name, self.masters[name])

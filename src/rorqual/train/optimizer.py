@@ -16,6 +16,8 @@ from rorqual.kernels.accumulate import accumulate
 from rorqual.recipe import OptimizerSection
 from rorqual.train.muon import Muon
 
+# torch._foreach_*: no public names exist, and the type stubs do not export these.
+
 
 @dataclass(frozen=True)
 class StepResult:
@@ -113,12 +115,12 @@ class Optimizer:
         gradients = list(self.grads.values())
         if not gradients:
             return StepResult(0.0, skipped=True)
-        norm = float(torch.stack(torch._foreach_norm(gradients)).norm())
+        norm = float(torch.stack(torch._foreach_norm(gradients)).norm())  # pyright: ignore[reportPrivateImportUsage]
         if not norm < float("inf"):
             self.discard()
             return StepResult(norm, skipped=True)
         if norm > self.section.clip:
-            torch._foreach_mul_(gradients, self.section.clip / norm)
+            torch._foreach_mul_(gradients, self.section.clip / norm)  # pyright: ignore[reportPrivateImportUsage]
         self.adamw.step(self.grads, factor)
         self.muon.step(self.grads, factor)
         self.grads.clear()
@@ -128,7 +130,7 @@ class Optimizer:
     def _write_back(self) -> None:
         converted = [n for n, p in self.parameters.items() if p.data_ptr() != self.masters[n].data_ptr()]
         if converted:
-            torch._foreach_copy_([self.parameters[n].data for n in converted], [self.masters[n] for n in converted])
+            torch._foreach_copy_([self.parameters[n].data for n in converted], [self.masters[n] for n in converted])  # pyright: ignore[reportPrivateImportUsage]
 
     def tensors(self) -> dict[str, Tensor]:
         """The checkpoint's tensors: masters, moments, step counts and the model's buffers (not copied)."""

@@ -9,9 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from rorqual.errors import UserError, file_error
 from rorqual.files import check_link, locked, write_text
-from rorqual.kernels.dtypes import dtype_name, fastest_dtype
+from rorqual.kernels.dtypes import fastest_dtype
 from rorqual.recipe import DistillRecipe, Recipe
 from rorqual.renamed import current_fields
 from rorqual.train.input_fingerprints import keep_inputs
@@ -59,7 +61,7 @@ def open_run(recipe: Recipe, resume: bool) -> Iterator[Path]:
         elif saved.exists():
             same_text = _tokenizer_fields(_read(saved)) == _tokenizer_fields(_resolved(recipe))
         if recipe.model.dtype == "auto":
-            recipe.model.dtype = dtype_name(fastest_dtype())
+            recipe.model.dtype = "bfloat16" if fastest_dtype() is torch.bfloat16 else "float32"
         write_text(saved, to_toml(recipe.model_dump()), then="or set out to a writable place")
         if not (keep_inputs(run_dir, recipe, begun, moved_from) and same_text):
             shutil.rmtree(run_dir / "tokenizer", ignore_errors=True)

@@ -4,13 +4,12 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 from torch import Tensor
 
-from rorqual import strict_json
 from rorqual.data.loader import Batch, Loader
 from rorqual.errors import UserError
 from rorqual.plan.hardware import matrix_peak, memory_used
@@ -19,7 +18,7 @@ from rorqual.train.checkpoints import Checkpoints
 from rorqual.train.interrupts import StopSignals
 from rorqual.train.schedule import batch_size
 from rorqual.train.telemetry import Telemetry
-from rorqual.train.trainer import Metrics, Trainer
+from rorqual.train.trainer import Trainer
 
 MAX_SKIPPED = 3  # non-finite steps in a row before the run stops
 
@@ -44,13 +43,17 @@ class Resumable(Protocol):
     def load(self, tensors: dict[str, Tensor], state: Any) -> None: ...
 
 
+LimitsT = TypeVar("LimitsT", bound=Limits)
+TrainerT = TypeVar("TrainerT", bound=Resumable)
+
+
 @dataclass
-class RunLoop(ABC):
+class RunLoop(ABC, Generic[LimitsT, TrainerT]):
     """One run: `fit` resumes from the newest checkpoint, if any, and goes on to the end."""
 
     run_dir: Path
-    section: Limits
-    trainer: Resumable
+    section: LimitsT
+    trainer: TrainerT
     track: bool = False
     seconds_before: float = field(default=0.0, init=False)  # of earlier processes of this run
 
@@ -103,7 +106,7 @@ class RunLoop(ABC):
         finally:
             telemetry.close()
 
-    def begin(self, telemetry: Telemetry) -> None:  # noqa: B027 (RL evaluates here, others need nothing)
+    def begin(self, telemetry: Telemetry) -> None:
         """Called once before the first step of every process."""
 
     @abstractmethod
@@ -143,14 +146,27 @@ class RunLoop(ABC):
 
 
 @dataclass
-class TrainingRun(RunLoop):
+class Newest:
+    """The newest results of a run, for its checkpoints and its model card."""
+
+    loss: float | None = None  # nats per token, of the last step
+    valid_bpb: float | None = None  # bits per byte on held-out text
+    valid_bpb_step: int | None = None
+
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> "Newest":
+        """What `asdict` returned and JSON kept; numbers that are not finite are text there. Other keys are ignored."""
+        loss, bpb = (None if saved.get(name) is None else float(saved[name]) for name in ("loss", "valid_bpb"))
+        return cls(loss, bpb, saved.get("valid_bpb_step"))
+
+
+@dataclass
+class TrainingRun(RunLoop[TrainSection, Trainer]):
     """Pre-training or SFT."""
 
-    section: TrainSection
-    trainer: Trainer
     loader: Loader = field(kw_only=True)
     validate: Callable[[], float] | None = None  # bits per byte on held-out text
-    last: Metrics = field(default_factory=dict)  # of the newest step, and the newest valid_bpb
+    newest: Newest = field(default_factory=Newest)
 
     @property
     def total_steps(self) -> int | None:
@@ -168,20 +184,19 @@ class TrainingRun(RunLoop):
         batch = self.loader.next(batch_size(self.section, progress))
         metrics = trainer.step(split(batch, self.section.micro_batch), progress)
         elapsed, ended = time.monotonic() - start, self.done()
-        metrics |= {
-            "tokens": trainer.tokens,
-            "tokens_per_second": (trainer.tokens - tokens) / elapsed,
-            "utilisation": (trainer.flops - flops) / elapsed / matrix_peak(trainer.dtype),
-            "memory_gb": memory_used() / 1e9,
-        }
-        skipped = metrics.pop("skipped")
-        if not skipped and self.validate and (ended or trainer.steps % self.section.eval_every == 0):
-            metrics["valid_bpb"] = self.validate()
-            self.last["valid_bpb_step"] = trainer.steps
-        self.last |= strict_json.finite(metrics)
-        telemetry.log(trainer.steps, seconds=self.seconds, **metrics)
-        if skipped:
-            self._skipped("gradient" if "grad_norm" in metrics else "loss", telemetry)
+        tokens_per_second = (trainer.tokens - tokens) / elapsed
+        utilisation = (trainer.flops - flops) / elapsed / matrix_peak(trainer.dtype)
+        memory_gb = memory_used() / 1e9
+        self.newest.loss = metrics.loss
+        if not metrics.skipped and self.validate and (ended or trainer.steps % self.section.eval_every == 0):
+            self.newest.valid_bpb, self.newest.valid_bpb_step = self.validate(), trainer.steps
+        telemetry.log(
+            trainer.steps, seconds=self.seconds, **metrics.to_dict(), tokens=trainer.tokens,
+            tokens_per_second=tokens_per_second, utilisation=utilisation, memory_gb=memory_gb,
+            valid_bpb=self.score(),
+        )  # fmt: skip
+        if metrics.skipped:
+            self._skipped("loss" if metrics.grad_norm is None else "gradient", telemetry)
         return ended
 
     def _skipped(self, what: str, telemetry: Telemetry) -> None:
@@ -194,14 +209,14 @@ class TrainingRun(RunLoop):
             )
 
     def score(self) -> float | None:
-        return self.last["valid_bpb"] if self.last.get("valid_bpb_step") == self.trainer.steps else None
+        return self.newest.valid_bpb if self.newest.valid_bpb_step == self.trainer.steps else None
 
     def state(self) -> dict[str, Any]:
-        return {"loader": self.loader.state_dict(), "last": self.last}
+        return {"loader": self.loader.state_dict(), "last": asdict(self.newest)}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         self.loader.load_state_dict(state["loader"])
-        self.last = state["last"]
+        self.newest = Newest.from_dict(state["last"])
 
 
 def split(batch: Batch, size: int | None) -> list[Batch]:
@@ -209,5 +224,9 @@ def split(batch: Batch, size: int | None) -> list[Batch]:
     count = len(batch.inputs)
     if size is None or size >= count:
         return [batch]
-    columns = [getattr(batch, f.name) for f in fields(Batch)]
-    return [Batch(*(None if c is None else c[i : i + size] for c in columns)) for i in range(0, count, size)]
+    return [_rows(batch, slice(i, i + size)) for i in range(0, count, size)]
+
+
+def _rows(batch: Batch, rows: slice) -> Batch:
+    documents = None if batch.documents is None else batch.documents[rows]
+    return Batch(batch.inputs[rows], batch.targets[rows], batch.weights[rows], batch.positions[rows], documents)

@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,13 @@ from rorqual.extras import require
 from rorqual.files import write_text
 
 Metric = float | int | str | list[float] | None
+
 _KEPT = "metrics.damaged.jsonl"
 BAR = ("loss", "reward", "valid_bpb", "lr", "tokens_per_second", "rollout_tokens_per_second")
+
+
+def mean(values: list[float] | None) -> float | None:
+    return sum(values) / len(values) if values else None
 
 
 class Telemetry:
@@ -40,16 +46,17 @@ class Telemetry:
             self.note(f"{self.path}: {damaged} lines were not JSON; the original file is kept as {_KEPT}")
         self.tracker = _tracker(Path(run_dir).name, resume_step > 0) if track else None
 
-    def log(self, step: int, *, done: float | None = None, **metrics: Metric) -> None:
-        """Record the metrics of `step`; `done` moves the bar when its unit is not steps."""
+    def log(self, step: int, **metrics: Metric) -> None:
+        """Record the metrics of `step`; those that are None are left out."""
         self.step = step
         line = {"step": step} | {k: v for k, v in metrics.items() if v is not None}
         self._write(line)
         if self.tracker is not None:
             self.tracker.log({k: v for k, v in line.items() if isinstance(v, int | float)}, step=step)
-        shown = [f"{k.replace('_', ' ')} {line[k]:.4g}" for k in BAR if isinstance(line.get(k), int | float)]
-        if done is None:
-            done = float(metrics["seconds"]) if self.unit == "seconds" and "seconds" in metrics else step
+        values = [(name, line.get(name)) for name in BAR]
+        shown = [f"{name.replace('_', ' ')} {v:.4g}" for name, v in values if isinstance(v, int | float)]
+        seconds = metrics.get("seconds")
+        done = seconds if self.unit == "seconds" and isinstance(seconds, int | float) else step
         self.bar.update(done, f"step {step}  " + "  ".join(shown))
 
     def note(self, sentence: str) -> None:
@@ -64,7 +71,7 @@ class Telemetry:
         if self.tracker is not None:
             self.tracker.finish()
 
-    def _write(self, line: dict[str, Any]) -> None:
+    def _write(self, line: Mapping[str, Metric]) -> None:
         try:
             self.file.write(strict_json.dumps(line) + "\n")
             self.file.flush()

@@ -5,7 +5,7 @@ Shapes: B sequences in a micro-batch, T tokens, D hidden size, E experts.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,16 +14,39 @@ from rorqual.data.loader import Batch, document_mask
 from rorqual.kernels.cross_entropy import linear_cross_entropy
 from rorqual.kernels.dtypes import compute_dtype
 from rorqual.model import Transformer
+from rorqual.model.moe import Routing
 from rorqual.plan.cost import flops_per_token, mtp_flops_per_token
 from rorqual.recipe import BalanceSection, MTPSection, OptimizerSection, ScheduleSection
-from rorqual.train.balance import max_violation, update_correction_bias
+from rorqual.train.balance import max_violations, update_correction_bias
 from rorqual.train.compile import compiled
 from rorqual.train.ema import EMA
 from rorqual.train.optimizer import Optimizer
 from rorqual.train.rng import load_rng_tensors, rng_tensors
 from rorqual.train.schedule import bias_speed, mtp_weight, schedule_factor
+from rorqual.train.telemetry import Metric, mean
 
-Metrics = dict[str, Any]
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """What one optimizer step measured; None: not computed."""
+
+    loss: float  # nats per token
+    lr: float
+    mtp_loss: float | None  # mean over the MTP depths
+    grad_norm: float | None  # before clipping; None where the loss is not finite
+    max_vio_per_layer: list[float] | None  # MaxVio of each MoE layer
+    skipped: bool  # the loss or the gradient was not finite
+
+    def to_dict(self) -> dict[str, Metric]:
+        """The metrics of a line of metrics.jsonl."""
+        return {
+            "loss": self.loss,
+            "lr": self.lr,
+            "mtp_loss": self.mtp_loss,
+            "grad_norm": self.grad_norm,
+            "max_vio": mean(self.max_vio_per_layer),
+            "max_vio_per_layer": self.max_vio_per_layer,
+        }
 
 
 class Trainer:
@@ -56,12 +79,12 @@ class Trainer:
         self.steps = self.tokens = self.skipped_in_a_row = 0
         self.flops = 0.0
 
-    def step(self, micro_batches: Sequence[Batch], progress: float) -> Metrics:
+    def step(self, micro_batches: Sequence[Batch], progress: float) -> StepMetrics:
         """One optimizer step over all micro-batches; `progress` of the run in [0, 1].
 
         The loss is the weighted mean over tokens of cross-entropy + λ/depth · Σ MTP losses (V3 eq. 25)
-        + α · sequence-wise balance loss. Returns loss (nats), mtp_loss, grad_norm, lr, max_vio, max_vio_per_layer and
-        skipped. A step with a non-finite loss or gradient is skipped and changes only the counters.
+        + α · sequence-wise balance loss. A step with a non-finite loss or gradient is skipped and changes only the
+        counters.
         """
         λ = mtp_weight(self.mtp, progress) if self.depth else 0.0
         totals = self._weight_totals(micro_batches, ahead=λ > 0)
@@ -72,11 +95,12 @@ class Trainer:
         self.model.train()
         for batch in micro_batches:
             parts, routing = self._losses(batch, totals)
-            weights = [1.0] + [λ / max(self.depth, 1)] * (len(parts) - 1)
-            loss = sum(w * part for w, part in zip(weights, parts, strict=True))
+            loss = parts[0]
+            for part in parts[1:]:
+                loss = loss + λ / self.depth * part
             if self.balance.sequence_loss and routing:
                 share = self.balance.sequence_loss * len(batch.inputs) / sequences
-                loss = loss + share * sum(r.sequence_loss for r in routing)
+                loss = loss + share * sum((r.sequence_loss for r in routing), loss.new_zeros(()))
             losses[: len(parts)] += torch.stack([p.detach() for p in parts]).to("cpu", torch.float32)
             finite = bool(torch.isfinite(loss.detach()))
             if not finite:
@@ -86,22 +110,21 @@ class Trainer:
             found = [r.load.detach() for r in routing]
             loads = [a + b for a, b in zip(loads, found, strict=True)] if loads else found
         factor = schedule_factor(self.schedule, progress)
-        metrics: Metrics = {"loss": float(losses[0]), "lr": self.optimizer.section.lr * factor}
-        if λ:
-            metrics["mtp_loss"] = float(losses[1:].mean())
-        if finite:
-            result = self.optimizer.step(factor)
-            metrics |= {"grad_norm": result.grad_norm, "skipped": result.skipped}
-        else:
+        result = self.optimizer.step(factor) if finite else None
+        if result is None:
             self.optimizer.discard()
-            metrics["skipped"] = True
-        self._count(micro_batches, λ > 0, metrics["skipped"])
-        if not metrics["skipped"]:
+        skipped = result is None or result.skipped
+        self._count(micro_batches, λ > 0, skipped)
+        if not skipped:
             self._after(loads, progress)
-        if loads:
-            per_layer = [max_violation(load) for load in loads]
-            metrics |= {"max_vio": sum(per_layer) / len(per_layer), "max_vio_per_layer": per_layer}
-        return metrics
+        return StepMetrics(
+            loss=float(losses[0]),
+            lr=self.optimizer.section.lr * factor,
+            mtp_loss=float(losses[1:].mean()) if λ else None,
+            grad_norm=None if result is None else result.grad_norm,
+            max_vio_per_layer=max_violations(loads) if loads else None,
+            skipped=skipped,
+        )
 
     @torch.no_grad()
     def bits_per_byte(self, batches: Iterable[tuple[Batch, int]]) -> float:
@@ -131,7 +154,7 @@ class Trainer:
         names = ("steps", "tokens", "skipped_in_a_row", "flops")
         return {name: getattr(self, name) for name in names}
 
-    def load(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+    def load(self, tensors: dict[str, Tensor], state: dict[str, float]) -> None:
         """Restore what `tensors()` and `state()` returned. Raises UserError when they are another model's."""
         self.optimizer.load_tensors(tensors)
         if self.ema:
@@ -140,9 +163,9 @@ class Trainer:
         for name in self.state():
             setattr(self, name, state[name])
 
-    def _losses(self, batch: Batch, totals: list[float]) -> tuple[list[Tensor], list[Any]]:
+    def _losses(self, batch: Batch, totals: list[float]) -> tuple[list[Tensor], list[Routing]]:
         """Main loss, then the loss of each MTP depth if `totals` has it; each divided by its total weight."""
-        routing: list[Any] = []
+        routing: list[Routing] = []
         mask = _mask(batch.documents)
         hidden = self.forward(batch.inputs, batch.positions, mask, routing=routing)
         states = [hidden]

@@ -6,7 +6,7 @@ Tests compare `generate` and `score` with reasoning-gym's own on random cases.
 import ast
 import operator
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from random import Random
 from typing import Any
@@ -14,7 +14,12 @@ from typing import Any
 ATTEMPTS = 100  # as in reasoning-gym
 MAX_LENGTH = 200  # characters of an answer
 FORBIDDEN = re.compile(r"[^0-9+\-*/() ]|\*\*|//|\d{13}")  # no powers, no numbers of more than 12 digits
-OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+OPERATORS: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: Fraction.__truediv__,
+}
 
 
 def generate(config: Any, templates: Sequence[str], wrapper: str, seed: int) -> dict[str, Any] | None:
@@ -84,7 +89,8 @@ def _value(node: ast.expr) -> Fraction:
             return _value(inner)
         case ast.BinOp(left=left, op=op, right=right) if type(op) in OPERATORS:
             return OPERATORS[type(op)](_value(left), _value(right))
-    raise ValueError("not arithmetic")
+        case _:
+            raise ValueError("not arithmetic")
 
 
 def score(answer: str, numbers: Sequence[int], target: int) -> float:

@@ -8,11 +8,11 @@ multiset (or text) of one split occurs in another.
 import hashlib
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from string import Formatter
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard, cast
 
 from rorqual.errors import UserError
 
@@ -77,13 +77,16 @@ class PromptFormat:
                 )
 
     def __call__(self, fields: dict[str, Any]) -> str:
-        joined = {k: " ".join(map(str, v)) if isinstance(v, list | tuple) else v for k, v in fields.items()}
         try:
-            return self.template.format_map(joined)
+            return self.template.format_map({name: _joined(value) for name, value in fields.items()})
         except (ValueError, TypeError) as e:  # {question:d}
             raise UserError(
                 f"environment {self.environment}: prompt {self.template!r} cannot be filled ({e})"
             ) from None
+
+
+def _joined(value: Any) -> Any:
+    return " ".join(map(str, cast("Sequence[object]", value))) if isinstance(value, list | tuple) else value
 
 
 def _names(template: str) -> Iterator[str]:
@@ -122,7 +125,7 @@ class Environment(ABC):
         """All problems of a file; None where problems are generated."""
         return None
 
-    def takes(self, problem: Problem | None, split: Split) -> bool:
+    def takes(self, problem: Problem | None, split: Split) -> TypeGuard[Problem]:
         """Whether a candidate is a problem of the split that fits the context."""
         return problem is not None and problem.split == split and (self.fits is None or self.fits(problem))
 
@@ -184,7 +187,8 @@ class ProblemStream(Iterator[Problem]):
     """The problems of one split in order; `index` (of the next candidate) is its complete state."""
 
     def __init__(self, environment: Environment, split: Split, seed: int, index: int = 0) -> None:
-        self.environment, self.split, self.seed, self.index = environment, split, seed, index
+        self.environment, self.seed, self.index = environment, seed, index
+        self.split: Split = split
 
     def __next__(self) -> Problem:
         for _ in range(10_000):

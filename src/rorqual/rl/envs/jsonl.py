@@ -14,6 +14,7 @@ from rorqual.files import read_text
 from rorqual.judge import judge
 from rorqual.recipe import EnvironmentSection
 from rorqual.rl.envs.environment import Environment, Problem, PromptFormat, integers, number_key, text_key
+from rorqual.strict_json import Json
 from rorqual.unicode_checks import whole_inside
 
 SUFFIXES = (*RECORDS, ".json")
@@ -37,20 +38,18 @@ class JsonlEnvironment(Environment):
                 f"environment {section.name}: {section.path} is a file, which has no config "
                 f"({', '.join(section.config)}); remove it"
             )
-        places, rows = [], []
-        for where, row in _records(section.path):
-            places.append(where)
-            rows.append(_checked(where, row))
+        assert section.path is not None
+        rows = [(where, _checked(where, row)) for where, row in _records(section.path)]
         if not rows:
             raise UserError(f"{section.path} has no lines; write one JSON object with question and answer per line")
         prompt = None
         if section.prompt is not None:
-            shared = set.intersection(*(set(row) for row in rows)) - {"answer"}
+            shared = [name for name in rows[0][1] if name != "answer" and all(name in row for _, row in rows)]
             prompt = PromptFormat(section.prompt, shared, section.name)
-            for where, row in zip(places, rows, strict=True):
+            for where, row in rows:
                 if empty := next((name for name in prompt.names if row[name] is None), None):
                     raise UserError(f"{where}: field {empty} is null, and the prompt of {section.name} uses it; add it")
-        self._problems = [_problem(row, prompt, section.name, where) for where, row in zip(places, rows, strict=True)]
+        self._problems = [_problem(row, prompt, section.name, where) for where, row in rows]
         self._orders: dict[tuple[int, int], list[int]] = {}
 
     def candidate_count(self) -> int:
@@ -82,7 +81,7 @@ def _records(pattern: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _listed(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
-        rows = json.loads(read_text(path))
+        rows: Json = json.loads(read_text(path))
     except FileNotFoundError as e:
         raise file_error(path, e, "read") from e
     except (ValueError, RecursionError) as e:

@@ -5,7 +5,9 @@ import hashlib
 import re
 import warnings
 from collections import Counter
-from typing import Any
+from dataclasses import fields
+from importlib import import_module
+from typing import Any, cast
 
 from rorqual.errors import UserError
 from rorqual.extras import require
@@ -97,10 +99,9 @@ class ReasoningGymEnvironment(Environment):
         block, place = divmod(index, BLOCK)
         base = int.from_bytes(hashlib.sha256(f"{seed}/{block}".encode()).digest()[:4], "big") // 2
         if self.family == "countdown":
-            from reasoning_gym.games.countdown import QUESTION_FORMAT_TEMPLATE
-
             checker = self._checker
-            return countdown.generate(checker.config, checker._prompt_templates, QUESTION_FORMAT_TEMPLATE, base + place)
+            wrapper = import_module("reasoning_gym.games.countdown").QUESTION_FORMAT_TEMPLATE
+            return countdown.generate(checker.config, checker._prompt_templates, wrapper, base + place)
         if self._block is None or self._block[0] != (seed, block):
             self._block = (seed, block), _dataset(self.family, self.config, base, BLOCK)
         try:
@@ -113,19 +114,18 @@ def _dataset(name: str, config: dict[str, Any], seed: int, size: int) -> Any:
     require("rl", "reasoning_gym")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SyntaxWarning)  # from its imports when they are first compiled
-        import reasoning_gym
-        from reasoning_gym.factory import DATASETS
-
-    if name not in DATASETS or name == "composite":  # use several [[environments]] instead
-        close = [n for n in sorted(DATASETS) if n[:4] == name[:4]] or ["countdown", "chain_sum"]
+        factory = import_module("reasoning_gym.factory")
+    datasets: dict[str, Any] = factory.DATASETS
+    if name not in datasets or name == "composite":  # use several [[environments]] instead
+        close = [n for n in sorted(datasets) if n[:4] == name[:4]] or ["countdown", "chain_sum"]
         raise UserError(
             f"environment {name!r} is not a dataset of reasoning-gym ({', '.join(close)} …); "
             f"name one, or set path to a JSONL file"
         )
     try:
-        return reasoning_gym.create_dataset(name, seed=seed, size=size, **config)
+        return factory.create_dataset(name, seed=seed, size=size, **config)
     except TypeError as e:
-        known = sorted(set(DATASETS[name][1].__dataclass_fields__) - {"seed", "size"})
+        known = sorted(f.name for f in fields(datasets[name][1]) if f.name not in ("seed", "size"))
         raise UserError(
             f"environment {name}: config {config} is not accepted ({e}); its fields are {', '.join(known)}"
         ) from None
@@ -166,13 +166,15 @@ def _difficulty(name: str, metadata: dict[str, Any]) -> str:
         return f"numbers={len(metadata['numbers'])}"
     if name == "knights_knaves":
         return f"people={len(metadata['names'])}"
-    parts = []
+    parts: list[str] = []
     limits = metadata.get("difficulty")
-    for field, limit in limits.items() if isinstance(limits, dict) else ():
+    for field, limit in cast("dict[str, object]", limits).items() if isinstance(limits, dict) else ():
         value = metadata.get(field)
-        ranged = isinstance(limit, list | tuple) and len(limit) == 2 and all(isinstance(x, int) for x in limit)
-        if ranged and isinstance(value, int) and limit[1] - limit[0] < 10:
-            parts.append(f"{field}={value}")
+        match limit:
+            case [int(least), int(most)] if isinstance(value, int) and most - least < 10:
+                parts.append(f"{field}={value}")
+            case _:
+                pass
     return ", ".join(parts)
 
 

@@ -1,0 +1,95 @@
+"""What an evaluation found. `to_dict` of each class is what `rorqual eval --json` and summary.json hold."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from rorqual.errors import UserError
+from rorqual.evals.stats import paired_difference
+
+Interval = tuple[float, float]  # 95 %, by bootstrap over problems
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Of some problems. Fractions are in [0, 1]; None: nothing to compute it from."""
+
+    problems: int
+    k: int
+    pass_at_1: float
+    interval: Interval
+    cons_at_k: float | None  # majority vote of the first k samples
+    cons_interval: Interval | None
+    pass_at_k: float  # over all draws of k samples
+    pass_k_interval: Interval
+    mean_tokens: float  # of a completion
+    truncated_share: float
+    answered_share: float | None
+    verified_share: float  # completions whose last mark before `</think>` is ✓
+    verdict_precision: float | None  # correct among lines marked ✓
+
+
+@dataclass(frozen=True)
+class TaskResult(Scores):
+    """Of one task."""
+
+    by_difficulty: dict[str, Scores]
+    questions_hash: str  # of the questions without their prompt templates
+    scores: list[float]  # [P] pass@1 of each problem
+    split: str | None = None  # "all": a whole file or benchmark
+
+    def to_dict(self) -> dict[str, Any]:
+        found = asdict(self)
+        return found if self.split else {name: value for name, value in found.items() if name != "split"}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The results of `evaluate`, and its settings."""
+
+    tasks: dict[str, TaskResult]
+    samples: int
+    k: int
+    seed: int
+    split: str
+    template: str
+    temperature: float
+    top_p: float
+    max_tokens: int
+    thinking_budget: int | None
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Gain:
+    """Difference of pass@1 between two results, paired by problem."""
+
+    gain: float
+    interval: Interval
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """Accuracy with thinking ended by force after `budget` tokens."""
+
+    budget: int
+    pass_at_1: float
+    interval: Interval
+    mean_tokens: float
+
+
+def compare(before: Mapping[str, TaskResult], after: Mapping[str, TaskResult], seed: int = 0) -> dict[str, Gain]:
+    """Gain of pass@1 in each task that both results have. Raises UserError where they are of different problems."""
+    gains: dict[str, Gain] = {}
+    for name in (name for name in after if name in before):
+        old, new = before[name], after[name]
+        if old.questions_hash != new.questions_hash:
+            raise UserError(f"task {name}: the two results are of different problems; evaluate with the same seed")
+        gain, low, high = paired_difference(np.array(old.scores), np.array(new.scores), seed)
+        gains[name] = Gain(gain, (low, high))
+    return gains
