@@ -1,4 +1,4 @@
-"""The routes: AuthMiddleware → body checked → prompt tokens → EngineThread.open → deltas → response or chunks."""
+"""The routes: body checked → prompt tokens → ModelService.generate → RequestHandle.deltas → response or chunks."""
 
 import contextlib
 import json
@@ -19,7 +19,6 @@ from rorqual.engine import SamplingParams
 from rorqual.serve import schemas
 from rorqual.serve.api_errors import ApiError, on_api_error, on_bug, on_http
 from rorqual.serve.background import kind_of, run_in_background
-from rorqual.serve.engine_thread import RequestHandle
 from rorqual.serve.middleware import AuthMiddleware
 from rorqual.serve.protocol import (
     ChatRequest,
@@ -98,7 +97,7 @@ def build_app(service: ModelService) -> FastAPI:
 
         head = ResponseHeader("chat.completion", options.name, "chatcmpl")
         choices = [choice(i) for i in range(params.n)]
-        return await answer(service, request, body, head, choices, [prompt], params, started, raw=False)
+        return await answer(service, request, body, head, choices, [prompt], params, started)
 
     @app.post("/v1/completions", responses=schemas.streamed(schemas.TextAnswer))
     async def completions(body: CompletionRequest, request: Request) -> Response:
@@ -128,12 +127,14 @@ def build_app(service: ModelService) -> FastAPI:
                 if isinstance(found, Response):  # the client has disconnected
                     return found
                 for c in own:
-                    await run_in_background(partial(c.prompt, prompt, *found), kind_of(len(prompt)))
+                    await run_in_background(
+                        partial(c.prompt, prompt, found.logprobs, found.ranked), kind_of(len(prompt))
+                    )
             choices += own
         head = ResponseHeader("text_completion", options.name, "cmpl")
         if body.max_tokens == 0:
             return echoed(service, body, head, choices, Usage(sum(map(len, prompts))), started)
-        return await answer(service, request, body, head, choices, prompts, params, started, raw=True)
+        return await answer(service, request, body, head, choices, prompts, params, started)
 
     @app.get("/v1/models", response_model=schemas.ModelList, responses=schemas.problems(401, 403))
     async def models() -> Any:
@@ -236,44 +237,36 @@ def model_card(service: ModelService) -> dict[str, Any]:
 
 
 async def answer(
-    service: ModelService, request: Request, body: Sampling, head: ResponseHeader, choices: list[Any],
-    prompts: list[list[int]], params: SamplingParams, started: float, raw: bool,
+    service: ModelService, request: Request, body: Sampling, head: ResponseHeader,
+    choices: list[ChatChoice] | list[TextChoice], prompts: list[list[int]], params: SamplingParams, started: float,
 ) -> Response:  # fmt: skip
     """Run the request and respond whole or in chunks; a client that disconnects cancels its request."""
-    usage = Usage(sum(map(len, prompts)))
-
-    def usage_of(handle: RequestHandle) -> Usage:
-        usage.cached_tokens = handle.cached_tokens
-        usage.completion_tokens = sum(c.tokens for c in choices)
-        usage.reasoning_tokens = sum(c.reasoning_tokens for c in choices)
-        return usage
-
     if not body.stream:
 
         async def whole() -> Response:
-            async with service.running(prompts, params, raw) as handle:
-                async for delta in service.deltas(handle, started):
+            with contextlib.closing(await service.generate(prompts, params, started)) as handle:
+                async for delta in handle.deltas():
                     choices[delta.index].add(delta)
-            return JSONResponse(head.whole([c.whole() for c in choices], usage_of(handle)))
+            return JSONResponse(head.whole([c.whole() for c in choices], Usage.of(handle.requests)))
 
         return await unless_gone(request.receive, whole())
 
-    handle = await unless_gone(request.receive, service.admit(prompts, params, raw))
+    handle = await unless_gone(request.receive, service.generate(prompts, params, started))
     if isinstance(handle, Response):  # the client has disconnected
         return handle
     with_usage = body.stream_options is not None and body.stream_options.include_usage
 
     async def chunks() -> AsyncIterator[str]:
         try:
-            if not raw:
-                yield head.chunk([c.first() for c in choices])
-            async for delta in service.deltas(handle, started):
+            if roles := [c.first() for c in choices if isinstance(c, ChatChoice)]:
+                yield head.chunk(roles)
+            async for delta in handle.deltas():
                 if (shown := choices[delta.index].add(delta)) is not None:
                     yield head.chunk([shown])
             if with_usage:
-                yield head.chunk([], usage_of(handle))
+                yield head.chunk([], Usage.of(handle.requests))
         except ApiError as e:
             yield json.dumps(e.body())
         yield "[DONE]"
 
-    return EventStream(chunks(), service.seconds_left(started), lambda: service.engine_thread.close(handle))
+    return EventStream(chunks(), service.seconds_left(started), handle.close)

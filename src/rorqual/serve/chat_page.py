@@ -20,9 +20,9 @@ from rorqual.serve.chat_state import (
     until_question,
     without_thinking,
 )
-from rorqual.serve.engine_thread import RequestHandle
 from rorqual.serve.protocol import ChatRequest
 from rorqual.serve.request_body import parse_body
+from rorqual.serve.request_handle import RequestHandle
 from rorqual.serve.service import ModelService
 
 LATEX_DELIMITERS = [
