@@ -1,5 +1,6 @@
 """Incremental detokenization: whole characters, stop strings, and thinking split from the answer."""
 
+import builtins
 import codecs
 import re
 from collections.abc import Iterable, Sequence
@@ -36,7 +37,7 @@ class TokenDecoder:
         self.hidden = {*ends, *(n for n, t in self._added.items() if is_special(t.content, t.special))}
         self.hidden -= set(self.think or ())
 
-    def bytes(self, token: int) -> bytes:
+    def bytes(self, token: int) -> builtins.bytes:
         """A token's UTF-8 bytes, which may be part of a character; of hidden tokens their names."""
         found = self._cache.get(token)
         if found is None:
@@ -70,7 +71,7 @@ class TokenDecoder:
         text = self.decode(prompt[closed if begin is None else begin :])
         return text if SHUT.fullmatch(text) else ""
 
-    def _token_bytes(self, token: int) -> bytes:
+    def _token_bytes(self, token: int) -> builtins.bytes:
         if token in self._added:
             return self._added[token].content.encode()
         if self._byte_level:

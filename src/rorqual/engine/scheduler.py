@@ -207,7 +207,7 @@ class Scheduler:
         return step
 
     def _finish(self, step: SamplingStep) -> list[Sequence]:
-        """Detokenize streaming rows, propose drafts, remove finished rows → the sequences finished, and streaming ones."""
+        """Detokenize streaming rows, propose drafts, remove finished rows → sequences finished, and those streaming."""
         batch = self.batch
         reasons = {row: "stop" if reason == STOP_TOKEN else "length" for row, reason in step.finished.items()}
         streaming = batch.streaming[: batch.n].nonzero()[0].tolist() if batch.any_streaming else []

@@ -13,6 +13,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
+from starlette.types import Scope
 
 from rorqual.data.tool_formats import JSON
 from rorqual.engine import SamplingParams
@@ -57,7 +58,7 @@ def build_app(service: ModelService) -> FastAPI:
     app.add_exception_handler(HTTPException, on_http)
     app.add_exception_handler(Exception, on_bug)
 
-    def count_response(scope: dict[str, Any], status: int) -> None:
+    def count_response(scope: Scope, status: int) -> None:
         route = scope.get("route")
         path = getattr(route, "path", None) or "other"  # unknown paths would add labels without limit
         service.metrics.requests.labels(path, str(status or 499)).inc()
@@ -81,7 +82,7 @@ def build_app(service: ModelService) -> FastAPI:
         grammar, call_format = body.form(), None
         if tools:
             form = service.chat.tool_support(True).format
-            calls = call_grammar(body, form, service.marks, body.schema())
+            calls = call_grammar(body, form, service.marks, body.response_schema())
             if calls is not None and body.structured_outputs is not None:
                 raise ApiError(
                     400, "structured_outputs: tools constrain the answer already; leave one of the two out",
@@ -107,16 +108,17 @@ def build_app(service: ModelService) -> FastAPI:
         given = body.prompts()
         if not given:
             raise ApiError(400, "prompt is empty; give at least one token", "prompt")
-        if service.max_answer_tokens and "max_tokens" not in body.model_fields_set:
-            body.max_tokens = None  # the release's limit goes before OpenAI's default of 16
-        if body.max_tokens == 0 and not body.echo:
+        # The release's limit goes before OpenAI's default of 16.
+        default = service.max_answer_tokens and "max_tokens" not in body.model_fields_set
+        max_tokens = None if default else body.max_tokens
+        if max_tokens == 0 and not body.echo:
             raise ApiError(400, "max_tokens: 0 makes sense only with echo", "max_tokens")
         service.check_count(len(given) * body.n)
         prompts = [await service.encode(p, body.add_special_tokens) if isinstance(p, str) else p for p in given]
         for prompt in prompts:
-            service.check_prompt(prompt, "prompt", body.max_tokens)
+            service.check_prompt(prompt, "prompt", max_tokens)
             service.check_tokens(prompt, "prompt")
-        params = service.sampling(body, prompts, body.max_tokens, body.logprobs or 0, body.form())
+        params = service.sampling(body, prompts, max_tokens, body.logprobs or 0, body.form())
         choices = []
         for i, prompt in enumerate(prompts):
             sent = given[i]
@@ -132,40 +134,38 @@ def build_app(service: ModelService) -> FastAPI:
                     )
             choices += own
         head = ResponseHeader("text_completion", options.name, "cmpl")
-        if body.max_tokens == 0:
+        if max_tokens == 0:
             return echoed(service, body, head, choices, Usage(sum(map(len, prompts))), started)
         return await answer(service, request, body, head, choices, prompts, params, started)
 
     @app.get("/v1/models", response_model=schemas.ModelList, responses=schemas.problems(401, 403))
-    async def models() -> Any:
+    async def models() -> dict[str, object]:
         """The model served."""
         return {"object": "list", "data": [model_card(service)]}
 
     @app.get("/v1/models/{name:path}", response_model=schemas.ModelCard, responses=schemas.problems(400, 401, 403, 404))
-    async def model(name: str) -> Any:
+    async def model(name: str) -> dict[str, object]:
         service.check_model(name)
         return model_card(service)
 
     bodies = schemas.problems(400, 401, 403, 404, 408, 413, 415)
 
     @app.post("/tokenize", response_model=schemas.Tokens, responses=bodies)
-    async def tokenize(body: TokenizeRequest) -> Any:
+    async def tokenize(body: TokenizeRequest) -> dict[str, object]:
         """Token ids of a text or a conversation."""
         service.check_model(body.model)
         if body.prompt is not None:
             tokens = await service.encode(body.prompt, body.add_special_tokens is not False)
         else:
+            messages = body.messages or []
+            unfinished = body.continue_final_message or bool(messages and messages[-1].prefix)
             tokens = await service.chat_prompt(
-                body.messages or [],
-                body.tools or [],
-                body.add_generation_prompt,
-                body.continue_final_message or bool(body.messages[-1].prefix),
-                body.chat_template_kwargs,
+                messages, body.tools or [], body.add_generation_prompt, unfinished, body.chat_template_kwargs
             )
         return {"count": len(tokens), "max_model_len": service.context, "tokens": tokens}
 
     @app.post("/detokenize", response_model=schemas.Text, responses=bodies)
-    async def detokenize(body: DetokenizeRequest) -> Any:
+    async def detokenize(body: DetokenizeRequest) -> dict[str, object]:
         """The text of token ids."""
         service.check_model(body.model)
         service.check_tokens(body.tokens, "tokens")
@@ -226,7 +226,7 @@ def template_kwargs(service: ModelService, body: ChatRequest) -> dict[str, Any]:
     return body.chat_template_kwargs
 
 
-def model_card(service: ModelService) -> dict[str, Any]:
+def model_card(service: ModelService) -> dict[str, object]:
     return {
         "id": service.options.name,
         "object": "model",
