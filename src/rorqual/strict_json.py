@@ -6,7 +6,9 @@ JSON has no NaN and Infinity, and most readers (jq, browsers, databases) refuse 
 import json
 import math
 import sys
-from typing import Any
+from typing import Any, TypeAlias
+
+Json: TypeAlias = bool | int | float | str | list["Json"] | dict[str, "Json"] | None  # what `json.loads` returns
 
 
 def finite(value: Any) -> Any:

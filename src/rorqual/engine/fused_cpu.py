@@ -40,7 +40,7 @@ def _step(
         return None
     layers = [
         LayerWeights(
-            norm=layer.input_layernorm.weight, norm2=layer.post_attention_layernorm.weight, a=a, b=b,
+            attn_norm=layer.input_layernorm.weight, ffn_norm=layer.post_attention_layernorm.weight, a=a, b=b,
             **_attention(layer.self_attn), **_feed_forward(layer.mlp),
         )
         for layer, (a, b) in zip(model.model.layers[which], cache.layers[which], strict=True)
@@ -55,25 +55,26 @@ def _step(
 def _sizes(config: ModelConfig, int8_kv: bool) -> ModelSizes:
     latent, experts = {}, {}
     if config.is_mla:
-        latent = {"latent": config.kv_lora_rank, "nope": config.qk_nope_head_dim, "value": config.v_head_dim}
+        mla = config.mla
+        latent = {"latent_dim": mla.kv_lora_rank, "nope_dim": mla.qk_nope_head_dim, "value_dim": mla.v_head_dim}
     if config.n_routed_experts:
         experts = {
             "experts": config.n_routed_experts,
-            "chosen": config.num_experts_per_tok,
+            "top_k": config.num_experts_per_tok,
             "expert_groups": config.n_group,
             "groups_kept": config.topk_group,
             "softmax": config.scoring_func == "softmax",
-            "biased": config.topk_method == "noaux_tc",
-            "within_groups": config.topk_method != "greedy" and config.topk_group != config.n_group,
+            "correction_bias": config.topk_method == "noaux_tc",
+            "group_limited": config.topk_method != "greedy" and config.topk_group != config.n_group,
             "normalise": config.norm_topk_prob,
         }
     return ModelSizes(
         hidden=config.hidden_size,
         heads=config.num_attention_heads,
-        groups=config.num_key_value_heads,
-        width=config.qk_rope_head_dim if config.is_mla else config.head_dim,
+        kv_heads=config.gqa.num_key_value_heads,
+        rope_dim=config.rope_dim,
         interleave=config.rope_interleave,
-        eight=int8_kv,
+        int8_kv=int8_kv,
         **latent,
         **experts,
     )

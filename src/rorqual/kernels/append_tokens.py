@@ -6,9 +6,13 @@ The reference is engine.sampling.sample_and_append_reference.
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, from_numpy
+from torch import (
+    Tensor,
+    from_numpy,  # pyright: ignore[reportUnknownVariableType] -- torch's stub gives its argument no type
+)
 
 from rorqual.kernels import cpu
+from rorqual.shapes import Float
 
 Integers = NDArray[np.int64]
 
@@ -37,7 +41,9 @@ class AppendTokens:
         where = [x for array in self._kept for x in (array.ctypes.data, array.shape[1])]
         self._where = torch.tensor([*where, block])
 
-    def __call__(self, at: Integers, logits: Tensor, spans: Integers | None = None) -> tuple[Integers, Integers, int]:
+    def __call__(
+        self, at: Integers, logits: Float[Tensor, "M V"], spans: Integers | None = None
+    ) -> tuple[Integers, Integers, int]:
         """For the sequences `at` [m] and logits [M, V] → their newest tokens [m]; why each has finished, or 0 [m]; and
         the flags above.
 

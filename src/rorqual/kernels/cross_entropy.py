@@ -14,28 +14,39 @@ from torch.nn.functional import log_softmax
 
 from rorqual.kernels import cpu
 from rorqual.kernels.accumulate import accumulate
+from rorqual.kernels.typed_torch import Context, Function
+from rorqual.shapes import Float, Float32, Int
 
 CHUNK_BYTES = 64 << 20  # of logits in memory
 CHUNK_ROWS = 1024  # more rows make the product no faster, but evict a small vocabulary's logits from the CPU's cache
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor) -> Tensor:
-    """Σ wᵢ·(−log p(targetᵢ)) in nats, an fp32 scalar with gradients for `hidden` and `weight`.
+def linear_cross_entropy(
+    hidden: Float[Tensor, "N D"],
+    weight: Float[Tensor, "V D"],
+    targets: Int[Tensor, " N"],
+    token_weights: Float[Tensor, " N"],
+) -> Float32[Tensor, ""]:
+    """Σ wᵢ·(−log p(targetᵢ)) in nats, with gradients for `hidden` and `weight`; the weights wᵢ are constants.
 
-    hidden [N, D], weight [V, D], targets [N] int64, token_weights [N] (constants). Tokens of weight 0 are
-    skipped, whatever their target. The gradients are computed in the forward pass, with the logits.
+    Tokens of weight 0 are skipped, whatever their target. The gradients are computed in the forward pass, with the
+    logits.
     """
     needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     return _LinearCrossEntropy.apply(hidden, weight, targets, token_weights, needs_grad)
 
 
 def token_logprobs(
-    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0, known_grad: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """log p(targetᵢ) and the entropy of each prediction in nats, at a sampling temperature; both fp32 [N].
+    hidden: Float[Tensor, "N D"],
+    weight: Float[Tensor, "V D"],
+    targets: Int[Tensor, " N"],
+    temperature: float = 1.0,
+    known_grad: Float[Tensor, " N"] | None = None,
+) -> tuple[Float32[Tensor, " N"], Float32[Tensor, " N"]]:
+    """log p(targetᵢ) and the entropy of each prediction in nats, at a sampling temperature.
 
-    hidden [N, D], weight [V, D], targets [N] int64. The first is differentiable: the backward pass recomputes logits
-    chunk by chunk, unless `known_grad` [N], the gradient that it will get, is given. The entropy is detached.
+    The first is differentiable: the backward pass recomputes logits chunk by chunk, unless `known_grad`, the gradient
+    that it will get, is given. The entropy is detached.
 
     The backward pass raises RuntimeError if it gets another gradient than `known_grad`.
     """
@@ -43,7 +54,12 @@ def token_logprobs(
     return _TokenLogprobs.apply(hidden, weight, targets, temperature, known_grad if needs_grad else None)
 
 
-def linear_cross_entropy_reference(hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor) -> Tensor:
+def linear_cross_entropy_reference(
+    hidden: Float[Tensor, "N D"],
+    weight: Float[Tensor, "V D"],
+    targets: Int[Tensor, " N"],
+    token_weights: Float[Tensor, " N"],
+) -> Float32[Tensor, ""]:
     """`linear_cross_entropy` as the equation is written, with all logits in memory."""
     logp = log_softmax((hidden @ weight.T).float(), dim=-1)
     kept = token_weights != 0
@@ -52,19 +68,25 @@ def linear_cross_entropy_reference(hidden: Tensor, weight: Tensor, targets: Tens
 
 
 def token_logprobs_reference(
-    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0
-) -> tuple[Tensor, Tensor]:
+    hidden: Float[Tensor, "N D"],
+    weight: Float[Tensor, "V D"],
+    targets: Int[Tensor, " N"],
+    temperature: float = 1.0,
+) -> tuple[Float32[Tensor, " N"], Float32[Tensor, " N"]]:
     """`token_logprobs` as the equation is written, with all logits in memory."""
     logp = log_softmax((hidden @ weight.T).float() / temperature, dim=-1)
     return logp.gather(1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(-1).detach()
 
 
 def softmax_grad_(
-    logits: Tensor, targets: Tensor, share: Tensor | None, temperature: float = 1.0
-) -> tuple[Tensor, Tensor]:
-    """log p(targetᵢ) and the entropy of softmax(logits/temperature), both fp32 [n], of logits [n, V].
+    logits: Float[Tensor, "n V"],
+    targets: Int[Tensor, " n"],
+    share: Float[Tensor, " n"] | None,
+    temperature: float = 1.0,
+) -> tuple[Float32[Tensor, " n"], Float32[Tensor, " n"]]:
+    """log p(targetᵢ) and the entropy of softmax(logits/temperature).
 
-    With `share` [n], logits become shareᵢ·(p − onehot(targetᵢ)) in place. Raises IndexError for a target beyond V.
+    With `share`, logits become shareᵢ·(p − onehot(targetᵢ)) in place. Raises IndexError for a target beyond V.
     """
     # On an accelerator the check would synchronise, and it would break a compiled graph; there gather refuses targets.
     check = logits.is_cpu and len(targets) and not torch.compiler.is_compiling()
@@ -80,21 +102,36 @@ def softmax_grad_(
 
 
 def softmax_grad_reference_(
-    logits: Tensor, targets: Tensor, share: Tensor | None, temperature: float = 1.0
-) -> tuple[Tensor, Tensor]:
+    logits: Float[Tensor, "n V"],
+    targets: Int[Tensor, " n"],
+    share: Float[Tensor, " n"] | None,
+    temperature: float = 1.0,
+) -> tuple[Float32[Tensor, " n"], Float32[Tensor, " n"]]:
     logp = log_softmax(logits.float() / temperature, dim=-1)
     found = logp.gather(1, targets[:, None])[:, 0]
     p = logp.exp()
-    entropy = -torch.linalg.vecdot(p, logp)
+    entropy = -torch.einsum("nv,nv->n", p, logp)
     if share is not None:
         p.scatter_add_(1, targets[:, None], p.new_full((1, 1), -1.0).expand(len(p), 1))
         logits.copy_(p.mul_(share[:, None]))
     return found, entropy
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
+class _GradientsContext(Context):
+    gradients: "_Gradients | None"
+    temperature: float
+
+
+class _LinearCrossEntropy(Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, token_weights, needs_grad):
+    def forward(
+        ctx: _GradientsContext,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        token_weights: Tensor,
+        needs_grad: bool,
+    ) -> Tensor:
         gradients = _Gradients(hidden, weight) if needs_grad else None
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for rows, inputs, logits in _chunks(token_weights.nonzero()[:, 0], hidden, weight):
@@ -107,16 +144,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: _GradientsContext, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         if ctx.gradients is None:
             raise RuntimeError("linear_cross_entropy: backward ran already; call the function again for a second pass")
         gradients, ctx.gradients = ctx.gradients, None
         return *gradients.scaled(grad), None, None, None
 
 
-class _TokenLogprobs(torch.autograd.Function):
+class _TokenLogprobs(Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature, known_grad):
+    def forward(
+        ctx: _GradientsContext,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        temperature: float,
+        known_grad: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
         logprobs = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         entropy = torch.empty_like(logprobs)
         ctx.gradients = None if known_grad is None else _Gradients(hidden, weight)
@@ -125,18 +169,22 @@ class _TokenLogprobs(torch.autograd.Function):
             logprobs[rows], entropy[rows] = softmax_grad_(logits, targets[rows], share, temperature)
             if ctx.gradients is not None:
                 ctx.gradients.add(logits, rows, inputs)
-        ctx.save_for_backward(hidden, weight, targets, known_grad)
+        ctx.save_for_backward(hidden, weight, targets, *([] if known_grad is None else [known_grad]))
         ctx.temperature = temperature
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
     @staticmethod
-    def backward(ctx, grad, _):
-        hidden, weight, targets, known_grad = ctx.saved_tensors
-        if known_grad is not None:
+    def backward(
+        ctx: _GradientsContext, grad: Tensor, _: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        hidden, weight, targets, *known = ctx.saved_tensors
+        if known:
+            (known_grad,) = known
             if ctx.gradients is None:
                 raise RuntimeError("token_logprobs: backward ran already; call the function again for a second pass")
-            if (grad - known_grad).norm() > 1e-4 * known_grad.norm():  # false for NaN, which must propagate
+            # False for NaN, which must propagate.
+            if (grad - known_grad).square().sum() > 1e-8 * known_grad.square().sum():
                 raise RuntimeError("token_logprobs: the gradient differs from known_grad")
             gradients, ctx.gradients = ctx.gradients, None
             return *gradients.scaled(None if grad.isfinite().all() else grad.sum()), None, None, None
@@ -168,12 +216,12 @@ class _Gradients:
             accumulate(self.weight, torch.mm(grad_logits.T, inputs, out=self.product))
 
     def scaled(self, factor: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        found = (self.hidden, self.weight)
-        if factor is not None:
-            found = tuple(None if g is None else g.mul_(factor) for g in found)
-        if self.product is not None:
-            return found[0], self.product.copy_(found[1])
-        return found
+        for grad in (self.hidden, self.weight):
+            if grad is not None and factor is not None:
+                grad.mul_(factor)
+        if self.weight is not None and self.product is not None:
+            return self.hidden, self.product.copy_(self.weight)
+        return self.hidden, self.weight
 
 
 def _chunks(rows: Tensor, hidden: Tensor, weight: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -183,7 +231,7 @@ def _chunks(rows: Tensor, hidden: Tensor, weight: Tensor) -> Iterator[tuple[Tens
     """
     size = max(1, min(CHUNK_ROWS, CHUNK_BYTES // (weight.itemsize * len(weight)), len(rows)))
     logits = torch.empty(size, len(weight), dtype=weight.dtype, device=weight.device)
-    for chunk in rows.split(size):
+    for chunk in torch.split(rows, size):
         if len(chunk):
             inputs = hidden[chunk].to(weight.dtype)
             yield chunk, inputs, torch.mm(inputs, weight.T, out=logits[: len(chunk)])

@@ -1,24 +1,31 @@
 """softmax(q·kᵀ·scale)·v. B batch, H heads, G key/value heads (H is a multiple), T queries, S keys, D, V widths."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from rorqual.kernels import cpu
+from rorqual.kernels.typed_torch import Context, Function, once_differentiable
+from rorqual.shapes import Bool, Float
 
 MAX_PLAIN_KEYS = 512  # up to which plain products are faster than torch's fused kernel
 CHUNK_BYTES = 2 << 20  # of attention weights at a time, which stay in the CPU's cache
 
 
-Mask = Tensor | tuple[Tensor, ...] | None
+Mask = Bool[Tensor, "#B 1 #T #S"] | tuple[Bool[Tensor, "_ 1 _ _"], ...] | None
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, causal: bool, scale: float) -> Tensor:
-    """q [B, H, T, D], k [B, G, S, D], v [B, G, S, V] → [B, H, T, V]; mask bool [B or 1, 1, T, S], true where attended.
+def attention(
+    q: Float[Tensor, "B H T D"],
+    k: Float[Tensor, "B G S D"],
+    v: Float[Tensor, "B G S V"],
+    mask: Mask,
+    causal: bool,
+    scale: float,
+) -> Float[Tensor, "B H T V"]:
+    """A mask is true where a query attends.
 
     Several masks [n, 1, t, t], with B = 1, are document masks: packed sequences, the first n of t tokens each, that
     attend to themselves only. Raises ValueError if they do not cover T.
@@ -35,11 +42,21 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, causal: bool, scale: 
     return attention_reference(q, k, v, mask, causal, scale)
 
 
-def attention_reference(q: Tensor, k: Tensor, v: Tensor, mask: Mask, causal: bool, scale: float) -> Tensor:
+def attention_reference(
+    q: Float[Tensor, "B H T D"],
+    k: Float[Tensor, "B G S D"],
+    v: Float[Tensor, "B G S V"],
+    mask: Mask,
+    causal: bool,
+    scale: float,
+) -> Float[Tensor, "B H T V"]:
     if isinstance(mask, tuple):
         sizes = [len(m) * m.shape[-1] for m in mask]
-        parts = zip(*(x.split(sizes, dim=2) for x in (q, k, v)), mask, strict=True)
-        out = [attention_reference(*(_unpack(x, m) for x in qkv), m, False, scale) for *qkv, m in parts]
+        parts = zip(*(torch.split(x, sizes, dim=2) for x in (q, k, v)), strict=True)
+        out = [
+            attention_reference(_unpack(q_, m), _unpack(k_, m), _unpack(v_, m), m, False, scale)
+            for (q_, k_, v_), m in zip(parts, mask, strict=True)
+        ]
         return torch.cat([x.transpose(1, 2).flatten(0, 1) for x in out]).transpose(0, 1).unsqueeze(0)
     share = q.shape[1] // k.shape[1]
     if share > 1:
@@ -57,14 +74,18 @@ def _masks(q: Tensor, k: Tensor, mask: Mask) -> tuple[Tensor, ...]:
     return (mask if mask.stride(-1) == 1 else mask.contiguous(),)
 
 
-class _Products(torch.autograd.Function):
+class _ProductsContext(Context):
+    scale: float
+
+
+class _Products(Function):
     """Plain products, a few sequences at a time. The backward pass recomputes the attention weights, B·H·T·S numbers a
     layer: 22 MB for SmolLM2 with 19 rows of 256 tokens, where it took half as long as torch's fused kernel.
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, *masks: Tensor) -> Tensor:
-        out = _empty_heads(v, *q.shape[:3], v.shape[3])
+    def forward(ctx: _ProductsContext, q: Tensor, k: Tensor, v: Tensor, scale: float, *masks: Tensor) -> Tensor:
+        out = _empty_heads(v, (*q.shape[:3], v.shape[3]))
         for mask, (q_, k_, v_, out_) in _chunks(masks, q, k, v, out):
             weights, _ = _attention_weights(q_, k_, mask, scale)
             out_.copy_((weights @ v_.contiguous()).view(out_.shape))
@@ -74,9 +95,9 @@ class _Products(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _ProductsContext, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, *masks = ctx.saved_tensors
-        grads = [_empty_heads(x, *x.shape) for x in (q, k, v)]
+        grads = [_empty_heads(x, x.shape) for x in (q, k, v)]
         for mask, (q_, k_, v_, grad_, grad_q, grad_k, grad_v) in _chunks(masks, q, k, v, grad, *grads):
             weights, queries = _attention_weights(q_, k_, mask, ctx.scale)
             grad_out = grad_.contiguous().view(*queries.shape[:3], -1)
@@ -132,9 +153,10 @@ def _chunks(masks: Sequence[Tensor], *tensors: Tensor) -> Iterator[tuple[Tensor,
 
 def _unpack(x: Tensor, mask: Tensor) -> Tensor:
     """x [1, heads, n·t, W] → [n, heads, t, W], a view, for mask [n, 1, t, t]."""
-    return x.squeeze(0).unflatten(1, (len(mask), -1)).transpose(0, 1)
+    return torch.unflatten(x.squeeze(0), 1, (len(mask), -1)).transpose(0, 1)
 
 
-def _empty_heads(like: Tensor, batch: int, heads: int, tokens: int, width: int) -> Tensor:
+def _empty_heads(like: Tensor, shape: Sequence[int]) -> Tensor:
     """An empty [B, H, T, W] in the model's memory layout [B, T, H, W]."""
+    batch, heads, tokens, width = shape
     return like.new_empty(batch, tokens, heads, width).transpose(1, 2)

@@ -64,7 +64,7 @@ def _may_have_bf16() -> bool:
 @functools.cache
 def bf16_speed() -> float:
     """Speed of BF16 products on the CPU relative to FP32; measured in some 0.1 s, once a process."""
-    seconds = {}
+    seconds: dict[torch.dtype, float] = {}
     for dtype in (torch.float32, torch.bfloat16):
         a = torch.ones(SIZE, SIZE, dtype=dtype)
         out = a @ a

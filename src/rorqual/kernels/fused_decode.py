@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rorqual.kernels import cpu
 from rorqual.kernels.quantized_linear import FORMATS, PANEL, QuantizedWeight
+from rorqual.shapes import Float, Float32, Int32, Int64
 
 Weights = tuple[QuantizedWeight, Tensor | None]  # with a bias
 
@@ -18,7 +19,7 @@ Weights = tuple[QuantizedWeight, Tensor | None]  # with a bias
 class LayerWeights:
     """A layer's tensors in the order of cpu/csrc/fused_decode/model.h; None where the layer has none."""
 
-    norm: Tensor
+    attn_norm: Tensor
     q_a: Weights | None = None
     q_a_norm: Tensor | None = None
     q: Weights | None = None
@@ -28,7 +29,7 @@ class LayerWeights:
     kv_a_norm: Tensor | None = None
     kv_b: Tensor | None = None
     o: Weights | None = None
-    norm2: Tensor
+    ffn_norm: Tensor
     gate: Weights | None = None  # these three also of shared experts
     up: Weights | None = None
     down: Weights | None = None
@@ -47,25 +48,25 @@ QUANTIZED = {"q_a", "q", "k", "v", "kv_a", "o", "gate", "up", "down", "experts_i
 
 @dataclass(kw_only=True)
 class ModelSizes:
-    """A model's sizes in the order of cpu/csrc/fused_decode/model.h. `width`: rotary width of a head."""
+    """A model's sizes and options in the order of cpu/csrc/fused_decode/model.h; 0 where it has no such part."""
 
     hidden: int
     heads: int
-    groups: int
-    width: int
-    interleave: bool
-    latent: int = 0
-    nope: int = 0
-    value: int = 0
+    kv_heads: int
+    rope_dim: int  # rotary width of a head: all of it, or MLA's rope part
+    interleave: bool  # pairs of rotary embedding are (0,1),(2,3)…
+    latent_dim: int = 0
+    nope_dim: int = 0
+    value_dim: int = 0
     experts: int = 0
-    chosen: int = 0
+    top_k: int = 0
     expert_groups: int = 1
     groups_kept: int = 1
-    softmax: bool = False
-    biased: bool = False  # with the correction bias of V3 eq. 16
-    within_groups: bool = False  # experts of the best groups only
+    softmax: bool = False  # else sigmoid
+    correction_bias: bool = False  # of V3 eq. 16
+    group_limited: bool = False  # experts of the best groups only
     normalise: bool = False
-    eight: bool = False  # the KV cache is int8
+    int8_kv: bool = False  # the KV cache is int8
 
 
 @dataclass
@@ -88,8 +89,8 @@ class FusedDecodeStep:
         """frequencies fp32 [F] and the factor of cos and sin: model/rope.py."""
         self._formats: set[str] = set()
         self._kept = (layers, embedding, norm, head, frequencies, join)  # the addresses below point to these
-        self.dtype, self.vocab_size, self.hidden, self.int8_kv = norm.dtype, head.N, sizes.hidden, sizes.eight
-        self.block = PANEL if sizes.eight else layers[0].a.shape[1]
+        self.dtype, self.vocab_size, self.hidden, self.int8_kv = norm.dtype, head.N, sizes.hidden, sizes.int8_kv
+        self.block = PANEL if sizes.int8_kv else layers[0].a.shape[1]
         self._layers = torch.tensor([n for layer in layers for n in self._layer(layer)], dtype=torch.int64)
         whole = [
             self._layers.data_ptr(), len(layers), *(int(getattr(sizes, f.name)) for f in fields(sizes)),
@@ -106,13 +107,17 @@ class FusedDecodeStep:
         self._numbers = torch.tensor([factor, scale, eps, latent_eps, routed_factor])
 
     def __call__(
-        self, tokens: Tensor, tables: Tensor, lengths: Tensor,
-        logit_rows: Tensor | None = None, states: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """n tokens (int64), the last of lengths[i] (int32) of the sequence with the block table tables[i] (int32
-        [n, ·]); those of one sequence are adjacent, in order, and its newest → logits fp32 [m, V] of the tokens
-        `logit_rows` (int32 [m], ascending; None: all), and the hidden states [n, D] after the last norm. Writes the KV
-        cache. A multi-token module also takes the model's hidden states [n, D] at the positions before.
+        self,
+        tokens: Int64[Tensor, " n"],
+        tables: Int32[Tensor, "n _"],
+        lengths: Int32[Tensor, " n"],
+        logit_rows: Int32[Tensor, " m"] | None = None,
+        states: Float[Tensor, "n D"] | None = None,
+    ) -> tuple[Float32[Tensor, "m V"], Float32[Tensor, "n D"]]:
+        """The tokens, each the last of lengths[i] of the sequence with the block table tables[i]; those of one sequence
+        are adjacent, in order, and its newest → logits of the tokens `logit_rows` (ascending; None: all), and the
+        hidden states after the last norm. Writes the KV cache. A multi-token module also takes the model's hidden
+        states at the positions before.
         """
         n = len(tokens)
         m = n if logit_rows is None else len(logit_rows)
@@ -125,7 +130,8 @@ class FusedDecodeStep:
         return logits, hidden
 
     def _layer(self, layer: LayerWeights) -> list[int]:
-        numbers, cache = [], torch.uint8 if self.int8_kv else self.dtype
+        numbers: list[int] = []
+        cache = torch.uint8 if self.int8_kv else self.dtype
         own = {"router": torch.float32, "correction": torch.float32, "a": cache, "b": cache}
         for f in fields(layer):
             value = getattr(layer, f.name)

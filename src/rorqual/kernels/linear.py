@@ -3,22 +3,27 @@
 M rows, K in, N out, E experts; `ends` int32 [E]: the rows of expert e end at ends[e].
 """
 
-from typing import Any
+import functools
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from rorqual.kernels import cpu
 from rorqual.kernels.quantized_linear import QuantizedWeight, quantized_linear
+from rorqual.kernels.typed_torch import Context, Function, once_differentiable
 from rorqual.processor import allows
+from rorqual.shapes import Float, Int32
 
 MAX_COMPILED_ROWS = 256  # beyond, oneDNN is faster, which packs the weights at each call
 
 
-def linear(x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None = None) -> Tensor:
-    """x·weightᵀ + bias: x [..., K], weight [N, K], bias [N] → [..., N]."""
+def linear(
+    x: Float[Tensor, "*batch K"],
+    weight: Float[Tensor, "N K"] | QuantizedWeight,
+    bias: Float[Tensor, " N"] | None = None,
+) -> Float[Tensor, "*batch N"]:
+    """x·weightᵀ + bias."""
     if isinstance(weight, QuantizedWeight):
         return quantized_linear(x, weight, bias)
     fits = bias is None or (bias.shape == weight.shape[:1] and cpu.usable(x, bias))
@@ -39,12 +44,16 @@ def shapes_are_free(weight: Tensor | QuantizedWeight, rows: int) -> bool:
     return not compiles or (rows <= MAX_COMPILED_ROWS and cpu.has_dot_products())
 
 
-def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear_reference(
+    x: Float[Tensor, "*batch K"], weight: Float[Tensor, "N K"], bias: Float[Tensor, " N"] | None = None
+) -> Float[Tensor, "*batch N"]:
     return F.linear(x, weight, bias)
 
 
-def grouped_linear(x: Tensor, weight: Tensor | QuantizedWeight, ends: Tensor) -> Tensor:
-    """x [M, K] sorted by expert, weight [E, N, K] → [M, N]."""
+def grouped_linear(
+    x: Float[Tensor, "M K"], weight: Float[Tensor, "E N K"] | QuantizedWeight, ends: Int32[Tensor, " E"]
+) -> Float[Tensor, "M N"]:
+    """x·weightᵀ with each row's expert; x is sorted by expert."""
     if isinstance(weight, QuantizedWeight):
         return quantized_linear(x, weight, ends=ends)
     if not _grouped_usable(x, weight) or ends.shape != weight.shape[:1] or x.ndim != 2:
@@ -52,10 +61,12 @@ def grouped_linear(x: Tensor, weight: Tensor | QuantizedWeight, ends: Tensor) ->
     return _Grouped.apply(x, weight, ends)
 
 
-def grouped_linear_reference(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+def grouped_linear_reference(
+    x: Float[Tensor, "M K"], weight: Float[Tensor, "E N K"], ends: Int32[Tensor, " E"]
+) -> Float[Tensor, "M N"]:
     fits = ends.shape == weight.shape[:1]
     if fits and any(size * weight.element_size() % 16 for size in weight.shape[1:]):  # not supported by PyTorch's
-        rows = x.tensor_split(ends[:-1].tolist())
+        rows = x.tensor_split(ends[:-1].long().cpu())
         return torch.cat([part @ own.T for part, own in zip(rows, weight, strict=True)])
     return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
 
@@ -70,15 +81,15 @@ def row_multiple(x: Tensor, weight: Tensor | QuantizedWeight, mean_load: int) ->
     return 32 if slow and not _grouped_usable(x, weight) else 1
 
 
-class _Grouped(torch.autograd.Function):
+class _Grouped(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    def forward(ctx: Context, x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight, ends)
         return _product(x, weight, None, ends)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight, ends = ctx.saved_tensors
         E, N, K = weight.shape
         grad = grad.contiguous()
@@ -109,8 +120,12 @@ def _usable(x: Tensor, weight: Tensor) -> bool:
 
 def _grouped_usable(x: Tensor, weight: Tensor) -> bool:
     """Whether compiled grouped products and gradients are used; with AMX, oneDNN's, which use it, are faster."""
-    units = torch.cpu._is_amx_tile_supported() and allows("amx")
-    return _usable(x, weight) and weight.shape[-2] % 2 == 0 and not units
+    return _usable(x, weight) and weight.shape[-2] % 2 == 0 and not (_has_amx() and allows("amx"))
+
+
+@functools.cache
+def _has_amx() -> bool:
+    return bool(torch.cpu.get_capabilities().get("amx_tile"))
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, ends: Tensor) -> Tensor:

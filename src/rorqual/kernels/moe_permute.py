@@ -6,24 +6,25 @@ N tokens, K slots each (slot s belongs to token s // K), E experts, M rows: the 
 expert's rows padded to a multiple on request.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from rorqual.kernels import cpu
+from rorqual.kernels.typed_torch import Context, Function, once_differentiable
+from rorqual.shapes import Float, Int, Int32
 
 
 class Permutation(NamedTuple):
-    slot: Tensor  # [M] the slot of each row; N·K in padding rows
-    row: Tensor  # [N·K] the row of each slot
-    ends: Tensor  # [E] int32: expert e's rows end at ends[e]
-    load: Tensor  # [E] slots of each expert
+    slot: Int[Tensor, " M"]  # of each row; N·K in padding rows
+    row: Int[Tensor, " N*K"]  # of each slot
+    ends: Int32[Tensor, " E"]  # expert e's rows end at ends[e]
+    load: Int[Tensor, " E"]  # slots of each expert
 
 
-def sort_by_expert(chosen: Tensor, experts: int, multiple: int = 1) -> Permutation:
-    """chosen [N, K]: the expert of every slot → its permutation, each expert's rows padded to `multiple`."""
+def sort_by_expert(chosen: Int[Tensor, "N K"], experts: int, multiple: int = 1) -> Permutation:
+    """chosen: the expert of every slot → its permutation, each expert's rows padded to `multiple`."""
     expert = chosen.flatten()
     load = expert.new_zeros(experts).scatter_add_(0, expert, torch.ones_like(expert))  # bincount would synchronise
     order = expert.argsort(stable=True)
@@ -40,28 +41,32 @@ def sort_by_expert(chosen: Tensor, experts: int, multiple: int = 1) -> Permutati
     return Permutation(slot, row, ends.to(torch.int32), load)
 
 
-class _Dispatch(torch.autograd.Function):
+class _DispatchContext(Context):
+    k: int
+
+
+class _Dispatch(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, slot: Tensor, row: Tensor, k: int) -> Tensor:
+    def forward(ctx: _DispatchContext, x: Tensor, slot: Tensor, row: Tensor, k: int) -> Tensor:
         ctx.save_for_backward(row)
         ctx.k = k
         return x.index_select(0, _token(slot, x, k))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: _DispatchContext, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (row,) = ctx.saved_tensors
         if cpu.usable(grad):
             tokens, width = len(row) // ctx.k, grad.shape[1]
             grad_x = grad.new_empty(tokens, width)
             cpu.call("unpermute", grad.dtype, grad.contiguous(), None, row, tokens, ctx.k, width, grad_x)
             return grad_x, None, None, None
-        return grad.index_select(0, row).unflatten(0, (-1, ctx.k)).sum(1), None, None, None
+        return torch.unflatten(grad.index_select(0, row), 0, (-1, ctx.k)).sum(1), None, None, None
 
 
-class _Combine(torch.autograd.Function):
+class _Combine(Function):
     @staticmethod
-    def forward(ctx: Any, y: Tensor, weights: Tensor, slot: Tensor, row: Tensor) -> Tensor:
+    def forward(ctx: Context, y: Tensor, weights: Tensor, slot: Tensor, row: Tensor) -> Tensor:
         ctx.save_for_backward(y, weights, slot, row)
         if cpu.usable(y) and weights.dtype == torch.float32:
             out = y.new_empty(len(weights), y.shape[1])
@@ -72,7 +77,7 @@ class _Combine(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         y, weights, slot, row = ctx.saved_tensors
         if cpu.usable(grad, y) and weights.dtype == torch.float32:
             grad_y, grad_weights = y.new_empty(y.shape), weights.new_empty(weights.shape)
@@ -92,22 +97,24 @@ def _token(slot: Tensor, x: Tensor, k: int) -> Tensor:
     return slot.div(k, rounding_mode="floor").clamp_(max=len(x) - 1)
 
 
-def permute(x: Tensor, permutation: Permutation, k: int) -> Tensor:
-    """x [N, D] → [M, D]: each row has the token of its slot."""
+def permute(x: Float[Tensor, "N D"], permutation: Permutation, k: int) -> Float[Tensor, "M D"]:
+    """Each row has the token of its slot."""
     return _Dispatch.apply(x, permutation.slot, permutation.row, k)
 
 
-def unpermute(y: Tensor, weights: Tensor, permutation: Permutation) -> Tensor:
-    """y [M, D] and weights [N, K] → [N, D], the weighted sum of each token's K rows."""
+def unpermute(y: Float[Tensor, "M D"], weights: Float[Tensor, "N K"], permutation: Permutation) -> Float[Tensor, "N D"]:
+    """The weighted sum of each token's K rows."""
     return _Combine.apply(y, weights, permutation.slot, permutation.row)
 
 
-def permute_reference(x: Tensor, permutation: Permutation, k: int) -> Tensor:
+def permute_reference(x: Float[Tensor, "N D"], permutation: Permutation, k: int) -> Float[Tensor, "M D"]:
     filler = permutation.slot == len(x) * k
     return x[(permutation.slot // k).where(~filler, len(x) - 1)]
 
 
-def unpermute_reference(y: Tensor, weights: Tensor, permutation: Permutation) -> Tensor:
+def unpermute_reference(
+    y: Float[Tensor, "M D"], weights: Float[Tensor, "N K"], permutation: Permutation
+) -> Float[Tensor, "N D"]:
     kept = (permutation.slot < weights.numel()).nonzero()[:, 0]
     slot = permutation.slot[kept]
     out = torch.zeros(weights.shape[0], y.shape[1], dtype=y.dtype, device=y.device)

@@ -1,17 +1,16 @@
 """RMS normalisation; compiled, forward and backward make one pass over x each."""
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from rorqual.kernels import cpu
+from rorqual.kernels.typed_torch import Context, Function, once_differentiable
+from rorqual.shapes import Float
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / √(mean(x²) + eps) · weight over the last dimension [..., D], computed in FP32, returned in x's dtype."""
+def rms_norm(x: Float[Tensor, "*batch D"], weight: Float[Tensor, " D"], eps: float) -> Float[Tensor, "*batch D"]:
+    """x / √(mean(x²) + eps) · weight over the last dimension, computed in FP32, returned in x's dtype."""
     if not torch.is_grad_enabled():
         weight = weight.float()  # of a BF16 model; a copy of one row
     if cpu.usable(x) and weight.dtype == torch.float32 and weight.shape == x.shape[-1:]:
@@ -19,13 +18,15 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return rms_norm_reference(x, weight, eps)
 
 
-def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm_reference(
+    x: Float[Tensor, "*batch D"], weight: Float[Tensor, " D"], eps: float
+) -> Float[Tensor, "*batch D"]:
     return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
 
 
-class _RMSNorm(torch.autograd.Function):
+class _RMSNorm(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Context, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         x, stride = cpu.rows(x)
         out = x.new_empty(x.shape)
         width = x.shape[-1]
@@ -37,7 +38,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, rstd = ctx.saved_tensors
         (x, stride), (grad, grad_stride) = cpu.rows(x), cpu.rows(grad)
         grad_x, width, threads = x.new_empty(x.shape), x.shape[-1], torch.get_num_threads()

@@ -10,10 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rorqual.kernels import cpu
+from rorqual.shapes import Float, Int32
 
 
-def grouped_attention(q: Tensor, k: Tensor, v: Tensor, tables: Tensor, lengths: Tensor, scale: float) -> Tensor:
-    """q [n, H, W], k and v [blocks, P, G, W] → [n, H, W]."""
+def grouped_attention(
+    q: Float[Tensor, "n H W"],
+    k: Float[Tensor, "blocks P G W"],
+    v: Float[Tensor, "blocks P G W"],
+    tables: Int32[Tensor, "n _"],
+    lengths: Int32[Tensor, " n"],
+    scale: float,
+) -> Float[Tensor, "n H W"]:
     _check(q, k, tables, lengths)
     if not _usable(q, k, v):
         return grouped_attention_reference(q, k, v, tables, lengths, scale)
@@ -23,8 +30,13 @@ def grouped_attention(q: Tensor, k: Tensor, v: Tensor, tables: Tensor, lengths: 
 
 
 def grouped_attention_reference(
-    q: Tensor, k: Tensor, v: Tensor, tables: Tensor, lengths: Tensor, scale: float
-) -> Tensor:
+    q: Float[Tensor, "n H W"],
+    k: Float[Tensor, "blocks P G W"],
+    v: Float[Tensor, "blocks P G W"],
+    tables: Int32[Tensor, "n _"],
+    lengths: Int32[Tensor, " n"],
+    scale: float,
+) -> Float[Tensor, "n H W"]:
     """The heads of a group are stacked as query positions, so its keys are read once."""
     n, H, W = q.shape
     k, v, mask = _gather(k, tables), _gather(v, tables), _mask(k, tables, lengths)
@@ -36,11 +48,16 @@ def grouped_attention_reference(
 
 
 def latent_attention(
-    q_latent: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, tables: Tensor, lengths: Tensor, scale: float
-) -> Tensor:
-    """softmax((q_latent·latentᵀ + q_rope·k_ropeᵀ)·scale)·latent: q_latent [n, H, C], q_rope [n, H, R], latent
-    [blocks, P, C], k_rope [blocks, P, R] → [n, H, C] (V2 §2.1.2). Latents are read twice; plain products read them
-    four times.
+    q_latent: Float[Tensor, "n H C"],
+    q_rope: Float[Tensor, "n H R"],
+    latent: Float[Tensor, "blocks P C"],
+    k_rope: Float[Tensor, "blocks P R"],
+    tables: Int32[Tensor, "n _"],
+    lengths: Int32[Tensor, " n"],
+    scale: float,
+) -> Float[Tensor, "n H C"]:
+    """softmax((q_latent·latentᵀ + q_rope·k_ropeᵀ)·scale)·latent (V2 §2.1.2). Latents are read twice; plain products
+    read them four times.
     """
     _check(q_latent, latent, tables, lengths)
     if not _usable(q_latent, q_rope, latent, k_rope):
@@ -51,8 +68,14 @@ def latent_attention(
 
 
 def latent_attention_reference(
-    q_latent: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, tables: Tensor, lengths: Tensor, scale: float
-) -> Tensor:
+    q_latent: Float[Tensor, "n H C"],
+    q_rope: Float[Tensor, "n H R"],
+    latent: Float[Tensor, "blocks P C"],
+    k_rope: Float[Tensor, "blocks P R"],
+    tables: Int32[Tensor, "n _"],
+    lengths: Int32[Tensor, " n"],
+    scale: float,
+) -> Float[Tensor, "n H C"]:
     mask = _mask(latent, tables, lengths)
     latent, k_rope = _gather(latent, tables), _gather(k_rope, tables)
     scores = torch.bmm(q_latent, latent.transpose(1, 2))

@@ -3,7 +3,6 @@
 M rows, K in, N out, E experts, G = ⌈K/32⌉ groups of inputs. Memory layout: cpu/csrc/quantized_weight.h.
 """
 
-import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -13,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rorqual.kernels import cpu
+from rorqual.shapes import Float, Float32, Int, Int32, UInt8
 
 Format = Literal["int4", "int4_mins", "int8", "int8_groups"]
 FORMATS: tuple[Format, ...] = ("int4", "int4_mins", "int8", "int8_groups")  # numbered as in cpu/csrc/quantized_rows.h
@@ -25,8 +25,8 @@ class QuantizedWeight:
     """Weights [E, N, K]: w = scale · (q − zero_point), or scale · q + minimum; `channels`: int8's scales."""
 
     format: Format
-    data: Tensor  # uint8 [E, ⌈N/16⌉, G, bytes of a record]
-    channels: Tensor | None  # fp32 [E, ⌈N/16⌉·16]
+    data: UInt8[Tensor, "E P G record"]  # P = ⌈N/16⌉
+    channels: Float32[Tensor, "E P*16"] | None
     N: int
     K: int
     dtype: torch.dtype = torch.float32  # of activations
@@ -47,11 +47,16 @@ class QuantizedWeight:
         return 0 if self.format == "int4_mins" else 1 << (self.bits - 1)
 
 
-def pack(format: Format, q: Tensor, scales: Tensor, minima: Tensor | None = None) -> QuantizedWeight:
-    """Pack q uint8 [E, N, K] with 0 ≤ q < 2^bits, scales [E, N, G] (int8: [E, N, 1]) and minima [E, N, G]."""
+def pack(
+    format: Format,
+    q: UInt8[Tensor, "E N K"],
+    scales: Float[Tensor, "E N G_or_1"],
+    minima: Float[Tensor, "E N G"] | None = None,
+) -> QuantizedWeight:
+    """Pack 0 ≤ q < 2^bits; int8 has a scale an output, the others one a group."""
     E, N, K = q.shape
     P, G = -(-N // PANEL), -(-K // GROUP)
-    packed = QuantizedWeight(format, q.new_empty(0), None, N, K)
+    packed = QuantizedWeight(format, q.new_empty(E, P, G, 0), None, N, K)
     more_rows = P * PANEL - N
     q = F.pad(q, (0, G * GROUP - K, 0, more_rows), value=packed.zero_point)
     q = q.view(E, P, PANEL, G, 8, 4).permute(0, 1, 3, 4, 2, 5)  # [E, P, G, 8, 16, 4]
@@ -72,23 +77,27 @@ def pack(format: Format, q: Tensor, scales: Tensor, minima: Tensor | None = None
 def gather(parts: Iterable[QuantizedWeight], E: int, N: int) -> QuantizedWeight:
     """Concatenate parts [1, n, K] → [E, N, K], expert by expert; n is a multiple of 16, or the part ends an expert.
     With a generator, one part is in memory at a time."""
-    panels, at = -(-N // PANEL), 0
-    for part in parts:
-        if at == 0:
-            data = part.data.new_empty(E * panels, *part.data.shape[2:])
-            channels = None if part.channels is None else part.channels.new_empty(E * panels, PANEL)
+    parts, panels, at = iter(parts), -(-N // PANEL), 0
+    part: QuantizedWeight | None = next(parts)
+    data = part.data.new_empty(E * panels, *part.data.shape[2:])
+    channels = None if part.channels is None else part.channels.new_empty(E * panels, PANEL)
+    whole = replace(
+        part,
+        data=torch.unflatten(data, 0, (E, panels)),
+        channels=None if channels is None else channels.view(E, panels * PANEL),
+        N=N,
+    )
+    while part is not None:
         end = at + part.data.shape[1]
         data[at:end] = part.data[0]
-        if channels is not None:
+        if channels is not None and part.channels is not None:
             channels[at:end] = part.channels.view(-1, PANEL)
-        at = end
-    return replace(
-        part, data=data.unflatten(0, (E, panels)), channels=None if channels is None else channels.view(E, -1), N=N
-    )
+        at, part = end, next(parts, None)
+    return whole
 
 
-def unpack_numbers(packed: QuantizedWeight) -> tuple[Tensor, Tensor]:
-    """The first expert's q uint8 [N, K] and scales, [N, G] or (int8) [N, 1]."""
+def unpack_numbers(packed: QuantizedWeight) -> tuple[UInt8[Tensor, "N K"], Float[Tensor, "N G_or_1"]]:
+    """The first expert's q and scales, for int8 one an output."""
     _, P, G, _ = packed.data.shape
     size = 64 * packed.bits
     q = packed.data[0, ..., :size].view(P, G, -1, PANEL, 4)
@@ -103,8 +112,10 @@ def unpack_numbers(packed: QuantizedWeight) -> tuple[Tensor, Tensor]:
     return q[: packed.N, : packed.K], scales[: packed.N]
 
 
-def dequantize(packed: QuantizedWeight, expert: int = 0, rows: Tensor | None = None) -> Tensor:
-    """An expert's weights [N, K] in FP32, or `rows` [n] of them: [n, K]."""
+def dequantize(
+    packed: QuantizedWeight, expert: int = 0, rows: Int[Tensor, " n"] | None = None
+) -> Float32[Tensor, "n K"]:
+    """An expert's weights, or `rows` of them."""
     data = packed.data[expert]  # [P, G, ·]
     if rows is None:
         rows = torch.arange(packed.N, device=data.device)
@@ -128,9 +139,12 @@ def dequantize(packed: QuantizedWeight, expert: int = 0, rows: Tensor | None = N
 
 
 def quantized_linear(
-    x: Tensor, packed: QuantizedWeight, bias: Tensor | None = None, ends: Tensor | None = None
-) -> Tensor:
-    """x [..., K] → [..., N]. With experts x is [M, K], and the rows of expert e end at ends[e] (int32 [E])."""
+    x: Float[Tensor, "*batch K"],
+    packed: QuantizedWeight,
+    bias: Float[Tensor, " N"] | None = None,
+    ends: Int32[Tensor, " E"] | None = None,
+) -> Float[Tensor, "*batch N"]:
+    """x·weightᵀ + bias. With experts x is [M, K], and the rows of expert e end at ends[e]."""
     if x.ndim != 2:
         return quantized_linear(x.reshape(-1, x.shape[-1]), packed, bias).view(*x.shape[:-1], packed.N)
     if ends is None:
@@ -148,19 +162,22 @@ def quantized_linear(
     return out
 
 
-def quantized_linear_reference(x: Tensor, packed: QuantizedWeight, bias: Tensor | None, ends: Tensor) -> Tensor:
+def quantized_linear_reference(
+    x: Float[Tensor, "M K"], packed: QuantizedWeight, bias: Float[Tensor, " N"] | None, ends: Int32[Tensor, " E"]
+) -> Float[Tensor, "M N"]:
     rounded = round_activations(x, packed.format)
-    starts = [0, *ends.tolist()]
-    parts = [
-        rounded[start:end] @ dequantize(packed, e).T if end > start else rounded.new_zeros(0, packed.N)
-        for e, (start, end) in enumerate(itertools.pairwise(starts))
-    ]
-    out = torch.cat(parts)
+    parts = rounded.tensor_split(ends[:-1].long().cpu())
+    out = torch.cat(
+        [
+            part @ dequantize(packed, e).T if len(part) else rounded.new_zeros(0, packed.N)
+            for e, part in enumerate(parts)
+        ]
+    )
     return (out if bias is None else out + bias).to(x.dtype)
 
 
-def round_activations(x: Tensor, format: Format) -> Tensor:
-    """x [M, K] rounded as the compiled product does, in FP32: to int8 with a scale for 32 numbers, or 96 for weights
+def round_activations(x: Float[Tensor, "M K"], format: Format) -> Float32[Tensor, "M K"]:
+    """x rounded as the compiled product does: to int8 with a scale for 32 numbers, or 96 for weights
     with one scale an output; for these a matrix unit takes 16 bits and one scale a row."""
     M, K = x.shape
     size, max_q, min_abs = GROUP * (ACTIVATION_GROUPS if format == "int8" else 1), 127, 2.0**-121

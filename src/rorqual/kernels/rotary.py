@@ -3,17 +3,18 @@
 B batch, T tokens, H heads, R rotary width (even), F = R/2 frequencies.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from rorqual.kernels import cpu
+from rorqual.kernels.typed_torch import Context, Function, once_differentiable
+from rorqual.shapes import Float
+
+Table = tuple[Float[Tensor, "#B T 1 F"], Float[Tensor, "#B T 1 F"]]  # cos and sin
 
 
-def apply_rotary(x: Tensor, table: tuple[Tensor, Tensor], interleave: bool) -> Tensor:
-    """Rotate x [B, T, H, R] by table, cos and sin [B or 1, T, 1, F]; pairs are (0,1),(2,3)… when `interleave`, else
+def apply_rotary(x: Float[Tensor, "B T H R"], table: Table, interleave: bool) -> Float[Tensor, "B T H R"]:
+    """Rotate x by cos and sin; pairs are (0,1),(2,3)… when `interleave`, else
     (i, i+F).
 
     The result has the two-halves layout either way: only the product of queries and keys matters.
@@ -26,22 +27,26 @@ def apply_rotary(x: Tensor, table: tuple[Tensor, Tensor], interleave: bool) -> T
     return apply_rotary_reference(x, table, interleave)
 
 
-def apply_rotary_reference(x: Tensor, table: tuple[Tensor, Tensor], interleave: bool) -> Tensor:
+def apply_rotary_reference(x: Float[Tensor, "B T H R"], table: Table, interleave: bool) -> Float[Tensor, "B T H R"]:
     cos, sin = table
     a, b = (x[..., 0::2], x[..., 1::2]) if interleave else x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
-class _Rotate(torch.autograd.Function):
+class _RotateContext(Context):
+    interleave: bool
+
+
+class _Rotate(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, interleave: bool) -> Tensor:
+    def forward(ctx: _RotateContext, x: Tensor, cos: Tensor, sin: Tensor, interleave: bool) -> Tensor:
         ctx.save_for_backward(cos, sin)
         ctx.interleave = interleave
         return _rotate(x, cos, sin, _pairs(interleave, x), 1.0, _pairs(False, x))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _RotateContext, grad: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
         grad = grad.contiguous()
         return _rotate(grad, cos, sin, _pairs(False, grad), -1.0, _pairs(ctx.interleave, grad)), None, None, None

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from rorqual.kernels import cpu
+from rorqual.shapes import Float, Float32, Int64
 
 
 @dataclass(frozen=True)
@@ -21,9 +22,11 @@ class SamplingFilter:
 
 
 @torch.no_grad()
-def sample(logits: Tensor, filter: SamplingFilter, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """logits [n, V], uniform [n] in [0, 1) → tokens [n] from the filtered softmax(logits/temperature), and their
-    log-probabilities [n] before filtering.
+def sample(
+    logits: Float[Tensor, "n V"], filter: SamplingFilter, uniform: Float[Tensor, " n"]
+) -> tuple[Int64[Tensor, " n"], Float32[Tensor, " n"]]:
+    """Tokens from the filtered softmax(logits/temperature), and their log-probabilities before filtering; uniform is in
+    [0, 1).
 
     Inverse transform sampling: a row's token is the first at which the cumulative probability exceeds the row's number,
     so it does not depend on the other rows. At temperature 0 it is the most probable one, and log-probabilities are
@@ -39,15 +42,17 @@ def sample(logits: Tensor, filter: SamplingFilter, uniform: Tensor) -> tuple[Ten
     return tokens, logprobs
 
 
-def sample_reference(logits: Tensor, filter: SamplingFilter, uniform: Tensor) -> tuple[Tensor, Tensor]:
+def sample_reference(
+    logits: Float[Tensor, "n V"], filter: SamplingFilter, uniform: Float[Tensor, " n"]
+) -> tuple[Int64[Tensor, " n"], Float32[Tensor, " n"]]:
     logits = logits.float()
     probs = _scaled(logits, filter.temperature).softmax(-1)
     tokens = first_above(_filtered(probs, filter), uniform) if filter.temperature else logits.argmax(-1)
     return tokens, probs.gather(1, tokens[:, None]).squeeze(1).log()
 
 
-def scaled_logprobs(logits: Tensor, temperature: float) -> Tensor:
-    """log softmax(logits/temperature) [..., V]; at temperature 0 that of softmax(logits)."""
+def scaled_logprobs(logits: Float[Tensor, "*batch V"], temperature: float) -> Float[Tensor, "*batch V"]:
+    """log softmax(logits/temperature); at temperature 0 that of softmax(logits)."""
     return _scaled(logits, temperature).log_softmax(-1)
 
 
@@ -69,8 +74,8 @@ def _filtered(probs: Tensor, filter: SamplingFilter) -> Tensor:
     return probs.scatter(1, index, ordered.masked_fill(drop, 0.0))
 
 
-def first_above(probs: Tensor, uniform: Tensor) -> Tensor:
-    """The first index of each row [n, V] at which the cumulative sum exceeds uniform [n] times the row's sum."""
+def first_above(probs: Float[Tensor, "n V"], uniform: Float[Tensor, " n"]) -> Int64[Tensor, " n"]:
+    """The first index of each row at which the cumulative sum exceeds `uniform` times the row's sum."""
     cumulative = probs.cumsum(-1)
     threshold = (uniform.to(cumulative.device) * cumulative[:, -1]).unsqueeze(1)
     return torch.searchsorted(cumulative, threshold, right=True).squeeze(1).clamp_(max=probs.shape[1] - 1)

@@ -1,53 +1,51 @@
 """silu(gate) · up; compiled, one pass forward and one backward."""
 
-from typing import Any
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from rorqual.kernels import cpu
+from rorqual.kernels.typed_torch import Context, Function, once_differentiable
+from rorqual.shapes import Float
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) · up for gate and up [..., F] (Shazeer 2020)."""
+def swiglu(gate: Float[Tensor, "*batch F"], up: Float[Tensor, "*batch F"]) -> Float[Tensor, "*batch F"]:
+    """silu(gate) · up (Shazeer 2020)."""
     return _SwiGLU.apply(gate, up) if cpu.usable(gate, up) and gate.shape == up.shape else swiglu_reference(gate, up)
 
 
-def swiglu_joined(x: Tensor) -> Tensor:
+def swiglu_joined(x: Float[Tensor, "*batch gate_up"]) -> Float[Tensor, "*batch F"]:
     """`swiglu` of x [..., 2F], gate then up, whose gradient is written as one tensor."""
     return _Joined.apply(x) if cpu.usable(x) else swiglu_reference(*x.chunk(2, dim=-1))
 
 
-def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
+def swiglu_reference(gate: Float[Tensor, "*batch F"], up: Float[Tensor, "*batch F"]) -> Float[Tensor, "*batch F"]:
     return F.silu(gate) * up
 
 
-class _SwiGLU(torch.autograd.Function):
+class _SwiGLU(Function):
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+    def forward(ctx: Context, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
         return _forward(gate, up)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
         grads = gate.new_empty(gate.shape), up.new_empty(up.shape)
         _backward(grad, gate, up, *grads)
         return grads
 
 
-class _Joined(torch.autograd.Function):
+class _Joined(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(ctx: Context, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
         return _forward(*x.chunk(2, dim=-1))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
+    def backward(ctx: Context, grad: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         grad_x = x.new_empty(x.shape)
         _backward(grad, *x.chunk(2, dim=-1), *grad_x.chunk(2, dim=-1))

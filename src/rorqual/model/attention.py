@@ -1,8 +1,8 @@
 """Attention: multi-head latent (V2 §2.1, V3 §2.1.1) and grouped-query.
 
 Shapes: B batch, T new tokens, S tokens attended to, H heads, G key/value heads, D hidden; C latent (kv_lora_rank),
-N / R query-key width without / with rotary embedding, V value width. A mask is bool [B, 1, T, S], true where a query
-attends, or one for each of several packed sequences (kernels/dense_attention.py); None is causal. With a KV cache the
+N / R query-key width without / with rotary embedding, V value width. A mask is true where a query attends, or one for
+each of several packed sequences (kernels/dense_attention.py); None is causal. With a KV cache the
 new tokens of all sequences are concatenated, B = 1, and its views say what each attends to (kv_cache.py).
 """
 
@@ -12,17 +12,20 @@ from torch import Tensor, nn
 
 from rorqual.kernels.dense_attention import Mask, attention
 from rorqual.kernels.paged_attention import grouped_attention, latent_attention
-from rorqual.kernels.rotary import apply_rotary
+from rorqual.kernels.rotary import Table, apply_rotary
 from rorqual.model.config import ModelConfig
 from rorqual.model.kv_cache import CacheView, DecodeView, KVCache
 from rorqual.model.layers import Linear, RMSNorm
 from rorqual.model.rope import softmax_scale
+from rorqual.shapes import Float
 
 LATENT_NORM_EPS = 1e-6  # as in the release, which ignores rms_norm_eps here
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
-    """softmax(q·kᵀ·scale)·v for q [B, T, H, ·], k [B, S, G, ·] and v [B, S, G, V] → [B, T, H, V].
+def attend(
+    q: Float[Tensor, "B T H W"], k: Float[Tensor, "B S G W"], v: Float[Tensor, "B S G V"], mask: Mask, scale: float
+) -> Float[Tensor, "B T H V"]:
+    """softmax(q·kᵀ·scale)·v.
 
     Without a mask the T queries are the last of the S positions.
     """
@@ -54,14 +57,15 @@ class MultiHeadLatentAttention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.layer, self.interleave = layer, config.rope_interleave
-        self.H, self.C = config.num_attention_heads, config.kv_lora_rank
-        self.N, self.R, self.V = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
+        mla = config.mla
+        self.H, self.C = config.num_attention_heads, mla.kv_lora_rank
+        self.N, self.R, self.V = mla.qk_nope_head_dim, mla.qk_rope_head_dim, mla.v_head_dim
         self.scale = softmax_scale(config)
         hidden, bias, queries = config.hidden_size, config.attention_bias, self.H * (self.N + self.R)
-        if config.q_lora_rank:
-            self.q_a_proj = Linear(hidden, config.q_lora_rank, bias=bias)
-            self.q_a_layernorm = RMSNorm(config.q_lora_rank, LATENT_NORM_EPS)
-            self.q_b_proj = Linear(config.q_lora_rank, queries, bias=False)
+        if mla.q_lora_rank:
+            self.q_a_proj = Linear(hidden, mla.q_lora_rank, bias=bias)
+            self.q_a_layernorm = RMSNorm(mla.q_lora_rank, LATENT_NORM_EPS)
+            self.q_b_proj = Linear(mla.q_lora_rank, queries, bias=False)
         else:
             self.q_proj = Linear(hidden, queries, bias=False)
         self.kv_a_proj_with_mqa = Linear(hidden, self.C + self.R, bias=bias)
@@ -70,8 +74,8 @@ class MultiHeadLatentAttention(nn.Module):
         self.o_proj = Linear(self.H * self.V, hidden, bias=bias)
 
     def forward(
-        self, x: Tensor, table: tuple[Tensor, Tensor], mask: Mask = None, cache: KVCache | None = None
-    ) -> Tensor:
+        self, x: Float[Tensor, "B T D"], table: Table, mask: Mask = None, cache: KVCache | None = None
+    ) -> Float[Tensor, "B T D"]:
         q = self.q_proj(x) if hasattr(self, "q_proj") else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
         q_nope, q_rope = q.unflatten(-1, (self.H, self.N + self.R)).split((self.N, self.R), dim=-1)
         q_rope = apply_rotary(q_rope, table, self.interleave)
@@ -85,24 +89,36 @@ class MultiHeadLatentAttention(nn.Module):
             heads = concatenate([self.attend_cached(q_nope[:, p.tokens], q_rope[:, p.tokens], p) for p in views])
         return self.o_proj(heads.flatten(2))
 
-    def attend_cached(self, q_nope: Tensor, q_rope: Tensor, view: CacheView) -> Tensor:
+    def attend_cached(
+        self, q_nope: Float[Tensor, "1 T H N"], q_rope: Float[Tensor, "1 T H R"], view: CacheView
+    ) -> Float[Tensor, "1 T H V"]:
         if isinstance(view, DecodeView):
             return self.absorbed(q_nope[0], q_rope[0], view).unsqueeze(0)
         return self.expanded(q_nope, q_rope, view.a, view.b, None)
 
-    def expanded(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, mask: Mask) -> Tensor:
-        """Training and prefill: keys and values of every head are computed (V2 eq. 9–19) → [B, T, H, V]."""
+    def expanded(
+        self,
+        q_nope: Float[Tensor, "B T H N"],
+        q_rope: Float[Tensor, "B T H R"],
+        latent: Float[Tensor, "B S C"],
+        k_rope: Float[Tensor, "B S R"],
+        mask: Mask,
+    ) -> Float[Tensor, "B T H V"]:
+        """Training and prefill: keys and values of every head are computed (V2 eq. 9–19)."""
         k_nope, v = self.kv_b_proj(latent).unflatten(-1, (self.H, self.N + self.V)).split((self.N, self.V), dim=-1)
         k_rope = k_rope.unsqueeze(2).expand(-1, -1, self.H, -1)
         q, k = torch.cat([q_nope, q_rope], dim=-1), torch.cat([k_nope, k_rope], dim=-1)
         return attend(q, k, v, mask, self.scale)
 
-    def absorbed(self, q_nope: Tensor, q_rope: Tensor, view: DecodeView) -> Tensor:
+    def absorbed(
+        self, q_nope: Float[Tensor, "n H N"], q_rope: Float[Tensor, "n H R"], view: DecodeView
+    ) -> Float[Tensor, "n H V"]:
         """Decode: the up-projections are absorbed into query and output (V2 §2.1.2), so attention reads latents only.
 
-        q_nope [n, H, N], q_rope [n, H, R], one token of each of n sequences → [n, H, V].
+        One token of each of n sequences.
         """
-        w_k, w_v = self.kv_b_proj.weight.view(self.H, self.N + self.V, self.C).split((self.N, self.V), dim=1)
+        w_kv = self.kv_b_proj.weight.view(self.H, self.N + self.V, self.C)
+        w_k, w_v = torch.split(w_kv, [self.N, self.V], dim=1)
         q_latent = torch.einsum("nhd,hdc->nhc", q_nope, w_k)
         o_latent = latent_attention(q_latent, q_rope, view.a, view.b, view.tables, view.lengths, self.scale)
         return torch.einsum("nhc,hvc->nhv", o_latent, w_v)
@@ -114,7 +130,7 @@ class GroupedQueryAttention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.layer, self.interleave = layer, config.rope_interleave
-        self.H, self.G, self.W = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.H, self.G, self.W = config.num_attention_heads, config.gqa.num_key_value_heads, config.gqa.head_dim
         self.scale = softmax_scale(config)
         bias = config.attention_bias
         self.q_proj = Linear(config.hidden_size, self.H * self.W, bias=bias)
@@ -123,8 +139,8 @@ class GroupedQueryAttention(nn.Module):
         self.o_proj = Linear(self.H * self.W, config.hidden_size, bias=bias and config.model_type == "llama")
 
     def forward(
-        self, x: Tensor, table: tuple[Tensor, Tensor], mask: Mask = None, cache: KVCache | None = None
-    ) -> Tensor:
+        self, x: Float[Tensor, "B T D"], table: Table, mask: Mask = None, cache: KVCache | None = None
+    ) -> Float[Tensor, "B T D"]:
         q = apply_rotary(self.q_proj(x).unflatten(-1, (self.H, self.W)), table, self.interleave)
         k = apply_rotary(self.k_proj(x).unflatten(-1, (self.G, self.W)), table, self.interleave)
         v = self.v_proj(x).unflatten(-1, (self.G, self.W))
@@ -135,7 +151,7 @@ class GroupedQueryAttention(nn.Module):
             heads = concatenate([self.attend_cached(q[:, p.tokens], p) for p in views])
         return self.o_proj(heads.reshape(*x.shape[:2], self.H * self.W))
 
-    def attend_cached(self, q: Tensor, view: CacheView) -> Tensor:
+    def attend_cached(self, q: Float[Tensor, "1 T H W"], view: CacheView) -> Float[Tensor, "1 T H W"]:
         if isinstance(view, DecodeView):
             return grouped_attention(q[0], view.a, view.b, view.tables, view.lengths, self.scale).unsqueeze(0)
         return attend(q, view.a, view.b, None, self.scale)

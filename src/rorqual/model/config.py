@@ -6,11 +6,12 @@ R1-Distill family, SmolLM2).
 
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, get_args, get_origin
+from typing import Any, TypeVar
 
 from rorqual.errors import UserError
+from rorqual.model.field_types import fits, is_positive, type_name
 from rorqual.model.model_directory import check_directory, model_directory, read_json
+from rorqual.model.sizes import GQASizes, MLASizes, MoESizes
 from rorqual.model.unsupported import check_supported, read_rope
 
 ARCHITECTURES = {
@@ -19,11 +20,7 @@ ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
     "llama": "LlamaForCausalLM",
 }
-INT_LIMIT, MAX_NUMBER = 1 << 31, 1e12  # exclusive limit of sizes; maximum of other numbers
-TYPE_NAMES = {
-    int: "a whole number ≥ 0", float: "a number ≥ 0", bool: "true or false", str: "text", dict: "an object",
-    list: "a list of whole numbers", NoneType: "null",
-}  # fmt: skip
+T = TypeVar("T")
 MLA_FIELDS = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 MOE_FIELDS = ("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size")
 # Required fields of each rope_type, all above 0; and optional ones.
@@ -86,8 +83,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for f in fields(self):
             value = getattr(self, f.name)
-            if not _fits(value, f.type):
-                raise UserError(f"model.{f.name} = {value!r}: must be {_type_name(f.type)}")
+            if not fits(value, f.type):
+                raise UserError(f"model.{f.name} = {value!r}: must be {type_name(f.type)}")
         if self.model_type not in ARCHITECTURES:
             raise UserError(
                 f"model_type {self.model_type!r} is not supported; choose one of {', '.join(ARCHITECTURES)}"
@@ -122,16 +119,16 @@ class ModelConfig:
             missing = [n for n in MLA_FIELDS if not getattr(self, n)]
             if missing:
                 raise UserError(f"model.{missing[0]} is missing: {self.model_type} needs {', '.join(MLA_FIELDS)}")
-            rope_dim, rope_name = self.qk_rope_head_dim, "qk_rope_head_dim"
+            rope_name = "qk_rope_head_dim"
         else:
-            if self.num_attention_heads % self.num_key_value_heads:
+            if self.num_attention_heads % self.gqa.num_key_value_heads:
                 raise UserError(
                     f"model.num_key_value_heads = {self.num_key_value_heads}: must divide "
                     f"num_attention_heads = {self.num_attention_heads}"
                 )
-            rope_dim, rope_name = self.head_dim, "head_dim"
-        if rope_dim < 2 or rope_dim % 2:
-            raise UserError(f"model.{rope_name} = {rope_dim}: rotary embedding needs an even number ≥ 2")
+            rope_name = "head_dim"
+        if self.rope_dim < 2 or self.rope_dim % 2:
+            raise UserError(f"model.{rope_name} = {self.rope_dim}: rotary embedding needs an even number ≥ 2")
         if self.n_routed_experts:
             self._check_experts()
 
@@ -143,10 +140,10 @@ class ModelConfig:
         if not isinstance(kind, str) or kind not in ROPE_FIELDS:
             raise UserError(f"model.rope_scaling.rope_type = {kind!r}: must be one of {', '.join(ROPE_FIELDS)}")
         for name in ROPE_FIELDS[kind]:
-            if not _is_positive(scaling.get(name)):
+            if not is_positive(scaling.get(name)):
                 raise UserError(f"model.rope_scaling.{name} = {scaling.get(name)!r}: {kind} needs a number above 0")
         for name in ROPE_OPTIONS:
-            if scaling.get(name) not in (None, 0) and not _is_positive(scaling[name]):
+            if scaling.get(name) not in (None, 0) and not is_positive(scaling[name]):
                 raise UserError(f"model.rope_scaling.{name} = {scaling[name]!r}: must be a number ≥ 0")
         if scaling.get("attention_factor") == 0:
             raise UserError("model.rope_scaling.attention_factor = 0: must be above 0")
@@ -159,26 +156,67 @@ class ModelConfig:
         missing = [n for n in MOE_FIELDS if not getattr(self, n)]
         if missing:
             raise UserError(f"model.{missing[0]} is missing: a mixture of experts needs {', '.join(MOE_FIELDS)}")
-        experts, groups = self.n_routed_experts, self.n_group
+        if not self.is_mla:
+            raise UserError(
+                f"model.n_routed_experts = {self.n_routed_experts}: a model of type {self.model_type} has no experts"
+            )
+        moe = self.moe
+        experts, groups, kept = moe.n_routed_experts, moe.n_group, moe.topk_group
         if groups < 1 or experts % groups:
             raise UserError(f"model.n_group = {groups}: must divide n_routed_experts = {experts}")
-        if self.topk_group > groups:
-            raise UserError(f"model.topk_group = {self.topk_group}: must be at most n_group = {groups}")
-        if self.num_experts_per_tok > self.topk_group * (experts // groups):
+        if kept > groups:
+            raise UserError(f"model.topk_group = {kept}: must be at most n_group = {groups}")
+        if moe.num_experts_per_tok > kept * (experts // groups):
             raise UserError(
-                f"model.num_experts_per_tok = {self.num_experts_per_tok}: only "
-                f"{self.topk_group * (experts // groups)} experts are within the {self.topk_group} groups kept"
+                f"model.num_experts_per_tok = {moe.num_experts_per_tok}: only {kept * (experts // groups)} experts are "
+                f"within the {kept} groups kept"
             )
-        if self.scoring_func not in ("sigmoid", "softmax"):
-            raise UserError(f"model.scoring_func = {self.scoring_func!r}: must be 'sigmoid' or 'softmax'")
-        if self.topk_method not in ("noaux_tc", "greedy", "group_limited_greedy"):
+        if moe.scoring_func not in ("sigmoid", "softmax"):
+            raise UserError(f"model.scoring_func = {moe.scoring_func!r}: must be 'sigmoid' or 'softmax'")
+        if moe.topk_method not in ("noaux_tc", "greedy", "group_limited_greedy"):
             raise UserError(
-                f"model.topk_method = {self.topk_method!r}: must be 'noaux_tc', 'greedy' or 'group_limited_greedy'"
+                f"model.topk_method = {moe.topk_method!r}: must be 'noaux_tc', 'greedy' or 'group_limited_greedy'"
             )
 
     @property
     def is_mla(self) -> bool:
         return self.model_type.startswith("deepseek")
+
+    @property
+    def mla(self) -> MLASizes:
+        """Sizes of multi-head latent attention; only where `is_mla`, like `gqa` only elsewhere."""
+        return MLASizes(
+            q_lora_rank=self.q_lora_rank,
+            kv_lora_rank=_given(self.kv_lora_rank),
+            qk_nope_head_dim=_given(self.qk_nope_head_dim),
+            qk_rope_head_dim=_given(self.qk_rope_head_dim),
+            v_head_dim=_given(self.v_head_dim),
+        )
+
+    @property
+    def gqa(self) -> GQASizes:
+        return GQASizes(_given(self.num_key_value_heads), _given(self.head_dim))
+
+    @property
+    def moe(self) -> MoESizes:
+        """Sizes of the mixture of experts; only where `n_routed_experts` is above 0."""
+        return MoESizes(
+            n_routed_experts=_given(self.n_routed_experts),
+            n_shared_experts=_given(self.n_shared_experts),
+            num_experts_per_tok=_given(self.num_experts_per_tok),
+            moe_intermediate_size=_given(self.moe_intermediate_size),
+            n_group=_given(self.n_group),
+            topk_group=_given(self.topk_group),
+            scoring_func=_given(self.scoring_func),
+            topk_method=_given(self.topk_method),
+            norm_topk_prob=_given(self.norm_topk_prob),
+            routed_scaling_factor=self.routed_scaling_factor,
+        )
+
+    @property
+    def rope_dim(self) -> int:
+        """Rotary width of a head."""
+        return self.mla.qk_rope_head_dim if self.is_mla else self.gqa.head_dim
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -251,25 +289,7 @@ class ModelConfig:
         return out
 
 
-def _fits(value: Any, kind: Any) -> bool:
-    """Whether a value is valid for a field of type `kind`."""
-    if isinstance(kind, UnionType):
-        return any(_fits(value, k) for k in get_args(kind))
-    if get_origin(kind) is list:
-        return isinstance(value, list) and all(_fits(v, get_args(kind)[0]) for v in value)
-    if kind is int:
-        return type(value) is int and 0 <= value < INT_LIMIT
-    if kind is float:
-        return type(value) in (int, float) and 0 <= value <= MAX_NUMBER
-    return isinstance(value, get_origin(kind) or kind)
-
-
-def _is_positive(value: Any) -> bool:
-    """Whether a value is a number above 0 whose logarithm and reciprocal are finite."""
-    return _fits(value, float) and value >= 1 / MAX_NUMBER
-
-
-def _type_name(kind: Any) -> str:
-    if isinstance(kind, UnionType):
-        return " or ".join(_type_name(k) for k in get_args(kind))
-    return TYPE_NAMES[get_origin(kind) or kind]
+def _given(value: T | None) -> T:
+    """A field that `_check` has found, or `__post_init__` has set."""
+    assert value is not None
+    return value

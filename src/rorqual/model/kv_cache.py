@@ -7,28 +7,30 @@ from typing import Protocol
 
 from torch import Tensor
 
+from rorqual.shapes import Float, Int32
+
 
 @dataclass
 class DecodeView:
-    """Decode: one new token of each of n sequences, with paged stores a and b [blocks, slots, …].
+    """Decode: one new token of each of n sequences, with paged stores a and b.
 
-    Row i attends to the first lengths[i] tokens (int32 [n]), its own included, in the blocks tables[i] (int32 [n, ·]).
+    Row i attends to the first lengths[i] tokens, its own included, in the blocks tables[i].
     """
 
     tokens: slice
-    a: Tensor
-    b: Tensor
-    tables: Tensor
-    lengths: Tensor
+    a: Float[Tensor, "blocks P *width_a"]
+    b: Float[Tensor, "blocks P *width_b"]
+    tables: Int32[Tensor, "n _"]
+    lengths: Int32[Tensor, " n"]
 
 
 @dataclass
 class PrefillView:
-    """Prefill: new tokens of one sequence, the last of the S tokens of a [1, S, …] and b [1, S, …]."""
+    """Prefill: new tokens of one sequence, the last of the S tokens of a and b."""
 
     tokens: slice
-    a: Tensor
-    b: Tensor
+    a: Float[Tensor, "1 S *width_a"]
+    b: Float[Tensor, "1 S *width_b"]
 
 
 CacheView = DecodeView | PrefillView

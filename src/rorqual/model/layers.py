@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from rorqual.kernels.linear import linear
 from rorqual.kernels.norm import rms_norm
 from rorqual.kernels.swiglu import swiglu
+from rorqual.shapes import Float
 
 
 class RMSNorm(nn.Module):
@@ -16,19 +17,19 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
         return rms_norm(x, self.weight, self.eps)
 
 
 class Linear(nn.Linear):
     """x·Wᵀ + b."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+    def forward(self, input: Float[Tensor, "*batch K"]) -> Float[Tensor, "*batch N"]:
+        return linear(input, self.weight, self.bias)
 
 
 class SwiGLU(nn.Module):
-    """down(silu(gate(x)) · up(x)) (Shazeer 2020); [..., D] → [..., D]."""
+    """down(silu(gate(x)) · up(x)) (Shazeer 2020)."""
 
     def __init__(self, hidden: int, width: int, bias: bool = False) -> None:
         super().__init__()
@@ -36,5 +37,5 @@ class SwiGLU(nn.Module):
         self.up_proj = Linear(hidden, width, bias=bias)
         self.down_proj = Linear(width, hidden, bias=bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
         return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))

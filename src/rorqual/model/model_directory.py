@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rorqual.errors import UserError, file_error
+from rorqual.strict_json import Json
 
 # Where a run's folder holds its model; a distillation has it in the student's run.
 RUN_SUBDIRECTORIES = ("model", "student/model")
@@ -55,7 +56,7 @@ def check_destination(path: Path, source: Path | None = None) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object. Raises UserError for a file that holds none."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8-sig"))
+        found: Json = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as e:
         raise unreadable(path, e) from None
     except (ValueError, RecursionError) as e:

@@ -13,33 +13,40 @@ from torch import Tensor, nn
 from rorqual.kernels.linear import grouped_linear, row_multiple
 from rorqual.kernels.moe_permute import permute, sort_by_expert, unpermute
 from rorqual.kernels.swiglu import swiglu_joined
+from rorqual.kernels.typed_torch import not_compiled
 from rorqual.model.config import ModelConfig
 from rorqual.model.layers import SwiGLU
+from rorqual.shapes import Float, Float32, Int, Int32, Int64
 
 
 @dataclass
 class Routing:
     """Statistics of one layer's router in one forward pass."""
 
-    load: Tensor  # [E] tokens sent to each expert
-    sequence_loss: Tensor  # scalar: the sequence-wise balance loss of V3 eq. 17–20, before its weight α
+    load: Int[Tensor, " E"]  # tokens sent to each expert
+    sequence_loss: Float[Tensor, ""]  # the sequence-wise balance loss of V3 eq. 17–20, before its weight α
 
 
 class Router(nn.Module):
     """Top-k gating: K experts a token and their weights (V3 eq. 12–16)."""
 
+    e_score_correction_bias: Tensor  # [E] float32, where the method is noaux_tc
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.K, self.E = config.num_experts_per_tok, config.n_routed_experts
-        self.groups, self.groups_kept = config.n_group, config.topk_group
-        self.method, self.scoring = config.topk_method, config.scoring_func
-        self.normalise, self.factor = config.norm_topk_prob, config.routed_scaling_factor
+        moe = config.moe
+        self.K, self.E = moe.num_experts_per_tok, moe.n_routed_experts
+        self.groups, self.groups_kept = moe.n_group, moe.topk_group
+        self.method, self.scoring = moe.topk_method, moe.scoring_func
+        self.normalise, self.factor = moe.norm_topk_prob, moe.routed_scaling_factor
         self.weight = nn.Parameter(torch.empty(self.E, config.hidden_size))
         if self.method == "noaux_tc":
             self.register_buffer("e_score_correction_bias", torch.zeros(self.E, dtype=torch.float32))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [N, D] → weights [N, K], chosen experts [N, K], scores [N, E]; all in FP32."""
+    def forward(
+        self, x: Float[Tensor, "N D"]
+    ) -> tuple[Float32[Tensor, "N K"], Int64[Tensor, "N K"], Float32[Tensor, "N E"]]:
+        """→ weights, chosen experts and scores."""
         logits = F.linear(x.float(), self.weight.float())
         scores = logits.sigmoid() if self.scoring == "sigmoid" else logits.softmax(-1)
         with torch.no_grad():
@@ -56,7 +63,7 @@ class Router(nn.Module):
             scores = scores + self.e_score_correction_bias  # V3 eq. 16: the bias never touches the weights
         if self.groups_kept == self.groups or self.method == "greedy":
             return scores
-        by_group = scores.unflatten(1, (self.groups, -1))
+        by_group = torch.unflatten(scores, 1, (self.groups, -1))
         best = by_group.topk(2, dim=-1).values.sum(-1) if biased else by_group.amax(-1)
         kept = torch.zeros_like(best, dtype=torch.bool).scatter_(1, best.topk(self.groups_kept, dim=-1).indices, True)
         return by_group.masked_fill(~kept.unsqueeze(-1), float("-inf") if biased else 0.0).flatten(1)
@@ -67,28 +74,35 @@ class Experts(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        E, D, F_ = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+        E, D, F_ = config.moe.n_routed_experts, config.hidden_size, config.moe.moe_intermediate_size
         self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * F_, D))  # gate rows, then up rows
         self.down_proj = nn.Parameter(torch.empty(E, D, F_))
 
-    def forward(self, x: Tensor, ends: Tensor) -> Tensor:
-        """x [M, D] sorted by expert, expert e's rows ending at ends[e] → [M, D]."""
+    def forward(self, x: Float[Tensor, "M D"], ends: Int32[Tensor, " E"]) -> Float[Tensor, "M D"]:
+        """x is sorted by expert, expert e's rows ending at ends[e]."""
         h = grouped_linear(x, self.gate_up_proj, ends)
         return grouped_linear(swiglu_joined(h), self.down_proj, ends)
+
+
+Dispatched = tuple[Float[Tensor, "N D"], Int[Tensor, " E"]]  # output, and load of each expert
 
 
 class TokenDispatcher(Protocol):
     """Dispatches tokens to their experts and combines the outputs; replaced for expert parallelism."""
 
-    def __call__(self, experts: Experts, x: Tensor, weights: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]: ...
+    def __call__(
+        self, experts: Experts, x: Float[Tensor, "N D"], weights: Float[Tensor, "N K"], chosen: Int[Tensor, "N K"]
+    ) -> Dispatched: ...
 
 
 class LocalDispatcher:
     """All experts are local: permute tokens by expert, run grouped matmuls, unpermute and sum."""
 
-    @torch.compiler.disable  # shapes depend on the routing
-    def __call__(self, experts: Experts, x: Tensor, weights: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
-        """→ output [N, D] and load [E]."""
+    @not_compiled  # shapes depend on the routing
+    def __call__(
+        self, experts: Experts, x: Float[Tensor, "N D"], weights: Float[Tensor, "N K"], chosen: Int[Tensor, "N K"]
+    ) -> Dispatched:
+        """→ output and load."""
         K, E = chosen.shape[1], len(experts.down_proj)
         permutation = sort_by_expert(chosen, E, row_multiple(x, experts.gate_up_proj, chosen.numel() // E))
         y = experts(permute(x, permutation, K), permutation.ends)
@@ -101,11 +115,11 @@ class MixtureOfExperts(nn.Module):
         self.gate = Router(config)
         self.experts = Experts(config)
         self.dispatcher: TokenDispatcher = LocalDispatcher()
-        if config.n_shared_experts:
-            width = config.n_shared_experts * config.moe_intermediate_size
+        if config.moe.n_shared_experts:
+            width = config.moe.n_shared_experts * config.moe.moe_intermediate_size
             self.shared_experts = SwiGLU(config.hidden_size, width)
 
-    def forward(self, x: Tensor, routing: list[Routing] | None = None) -> Tensor:
+    def forward(self, x: Float[Tensor, "B T D"], routing: list[Routing] | None = None) -> Float[Tensor, "B T D"]:
         flat = x.flatten(0, -2)
         weights, chosen, scores = self.gate(flat)
         out, load = self.dispatcher(self.experts, flat, weights, chosen)
@@ -115,10 +129,12 @@ class MixtureOfExperts(nn.Module):
         return out + self.shared_experts(x) if hasattr(self, "shared_experts") else out
 
 
-def sequence_balance_loss(scores: Tensor, chosen: Tensor, sequences: int) -> Tensor:
-    """Σ_e f_e·P_e averaged over sequences (V3 eq. 17–20): scores [N, E], chosen [N, K], N = sequences · T."""
+def sequence_balance_loss(
+    scores: Float[Tensor, "N E"], chosen: Int[Tensor, "N K"], sequences: int
+) -> Float[Tensor, ""]:
+    """Σ_e f_e·P_e averaged over sequences (V3 eq. 17–20); N = sequences · T."""
     E = scores.shape[1]
-    shares = (scores / scores.sum(-1, keepdim=True)).unflatten(0, (sequences, -1)).mean(1)  # P [B, E]
+    shares = torch.unflatten(scores / scores.sum(-1, keepdim=True), 0, (sequences, -1)).mean(1)  # P [B, E]
     counts = torch.zeros(sequences, E, device=scores.device)
     rows = chosen.view(sequences, -1)
     counts.scatter_add_(1, rows, torch.ones_like(rows, dtype=counts.dtype))

@@ -8,11 +8,12 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from rorqual import strict_json
 from rorqual.errors import UserError
 from rorqual.model.model_directory import read_json
+from rorqual.strict_json import Json
 from rorqual.tokenizer_protocol import Tokenizer
 
 if TYPE_CHECKING:
@@ -24,16 +25,21 @@ SUPPRESS_BIAS = -1e9  # logit bias of suppress_tokens
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def _real(value: Any) -> bool:
+def _real(value: Json) -> bool:
     return strict_json.is_finite(value)
 
 
-def _whole(value: Any) -> bool:
+def _whole(value: Json) -> TypeGuard[int]:
     return type(value) is int
 
 
-def _tokens(value: Any) -> bool:
+def _tokens(value: Json) -> bool:
     return isinstance(value, list) and all(_whole(t) and t >= 0 for t in value)
+
+
+def _strings(value: Json) -> bool:
+    """Whether it is a string or a list of strings, none of them empty."""
+    return all(isinstance(s, str) and s for s in (value if isinstance(value, list) else [value]))
 
 
 # Supported keys of generation_config.json → the name in SamplingParams, a check of the value, its description.
@@ -47,11 +53,7 @@ SUPPORTED: dict[str, tuple[str, Callable[[Any], bool], str]] = {
     "frequency_penalty": ("frequency_penalty", _real, "a number"),
     "max_new_tokens": ("max_tokens", lambda v: _whole(v) and v > 0, "a whole number above 0"),
     "max_length": ("max_length", lambda v: _whole(v) and v > 0, "a whole number above 0"),
-    "stop_strings": (
-        "stop",
-        lambda v: (isinstance(v, str) and v) or (isinstance(v, list) and all(isinstance(s, str) and s for s in v)),
-        "a string, or a list of strings",
-    ),
+    "stop_strings": ("stop", _strings, "a string, or a list of strings"),
     "suppress_tokens": ("logit_bias", _tokens, "a list of token ids"),
 }
 # Unsupported keys that would change answers → values with which they change nothing, besides null.
@@ -98,9 +100,9 @@ class ReleaseSettings:
     """
 
     end_tokens: tuple[int, ...] = ()
-    sampling: Mapping[str, Any] = field(default_factory=dict)
+    sampling: Mapping[str, Any] = field(default_factory=dict[str, Any])
     unhonoured: tuple[str, ...] = ()
-    generation: Mapping[str, Any] = field(default_factory=dict)
+    generation: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     @classmethod
     def of(
@@ -141,15 +143,20 @@ class ReleaseSettings:
         found = {name: value for name in TOKENS if (value := getattr(config, name)) is not None}
         found |= {name: value for name, value in self.generation.items() if value is not None}
         if ends := self.ends_with(tokenizer, config):
-            found["eos_token_id"] = list(ends) if len(ends) > 1 else ends[0]
+            first, *more = ends
+            found["eos_token_id"] = [first, *more] if more else first
         return found
 
 
-def _ids(value: Any, name: str, source: str, vocabulary: int) -> list[int]:
+def _ids(value: Json, name: str, source: str, vocabulary: int) -> list[int]:
     """One token id or a list of them; -1 means none."""
-    ids = [t for t in (value if isinstance(value, list) else [value]) if t is not None and t != -1]
-    for token in ids:
-        if not _whole(token) or not 0 <= token < vocabulary:
+    ids: list[int] = []
+    for token in value if isinstance(value, list) else [value]:
+        if token is None or token == -1:
+            continue
+        if _whole(token) and 0 <= token < vocabulary:
+            ids.append(token)
+        else:
             ids_from = f"a token id from 0 to {vocabulary - 1}, a list of them or null"
             raise UserError(f"{source}: {name} = {value!r:.80} must be {ids_from}")
     return ids

@@ -4,12 +4,15 @@ B batch, T tokens, F frequencies: half the rotary width.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rorqual.errors import UserError
+from rorqual.kernels.rotary import Table
 from rorqual.model.config import ModelConfig
+from rorqual.shapes import Float32, Int
 
 
 def yarn_mscale(factor: float, mscale: float) -> float:
@@ -17,9 +20,9 @@ def yarn_mscale(factor: float, mscale: float) -> float:
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
-def rope_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
-    """Frequencies [F] in radians a token, and the factor of cos and sin. Raises UserError for an unknown rope_type."""
-    width = config.qk_rope_head_dim if config.is_mla else config.head_dim
+def rope_frequencies(config: ModelConfig) -> tuple[Float32[Tensor, " F"], float]:
+    """Frequencies in radians a token, and the factor of cos and sin. Raises UserError for an unknown rope_type."""
+    width = config.rope_dim
     exponents = torch.arange(0, width, 2, dtype=torch.float32, device="cpu") / width
     frequencies = 1.0 / config.rope_theta**exponents
     scaling = config.rope_scaling or {}
@@ -38,15 +41,15 @@ def rope_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
 def softmax_scale(config: ModelConfig) -> float:
     """1/√d for the query width d, times YaRN's temperature squared where the release asks for it (V3 §4.3)."""
     if not config.is_mla:
-        return config.head_dim**-0.5
-    scale = (config.qk_nope_head_dim + config.qk_rope_head_dim) ** -0.5
+        return config.gqa.head_dim**-0.5
+    scale = config.mla.qk_head_dim**-0.5
     scaling = config.rope_scaling or {}
     if scaling.get("mscale_all_dim"):
         scale *= yarn_mscale(scaling["factor"], scaling["mscale_all_dim"]) ** 2
     return scale
 
 
-def _yarn(frequencies: Tensor, theta: float, s: dict) -> tuple[Tensor, float]:
+def _yarn(frequencies: Tensor, theta: float, s: dict[str, Any]) -> tuple[Tensor, float]:
     """YaRN (Peng et al. 2023, §3.2): slow frequencies are interpolated, fast ones kept, a ramp between them."""
     width, factor = 2 * len(frequencies), s["factor"]
     original = s["original_max_position_embeddings"]
@@ -70,7 +73,7 @@ def _yarn(frequencies: Tensor, theta: float, s: dict) -> tuple[Tensor, float]:
     return frequencies, attention_factor
 
 
-def _llama3(frequencies: Tensor, s: dict) -> Tensor:
+def _llama3(frequencies: Tensor, s: dict[str, Any]) -> Tensor:
     """Llama 3.1's scaling, also R1-Distill-Llama's: low frequencies divided, high ones kept, a blend between."""
     factor, low, high = s["factor"], s["low_freq_factor"], s["high_freq_factor"]
     turns = s["original_max_position_embeddings"] * frequencies / (2 * math.pi)
@@ -78,7 +81,9 @@ def _llama3(frequencies: Tensor, s: dict) -> Tensor:
     return frequencies / factor * (1 - blend) + frequencies * blend
 
 
-def rope_table(positions: Tensor, frequencies: Tensor, factor: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin [B, T, 1, F] for positions [B, T]."""
+def rope_table(
+    positions: Int[Tensor, "B T"], frequencies: Float32[Tensor, " F"], factor: float, dtype: torch.dtype
+) -> Table:
+    """cos and sin for each position."""
     angles = (positions[..., None].float() * frequencies).unsqueeze(2)
     return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)

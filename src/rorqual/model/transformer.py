@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from rorqual.kernels.dense_attention import Mask
 from rorqual.kernels.linear import linear
+from rorqual.kernels.rotary import Table
 from rorqual.model.attention import GroupedQueryAttention, MultiHeadLatentAttention
 from rorqual.model.config import ModelConfig
 from rorqual.model.kv_cache import KVCache
@@ -15,11 +16,10 @@ from rorqual.model.layers import Linear, RMSNorm, SwiGLU
 from rorqual.model.moe import MixtureOfExperts, Routing
 from rorqual.model.release_settings import ReleaseSettings
 from rorqual.model.rope import rope_frequencies, rope_table
+from rorqual.shapes import Float, Int
 
-Table = tuple[Tensor, Tensor]
 
-
-class Layer(nn.Module):
+class Block(nn.Module):
     """x + attention(norm(x)), then x + feed-forward(norm(x))."""
 
     def __init__(self, config: ModelConfig, index: int) -> None:
@@ -29,19 +29,38 @@ class Layer(nn.Module):
         self.self_attn = attention(config, index)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if config.is_moe_layer(index):
-            self.mlp: nn.Module = MixtureOfExperts(config)
+            self.mlp: MixtureOfExperts | SwiGLU = MixtureOfExperts(config)
         else:
             self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, config.mlp_bias)
 
-    def forward(
-        self, x: Tensor, table: Table, mask: Mask, cache: KVCache | None, routing: list[Routing] | None
-    ) -> Tensor:
+    def run(
+        self,
+        x: Float[Tensor, "B T D"],
+        table: Table,
+        mask: Mask,
+        cache: KVCache | None,
+        routing: list[Routing] | None,
+    ) -> Float[Tensor, "B T D"]:
         x = x + self.self_attn(self.input_layernorm(x), table, mask, cache)
         h = self.post_attention_layernorm(x)
         return x + (self.mlp(h, routing) if isinstance(self.mlp, MixtureOfExperts) else self.mlp(h))
 
 
-class MultiTokenModule(Layer):
+class Layer(Block):
+    """A layer of the main model."""
+
+    def forward(
+        self,
+        x: Float[Tensor, "B T D"],
+        table: Table,
+        mask: Mask,
+        cache: KVCache | None,
+        routing: list[Routing] | None,
+    ) -> Float[Tensor, "B T D"]:
+        return self.run(x, table, mask, cache, routing)
+
+
+class MultiTokenModule(Block):
     """Predicts one token further, from the previous depth's hidden state and the next token's embedding (V3 eq. 21–23).
 
     Embedding and head are the main model's; `shared_head.norm` is its own, as in the release.
@@ -54,12 +73,17 @@ class MultiTokenModule(Layer):
         self.eh_proj = Linear(2 * config.hidden_size, config.hidden_size, bias=False)
         self.shared_head = nn.ModuleDict({"norm": RMSNorm(config.hidden_size, config.rms_norm_eps)})
 
-    def forward(  # type: ignore[override]
-        self, h: Tensor, embedded: Tensor, table: Table, mask: Mask, cache: KVCache | None,
+    def forward(
+        self,
+        h: Float[Tensor, "B T D"],
+        embedded: Float[Tensor, "B T D"],
+        table: Table,
+        mask: Mask,
+        cache: KVCache | None,
         routing: list[Routing] | None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Float[Tensor, "B T D"]:
         x = self.eh_proj(torch.cat([self.enorm(embedded), self.hnorm(h)], dim=-1))
-        return self.shared_head["norm"](super().forward(x, table, mask, cache, routing))
+        return self.shared_head["norm"](self.run(x, table, mask, cache, routing))
 
 
 class Decoder(nn.Module):
@@ -102,8 +126,17 @@ class Transformer(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """Output head [V, D]."""
+        """Output head [V, D]; a QuantizedWeight after quantisation."""
         return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+
+    @property
+    def layers(self) -> list[Layer]:
+        """The layers of the main model."""
+        return [layer for layer in self.model.layers if isinstance(layer, Layer)]
+
+    @property
+    def mtp_modules(self) -> list[MultiTokenModule]:
+        return [module for module in self.model.layers if isinstance(module, MultiTokenModule)]
 
     def moe_layers(self) -> list[MixtureOfExperts]:
         """Mixture-of-experts layers in the order of `routing`."""
@@ -111,53 +144,58 @@ class Transformer(nn.Module):
 
     def forward(
         self,
-        tokens: Tensor,
-        positions: Tensor | None = None,
+        tokens: Int[Tensor, "B T"],
+        positions: Int[Tensor, "#B T"] | None = None,
         mask: Mask = None,
         cache: KVCache | None = None,
         routing: list[Routing] | None = None,
-    ) -> Tensor:
-        """tokens [B, T] → hidden states after the last norm [B, T, D].
+    ) -> Float[Tensor, "B T D"]:
+        """Hidden states after the last norm.
 
-        positions [B, T] default to 0…T-1; mask bool [B, 1, T, S], true where a token attends (or several, see
-        kernels/dense_attention.py), defaults to causal; `routing` collects one entry a mixture-of-experts layer.
+        Positions default to 0…T-1; the mask, true where a token attends (or several, see kernels/dense_attention.py),
+        defaults to causal; `routing` collects one entry a mixture-of-experts layer.
         """
         x = self.model.embed_tokens(tokens)
         table = self._rope_table(tokens, positions, x.dtype)
-        for layer in self.model.layers[: self.config.num_hidden_layers]:
+        for layer in self.layers:
             x = layer(x, table, mask, cache, routing)
         return self.model.norm(x)
 
-    def logits(self, tokens: Tensor, **inputs: Tensor | KVCache | None) -> Tensor:
-        """tokens [B, T] → [B, T, V]; takes forward's arguments."""
+    def logits(self, tokens: Int[Tensor, "B T"], **inputs: Tensor | KVCache | None) -> Float[Tensor, "B T V"]:
+        """Takes forward's arguments."""
         return linear(self(tokens, **inputs), self.head_weight)
 
     def mtp_hidden_states(
         self,
-        hidden: Tensor,
-        tokens: Tensor,
-        positions: Tensor | None = None,
+        hidden: Float[Tensor, "B T D"],
+        tokens: Int[Tensor, "B T"],
+        positions: Int[Tensor, "#B T"] | None = None,
         mask: Mask = None,
         routing: list[Routing] | None = None,
-    ) -> list[Tensor]:
-        """Hidden states [B, T, D] of every multi-token depth k = 0, 1, …, whose position i predicts token i+2+k.
+    ) -> list[Float[Tensor, "B T D"]]:
+        """Hidden states of every multi-token depth k = 0, 1, …, whose position i predicts token i+2+k.
 
         The last k+1 positions of depth k lack their input token and must carry no loss.
         """
         table = self._rope_table(tokens, positions, hidden.dtype)
-        states = []
-        for module in self.model.layers[self.config.num_hidden_layers :]:
+        states: list[Tensor] = []
+        for module in self.mtp_modules:
             tokens = tokens.roll(-1, dims=1)
             hidden = module(hidden, self.model.embed_tokens(tokens), table, mask, None, routing)
             states.append(hidden)
         return states
 
-    def mtp_forward(self, hidden: Tensor, following: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
-        """The first multi-token module with a KV cache: hidden [1, N, D] and the token after each [1, N] → hidden
-        states [1, N, D] that predict the token after that. Its layer index in the cache is num_hidden_layers.
+    def mtp_forward(
+        self,
+        hidden: Float[Tensor, "1 N D"],
+        following: Int[Tensor, "1 N"],
+        positions: Int[Tensor, "1 N"],
+        cache: KVCache,
+    ) -> Float[Tensor, "1 N D"]:
+        """The first multi-token module with a KV cache: hidden states and the token after each → hidden states that
+        predict the token after that. Its layer index in the cache is num_hidden_layers.
         """
-        module = self.model.layers[self.config.num_hidden_layers]
-        return module(
+        return self.mtp_modules[0](
             hidden,
             self.model.embed_tokens(following),
             self._rope_table(following, positions, hidden.dtype),

@@ -4,13 +4,14 @@ A key listed here is refused unless its value changes nothing: weights give the 
 error.
 """
 
-from typing import Any
+from collections.abc import Mapping
 
 from rorqual.errors import UserError
+from rorqual.strict_json import Json
 
 SILU = ("silu", "swish")  # two names of one function
 # Key → the values supported. null, or no such key, always is.
-NEUTRAL: dict[str, tuple[Any, ...]] = {
+NEUTRAL: dict[str, tuple[Json, ...]] = {
     "hidden_act": SILU,
     "hidden_activation": SILU,
     "activation_function": SILU,
@@ -52,13 +53,13 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "rope_local_base_freq": (),
     "index_topk": (),
 }
-GROUPED: dict[str, tuple[Any, ...]] = {
+GROUPED: dict[str, tuple[Json, ...]] = {
     "rope_interleave": (False,),  # llama and qwen2 rotate halves of a head
     "num_local_experts": (0, 1),
     "num_experts": (0, 1),
 }
 # Keys that the code of a model type (transformers', DeepSeek's) ignores, or values that it does not support.
-BY_MODEL_TYPE: dict[str, dict[str, tuple[Any, ...]]] = {
+BY_MODEL_TYPE: dict[str, dict[str, tuple[Json, ...]]] = {
     "llama": GROUPED,
     "qwen2": GROUPED,
     "deepseek_v2": {
@@ -71,27 +72,26 @@ BY_MODEL_TYPE: dict[str, dict[str, tuple[Any, ...]]] = {
 }
 
 
-def check_supported(raw: dict[str, Any], layers: int, context: int, source: str) -> None:
+def check_supported(raw: Mapping[str, Json], layers: int, context: int, source: str) -> None:
     """Raises UserError for an unsupported key. raw: a config.json; layers: their number; context: its tokens."""
-    for name, values in (NEUTRAL | BY_MODEL_TYPE[raw["model_type"]]).items():
+    for name, values in (NEUTRAL | BY_MODEL_TYPE[str(raw["model_type"])]).items():
         if raw.get(name) is not None and not any(raw[name] == value for value in values):
             only = f"; only {' or '.join(map(repr, values))} is" if values else ""
             raise UserError(f"{source}: {name} = {raw[name]!r:.60} is not supported{only}; use another release")
     _check_sliding_window(raw, layers, context, source)
 
 
-def _check_sliding_window(raw: dict[str, Any], layers: int, context: int, source: str) -> None:
+def _check_sliding_window(raw: Mapping[str, Json], layers: int, context: int, source: str) -> None:
     """Raises UserError if some layer has a sliding window shorter than the context."""
     qwen2 = raw["model_type"] == "qwen2"  # defaults of transformers' Qwen2Config
-    kinds = raw.get("layer_types") or []
-    if not isinstance(kinds, list) or not all(isinstance(kind, str) for kind in kinds):
-        raise UserError(f"{source}: layer_types = {kinds!r:.60} must be a list of strings")
+    given = raw.get("layer_types") or []
+    kinds = [kind for kind in given if isinstance(kind, str)] if isinstance(given, list) else []
+    if kinds != given:
+        raise UserError(f"{source}: layer_types = {given!r:.60} must be a list of strings")
     if others := sorted({*kinds} - {"full_attention", "sliding_attention"}):
         raise UserError(f"{source}: layer_types holds {others[0]!r}, which is not supported; use another release")
-    window, first = raw.get("sliding_window", 4096 if qwen2 else None), raw.get("max_window_layers")
-    for name, value in (("sliding_window", window), ("max_window_layers", first)):
-        if value is not None and type(value) is not int:
-            raise UserError(f"{source}: {name} = {value!r:.60} must be a whole number or null")
+    window = _whole_number(raw, "sliding_window", source, default=4096 if qwen2 else None)
+    first = _whole_number(raw, "max_window_layers", source)
     enabled = raw.get("use_sliding_window")
     if not isinstance(enabled, bool | None):
         raise UserError(f"{source}: use_sliding_window = {enabled!r:.60} must be true or false")
@@ -105,7 +105,14 @@ def _check_sliding_window(raw: dict[str, Any], layers: int, context: int, source
         )
 
 
-def read_rope(raw: dict[str, Any], source: str) -> dict[str, Any]:
+def _whole_number(raw: Mapping[str, Json], name: str, source: str, default: int | None = None) -> int | None:
+    value = raw.get(name, default)
+    if value is None or (isinstance(value, int) and not isinstance(value, bool)):
+        return value
+    raise UserError(f"{source}: {name} = {value!r:.60} must be a whole number or null")
+
+
+def read_rope(raw: Mapping[str, Json], source: str) -> dict[str, Json]:
     """rope_theta and rope_scaling (None: no scaling) from either form that releases use.
 
     transformers 5 has rope_parameters; older releases have rope_theta and rope_scaling. Raises UserError if both are
@@ -116,15 +123,16 @@ def read_rope(raw: dict[str, Any], source: str) -> dict[str, Any]:
         raise UserError(f"{source}: rope_scaling and rope_parameters differ; keep the correct one")
     rope = found[-1] if found else {}
     theta = rope.pop("rope_theta", raw.get("rope_theta"))
-    scaling = rope if rope.get("rope_type", "default") != "default" else None
-    return {"rope_scaling": scaling} | ({} if theta is None else {"rope_theta": theta})
+    scaling: Json = rope if rope.get("rope_type", "default") != "default" else None
+    found_rope: dict[str, Json] = {"rope_scaling": scaling}
+    return found_rope if theta is None else found_rope | {"rope_theta": theta}
 
 
-def _rope(raw: dict[str, Any], name: str, source: str) -> dict[str, Any]:
+def _rope(raw: Mapping[str, Json], name: str, source: str) -> dict[str, Json]:
     given = raw[name]
     if not isinstance(given, dict):
         raise UserError(f"{source}: {name} = {given!r:.60} must be an object or null")
-    rope = {key: value for key, value in given.items() if value is not None}
+    rope: dict[str, Json] = {key: value for key, value in given.items() if value is not None}
     if nested := [key for key, value in rope.items() if isinstance(value, dict)]:
         raise UserError(
             f"{source}: {name}.{nested[0]} is for a part of the layers, which is not supported; use another release"

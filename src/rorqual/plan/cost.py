@@ -106,16 +106,17 @@ def _embedding(config: ModelConfig) -> int:
 def _attention(config: ModelConfig) -> int:
     D, H = config.hidden_size, config.num_attention_heads
     if config.is_mla:
-        queries = H * (config.qk_nope_head_dim + config.qk_rope_head_dim)
-        C, values = config.kv_lora_rank, H * config.v_head_dim
-        low = config.q_lora_rank
+        mla = config.mla
+        queries, values = H * mla.qk_head_dim, H * mla.v_head_dim
+        C, low = mla.kv_lora_rank, mla.q_lora_rank
         count = D * low + low + low * queries if low else D * queries
-        count += D * (C + config.qk_rope_head_dim) + C
-        count += C * (H * config.qk_nope_head_dim + values) + values * D
+        count += D * (C + mla.qk_rope_head_dim) + C
+        count += C * (H * mla.qk_nope_head_dim + values) + values * D
         if config.attention_bias:
-            count += (low or 0) + C + config.qk_rope_head_dim + D
+            count += (low or 0) + C + mla.qk_rope_head_dim + D
         return count
-    queries, keys = H * config.head_dim, config.num_key_value_heads * config.head_dim
+    gqa = config.gqa
+    queries, keys = H * gqa.head_dim, gqa.num_key_value_heads * gqa.head_dim
     bias = queries + 2 * keys if config.attention_bias else 0
     if bias and config.model_type == "llama":
         bias += D
@@ -129,9 +130,10 @@ def _feed_forward(config: ModelConfig, moe: bool) -> tuple[int, int]:
         width = config.intermediate_size
         count = 3 * D * width + (2 * width + D if config.mlp_bias else 0)
         return count, count
-    expert = 3 * D * config.moe_intermediate_size
-    always = config.n_shared_experts * expert + config.n_routed_experts * D
-    return always + config.n_routed_experts * expert, always + config.num_experts_per_tok * expert
+    sizes = config.moe
+    expert = 3 * D * sizes.moe_intermediate_size
+    always = sizes.n_shared_experts * expert + sizes.n_routed_experts * D
+    return always + sizes.n_routed_experts * expert, always + sizes.num_experts_per_tok * expert
 
 
 def _layer(config: ModelConfig, moe: bool) -> tuple[int, int]:
@@ -145,10 +147,7 @@ def _mtp_extra(config: ModelConfig) -> int:
 
 
 def _layer_flops(config: ModelConfig, moe: bool, sequence_length: int) -> float:
-    if config.is_mla:
-        widths = config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
-    else:
-        widths = 2 * config.head_dim
+    widths = config.mla.qk_head_dim + config.mla.v_head_dim if config.is_mla else 2 * config.gqa.head_dim
     scores_and_sums = 2.0 * (sequence_length / 2) * config.num_attention_heads * widths
     return 2.0 * (_attention(config) + _feed_forward(config, moe)[1]) + scores_and_sums
 
@@ -158,14 +157,15 @@ def _activations(config: ModelConfig, moe: bool, size: int) -> int:
     D, H = config.hidden_size, config.num_attention_heads
     norms = 2 * D * (4 + size)  # input in FP32 and output, both norms
     if config.is_mla:
-        width = config.qk_nope_head_dim + config.qk_rope_head_dim
-        latents = (config.q_lora_rank or 0) + config.kv_lora_rank
-        attention = size * (3 * H * width + H * config.v_head_dim * 2) + latents * (4 + 2 * size)
+        mla = config.mla
+        latents = (mla.q_lora_rank or 0) + mla.kv_lora_rank
+        attention = size * (3 * H * mla.qk_head_dim + H * mla.v_head_dim * 2) + latents * (4 + 2 * size)
     else:
-        attention = size * config.head_dim * (3 * H + 2 * config.num_key_value_heads)
+        attention = size * config.gqa.head_dim * (3 * H + 2 * config.gqa.num_key_value_heads)
     if moe:
-        K, F = config.num_experts_per_tok, config.moe_intermediate_size
+        sizes = config.moe
+        K, F = sizes.num_experts_per_tok, sizes.moe_intermediate_size
         routed = K * size * (2 * D + 5 * F)
-        shared = size * 4 * F * config.n_shared_experts
-        return norms + attention + routed + shared + 4 * 4 * config.n_routed_experts
+        shared = size * 4 * F * sizes.n_shared_experts
+        return norms + attention + routed + shared + 4 * 4 * sizes.n_routed_experts
     return norms + attention + size * 4 * config.intermediate_size

@@ -23,7 +23,7 @@ from rorqual.kernels.dtypes import fastest_dtype
 from rorqual.kernels.quantized_linear import GROUP, PANEL, Format, QuantizedWeight, gather, pack
 from rorqual.model import Transformer
 from rorqual.model.moe import Router
-from rorqual.precision.quantize import QuantizedEmbedding, packable
+from rorqual.precision.quantize import packable, replace_embedding, replace_weight
 from rorqual.process_tuning import release_memory
 from rorqual.tokenizer_protocol import Tokenizer
 
@@ -59,10 +59,9 @@ def load_gguf(path: str | Path, dtype: torch.dtype | None = None) -> tuple[Trans
                 packed = pack_stored([stored[name] for name in names], head)
                 packed.dtype = dtype
                 if isinstance(module, nn.Embedding):
-                    model.model.embed_tokens = QuantizedEmbedding(packed)
+                    replace_embedding(model, packed)
                 else:
-                    delattr(module, own)
-                    setattr(module, own, packed)
+                    replace_weight(module, own, packed)
                 continue
             like = getattr(module, own)
             values = torch.empty(like.shape, dtype=torch.float32 if isinstance(module, Router) else dtype)
@@ -74,8 +73,8 @@ def load_gguf(path: str | Path, dtype: torch.dtype | None = None) -> tuple[Trans
 
 def pack_stored(tensors: list[GGUFTensor], head: int | None = None) -> QuantizedWeight:
     """Pack tensors [n, K] or [E, n, K], outputs concatenated. head: width of heads whose rows are to be reordered."""
-    formats = {FORMATS.get(t.kind, "int8_groups") for t in tensors}
-    format = formats.pop() if len(formats) == 1 else "int8_groups"
+    formats: set[Format] = {FORMATS.get(t.kind, "int8_groups") for t in tensors}
+    format: Format = formats.pop() if len(formats) == 1 else "int8_groups"
     *experts, _, K = tensors[0].shape
     E, N = math.prod(experts), sum(t.shape[-2] for t in tensors)
     step = slice_rows(K, math.lcm(PANEL, head or 1))
@@ -83,8 +82,9 @@ def pack_stored(tensors: list[GGUFTensor], head: int | None = None) -> Quantized
     def chunks() -> Iterator[QuantizedWeight]:
         for e, first in itertools.product(range(E), range(0, N, step)):
             slices = [_numbers(t, a, b, format, head) for t, a, b in _rows(tensors, e, first, min(first + step, N))]
-            q, scales, minima = (None if some[0] is None else torch.cat(some) for some in zip(*slices, strict=True))
-            yield pack(format, q[None], scales[None], None if minima is None else minima[None])
+            q, scales = torch.cat([q for q, _, _ in slices]), torch.cat([scales for _, scales, _ in slices])
+            minima = [minima for _, _, minima in slices if minima is not None]
+            yield pack(format, q[None], scales[None], torch.cat(minima)[None] if minima else None)
 
     return gather(chunks(), E, N)
 

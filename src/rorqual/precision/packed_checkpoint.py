@@ -30,7 +30,7 @@ from rorqual.model import Transformer
 from rorqual.model.layers import Linear
 from rorqual.model.model_directory import check_destination, model_directory, read_json
 from rorqual.model.moe import Experts
-from rorqual.precision.quantize import ROUNDINGS, Bits, QuantizedEmbedding, packable, round_in_slices
+from rorqual.precision.quantize import ROUNDINGS, Bits, packable, replace_embedding, replace_weight, round_in_slices
 from rorqual.precision.smoothquant import smooth
 from rorqual.process_tuning import release_memory
 
@@ -110,7 +110,9 @@ def load_packed(path: Path, dtype: torch.dtype | None = None) -> Transformer:
     Raises UserError for other settings of the format, and for tensors that are missing or of wrong shape.
     """
     layout = read_json(path / "config.json")["quantization_config"]
-    bits = next((b for b in ROUNDINGS if layout.get("config_groups") == _description(b)["config_groups"]), None)
+    bits: Bits | None = next(
+        (b for b in ROUNDINGS if layout.get("config_groups") == _description(b)["config_groups"]), None
+    )
     if bits is None or layout.get("format") != "pack-quantized":
         raise UserError(
             f"{path / 'config.json'}: quantization_config is not what `rorqual quantize` writes (4 bits with a scale "
@@ -130,16 +132,15 @@ def load_packed(path: Path, dtype: torch.dtype | None = None) -> Transformer:
         if isinstance(module, Experts):
             _load_experts(module, name, reader, dtype)
         elif isinstance(module, nn.Embedding):
-            model.model.embed_tokens = QuantizedEmbedding(reader.rounded(f"{name}.weight", module.weight, dtype))
+            replace_embedding(model, reader.rounded(f"{name}.weight", module.weight, dtype))
         elif isinstance(module, Linear) and packable(module):
             if name == "lm_head":
                 packed = reader.rounded(f"{name}.weight", module.weight, dtype)
             else:
                 packed = pack_numbers([reader.packed(name, module.weight)], bits, dtype)
-            bias = None if module.bias is None else reader.plain(f"{name}.bias", module.bias).to(dtype)
-            del module.weight
-            module.weight = packed
-            module.bias = None if bias is None else nn.Parameter(bias)
+            if module.bias is not None:
+                module.bias = nn.Parameter(reader.plain(f"{name}.bias", module.bias).to(dtype))
+            replace_weight(module, "weight", packed)
         else:
             for own, p in list(module.named_parameters(recurse=False)):
                 setattr(module, own, nn.Parameter(reader.plain(f"{name}.{own}", p).to(dtype)))
@@ -158,8 +159,7 @@ def _load_experts(module: Experts, name: str, reader: "_Reader", dtype: torch.dt
         gates.append(tuple(torch.cat(parts) for parts in zip(*pair, strict=True)))
         downs.append(reader.packed(f"{name}.{e}.down_proj", whole))
     for parameter, parts in (("gate_up_proj", gates), ("down_proj", downs)):
-        delattr(module, parameter)
-        setattr(module, parameter, pack_numbers(parts, reader.bits, dtype))
+        replace_weight(module, parameter, pack_numbers(parts, reader.bits, dtype))
 
 
 def pack_numbers(parts: list[tuple[Tensor, Tensor]], bits: Bits, dtype: torch.dtype) -> QuantizedWeight:
@@ -173,7 +173,8 @@ class _Reader:
     """Reads the tensors of a directory, with checks of presence and shape."""
 
     def __init__(self, path: Path, stored: dict[str, TensorEntry], bits: Bits) -> None:
-        self.path, self.stored, self.bits = path, stored, bits
+        self.path, self.stored = path, stored
+        self.bits: Bits = bits
 
     def find(self, name: str, like: Tensor | None = None) -> TensorEntry:
         found = self.stored.get(name)
@@ -192,7 +193,8 @@ class _Reader:
     def rounded(self, name: str, like: Tensor, dtype: torch.dtype) -> QuantizedWeight:
         """A tensor stored unquantised, quantised."""
         found = self.find(name, like)
-        packed = round_in_slices(lambda _, first, last: found.rows(first, last).to(dtype), (1, *found.shape), self.bits)
+        N, K = found.shape
+        packed = round_in_slices(lambda _, first, last: found.rows(first, last).to(dtype), (1, N, K), self.bits)
         packed.dtype = dtype
         return packed
 

@@ -87,7 +87,7 @@ def convert(model: Transformer, bits: Bits) -> Transformer:
     for module in list(model.modules()):
         if packable(module):
             pack_module(module, bits)
-    model.model.embed_tokens = QuantizedEmbedding(_quantize(model.model.embed_tokens.weight, bits))
+    replace_embedding(model, _quantize(model.model.embed_tokens.weight, bits))
     return model
 
 
@@ -137,14 +137,12 @@ def load_converted(path: Path, bits: Bits, dtype: torch.dtype) -> Transformer:
         if isinstance(module, Experts):
             for own, parts in (("gate_up_proj", ("gate_proj", "up_proj")), ("down_proj", ("down_proj",))):
                 names = [[f"{name}.{e}.{part}.weight" for part in parts] for e in range(len(getattr(module, own)))]
-                delattr(module, own)
-                setattr(module, own, rounded(f"{name}.{own}", names))
+                replace_weight(module, own, rounded(f"{name}.{own}", names))
         elif isinstance(module, nn.Embedding):
-            model.model.embed_tokens = QuantizedEmbedding(rounded(EMBEDDING, [[EMBEDDING]]))
+            replace_embedding(model, rounded(EMBEDDING, [[EMBEDDING]]))
         else:
             if packable(module):
-                del module.weight
-                module.weight = rounded(f"{name}.weight", [[f"{name}.weight"]])
+                replace_weight(module, "weight", rounded(f"{name}.weight", [[f"{name}.weight"]]))
             for own, _ in list(module.named_parameters(recurse=False)):
                 setattr(module, own, nn.Parameter(smoothed(f"{name}.{own}", release.rows(f"{name}.{own}"))))
             for own, buffer in list(module.named_buffers(recurse=False)):
@@ -160,14 +158,23 @@ def packable(module: nn.Module) -> bool:
 def pack_module(module: nn.Module, bits: Bits) -> None:
     """Replace the parameters of a linear or of experts by quantised weights."""
     for name in ("gate_up_proj", "down_proj") if isinstance(module, Experts) else ("weight",):
-        packed = _quantize(getattr(module, name), bits)
-        delattr(module, name)
-        setattr(module, name, packed)
+        replace_weight(module, name, _quantize(getattr(module, name), bits))
+
+
+def replace_weight(module: nn.Module, name: str, weight: QuantizedWeight) -> None:
+    """Replace a parameter. The checker still takes it for a Tensor, which it is in every model that is trained."""
+    delattr(module, name)
+    setattr(module, name, weight)
+
+
+def replace_embedding(model: Transformer, weight: QuantizedWeight) -> None:
+    model.set_submodule("model.embed_tokens", QuantizedEmbedding(weight))
 
 
 def _quantize(weight: Tensor, bits: Bits) -> QuantizedWeight:
     weight = weight.detach().view(-1, *weight.shape[-2:])
-    packed = round_in_slices(lambda e, first, last: weight[e, first:last], tuple(weight.shape), bits)
+    E, N, K = weight.shape
+    packed = round_in_slices(lambda e, first, last: weight[e, first:last], (E, N, K), bits)
     packed.dtype = weight.dtype
     return packed
 

@@ -39,7 +39,7 @@ CONSUMERS = {
 @torch.no_grad()
 def smooth(model: Transformer) -> None:
     """Smooth a model's parameters in place; its output stays the same."""
-    layers = (copy.deepcopy(layer).float() for layer in model.model.layers[: model.config.num_hidden_layers])
+    layers = (copy.deepcopy(layer).float() for layer in model.layers)
     factors = smoothing(model.config, model.model.embed_tokens, layers)
     for name, p in model.named_parameters():
         if name in factors:

@@ -102,7 +102,8 @@ class Use(NamedTuple):
 
 def describe() -> list[Use]:
     """The levels, the instruction sets beyond them and PyTorch: what is used on this machine, and why not more."""
-    parts, level = [], capability()
+    parts: list[Use] = []
+    level = capability()
     for name in LEVELS:
         why = _excluded(name) or _load(name)
         if name == level:

@@ -153,7 +153,8 @@ def _source(name: str) -> Path:
 
 def _dependencies(path: Path) -> set[Path]:
     """A source and the files of csrc/ it includes, directly or not."""
-    found, waiting = set(), [path]
+    found: set[Path] = set()
+    waiting = [path]
     while waiting:
         here = waiting.pop()
         if here not in found:

@@ -20,7 +20,7 @@ void Decoder<T>::embed(const i64 *tokens) {
     worker.parallel_for(rows, [&](i64 r) {
         RORQUAL_ASSERT(tokens[r] >= 0 && tokens[r] < net.embedding.outputs);
         if (!net.join) dequantize_row(net.embedding, tokens[r], step.x + r * net.hidden);
-        const i64 half = net.width / 2;
+        const i64 half = net.rope_dim / 2;
         for (i64 j = 0; j < half; ++j) {
             const float angle = float(step.tables.lengths[r] - 1) * net.frequencies[j];
             step.cos[r * half + j] = std::cos(angle) * step.scalars.rope_factor;

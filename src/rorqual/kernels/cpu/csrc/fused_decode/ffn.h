@@ -7,7 +7,7 @@ namespace {
 
 template <class T>
 void Decoder<T>::feed_forward(const Layer<T> &layer) {
-    const QuantizedRows from = normed(step.x, layer.norm2, net.hidden, step.scalars.eps);
+    const QuantizedRows from = normed(step.x, layer.ffn_norm, net.hidden, step.scalars.eps);
     const QuantizedRows inner(step.dense_inner, layer.gate.outputs, step.format);
     const i64 panels = layer.gate.panels(), chunk = std::max(panels_per_task(panels, size, rows), gate_panels(inner));
     worker.parallel_for_stealing(panels, chunk,

@@ -7,15 +7,15 @@ namespace {
 
 template <class T>
 void Decoder<T>::grouped_attention(const Layer<T> &layer) {
-    const i64 G = net.groups, W = net.width, q_per_kv = net.heads / G, half = W / 2;
-    project(normed(step.x, layer.norm, net.hidden, step.scalars.eps),
+    const i64 G = net.kv_heads, W = net.rope_dim, q_per_kv = net.heads / G, half = W / 2;
+    project(normed(step.x, layer.attn_norm, net.hidden, step.scalars.eps),
             {{&layer.q, step.q}, {&layer.k, step.k}, {&layer.v, step.v}}, false);
     const i64 head_bytes = QuantizedRows::groups_of(W) * KV_RECORD_BYTES;  // of a head in an int8 block
     // A (row, head) pair's key and value into the cache.
     const auto write = [&](i64 task) {
         const i64 r = task / G, g = task % G, at = step.tables.slot(r);
         apply_rope(step.k + task * W, step.cos + r * half, step.sin + r * half, W, net.interleave, row);
-        if (net.eight) {
+        if (net.int8_kv) {
             const i64 to = (at / VLEN * G + g) * head_bytes;
             quantize_row(row, W, q8, 0);
             store_key(q8, at % VLEN, reinterpret_cast<uint8_t *>(layer.a) + to);
@@ -45,13 +45,13 @@ void Decoder<T>::grouped_attention(const Layer<T> &layer) {
         if (step.one_token_each) write(first * G + g);
         for (i64 i = 0; i < count * q_per_kv; ++i) {
             const i64 r = first + i / q_per_kv, h = g * q_per_kv + i % q_per_kv;
-            float *query = net.eight ? row : queries + i * W;
+            float *query = net.int8_kv ? row : queries + i * W;
             apply_rope(step.q + (r * net.heads + h) * W, step.cos + r * half, step.sin + r * half, W, net.interleave,
                        query);
-            if (net.eight) quantize_row(query, W, q8, i);
+            if (net.int8_kv) quantize_row(query, W, q8, i);
         }
         float *out = count == 1 ? step.heads + (first * net.heads + g * q_per_kv) * W : outputs;
-        if (net.eight) {
+        if (net.int8_kv) {
             attend_group_int8(q8, int8_blocks(layer.a, task), int8_blocks(layer.b, task),
                               next < 0 ? Int8Blocks{} : int8_blocks(layer.a, next), length, count, q_per_kv, W,
                               step.scalars.softmax_scale, weights, stride, out);

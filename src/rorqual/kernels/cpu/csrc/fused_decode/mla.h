@@ -7,8 +7,8 @@ namespace {
 
 template <class T>
 void Decoder<T>::latent_attention(const Layer<T> &layer) {
-    const i64 H = net.heads, C = net.latent, N = net.nope, R = net.width, V = net.value, half = R / 2;
-    const QuantizedRows from = normed(step.x, layer.norm, net.hidden, step.scalars.eps);
+    const i64 H = net.heads, C = net.latent_dim, N = net.nope_dim, R = net.rope_dim, V = net.value_dim, half = R / 2;
+    const QuantizedRows from = normed(step.x, layer.attn_norm, net.hidden, step.scalars.eps);
     project(from, {{layer.q_a ? &layer.q_a : &layer.q, layer.q_a ? step.q_a : step.q}, {&layer.kv_a, step.kv_a}},
             false);
     worker.parallel_for(rows, [&](i64 r) {

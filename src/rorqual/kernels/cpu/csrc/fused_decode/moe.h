@@ -8,10 +8,10 @@ namespace {
 
 template <class T>
 void Decoder<T>::mixture_of_experts(const Layer<T> &layer) {
-    const i64 E = net.experts, K = net.chosen, D = net.hidden, F = layer.experts_out.width;
+    const i64 E = net.experts, K = net.top_k, D = net.hidden, F = layer.experts_out.width;
     const i64 shared_width = layer.gate ? layer.gate.outputs : 0;
     const QuantizedRows from = quantized(D, [&](const QuantizedRows &to, i64 r) {
-        rms_norm(step.x + r * D, layer.norm2, D, step.scalars.eps, row);
+        rms_norm(step.x + r * D, layer.ffn_norm, D, step.scalars.eps, row);
         quantize_row(row, D, to, r);
     });
     // The router, VLEN experts at a time, and the shared experts, which do not depend on it.
@@ -22,7 +22,7 @@ void Decoder<T>::mixture_of_experts(const Layer<T> &layer) {
         if (const i64 p = chunk * (task - rows * router_tasks); p >= 0)
             return gate_up(layer, from, p, std::min(p + chunk, layer.gate.panels()), p + chunk, shared);
         const i64 r = task / router_tasks, e = task % router_tasks * VLEN, valid = std::min(VLEN, E - e);
-        rms_norm(step.x + r * D, layer.norm2, D, step.scalars.eps, row);
+        rms_norm(step.x + r * D, layer.ffn_norm, D, step.scalars.eps, row);
         store_partial(step.router_scores + r * E + e, gemv16(layer.router + e * D, valid, D, row), valid);
     });
     barrier();
@@ -72,7 +72,7 @@ void Decoder<T>::mixture_of_experts(const Layer<T> &layer) {
 // end at ends[e]; `active` lists the experts that have any.
 template <class T>
 void Decoder<T>::sort_by_expert() {
-    const i64 K = net.chosen, count = rows * K;
+    const i64 K = net.top_k, count = rows * K;
     ends.assign(net.experts, 0);
     active.clear();
     sorted.resize(2 * count);

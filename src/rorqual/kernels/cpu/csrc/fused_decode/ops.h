@@ -140,7 +140,7 @@ void gemv_transposed(const float *x, const T *rows, i64 count, i64 width, float 
 template <class T>
 void route_topk(const Network<T> &net, const float *correction, float factor, float *scores, float *biased_scores,
                 int32_t *chosen, float *weights) {
-    const i64 E = net.experts, K = net.chosen, in_group = E / net.expert_groups;
+    const i64 E = net.experts, K = net.top_k, in_group = E / net.expert_groups;
     float top = -INFINITY, all = 0.0f;
     for (i64 e = 0; e < E; ++e) top = std::max(top, scores[e]);
     for (i64 e = 0; e < E; ++e) {
@@ -149,9 +149,9 @@ void route_topk(const Network<T> &net, const float *correction, float factor, fl
     }
     for (i64 e = 0; e < E; ++e) {
         if (net.softmax) scores[e] /= all;
-        biased_scores[e] = net.biased ? scores[e] + correction[e] : scores[e];
+        biased_scores[e] = net.correction_bias ? scores[e] + correction[e] : scores[e];
     }
-    if (net.within_groups) {  // group-limited: keep the best groups, by their two best experts or their best
+    if (net.group_limited) {  // group-limited: keep the best groups, by their two best experts or their best
         for (i64 remaining = net.groups_kept; remaining < net.expert_groups; ++remaining) {
             i64 worst = -1;
             float lowest = INFINITY;
@@ -165,7 +165,7 @@ void route_topk(const Network<T> &net, const float *correction, float factor, fl
                         second = std::max(second, biased_scores[e]);
                     }
                 }
-                const float group_score = net.biased && in_group > 1 ? best + second : best;
+                const float group_score = net.correction_bias && in_group > 1 ? best + second : best;
                 if (best > -INFINITY && group_score < lowest) {
                     lowest = group_score;
                     worst = g;

@@ -25,7 +25,7 @@ struct Widths {
     i64 input;          // the widest row that is quantised
 
     explicit Widths(const Network<T> &net)
-        : q(net.layers[0].q.outputs), kv(net.layers[0].k.outputs), cache(net.latent + net.width) {
+        : q(net.layers[0].q.outputs), kv(net.layers[0].k.outputs), cache(net.latent_dim + net.rope_dim) {
         for (i64 l = 0; l < net.num_layers; ++l) {
             const Layer<T> &layer = net.layers[l];
             inner = std::max({inner, layer.gate.outputs, layer.experts_out.width});
@@ -51,7 +51,7 @@ struct Step {
               const auto quantized = [&](uint8_t *&pointer, i64 n, i64 width) {
                   buffer(pointer, QuantizedRows::bytes(n, width, format));
               };
-              const i64 routed = rows * net.chosen, inner = widths.inner;
+              const i64 routed = rows * net.top_k, inner = widths.inner;
               quantized(input, rows, widths.input);
               quantized(dense_inner, rows, inner);
               quantized(expert_inner, routed, inner);
@@ -62,8 +62,8 @@ struct Step {
               buffer(v, rows * widths.kv);
               buffer(kv_a, rows * widths.cache);
               buffer(heads, rows * widths.attention);
-              buffer(cos, rows * net.width / 2);
-              buffer(sin, rows * net.width / 2);
+              buffer(cos, rows * net.rope_dim / 2);
+              buffer(sin, rows * net.rope_dim / 2);
               buffer(router_scores, rows * net.experts);
               buffer(biased_scores, rows * net.experts);
               buffer(expert_of, routed);
@@ -71,7 +71,7 @@ struct Step {
               buffer(expert_gate_up, routed * 2 * inner);
               buffer(gates, rows * (inner + VLEN));
           }) {
-        const i64 q_per_kv = net.latent ? net.heads : net.heads / net.groups;
+        const i64 q_per_kv = net.latent_dim ? net.heads : net.heads / net.kv_heads;
         const i64 max_run = std::max(i64(1), std::min(i64(8), 24 / q_per_kv));
         for (i64 r = 0; r < rows; ++r) {
             const bool same = r > 0 && tables.continues(r);
@@ -82,7 +82,7 @@ struct Step {
         runs.push_back(rows);
         for (size_t i = 1; i < runs.size(); ++i) longest_run = std::max(longest_run, runs[i] - runs[i - 1]);
         RORQUAL_ASSERT(std::has_single_bit(uint64_t(tables.block)) && tables.block >= VLEN &&
-                       (!net.eight || tables.block == VLEN));
+                       (!net.int8_kv || tables.block == VLEN));
     }
 
     const Network<T> &net;
@@ -113,16 +113,16 @@ struct Decoder {
           rows(step.rows),
           worker(step.team, omp_get_thread_num(), size),
           stride((step.tables.longest(step.rows) + VLEN - 1) / VLEN * VLEN),
-          heads_at_once(net.latent ? (rows >= size ? net.heads : (net.heads + size - 1) / size)
-                                   : net.heads / net.groups),
-          q8(nullptr, net.width, INT8_GROUPS),
+          heads_at_once(net.latent_dim ? (rows >= size ? net.heads : (net.heads + size - 1) / size)
+                                   : net.heads / net.kv_heads),
+          q8(nullptr, net.rope_dim, INT8_GROUPS),
           arena([&](auto &buffer) {
               const i64 queries_at_once = step.longest_run * heads_at_once, width = step.widths.cache;
               uint8_t *q8_data = nullptr;
               buffer(own_input, QuantizedRows::bytes(step.replicate ? rows : 0, step.widths.input, step.format));
               buffer(keys, width);
               buffer(row, step.widths.input);
-              buffer(q8_data, QuantizedRows::bytes(net.eight ? queries_at_once : 0, net.width, INT8_GROUPS));
+              buffer(q8_data, QuantizedRows::bytes(net.int8_kv ? queries_at_once : 0, net.rope_dim, INT8_GROUPS));
               buffer(queries, queries_at_once * width);
               buffer(weights, queries_at_once * stride);
               buffer(outputs, queries_at_once * width);
