@@ -68,7 +68,8 @@ def test_characters_come_whole_however_many_tokens_at_a_time(tokenizer, step):
     tokens = tokenizer(said).input_ids
     stream, shown = IncrementalDetokenizer(TokenDecoder(tokenizer)), ""
     for end in [*range(step, len(tokens), step), len(tokens)]:
-        shown += stream.feed(tokens[:end], last=end == len(tokens))
+        stream.feed(tokens[:end], last=end == len(tokens))
+        shown += stream.take().text
         assert "\ufffd" not in shown
         assert said.startswith(shown)
         assert len(tokenizer(shown).input_ids) > end - 4, "no more is held back than a character"
@@ -212,7 +213,8 @@ def test_sentencepiece_keeps_the_first_space_and_joins_bytes(kind):
     tokens, shown = tokenizer.convert_tokens_to_ids(names), []
     stream = IncrementalDetokenizer(TokenDecoder(tokenizer, [tokens[-1]]))
     for end in range(1, len(tokens) + 1):
-        shown.append(stream.feed(tokens[:end], last=end == len(tokens)))
+        stream.feed(tokens[:end], last=end == len(tokens))
+        shown.append(stream.take().text)
     assert shown == [" a", "", "é", "", " ", "b", "", "�x", ""]
     assert TokenDecoder(tokenizer, [tokens[-1]]).decode(tokens) == stream.text == " aé b�x"
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from rorqual.engine import SamplingParams, sampling
-from rorqual.engine.batch import WINDOW, DecodeBatch, Request
+from rorqual.engine.batch import WINDOW, DecodeBatch
+from rorqual.engine.sequence import Request
 from rorqual.kernels import cpu
 
 WORDS = 300

@@ -7,8 +7,8 @@ from transformers import PreTrainedTokenizerFast
 
 from rorqual.data.tool_formats import DEEPSEEK, DEEPSEEK_V31, HERMES, JSON, LLAMA, MISTRAL, Call
 from rorqual.engine.grammar import GrammarCompiler, json_grammar
+from rorqual.engine.outputs import TokenDelta
 from rorqual.errors import UserError
-from rorqual.serve.engine_thread import TokenDelta
 from rorqual.serve.protocol import ChatRequest
 from rorqual.serve.responses import ChatChoice
 from rorqual.serve.tool_calls import CallReader, call_grammar, callable_tools
@@ -292,8 +292,8 @@ def test_white_space_within_json_comes_to_an_end(compiler, said, right):
 )
 def test_only_a_list_of_calls_that_is_whole_is_called_so(said, finish, wanted):
     choice = ChatChoice(0, None, CallReader(HERMES, BOTH), False, 0)
-    chunks = [choice.add(TokenDelta(0, "", letter, [0], [], [], None, 0, 0)) for letter in said]
-    chunks.append(choice.add(TokenDelta(0, "", "", [0], [], [], finish, 0, 0)))
+    chunks = [choice.add(TokenDelta(0, letter, "", letter, [0], [], [], None, 0, 0)) for letter in said]
+    chunks.append(choice.add(TokenDelta(0, "", "", "", [0], [], [], finish, 0, 0)))
     streamed = [c for chunk in chunks if chunk for c in chunk["delta"].get("tool_calls", [])]
     assert (len(streamed), chunks[-1]["finish_reason"]) == wanted
     assert [c["index"] for c in streamed] == list(range(wanted[0]))

@@ -3,93 +3,16 @@
 NumPy arrays: an operation on so few numbers takes NumPy a fifth of PyTorch's time, and a step makes fifty.
 """
 
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import TYPE_CHECKING
-
 import numpy as np
-from numpy.typing import NDArray
 
 from rorqual.engine.block_manager import BLOCK, NULL_BLOCK
-from rorqual.engine.grammar import GrammarState
-from rorqual.engine.prompt_logprobs import PromptLogprobs
-from rorqual.engine.sampling_params import SamplingParams
+from rorqual.engine.sequence import Floats, Integers, Sequence
 from rorqual.kernels.append_tokens import NUMBERS, AppendTokens
 from rorqual.kernels.sample import SamplingFilter
-
-if TYPE_CHECKING:
-    from rorqual.engine.speculative import PromptLookupDrafter
 
 MAX_DRAFTS = 12  # draft tokens a row, fewer than a block has tokens
 WINDOW = 256  # random numbers drawn at a time, one for each token
 NEVER = 1 << 60
-
-Integers = NDArray[np.int64]
-Floats = NDArray[np.float32]
-
-
-@dataclass(eq=False)
-class Sequence:
-    """One completion of a request's prompt. While it is in the batch, its `tokens` and `logprobs` are kept there;
-    those of streaming requests are kept here too.
-    """
-
-    request: "Request"
-    index: int  # of the request's n
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)  # (token, logprob) at every position
-    blocks: list[int] = field(default_factory=list)
-    generator: np.random.Generator | None = None
-    uniforms: Floats | None = None  # [WINDOW] random numbers, from token WINDOW·window_index on
-    window_index: int = 0
-    thinking_ended: bool = False  # or not begun (`unopened`): the thinking budget does not apply
-    unopened: bool = False  # <think> has not come yet
-    grammar_state: GrammarState | None = None
-    drafter: "PromptLookupDrafter | None" = None  # with prompt lookup
-    finish_reason: str | None = None  # "stop", "length" or "cancelled"
-
-
-@dataclass(eq=False)
-class Request:
-    """A prompt to be completed params.n times, or (with prompt_logprobs) only scored."""
-
-    prompt: tuple[int, ...]
-    params: SamplingParams
-    max_new_tokens: int  # tokens of an answer
-    seed: int
-    stop_token_ids: tuple[int, ...]
-    think_end_token: int | None = None  # set with a thinking budget
-    streaming: bool = False  # tokens are read while they are generated
-    opening: str = ""  # the end of the prompt that belongs to the answer's thinking (TokenDecoder.opening)
-    unopened: bool = False  # the prompt opens no thinking, so its budget counts only once the model does
-    grammar_state: GrammarState | None = None
-    cached_tokens: int = 0  # prompt tokens found in the prefix cache
-    prompt_logprobs: PromptLogprobs | None = None  # then there are no sequences
-    sequences: list[Sequence] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.sequences = [
-            Sequence(
-                self,
-                j,
-                thinking_ended=self.unopened,
-                unopened=self.unopened,
-                grammar_state=self.grammar_state and self.grammar_state.copy(),
-            )
-            for j in range(self.params.n)
-        ]
-
-    @property
-    def done(self) -> bool:
-        if self.prompt_logprobs is not None:
-            return self.prompt_logprobs.done
-        return all(sequence.finish_reason for sequence in self.sequences)
-
-    @cached_property
-    def distinct_tokens(self) -> Integers:
-        """The prompt's distinct tokens, computed once: at every token it would take milliseconds."""
-        return np.unique(self.prompt)
 
 
 class DecodeBatch:
@@ -232,9 +155,9 @@ class DecodeBatch:
         sequence.thinking_ended = bool(self.thinking_ended[row])
         return sequence
 
-    def open_thinking(self, sequence: Sequence) -> None:
+    def open_thinking(self, row: int) -> None:
         """The model has opened its thinking; from here its budget applies."""
-        sequence.unopened, self.thinking_ended[self.sequences.index(sequence)] = False, 0
+        self.sequences[row].unopened, self.thinking_ended[row] = False, 0
 
     def remove(self, rows: list[int]) -> None:
         """Free rows; the last ones move into the holes."""

@@ -22,17 +22,16 @@ def block_key(previous: bytes, tokens: Sequence[int]) -> bytes:
 
 
 class BlockManager:
-    """Allocates `count` blocks, NULL_BLOCK among them."""
+    """Allocates `count` blocks, NULL_BLOCK among them. prefix_cache: keep full blocks for prompts with their prefix."""
 
-    def __init__(self, count: int) -> None:
-        self.count = count
+    def __init__(self, count: int, prefix_cache: bool = False) -> None:
+        self.count, self.prefix_cache = count, prefix_cache
         self.ref_counts = [0] * count
         self._free = list(range(count - 1, NULL_BLOCK, -1))
         self._key_of: dict[int, bytes] = {}
         self._block_of: dict[bytes, int] = {}
-        self._evictable: OrderedDict[int, None] = (
-            OrderedDict()
-        )  # in the prefix cache, no reference; least recently used first
+        # In the prefix cache, and no reference; the least recently used first.
+        self._evictable: OrderedDict[int, None] = OrderedDict()
 
     @property
     def free(self) -> int:
@@ -41,13 +40,18 @@ class BlockManager:
 
     def allocate(self) -> int | None:
         """A block with one reference, evicted from the prefix cache if need be; None when every block is in use."""
+        return self._allocate() if self._free or self._evictable else None
+
+    def allocate_many(self, count: int) -> list[int]:
+        """`count` blocks, at most those `free`."""
+        return [self._allocate() for _ in range(count)]
+
+    def _allocate(self) -> int:
         if self._free:
             block = self._free.pop()
-        elif self._evictable:
+        else:
             block, _ = self._evictable.popitem(last=False)
             del self._block_of[self._key_of.pop(block)]
-        else:
-            return None
         self.ref_counts[block] = 1
         return block
 
@@ -65,6 +69,26 @@ class BlockManager:
                     self._evictable[block] = None
                 else:
                     self._free.append(block)
+
+    def match_prefix(self, tokens: tuple[int, ...]) -> list[int]:
+        """The longest run of full blocks in the prefix cache with which these tokens begin, each with a reference."""
+        found: list[int] = []
+        key = b""
+        for start in range(0, len(tokens) - BLOCK + 1, BLOCK) if self.prefix_cache else ():
+            key = block_key(key, tokens[start : start + BLOCK])
+            block = self.lookup(key)
+            if block is None:
+                break
+            self.incref(block)
+            found.append(block)
+        return found
+
+    def cache_blocks(self, tokens: tuple[int, ...], blocks: list[int]) -> None:
+        """Add the full ones among a sequence's blocks, which hold its `tokens`, to the prefix cache."""
+        key = b""
+        for block, start in zip(blocks, range(0, len(tokens) - BLOCK + 1, BLOCK), strict=False):
+            key = block_key(key, tokens[start : start + BLOCK])
+            self.insert(block, key)
 
     def insert(self, block: int, key: bytes) -> None:
         """Add a full block to the prefix cache."""

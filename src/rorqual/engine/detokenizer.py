@@ -1,8 +1,10 @@
 """Incremental detokenization: whole characters, stop strings, and thinking split from the answer."""
 
+import builtins
 import codecs
 import re
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 from rorqual.data.special_tokens import FRAMED, THINK, is_special
 from rorqual.tokenizer_protocol import Tokenizer
@@ -35,7 +37,7 @@ class TokenDecoder:
         self.hidden = {*ends, *(n for n, t in self._added.items() if is_special(t.content, t.special))}
         self.hidden -= set(self.think or ())
 
-    def bytes(self, token: int) -> bytes:
+    def bytes(self, token: int) -> builtins.bytes:
         """A token's UTF-8 bytes, which may be part of a character; of hidden tokens their names."""
         found = self._cache.get(token)
         if found is None:
@@ -69,7 +71,7 @@ class TokenDecoder:
         text = self.decode(prompt[closed if begin is None else begin :])
         return text if SHUT.fullmatch(text) else ""
 
-    def _token_bytes(self, token: int) -> bytes:
+    def _token_bytes(self, token: int) -> builtins.bytes:
         if token in self._added:
             return self._added[token].content.encode()
         if self._byte_level:
@@ -136,8 +138,16 @@ class StopMatcher:
         return borders[length - 1]
 
 
+class NewText(NamedTuple):
+    """Text that has become final, and its parts."""
+
+    text: str
+    reasoning: str
+    content: str
+
+
 class IncrementalDetokenizer:
-    """`feed` takes all tokens of a sequence so far and returns the text that has become final since the last call.
+    """`feed` takes all tokens of a sequence so far; `take` returns the text that has become final since the last call.
 
     `text` is the text so far; `reasoning` and `content` are its thinking and answer, each without leading line breaks.
     `stopped`: a stop string was found, before which the text ends; of several the one that is complete first. They are
@@ -158,12 +168,19 @@ class IncrementalDetokenizer:
         self._leading = ""  # white space before a <think> that may follow
         self._held = ""  # text that may be the beginning of a stop string or mark
         self._close_matcher = StopMatcher(THINK[1]) if decoder.think is None else None
+        self._taken = 0, 0, 0  # characters of text, reasoning and content
 
-    def feed(self, tokens: list[int], last: bool = False) -> str:
+    def take(self) -> NewText:
+        """What has become final since the last call."""
+        text, reasoning, content = self._taken
+        self._taken = len(self.text), len(self.reasoning), len(self.content)
+        return NewText(self.text[text:], self.reasoning[reasoning:], self.content[content:])
+
+    def feed(self, tokens: list[int], last: bool = False) -> None:
         """last: no more tokens follow, so held text is released."""
         if self.stopped:
-            return ""
-        before, decoder = len(self.text), self._decoder
+            return
+        decoder = self._decoder
         for token in tokens[self._num_read :]:
             self._num_read += 1
             if token in self._think and self._handle_mark(token):
@@ -179,7 +196,6 @@ class IncrementalDetokenizer:
                     break
         if last and not self.stopped:
             self._add_text(self._utf8.decode(b"", True), last=True)
-        return self.text[before:]
 
     def _handle_mark(self, token: int) -> bool:
         """Handle a token that opens or closes thinking; False where it is plain text."""

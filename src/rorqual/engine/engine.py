@@ -2,58 +2,34 @@
 
 from collections import abc
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
-from rorqual.data.special_tokens import encode
-from rorqual.data.tokenizer import beginning
-from rorqual.engine.argument_checks import prompt_list, token_ids
-from rorqual.engine.batch import Request, Sequence
+from rorqual.engine.argument_checks import prompt_list
 from rorqual.engine.block_manager import BLOCK, BlockManager
-from rorqual.engine.detokenizer import IncrementalDetokenizer, TokenDecoder, leaves_open
-from rorqual.engine.grammar import Grammar, GrammarCompiler, GrammarState
+from rorqual.engine.detokenizer import IncrementalDetokenizer
+from rorqual.engine.grammar import Grammar
+from rorqual.engine.input_processor import InputProcessor
 from rorqual.engine.load_model import open_model
+from rorqual.engine.outputs import Completion, Counters, Status
 from rorqual.engine.paged_kv_cache import PagedKVCache, block_bytes
 from rorqual.engine.prompt_logprobs import PromptLogprobs
 from rorqual.engine.sampling_params import SamplingParams
-from rorqual.engine.scheduler import Counters, Scheduler
+from rorqual.engine.scheduler import Scheduler
+from rorqual.engine.sequence import Request, Sequence
 from rorqual.engine.speculative import SpeculativeMethod
 from rorqual.errors import UserError
 from rorqual.kernels import cpu
 from rorqual.kernels.quantized_linear import QuantizedWeight
 from rorqual.model import Transformer
+from rorqual.precision.quantize import Bits
 from rorqual.tokenizer_protocol import Tokenizer
 
 DEFAULT_KV_CACHE_BYTES = 1 << 30  # for submitted requests; on a CPU, pages not written to take no memory
 MAX_PREFILL_TOKENS = 4096  # a step; running sequences wait for them
-
-
-@dataclass
-class Completion:
-    """One completion. `tokens` and `logprobs` include the stop token, `text` neither it nor a stop string."""
-
-    text: str
-    tokens: list[int]
-    logprobs: list[float]
-    finish_reason: str  # "stop", "length" or "cancelled"
-    cached_tokens: int = 0  # of the prompt, found in the prefix cache
-    top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)  # if requested, at every token
-
-
-@dataclass
-class Status:
-    """Numbers of sequences, and of KV cache blocks; blocks only kept for the prefix cache count as free."""
-
-    running: int
-    waiting: int
-    blocks_used: int
-    blocks: int
-    kv_cache_bytes: int  # that the cache takes
-    counters: Counters
 
 
 class Engine:
@@ -65,7 +41,7 @@ class Engine:
     `speculative`: speculative decoding with drafts from the model's multi-token module ("mtp") or from prompt lookup
     ("ngram"; "auto": "ngram" where weights are quantised); it changes the time an answer takes, never the answer.
     `kv_cache_dtype`: by default the dtype that the model computes in; int8 halves BF16's memory and is fast where
-    weights are quantised. Other arguments go to `open_model`: dtype, device, weights ("int4" or "int8").
+    weights are quantised. `dtype`, `device`, `weights`: see `open_model`; for a model that is not in memory.
 
     Raises UserError for invalid arguments, and for a model that cannot be read.
     """
@@ -74,7 +50,7 @@ class Engine:
         self, model: str | Path | Transformer, tokenizer: Tokenizer | None = None, max_num_seqs: int = 256,
         kv_cache_bytes: int | None = None, prefix_cache: bool = False, max_prefill_tokens: int = MAX_PREFILL_TOKENS,
         speculative: SpeculativeMethod | Literal["auto"] | None = None, kv_cache_dtype: torch.dtype | None = None,
-        **load: Any,
+        dtype: torch.dtype | None = None, device: torch.device | str = "cpu", weights: Bits | None = None,
     ) -> None:  # fmt: skip
         for name, value, least in (
             ("max_num_seqs", max_num_seqs, 1),
@@ -86,7 +62,7 @@ class Engine:
         if speculative not in (None, "auto", "mtp", "ngram"):
             raise UserError(f'speculative = {speculative!r}: must be "mtp", "ngram" or "auto", or None')
         if not isinstance(model, Transformer):
-            model, own = open_model(model, **load)
+            model, own = open_model(model, dtype, device, weights)
             tokenizer = tokenizer or own
         self.model, self.tokenizer, self.max_num_seqs = model, tokenizer, max_num_seqs
         self.kv_cache_bytes, self.prefix_cache = kv_cache_bytes, prefix_cache
@@ -100,11 +76,9 @@ class Engine:
         self.kv_cache_dtype = kv_cache_dtype or model.head_weight.dtype
         self.block_bytes = block_bytes(model.config, self.kv_cache_dtype, int(speculative == "mtp"))
         self.end_tokens = tuple(sorted(model.released.ends_with(tokenizer, model.config)))
-        self.bos_tokens = () if tokenizer is None else beginning(tokenizer)
+        self.inputs = InputProcessor(model.config, tokenizer, self.end_tokens)
+        self.token_decoder, self.thinking_marks = self.inputs.token_decoder, self.inputs.thinking_marks
         self._scheduler: Scheduler | None = None
-        self._detokenizers: dict[Sequence, IncrementalDetokenizer] = {}
-        self.token_decoder = None if tokenizer is None else TokenDecoder(tokenizer, self.end_tokens)
-        self.thinking_marks = None if self.token_decoder is None else self.token_decoder.think
 
     # -- submit and step
 
@@ -113,55 +87,35 @@ class Engine:
 
         Raises UserError for an invalid prompt, and one that context or KV cache do not hold.
         """
-        request = self._request(prompt, params, "the prompt", torch.seed() if params.seed is None else params.seed)
-        request.streaming = request.streaming or streaming
-        scheduler = self._scheduler_for([request], at_least=DEFAULT_KV_CACHE_BYTES)
-        self._add(scheduler, request)
+        seed = torch.seed() if params.seed is None else params.seed
+        request = self.inputs.request(prompt, params, seed, "the prompt", self._kv_cache_tokens(), streaming)
+        self._scheduler_for([request], at_least=DEFAULT_KV_CACHE_BYTES).add(request)
         return request
 
     def score(self, tokens: abc.Sequence[int], top: int) -> Request:
         """Queue a text to be scored, with the `top` most probable tokens at every position; `step` works on it, a chunk
         at a time, until the request is done. Raises UserError for a text that context or KV cache do not hold.
         """
-        request = self._request(tokens, SamplingParams(max_tokens=1), "the text", 0)
+        request = self.inputs.request(tokens, SamplingParams(max_tokens=1), 0, "the text", self._kv_cache_tokens())
         request.sequences, request.prompt_logprobs = [], PromptLogprobs(request.prompt, self.model.head_weight, top)
-        self._add(self._scheduler_for([request], at_least=DEFAULT_KV_CACHE_BYTES), request)
+        self._scheduler_for([request], at_least=DEFAULT_KV_CACHE_BYTES).add(request)
         return request
 
     def compile(self, grammar: Grammar) -> Grammar:
         """Compile a grammar, which makes `submit` fast. May run in another thread. Raises UserError for a bad one."""
-        return self._grammars.compile(grammar)
+        return self.inputs.grammars.compile(grammar)
 
     def step(self, before_forward: Callable[[], None] | None = None) -> list[Sequence]:
         """Decode a token for every running sequence, and prefill → finished sequences, and streaming ones, which grew.
 
         before_forward: called before the forward pass, which takes most of a step and releases the GIL.
         """
-        if self._scheduler is None:
-            return []
-        found = self._scheduler.step(before_forward)
-        for sequence in found:
-            if (text := self._detokenizers.get(sequence)) is None:
-                continue
-            text.feed(self._without_stop_token(sequence), last=sequence.finish_reason is not None)
-            if text.thinking and sequence.unopened and sequence.finish_reason is None:
-                self._scheduler.batch.open_thinking(sequence)
-            if text.stopped and sequence.finish_reason != "stop":
-                if sequence.finish_reason is None:
-                    self._scheduler.finish(self._scheduler.batch.sequences.index(sequence), "stop")
-                sequence.finish_reason = "stop"
-        return found
+        return [] if self._scheduler is None else self._scheduler.step(before_forward)
 
     def cancel(self, request: Request) -> None:
         """Stop a request; its blocks are free at once."""
         if self._scheduler is not None:
             self._scheduler.cancel(request)
-        self.release(request)
-
-    def release(self, request: Request) -> None:
-        """Drop the detokenizers of a request that is done."""
-        for sequence in request.sequences:
-            self._detokenizers.pop(sequence, None)
 
     def prepare(self) -> None:
         """Allocate the KV cache, of `kv_cache_bytes`, before the first request. Raises UserError if memory lacks."""
@@ -170,21 +124,16 @@ class Engine:
     def reset(self) -> None:
         """Drop all requests, and the KV cache."""
         self._scheduler = None
-        self._detokenizers.clear()
 
     def status(self) -> Status:
         """Running and waiting sequences, blocks, and counters."""
-        scheduler = self._scheduler
-        if scheduler is None:
-            return Status(0, 0, 0, 0, 0, Counters())
-        blocks = scheduler.blocks
-        running, waiting = scheduler.batch.n, scheduler.num_waiting
-        held = sum(store.nbytes for layer in scheduler.kv_cache.layers for store in layer)
-        return Status(running, waiting, blocks.count - 1 - blocks.free, blocks.count - 1, held, scheduler.counters)
+        return Status(0, 0, 0, 0, 0, Counters()) if self._scheduler is None else self._scheduler.status()
 
     def detokenizer(self, sequence: Sequence) -> IncrementalDetokenizer:
-        """The detokenizer of a streaming sequence, with its text so far."""
-        return self._detokenizers[sequence]
+        """The detokenizer of a streaming sequence, with its text so far. Raises UserError without a tokenizer."""
+        self.require_tokenizer()
+        assert sequence.detokenizer is not None, "the request is not streaming"
+        return sequence.detokenizer
 
     @property
     def idle(self) -> bool:
@@ -197,10 +146,9 @@ class Engine:
 
     def completion(self, sequence: Sequence) -> Completion:
         """The completion of a finished sequence."""
-        stream = self._detokenizers.pop(sequence, None)
-        text = stream.text if stream is not None else self._decode(self._without_stop_token(sequence))
+        text = sequence.detokenizer
         return Completion(
-            text,
+            self.inputs.decode(sequence.text_tokens) if text is None else text.text,
             sequence.tokens,
             sequence.logprobs,
             sequence.finish_reason or "",
@@ -224,13 +172,16 @@ class Engine:
         """
         params = params or SamplingParams()
         seed = torch.seed() if params.seed is None else params.seed
-        numbered = enumerate(prompt_list(prompts))
-        requests = [self._request(p, params, f"prompt {i + 1}", seed + (i << 32)) for i, p in numbered]
+        most = self._kv_cache_tokens()
+        requests = [
+            self.inputs.request(prompt, params, seed + (i << 32), f"prompt {i + 1}", most)
+            for i, prompt in enumerate(prompt_list(prompts))
+        ]
         if not requests:
             return []
         scheduler = self._scheduler_for(requests)
         for request in requests:
-            self._add(scheduler, request)
+            scheduler.add(request)
         try:
             left = {sequence for request in requests for sequence in request.sequences}
             while left:  # requests submitted before go on too
@@ -250,78 +201,50 @@ class Engine:
     ) -> None:
         """Raise what `generate` would raise for these prompts, UserError, before anything is computed."""
         for i, prompt in enumerate(prompt_list(prompts)):
-            self._request(prompt, params or SamplingParams(), f"prompt {i + 1}", 0)
+            self.inputs.request(prompt, params or SamplingParams(), 0, f"prompt {i + 1}", self._kv_cache_tokens())
 
     def stream(self, prompt: str | abc.Sequence[int], params: SamplingParams | None = None) -> Iterator[str]:
         """Yield the text of one completion as it is generated. Raises UserError without a tokenizer."""
         self.require_tokenizer()
         request = self.submit(prompt, replace(params or SamplingParams(), n=1))
-        sequence, shown = request.sequences[0], 0
-        text = self._detokenizers[sequence]
+        (sequence,) = request.sequences
+        text = self.detokenizer(sequence)
         try:
             while sequence.finish_reason is None:
                 self.step()
-                if len(text.text) > shown:
-                    yield text.text[shown:]
-                    shown = len(text.text)
+                if piece := text.take().text:
+                    yield piece
         finally:
             if sequence.finish_reason is None:
                 self.cancel(request)
-            self._detokenizers.pop(sequence, None)
 
-    # -- internals
+    # -- tokenizer
 
-    def _request(self, prompt: str | abc.Sequence[int], params: SamplingParams, name: str, seed: int) -> Request:
-        context = self.model.config.max_position_embeddings
-        ids = tuple(self.encode(prompt)) if isinstance(prompt, str) else token_ids(prompt, name)
-        if not ids:
-            raise UserError(f"{name} is empty; give at least one token")
-        if len(ids) >= context:
-            raise UserError(
-                f"{name} has {len(ids)} tokens, but the model's context holds {context} "
-                "(max_position_embeddings); shorten it"
-            )
-        vocabulary = self.model.config.vocab_size
-        for of, tokens in ((name, ids), ("logit_bias", (t for t, _ in params.logit_bias))):
-            if not all(0 <= t < vocabulary for t in tokens):
-                raise UserError(f"{of}: token ids must be from 0 to {vocabulary - 1}")
-        if params.stop and self.tokenizer is None:
-            raise UserError("this engine has no tokenizer, which stop strings need; give stop_token_ids")
-        limit = min(params.max_tokens, context - len(ids))
-        if params.max_length is not None:
-            if len(ids) >= params.max_length:
-                raise UserError(
-                    f"{name} has {len(ids)} tokens, but the model's max_length allows {params.max_length} with the "
-                    "answer; set max_tokens"
-                )
-            limit = min(limit, params.max_length - len(ids))
-        if self.kv_cache_bytes is not None or (self._scheduler is not None and not self._scheduler.idle):
-            bounded = self.kv_cache_bytes is not None
-            most = ((self._count(self.kv_cache_bytes) if bounded else self._scheduler.blocks.count) - 2) * BLOCK
-            if len(ids) + limit > most:
-                raise UserError(
-                    f"{name} with its answer takes {len(ids) + limit} tokens, but the KV cache holds {max(0, most)}; "
-                    "lower max_tokens, or raise kv_cache_bytes (--cache-gb)"
-                )
-        think_end = None if params.thinking_budget is None else self._think_end()
-        stops = (() if params.ignore_eos else self.end_tokens) + params.stop_token_ids
-        opening = self.opening(ids)
-        thinking = leaves_open(opening)
-        grammar_state = None
-        if params.grammar is not None:
-            grammar_state = self._start_grammar(params.grammar, thinking, may_think=not opening)
-        # Where the model may still open its thinking, its tokens are read at once, since the budget counts from there.
-        unopened = think_end is not None and self.thinking_marks is not None and not thinking
-        streaming = bool(params.stop) or unopened
-        return Request(ids, params, limit, seed, stops, think_end, streaming, opening, unopened, grammar_state)
+    def encode(self, text: str, begin: bool = True) -> list[int]:
+        """A text's token ids. begin: prepend the tokenizer's BOS, unless the text starts with it; chat templates write
+        their own. Raises UserError if the engine has no tokenizer.
+        """
+        return self.inputs.encode(text, begin)
 
-    def _add(self, scheduler: Scheduler, request: Request) -> None:
-        if request.streaming and self.token_decoder is not None:
-            for sequence in request.sequences:
-                self._detokenizers[sequence] = IncrementalDetokenizer(
-                    self.token_decoder, request.params.stop, request.opening
-                )
-        scheduler.add(request)
+    def require_tokenizer(self) -> Tokenizer:
+        """The tokenizer. Raises UserError if the engine has none."""
+        return self.inputs.require_tokenizer()
+
+    def opening(self, prompt: abc.Sequence[int]) -> str:
+        """The end of a prompt that belongs to the answer's thinking, from its mark on; "" for none."""
+        return self.inputs.opening(prompt)
+
+    # -- KV cache
+
+    def _kv_cache_tokens(self) -> int | None:
+        """Tokens that a sequence may have for the KV cache to hold it; None where the cache is yet to be allocated."""
+        if self.kv_cache_bytes is not None:
+            count = self._count(self.kv_cache_bytes)
+        elif self._scheduler is not None and not self._scheduler.idle:
+            count = self._scheduler.blocks.count
+        else:
+            return None
+        return max(0, count - 2) * BLOCK
 
     def _scheduler_for(self, requests: list[Request], at_least: int = 0) -> Scheduler:
         """The scheduler, with a KV cache that holds these requests and has `at_least` bytes."""
@@ -345,8 +268,7 @@ class Engine:
                 self.model,
                 self.max_num_seqs,
                 cache,
-                BlockManager(count),
-                self.prefix_cache,
+                BlockManager(count, self.prefix_cache),
                 self.max_prefill_tokens,
                 self.speculative,
             )
@@ -354,44 +276,3 @@ class Engine:
 
     def _count(self, cache_bytes: int) -> int:
         return cache_bytes // self.block_bytes
-
-    def encode(self, text: str, begin: bool = True) -> list[int]:
-        """A text's token ids. begin: prepend the tokenizer's BOS, unless the text starts with it; chat templates write
-        their own.
-        """
-        ids = self._encode(text)
-        return [*self.bos_tokens, *ids] if begin and tuple(ids[: len(self.bos_tokens)]) != self.bos_tokens else ids
-
-    def _encode(self, text: str) -> list[int]:
-        return encode(text, self.require_tokenizer())
-
-    def _think_end(self) -> int:
-        ids = self._encode("</think>")
-        if len(ids) != 1:
-            raise UserError("thinking_budget needs a tokenizer with </think> as one token")
-        return ids[0]
-
-    def require_tokenizer(self) -> Tokenizer:
-        """The tokenizer. Raises UserError if the engine has none."""
-        if self.tokenizer is None:
-            raise UserError("this engine has no tokenizer; give token ids or pass tokenizer=")
-        return self.tokenizer
-
-    def opening(self, prompt: abc.Sequence[int]) -> str:
-        """The end of a prompt that belongs to the answer's thinking, from its mark on; "" for none."""
-        return "" if self.token_decoder is None else self.token_decoder.opening(prompt)
-
-    def _start_grammar(self, grammar: Grammar, thinking: bool, may_think: bool) -> GrammarState:
-        return self._grammars.start(grammar, self.thinking_marks, thinking, may_think)
-
-    @cached_property
-    def _grammars(self) -> GrammarCompiler:
-        return GrammarCompiler(self.require_tokenizer(), self.model.config.vocab_size, self.end_tokens)
-
-    def _without_stop_token(self, sequence: Sequence) -> list[int]:
-        """A sequence's tokens without its stop token."""
-        tokens = sequence.tokens
-        return tokens[:-1] if tokens and tokens[-1] in sequence.request.stop_token_ids else tokens
-
-    def _decode(self, tokens: list[int]) -> str:
-        return "" if self.token_decoder is None else self.token_decoder.decode(tokens)

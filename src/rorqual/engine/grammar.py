@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import torch
@@ -11,6 +11,10 @@ from torch import Tensor
 from rorqual.errors import UserError
 from rorqual.extras import require
 from rorqual.tokenizer_protocol import Tokenizer
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
+    from transformers import PreTrainedTokenizerFast
 
 WHITESPACE = r"(\r?\n){0,2}[ \t]{0,20}"  # between two tokens of JSON, as in llama.cpp's grammars
 
@@ -25,7 +29,7 @@ class Grammar:
     kind: Literal["json_schema", "regex", "lark"]
     text: str
     source: str = ""
-    matcher: Any = field(default=None, compare=False, repr=False)  # llguidance's, once compiled
+    matcher: "LLMatcher | None" = field(default=None, compare=False, repr=False)  # once compiled
 
 
 class GrammarCompiler:
@@ -38,7 +42,9 @@ class GrammarCompiler:
         from llguidance.hf import from_tokenizer
 
         self.vocabulary, self.ends = vocabulary, ends
-        self._tokens = from_tokenizer(cast(Any, tokenizer), n_vocab=vocabulary, eos_token=list(ends))
+        self._tokens = from_tokenizer(
+            cast("PreTrainedTokenizerFast", tokenizer), n_vocab=vocabulary, eos_token=list(ends)
+        )
 
     def compile(self, grammar: Grammar) -> Grammar:
         """The grammar with its matcher; takes seconds for a large one. Raises UserError for a bad one."""
@@ -49,12 +55,13 @@ class GrammarCompiler:
             "regex": LLMatcher.grammar_from_regex,
             "lark": LLMatcher.grammar_from_lark,
         }
+        matcher, problem = None, ""
         try:
             matcher = LLMatcher(self._tokens, parsers[grammar.kind](grammar.text), log_level=0)
             problem = matcher.get_error() if matcher.is_error() else ""
         except ValueError as e:
             problem = str(e)
-        if not problem:
+        if matcher is not None and not problem:
             matcher.compute_bitmask()  # only this finds out whether there is a first token
             problem = "no text fits it; does a $ref lead to itself?" if matcher.is_error() else ""
         if problem:
@@ -70,17 +77,18 @@ class GrammarCompiler:
         think: the tokens that open and close thinking. thinking: the prompt has opened it. may_think: else the model
         may open it with its first token. Raises UserError for a bad grammar.
         """
-        compiled = grammar if grammar.matcher is not None else self.compile(grammar)
+        matcher = grammar.matcher or self.compile(grammar).matcher
+        assert matcher is not None
         opens, closes = think or (None, None)
         may_open = opens if may_think and not thinking else None
-        return GrammarState(compiled.matcher.deep_copy(), self, may_open, closes, thinking and closes is not None)
+        return GrammarState(matcher.deep_copy(), self, may_open, closes, thinking and closes is not None)
 
 
 class GrammarState:
     """One sequence's position in its grammar."""
 
     def __init__(
-        self, matcher: Any, compiler: GrammarCompiler, opens: int | None, closes: int | None, thinking: bool
+        self, matcher: "LLMatcher", compiler: GrammarCompiler, opens: int | None, closes: int | None, thinking: bool
     ) -> None:
         self._matcher, self._compiler = matcher, compiler
         self._opens, self._closes, self._thinking = opens, closes, thinking

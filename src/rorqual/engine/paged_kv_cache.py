@@ -6,6 +6,7 @@ of block b. Keys and values can be int8, with a scale for every 32 (kernels/kv_i
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,11 +19,15 @@ from rorqual.model import ModelConfig
 from rorqual.model.kv_cache import CacheView, DecodeView, PrefillView
 
 
-def token_shapes(config: ModelConfig) -> list[tuple[int, ...]]:
+Shapes = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+def token_shapes(config: ModelConfig) -> Shapes:
     """Shapes of the two tensors that a layer stores a token."""
     if config.is_mla:
-        return [(config.kv_lora_rank,), (config.qk_rope_head_dim,)]
-    return [(config.num_key_value_heads, config.head_dim)] * 2
+        return (config.mla.kv_lora_rank,), (config.mla.qk_rope_head_dim,)
+    keys = config.gqa.num_key_value_heads, config.gqa.head_dim
+    return keys, keys
 
 
 def block_bytes(config: ModelConfig, dtype: torch.dtype, more_layers: int = 0) -> int:
@@ -31,17 +36,18 @@ def block_bytes(config: ModelConfig, dtype: torch.dtype, more_layers: int = 0) -
     return sum(stored) * (config.num_hidden_layers + more_layers) * dtype.itemsize
 
 
-def _block_shapes(config: ModelConfig, dtype: torch.dtype) -> list[tuple[int, ...]]:
+def _block_shapes(config: ModelConfig, dtype: torch.dtype) -> Shapes:
     """Shapes of the two tensors that a layer stores a block. Raises UserError for int8 with latent attention."""
-    shapes = token_shapes(config)
     if dtype is not torch.int8:
-        return [(BLOCK, *shape) for shape in shapes]
+        a, b = token_shapes(config)
+        return (BLOCK, *a), (BLOCK, *b)
     if config.is_mla:
         raise UserError(
             "an int8 KV cache is for grouped-query attention, and this model has latent attention, whose KV cache is "
             "small already; leave out --kv-cache-dtype"
         )
-    return [(heads, -(-width // GROUP), kv_int8.RECORD) for heads, width in shapes]
+    keys = config.gqa.num_key_value_heads, -(-config.gqa.head_dim // GROUP), kv_int8.RECORD
+    return keys, keys
 
 
 class PagedKVCache:
@@ -53,14 +59,11 @@ class PagedKVCache:
         self.is_int8 = dtype is torch.int8
         # Zeros, not uninitialised memory: a masked position has weight 0, but 0 times a stray NaN is NaN. On a CPU
         # they cost no memory before they are written to.
-        self.layers = [
-            tuple(
-                torch.zeros(count, *shape, dtype=torch.uint8 if self.is_int8 else dtype, device=device)
-                for shape in _block_shapes(config, dtype)
-            )
-            for _ in range(config.num_hidden_layers + more_layers)
-        ]
-        self.slots = [tuple(store.flatten(0, 1) for store in layer) for layer in self.layers]  # the same, by slot
+        a, b = _block_shapes(config, dtype)
+        zeros = partial(torch.zeros, dtype=torch.uint8 if self.is_int8 else dtype, device=device)
+        depth = config.num_hidden_layers + more_layers
+        self.layers = [(zeros(count, *a), zeros(count, *b)) for _ in range(depth)]
+        self.slots = [(a.flatten(0, 1), b.flatten(0, 1)) for a, b in self.layers]  # the same, by slot
 
     def copy(self, sources: list[int], targets: list[int]) -> None:
         """Copy the blocks `sources` to `targets`."""
@@ -124,15 +127,20 @@ class KVCacheView:
             first += p.length
             blocks = table[: -(-end // BLOCK)]
             if self.cache.is_int8:
-                cached = [s.flatten(0, 1)[None, :end] for s in self._dequantize(self.cache.layers[layer], blocks, a)]
+                keys, values = self._dequantize(self.cache.layers[layer], blocks, a)
             elif p.start == 0:
-                cached = [x[:, tokens] for x in (a, b)]
+                views.append(PrefillView(tokens, a[:, tokens], b[:, tokens]))
+                continue
             else:
-                cached = [s.index_select(0, blocks).flatten(0, 1)[None, :end] for s in stores]
-            views.append(PrefillView(tokens, *cached))
+                keys, values = (s.index_select(0, blocks) for s in stores)
+            views.append(PrefillView(tokens, keys.flatten(0, 1)[None, :end], values.flatten(0, 1)[None, :end]))
         return views
 
-    def _dequantize(self, stores: tuple[Tensor, ...], blocks: Tensor, like: Tensor) -> tuple[Tensor, ...]:
+    def _dequantize(self, stores: tuple[Tensor, Tensor], blocks: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """Blocks [n] of both stores → [n, BLOCK, G, W]."""
-        unpack = (kv_int8.dequantize_keys, kv_int8.dequantize_values)
-        return tuple(f(s[blocks.long()], like.shape[-1]).to(like.dtype) for f, s in zip(unpack, stores, strict=True))
+        keys, values = (store[blocks.long()] for store in stores)
+        width = like.shape[-1]
+        return (
+            kv_int8.dequantize_keys(keys, width).to(like.dtype),
+            kv_int8.dequantize_values(values, width).to(like.dtype),
+        )

@@ -6,9 +6,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, from_numpy
 
-from rorqual.engine.batch import DecodeBatch, Floats, Integers
+from rorqual.engine.batch import DecodeBatch
 from rorqual.engine.model_runner import DecodeTokens
 from rorqual.engine.sampling_params import adjust
+from rorqual.engine.sequence import Floats, Integers
 from rorqual.kernels import cpu
 from rorqual.kernels.append_tokens import FINISHED, LENGTH_REACHED, NEEDS_BLOCKS, NEEDS_PREPARE, STOP_TOKEN
 from rorqual.kernels.sample import sample, scaled_logprobs

@@ -13,12 +13,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, from_numpy
 
-from rorqual.engine.batch import MAX_DRAFTS, WINDOW, DecodeBatch, Integers
+from rorqual.engine.batch import MAX_DRAFTS, WINDOW, DecodeBatch
 from rorqual.engine.block_manager import BLOCK, BlockManager
 from rorqual.engine.fused_cpu import fused_mtp_step
 from rorqual.engine.model_runner import DecodeTokens, PrefillChunk
 from rorqual.engine.paged_kv_cache import KVCacheView, PagedKVCache, PrefillSlice
 from rorqual.engine.sampling import sample_rows
+from rorqual.engine.sequence import Integers
 from rorqual.kernels.linear import linear
 from rorqual.model import Transformer
 
@@ -150,7 +151,7 @@ def trim_drafts(batch: DecodeBatch, blocks: BlockManager) -> NDArray[np.bool_]:
     beyond = (position + np.minimum(kept.sum(1), limit) >= batch.num_blocks[:n] * BLOCK).nonzero()[0].tolist()
     beyond = beyond[: max(0, blocks.free - n)]
     if beyond:
-        batch.add_blocks(beyond, [blocks.allocate() for _ in beyond])
+        batch.add_blocks(beyond, blocks.allocate_many(len(beyond)))
     limit = np.minimum(limit, batch.num_blocks[:n] * BLOCK - 1 - position)
     kept &= np.arange(drafts.shape[1]) < limit[:, None]
     drafts[~kept] = -1

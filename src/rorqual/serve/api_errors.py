@@ -1,6 +1,6 @@
 """Errors in OpenAI's form: {"error": {"message", "type", "param", "code"}}."""
 
-from typing import Any
+from typing import TypedDict
 
 from fastapi import Request
 from fastapi.responses import JSONResponse
@@ -20,6 +20,17 @@ KINDS = {
 }
 
 
+class ErrorFields(TypedDict):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorJson(TypedDict):
+    error: ErrorFields
+
+
 class ApiError(Exception):
     """An HTTP status and an error message of one sentence."""
 
@@ -32,7 +43,7 @@ class ApiError(Exception):
         self.message, self.param = _escaped(message), None if param is None else _escaped(param)
         self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
 
-    def body(self) -> dict[str, Any]:
+    def body(self) -> ErrorJson:
         kind = KINDS.get(self.status, "server_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 

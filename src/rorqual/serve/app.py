@@ -1,4 +1,4 @@
-"""The routes: AuthMiddleware → body checked → prompt tokens → EngineThread.open → deltas → response or chunks."""
+"""The routes: body checked → prompt tokens → ModelService.generate → RequestHandle.deltas → response or chunks."""
 
 import contextlib
 import json
@@ -13,13 +13,13 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
+from starlette.types import Scope
 
 from rorqual.data.tool_formats import JSON
 from rorqual.engine import SamplingParams
 from rorqual.serve import schemas
 from rorqual.serve.api_errors import ApiError, on_api_error, on_bug, on_http
 from rorqual.serve.background import kind_of, run_in_background
-from rorqual.serve.engine_thread import RequestHandle
 from rorqual.serve.middleware import AuthMiddleware
 from rorqual.serve.protocol import (
     ChatRequest,
@@ -58,7 +58,7 @@ def build_app(service: ModelService) -> FastAPI:
     app.add_exception_handler(HTTPException, on_http)
     app.add_exception_handler(Exception, on_bug)
 
-    def count_response(scope: dict[str, Any], status: int) -> None:
+    def count_response(scope: Scope, status: int) -> None:
         route = scope.get("route")
         path = getattr(route, "path", None) or "other"  # unknown paths would add labels without limit
         service.metrics.requests.labels(path, str(status or 499)).inc()
@@ -82,7 +82,7 @@ def build_app(service: ModelService) -> FastAPI:
         grammar, call_format = body.form(), None
         if tools:
             form = service.chat.tool_support(True).format
-            calls = call_grammar(body, form, service.marks, body.schema())
+            calls = call_grammar(body, form, service.marks, body.response_schema())
             if calls is not None and body.structured_outputs is not None:
                 raise ApiError(
                     400, "structured_outputs: tools constrain the answer already; leave one of the two out",
@@ -98,7 +98,7 @@ def build_app(service: ModelService) -> FastAPI:
 
         head = ResponseHeader("chat.completion", options.name, "chatcmpl")
         choices = [choice(i) for i in range(params.n)]
-        return await answer(service, request, body, head, choices, [prompt], params, started, raw=False)
+        return await answer(service, request, body, head, choices, [prompt], params, started)
 
     @app.post("/v1/completions", responses=schemas.streamed(schemas.TextAnswer))
     async def completions(body: CompletionRequest, request: Request) -> Response:
@@ -108,16 +108,17 @@ def build_app(service: ModelService) -> FastAPI:
         given = body.prompts()
         if not given:
             raise ApiError(400, "prompt is empty; give at least one token", "prompt")
-        if service.max_answer_tokens and "max_tokens" not in body.model_fields_set:
-            body.max_tokens = None  # the release's limit goes before OpenAI's default of 16
-        if body.max_tokens == 0 and not body.echo:
+        # The release's limit goes before OpenAI's default of 16.
+        default = service.max_answer_tokens and "max_tokens" not in body.model_fields_set
+        max_tokens = None if default else body.max_tokens
+        if max_tokens == 0 and not body.echo:
             raise ApiError(400, "max_tokens: 0 makes sense only with echo", "max_tokens")
         service.check_count(len(given) * body.n)
         prompts = [await service.encode(p, body.add_special_tokens) if isinstance(p, str) else p for p in given]
         for prompt in prompts:
-            service.check_prompt(prompt, "prompt", body.max_tokens)
+            service.check_prompt(prompt, "prompt", max_tokens)
             service.check_tokens(prompt, "prompt")
-        params = service.sampling(body, prompts, body.max_tokens, body.logprobs or 0, body.form())
+        params = service.sampling(body, prompts, max_tokens, body.logprobs or 0, body.form())
         choices = []
         for i, prompt in enumerate(prompts):
             sent = given[i]
@@ -128,43 +129,43 @@ def build_app(service: ModelService) -> FastAPI:
                 if isinstance(found, Response):  # the client has disconnected
                     return found
                 for c in own:
-                    await run_in_background(partial(c.prompt, prompt, *found), kind_of(len(prompt)))
+                    await run_in_background(
+                        partial(c.prompt, prompt, found.logprobs, found.ranked), kind_of(len(prompt))
+                    )
             choices += own
         head = ResponseHeader("text_completion", options.name, "cmpl")
-        if body.max_tokens == 0:
+        if max_tokens == 0:
             return echoed(service, body, head, choices, Usage(sum(map(len, prompts))), started)
-        return await answer(service, request, body, head, choices, prompts, params, started, raw=True)
+        return await answer(service, request, body, head, choices, prompts, params, started)
 
     @app.get("/v1/models", response_model=schemas.ModelList, responses=schemas.problems(401, 403))
-    async def models() -> Any:
+    async def models() -> dict[str, object]:
         """The model served."""
         return {"object": "list", "data": [model_card(service)]}
 
     @app.get("/v1/models/{name:path}", response_model=schemas.ModelCard, responses=schemas.problems(400, 401, 403, 404))
-    async def model(name: str) -> Any:
+    async def model(name: str) -> dict[str, object]:
         service.check_model(name)
         return model_card(service)
 
     bodies = schemas.problems(400, 401, 403, 404, 408, 413, 415)
 
     @app.post("/tokenize", response_model=schemas.Tokens, responses=bodies)
-    async def tokenize(body: TokenizeRequest) -> Any:
+    async def tokenize(body: TokenizeRequest) -> dict[str, object]:
         """Token ids of a text or a conversation."""
         service.check_model(body.model)
         if body.prompt is not None:
             tokens = await service.encode(body.prompt, body.add_special_tokens is not False)
         else:
+            messages = body.messages or []
+            unfinished = body.continue_final_message or bool(messages and messages[-1].prefix)
             tokens = await service.chat_prompt(
-                body.messages or [],
-                body.tools or [],
-                body.add_generation_prompt,
-                body.continue_final_message or bool(body.messages[-1].prefix),
-                body.chat_template_kwargs,
+                messages, body.tools or [], body.add_generation_prompt, unfinished, body.chat_template_kwargs
             )
         return {"count": len(tokens), "max_model_len": service.context, "tokens": tokens}
 
     @app.post("/detokenize", response_model=schemas.Text, responses=bodies)
-    async def detokenize(body: DetokenizeRequest) -> Any:
+    async def detokenize(body: DetokenizeRequest) -> dict[str, object]:
         """The text of token ids."""
         service.check_model(body.model)
         service.check_tokens(body.tokens, "tokens")
@@ -225,7 +226,7 @@ def template_kwargs(service: ModelService, body: ChatRequest) -> dict[str, Any]:
     return body.chat_template_kwargs
 
 
-def model_card(service: ModelService) -> dict[str, Any]:
+def model_card(service: ModelService) -> dict[str, object]:
     return {
         "id": service.options.name,
         "object": "model",
@@ -236,44 +237,36 @@ def model_card(service: ModelService) -> dict[str, Any]:
 
 
 async def answer(
-    service: ModelService, request: Request, body: Sampling, head: ResponseHeader, choices: list[Any],
-    prompts: list[list[int]], params: SamplingParams, started: float, raw: bool,
+    service: ModelService, request: Request, body: Sampling, head: ResponseHeader,
+    choices: list[ChatChoice] | list[TextChoice], prompts: list[list[int]], params: SamplingParams, started: float,
 ) -> Response:  # fmt: skip
     """Run the request and respond whole or in chunks; a client that disconnects cancels its request."""
-    usage = Usage(sum(map(len, prompts)))
-
-    def usage_of(handle: RequestHandle) -> Usage:
-        usage.cached_tokens = handle.cached_tokens
-        usage.completion_tokens = sum(c.tokens for c in choices)
-        usage.reasoning_tokens = sum(c.reasoning_tokens for c in choices)
-        return usage
-
     if not body.stream:
 
         async def whole() -> Response:
-            async with service.running(prompts, params, raw) as handle:
-                async for delta in service.deltas(handle, started):
+            with contextlib.closing(await service.generate(prompts, params, started)) as handle:
+                async for delta in handle.deltas():
                     choices[delta.index].add(delta)
-            return JSONResponse(head.whole([c.whole() for c in choices], usage_of(handle)))
+            return JSONResponse(head.whole([c.whole() for c in choices], Usage.of(handle.requests)))
 
         return await unless_gone(request.receive, whole())
 
-    handle = await unless_gone(request.receive, service.admit(prompts, params, raw))
+    handle = await unless_gone(request.receive, service.generate(prompts, params, started))
     if isinstance(handle, Response):  # the client has disconnected
         return handle
     with_usage = body.stream_options is not None and body.stream_options.include_usage
 
     async def chunks() -> AsyncIterator[str]:
         try:
-            if not raw:
-                yield head.chunk([c.first() for c in choices])
-            async for delta in service.deltas(handle, started):
+            if roles := [c.first() for c in choices if isinstance(c, ChatChoice)]:
+                yield head.chunk(roles)
+            async for delta in handle.deltas():
                 if (shown := choices[delta.index].add(delta)) is not None:
                     yield head.chunk([shown])
             if with_usage:
-                yield head.chunk([], usage_of(handle))
+                yield head.chunk([], Usage.of(handle.requests))
         except ApiError as e:
             yield json.dumps(e.body())
         yield "[DONE]"
 
-    return EventStream(chunks(), service.seconds_left(started), lambda: service.engine_thread.close(handle))
+    return EventStream(chunks(), service.seconds_left(started), handle.close)

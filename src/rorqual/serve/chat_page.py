@@ -6,6 +6,8 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi import FastAPI
+from starlette.routing import Mount
+from starlette.types import Receive, Scope, Send
 
 from rorqual.extras import require
 from rorqual.serve.api_errors import ApiError
@@ -20,9 +22,9 @@ from rorqual.serve.chat_state import (
     until_question,
     without_thinking,
 )
-from rorqual.serve.engine_thread import RequestHandle
 from rorqual.serve.protocol import ChatRequest
 from rorqual.serve.request_body import parse_body
+from rorqual.serve.request_handle import RequestHandle
 from rorqual.serve.service import ModelService
 
 LATEX_DELIMITERS = [
@@ -49,22 +51,26 @@ def add_page(app: FastAPI, service: ModelService) -> FastAPI:
     """`app` with the page at its root."""
     require("serve", "gradio")
     import gradio as gr
+    from gradio.routes import App
+    from gradio.themes import Default
 
     font, mono = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]
     gr.mount_gradio_app(
         app, build_page(service), path="/", footer_links=[], run_history=False, css=STYLE,
-        theme=gr.themes.Default(primary_hue="blue", font=font, font_mono=mono),
+        theme=Default(primary_hue="blue", font=font, font_mono=mono),
     )  # fmt: skip
     mount = app.routes[-1]
-    inner = mount.app  # type: ignore[attr-defined]
+    assert isinstance(mount, Mount)
+    inner = mount.app
+    assert isinstance(inner, App)
 
-    async def only_the_page(scope: Any, receive: Any, send: Any) -> None:
+    async def only_the_page(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] != "/" and not scope["path"].startswith(PATHS):
             await ApiError(404, "there is no such path").response()(scope, receive, send)
         else:
             await inner(scope, receive, send)
 
-    mount.app = only_the_page  # type: ignore[attr-defined]
+    mount.app = only_the_page
     app.state.leaving.append(inner.stop_event.set)  # every open page holds a connection
     return app
 

@@ -1,14 +1,16 @@
 """State of the chat page: the reply being generated, and the conversations that the browser stores."""
 
+import contextlib
 import re
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+from rorqual.engine.outputs import TokenDelta
 from rorqual.serve.api_errors import ApiError
-from rorqual.serve.engine_thread import RequestHandle
 from rorqual.serve.protocol import ChatRequest
+from rorqual.serve.request_handle import RequestHandle
 from rorqual.serve.service import ModelService
 
 Message = dict[str, Any]  # gradio's: role, content, and metadata with a title where it is a fold
@@ -32,11 +34,11 @@ async def answer(
         service.check_prompt(prompt, "the conversation", None)
         max_tokens = min(body.max_tokens or service.context, service.context - len(prompt))
         params = service.sampling(body, [prompt], max_tokens, 0, None)
-        async with service.running([prompt], params, raw=False) as handle:
+        with contextlib.closing(await service.generate([prompt], params, started)) as handle:
             opened(handle)
             reply = Reply(handle, len(prompt), started)
             try:
-                async for delta in service.deltas(handle, started):
+                async for delta in handle.deltas():
                     if reply.add(delta):
                         yield reply.messages(), reply.figures()
             except Stopped:
@@ -57,17 +59,17 @@ class Reply:
         self.reasoning_end: float | None = None
         self.now = self.last_refresh = started
 
-    def add(self, delta: Any) -> bool:
+    def add(self, delta: TokenDelta) -> bool:
         """Add a delta → whether the page should be updated."""
         self.now = time.monotonic()
         self.first_token = self.first_token or self.now
         self.reasoning, self.content = self.reasoning + delta.reasoning, self.content + delta.content
         self.tokens, self.reasoning_tokens = self.tokens + len(delta.tokens), delta.reasoning_tokens
-        if delta.finish is not None:
-            self.end("" if delta.finish == "stop" else "cut off at the longest reply")
+        if delta.finish_reason is not None:
+            self.end("" if delta.finish_reason == "stop" else "cut off at the longest reply")
         elif self.content:
             self.reasoning_end = self.reasoning_end or self.now
-        due = delta.finish is not None or self.now - self.last_refresh >= REFRESH_SECONDS
+        due = delta.finish_reason is not None or self.now - self.last_refresh >= REFRESH_SECONDS
         self.last_refresh = self.now if due else self.last_refresh
         return due
 

@@ -5,86 +5,32 @@ import logging
 import queue
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TypeVar
 
-from rorqual.engine import Engine, SamplingParams
-from rorqual.engine.batch import Request, Sequence
-from rorqual.engine.prompt_logprobs import Ranked
+from rorqual.engine import Engine
+from rorqual.engine.outputs import TokenDelta
+from rorqual.engine.prompt_logprobs import PromptLogprobs
+from rorqual.engine.sequence import Request, Sequence
 from rorqual.errors import UserError
+from rorqual.serve.api_errors import ApiError
+from rorqual.serve.request_handle import RequestHandle
 
 log = logging.getLogger("rorqual.serve")
-
-
-class QueueFull(Exception):
-    """The queue is full."""
-
-
-class EngineError(Exception):
-    """The engine failed; the client may retry."""
-
-
-@dataclass
-class TokenDelta:
-    """New tokens of one sequence; `finish` is set in its last delta."""
-
-    index: int  # index of the prompt · n + index of the sequence
-    reasoning: str
-    content: str
-    tokens: list[int]
-    logprobs: list[float]
-    top: list[list[tuple[int, float]]]
-    finish: str | None
-    reasoning_prefix: int  # how many of these tokens, from the first on, belong to the thinking
-    reasoning_tokens: int  # in total so far, of those that text was made of
-
-
-class RequestHandle:
-    """Submitted prompts with common sampling parameters; fetch its deltas until every sequence has finished.
-
-    raw: thinking and answer are not split. Must be closed (EngineThread.close) in any case.
-    """
-
-    def __init__(self, prompts: list[list[int]], params: SamplingParams, raw: bool) -> None:
-        self.prompts, self.params, self.raw = prompts, params, raw
-        self.loop = asyncio.get_running_loop()
-        self.accepted: asyncio.Future[None] = self.loop.create_future()  # UserError for an invalid prompt
-        self._deltas: list[TokenDelta | Exception] = []
-        self._waiter: asyncio.Future[None] | None = None
-        self.requests: list[Request] = []
-        self.sent: dict[Sequence, tuple[int, int, int]] = {}  # of reasoning, of content, tokens
-        self.cached_tokens = 0  # prompt tokens found in the prefix cache
-
-    @property
-    def num_sequences(self) -> int:
-        return len(self.prompts) * self.params.n
-
-    def put(self, deltas: list[TokenDelta | Exception]) -> None:
-        """Add deltas, in the loop's thread. An exception is raised where the deltas are read."""
-        self._deltas += deltas
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-    async def fetch(self) -> list[TokenDelta | Exception]:
-        """Wait for deltas → those since the last call. An asyncio.Queue would take several times as long."""
-        if not self._deltas:
-            self._waiter = self.loop.create_future()
-            await self._waiter
-        deltas, self._deltas = self._deltas, []
-        return deltas
+T = TypeVar("T")
+Deltas = list[TokenDelta | Exception]
 
 
 class EngineThread:
-    """Accepts max_num_seqs sequences of the engine and max_queue more; `open` raises QueueFull beyond that."""
+    """Accepts max_num_seqs sequences of the engine and max_queue more; beyond that the queue is full (429)."""
 
     def __init__(self, engine: Engine, max_queue: int) -> None:
         self.engine, self.limit = engine, engine.max_num_seqs + max_queue
         self.count = 0  # sequences not closed
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._handles: dict[Request, RequestHandle] = {}
+        self._running: dict[Sequence, tuple[RequestHandle, int]] = {}  # not finished, and its number among the choices
         self._scores: dict[asyncio.Future[Request], Request] = {}
-        self._outbox: dict[RequestHandle, list[TokenDelta | Exception]] = {}  # of the last step, not delivered yet
+        self._outbox: dict[RequestHandle, Deltas] = {}  # of the last step, not delivered yet
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._stopping = False
 
@@ -103,38 +49,40 @@ class EngineThread:
 
     # -- from asyncio
 
-    def open(self, prompts: list[list[int]], params: SamplingParams, raw: bool = False) -> RequestHandle:
-        """Submit prompts. Raises QueueFull; await `accepted` of the handle for other errors."""
-        handle = RequestHandle(prompts, params, raw)
-        if self.count + handle.num_sequences > self.limit:
-            raise QueueFull
-        self.count += handle.num_sequences
+    async def open(self, handle: RequestHandle) -> None:
+        """Submit a handle's prompts, and wait until the engine has accepted them; then `close` must follow.
+
+        Raises UserError for an invalid prompt, ApiError if the queue is full or the engine fails.
+        """
+        self._count(handle.num_sequences)
         self._inbox.put(lambda: self._submit(handle))
-        return handle
+        try:
+            await handle.accepted
+        except BaseException:
+            self.close(handle)
+            raise
 
     def close(self, handle: RequestHandle) -> None:
-        """Call once for every handle: what still runs is cancelled, and its blocks are free before the next step."""
         self.count -= handle.num_sequences
         self._inbox.put(lambda: self._cancel(handle))
 
-    async def score(self, prompt: list[int], top: int) -> tuple[list[float | None], list[Ranked]]:
-        """A prompt's log-probabilities, and its most probable tokens; counts as one sequence.
-
-        Raises QueueFull, UserError for an invalid prompt, EngineError.
-        """
-        if self.count >= self.limit:
-            raise QueueFull
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[Request] = loop.create_future()
-        self.count += 1
+    async def score(self, prompt: list[int], top: int) -> PromptLogprobs:
+        """A prompt's log-probabilities, and its most probable tokens; counts as one sequence. Raises as `open` does."""
+        self._count(1)
+        future: asyncio.Future[Request] = asyncio.get_running_loop().create_future()
         try:
             self._inbox.put(lambda: self._submit_score(prompt, top, future))
-            scoring = (await future).prompt_logprobs
-            assert scoring is not None
-            return scoring.logprobs, scoring.ranked
+            found = (await future).prompt_logprobs
+            assert found is not None
+            return found
         finally:
             self.count -= 1
             self._inbox.put(lambda: self._cancel_score(future))
+
+    def _count(self, sequences: int) -> None:
+        if self.count + sequences > self.limit:
+            raise ApiError(429, "the server's queue is full; retry later", code="queue_full", Retry_After="1")
+        self.count += sequences
 
     # -- in the engine's thread
 
@@ -146,9 +94,9 @@ class EngineThread:
                 log.exception("the engine failed; running requests are lost")
                 self.engine.reset()
                 self._deliver_step()
-                _deliver({handle: [_engine_error(e)] for handle in self._handles.values()})
-                self._handles.clear()
-                self._settle_scores([(future, None, _engine_error(e)) for future in self._scores])
+                _deliver({handle: [_engine_failed(e)] for handle, _ in self._running.values()})
+                self._running.clear()
+                self._settle_scores([(future, _engine_failed(e)) for future in self._scores])
         self._deliver_step()
 
     def _work(self) -> None:
@@ -161,17 +109,15 @@ class EngineThread:
         if self.engine.idle:
             return
         # A step's tokens are delivered when the next forward pass, which releases the GIL, is about to start.
-        outbox: dict[RequestHandle, list[TokenDelta | Exception]] = {}
+        outbox: dict[RequestHandle, Deltas] = {}
         for sequence in self.engine.step(self._deliver_step):
-            if (handle := self._handles.get(sequence.request)) is not None:
-                outbox.setdefault(handle, []).append(self._delta(handle, sequence))
+            if (running := self._running.get(sequence)) is not None:
+                handle, index = running
+                outbox.setdefault(handle, []).append(sequence.take(index))
+                if sequence.finish_reason is not None:
+                    del self._running[sequence]
         if self._scores:
-            self._settle_scores([(future, request, None) for future, request in self._scores.items() if request.done])
-        for handle in outbox:
-            handle.cached_tokens = sum(r.cached_tokens for r in handle.requests)
-            for request in [r for r in handle.requests if r.done and r in self._handles]:
-                del self._handles[request]
-                self.engine.release(request)
+            self._settle_scores([(future, request) for future, request in self._scores.items() if request.done])
         self._outbox = outbox
 
     def _deliver_step(self) -> None:
@@ -179,76 +125,63 @@ class EngineThread:
         self._outbox = {}
 
     def _submit(self, handle: RequestHandle) -> None:
-        error: Exception | None = None
+        result: Exception | None = None
         try:
-            for prompt in handle.prompts:
+            for i, prompt in enumerate(handle.prompts):
                 request = self.engine.submit(prompt, handle.params)
                 handle.requests.append(request)
-                self._handles[request] = handle
+                for sequence in request.sequences:
+                    self._running[sequence] = handle, i * handle.params.n + sequence.index
         except UserError as e:
-            error = e
+            result = e
         except BaseException as e:  # fails this request only
             log.exception("the engine could not accept a request")
-            error = _engine_error(e)
-        if error is not None:
+            result = _engine_failed(e)
+        if result is not None:
             self._cancel(handle)
-        _call(handle.loop, lambda: _settle(handle.accepted, None, error))
+        _call(handle.loop, lambda: _settle(handle.accepted, result))
 
     def _cancel(self, handle: RequestHandle) -> None:
         for request in handle.requests:
-            if self._handles.pop(request, None) is not None:
+            running = [sequence for sequence in request.sequences if self._running.pop(sequence, None) is not None]
+            if running:
                 self.engine.cancel(request)
 
     def _submit_score(self, prompt: list[int], top: int, future: "asyncio.Future[Request]") -> None:
         if future.cancelled():
             return
-        error: Exception
         try:
             self._scores[future] = self.engine.score(prompt, top)
-            return
         except UserError as e:
-            error = e
+            self._settle_scores([(future, e)])
         except BaseException as e:
             log.exception("the engine could not accept a text")
-            error = _engine_error(e)
-        self._settle_scores([(future, None, error)])
+            self._settle_scores([(future, _engine_failed(e))])
 
-    def _settle_scores(self, results: "list[tuple[asyncio.Future[Request], Request | None, Exception | None]]") -> None:
-        for future, request, error in results:
+    def _settle_scores(self, results: "list[tuple[asyncio.Future[Request], Request | Exception]]") -> None:
+        for future, result in results:
             self._scores.pop(future, None)
-            _call(future.get_loop(), partial(_settle, future, request, error))
+            _call(future.get_loop(), partial(_settle, future, result))
 
     def _cancel_score(self, future: "asyncio.Future[Request]") -> None:
         if (request := self._scores.pop(future, None)) is not None:
             self.engine.cancel(request)
 
-    def _delta(self, handle: RequestHandle, sequence: Sequence) -> TokenDelta:
-        text = self.engine.detokenizer(sequence)
-        reasoning, content = ("", text.text) if handle.raw else (text.reasoning, text.content)
-        num_reasoning, num_content, num_tokens = handle.sent.get(sequence, (0, 0, 0))
-        handle.sent[sequence] = len(reasoning), len(content), len(sequence.tokens)
-        index = handle.requests.index(sequence.request) * handle.params.n + sequence.index
-        return TokenDelta(
-            index, reasoning[num_reasoning:], content[num_content:], sequence.tokens[num_tokens:],
-            sequence.logprobs[num_tokens:], sequence.top_logprobs[num_tokens:], sequence.finish_reason,
-            max(0, text.reasoning_end - num_tokens), text.reasoning_tokens,
-        )  # fmt: skip
+
+def _engine_failed(error: BaseException) -> ApiError:
+    return ApiError(500, f"the engine failed ({type(error).__name__}: {error}); send the request again")
 
 
-def _engine_error(error: BaseException) -> EngineError:
-    return EngineError(f"{type(error).__name__}: {error}")
-
-
-def _settle(future: "asyncio.Future[Any]", result: Any, error: Exception | None) -> None:
+def _settle(future: "asyncio.Future[T]", result: T | Exception) -> None:
     if future.done():
         return
-    if error is None:
-        future.set_result(result)
+    if isinstance(result, Exception):
+        future.set_exception(result)
     else:
-        future.set_exception(error)
+        future.set_result(result)
 
 
-def _deliver(outbox: "dict[RequestHandle, list[TokenDelta | Exception]]") -> None:
+def _deliver(outbox: dict[RequestHandle, Deltas]) -> None:
     """Deliver a step's deltas with one call a loop: to wake a loop costs a system call."""
     for loop in {handle.loop for handle in outbox}:
 

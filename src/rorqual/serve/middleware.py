@@ -4,16 +4,14 @@ import asyncio
 import hmac
 import ipaddress
 import re
-from collections.abc import Awaitable, Callable
-from typing import Any
+from collections.abc import Callable
 from urllib.parse import urlsplit
 
 from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rorqual.serve.api_errors import ApiError
 
-Receive = Callable[[], Awaitable[dict[str, Any]]]
-Send = Callable[[dict[str, Any]], Awaitable[None]]
 # Paths that need a key. /health is for load balancers, and the chat page asks for a key itself.
 PROTECTED = ("/v1", "/tokenize", "/detokenize", "/metrics", "/openapi.json")
 
@@ -45,8 +43,8 @@ class AuthMiddleware:
     """
 
     def __init__(
-        self, app: Any, keys: tuple[str, ...], host: str, origins: tuple[str, ...], max_body: int, timeout: float,
-        count: Any,
+        self, app: ASGIApp, keys: tuple[str, ...], host: str, origins: tuple[str, ...], max_body: int, timeout: float,
+        count: Callable[[Scope, int], None],
     ) -> None:  # fmt: skip
         self.app, self.max_body, self.timeout, self.count = app, max_body, timeout, count
         # Clients encode keys that are not ASCII in one way or the other.
@@ -58,7 +56,7 @@ class AuthMiddleware:
             allow_headers=["*"], expose_headers=["Retry-After"], allow_private_network=True,
         )  # fmt: skip
 
-    async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":  # not supported
             await send({"type": "websocket.close"})
             return
@@ -66,10 +64,10 @@ class AuthMiddleware:
             await self.app(scope, receive, send)
             return
         if scope["method"] == "HEAD":  # as GET; the server omits the body
-            scope = scope | {"method": "GET"}
+            scope = {**scope, "method": "GET"}
         status = 0
 
-        async def counting_send(message: dict[str, Any]) -> None:
+        async def counting_send(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -83,11 +81,11 @@ class AuthMiddleware:
         finally:
             self.count(scope, status)
 
-    async def _answer(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Inside CORS, so that allowed pages can read errors too."""
         begun = False
 
-        async def tracking_send(message: dict[str, Any]) -> None:
+        async def tracking_send(message: Message) -> None:
             nonlocal begun
             begun = True
             await send(message)
@@ -99,7 +97,7 @@ class AuthMiddleware:
             if not begun:
                 await e.response()(scope, receive, send)
 
-    def _check_page(self, scope: dict[str, Any]) -> None:
+    def _check_page(self, scope: Scope) -> None:
         hosts, origins = (
             [value.decode("latin-1") for name, value in scope["headers"] if name == wanted]
             for wanted in (b"host", b"origin")
@@ -145,7 +143,7 @@ class AuthMiddleware:
         size, whole = 0, False
         end = asyncio.get_running_loop().time() + self.timeout
 
-        async def limited_receive() -> dict[str, Any]:
+        async def limited_receive() -> Message:
             nonlocal size, whole
             if whole:  # what follows is the disconnect
                 return await receive()

@@ -1,10 +1,12 @@
 """Metrics for Prometheus. Names follow vLLM's; older names are kept until release 0.3."""
 
 from bisect import bisect_left
+from collections.abc import Iterator
 from itertools import accumulate
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, Metric, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.registry import Collector
 
 from rorqual.engine import Engine
 
@@ -34,7 +36,7 @@ class TokenLatency:
         )
 
 
-class Metrics:
+class Metrics(Collector):
     """Counted by the service, or read from the engine on a scrape."""
 
     def __init__(self, engine: Engine) -> None:
@@ -60,7 +62,7 @@ class Metrics:
         for histogram in self._whole:
             histogram.observe(seconds)
 
-    def collect(self):  # type: ignore[no-untyped-def]
+    def collect(self) -> Iterator[Metric]:
         """prometheus_client's collector interface."""
         name = "rorqual_inter_token_latency_seconds"
         yield self.between.family(name, "Between two tokens of an answer")

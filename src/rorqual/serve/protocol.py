@@ -1,7 +1,7 @@
 """Request bodies: OpenAI's chat and text completions, with the sampling parameters that open servers add."""
 
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
@@ -19,6 +19,7 @@ from rorqual.serve.request_fields import (
     TokenId,
 )
 
+T = TypeVar("T")
 MAX_N = 128  # answers to one request
 MAX_LOGPROBS, MAX_TOOLS, MAX_MESSAGES, MAX_CHOICES = 20, 1024, 1 << 14, 1024
 # Each costs time at every token, for all running requests.
@@ -208,7 +209,7 @@ class Sampling(OnlyDefaults):
     ) -> SamplingParams:
         """Parameters for the engine, with its defaults. Raises UserError for invalid ones."""
 
-        def given(value: Any, fallback: Any) -> Any:
+        def given(value: T | None, fallback: T) -> T:
             return fallback if value is None else value
 
         return SamplingParams(
@@ -276,7 +277,7 @@ class ChatRequest(Sampling):
         """Whether the answer continues the last message."""
         return self.continue_final_message or bool(self.messages[-1].prefix)
 
-    def schema(self) -> dict[str, Any] | None:
+    def response_schema(self) -> dict[str, Any] | None:
         """JSON schema of response_format; None without one."""
         response_format = self.response_format
         if response_format is None or response_format.type == "text":
@@ -304,8 +305,8 @@ class CompletionRequest(Sampling):
         if isinstance(self.prompt, str):
             return [self.prompt]
         if self.prompt and isinstance(self.prompt[0], int):
-            return [self.prompt]  # type: ignore[list-item]
-        return list(self.prompt)  # type: ignore[arg-type]
+            return [cast(list[int], self.prompt)]
+        return list(cast(list[str] | list[list[int]], self.prompt))
 
 
 class TokenizeRequest(RequestObject):

@@ -2,7 +2,7 @@
 
 import difflib
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from email.message import Message
 from functools import partial
 from typing import Any, TypeVar
@@ -11,6 +11,7 @@ import numpy as np
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 from starlette.requests import ClientDisconnect
 
 from rorqual.data.tool_formats import DEEPEST, too_deep
@@ -43,11 +44,13 @@ REMEDIES = {
 class JsonRoute(APIRoute):
     """A route whose body is JSON whatever its Content-Type (curl -d sends that of a form), parsed by `parse_body`."""
 
-    def get_route_handler(self) -> Callable[[Request], Awaitable[Response]]:  # type: ignore[override]
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         answer = super().get_route_handler()
         if self.body_field is None:
             return answer
-        model: type[BaseModel] = self.body_field.field_info.annotation  # type: ignore[assignment]
+        model = self.body_field.field_info.annotation
+        assert isinstance(model, type)
+        assert issubclass(model, BaseModel)
 
         async def handle(request: Request) -> Response:
             try:
@@ -69,14 +72,14 @@ class ParsedRequest(Request):
 
     def __init__(self, request: Request, body: BaseModel) -> None:
         others = [(name, value) for name, value in request.scope["headers"] if name != b"content-type"]
-        super().__init__(request.scope | {"headers": [*others, (b"content-type", b"application/json")]},
-                         request.receive)  # fmt: skip
+        headers = [*others, (b"content-type", b"application/json")]
+        super().__init__({**request.scope, "headers": headers}, request.receive)
         self._instance = body
 
     async def body(self) -> bytes:
         return b"{}"
 
-    async def json(self) -> Any:
+    async def json(self) -> BaseModel:
         return self._instance
 
 
@@ -149,7 +152,7 @@ def _check_characters(parsed: dict[str, Any]) -> None:
             raise ApiError(400, f"{name} holds half a character (a lone surrogate); send whole ones", name)
 
 
-def _validation_error(error: ValidationError, model: type[BaseModel], parsed: Any) -> ApiError:
+def _validation_error(error: ValidationError, model: type[BaseModel], parsed: object) -> ApiError:
     """The first error, with its field and every alternative allowed there."""
     found = error.errors(include_url=False)
     paths = [_field_path(e, parsed) for e in found]
@@ -172,11 +175,14 @@ def _unknown_field(path: list[str], model: type[BaseModel]) -> ApiError:
     return ApiError(400, f"{param}: this server knows no such field; {remedy or 'leave it out'}", param)
 
 
-def _field_path(error: Any, body: Any) -> list[str]:
+def _field_path(error: ErrorDetails, body: object) -> list[str]:
     """The path of the field in the body, without pydantic's names of the union members that it tried."""
-    path, value = [], body
+    path: list[str] = []
+    value = body
     for part in error["loc"]:
-        if part in value if isinstance(value, dict) else isinstance(value, list) and isinstance(part, int):
+        if isinstance(value, dict) and part in value:
+            value = value[part]
+        elif isinstance(value, list) and isinstance(part, int):
             value = value[part]
         elif error["type"] != "missing" or part != error["loc"][-1]:
             continue

@@ -4,6 +4,7 @@ Also the fields of other servers that change nothing here: those of `Ignored` ta
 only the value that is the behaviour here.
 """
 
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
@@ -39,11 +40,11 @@ class RequestObject(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _null_is_absent(cls, body: Any) -> Any:
+    def _null_is_absent(cls, body: object) -> object:
         if not isinstance(body, dict):
             return body
         given = {name: value for name, value in body.items() if value is not None}
-        if len(given) > len(cls.model_fields) and cls.model_config["extra"] == "forbid":
+        if len(given) > len(cls.model_fields) and cls.model_config.get("extra") == "forbid":
             # Report one unknown field only: 200 000 would take seconds.
             known = {field.alias or name for name, field in cls.model_fields.items()}
             unknown = [name for name in given if name not in known]
@@ -51,17 +52,16 @@ class RequestObject(BaseModel):
         return given
 
 
-def _whole(value: Any) -> Any:
+def _whole(value: object) -> object:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 Integer = Annotated[int, BeforeValidator(_whole)]  # 1.0 is 1 too: JSON has one kind of number
 
 
+@dataclass(unsafe_hash=True)
 class _HashableFailFast(FailFast):
     """Pydantic's FailFast is not hashable, which members of a union must be."""
-
-    __hash__ = object.__hash__
 
 
 FailFastList = Annotated[list[T], _HashableFailFast()]  # reports the first error only: 100 000 take a minute
@@ -69,7 +69,7 @@ Count = Annotated[Integer, Field(ge=1, le=1 << 40)]  # tokens
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
 
 
-def _prompt_kind(prompt: Any) -> str | None:
+def _prompt_kind(prompt: object) -> str | None:
     """The union member of a prompt, by its first element, so that no other is tried."""
     if not isinstance(prompt, list):
         return "text" if isinstance(prompt, str) else None
@@ -90,7 +90,7 @@ Prompt = Annotated[
 ]
 
 
-def _check_count(biases: Any) -> Any:
+def _check_count(biases: object) -> object:
     if isinstance(biases, dict) and len(biases) > MAX_BIASES:
         raise ValueError(f"{len(biases)} biases are more than {MAX_BIASES}")
     return biases
@@ -106,30 +106,31 @@ Biases = Annotated[
 
 class Ignored(RequestObject):
     # OpenAI's: billing, storage, priority.
-    metadata: Any = None
-    prediction: Any = None
-    prompt_cache_key: Any = None
-    prompt_cache_retention: Any = None
-    safety_identifier: Any = None
-    service_tier: Any = None
-    store: Any = None
-    user: Any = None
+    metadata: object = None
+    prediction: object = None
+    prompt_cache_key: object = None
+    prompt_cache_retention: object = None
+    safety_identifier: object = None
+    service_tier: object = None
+    store: object = None
+    user: object = None
     # Of open servers: request ids, and parameters of samplers that `OnlyDefaults` keeps off.
-    cache_prompt: Any = None
-    dry_allowed_length: Any = None
-    dry_base: Any = None
-    dry_penalty_last_n: Any = None
-    dry_sequence_breakers: Any = None
-    dynatemp_exponent: Any = None
-    mirostat_eta: Any = None
-    mirostat_tau: Any = None
-    repeat_last_n: Any = None
-    request_id: Any = None
-    rid: Any = None
-    xtc_threshold: Any = None
+    cache_prompt: object = None
+    dry_allowed_length: object = None
+    dry_base: object = None
+    dry_penalty_last_n: object = None
+    dry_sequence_breakers: object = None
+    dynatemp_exponent: object = None
+    mirostat_eta: object = None
+    mirostat_tau: object = None
+    repeat_last_n: object = None
+    request_id: object = None
+    rid: object = None
+    xtc_threshold: object = None
 
 
-Zero, One = Annotated[float, Field(ge=0, le=0)], Annotated[float, Field(ge=1, le=1)]
+Zero = Annotated[float, Field(ge=0, le=0)]
+One = Annotated[float, Field(ge=1, le=1)]
 
 
 class OnlyDefaults(Ignored):

@@ -7,7 +7,7 @@ import os
 import re
 import signal
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import uvicorn
@@ -127,7 +127,8 @@ def serve(
         uvicorn.Config(
             app, log_config=None, access_log=False, server_header=False, timeout_keep_alive=KEEP_ALIVE,
             timeout_graceful_shutdown=math.ceil(options.timeout + 2 * READ_SECONDS),
-        )
+        ),
+        app.state.leaving,
     )  # fmt: skip
     for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn re-raises them on exit: not status 0
         signal.signal(number, lambda *_: setattr(server, "should_exit", True))
@@ -140,10 +141,14 @@ def serve(
 
 
 class Server(uvicorn.Server):
-    """Shutdown does not wait for open chat pages."""
+    """Shutdown does not wait for open chat pages, which `leaving` closes."""
+
+    def __init__(self, config: uvicorn.Config, leaving: list[Callable[[], None]]) -> None:
+        super().__init__(config)
+        self._leaving = leaving
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         log.info("no more requests are accepted; finishing running ones")
-        for leave in self.config.app.state.leaving:
+        for leave in self._leaving:
             leave()
         await super().shutdown(sockets)

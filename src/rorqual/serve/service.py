@@ -1,10 +1,9 @@
 """The model behind the routes: prompts to tokens, requests to the engine thread, and their timing."""
 
 import asyncio
-import contextlib
 import inspect
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -14,13 +13,14 @@ from rorqual.data.chat_template import ChatTemplate
 from rorqual.data.special_tokens import encode
 from rorqual.engine import Engine, Grammar, SamplingParams
 from rorqual.engine.block_manager import BLOCK
-from rorqual.engine.prompt_logprobs import Ranked
+from rorqual.engine.prompt_logprobs import PromptLogprobs
 from rorqual.errors import UserError
 from rorqual.serve.api_errors import ApiError
 from rorqual.serve.background import kind_of, run_in_background
-from rorqual.serve.engine_thread import EngineError, EngineThread, QueueFull, RequestHandle, TokenDelta
+from rorqual.serve.engine_thread import EngineThread
 from rorqual.serve.prometheus import Metrics
 from rorqual.serve.protocol import Message, Sampling, Tool
+from rorqual.serve.request_handle import RequestHandle, timed_out
 from rorqual.serve.responses import Vocabulary
 from rorqual.unicode_checks import whole
 
@@ -154,89 +154,38 @@ class ModelService:
         except UserError as e:
             raise ApiError(400, str(e)) from e
 
-    @contextlib.asynccontextmanager
-    async def running(
-        self, prompts: list[list[int]], params: SamplingParams, raw: bool
-    ) -> AsyncIterator[RequestHandle]:
-        handle = await self.admit(prompts, params, raw)
-        try:
-            yield handle
-        finally:
-            self.engine_thread.close(handle)
-
-    async def admit(self, prompts: list[list[int]], params: SamplingParams, raw: bool) -> RequestHandle:
+    async def generate(self, prompts: list[list[int]], params: SamplingParams, started: float) -> RequestHandle:
         """Submit prompts, and wait until the engine has accepted them → a handle, which must be closed.
 
-        Raises ApiError.
+        started: when the request arrived. Raises ApiError.
         """
-        if params.grammar is not None:
-            if len(params.grammar.text) > MAX_GRAMMAR_CHARACTERS:
-                most = MAX_GRAMMAR_CHARACTERS
-                raise ApiError(400, f"the schema or grammar has more than {most} characters; shorten it")
-            try:
+        try:
+            if params.grammar is not None:
+                if len(params.grammar.text) > MAX_GRAMMAR_CHARACTERS:
+                    most = MAX_GRAMMAR_CHARACTERS
+                    raise ApiError(400, f"the schema or grammar has more than {most} characters; shorten it")
                 compiled = await run_in_background(partial(self.engine.compile, params.grammar), "grammar")
-            except UserError as e:
-                raise ApiError(400, str(e)) from e
-            params = replace(params, grammar=compiled)
-        try:
-            handle = self.engine_thread.open(prompts, params, raw)
-        except QueueFull:
-            raise queue_full() from None
-        try:
-            await handle.accepted
-        except BaseException as e:
-            self.engine_thread.close(handle)
-            if isinstance(e, UserError):
-                raise ApiError(400, str(e)) from e
-            if isinstance(e, EngineError):
-                raise engine_failed(e) from e
-            raise
+                params = replace(params, grammar=compiled)
+            thread = self.engine_thread
+            handle = RequestHandle(prompts, params, started, self.options.timeout, self.metrics, thread.close)
+            await thread.open(handle)
+        except UserError as e:
+            raise ApiError(400, str(e)) from e
         return handle
 
-    async def deltas(self, handle: RequestHandle, started: float) -> AsyncIterator[TokenDelta]:
-        """A handle's deltas, timed for the metrics. Raises ApiError on a time-out and if the engine fails."""
-        before: float | None = None
-        left = handle.num_sequences
-        alarm = handle.loop.call_later(self.seconds_left(started), handle.put, [self._timeout()])
-        try:
-            while left:
-                for delta in await handle.fetch():
-                    if isinstance(delta, Exception):
-                        raise delta
-                    now = time.monotonic()
-                    if before is None:
-                        self.metrics.first.observe(now - started)
-                    elif handle.num_sequences == 1 and delta.tokens:
-                        self.metrics.between.observe(now - before, len(delta.tokens))
-                    before = now
-                    left -= delta.finish is not None
-                    yield delta
-        except EngineError as e:
-            raise engine_failed(e) from e
-        finally:
-            alarm.cancel()
-        self.metrics.observe_request(time.monotonic() - started)
-
-    async def score(self, prompt: list[int], top: int, started: float) -> tuple[list[float | None], list[Ranked]]:
+    async def score(self, prompt: list[int], top: int, started: float) -> PromptLogprobs:
         """A prompt's log-probabilities. Raises ApiError."""
         try:
             async with asyncio.timeout(self.seconds_left(started)):
                 return await self.engine_thread.score(prompt, top)
-        except QueueFull:
-            raise queue_full() from None
         except TimeoutError:
-            raise self._timeout() from None
-        except EngineError as e:
-            raise engine_failed(e) from e
+            raise timed_out(self.options.timeout) from None
         except UserError as e:
             raise ApiError(400, str(e), "prompt") from e
 
     def seconds_left(self, started: float) -> float:
         """Seconds until the time-out of a request that arrived at `started`."""
         return max(0.0, started + self.options.timeout - time.monotonic())
-
-    def _timeout(self) -> ApiError:
-        return ApiError(504, f"the answer took longer than {self.options.timeout:g} seconds")
 
 
 def context_of(engine: Engine) -> int:
@@ -246,11 +195,3 @@ def context_of(engine: Engine) -> int:
         return config.max_position_embeddings
     blocks = engine.kv_cache_bytes // engine.block_bytes
     return min(config.max_position_embeddings, max(0, blocks - 2) * BLOCK)
-
-
-def queue_full() -> ApiError:
-    return ApiError(429, "the server's queue is full; retry later", code="queue_full", Retry_After="1")
-
-
-def engine_failed(error: EngineError) -> ApiError:
-    return ApiError(500, f"the engine failed ({error}); send the request again")

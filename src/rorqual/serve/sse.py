@@ -1,12 +1,13 @@
 """Server-sent events, and cancellation when a client disconnects."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any, TypeVar
 
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
-Receive = Callable[[], Awaitable[Any]]
+T = TypeVar("T")
 # Line ends for many readers (Python's splitlines, httpx's iter_lines) but not for the format; escaped in JSON strings.
 LINE_ENDS = {"\x85": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"}
 READ_SECONDS = 10.0  # for a client to read the end of an answer
@@ -16,7 +17,7 @@ class Gone(Exception):
     """The client has closed the connection."""
 
 
-async def unless_gone(receive: Receive, work: Coroutine[Any, Any, Any]) -> Any:
+async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T | Response:
     """The work's result; when the client disconnects, cancel it and return an empty response."""
     try:
         return await _race(receive, work)
@@ -24,7 +25,7 @@ async def unless_gone(receive: Receive, work: Coroutine[Any, Any, Any]) -> Any:
         return Response(status_code=499)
 
 
-async def _race(receive: Receive, work: Coroutine[Any, Any, Any]) -> Any:
+async def _race(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     task, disconnect = asyncio.ensure_future(work), asyncio.ensure_future(_gone(receive))
     try:
         await asyncio.wait({task, disconnect}, return_when=asyncio.FIRST_COMPLETED)
@@ -55,7 +56,7 @@ class EventStream(Response):
         del self.headers["content-length"]
         self._events, self._seconds, self._closed = events, seconds + READ_SECONDS, closed
 
-    async def __call__(self, scope: Any, receive: Receive, send: Callable[[Any], Awaitable[None]]) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             async with asyncio.timeout(self._seconds):
                 await _race(receive, self._send(send))
@@ -64,7 +65,7 @@ class EventStream(Response):
         finally:
             self._closed()
 
-    async def _send(self, send: Callable[[Any], Awaitable[None]]) -> None:
+    async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         async for event in self._events:
             for end, written in LINE_ENDS.items():

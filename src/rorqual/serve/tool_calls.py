@@ -3,12 +3,13 @@
 import json
 import re
 import uuid
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from rorqual.data.tool_formats import JSON, Call, Format
 from rorqual.engine import Grammar
 from rorqual.engine.grammar import bounded
+from rorqual.serve.json_types import FunctionJson, ToolCallJson
 from rorqual.serve.protocol import AllowedTools, ChatRequest, Function, Tool, ToolChoice
 
 
@@ -109,8 +110,9 @@ class ToolCallDelta:
     call: Call
     id: str = field(default_factory=lambda: f"call_{uuid.uuid4().hex[:24]}")
 
-    def as_dict(self) -> dict[str, Any]:
-        return {"id": self.id, "type": "function", "function": asdict(self.call)}
+    def as_dict(self) -> ToolCallJson:
+        function: FunctionJson = {"name": self.call.name, "arguments": self.call.arguments}
+        return {"id": self.id, "type": "function", "function": function}
 
 
 class CallReader:
