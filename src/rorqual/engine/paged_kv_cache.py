@@ -5,6 +5,8 @@ grouped-query attention keys and values [G, W]. A sequence's block table lists i
 of block b. Keys and values can be int8, with a scale for every 32 (kernels/kv_int8.py).
 """
 
+import math
+import mmap
 from dataclasses import dataclass
 
 import torch
@@ -44,6 +46,21 @@ def _block_shapes(config: ModelConfig, dtype: torch.dtype) -> list[tuple[int, ..
     return [(heads, -(-width // GROUP), kv_int8.RECORD) for heads, width in shapes]
 
 
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros, not uninitialised memory: a masked position has weight 0, but 0 times a stray NaN is NaN.
+
+    On a CPU they are pages of the system, which cost neither memory nor time before they are written to; torch.zeros
+    writes all of them. Raises RuntimeError if memory lacks.
+    """
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    try:
+        pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, access=mmap.ACCESS_COPY)  # private
+    except OSError as e:
+        raise RuntimeError(f"KV cache: {e.strerror}") from e
+    return torch.frombuffer(pages, dtype=dtype).view(shape)
+
+
 class PagedKVCache:
     """`count` blocks in every layer, of `dtype`: the model's own, or int8."""
 
@@ -51,13 +68,9 @@ class PagedKVCache:
         self, config: ModelConfig, count: int, dtype: torch.dtype, device: torch.device, more_layers: int = 0
     ) -> None:
         self.is_int8 = dtype is torch.int8
-        # Zeros, not uninitialised memory: a masked position has weight 0, but 0 times a stray NaN is NaN. On a CPU
-        # they cost no memory before they are written to.
+        stored = torch.uint8 if self.is_int8 else dtype
         self.layers = [
-            tuple(
-                torch.zeros(count, *shape, dtype=torch.uint8 if self.is_int8 else dtype, device=device)
-                for shape in _block_shapes(config, dtype)
-            )
+            tuple(_zeros((count, *shape), stored, device) for shape in _block_shapes(config, dtype))
             for _ in range(config.num_hidden_layers + more_layers)
         ]
         self.slots = [tuple(store.flatten(0, 1) for store in layer) for layer in self.layers]  # the same, by slot
