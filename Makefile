@@ -21,6 +21,8 @@ lint: $(VENV)/ready-dev
 	$(BIN)/ruff check src tests benchmarks docs
 	$(BIN)/ruff format --check src tests benchmarks docs
 	$(BIN)/lint-imports
+	$(BIN)/clang-format --dry-run --Werror $(wildcard $(addprefix src/rorqual/kernels/cpu/csrc/,*.cpp *.h */*.h))
+	$(BIN)/basedpyright
 
 # All of them, or BENCHMARKS="train decode"; ARGS=--quick shows in minutes that they run on a new class of processor.
 BENCHMARKS ?= train rl_step rollout balance decode speculate serving

@@ -250,7 +250,7 @@ def wrap(text: str, width: int = 118) -> list[str]:
 
 SPEED = [  # English, French, benchmark, ratio
     ("pre-training / transformers", "pré-entraînement / transformers", "train", "tokens-per-second/transformers"),
-    ("GRPO step / TRL", "pas de GRPO / TRL", "rl_step", "step/trl"),
+    ("GRPO step / TRL", "étape de GRPO / TRL", "rl_step", "step/trl"),
     ("decode, 1 sequence, 4-bit / llama.cpp", "décodage, 1 séquence, 4 bits / llama.cpp", "decode",
      "decode-b1-int4/llama.cpp-q4_0"),
     ("decode, 32 sequences, 4-bit / llama.cpp", "décodage, 32 séquences, 4 bits / llama.cpp", "decode",
@@ -283,7 +283,7 @@ def speed_table(french: bool = False) -> str:
     for english, other, benchmark, key in SPEED:
         values = [ratio(benchmark, machine, key) for machine in SHORT]
         rows.append([other if french else english, *(DASH if v is None else f"{v:.2f}" for v in values)])
-    first = "nos jetons/s sur ceux du pair" if french else "our speed / the peer's"
+    first = "notre vitesse / celle du concurrent" if french else "our speed / the peer's"
     return "\n".join(table([first, *SHORT.values()], rows))
 
 

@@ -1,5 +1,6 @@
 """The short way through a decode step says what the network says."""
 
+import functools
 from statistics import median
 
 import pytest
@@ -60,25 +61,43 @@ def packed(config, bits="int4", dtype=torch.float32):
     return convert(model.bfloat16().to(dtype), bits)  # the same weights, whatever it computes in
 
 
+@functools.cache  # for tests that change no weights
+def shared(shape, bits="int4", dtype=torch.float32):
+    return packed(SHAPES[shape], bits, dtype)
+
+
+@functools.cache
+def exact_logits(shape, bits, i):
+    """The network's answer to sequence i, in FP32."""
+    return last_logits(shared(shape, bits), sequence(i))
+
+
+def sequence(i):
+    return random_tokens((7 * i) % 33 + 1, i)
+
+
 def random_tokens(count, seed):
     return torch.randint(0, 60, (count,), generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("bits", ["int4", "int8"])
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(
+@pytest.mark.parametrize(  # varies fastest, so that a network is made once
     ("rows", "dtype"),
     [(1, torch.float32), (2, torch.float32), (5, torch.float32), (70, torch.float32), (70, torch.bfloat16)],
+    ids=str,
 )
+@pytest.mark.parametrize("bits", ["int4", "int8"])
+@pytest.mark.parametrize("shape", SHAPES)
 @torch.no_grad()
 def test_logits_are_the_networks(shape, bits, rows, dtype):
-    model, exact = packed(SHAPES[shape], bits, dtype), packed(SHAPES[shape], bits)
+    model, head = shared(shape, bits, dtype), shared(shape, bits).head_weight
     errors, own_errors = [], []
+    cache = PagedKVCache(model.config, 3 * rows + 1, dtype, torch.device("cpu"))
+    step = fused_decode_step(model, cache)
+    tables = torch.arange(1, 3 * rows + 1, dtype=torch.int32).view(rows, 3)
     for start in range(0, max(24, rows), rows):  # enough sequences for a median, `rows` of them at a time
-        sequences = [random_tokens((7 * i) % 33 + 1, i) for i in range(start, start + rows)]
-        cache = PagedKVCache(model.config, 3 * rows + 1, dtype, torch.device("cpu"))
-        step = fused_decode_step(model, cache)
-        tables = torch.arange(1, 3 * rows + 1, dtype=torch.int32).view(rows, 3)
+        which = range(start, start + rows)
+        sequences = [sequence(i) for i in which]
+        exact = [exact_logits(shape, bits, i) for i in which]
         before = [PrefillSlice(0, len(s) - 1, tables[i].tolist()) for i, s in enumerate(sequences) if len(s) > 1]
         if before:
             everything = torch.cat([s[:-1] for s in sequences]).unsqueeze(0)
@@ -87,10 +106,10 @@ def test_logits_are_the_networks(shape, bits, rows, dtype):
         lengths = torch.tensor([len(s) for s in sequences], dtype=torch.int32)
         assert lengths.max() <= BLOCK * 3
         ours, hidden = step(torch.stack([s[-1] for s in sequences]), tables, lengths)
-        assert torch.allclose(linear(hidden, exact.head_weight), ours, rtol=1e-4, atol=1e-4)
-        errors += errors_of(ours, exact, sequences)
+        assert torch.allclose(linear(hidden, head), ours, rtol=1e-4, atol=1e-4)
+        errors += errors_of(ours, exact)
         if dtype != torch.float32:
-            own_errors += errors_of([last_logits(model, s) for s in sequences], exact, sequences)
+            own_errors += errors_of([last_logits(model, s) for s in sequences], exact)
     if dtype == torch.float32:
         # Where an activation is rounded the other way, what follows differs by a percent or so in so small a network; a
         # router may then choose another expert.
@@ -127,7 +146,7 @@ def test_a_multi_token_module_says_what_it_says(shape, rows):
 @pytest.mark.parametrize("shape", ["grouped", "latent"])
 @torch.no_grad()
 def test_several_tokens_of_a_sequence_at_once(shape):
-    model = packed(SHAPES[shape])
+    model = shared(shape)
     sequence = torch.randint(0, 60, (20,), generator=torch.Generator().manual_seed(1))
     cache = PagedKVCache(model.config, 3, torch.float32, torch.device("cpu"))
     step, table = fused_decode_step(model, cache), torch.tensor([[1, 2]], dtype=torch.int32)
@@ -144,7 +163,7 @@ def test_several_tokens_of_a_sequence_at_once(shape):
 @pytest.mark.parametrize("rows", [1, 9])
 @torch.no_grad()
 def test_threads_say_the_same_together(shape, rows):
-    model = packed(SHAPES[shape])
+    model = shared(shape)
     before, found = torch.get_num_threads(), []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
@@ -186,17 +205,16 @@ def last_logits(model, sequence):
     return model.logits(sequence.unsqueeze(0))[0, -1].float()
 
 
-def errors_of(logits, exact, sequences):
+def errors_of(logits, exact):
     """Each row's distance from the network in FP32, relative."""
-    wanted = [last_logits(exact, s) for s in sequences]
-    return [float((a - b).norm() / b.norm()) for a, b in zip(logits, wanted, strict=True)]
+    return [float((a - b).norm() / b.norm()) for a, b in zip(logits, exact, strict=True)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", ["grouped", "biases", "interleaved", "wide", "odd", "shared by many"])
 @torch.no_grad()
 def test_a_cache_of_8_bits_keeps_and_says_what_the_reference_does(shape, dtype):
-    model = packed(SHAPES[shape], "int8", dtype)
+    model = shared(shape, "int8", dtype)
     sequences = [random_tokens(n, n) for n in (1, 15, 16, 17, 33, 40, 3, 26)]
     rows, own, errors = len(sequences), [], []
     caches = [PagedKVCache(model.config, 3 * rows + 1, torch.int8, torch.device("cpu")) for _ in range(2)]
@@ -231,7 +249,7 @@ def test_a_cache_of_8_bits_keeps_and_says_what_the_reference_does(shape, dtype):
 
 @pytest.mark.parametrize("kv_cache_dtype", [None, torch.int8])
 def test_greedy_answers_do_not_depend_on_company(kv_cache_dtype):
-    model = packed(SHAPES["grouped"])
+    model = shared("grouped")
     prompts = [[(5 * i + j) % 59 + 1 for j in range(1 + i % 20)] for i in range(20)]
     params = SamplingParams(temperature=0, max_tokens=15)
     options = {"kv_cache_dtype": kv_cache_dtype}

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from helpers.small_configs import DEVICES, GROUPED, LATENT, agree, greedy_by_full_passes, logits
+from helpers.small_configs import DEVICES, GROUPED, LATENT, agree, greedy_by_full_batches, greedy_by_full_passes, logits
 from rorqual.engine import Engine, SamplingParams
 from rorqual.engine.block_manager import BLOCK
 from rorqual.engine.detokenizer import IncrementalDetokenizer, TokenDecoder
@@ -45,7 +45,7 @@ def prompts():
 @pytest.fixture(scope="module")
 def endless(model, prompts):
     """Greedy answers to the prompts by full passes: 40 tokens, whether or not the end token is among them."""
-    return [greedy_by_full_passes(model, p, 40, to_the_end=True)[0] for p in prompts]
+    return greedy_by_full_batches(model, prompts, 40)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_greedy_equals_full_passes_in_any_company(model, prompts, endless, prefi
     engine = Engine(
         model, max_num_seqs=12, max_prefill_tokens=max_prefill_tokens, prefix_cache=prefix_cache, kv_cache_bytes=memory
     )
-    for turn in range(2):
+    for turn in range(1 + prefix_cache):
         found = engine.generate(prompts, replace(GREEDY, ignore_eos=True))
         assert [c.tokens for c in found] == endless
         if prefix_cache and turn and room is None:

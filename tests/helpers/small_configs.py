@@ -44,3 +44,20 @@ def greedy_by_full_passes(model, prompt, count, to_the_end=False):
         if tokens[-1] == 0 and not to_the_end:
             break
     return tokens[len(prompt) :], logprobs
+
+
+@torch.no_grad()
+def greedy_by_full_batches(model, prompts, count):
+    """`count` tokens for each prompt by greedy decoding without a KV cache, whether or not the end token is among them.
+
+    All prompts are computed together: what stands after a row's last token does not bear on it.
+    """
+    lengths = torch.tensor([len(p) for p in prompts])
+    tokens = torch.zeros(len(prompts), int(lengths.max()) + count, dtype=torch.long)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = torch.tensor(prompt)
+    rows = torch.arange(len(prompts))
+    for i in range(count):
+        wanted = logits(model, tokens[:, : int(lengths.max()) + i].tolist())[rows, lengths + i - 1]
+        tokens[rows, lengths + i] = wanted.argmax(-1)
+    return [row[n : n + count].tolist() for row, n in zip(tokens, lengths.tolist(), strict=True)]

@@ -54,8 +54,12 @@ def test_a_lower_class_agrees(name):
         pytest.skip(why)
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
     environment |= {VARIABLE: name, "OMP_NUM_THREADS": "1"}
-    check = f"from rorqual.kernels import cpu; assert cpu.capability() == {None if level == 'none' else level!r}"
-    subprocess.run([sys.executable, "-c", check], env=environment, check=True, cwd=ROOT)
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=short", "-k", LEFT_OUT, *CHOSEN]
+    run = f"""
+import sys
+import pytest
+from rorqual.kernels import cpu
+assert cpu.capability() == {None if level == "none" else level!r}, cpu.capability()
+sys.exit(pytest.main(sys.argv[1:]))"""
+    command = [sys.executable, "-c", run, "-p", "no:cacheprovider", "--tb=short", "-k", LEFT_OUT, *CHOSEN]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]

@@ -46,7 +46,7 @@ def test_what_is_packed_comes_back(format, shape):
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rows", [1, 2, 3, 7, 8, 13, 70])
 @pytest.mark.usefixtures("compiled")
 @torch.no_grad()

@@ -74,9 +74,9 @@ def test_slices_change_nothing(source, tmp_path, bits, monkeypatch):
 
 @pytest.fixture(scope="module")
 def sizes(tmp_path_factory):
-    """A directory with a model of some 250 MB, "large", and "small", the same with one layer and few tokens."""
+    """A directory with a model of some 130 MB, "large", and "small", the same with one layer and few tokens."""
     path = tmp_path_factory.mktemp("whole")
-    large = GROUPED.replace(hidden_size=512, intermediate_size=2048, num_hidden_layers=24, vocab_size=50_000)
+    large = GROUPED.replace(hidden_size=512, intermediate_size=2048, num_hidden_layers=12, vocab_size=32_000)
     # Products as large as the other's, for which libraries have code of their own, which counts as memory too.
     small = large.replace(num_hidden_layers=1, vocab_size=290)
     for name, config in (("large", large), ("small", small)):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers.killed_runs import run_whole_and_killed
+from helpers.killed_runs import KILLS, run_whole_and_killed
 from rorqual.checkpoint.huggingface import load_model, save_model
 from rorqual.data.tokenizer import load_tokenizer
 from rorqual.errors import UserError
@@ -201,9 +201,10 @@ def test_predicts_the_most_it_can_take(tmp_path, model_dir):
     assert plan["seconds"] > 0
 
 
-def test_twenty_kills_change_nothing(tmp_path, model_dir):
+@pytest.mark.parametrize("kills", KILLS)
+def test_kills_change_nothing(tmp_path, model_dir, kills):
     paths = [recipe_file(tmp_path / name, model_dir, steps=40) for name in ("whole", "killed")]
-    run_whole_and_killed("rl", "rorqual.rl.rl_run", *paths)
+    run_whole_and_killed("rl", "rorqual.rl.rl_run", *paths, kills)
     assert final_weights(tmp_path / "whole") == final_weights(tmp_path / "killed")
     assert [line["step"] for line in lines(tmp_path / "killed")] == list(range(41))
 

@@ -4,13 +4,23 @@ import json
 
 import pytest
 
+from rorqual import speedrun as speedrun_module
 from rorqual.errors import UserError
 from rorqual.rl.envs.registry import open_environment
+from rorqual.speedrun import outcome as outcome_module
 from rorqual.speedrun import speedrun
 from rorqual.speedrun import stages as stages_module
 from rorqual.speedrun.level import LEVELS, choose_level, machine_line, training_speed
 from rorqual.speedrun.outcome import FEW_SAMPLES, FIRST, difficulty_table, table
 from rorqual.speedrun.stages import Budget, Check, SpeedrunState, needed
+
+TINY = {
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "kv_lora_rank": 16,
+    "moe_intermediate_size": 32,
+}
 
 
 def state(tmp_path, minutes=10.0, speed=10_000.0, level=LEVELS[0]):
@@ -62,12 +72,20 @@ def test_a_start_that_rl_kept_is_noticed(tmp_path, last, kept):
     assert stages_module.kept_start(tmp_path) == kept
 
 
-def test_half_a_minute_learns_something_and_says_that_it_is_too_short(tmp_path, capsys):
-    summary = speedrun(tmp_path / "run", seed=5, minutes=0.5)
+@pytest.mark.parametrize("minutes", [0.25, pytest.param(0.5, marks=pytest.mark.slow)])
+def test_half_a_minute_learns_something_and_says_that_it_is_too_short(tmp_path, capsys, monkeypatch, minutes):
+    """Or half as long, which the command line refuses, with a smaller network and thinking curve."""
+    if minutes < 0.5:
+        monkeypatch.setattr(speedrun_module, "SHORTEST", minutes)
+        monkeypatch.setattr(outcome_module, "BUDGETS", [0, 32])
+        for name, size in TINY.items():
+            monkeypatch.setitem(stages_module.MODEL, name, size)
+    summary = speedrun(tmp_path / "run", seed=5, minutes=minutes)
     said = capsys.readouterr().out
     lines = (tmp_path / "run" / "pretrain" / "metrics.jsonl").read_text().splitlines()
     losses = [line["loss"] for line in map(json.loads, lines) if "loss" in line]
-    assert losses[-1] < losses[0] - 0.5
+    if minutes >= 0.5:  # on a busy machine the shorter one takes a step or two
+        assert losses[-1] < losses[0] - 0.5
     assert json.loads(json.dumps(summary.to_dict())) == json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary.stages[0].name == "pretrain"
     assert any("--minutes" in note for note in summary.notes)

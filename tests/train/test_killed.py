@@ -2,13 +2,15 @@
 
 import json
 
+import pytest
 from safetensors.torch import load_file
 
-from helpers.killed_runs import run_whole_and_killed
+from helpers.killed_runs import KILLS, run_whole_and_killed
 from rorqual.train.run_folder import to_toml
 
 
-def test_twenty_kills_change_nothing(tmp_path, make_recipe):
+@pytest.mark.parametrize("kills", KILLS)
+def test_kills_change_nothing(tmp_path, make_recipe, kills):
     runs, paths = [], []
     for name in ("straight", "killed"):
         recipe = make_recipe(
@@ -18,7 +20,7 @@ def test_twenty_kills_change_nothing(tmp_path, make_recipe):
         runs.append(recipe.run_dir)
         paths.append(tmp_path / f"{name}.toml")
         paths[-1].write_text(to_toml(recipe.model_dump()))
-    run_whole_and_killed("pretrain", "rorqual.train.pretrain", *paths)
+    run_whole_and_killed("pretrain", "rorqual.train.pretrain", *paths, kills)
     for file in ("model/model.safetensors", "checkpoints/step-100/tensors.safetensors"):
         straight, killed = (load_file(run_dir / file) for run_dir in runs)
         assert straight.keys() == killed.keys()

@@ -5,6 +5,8 @@ grouped-query attention keys and values [G, W]. A sequence's block table lists i
 of block b. Keys and values can be int8, with a scale for every 32 (kernels/kv_int8.py).
 """
 
+import math
+import mmap
 from dataclasses import dataclass
 from functools import partial
 
@@ -50,6 +52,21 @@ def _block_shapes(config: ModelConfig, dtype: torch.dtype) -> Shapes:
     return keys, keys
 
 
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros, not uninitialised memory: a masked position has weight 0, but 0 times a stray NaN is NaN.
+
+    On a CPU they are pages of the system, which cost neither memory nor time before they are written to; torch.zeros
+    writes all of them. Raises RuntimeError if memory lacks.
+    """
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    try:
+        pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, access=mmap.ACCESS_COPY)  # private
+    except OSError as e:
+        raise RuntimeError(f"KV cache: {e.strerror}") from e
+    return torch.frombuffer(pages, dtype=dtype).view(shape)
+
+
 class PagedKVCache:
     """`count` blocks in every layer, of `dtype`: the model's own, or int8."""
 
@@ -57,12 +74,11 @@ class PagedKVCache:
         self, config: ModelConfig, count: int, dtype: torch.dtype, device: torch.device, more_layers: int = 0
     ) -> None:
         self.is_int8 = dtype is torch.int8
-        # Zeros, not uninitialised memory: a masked position has weight 0, but 0 times a stray NaN is NaN. On a CPU
-        # they cost no memory before they are written to.
+        stored = torch.uint8 if self.is_int8 else dtype
         a, b = _block_shapes(config, dtype)
-        zeros = partial(torch.zeros, dtype=torch.uint8 if self.is_int8 else dtype, device=device)
+        zeros = partial(_zeros, dtype=stored, device=device)
         depth = config.num_hidden_layers + more_layers
-        self.layers = [(zeros(count, *a), zeros(count, *b)) for _ in range(depth)]
+        self.layers = [(zeros((count, *a)), zeros((count, *b))) for _ in range(depth)]
         self.slots = [(a.flatten(0, 1), b.flatten(0, 1)) for a, b in self.layers]  # the same, by slot
 
     def copy(self, sources: list[int], targets: list[int]) -> None:

@@ -36,7 +36,7 @@ from rorqual.speedrun.stages import (
 )
 from rorqual.train.rng import set_seed
 
-LONGEST = 60 * 24 * 30  # minutes
+SHORTEST, LONGEST = 0.5, 60 * 24 * 30  # minutes
 
 
 def speedrun(out: Path | None, seed: int, minutes: float) -> Summary:
@@ -46,8 +46,8 @@ def speedrun(out: Path | None, seed: int, minutes: float) -> Summary:
     """
     require("rl")
     require("report")
-    if not 0.5 <= minutes <= LONGEST:
-        raise UserError(f"--minutes {minutes:g}: must be from 0.5 to {LONGEST:,}")
+    if not SHORTEST <= minutes <= LONGEST:
+        raise UserError(f"--minutes {minutes:g}: must be from {SHORTEST} to {LONGEST:,}")
     if not 0 <= seed < 1 << 63:
         raise UserError(f"--seed {seed}: must be from 0 to {(1 << 63) - 1}")
     run_dir = out or _fresh(Path("runs"))
