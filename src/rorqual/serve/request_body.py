@@ -180,9 +180,7 @@ def _field_path(error: ErrorDetails, body: object) -> list[str]:
     path: list[str] = []
     value = body
     for part in error["loc"]:
-        if isinstance(value, dict) and part in value:
-            value = value[part]
-        elif isinstance(value, list) and isinstance(part, int):
+        if (isinstance(value, dict) and part in value) or (isinstance(value, list) and isinstance(part, int)):
             value = value[part]
         elif error["type"] != "missing" or part != error["loc"][-1]:
             continue
