@@ -2,10 +2,7 @@ import pytest
 
 from helpers.documents import make_texts, write_jsonl
 from rorqual.data import datasets as opening
-from rorqual.data.datasets import open_chat_data, open_pretrain_data, open_tokenizer
-from rorqual.data.loader import document_mask
-from rorqual.data.tokenizer import save_tokenizer
-from rorqual.errors import UserError
+from rorqual.data.datasets import open_chat_data, open_pretrain_data, train_on_sources
 from rorqual.recipe import ChatDataSection, DataSection, TokenizerSection
 
 TEXTS = make_texts(200)
@@ -21,7 +18,7 @@ def section(tmp_path):
 
 
 def test_text_to_batches(section, tmp_path):
-    tokenizer = open_tokenizer(TokenizerSection(vocab_size=400), section)
+    tokenizer = train_on_sources(TokenizerSection(vocab_size=400), section)
     assert "<|fim_hole|>" in tokenizer.get_vocab()
     loader, heldout = open_pretrain_data(section, tokenizer, tmp_path / "cache", seed=1)
     batch = loader.next(8)
@@ -43,7 +40,7 @@ def test_tokenizer_learns_from_each_source_by_weight(section, monkeypatch):
     seen = []
     monkeypatch.setattr(opening, "TOKENIZER_CHARACTERS", 4000)
     monkeypatch.setattr(opening, "train_tokenizer", lambda texts, *_, **__: seen.extend(texts))
-    open_tokenizer(TokenizerSection(), section)
+    train_on_sources(TokenizerSection(), section)
     first, second = (sum(len(t) for t in seen if t in set(part)) for part in (TEXTS[:100], TEXTS[100:]))
     assert 3000 <= first < 3400
     assert 1000 <= second < 1400
@@ -61,16 +58,8 @@ def test_isolation_and_no_held_out_data(section, tokenizer, tmp_path):
     batch = loader.next(4)
     starts = batch.positions == 0
     assert (starts.sum(1) > 1).any()
-    mask = document_mask(batch.documents)
+    mask = batch.attention_mask
     assert mask.sum(-1)[:, 0].equal((batch.positions + 1).where(batch.documents >= 0, mask.sum(-1)[:, 0]))
-
-
-def test_existing_tokenizer(section, tokenizer, tmp_path):
-    save_tokenizer(tokenizer, tmp_path / "model")
-    found = open_tokenizer(TokenizerSection(path=str(tmp_path / "model")), section)
-    assert found.get_vocab() == tokenizer.get_vocab()
-    with pytest.raises(UserError, match="does not exist"):
-        open_tokenizer(TokenizerSection(path=str(tmp_path / "nowhere")), section)
 
 
 def test_chat_batches_isolate_samples(tokenizer, tmp_path):

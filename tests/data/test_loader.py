@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rorqual.data.loader import Heldout, Loader, PackedDataset, bytes_of_tokens, document_mask
+from rorqual.data.loader import Batch, Heldout, Loader, PackedDataset, bytes_of_tokens
 from rorqual.data.token_shards import Documents
 from rorqual.errors import UserError
 
@@ -123,7 +123,8 @@ def test_isolated_row():
 @given(st.lists(st.lists(st.integers(-1, 3), min_size=6, max_size=6).map(sorted), min_size=1, max_size=4))
 @settings(deadline=None, max_examples=50)
 def test_mask_is_causal_within_documents(documents):
-    mask = document_mask(torch.tensor(documents))
+    tokens = torch.tensor(documents)
+    mask = Batch(tokens, tokens, tokens.float(), tokens, documents=tokens).attention_mask
     assert mask.shape == (len(documents), 1, 6, 6)
     for b, row in enumerate(documents):
         for i in range(6):

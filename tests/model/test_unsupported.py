@@ -46,6 +46,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
         (LLAMA | {"clip_qkv": 8.0}, "clip_qkv"),
         (LLAMA | {"is_causal": False}, "is_causal"),
         (LLAMA | {"num_local_experts": 8}, "num_local_experts"),
+        (LLAMA | {"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16}, "n_routed_experts"),
         (V3 | {"scoring_func": "softmax"}, "scoring_func"),
         (V3 | {"topk_method": "greedy"}, "topk_method"),
         (V2 | {"scoring_func": "sigmoid"}, "scoring_func"),

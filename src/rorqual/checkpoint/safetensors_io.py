@@ -15,25 +15,13 @@ import torch
 from torch import Tensor
 
 from rorqual.errors import UserError
+from rorqual.kernels.dtype_names import SAFETENSORS, SAFETENSORS_CODES
 from rorqual.model.model_directory import foreign, unreadable
 from rorqual.strict_json import Json
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"  # of a model in one file, and in several
 CHUNK_BYTES = 8 << 20
 MAX_HEADER_BYTES = 100_000_000  # as in the safetensors library
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -90,14 +78,14 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
 
 
 def _entry(path: Path, name: str, entry: dict[str, Any], data: int) -> TensorEntry:
-    if entry["dtype"] not in DTYPES:
+    if entry["dtype"] not in SAFETENSORS:
         raise ValueError(f"tensor {name} has the unknown dtype {entry['dtype']!r}")
     if not name.isprintable():
         raise ValueError("a tensor's name is damaged")
     shape, (first, last) = tuple(entry["shape"]), entry["data_offsets"]
     if not all(type(n) is int and n >= 0 for n in (*shape, first, last)):
         raise ValueError(f"tensor {name} has an invalid shape or offset")
-    dtype = DTYPES[entry["dtype"]]
+    dtype = SAFETENSORS[entry["dtype"]]
     if last - first != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"tensor {name} has {last - first} bytes, which do not fit its shape {list(shape)}")
     return TensorEntry(path, name, dtype, shape or (1,), data + first)
@@ -109,7 +97,7 @@ def write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
     end = 0
     for name, t in tensors.items():
         start, end = end, end + t.nbytes
-        header[name] = {"dtype": CODES[t.dtype], "shape": list(t.shape), "data_offsets": [start, end]}
+        header[name] = {"dtype": SAFETENSORS_CODES[t.dtype], "shape": list(t.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that the tensors' bytes are aligned
     with path.open("wb") as file:

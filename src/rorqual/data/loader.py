@@ -31,12 +31,14 @@ class Batch:
     positions: Tensor  # [B, T] int64; restart at each document where documents are isolated
     documents: Tensor | None  # [B, T] int64, index of the document within its row; None: not isolated
 
-
-def document_mask(documents: Tensor) -> Tensor:
-    """documents [B, T] → bool [B, 1, T, T]: causal attention within each document."""
-    length = documents.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool, device=documents.device).tril()
-    return ((documents[:, :, None] == documents[:, None, :]) & causal)[:, None]
+    @property
+    def attention_mask(self) -> Tensor | None:
+        """bool [B, 1, T, T], true where a token attends: causally, within its document. None: causally in the row."""
+        if self.documents is None:
+            return None
+        length = self.documents.shape[1]
+        causal = torch.ones(length, length, dtype=torch.bool, device=self.documents.device).tril()
+        return ((self.documents[:, :, None] == self.documents[:, None, :]) & causal)[:, None]
 
 
 class PackedDataset:

@@ -7,12 +7,11 @@ names a dtype; `auto` is resolved here.
 import functools
 import sys
 import time
-from typing import Literal
 
 import torch
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-DtypeName = Literal["auto", "float32", "bfloat16"]
+from rorqual.kernels.dtype_names import COMPUTE
+
 SIZE = 256  # of the square products that are timed: 25 ms each where BF16 is emulated
 MIN_SECONDS, MIN_RUNS = 0.05, 3  # of products a dtype; the fastest counts, since other processes disturb
 
@@ -24,7 +23,7 @@ def compute_dtype(name: str = "auto", device: torch.device | str = "cpu") -> tor
     """
     if name == "auto":
         return fastest_dtype(device)
-    dtype = DTYPES[name]
+    dtype = COMPUTE[name]
     if dtype is torch.bfloat16 and fastest_dtype(device) is not dtype:
         _warn_emulated(torch.device(device).type)
     return dtype

@@ -5,6 +5,7 @@ MTP modules are counted separately, as in the releases (V3: 671 B, plus 14 B for
 
 from dataclasses import asdict, dataclass
 
+from rorqual.kernels.dtype_names import COMPUTE
 from rorqual.model.config import ModelConfig
 
 
@@ -81,7 +82,7 @@ def memory(
     Gradients, moments and masters are FP32; Muon has one moment for hidden matrices, AdamW two for all parameters.
     """
     count = parameters(config)[0] + mtp_parameters(config)
-    size = 2 if dtype == "bfloat16" else 4
+    size = COMPUTE[dtype].itemsize
     outside = _embedding(config)
     depth = config.num_hidden_layers + config.num_nextn_predict_layers
     kept = sum(_activations(config, config.is_moe_layer(layer), size) for layer in range(depth))

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from rorqual.data.datasets import open_pretrain_data, open_tokenizer
+from rorqual.data.datasets import open_pretrain_data, train_on_sources
 from rorqual.data.tokenizer import load_tokenizer, save_tokenizer
 from rorqual.errors import file_error
 from rorqual.files import write_folder
@@ -30,13 +30,12 @@ def pretrain(recipe: PretrainRecipe, resume: bool = False) -> Path:
 
 def _tokenizer(recipe: PretrainRecipe, run_dir: Path) -> Tokenizer:
     """The recipe's tokenizer, the model's, or one trained now and saved in the run's folder."""
-    if recipe.tokenizer.path is not None:
-        return load_tokenizer(recipe.tokenizer.path)
-    if recipe.model.path is not None:
-        return load_tokenizer(recipe.model.path)
+    for path in (recipe.tokenizer.path, recipe.model.path):
+        if path is not None:
+            return load_tokenizer(path)
     kept = run_dir / "tokenizer"
     if not kept.exists():
-        tokenizer = open_tokenizer(recipe.tokenizer, recipe.data)
+        tokenizer = train_on_sources(recipe.tokenizer, recipe.data)
         try:
             with write_folder(kept) as folder:
                 save_tokenizer(tokenizer, folder)

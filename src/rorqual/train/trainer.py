@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rorqual.data.loader import Batch, document_mask
+from rorqual.data.loader import Batch
 from rorqual.kernels.cross_entropy import linear_cross_entropy
 from rorqual.kernels.dtypes import compute_dtype
 from rorqual.model import Transformer
@@ -133,7 +133,7 @@ class Trainer:
         nats, length = 0.0, 0
         with self.released_weights():
             for batch, size in batches:
-                hidden = self.model(batch.inputs, batch.positions, _mask(batch.documents))
+                hidden = self.model(batch.inputs, batch.positions, batch.attention_mask)
                 flat = batch.weights.flatten()
                 loss = linear_cross_entropy(hidden.flatten(0, 1), self.model.head_weight, batch.targets.flatten(), flat)
                 nats, length = nats + float(loss), length + size
@@ -166,7 +166,7 @@ class Trainer:
     def _losses(self, batch: Batch, totals: list[float]) -> tuple[list[Tensor], list[Routing]]:
         """Main loss, then the loss of each MTP depth if `totals` has it; each divided by its total weight."""
         routing: list[Routing] = []
-        mask = _mask(batch.documents)
+        mask = batch.attention_mask
         hidden = self.forward(batch.inputs, batch.positions, mask, routing=routing)
         states = [hidden]
         if len(totals) > 1:
@@ -210,7 +210,3 @@ def _shifted(batch: Batch, ahead: int) -> tuple[Tensor, Tensor]:
     if batch.documents is not None:
         weights = weights * (batch.documents == batch.documents.roll(-ahead, dims=1))
     return targets, weights
-
-
-def _mask(documents: Tensor | None) -> Tensor | None:
-    return None if documents is None else document_mask(documents)

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rorqual.kernels.dtype_names import KERNEL_SUFFIXES
 from rorqual.processor import VARIABLE, allows, highest
 
-SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 INTERFACE = 20  # as in csrc/dtypes.h: a build of other sources is not used
 LEVELS = ("avx512", "avx2", "portable")  # the builds, best first; also names in processor.py
 LACKING = "the processor lacks it"
@@ -68,7 +68,7 @@ def usable(*tensors: Tensor) -> bool:
     Under torch.compile the reference runs too, since the compiler can fuse it with its surroundings.
     """
     first = tensors[0].dtype
-    if first not in SUFFIXES or torch.compiler.is_compiling() or _library() is None:
+    if first not in KERNEL_SUFFIXES or torch.compiler.is_compiling() or _library() is None:
         return False
     # A list: this runs ten times a layer, and a generator takes three times as long.
     return all([t.is_cpu and t.dtype is first and t.stride(-1) == 1 for t in tensors])  # noqa: C419
@@ -148,7 +148,7 @@ def call(name: str, dtype: torch.dtype, *arguments: Tensor | int | float | None)
             values.append(value)
     library = _library()
     assert library is not None
-    getattr(library[1], f"{name}_{SUFFIXES[dtype]}")(*values)
+    getattr(library[1], f"{name}_{KERNEL_SUFFIXES[dtype]}")(*values)
 
 
 def rows(x: Tensor) -> tuple[Tensor, int]:
@@ -170,7 +170,7 @@ def _library() -> tuple[str, ctypes.CDLL] | None:
     for level in LEVELS:
         if _excluded(level) is None and not isinstance(library := _load(level), str):
             for name, kinds in SIGNATURES.items():
-                for suffix in SUFFIXES.values():
+                for suffix in KERNEL_SUFFIXES.values():
                     if function := getattr(library, f"{name}_{suffix}", None):
                         function.argtypes = [CTYPES.get(kind, ctypes.c_void_p) for kind in kinds]
             return level, library
