@@ -68,18 +68,18 @@ def test_half_a_minute_learns_something_and_says_that_it_is_too_short(tmp_path, 
     lines = (tmp_path / "run" / "pretrain" / "metrics.jsonl").read_text().splitlines()
     losses = [line["loss"] for line in map(json.loads, lines) if "loss" in line]
     assert losses[-1] < losses[0] - 0.5
-    assert summary == json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["stages"][0]["name"] == "pretrain"
-    assert any("--minutes" in note for note in summary["notes"])
+    assert json.loads(json.dumps(summary.to_dict())) == json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary.stages[0].name == "pretrain"
+    assert any("--minutes" in note for note in summary.notes)
     assert all(word in said for word in ("tokens/s", "held-out problems", "--minutes", "report:"))
     page = (tmp_path / "run" / "report.html").read_text()
     assert "--minutes" in page
     assert (tmp_path / "run" / "model" / "config.json").exists()
-    assert table(summary).row_count == sum(len(stage["tasks"]) for stage in summary["stages"])
+    assert table(summary).row_count == sum(len(stage.tasks) for stage in summary.stages)
     assert difficulty_table(summary).row_count == 5  # countdown has one difficulty, chain_sum four
-    result = summary["stages"][0]["tasks"]["countdown"]
-    assert result["problems"] == len(result["scores"]) >= FIRST
-    assert result["k"] == FEW_SAMPLES
+    result = summary.stages[0].tasks["countdown"]
+    assert result.problems == len(result.scores) >= FIRST
+    assert result.k == FEW_SAMPLES
 
 
 @pytest.mark.parametrize(

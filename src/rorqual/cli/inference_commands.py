@@ -163,7 +163,7 @@ def serve(
         engine = Engine(
             directory, max_num_seqs=max_num_seqs, kv_cache_bytes=int(cache_gb * 2**30), prefix_cache=True,
             dtype=computed, weights=bits, max_prefill_tokens=512, speculative=method, device=device,
-            kv_cache_dtype=kv_cache_dtype and getattr(torch, kv_cache_dtype),
+            kv_cache_dtype=None if kv_cache_dtype is None else torch.int8,
         )  # fmt: skip
     options = Options(name or served_name(Path(model)), keys, max_queue, timeout, host=host, origins=origins)
     run(sampling, engine, options, listening, page)

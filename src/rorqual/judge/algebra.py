@@ -101,6 +101,7 @@ def _tokens(text: str) -> list[tuple[str, str]]:
             raise NotMathematics(text[at : at + 10])
         at = match.end()
         kind = match.lastgroup
+        assert kind is not None  # each alternative of TOKEN has a name
         token = match[kind]
         if kind != "word":
             found.append((kind, token))

@@ -37,7 +37,8 @@ def _solutions(tree: Tree) -> Tree:
     items = tree[2] if tree[0] == "list" and tree[1] == "" else [tree]
     names = [_assigned(item) for item in items]
     if all(names) and len(set(names)) == len(names) > 1:
-        return ("list", "=", [item for _, item in sorted(zip(names, items, strict=True), key=lambda pair: pair[0])])
+        ordered = sorted(zip(names, items, strict=True), key=lambda pair: pair[0] or "")
+        return ("list", "=", [item for _, item in ordered])
     if names[0] and len(items) > 1 and all(name in (None, names[0]) for name in names):
         items = [item[1][-1] if name else item for name, item in zip(names, items, strict=True)]
     if any(has(item, "±") for item in items):
@@ -165,21 +166,20 @@ def same_scalars(a: Tree, b: Tree) -> bool:
     """Exact for rational numbers; a decimal of six or more digits also equals a number that it is the rounding of."""
     if not (_scalar(a) and _scalar(b)):
         return a[0] == b[0] and equal(a, b)
-    exact = [exactly(a), exactly(b)]
-    digits = [_digits(a), _digits(b)]
-    if exact[0] is not None and exact[1] is not None:
-        if exact[0] == exact[1]:
+    first, second = exactly(a), exactly(b)
+    if first is not None and second is not None:
+        if first == second:
             return True
-        if max(d or 0 for d in digits) >= FLOAT:
-            return abs(exact[0] - exact[1]) <= abs(exact[0]) / 10**12
-        return any(_rounds(value, decimal, d) for value, decimal, d in ((*exact, digits[1]), (*exact[::-1], digits[0])))
+        if max(_digits(a) or 0, _digits(b) or 0) >= FLOAT:
+            return abs(first - second) <= abs(first) / 10**12
+        return _rounds(first, second, _digits(b)) or _rounds(second, first, _digits(a))
     try:
         pairs = values([a, b])
     except Undecided:
         return a == b
     if not free_names(a) and not free_names(b):
         x, y = pairs[0]
-        for value, decimal, d in ((x, exact[1], digits[1]), (y, exact[0], digits[0])):
+        for value, decimal, d in ((x, second, _digits(b)), (y, first, _digits(a))):
             if decimal is not None and d is not None and near(value.imag, 0) and _rounds(value.real, decimal, d):
                 return True
     return all(near(x, y) for x, y in pairs)

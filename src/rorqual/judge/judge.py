@@ -121,7 +121,7 @@ def _by_value(reference: str, prediction: str) -> bool | None:
     wanted = _quantity(reference, spelled=False)
     if wanted is None:
         return _same_ratio(reference, prediction) if RATIO.fullmatch(reference) else None
-    bare = prediction[LEAD.match(prediction).end() :]
+    bare = _without_lead(prediction)
     for text in dict.fromkeys((prediction, bare, _one_number(prediction) or prediction)):
         found = _quantity(text, spelled=True)
         if found is not None:
@@ -197,12 +197,17 @@ def _one_number(text: str) -> str | None:
 
 def _same_ratio(reference: str, prediction: str) -> bool:
     """Compare 10:30 or 3 : 4 number by number; am and pm only where both have it."""
-    bare = prediction[LEAD.match(prediction).end() :]
+    bare = _without_lead(prediction)
     first, second = (RATIO.fullmatch(re.sub(r"(?i)^(\d+)(?= ?[ap]\.?m)", r"\1:00", text)) for text in (reference, bare))
-    if second is None or _numbers(first[1]) != _numbers(second[1]):
+    if first is None or second is None or _numbers(first[1]) != _numbers(second[1]):
         return False
     halves = [match[2].lower().replace(".", "") for match in (first, second) if match[2]]
     return len(set(halves)) < 2
+
+
+def _without_lead(prediction: str) -> str:
+    lead = LEAD.match(prediction)
+    return prediction[lead.end() :] if lead else prediction
 
 
 def _numbers(text: str) -> list[int]:
@@ -210,7 +215,7 @@ def _numbers(text: str) -> list[int]:
 
 
 def _choice(reference: str, prediction: str) -> bool:
-    match = CHOICE.fullmatch(prediction[LEAD.match(prediction).end() :])
+    match = CHOICE.fullmatch(_without_lead(prediction))
     if match is None or TAKEN_BACK.search(match[3]):
         return False
     return (match[1] or match[2]).upper() == reference.upper()
@@ -220,10 +225,10 @@ def _by_words(reference: str, prediction: str) -> bool:
     wanted, found = words(reference), words(prediction)
     if wanted in YES | NO:
         same, others = (YES, NO) if wanted in YES else (NO, YES)
-        match = re.match(r"\W*(\w+)(?:\s*$|\s*[,.;:!—-](.*))", prediction[LEAD.match(prediction).end() :], re.DOTALL)
+        match = re.match(r"\W*(\w+)(?:\s*$|\s*[,.;:!—-](.*))", _without_lead(prediction), re.DOTALL)
         rest = set(re.findall(r"\w+", (match[2] or "").lower())) if match else set()
         return match is not None and match[1].lower() in same and not rest & others
-    if wanted and wanted in (found, words(prediction[LEAD.match(prediction).end() :])):
+    if wanted and wanted in (found, words(_without_lead(prediction))):
         return True
     first, second = CHOICE.fullmatch(reference), CHOICE.fullmatch(prediction)
     if second is None or not second[3]:

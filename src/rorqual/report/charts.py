@@ -42,25 +42,26 @@ THEMES = (
 
 def save(plot: Callable[[Axes, Theme], bool], theme: Theme, file: Path) -> bool:
     """Draw with `plot` and write a PNG; returns False, and writes no file, where `plot` had nothing to draw."""
-    settings = {
-        "font.size": 10.5,
-        "text.color": theme.text,
-        "axes.labelcolor": theme.text,
-        "axes.edgecolor": theme.faint,
-        "axes.facecolor": theme.surface,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "axes.axisbelow": True,
-        "grid.color": theme.faint,
-        "grid.linewidth": 0.7,
-        "xtick.color": theme.text,
-        "ytick.color": theme.text,
-        "xtick.major.size": 0,
-        "ytick.major.size": 0,
-        "text.parse_math": False,
-    }
-    with matplotlib.rc_context(settings):
+    with matplotlib.rc_context(
+        {
+            "font.size": 10.5,
+            "text.color": theme.text,
+            "axes.labelcolor": theme.text,
+            "axes.edgecolor": theme.faint,
+            "axes.facecolor": theme.surface,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "axes.axisbelow": True,
+            "grid.color": theme.faint,
+            "grid.linewidth": 0.7,
+            "xtick.color": theme.text,
+            "ytick.color": theme.text,
+            "xtick.major.size": 0,
+            "ytick.major.size": 0,
+            "text.parse_math": False,
+        }
+    ):
         figure = Figure(figsize=SIZE, dpi=DPI, facecolor=theme.surface, layout="constrained")
         drawn = plot(figure.subplots(), theme)
         if drawn:

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from rorqual.errors import UserError, file_error
 from rorqual.renamed import current_metrics
@@ -95,7 +95,7 @@ def stage_name(stage: dict[str, Any]) -> str:
     return STAGES.get(name, name)
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     """Whether it is a number that can be plotted."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST
 

@@ -13,7 +13,7 @@ import selectors
 import subprocess
 import sys
 import threading
-from typing import Any
+from typing import IO, Any
 
 START_TIMEOUT = 120.0  # seconds to import sympy and the checkers on a busy machine
 MEMORY = 4 << 30  # bytes of address space for the process
@@ -31,15 +31,17 @@ class CheckerProcess:
         with self._lock:
             if self._process is not None and self._process.poll() is not None:
                 self._stop()  # killed from outside between two calls
-            if self._process is None and not self._start():
+            process = self._process or self._start()
+            if process is None:
                 return None
+            requests, _ = _pipes(process)
             try:
-                self._process.stdin.write(json.dumps(request, default=str).encode() + b"\n")
-                self._process.stdin.flush()
+                requests.write(json.dumps(request, default=str).encode() + b"\n")
+                requests.flush()
             except OSError:
                 self._stop()
                 return None
-            line = self._read(timeout)
+            line = _read(process, timeout)
             if line is None:
                 self._stop()
                 return None
@@ -49,38 +51,48 @@ class CheckerProcess:
         with self._lock:
             self._stop()
 
-    def _start(self) -> bool:
+    def _start(self) -> subprocess.Popen[bytes] | None:
         from rorqual.extras import require  # not at the top: the script imports nothing of the package
 
         require("rl")  # without them every answer that is checked here would count as wrong
         # -P: this file's folder must not shadow library modules.
-        self._process = subprocess.Popen(
+        self._process = process = subprocess.Popen(
             [sys.executable, "-P", __file__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             start_new_session=True,  # a Ctrl-C for the trainer must not kill it
         )
-        if self._read(START_TIMEOUT) is None:
+        if _read(process, START_TIMEOUT) is None:
             self._stop()
-            return False
-        return True
-
-    def _read(self, timeout: float) -> bytes | None:
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._process.stdout, selectors.EVENT_READ)
-            if not selector.select(timeout):
-                return None
-        return self._process.stdout.readline() or None
+            return None
+        return process
 
     def _stop(self) -> None:
         process, self._process = self._process, None
         if process is not None:
             process.kill()
             process.wait()
-            for pipe in (process.stdin, process.stdout):
+            for pipe in _pipes(process):
                 with contextlib.suppress(OSError):  # unflushed data has no reader
                     pipe.close()
+
+
+def _pipes(process: subprocess.Popen[bytes]) -> tuple[IO[bytes], IO[bytes]]:
+    """Its stdin and stdout."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    return process.stdin, process.stdout
+
+
+def _read(process: subprocess.Popen[bytes], timeout: float) -> bytes | None:
+    """Its next line; None after `timeout` seconds, and at its end."""
+    _, replies = _pipes(process)
+    with selectors.DefaultSelector() as selector:
+        selector.register(replies, selectors.EVENT_READ)
+        if not selector.select(timeout):
+            return None
+    return replies.readline() or None
 
 
 _shared = CheckerProcess()
@@ -97,7 +109,7 @@ def _math(request: dict[str, Any]) -> float:
     from math_verify import LatexExtractionConfig, parse, verify
 
     gold, answer = (
-        parse(f"${request[name].replace('$', ' ')}$", [LatexExtractionConfig()], "no_fallback", parsing_timeout=None)
+        parse(f"${request[name].replace('$', ' ')}$", [LatexExtractionConfig()], "no_fallback", parsing_timeout=0)
         for name in ("gold", "answer")
     )
     return float(verify(gold, answer, timeout_seconds=None))

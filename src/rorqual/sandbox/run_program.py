@@ -138,8 +138,9 @@ def _run(source: str, limits: Limits, mode: str) -> Outcome:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             code = process.wait()
-            process.stdin.close()
-            process.stdout.close()
+            for pipe in (process.stdin, process.stdout):
+                if pipe is not None:
+                    pipe.close()
     seconds = time.monotonic() - started
     before, found, output = output.partition(ready.encode() + b"\n")
     if not found and cut != "timeout":
@@ -152,23 +153,26 @@ def _run(source: str, limits: Limits, mode: str) -> Outcome:
     return Outcome(status, output.removesuffix(done.encode() + b"\n").decode(errors="replace")[-2000:], seconds)
 
 
-def _exchange(process: subprocess.Popen, text: bytes, limits: Limits) -> tuple[bytes, str]:
+def _exchange(process: subprocess.Popen[bytes], text: bytes, limits: Limits) -> tuple[bytes, str]:
     """Write `text` and read the output until its end, the time or the size limit; returns (output, limit hit)."""
     deadline = time.monotonic() + limits.wall_seconds
     output, pending = bytearray(), memoryview(text)
-    os.set_blocking(process.stdin.fileno(), False)
+    stdin, stdout = process.stdin, process.stdout
+    assert stdin is not None
+    assert stdout is not None
+    os.set_blocking(stdin.fileno(), False)
     with selectors.DefaultSelector() as selector:
-        selector.register(process.stdin, selectors.EVENT_WRITE)
-        selector.register(process.stdout, selectors.EVENT_READ)
+        selector.register(stdin, selectors.EVENT_WRITE)
+        selector.register(stdout, selectors.EVENT_READ)
         while (left := deadline - time.monotonic()) > 0:
             for key, _ in selector.select(left):
-                if key.fileobj is process.stdin:
+                if key.fileobj is stdin:
                     with suppress(BlockingIOError, BrokenPipeError):
                         pending = pending[os.write(key.fd, pending) :]
                         if pending:
                             continue
-                    selector.unregister(process.stdin)
-                    process.stdin.close()
+                    selector.unregister(stdin)
+                    stdin.close()
                     continue
                 chunk = os.read(key.fd, 65536)
                 if not chunk:
@@ -179,7 +183,7 @@ def _exchange(process: subprocess.Popen, text: bytes, limits: Limits) -> tuple[b
     return bytes(output), "timeout"
 
 
-def _ends(process: subprocess.Popen, deadline: float) -> bool:
+def _ends(process: subprocess.Popen[bytes], deadline: float) -> bool:
     """Whether the process, after closing its output, also exits before the deadline."""
     try:
         process.wait(max(0.0, deadline - time.monotonic()))

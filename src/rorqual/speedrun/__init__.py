@@ -9,8 +9,8 @@ the verb of its name.
 import json
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from rorqual import strict_json
 from rorqual.errors import UserError, file_error
@@ -19,7 +19,7 @@ from rorqual.files import write_text
 from rorqual.report import write_report
 from rorqual.rl.envs.registry import open_environment
 from rorqual.speedrun.level import choose_level, machine_line, training_speed
-from rorqual.speedrun.outcome import difficulty_table, evaluate_stages, table
+from rorqual.speedrun.outcome import Summary, difficulty_table, evaluate_stages, table
 from rorqual.speedrun.stages import (
     MIN_RL_TOKENS,
     PRETRAIN_END,
@@ -39,8 +39,8 @@ from rorqual.train.rng import set_seed
 LONGEST = 60 * 24 * 30  # minutes
 
 
-def speedrun(out: Path | None, seed: int, minutes: float) -> dict[str, Any]:
-    """Run all stages into `out` (default: a new folder in runs/); returns the contents of summary.json.
+def speedrun(out: Path | None, seed: int, minutes: float) -> Summary:
+    """Run all stages into `out` (default: a new folder in runs/); returns what summary.json holds.
 
     Raises UserError for an unusable `out`, `seed` or `minutes`.
     """
@@ -102,7 +102,7 @@ def _begin(run_dir: Path, seed: int, budget: Budget) -> SpeedrunState:
     return state
 
 
-def _run_stage(state: SpeedrunState, title: str, name: str, stage: Any) -> None:
+def _run_stage(state: SpeedrunState, title: str, name: str, stage: Callable[[SpeedrunState], None]) -> None:
     state.announce(title)
     start = time.monotonic()
     stage(state)
@@ -124,22 +124,21 @@ def _recommend_sampling(path: Path, max_tokens: int) -> None:
     write_text(path, json.dumps(own, indent=2) + "\n")
 
 
-def _finish(state: SpeedrunState, summary: dict[str, Any]) -> None:
-    summary["total_seconds"] = state.budget.spent
-    summary["seconds"] = state.seconds
+def _finish(state: SpeedrunState, summary: Summary) -> None:
+    summary.total_seconds = state.budget.spent
     path = state.run_dir / "summary.json"
-    write_text(path, strict_json.dumps(summary, indent=1, ensure_ascii=False))
+    write_text(path, strict_json.dumps(summary.to_dict(), indent=1, ensure_ascii=False))
     page = write_report(state.run_dir)
-    summary["total_seconds"] = state.budget.spent  # the page, which takes seconds to make, has the time before it
-    write_text(path, strict_json.dumps(summary, indent=1, ensure_ascii=False))
+    summary.total_seconds = state.budget.spent  # the page, which takes seconds to make, has the time before it
+    write_text(path, strict_json.dumps(summary.to_dict(), indent=1, ensure_ascii=False))
     state.console.print(table(summary), difficulty_table(summary))
-    for family, gain in summary["gains"].get("rl", {}).items():
-        low, high = gain["interval"]
+    for family, gain in summary.gains.get("rl", {}).items():
+        low, high = gain.interval
         state.console.print(
-            f"{family}: reinforcement learning adds {100 * gain['gain']:.1f} points [{100 * low:.1f}, {100 * high:.1f}]"
+            f"{family}: reinforcement learning adds {100 * gain.gain:.1f} points [{100 * low:.1f}, {100 * high:.1f}]"
         )
     for sentence in state.notes:
         state.console.print(f"[yellow]{sentence}[/yellow]", soft_wrap=True)
     spent = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in state.seconds.items())
-    state.console.print(f"{summary['total_seconds']:.0f} s in total: {spent}")
-    state.console.print(f"report: {page}\nchat:   {summary['chat_command']}", soft_wrap=True)
+    state.console.print(f"{summary.total_seconds:.0f} s in total: {spent}")
+    state.console.print(f"report: {page}\nchat:   {summary.chat_command}", soft_wrap=True)

@@ -17,6 +17,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from rorqual.files import write_text
 from rorqual.rl.envs import graph_coloring
 from rorqual.rl.envs.environment import Environment, Problem
 
@@ -70,6 +71,7 @@ _few_attempts = functools.lru_cache(1 << 14)(_attempts)
 def expression(steps: str) -> str:
     """The steps as one expression, for the answer: 8*3=24,24-1=23 → 8*3-1."""
     made: dict[str, list[tuple[str, bool]]] = defaultdict(list)  # result → (expression, whether it is a sum)
+    result = ""
     for step in steps.split(","):
         calculation, result = step.split("=")
         left, op, right = re.split(r"([+*-])", calculation)
@@ -203,8 +205,9 @@ def line_is_right(problem: Problem, line: str) -> bool | None:
     """
     if problem.family == "graph_color":
         return _coloring_is_right(problem.metadata["puzzle"], line.strip())
-    steps = [STEP.fullmatch(step) for step in line.strip().split(",")]
-    if not all(steps):
+    texts = line.strip().split(",")
+    steps = [step for text in texts if (step := STEP.fullmatch(text))]
+    if len(steps) < len(texts):
         return None
     values = [(int(a), op, int(b), int(result)) for a, op, b, result in (step.groups() for step in steps)]
     if any({"+": a + b, "-": a - b, "*": a * b}[op] != result for a, op, b, result in values):
@@ -222,8 +225,9 @@ def line_is_right(problem: Problem, line: str) -> bool | None:
 
 
 def _coloring_is_right(puzzle: dict[str, Any], line: str) -> bool | None:
-    parts = [VERTEX.fullmatch(part) for part in re.split(r",(?![^()]*\))", line)]
-    if not all(parts):
+    texts = re.split(r",(?![^()]*\))", line)
+    parts = [part for text in texts if (part := VERTEX.fullmatch(text))]
+    if len(parts) < len(texts):
         return None
     colors: dict[int, int] = {}
     for vertex, known, color in (part.groups() for part in parts):
@@ -257,5 +261,5 @@ def write_documents(
         for document in documents(chosen, count, rng.getrandbits(32)):
             texts.append(f"{document.problem.question}\n{document.completion}")
     rng.shuffle(texts)
-    path.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts), encoding="utf-8")
+    write_text(path, "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts))
     return len(texts)

@@ -254,13 +254,12 @@ def check(state: SpeedrunState, stage: str) -> None:
     engine = open_engine(state.run_dir / folders(state)[-1][1])
     problems, samples = max(8, min(48, int(5 * state.budget.minutes))), 4
     start = time.monotonic()
-    tokenizer = engine.require_tokenizer()
     found = evaluate(
-        engine, tokenizer, state.environments, samples, problems, split="dev", quiet=True, **sampling(state)
-    )["tasks"]  # fmt: skip
-    length = {family: result["mean_tokens"] for family, result in found.items()}
+        engine, state.environments, samples, problems, split="dev", quiet=True, **sampling(state)
+    ).tasks  # fmt: skip
+    length = {family: result.mean_tokens for family, result in found.items()}
     tokens = problems * samples * sum(length.values())
-    accuracy = {family: result["pass_at_1"] for family, result in found.items()}
+    accuracy = {family: result.pass_at_1 for family, result in found.items()}
     state.checks[stage] = Check(accuracy, length, tokens / (time.monotonic() - start))
     shares = ", ".join(f"{family} {share:.0%}" for family, share in accuracy.items())
     state.console.print(f"   accuracy on development problems: {shares}")
