@@ -37,11 +37,8 @@ def _solutions(tree: Tree) -> Tree:
     items = tree[2] if tree[0] == "list" and tree[1] == "" else [tree]
     names = [_assigned(item) for item in items]
     if all(names) and len(set(names)) == len(names) > 1:
-        return (
-            "list",
-            "=",
-            [item for _, item in sorted(zip(names, items, strict=True), key=lambda pair: pair[0] or "")],
-        )
+        ordered = sorted(zip(names, items, strict=True), key=lambda pair: pair[0] or "")
+        return ("list", "=", [item for _, item in ordered])
     if names[0] and len(items) > 1 and all(name in (None, names[0]) for name in names):
         items = [item[1][-1] if name else item for name, item in zip(names, items, strict=True)]
     if any(has(item, "±") for item in items):
@@ -182,7 +179,7 @@ def same_scalars(a: Tree, b: Tree) -> bool:
         return a == b
     if not free_names(a) and not free_names(b):
         x, y = pairs[0]
-        for value, decimal, d in ((x, exact[1], digits[1]), (y, exact[0], digits[0])):
+        for value, decimal, d in ((x, second, _digits(b)), (y, first, _digits(a))):
             if decimal is not None and d is not None and near(value.imag, 0) and _rounds(value.real, decimal, d):
                 return True
     return all(near(x, y) for x, y in pairs)
