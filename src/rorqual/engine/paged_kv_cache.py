@@ -18,7 +18,6 @@ from rorqual.kernels.quantized_linear import GROUP
 from rorqual.model import ModelConfig
 from rorqual.model.kv_cache import CacheView, DecodeView, PrefillView
 
-
 Shapes = tuple[tuple[int, ...], tuple[int, ...]]
 
 
