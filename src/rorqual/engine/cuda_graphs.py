@@ -31,7 +31,7 @@ def can_capture(model: Transformer) -> bool:
         return False
     if config.n_routed_experts is None:
         return True
-    fits = config.hidden_size % 8 == config.moe_intermediate_size % 8 == 0
+    fits = config.hidden_size % 8 == config.moe.moe_intermediate_size % 8 == 0
     return fits and weight.dtype is torch.bfloat16 and torch.cuda.get_device_capability(weight.device)[0] in (9, 10)
 
 

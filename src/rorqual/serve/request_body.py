@@ -180,9 +180,14 @@ def _field_path(error: ErrorDetails, body: object) -> list[str]:
     path: list[str] = []
     value = body
     for part in error["loc"]:
-        if (isinstance(value, dict) and part in value) or (isinstance(value, list) and isinstance(part, int)):
-            value = value[part]
-        elif error["type"] != "missing" or part != error["loc"][-1]:
-            continue
+        match value, part:
+            case dict(), _ if part in value:
+                value = value[part]
+            case list(), int():
+                value = value[part]
+            case _ if error["type"] == "missing" and part == error["loc"][-1]:
+                pass
+            case _:
+                continue
         path.append(str(part))
     return path
