@@ -120,7 +120,7 @@ def run(command, folder):
 
 
 def serve(command, requests, folder):
-    """The server answers, and the page's requests too where it is the model of the last one."""
+    """It starts, answers the pages' requests, and ends in order on SIGTERM."""
     with (folder / "log").open("w") as log:
         process = rorqual([*shlex.split(command)[1:], "--port", "0"], folder, stdout=log, stderr=log)
     try:
