@@ -270,7 +270,7 @@ extern const i64 interface;  // bindings.py refuses a build with another number
 const i64 interface = INTERFACE;
 }
 
-#define PARAMETERS(T)                                                                                             \
+#define PARAMETERS(T)                                                                                            \
     (T *logits, i64 rows, i64 vocab, const i64 *targets, const float *weight, float temperature, float *logprob, \
      float *entropy)
 EXPORT_F32_BF16(void, softmax_grad, PARAMETERS, (logits, rows, vocab, targets, weight, temperature, logprob, entropy))

@@ -15,8 +15,8 @@ TARGET void qk_scores_int8(const ActivationGroup *queries, i64 groups, const Int
         for (i64 g = 0; g < groups; ++g, record += KV_RECORD_BYTES) {
             const ActivationGroup *query = queries + g;
             i32x16 acc[N] = {};
-            if constexpr (!SIGNED_WEIGHTS)  // subtract the keys' zero point, 128
-                UNROLL for (int n = 0; n < N; ++n) acc[n] += query[n * groups].minus_128_sum;
+            // Subtract the keys' zero point, 128.
+            if constexpr (!SIGNED_WEIGHTS) UNROLL for (int n = 0; n < N; ++n) acc[n] += query[n * groups].minus_128_sum;
             UNROLL for (int j = 0; j < GROUP_SIZE / 4; ++j) {
                 u8x64 key;
                 std::memcpy(&key, record + 64 * j, sizeof key);

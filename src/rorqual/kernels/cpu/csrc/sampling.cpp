@@ -149,10 +149,12 @@ void sample(const T *logits, i64 rows, i64 vocab, float temperature, SamplingFil
 }
 
 // Rows of BatchState::numbers, in the order of NUMBERS in kernels/append_tokens.py.
+// clang-format off
 enum BatchNumber {
     POSITION, NUM_TOKENS, MAX_NEW_TOKENS, LAST_TOKEN, NUM_BLOCKS, BUDGET, THINK_END_TOKEN, FILTER_INDEX, THINKING_ENDED,
     NEEDS_ADJUSTING, STREAMING
 };
+// clang-format on
 enum FilterColumn { TEMPERATURE, TOP_P, TOP_K, MIN_P };
 
 // As in kernels/append_tokens.py.
