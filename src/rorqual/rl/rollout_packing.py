@@ -32,7 +32,7 @@ class PackedRollout:
 
     tokens: Int[Tensor, "1 T"]
     positions: Int[Tensor, "1 T"]
-    mask: tuple[Bool[Tensor, "n 1 t t"], ...]  # one per block length, in block order
+    mask: tuple[Bool[Tensor, "_ 1 _ _"], ...]  # [n, 1, t, t] per block length, in block order
     source: Int[Tensor, " N"]  # index into the T hidden states of the one that predicts the target
     targets: Int[Tensor, " N"]  # token ids
     sequence: Int[Tensor, " N"]  # index of the completion
