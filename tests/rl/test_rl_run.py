@@ -3,6 +3,7 @@ import os
 import signal
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -140,7 +141,8 @@ def test_metrics_stay_json_when_the_policy_runs_away(tmp_path, model_dir, monkey
 
     def step(self, progress=0.0):
         steps.append(self.steps)
-        return real(self, progress) | {"kl": float("inf"), "entropy": float("nan")}
+        metrics = real(self, progress)
+        return replace(metrics, update=replace(metrics.update, kl=float("inf"), entropy=float("nan")))
 
     monkeypatch.setattr(GRPOTrainer, "step", step)
     run_dir = rl(recipe(tmp_path, model_dir, steps=2))

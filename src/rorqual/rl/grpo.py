@@ -10,7 +10,7 @@ For each question, G outputs o_1 … o_G are sampled from π_old with rewards r_
     L   = 1/Σ|o_i| Σ_i Σ_t ℓ_t         ("token": every token has the same weight; DAPO, 2503.14476, §3.3)
 
 ε_low ≠ ε_high is DAPO's clip-higher (§3.1); A without std is Dr. GRPO's (2503.20783, §3.2).
-Shapes: Q questions, S outputs (sequences), N tokens of all outputs.
+Shapes: Q questions, G outputs of a question, S outputs (sequences), N tokens of all outputs.
 """
 
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from rorqual.recipe import GRPOSection
+from rorqual.shapes import Bool, Float, Int
 
 EPSILON = 1e-6
 ZERO_STD_TOLERANCE = 1e-6  # relative spread of a group's rewards below which it is rounding only
@@ -29,13 +30,13 @@ ZERO_STD_TOLERANCE = 1e-6  # relative spread of a group's rewards below which it
 class Loss:
     """`loss` is a scalar to differentiate; `kl` and `clipped` are sums over the N tokens, detached."""
 
-    loss: Tensor
-    kl: Tensor
-    clipped: Tensor  # tokens with zero policy gradient because of the clip
+    loss: Float[Tensor, ""]
+    kl: Float[Tensor, ""]
+    clipped: Int[Tensor, ""]  # tokens with zero policy gradient because of the clip
 
 
-def group_advantages(rewards: Tensor, normalise_std: bool) -> Tensor:
-    """rewards [Q, G] → advantages [Q, G], with the population's std; exactly 0 in zero-std groups.
+def group_advantages(rewards: Float[Tensor, "Q G"], normalise_std: bool) -> Float[Tensor, "Q G"]:
+    """Advantages of the outputs, with the population's std; exactly 0 in zero-std groups.
 
     Without the exact 0, the rounding error of the mean, divided by a tiny std, would become a gradient.
     """
@@ -46,33 +47,33 @@ def group_advantages(rewards: Tensor, normalise_std: bool) -> Tensor:
     return centred / (rewards.std(dim=1, keepdim=True, correction=0) + EPSILON)
 
 
-def zero_std_groups(rewards: Tensor) -> Tensor:
-    """rewards [Q, G] → bool [Q]: all rewards of the group are equal up to rounding, so it has no policy gradient."""
+def zero_std_groups(rewards: Float[Tensor, "Q G"]) -> Bool[Tensor, " Q"]:
+    """Whether all rewards of the group are equal up to rounding, so it has no policy gradient."""
     spread = rewards.amax(dim=1) - rewards.amin(dim=1)
     return spread <= ZERO_STD_TOLERANCE * rewards.abs().amax(dim=1)
 
 
-def token_weights(lengths: Tensor, average: Literal["sequence", "token"]) -> Tensor:
-    """lengths [S] of the outputs of one update → [S]: the loss weight of each token of an output."""
+def token_weights(lengths: Int[Tensor, " S"], average: Literal["sequence", "token"]) -> Float[Tensor, " S"]:
+    """The loss weight of each token of an output, from the lengths of the outputs of one update."""
     if average == "sequence":
         return 1.0 / (len(lengths) * lengths.float())
     return torch.full_like(lengths, 1.0, dtype=torch.float32) / lengths.sum()
 
 
 def grpo_loss(
-    logprobs: Tensor,
-    old_logprobs: Tensor | None,
-    ref_logprobs: Tensor | None,
-    advantages: Tensor,
-    weights: Tensor,
-    sequence: Tensor,
+    logprobs: Float[Tensor, " N"],
+    old_logprobs: Float[Tensor, " N"] | None,
+    ref_logprobs: Float[Tensor, " N"] | None,
+    advantages: Float[Tensor, " S"],
+    weights: Float[Tensor, " S"],
+    sequence: Int[Tensor, " N"],
     section: GRPOSection,
 ) -> Loss:
     """The loss of N tokens, which may be a micro-batch of an update: the micro-batches' losses sum to L.
 
-    logprobs, old_logprobs, ref_logprobs [N] of the sampled tokens under π, π_old, π_ref. old_logprobs None: on-policy,
-    π_old = π; ref_logprobs None: no KL term. advantages [S]; weights [S] from `token_weights` of the whole update;
-    sequence [N]: index of the output that the token belongs to.
+    logprobs, old_logprobs, ref_logprobs: of the sampled tokens under π, π_old, π_ref. old_logprobs None: on-policy,
+    π_old = π; ref_logprobs None: no KL term. weights: from `token_weights` of the whole update; sequence: index of the
+    output that the token belongs to.
     """
     old = logprobs.detach() if old_logprobs is None else old_logprobs
     advantage, weight = advantages[sequence], weights[sequence]
@@ -87,12 +88,14 @@ def grpo_loss(
     return Loss((loss * weight).sum(), kl.detach().sum(), clipped)
 
 
-def on_policy_grad(advantages: Tensor, weights: Tensor, sequence: Tensor) -> Tensor:
-    """dL/d log π of each token [N] when π_old = π and there is no KL term: ρ = 1 and nothing is clipped."""
+def on_policy_grad(
+    advantages: Float[Tensor, " S"], weights: Float[Tensor, " S"], sequence: Int[Tensor, " N"]
+) -> Float[Tensor, " N"]:
+    """dL/d log π of each token when π_old = π and there is no KL term: ρ = 1 and nothing is clipped."""
     return -(advantages * weights)[sequence]
 
 
-def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """k3 estimator [N]: π_ref/π − log(π_ref/π) − 1, unbiased for KL(π‖π_ref) on samples of π and ≥ 0 (R1 eq. 2)."""
+def kl_estimate(logprobs: Float[Tensor, " N"], ref_logprobs: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
+    """k3 estimator: π_ref/π − log(π_ref/π) − 1, unbiased for KL(π‖π_ref) on samples of π and ≥ 0 (R1 eq. 2)."""
     log_ratio = ref_logprobs - logprobs
     return log_ratio.exp() - log_ratio - 1

@@ -23,6 +23,7 @@ from rorqual.rl.rewards import Rewards, Verdict, score
 from rorqual.rl.rollout import Rollout, derived_seed, sample_groups
 from rorqual.rl.rollout_metrics import RLMetrics, UpdateSums, describe_rollout, describe_update, readable_sample
 from rorqual.rl.rollout_packing import PackedRollout, pack_rollout
+from rorqual.shapes import Float
 from rorqual.tokenizer_protocol import Tokenizer
 from rorqual.train.balance import update_correction_bias
 from rorqual.train.optimizer import Optimizer
@@ -249,11 +250,11 @@ class GRPOTrainer:
         model: Transformer,
         packed: PackedRollout,
         routing: list[Routing] | None = None,
-        grad: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Log-probabilities and entropies [N] of the targets under `model` at the sampling temperature.
+        grad: Float[Tensor, " N"] | None = None,
+    ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
+        """Log-probabilities and entropies of the targets under `model` at the sampling temperature.
 
-        grad [N]: dL/d log π where it is known before the backward pass.
+        grad: dL/d log π where it is known before the backward pass.
         """
         hidden = model(packed.tokens, packed.positions, packed.mask, routing=routing)[0].index_select(0, packed.source)
         return token_logprobs(hidden, model.head_weight, packed.targets, self.section.temperature, grad)

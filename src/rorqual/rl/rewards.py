@@ -13,6 +13,7 @@ from rorqual.errors import UserError
 from rorqual.judge.extract_answer import read_answer
 from rorqual.recipe import RewardSection
 from rorqual.rl.envs.environment import Environment, Problem
+from rorqual.shapes import Bool, Float
 
 RIGHT, WRONG = "✓", "✗"  # self-verification marks that a model puts after a candidate in its thinking
 OVERLONG = 0.2  # fraction of max_tokens over which the overlong penalty grows (DAPO §3.4: 4096 of 20480)
@@ -40,11 +41,11 @@ class Sample:
 
 @dataclass(frozen=True)
 class Rewards:
-    """`parts`: name → [N], unweighted; `total` [N]: weighted sum of the parts; `correct`: bool [N]."""
+    """Of N samples. `parts`: by name, unweighted; `total`: their weighted sum."""
 
-    parts: dict[str, Tensor]
-    total: Tensor
-    correct: Tensor
+    parts: dict[str, Float[Tensor, " N"]]
+    total: Float[Tensor, " N"]
+    correct: Bool[Tensor, " N"]
 
 
 Verdict = Callable[[Sample, bool], float]

@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rorqual.shapes import Bool, Int
+
 LENGTH_MULTIPLE = 16  # blocks are padded to a multiple of this, so that matmul shapes repeat
 Ints = np.ndarray[Any, np.dtype[np.int64]]
 PADDING = -1  # branch id of padding tokens
@@ -28,13 +30,13 @@ PADDING = -1  # branch id of padding tokens
 class PackedRollout:
     """One micro-batch."""
 
-    tokens: Tensor  # [1, T]
-    positions: Tensor  # [1, T]
-    mask: tuple[Tensor, ...]  # bool [n, 1, t, t], one per block length, in block order
-    source: Tensor  # [N] index into the T hidden states of the one that predicts the target
-    targets: Tensor  # [N] token ids
-    sequence: Tensor  # [N] index of the completion
-    offset: Tensor  # [N] index of the token in the concatenation of all completions
+    tokens: Int[Tensor, "1 T"]
+    positions: Int[Tensor, "1 T"]
+    mask: tuple[Bool[Tensor, "_ 1 _ _"], ...]  # [n, 1, t, t] per block length, in block order
+    source: Int[Tensor, " N"]  # index into the T hidden states of the one that predicts the target
+    targets: Int[Tensor, " N"]  # token ids
+    sequence: Int[Tensor, " N"]  # index of the completion
+    offset: Int[Tensor, " N"]  # index of the token in the concatenation of all completions
 
     def to(self, device: torch.device) -> "PackedRollout":
         moved = {name: t.to(device) for name, t in vars(self).items() if name != "mask"}
@@ -152,8 +154,8 @@ def _build(
     )
 
 
-def branch_mask(branches: Tensor) -> Tensor:
-    """branches [n, t] → bool [n, 1, t, t]: a token attends to itself and earlier tokens of its branch and of branch 0.
+def branch_mask(branches: Int[Tensor, "n t"]) -> Bool[Tensor, "n 1 t t"]:
+    """A token attends to itself and earlier tokens of its branch and of branch 0.
 
     Padding attends to padding only.
     """
