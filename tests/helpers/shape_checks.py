@@ -19,7 +19,7 @@ import torch
 from beartype import beartype
 from jaxtyping import AbstractArray, jaxtyped
 
-CHECKED = ("rorqual.model", "rorqual.kernels")  # packages, or single modules
+CHECKED = ("rorqual.model", "rorqual.kernels", "rorqual.rl.grpo", "rorqual.rl.rollout_packing")  # packages, or modules
 TENSORS = (torch.Tensor, torch.nn.Parameter)
 _enabled = True
 
