@@ -116,12 +116,15 @@ MODULES = {  # old → new, below `rorqual`
     "terminal": "cli.terminal",
     "train.card": "train.model_card",
     "train.compiling": "train.compile",
-    "train.finish": "train.export",
+    "train.finish": "train.training_run",
     "train.inputs": "train.input_fingerprints",
     "train.loop": "train.run_loop",
     "train.numbers": "train.number_init",
     "train.prepare": "train.build_model",
+    "train.export": "train.training_run",
+    "train.pretrain": "train.training_run",
     "train.run": "train.run_folder",
+    "train.sft": "train.training_run",
     "train.signals": "train.interrupts",
 }
 

@@ -7,8 +7,7 @@ from rorqual.model import ModelConfig, Transformer
 from rorqual.recipe import DataSection, ModelSection, SFTRecipe, TokenizerSection, parse_recipe
 from rorqual.train.build_model import check_length, model_config
 from rorqual.train.dry_run import dry_run
-from rorqual.train.pretrain import pretrain
-from rorqual.train.sft import sft
+from rorqual.train.training_run import pretrain, sft
 
 LLAMA = {
     "model_type": "llama", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1,

@@ -12,8 +12,7 @@ from rorqual.plan.estimate import plan_text
 from rorqual.recipe import PretrainRecipe, SFTRecipe, TokenizerSection, load_recipe, parse_recipe
 from rorqual.train.build_model import tokenizer_of
 from rorqual.train.dry_run import dry_run
-from rorqual.train.pretrain import pretrain
-from rorqual.train.sft import sft
+from rorqual.train.training_run import pretrain, sft
 
 
 @pytest.fixture

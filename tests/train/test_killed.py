@@ -20,7 +20,7 @@ def test_kills_change_nothing(tmp_path, make_recipe, kills):
         runs.append(recipe.run_dir)
         paths.append(tmp_path / f"{name}.toml")
         paths[-1].write_text(to_toml(recipe.model_dump()))
-    run_whole_and_killed("pretrain", "rorqual.train.pretrain", *paths, kills)
+    run_whole_and_killed("pretrain", "rorqual.train.training_run", *paths, kills)
     for file in ("model/model.safetensors", "checkpoints/step-100/tensors.safetensors"):
         straight, killed = (load_file(run_dir / file) for run_dir in runs)
         assert straight.keys() == killed.keys()

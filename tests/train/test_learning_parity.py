@@ -8,8 +8,8 @@ from rorqual.data.loader import Batch
 from rorqual.model import ModelConfig, Transformer
 from rorqual.recipe import OptimizerSection, ScheduleSection
 from rorqual.train import set_seed
-from rorqual.train.run_loop import split
 from rorqual.train.trainer import Trainer
+from rorqual.train.training_run import split
 
 CONFIG = {
     "model_type": "deepseek_v3",

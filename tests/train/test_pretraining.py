@@ -20,10 +20,9 @@ from rorqual.checkpoint.huggingface import load_model
 from rorqual.errors import UserError
 from rorqual.train import checkpoints as checkpoints_module
 from rorqual.train.interrupts import Stopped, StopSignals
-from rorqual.train.pretrain import pretrain
 from rorqual.train.run_folder import to_toml
-from rorqual.train.run_loop import TrainingRun
 from rorqual.train.trainer import Trainer
+from rorqual.train.training_run import TrainingRun, pretrain
 
 
 def metrics_of(run_dir):
@@ -98,7 +97,7 @@ def crash_at(monkeypatch, owner, name, calls, late=False):
         (files, "force_to_disk", 14, False),
         (os, "replace", 3, False),
         (TrainingRun, "_save", 3, True),  # after the last step, before the model is written
-        ("rorqual.train.export", "save_model", 1, True),
+        ("rorqual.train.training_run", "save_model", 1, True),
     ],
 )
 def test_crash_and_resume_end_with_the_same_weights(make_recipe, monkeypatch, owner, name, calls, late):
@@ -152,7 +151,7 @@ def test_sigterm_to_a_process(make_recipe, tmp_path, child_environment):
     (tmp_path / "recipe.toml").write_text(to_toml(recipe.model_dump()))
     program = (
         "import sys\nfrom rorqual.recipe import PretrainRecipe, load_recipe\n"
-        "from rorqual.train import Stopped\nfrom rorqual.train.pretrain import pretrain\n"
+        "from rorqual.train import Stopped\nfrom rorqual.train.training_run import pretrain\n"
         "try:\n    pretrain(load_recipe(sys.argv[1], PretrainRecipe))\nexcept Stopped as e:\n    sys.exit(e.exit_code)"
     )
     process = subprocess.Popen([sys.executable, "-c", program, str(tmp_path / "recipe.toml")], env=child_environment)
@@ -244,7 +243,9 @@ def test_disk_full_at_the_very_end(make_recipe, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device", str(self))
 
     with monkeypatch.context() as patch:
-        patch.setattr("rorqual.train.export.model_card", lambda *_: patch.setattr(Path, "write_text", write_text) or "")
+        patch.setattr(
+            "rorqual.train.training_run.model_card", lambda *_: patch.setattr(Path, "write_text", write_text) or ""
+        )
         with pytest.raises(UserError, match=r"README.md cannot be written \(the disk is full\); .* with --resume"):
             pretrain(recipe)
     assert (pretrain(recipe, resume=True) / "ledger.json").exists()

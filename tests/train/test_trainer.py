@@ -6,8 +6,8 @@ from rorqual.model import Transformer
 from rorqual.plan.cost import flops_per_token, mtp_flops_per_token
 from rorqual.recipe import BalanceSection, MTPSection, OptimizerSection, ScheduleSection
 from rorqual.train.balance import max_violations, update_correction_bias
-from rorqual.train.run_loop import split
 from rorqual.train.trainer import Trainer
+from rorqual.train.training_run import split
 
 CONSTANT = ScheduleSection(name="constant", warmup=0)
 MTP = MTPSection(weight=0.3, final_weight=0.1)

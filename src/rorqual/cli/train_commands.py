@@ -17,7 +17,7 @@ RecipeT = TypeVar("RecipeT", "PretrainRecipe", "SFTRecipe")
 def pretrain(recipe: RecipeFile, overrides: Overrides = None, resume: Resume = False, dry_run: DryRun = False) -> None:
     """Pre-train a model on text."""
     from rorqual.recipe import PretrainRecipe
-    from rorqual.train.pretrain import pretrain as run
+    from rorqual.train.training_run import pretrain as run
 
     _train(PretrainRecipe, run, recipe, overrides, resume, dry_run)
 
@@ -25,7 +25,7 @@ def pretrain(recipe: RecipeFile, overrides: Overrides = None, resume: Resume = F
 def sft(recipe: RecipeFile, overrides: Overrides = None, resume: Resume = False, dry_run: DryRun = False) -> None:
     """Fine-tune a model on conversations, with the loss on the assistant's turns."""
     from rorqual.recipe import SFTRecipe
-    from rorqual.train.sft import sft as run
+    from rorqual.train.training_run import sft as run
 
     _train(SFTRecipe, run, recipe, overrides, resume, dry_run)
 

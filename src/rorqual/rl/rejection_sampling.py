@@ -20,7 +20,7 @@ from rorqual.rl.rewards import score
 from rorqual.rl.rollout import derived_seed, sample_groups
 from rorqual.train.build_model import check_length, check_model, tokenizer_of
 from rorqual.train.run_folder import open_run
-from rorqual.train.sft import sft
+from rorqual.train.training_run import sft
 
 BATCH = 64  # problems per sampling call
 

@@ -21,7 +21,7 @@ from rorqual.speedrun.documents import LARGEST, write_documents
 from rorqual.speedrun.level import BATCH, LENGTH, MODEL, OPTIMIZER, Level
 from rorqual.train.build_model import build_model
 from rorqual.train.number_init import start_numbers
-from rorqual.train.pretrain import pretrain
+from rorqual.train.training_run import pretrain
 
 # As DeepSeek's template for R1: the prompt opens the thinking.
 CHAT_TEMPLATE = "{{ messages[-1]['content'] }}\n{% if add_generation_prompt %}<think>{% endif %}"

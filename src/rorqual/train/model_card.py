@@ -1,14 +1,17 @@
 """The model card, model/README.md."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rorqual.plan.cost import parameters
 from rorqual.recipe import PretrainRecipe, Recipe, SFTRecipe
 from rorqual.train.run_folder import to_toml
-from rorqual.train.run_loop import TrainingRun
+
+if TYPE_CHECKING:
+    from rorqual.train.training_run import TrainingRun
 
 
-def model_card(recipe: PretrainRecipe | SFTRecipe, run: TrainingRun) -> str:
+def model_card(recipe: PretrainRecipe | SFTRecipe, run: "TrainingRun") -> str:
     """Model card of a pre-training or SFT run: architecture, data, compute, losses, usage and recipe."""
     trainer = run.trainer
     config = trainer.model.config

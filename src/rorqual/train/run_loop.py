@@ -1,26 +1,17 @@
 """The loop of every run (pre-training, SFT, RL): steps, telemetry and checkpoints, until the step or time limit."""
 
-import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 from torch import Tensor
 
-from rorqual.data.loader import Batch, Loader
-from rorqual.errors import UserError
-from rorqual.plan.hardware import matrix_peak, memory_used
-from rorqual.recipe import TrainSection
 from rorqual.train.checkpoints import Checkpoints
 from rorqual.train.interrupts import StopSignals
-from rorqual.train.schedule import batch_size
 from rorqual.train.telemetry import Telemetry
-from rorqual.train.trainer import Trainer
-
-MAX_SKIPPED = 3  # non-finite steps in a row before the run stops
 
 
 class Limits(Protocol):
@@ -143,90 +134,3 @@ class RunLoop(ABC, Generic[LimitsT, TrainerT]):
             self.trainer.load(tensors, state["trainer"])
             self.seconds_before = 0.0 + state["seconds"]  # a TypeError for what is not a number
             self.load_state(state)
-
-
-@dataclass
-class Newest:
-    """The newest results of a run, for its checkpoints and its model card."""
-
-    loss: float | None = None  # nats per token, of the last step
-    valid_bpb: float | None = None  # bits per byte on held-out text
-    valid_bpb_step: int | None = None
-
-    @classmethod
-    def from_dict(cls, saved: Mapping[str, Any]) -> "Newest":
-        """What `asdict` returned and JSON kept; numbers that are not finite are text there. Other keys are ignored."""
-        loss, bpb = (None if saved.get(name) is None else float(saved[name]) for name in ("loss", "valid_bpb"))
-        return cls(loss, bpb, saved.get("valid_bpb_step"))
-
-
-@dataclass
-class TrainingRun(RunLoop[TrainSection, Trainer]):
-    """Pre-training or SFT."""
-
-    loader: Loader = field(kw_only=True)
-    validate: Callable[[], float] | None = None  # bits per byte on held-out text
-    newest: Newest = field(default_factory=Newest)
-
-    @property
-    def total_steps(self) -> int | None:
-        if self.section.epochs is None:
-            return self.section.steps
-        first, until = self.section.batch_ramp or (self.section.batch_size, 0.0)
-        average = self.section.batch_size + (first - self.section.batch_size) * min(until, 1.0) / 2
-        return max(1, math.ceil(self.section.epochs * self.loader.rows / average))
-
-    def step(self, telemetry: Telemetry) -> bool:
-        """Raises UserError when three steps in a row are not finite."""
-        start = time.monotonic()
-        trainer, tokens, flops = self.trainer, self.trainer.tokens, self.trainer.flops
-        progress = self.progress()
-        batch = self.loader.next(batch_size(self.section, progress))
-        metrics = trainer.step(split(batch, self.section.micro_batch), progress)
-        elapsed, ended = time.monotonic() - start, self.done()
-        tokens_per_second = (trainer.tokens - tokens) / elapsed
-        utilisation = (trainer.flops - flops) / elapsed / matrix_peak(trainer.dtype)
-        memory_gb = memory_used() / 1e9
-        self.newest.loss = metrics.loss
-        if not metrics.skipped and self.validate and (ended or trainer.steps % self.section.eval_every == 0):
-            self.newest.valid_bpb, self.newest.valid_bpb_step = self.validate(), trainer.steps
-        telemetry.log(
-            trainer.steps, seconds=self.seconds, **metrics.to_dict(), tokens=trainer.tokens,
-            tokens_per_second=tokens_per_second, utilisation=utilisation, memory_gb=memory_gb,
-            valid_bpb=self.score(),
-        )  # fmt: skip
-        if metrics.skipped:
-            self._skipped("loss" if metrics.grad_norm is None else "gradient", telemetry)
-        return ended
-
-    def _skipped(self, what: str, telemetry: Telemetry) -> None:
-        steps, row = self.trainer.steps, self.trainer.skipped_in_a_row
-        telemetry.note(f"step {steps}: the {what} is not finite; step skipped ({row} in a row)")
-        if row >= MAX_SKIPPED:
-            raise UserError(
-                f"{self.run_dir}: {row} steps in a row had a {what} that is not finite, so training stopped at step "
-                f"{steps} with the last good checkpoint kept; lower optimizer.lr or check the data"
-            )
-
-    def score(self) -> float | None:
-        return self.newest.valid_bpb if self.newest.valid_bpb_step == self.trainer.steps else None
-
-    def state(self) -> dict[str, Any]:
-        return {"loader": self.loader.state_dict(), "last": asdict(self.newest)}
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        self.loader.load_state_dict(state["loader"])
-        self.newest = Newest.from_dict(state["last"])
-
-
-def split(batch: Batch, size: int | None) -> list[Batch]:
-    """Micro batches of at most `size` sequences; None: the whole batch at once."""
-    count = len(batch.inputs)
-    if size is None or size >= count:
-        return [batch]
-    return [_rows(batch, slice(i, i + size)) for i in range(0, count, size)]
-
-
-def _rows(batch: Batch, rows: slice) -> Batch:
-    documents = None if batch.documents is None else batch.documents[rows]
-    return Batch(batch.inputs[rows], batch.targets[rows], batch.weights[rows], batch.positions[rows], documents)

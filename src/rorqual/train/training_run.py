@@ -1,0 +1,215 @@
+"""`rorqual pretrain` and `rorqual sft`: from a recipe to a trained model, and the run between.
+
+Pre-training: text → tokenizer → packed tokens. SFT: conversations, with the loss on assistant turns only.
+"""
+
+import math
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rorqual.checkpoint.huggingface import save_model
+from rorqual.data.datasets import open_chat_data, open_pretrain_data, train_on_sources
+from rorqual.data.loader import Batch, Heldout, Loader
+from rorqual.data.tokenizer import load_tokenizer, save_tokenizer
+from rorqual.errors import UserError, file_error
+from rorqual.files import write_folder, write_text
+from rorqual.model import Transformer
+from rorqual.plan.estimate import predict
+from rorqual.plan.hardware import matrix_peak, memory_used
+from rorqual.plan.ledger import Ledger
+from rorqual.recipe import PretrainRecipe, SFTRecipe, TrainSection
+from rorqual.tokenizer_protocol import Tokenizer
+from rorqual.train.build_model import build_model, check_length, set_threads, tokenizer_of
+from rorqual.train.model_card import model_card
+from rorqual.train.run_folder import open_run
+from rorqual.train.run_loop import RunLoop
+from rorqual.train.schedule import batch_size
+from rorqual.train.telemetry import Telemetry
+from rorqual.train.trainer import Trainer
+
+EVAL_BATCHES = 32  # per validation; more changes bits per byte by less than training steps do
+MAX_SKIPPED = 3  # non-finite steps in a row before the run stops
+
+
+def pretrain(recipe: PretrainRecipe, resume: bool = False) -> Path:
+    """Run the recipe and return the run's folder, with the released model in model/.
+
+    Raises UserError for what the user can fix, Stopped after SIGINT or SIGTERM.
+    """
+    set_threads(recipe.train)
+    check_length(recipe.model, recipe.data)
+    with open_run(recipe, resume) as run_dir:
+        tokenizer = _tokenizer(recipe, run_dir)
+        model = build_model(recipe.model, tokenizer, recipe.seed, recipe.data.sequence_length)
+        loader, valid = open_pretrain_data(recipe.data, tokenizer, run_dir / "data", recipe.seed)
+        run = train(recipe, run_dir, model, loader, valid)
+        return finish(recipe, run, tokenizer)
+
+
+def sft(recipe: SFTRecipe, resume: bool = False) -> Path:
+    """Run the recipe and return the run's folder, with the released model in model/.
+
+    Raises UserError for what the user can fix, Stopped after SIGINT or SIGTERM.
+    """
+    set_threads(recipe.train)
+    tokenizer = tokenizer_of(recipe.model)
+    check_length(recipe.model, recipe.data)
+    with open_run(recipe, resume) as run_dir:
+        loader, valid, samples = open_chat_data(recipe.data, tokenizer, recipe.seed)
+        if samples.shortened or samples.dropped:
+            print(
+                f"{recipe.data.path}: {samples.shortened} samples were cut at data.sequence_length = "
+                f"{recipe.data.sequence_length}, {samples.dropped} were dropped (no assistant token within it)",
+                file=sys.stderr,
+            )
+        model = build_model(recipe.model, tokenizer, recipe.seed)
+        run = train(recipe, run_dir, model, loader, valid)
+        return finish(recipe, run, tokenizer)
+
+
+def _tokenizer(recipe: PretrainRecipe, run_dir: Path) -> Tokenizer:
+    """The recipe's tokenizer, the model's, or one trained now and saved in the run's folder."""
+    for path in (recipe.tokenizer.path, recipe.model.path):
+        if path is not None:
+            return load_tokenizer(path)
+    kept = run_dir / "tokenizer"
+    if not kept.exists():
+        tokenizer = train_on_sources(recipe.tokenizer, recipe.data)
+        try:
+            with write_folder(kept) as folder:
+                save_tokenizer(tokenizer, folder)
+        except OSError as e:
+            raise file_error(kept, e, then="or set out to a writable place") from e
+    return load_tokenizer(kept)
+
+
+def train(
+    recipe: PretrainRecipe | SFTRecipe, run_dir: Path, model: Transformer, loader: Loader, valid: Heldout | None
+) -> "TrainingRun":
+    """Train the recipe to its end, resuming from the newest checkpoint. Raises as `TrainingRun.fit`."""
+    section = recipe.train
+    run = TrainingRun(
+        run_dir=run_dir,
+        section=section,
+        trainer=Trainer(
+            model,
+            recipe.optimizer,
+            recipe.schedule,
+            recipe.mtp,
+            recipe.balance,
+            dtype=recipe.model.dtype,
+            ema=section.ema,
+            compile=section.compile,
+        ),
+        loader=loader,
+        track=recipe.track,
+    )
+    if valid is not None:
+        size = section.micro_batch or section.batch_size
+        run.validate = lambda: run.trainer.bits_per_byte(valid.batches(size, EVAL_BATCHES))
+    run.fit()
+    return run
+
+
+@dataclass
+class Newest:
+    """The newest results of a run, for its checkpoints and its model card."""
+
+    loss: float | None = None  # nats per token, of the last step
+    valid_bpb: float | None = None  # bits per byte on held-out text
+    valid_bpb_step: int | None = None
+
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> "Newest":
+        """What `asdict` returned and JSON kept; numbers that are not finite are text there. Other keys are ignored."""
+        loss, bpb = (None if saved.get(name) is None else float(saved[name]) for name in ("loss", "valid_bpb"))
+        return cls(loss, bpb, saved.get("valid_bpb_step"))
+
+
+@dataclass
+class TrainingRun(RunLoop[TrainSection, Trainer]):
+    """Pre-training or SFT."""
+
+    loader: Loader = field(kw_only=True)
+    validate: Callable[[], float] | None = None  # bits per byte on held-out text
+    newest: Newest = field(default_factory=Newest)
+
+    @property
+    def total_steps(self) -> int | None:
+        if self.section.epochs is None:
+            return self.section.steps
+        first, until = self.section.batch_ramp or (self.section.batch_size, 0.0)
+        average = self.section.batch_size + (first - self.section.batch_size) * min(until, 1.0) / 2
+        return max(1, math.ceil(self.section.epochs * self.loader.rows / average))
+
+    def step(self, telemetry: Telemetry) -> bool:
+        """Raises UserError when three steps in a row are not finite."""
+        start = time.monotonic()
+        trainer, tokens, flops = self.trainer, self.trainer.tokens, self.trainer.flops
+        progress = self.progress()
+        batch = self.loader.next(batch_size(self.section, progress))
+        metrics = trainer.step(split(batch, self.section.micro_batch), progress)
+        elapsed, ended = time.monotonic() - start, self.done()
+        tokens_per_second = (trainer.tokens - tokens) / elapsed
+        utilisation = (trainer.flops - flops) / elapsed / matrix_peak(trainer.dtype)
+        memory_gb = memory_used() / 1e9
+        self.newest.loss = metrics.loss
+        if not metrics.skipped and self.validate and (ended or trainer.steps % self.section.eval_every == 0):
+            self.newest.valid_bpb, self.newest.valid_bpb_step = self.validate(), trainer.steps
+        telemetry.log(
+            trainer.steps, seconds=self.seconds, **metrics.to_dict(), tokens=trainer.tokens,
+            tokens_per_second=tokens_per_second, utilisation=utilisation, memory_gb=memory_gb,
+            valid_bpb=self.score(),
+        )  # fmt: skip
+        if metrics.skipped:
+            self._skipped("loss" if metrics.grad_norm is None else "gradient", telemetry)
+        return ended
+
+    def _skipped(self, what: str, telemetry: Telemetry) -> None:
+        steps, row = self.trainer.steps, self.trainer.skipped_in_a_row
+        telemetry.note(f"step {steps}: the {what} is not finite; step skipped ({row} in a row)")
+        if row >= MAX_SKIPPED:
+            raise UserError(
+                f"{self.run_dir}: {row} steps in a row had a {what} that is not finite, so training stopped at step "
+                f"{steps} with the last good checkpoint kept; lower optimizer.lr or check the data"
+            )
+
+    def score(self) -> float | None:
+        return self.newest.valid_bpb if self.newest.valid_bpb_step == self.trainer.steps else None
+
+    def state(self) -> dict[str, Any]:
+        return {"loader": self.loader.state_dict(), "last": asdict(self.newest)}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self.loader.load_state_dict(state["loader"])
+        self.newest = Newest.from_dict(state["last"])
+
+
+def finish(recipe: PretrainRecipe | SFTRecipe, run: TrainingRun, tokenizer: Tokenizer) -> Path:
+    """Write model/ (weights, tokenizer, model card) and ledger.json; returns the run's folder."""
+    trainer, directory = run.trainer, run.run_dir / "model"
+    with trainer.released_weights():
+        save_model(trainer.model, directory, tokenizer)
+    predicted = predict(trainer.model.config, recipe, rows=run.loader.rows)
+    ledger = Ledger(run.run_dir, predicted, trainer.dtype)
+    ledger.add(recipe.kind, tokens=trainer.tokens, flops=trainer.flops, seconds=run.seconds)
+    write_text(directory / "README.md", model_card(recipe, run), then="then continue with --resume")
+    ledger.write()
+    return run.run_dir
+
+
+def split(batch: Batch, size: int | None) -> list[Batch]:
+    """Micro batches of at most `size` sequences; None: the whole batch at once."""
+    count = len(batch.inputs)
+    if size is None or size >= count:
+        return [batch]
+    return [_rows(batch, slice(i, i + size)) for i in range(0, count, size)]
+
+
+def _rows(batch: Batch, rows: slice) -> Batch:
+    documents = None if batch.documents is None else batch.documents[rows]
+    return Batch(batch.inputs[rows], batch.targets[rows], batch.weights[rows], batch.positions[rows], documents)
