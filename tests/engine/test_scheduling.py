@@ -13,6 +13,7 @@ from rorqual.engine import Engine, SamplingParams
 from rorqual.engine.block_manager import BLOCK
 from rorqual.engine.detokenizer import IncrementalDetokenizer, TokenDecoder
 from rorqual.engine.paged_kv_cache import block_bytes
+from rorqual.engine.prefill_queue import PrefillQueue
 from rorqual.errors import UserError
 from rorqual.model import Transformer
 
@@ -111,6 +112,26 @@ def test_samples_do_not_depend_on_company_or_preemption(model, prompts, room):
     assert agree(found, wide, model)
     assert all_free(together)
     assert together.status().counters.preemptions > 0 or room is None
+
+
+def test_the_newest_sequence_is_preempted_whatever_its_row(model, monkeypatch):
+    """A finished sequence's row is taken by a newer one, so the last row is not the newest's."""
+    preempted = []
+    put_back = PrefillQueue.add_preempted
+    monkeypatch.setattr(
+        PrefillQueue, "add_preempted", lambda queue, s: (preempted.append(s.request), put_back(queue, s))
+    )
+    engine = Engine(model, max_num_seqs=3, kv_cache_bytes=bytes_for(model, 8))
+    lengths = (4, 60, 60)
+    prompts = [[i + 1] * BLOCK for i in range(3)]
+    first, second, third = (
+        engine.submit(prompt, SamplingParams(temperature=0, max_tokens=n, ignore_eos=True))
+        for prompt, n in zip(prompts, lengths, strict=True)
+    )
+    while not engine.idle:
+        engine.step()
+    assert first.done and second.done and third.done
+    assert preempted == [third]
 
 
 def test_requests_with_different_wishes_share_a_batch(model, prompts):

@@ -268,7 +268,7 @@ def test_a_checkpoint_that_cannot_be_removed_does_not_end_the_run(tmp_path, monk
     real = os.replace
 
     def failing(source, target):
-        if Path(target).name.startswith(".going"):
+        if Path(target).name.startswith(".deleting"):
             raise PermissionError(errno.EACCES, "Permission denied")
         real(source, target)
 

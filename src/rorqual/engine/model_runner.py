@@ -16,7 +16,7 @@ from rorqual.model import Transformer
 # Tokens a call of the fused step: with more, the activations between layers outgrow the CPU's cache (3 % with prompts
 # of 512).
 MAX_FUSED_TOKENS = 192
-TILE_ROWS = 24  # of the compiled quantised products (cpu/csrc/quantized_rows.h)
+ROW_BLOCK = 24  # of the compiled quantised products (cpu/csrc/quantized_weight.h)
 
 
 @dataclass
@@ -116,7 +116,7 @@ class ModelRunner:
             return self.fused(decode.tokens, decode.block_tables, lengths, logit_rows)
         # Calls of even size: a small last one would read all the weights for a few tokens.
         calls = -(-len(decode) // MAX_FUSED_TOKENS)
-        size = -(-len(decode) // (calls * TILE_ROWS)) * TILE_ROWS
+        size = -(-len(decode) // (calls * ROW_BLOCK)) * ROW_BLOCK
         parts = []
         for first in range(0, len(decode), size):
             some = slice(first, first + size)

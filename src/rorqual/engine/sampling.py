@@ -67,7 +67,7 @@ class SamplingStep:
             self.finished |= {int(at[i]): int(ended[i]) for i in ended.nonzero()[0].tolist()}
         return tokens, ended
 
-    def accepted(self, which: NDArray[np.bool_]) -> tuple[DecodeTokens, Tensor, Integers]:
+    def mtp_inputs(self, which: NDArray[np.bool_]) -> tuple[DecodeTokens, Tensor, Integers]:
         """The tokens sampled for the rows `which` (bool [n]), each at the position of the token before it; the hidden
         states at these positions; and the index of each row's last token among them.
         """

@@ -1,8 +1,8 @@
 """Continuous batching (Yu et al. 2022, Orca): a step decodes every running sequence and prefills waiting prompts.
 
 Prefill is chunked: at most `max_prefill_tokens` prompt tokens a step. Finished sequences leave at once. When the KV
-cache is full, the most recent arrival is preempted: its blocks are freed, and its prompt and generated tokens are
-prefilled again later.
+cache is full, prompts in prefill are preempted, then the newest sequences: their blocks are freed, and prompt and
+generated tokens are prefilled again later.
 """
 
 from collections.abc import Callable
@@ -41,6 +41,7 @@ class Scheduler:
         self.model_runner = ModelRunner(model, kv_cache)
         self.mtp_drafter = MTPDrafter(model, kv_cache) if speculative == "mtp" else None
         self.speculative = speculative
+        self._num_requests = 0
 
     @property
     def idle(self) -> bool:
@@ -53,6 +54,8 @@ class Scheduler:
         return Status(self.batch.n, self.prefill.num_sequences, used, count, held, self.counters)
 
     def add(self, request: Request) -> None:
+        request.arrival = self._num_requests
+        self._num_requests += 1
         self.prefill.add(request)
 
     @torch.inference_mode()
@@ -105,19 +108,23 @@ class Scheduler:
                 batch.add_blocks(lacking, self.blocks.allocate_many(len(lacking)))
             batch.needs_blocks = False
             return
-        for sequence in [batch.sequences[row] for row in lacking]:  # oldest first: the newest are preempted
+        wanting = [batch.sequences[row] for row in lacking]
+        for sequence in sorted(wanting, key=lambda s: s.arrival):  # the newest are preempted
             block = self._allocate_or_preempt(sequence) if sequence in batch.sequences else None
             if block is not None:
                 batch.add_blocks([batch.sequences.index(sequence)], [block])
 
     def _allocate_or_preempt(self, target: Sequence) -> int | None:
-        """A block for `target`, preempting the most recent arrivals if none is free; None if that is `target`."""
+        """A block for `target`. If none is free, prompts in prefill are preempted, then the newest running sequences;
+        None if that is `target`.
+        """
         while (block := self.blocks.allocate()) is None:
             if self.prefill.preempt_newest():
                 continue
             self.counters.preemptions += 1
-            preempted = self._release(self.batch.n - 1)
-            self.batch.remove([self.batch.n - 1])
+            newest = max(range(self.batch.n), key=lambda row: self.batch.sequences[row].arrival)
+            preempted = self._release(newest)
+            self.batch.remove([newest])
             self.prefill.add_preempted(preempted)
             if preempted is target:
                 return None
@@ -247,4 +254,4 @@ class Scheduler:
         if self.mtp_drafter is None:
             propose_lookup(self.batch, which.nonzero()[0])
         else:
-            self.mtp_drafter.propose(self.batch, which.nonzero()[0], *step.accepted(which))
+            self.mtp_drafter.propose(self.batch, which.nonzero()[0], *step.mtp_inputs(which))

@@ -44,6 +44,11 @@ class Sequence:
     _num_taken: int = 0  # tokens
 
     @property
+    def arrival(self) -> tuple[int, int]:
+        """Orders sequences by when they came."""
+        return self.request.arrival, self.index
+
+    @property
     def text_tokens(self) -> list[int]:
         """Its tokens without the stop token."""
         tokens = self.tokens
@@ -73,6 +78,7 @@ class Request:
     opening: str = ""  # the end of the prompt that belongs to the answer's thinking (TokenDecoder.opening)
     unopened: bool = False  # the prompt opens no thinking, so its budget counts only once the model does
     grammar_state: GrammarState | None = None
+    arrival: int = 0  # how many requests came before
     cached_tokens: int = 0  # prompt tokens found in the prefix cache
     prompt_logprobs: PromptLogprobs | None = None  # then there are no sequences
     sequences: list[Sequence] = field(default_factory=list)

@@ -31,7 +31,7 @@ from rorqual.serve.protocol import (
 from rorqual.serve.request_body import JsonRoute
 from rorqual.serve.responses import ChatChoice, ResponseHeader, TextChoice, Usage
 from rorqual.serve.service import ModelService
-from rorqual.serve.sse import EventStream, unless_gone
+from rorqual.serve.sse import EventStream, cancel_on_disconnect
 from rorqual.serve.tool_calls import CallReader, call_grammar, callable_tools, must_call
 
 METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
@@ -125,7 +125,7 @@ def build_app(service: ModelService) -> FastAPI:
             echo = "" if not body.echo else sent if isinstance(sent, str) else await service.text(sent)
             own = [TextChoice(i * params.n + j, service.vocabulary, body.logprobs, echo) for j in range(params.n)]
             if body.echo and body.logprobs is not None:
-                found = await unless_gone(request.receive, service.score(prompt, body.logprobs, started))
+                found = await cancel_on_disconnect(request.receive, service.score(prompt, body.logprobs, started))
                 if isinstance(found, Response):  # the client has disconnected
                     return found
                 for c in own:
@@ -249,9 +249,9 @@ async def answer(
                     choices[delta.index].add(delta)
             return JSONResponse(head.whole([c.whole() for c in choices], Usage.of(handle.requests)))
 
-        return await unless_gone(request.receive, whole())
+        return await cancel_on_disconnect(request.receive, whole())
 
-    handle = await unless_gone(request.receive, service.generate(prompts, params, started))
+    handle = await cancel_on_disconnect(request.receive, service.generate(prompts, params, started))
     if isinstance(handle, Response):  # the client has disconnected
         return handle
     with_usage = body.stream_options is not None and body.stream_options.include_usage

@@ -13,15 +13,15 @@ LINE_ENDS = {"\x85": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"}
 READ_SECONDS = 10.0  # for a client to read the end of an answer
 
 
-class Gone(Exception):
+class ClientDisconnected(Exception):
     """The client has closed the connection."""
 
 
-async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T | Response:
+async def cancel_on_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T | Response:
     """The work's result; when the client disconnects, cancel it and return an empty response."""
     try:
         return await _race(receive, work)
-    except Gone:
+    except ClientDisconnected:
         return Response(status_code=499)
 
 
@@ -31,7 +31,7 @@ async def _race(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
         await asyncio.wait({task, disconnect}, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
-        raise Gone
+        raise ClientDisconnected
     finally:
         for each in (task, disconnect):
             each.cancel()
@@ -60,7 +60,7 @@ class EventStream(Response):
         try:
             async with asyncio.timeout(self._seconds):
                 await _race(receive, self._send(send))
-        except (Gone, OSError, TimeoutError):
+        except (ClientDisconnected, OSError, TimeoutError):
             pass
         finally:
             self._closed()

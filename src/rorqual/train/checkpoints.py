@@ -25,7 +25,7 @@ from rorqual.files import check_link, discard, write_folder
 
 TENSORS, STATE = "tensors.safetensors", "state.json"
 NAME = re.compile(r"step-(0|[1-9][0-9]*)")
-LEFTOVER = re.compile(r"\.(writing|going)-step-[0-9]+")
+LEFTOVER = re.compile(r"\.(writing|deleting|going)-step-[0-9]+")
 CHUNK_BYTES = 1 << 22  # per read
 
 
@@ -183,14 +183,14 @@ class Checkpoints:
 
     def _remove(self, step: int) -> None:
         # Renamed first, so that an interrupted deletion never looks like a checkpoint.
-        going = self.directory / f".going-step-{step}"
-        discard(going)  # of a deletion that was interrupted
+        deleting = self.directory / f".deleting-step-{step}"
+        discard(deleting)  # of a deletion that was interrupted
         try:
-            os.replace(self.path(step), going)
+            os.replace(self.path(step), deleting)
         except OSError as e:
             self.notify(f"{file_error(self.path(step), e, 'removed')}; the run goes on")
             return
-        discard(going)
+        discard(deleting)
 
     def _check_finite(self, step: int, tensors: dict[str, Tensor]) -> None:
         for name, t in tensors.items():

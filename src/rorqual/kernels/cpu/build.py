@@ -35,7 +35,7 @@ FLAGS = [
     "-std=c++20", "-g0", "-fPIC", "-fwrapv", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-Wall", "-Wno-psabi",
 ]  # fmt: skip
 # The sources in csrc/, longest first, with the seconds one core takes (AMD Milan, GCC 12).
-SECONDS = {
+SOURCES = {
     "fused_decode": {"portable": 10, "avx2": 28, "avx512": 28},
     "qgemm": {"portable": 6, "avx2": 20, "avx512": 40},
     "paged_attention": {"portable": 5, "avx2": 10, "avx512": 10},
@@ -87,11 +87,11 @@ def own_levels(compiler: list[str]) -> list[str]:
 
 def _build(folder: Path, levels: list[str], compiler: list[str]) -> list[str]:
     version = _run([*compiler, "--version"]).stdout
-    objects = {(level, name): _object(level, name, compiler, version) for name in SECONDS for level in levels}
+    objects = {(level, name): _object(level, name, compiler, version) for name in SOURCES for level in levels}
     missing = [key for key, path in objects.items() if not path.exists()]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if missing:
-        work = [SECONDS[name][level] for level, name in missing]
+        work = [SOURCES[name][level] for level, name in missing]
         seconds = max(max(work), sum(work) / cores)
         files = f"{len(missing)} files for {' and '.join(levels)}"
         print(f"kernels: compiling {files}, about {seconds:.0f} s on {cores} cores", flush=True)
@@ -125,7 +125,7 @@ def _build(folder: Path, levels: list[str], compiler: list[str]) -> list[str]:
         folder.mkdir(parents=True, exist_ok=True)
         part = folder / f".compiled_{level}.{os.getpid()}"  # replaced atomically, since it may be in use
         shared = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
-        command = [*compiler, *shared, "-fopenmp", *(str(objects[level, name]) for name in SECONDS), "-o", str(part)]
+        command = [*compiler, *shared, "-fopenmp", *(str(objects[level, name]) for name in SOURCES), "-o", str(part)]
         result = _run(command)
         if result.returncode:
             part.unlink(missing_ok=True)

@@ -2,7 +2,7 @@
 //
 // A tile is 16 rows of 64 bytes. Two INT8 records in a row form one weight tile as they are stored, and AMX multiplies
 // 16 rows of activations with it in 16 cycles, eight times the rate of vector instructions. Its int32 sums over all
-// inputs are exact, so activations can be INT16 in two int8 planes (quantized_weight.h), at half that rate.
+// inputs are exact, so activations can be INT16 in two int8 planes (quantized_rows.h), at half that rate.
 #pragma once
 
 #include "cpu_class.h"
