@@ -26,7 +26,7 @@ from rorqual.model import ModelConfig, Transformer
 from rorqual.plan.cost import flops_per_token, parameters
 from rorqual.recipe import BalanceSection, DataSection, OptimizerSection, ScheduleSection, TokenizerSection
 from rorqual.train import set_seed
-from rorqual.train.balance import max_violation
+from rorqual.train.balance import max_violations
 from rorqual.train.trainer import Trainer
 
 LENGTH, BATCH = 128, 16
@@ -101,7 +101,7 @@ class Learner:
         start = time.perf_counter()
         for _ in range(steps):
             metrics = self.trainer.step([self.loader.next(BATCH)], (self.trainer.steps + 0.5) / total)
-            self.curve.append(metrics.get("max_vio", 0.0))
+            self.curve.append(metrics.max_vio or 0.0)
         self.seconds += time.perf_counter() - start
         return self.seconds
 
@@ -122,7 +122,7 @@ def held_out_violation(model: Transformer, valid: Heldout) -> float | None:
         model(batch.inputs, routing=routing)
         found = [r.load for r in routing]
         loads = [a + b for a, b in zip(loads, found, strict=True)] if loads else found
-    return statistics.mean(map(max_violation, loads)) if loads else None
+    return statistics.mean(max_violations(loads)) if loads else None
 
 
 def draw(runs: dict[str, list[Learner]], found: dict[str, list[dict[str, Any]]], dest: Path) -> None:

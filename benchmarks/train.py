@@ -60,7 +60,7 @@ def ours(path: Path, dtype: str, compiled: bool) -> Step:
         dtype=dtype,
         compile=compiled,
     )
-    return lambda batch: trainer.step([batch], 0.5)["loss"]
+    return lambda batch: trainer.step([batch], 0.5).loss
 
 
 def transformers_peer(path: Path, dtype: str, experts: str, compiled: bool) -> Step:

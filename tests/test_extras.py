@@ -15,9 +15,14 @@ from rorqual.extras import EXTRAS, require
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-HERE = {"rorqual", "build"}
+HERE = {"rorqual", "build", "jaxtyping"}  # jaxtyping: only where tests have imported it (rorqual/shapes.py)
 # Of what we depend on, and brought by it.
-BROUGHT = {"huggingface_hub": "transformers", "starlette": "fastapi", "mpmath": "torch"}  # by way of sympy
+BROUGHT = {
+    "huggingface_hub": "transformers",
+    "starlette": "fastapi",
+    "mpmath": "torch",  # by way of sympy
+    "pydantic_core": "pydantic",
+}
 
 
 def names(requirements):

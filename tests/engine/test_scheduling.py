@@ -130,7 +130,7 @@ def test_the_newest_sequence_is_preempted_whatever_its_row(model, monkeypatch):
     )
     while not engine.idle:
         engine.step()
-    assert first.done and second.done and third.done
+    assert all(request.done for request in (first, second, third))
     assert preempted == [third]
 
 

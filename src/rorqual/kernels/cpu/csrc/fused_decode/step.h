@@ -114,7 +114,7 @@ struct Decoder {
           worker(step.team, omp_get_thread_num(), size),
           stride((step.tables.longest(step.rows) + VLEN - 1) / VLEN * VLEN),
           heads_at_once(net.latent_dim ? (rows >= size ? net.heads : (net.heads + size - 1) / size)
-                                   : net.heads / net.kv_heads),
+                                       : net.heads / net.kv_heads),
           q8(nullptr, net.rope_dim, INT8_GROUPS),
           arena([&](auto &buffer) {
               const i64 queries_at_once = step.longest_run * heads_at_once, width = step.widths.cache;
