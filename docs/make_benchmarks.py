@@ -66,6 +66,10 @@ BENCHMARKS = {
         "between events. The Zen 3 results are of a `--quick` run (prompts and outputs of up to 128 tokens, one "
         "turn of each kind), which scatters."
     ),
+    "revision": (
+        "This version against an earlier commit of ours, both in one run and in turns: what changes of structure did "
+        "to speed. Medians of six rounds (the speedrun's RL: twelve)."
+    ),
     "gpu": (
         "Generation on one GPU, BF16, random weights, greedy, against transformers as it is by default (kernel by"
         " kernel, dynamic cache)."
@@ -198,7 +202,15 @@ def serving(found: dict[str, Any]) -> list[list[str]]:
     return [table(columns, rows), table(["formats tried, tokens/s", *tries], formats)]
 
 
-FIGURES = {f.__name__: f for f in (train, rl_step, rollout, balance, decode, speculate, serving, gpu)}
+def revision(found: dict[str, Any]) -> list[list[str]]:
+    rows = []
+    for name, rounds in found["rounds"].items():
+        ratio = "{median:.2f} ({least:.2f} to {most:.2f})".format(**found["ratio_of_rounds"][name])
+        rows.append([rename(name), f"{median(rounds['before']):.4g}", f"{median(rounds['now']):.4g}", ratio])
+    return [table(["", f"`{found['before']}`", "now", "ratio of rounds"], rows)]
+
+
+FIGURES = {f.__name__: f for f in (train, rl_step, rollout, balance, decode, speculate, serving, revision, gpu)}
 
 
 def _setting(settings: dict[str, Any]) -> str:
@@ -230,7 +242,8 @@ def page() -> str:
             peers = found["figures"].get("peers", {}) if "vllm" in str(found["ratios"]) else {}
             versions = ", ".join(f"{package} {v}" for package, v in (found["versions"] | peers).items() if v)
             lines += ["", f"### {benchmark}: {name}", "", f"Commit `{found['commit']}`; {versions}.", ""]
-            for part in ([ratios(found["ratios"])], FIGURES[benchmark](found["figures"])):
+            compared = [] if benchmark == "revision" else [ratios(found["ratios"])]  # without a peer
+            for part in (compared, FIGURES[benchmark](found["figures"])):
                 for rows in part:
                     lines += [*rows, ""]
             lines.pop()
