@@ -18,7 +18,7 @@ from helpers.pages import PAGES, ROOT, blocks, shell_lines
 from rorqual.checkpoint.huggingface import save_model
 from rorqual.data.tokenizer import load_tokenizer, save_tokenizer
 from rorqual.model import ModelConfig, Transformer
-from rorqual.recipe import load_recipe
+from rorqual.recipe import RLRecipe, load_recipe
 
 # The beginning of a command, and why it is not run here.
 NOT_RUN = {
@@ -149,4 +149,4 @@ def test_every_command_runs(tmp_path):
             if command.startswith("rorqual speedrun"):
                 make_smollm2(tmp_path)
     for recipe in ("my-rl.toml", "recipes/r1-zero-smollm2.toml"):
-        assert (tmp_path / "runs" / load_recipe(tmp_path / recipe, "rl").name / "model" / "config.json").exists()
+        assert (tmp_path / "runs" / load_recipe(tmp_path / recipe, RLRecipe).name / "model" / "config.json").exists()

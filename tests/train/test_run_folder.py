@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -130,6 +131,17 @@ def test_a_start_that_failed_blocks_nothing(make_recipe, resume):
 
 WORK = ["checkpoints/step-3", "checkpoints/damaged-step-3", "model/config.json", "student/x", "samples.jsonl",
         "samples.partial.jsonl", "ledger.json"]  # fmt: skip
+
+
+@pytest.mark.parametrize(("field", "value"), [("out", "7"), ("out", '["runs"]'), ("dtype", "3"), ("dtype", '"float8"')])
+def test_a_recipe_of_a_run_with_a_field_of_another_type(make_recipe, field, value):
+    run_dir = start(make_recipe())
+    (run_dir / "checkpoints" / "step-1").mkdir(parents=True)
+    saved = run_dir / "recipe.toml"
+    saved.write_text(re.sub(rf"^{field} = .*$", f"{field} = {value}", saved.read_text(), count=1, flags=re.MULTILINE))
+    message = rf"recipe.toml is damaged \((model\.)?{field} = {re.escape(value)}\); restore it"
+    with pytest.raises(UserError, match=message):
+        start(make_recipe(), resume=True)
 
 
 @pytest.mark.parametrize("name", WORK)

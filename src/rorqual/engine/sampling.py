@@ -1,4 +1,8 @@
-"""Sample the next tokens of a batch's rows from their logits, with each request's own parameters."""
+"""Sample the next tokens of a batch's rows from their logits, with each request's own parameters.
+
+Top-k, top-p and min-p: kernels/append_tokens.py and cpu/csrc/sampling.cpp (compiled, for the whole batch), else
+kernels/sample.py.
+"""
 
 from dataclasses import dataclass, field
 

@@ -1,5 +1,6 @@
 """Matrix products with int4 or int8 weights, by int8 activations, without dequantising.
 
+`quantized_linear` is the product: cpu/csrc/qgemm.cpp with microkernel.h, or on AMX amx.h.
 M rows, K in, N out, E experts, G = ⌈K/32⌉ groups of inputs. Memory layout: cpu/csrc/quantized_weight.h.
 """
 

@@ -1,9 +1,9 @@
-"""A separate process for checkers that evaluate model output.
+"""A separate process for checkers that evaluate model output, and for the first problem of a config.
 
-sympy (in math-verify and some of reasoning-gym's checkers) can hang or exhaust the memory on a short string, and cannot
-be interrupted from another thread: here the whole process is killed after the time-out and restarted. Requests and
-replies are one JSON object per line. This file is also the script of that process, where it imports nothing of the
-package.
+sympy (in math-verify and some of reasoning-gym's checkers) can hang or exhaust the memory on a short string. So can a
+generator whose config asks for a number of 10^30 digits. Neither can be interrupted from another thread: here the
+whole process is killed after the time-out and restarted. Requests and replies are one JSON object per line. This file
+is also the script of that process, where it imports nothing of the package.
 """
 
 import atexit
@@ -122,6 +122,19 @@ def _gym(request: dict[str, Any]) -> float:
     return float(dataset.score_answer(request["answer"], request["entry"]))
 
 
+def _make(request: dict[str, Any]) -> float:
+    """Whether the config's first problem could be made; 0 where the dataset refuses it."""
+    import reasoning_gym
+
+    try:
+        reasoning_gym.create_dataset(request["name"], seed=0, size=1, **request["config"])[0]
+    except MemoryError:
+        raise
+    except Exception:
+        return 0.0
+    return 1.0
+
+
 def _serve() -> None:
     import logging
     import os
@@ -139,7 +152,7 @@ def _serve() -> None:
         request = json.loads(line)
         result = None
         with contextlib.suppress(Exception):
-            result = {"math": _math, "gym": _gym}[request["task"]](request)
+            result = {"math": _math, "gym": _gym, "make": _make}[request["task"]](request)
         replies.write(json.dumps(result).encode() + b"\n")
 
 

@@ -13,6 +13,7 @@ import torch
 
 from rorqual.errors import UserError, file_error
 from rorqual.files import check_link, locked, write_text
+from rorqual.kernels.dtype_names import COMPUTE
 from rorqual.kernels.dtypes import fastest_dtype
 from rorqual.recipe import DistillRecipe, Recipe
 from rorqual.renamed import current_fields
@@ -26,6 +27,8 @@ WORK = ("checkpoints", "samples.jsonl", "samples.partial.jsonl", "student", "mod
 # Fields that only the student of a distillation reads. They may change until the student's own run, in student/, has
 # begun and checks them itself, so that a student that cannot start does not cost the samples.
 STUDENT_FIELDS = ("model.", "optimizer.", "schedule.", "balance.", "train.", "sequence_length")
+
+DTYPES = ("auto", *COMPUTE)
 
 
 @contextmanager
@@ -115,12 +118,19 @@ def _value(value: Any) -> str:
 
 
 def _read(saved: Path) -> dict[str, Any]:
+    """Its fields; those that a resumed run takes from there are of their type."""
     try:
-        return _flat(current_fields(tomllib.loads(saved.read_text(encoding="utf-8")), quiet=True))
+        fields = _flat(current_fields(tomllib.loads(saved.read_text(encoding="utf-8")), quiet=True))
     except OSError as e:
         raise file_error(saved, e, "read", "or start a run with another name") from e
     except ValueError as e:  # not TOML, or not UTF-8
         raise UserError(f"{saved} is damaged ({e}); restore it, or start a run with another name") from e
+    known = {"out": isinstance(fields.get("out", ""), str), "model.dtype": fields.get("model.dtype", "auto") in DTYPES}
+    for name in [name for name, right in known.items() if not right]:
+        raise UserError(
+            f"{saved} is damaged ({name} = {_value(fields[name])}); restore it, or start a run with another name"
+        )
+    return fields
 
 
 def _resolved(recipe: Recipe) -> dict[str, Any]:

@@ -70,6 +70,17 @@ def test_a_checker_that_evaluates_runs_elsewhere_and_can_be_stopped(tmp_path):
     assert not trap.exists()
 
 
+def test_a_config_that_takes_for_ever_is_refused(monkeypatch):
+    """Neither digits nor time of it can be had; the process that tries is killed."""
+    with monkeypatch.context() as patch:
+        patch.setattr("rorqual.rl.envs.reasoning_gym.MAKE_TIMEOUT", 2.0)
+        with pytest.raises(
+            UserError, match=r"environment chain_sum: .* more than 2 seconds, or too much memory; lower"
+        ):
+            environment("chain_sum", config={"max_digits": 10**30})
+    assert environment("chain_sum", config={"max_digits": 2}).problems("dev", 1)
+
+
 def test_difficulty_is_a_label_of_what_varies():
     problems = environment("chain_sum", config={"min_terms": 2, "max_terms": 3}).problems("train", 30)
     assert {p.difficulty.split(",")[0] for p in problems} == {"num_terms=2", "num_terms=3"}

@@ -5,6 +5,7 @@ import hashlib
 import re
 import warnings
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import fields
 from importlib import import_module
 from typing import Any, cast
@@ -22,6 +23,7 @@ BLOCK = 1000  # candidates per dataset object: some datasets allocate memory by 
 PROBE = 16  # problems sampled to decide whether numbers identify a dataset's problems
 DECIMAL = re.compile(r"-?\d+(?:\.\d+)?")
 TIMEOUT = 5.0  # seconds for a checker that evaluates the answer as code
+MAKE_TIMEOUT = 60.0  # seconds for the first problem, which on a busy machine include some ten for imports
 
 # Datasets whose checkers pass the answer to sympy's parse_expr or to eval, and the functions allowed in an answer.
 EXPRESSIONS = {"simple_integration", "intermediate_integration", "polynomial_multiplication", "puzzle24"}
@@ -39,6 +41,7 @@ class ReasoningGymEnvironment(Environment):
         for name in ("seed", "size"):
             if name in self.config:
                 raise UserError(f"environment {section.name}: config.{name} follows from the run's seed; remove it")
+        _check_cost(section.name, self.config)
         self._checker = _dataset(section.name, self.config, 0, BLOCK)
         self._block: tuple[tuple[int, int], Any] | None = None
         self._prompt = None
@@ -110,12 +113,39 @@ class ReasoningGymEnvironment(Environment):
             return None
 
 
-def _dataset(name: str, config: dict[str, Any], seed: int, size: int) -> Any:
+def _check_cost(name: str, config: dict[str, Any]) -> None:
+    """Raises UserError where a problem takes for ever to make, such as a number of 10^30 digits.
+
+    It is tried in the checker's process, whose start takes two seconds; so not for numbers near the dataset's defaults.
+    """
     require("rl", "reasoning_gym")
+    known = _datasets().get(name)
+    defaults = {} if known is None else {f.name: f.default for f in fields(known[1])}
+    if not any(_is_large(value, defaults.get(field)) for field, value in config.items()):
+        return
+    if shared_checker().call({"task": "make", "name": name, "config": config}, MAKE_TIMEOUT) is None:
+        raise UserError(
+            f"environment {name}: with config {config} one problem takes more than {MAKE_TIMEOUT:g} seconds, or too "
+            "much memory; lower its numbers"
+        )
+
+
+def _is_large(value: object, default: object) -> bool:
+    """Whether a number, or one in a list, is above ten times the default (at least 100)."""
+    if isinstance(value, list | tuple):
+        return any(_is_large(item, default) for item in cast("Iterable[object]", value))
+    least = abs(default) if isinstance(default, int | float) else 0
+    return isinstance(value, int | float) and not abs(value) <= 10 * max(least, 10)
+
+
+def _datasets() -> dict[str, Any]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SyntaxWarning)  # from its imports when they are first compiled
-        factory = import_module("reasoning_gym.factory")
-    datasets: dict[str, Any] = factory.DATASETS
+        return import_module("reasoning_gym.factory").DATASETS
+
+
+def _dataset(name: str, config: dict[str, Any], seed: int, size: int) -> Any:
+    datasets = _datasets()
     if name not in datasets or name == "composite":  # use several [[environments]] instead
         close = [n for n in sorted(datasets) if n[:4] == name[:4]] or ["countdown", "chain_sum"]
         raise UserError(
@@ -123,7 +153,7 @@ def _dataset(name: str, config: dict[str, Any], seed: int, size: int) -> Any:
             f"name one, or set path to a JSONL file"
         )
     try:
-        return factory.create_dataset(name, seed=seed, size=size, **config)
+        return import_module("reasoning_gym.factory").create_dataset(name, seed=seed, size=size, **config)
     except TypeError as e:
         known = sorted(f.name for f in fields(datasets[name][1]) if f.name not in ("seed", "size"))
         raise UserError(
