@@ -24,7 +24,7 @@ from rorqual.data.datasets import open_pretrain_data, train_on_sources
 from rorqual.data.loader import Heldout
 from rorqual.model import ModelConfig, Transformer
 from rorqual.plan.cost import flops_per_token, parameters
-from rorqual.recipe import BalanceSection, DataSection, OptimizerSection, ScheduleSection, TokenizerSection
+from rorqual.recipe import BalanceSection, DataSection, OptimizerSection, ScheduleSection, Source, TokenizerSection
 from rorqual.train import set_seed
 from rorqual.train.balance import max_violations
 from rorqual.train.trainer import Trainer
@@ -86,7 +86,9 @@ class Learner:
 
     def __init__(self, kind: str, config: ModelConfig, data: DataSection, tokenizer: Any, cache: Path, seed: int):
         set_seed(seed)
-        self.loader, self.valid = open_pretrain_data(data, tokenizer, cache, seed)
+        self.loader, valid = open_pretrain_data(data, tokenizer, cache, seed)
+        assert valid
+        self.valid = valid
         self.trainer = Trainer(
             Transformer(config),
             OptimizerSection(name="muon", lr=2e-3, muon_lr=0.01, weight_decay=0.1),
@@ -101,7 +103,7 @@ class Learner:
         start = time.perf_counter()
         for _ in range(steps):
             metrics = self.trainer.step([self.loader.next(BATCH)], (self.trainer.steps + 0.5) / total)
-            self.curve.append(metrics.max_vio or 0.0)
+            self.curve.append(statistics.mean(metrics.max_vio_per_layer or [0.0]))
         self.seconds += time.perf_counter() - start
         return self.seconds
 
@@ -164,7 +166,7 @@ def main() -> None:
         with text.open("w") as file:
             for document in documents():
                 file.write(json.dumps({"text": document}) + "\n")
-        data = DataSection(sources=[{"path": str(text)}], sequence_length=LENGTH, valid_fraction=0.1)
+        data = DataSection(sources=[Source(path=str(text))], sequence_length=LENGTH, valid_fraction=0.1)
         tokenizer = train_on_sources(TokenizerSection(vocab_size=2048), data)
         mixture = ModelConfig(model_type="deepseek_v3", vocab_size=len(tokenizer), **SIZES)
         configs = {kind: dense_config(mixture) if kind == "dense" else mixture for kind in BALANCES}
@@ -182,7 +184,8 @@ def main() -> None:
         found = {kind: [learner.results() for learner in learners] for kind, learners in runs.items()}
     if args.out:
         draw(runs, found, args.out.with_suffix(".png"))
-    rows, figures = [], {"tokens": steps * BATCH * LENGTH, "seeds": seeds}
+    rows: list[list[Any]] = []
+    figures: dict[str, Any] = {"tokens": steps * BATCH * LENGTH, "seeds": seeds}
     for kind, results in found.items():
         means = {key: statistics.mean(r[key] for r in results) if results[0][key] is not None else None
                  for key in results[0]}  # fmt: skip

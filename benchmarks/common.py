@@ -24,7 +24,7 @@ from rorqual.process_tuning import tune
 RESULTS = Path(__file__).parent / "results"
 
 
-def arguments(description: str, turn: float = 300, whole: float = 1800, **more: str) -> argparse.Namespace:
+def arguments(description: str | None, turn: float = 300, whole: float = 1800, **more: str) -> argparse.Namespace:
     """turn, whole: seconds that a contestant may take. more: options of one's own, with their defaults."""
     tune()  # its second setting only, since torch is loaded; a contestant in a process of its own has its own
     parser = argparse.ArgumentParser(description=description)

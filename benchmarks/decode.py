@@ -85,8 +85,9 @@ def mixtures(field: Field, quick: bool) -> tuple[dict[str, float], list[list[Any
     if quick:
         mixture = MIXTURE.replace(num_hidden_layers=2, hidden_size=64, n_routed_experts=8, vocab_size=256)
     no_experts = {"n_routed_experts": None, "num_experts_per_tok": None, "moe_intermediate_size": None}
-    width = mixture.moe_intermediate_size * (mixture.num_experts_per_tok + 1)
-    wide = mixture.moe_intermediate_size * (mixture.n_routed_experts + 1)
+    expert = mixture.moe_intermediate_size or 0
+    width = expert * ((mixture.num_experts_per_tok or 0) + 1)
+    wide = expert * ((mixture.n_routed_experts or 0) + 1)
     configs = {
         "mixture": mixture,
         "dense, active size": mixture.replace(intermediate_size=width, **no_experts),
@@ -109,7 +110,7 @@ def mixtures(field: Field, quick: bool) -> tuple[dict[str, float], list[list[Any
 
 
 def main() -> None:
-    args = arguments(__doc__.splitlines()[0], turn=120, whole=900)
+    args = arguments(__doc__, turn=120, whole=900)
     threads = torch.get_num_threads()
     rounds, count, many = (1, 8, 8) if args.quick else (3, 96, 32)
     sequences, width = (4, 128) if args.quick else (32, 512)
@@ -129,7 +130,7 @@ def main() -> None:
         }
         figures: dict[str, Any] = {"tokens_per_second": {}, "threads": threads}
         ratios: dict[str, float] = {}
-        rows = [[name] for name in names]
+        rows: list[list[Any]] = [[name] for name in names]
         for work, (method, what, better) in works.items():
             for name in names:
                 field.ask(name, method, *what)  # warm

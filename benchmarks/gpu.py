@@ -28,7 +28,7 @@ US, PEER = "rorqual", "transformers"
 
 
 def main() -> None:
-    args = arguments(__doc__.splitlines()[0], turn=300, whole=1200, device="cuda")
+    args = arguments(__doc__, turn=300, whole=1200, device="cuda")
     if not args.quick and args.device != "cuda":
         raise UserError(f"--device {args.device}: figures are of a GPU; add --quick to see that it runs")
     dtype = "bfloat16" if args.device == "cuda" else fastest()

@@ -64,6 +64,7 @@ class Llama:
         """Seconds to the first token."""
         self.clear()
         start = time.perf_counter()
+        piece: list[int] = []
         for first in range(0, len(prompt), 512):
             piece = prompt[first : first + 512]
             last = first + len(piece) == len(prompt)

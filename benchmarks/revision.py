@@ -166,7 +166,7 @@ def each(found: dict[str, list[Any]], value: Any) -> dict[str, list[float]]:
 def prompts_of(model: Path) -> list[list[int]]:
     """Eight of 128 tokens."""
     asks = load.asks(20, "prompts")
-    words = load_tokenizer(model).encode(" ".join(ask.prompt for ask in asks))
+    words = load_tokenizer(model)(" ".join(ask.prompt for ask in asks)).input_ids
     return [words[128 * i : 128 * (i + 1)] for i in range(8)]
 
 

@@ -37,7 +37,7 @@ def source_before() -> Path:
 
 
 def main() -> None:
-    args = arguments(__doc__.splitlines()[0], turn=300, whole=3600, run="runs/speedrun")
+    args = arguments(__doc__, turn=300, whole=3600, run="runs/speedrun")
     recipe = Path(args.run) / "rl" / "recipe.toml"
     if not recipe.exists():
         raise UserError(f"--run {args.run}: no {recipe}; run `rorqual speedrun` first, or name the folder of a run")

@@ -107,7 +107,8 @@ class Transformers:
     def __init__(self, directory: Path, dtype: str, device: str = "cpu") -> None:
         from transformers import AutoModelForCausalLM
 
-        self.model = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype)).eval().to(device)
+        model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype))
+        self.model = model.eval().to(device)
 
     @torch.inference_mode()
     def prefill(self, prompt: list[int]) -> float:

@@ -47,7 +47,7 @@ def compare(
         one_by_one(engine, prompts[:1], params)
     before = {name: vars(engine.status().counters).copy() for name, engine in engines.items()}
     speeds: dict[str, list[float]] = {name: [] for name in engines}
-    rows, ratios = [], {}
+    rows, ratios, same = [], {}, {}
     for i in range(rounds):
         said = {}
         for name, engine in sorted(engines.items(), reverse=bool(i % 2)):
@@ -68,7 +68,7 @@ def compare(
 
 
 def main() -> None:
-    args = arguments(__doc__.splitlines()[0], run="runs/speedrun")
+    args = arguments(__doc__, run="runs/speedrun")
     rounds, problems = (1, 2) if args.quick else (5, 20)
     times, length = (1, 32) if args.quick else (8, 96)
     rows, ratios = [], {}
@@ -83,7 +83,7 @@ def main() -> None:
         plain = Engine(folder, **load)
         guessing = {way: Engine(folder, speculative=way, **load) for way in ("mtp", "ngram")}
         questions = [p.question for e in environments for p in e.problems("dev", problems, 0)]
-        prompts = [prompt_text(q, "plain", plain.tokenizer) for q in questions]
+        prompts = [prompt_text(q, "plain", plain.require_tokenizer()) for q in questions]
         params = SamplingParams(max_tokens=level.max_tokens, seed=0)
         more, found = compare(f"speedrun {stage}", plain, guessing, prompts, params, rounds)
         rows += more
@@ -93,7 +93,7 @@ def main() -> None:
         load = {"dtype": fastest_dtype(), "weights": "int4", "kv_cache_bytes": 1 << 26}
         plain, guessing = Engine(folder, **load), {"ngram": Engine(folder, speculative="ngram", **load)}
         for work, question in QUESTIONS.items():
-            prompt = plain.tokenizer.apply_chat_template(
+            prompt = plain.require_tokenizer().apply_chat_template(
                 [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
             )
             more, found = compare(

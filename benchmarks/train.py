@@ -27,7 +27,7 @@ from rorqual.train.trainer import Trainer
 from workers import Field
 
 LR, DECAY, BETAS = 3e-4, 0.1, (0.9, 0.95)
-SIZES = {
+SIZES: dict[str, Any] = {
     "hidden_size": 256,
     "intermediate_size": 880,
     "num_hidden_layers": 6,
@@ -47,7 +47,12 @@ SIZES = {
     "routed_scaling_factor": 2.5,
     "initializer_range": 0.02,
 }
-QUICK = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "moe_intermediate_size": 32}
+QUICK: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "moe_intermediate_size": 32,
+}
 
 Step = Callable[[Batch], float]  # trains on one batch, returns the loss
 

@@ -2,6 +2,7 @@
 
 import io
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -14,7 +15,7 @@ PICTURE = Path(__file__).parent / "figures" / "architecture.svg"
 FONTS = "'DejaVu Sans', Verdana, Arial, sans-serif"  # of the first, where a browser has it
 COLORS = {"data": "#dbe9f6", "model": "#fde7c8", "train": "#dff0d8", "engine": "#e8def2", "serve": "#f8dcdc"}
 WIDTH, HEIGHT, GAP = 16.6, 11.0, 3.6  # of a box in a row, and between two; the picture is 120 wide
-SMALL = {"fontsize": 8.2, "color": "#333", "va": "center"}
+SMALL: dict[str, Any] = {"fontsize": 8.2, "color": "#333", "va": "center"}
 # Title, lines below it, color.
 TRAINING = [
     ("Documents", ["data/corpus.py", "data/heldout.py"], "data"),
@@ -83,7 +84,7 @@ def draw() -> str:
         row(ax, 6, "Serving: request → answer", SERVING)
         arrow(ax, (middles[4], 23.5), (middles[4], 17))
         arrow(ax, (middles[5], 6), (middles[3], 6), connectionstyle="bar,fraction=-0.055")
-        ax.text(88.9, 4.9, "next token, until stop or length", ha="center", **SMALL | {"fontsize": 7.6})
+        ax.text(88.9, 4.9, "next token, until stop or length", ha="center", **{**SMALL, "fontsize": 7.6})
         grey = {"color": "#999", "lw": 1.1, "ls": "--"}
         arrow(ax, (108, 6), (middles[0], 6), connectionstyle="bar,fraction=-0.0465", **grey)
         label = "TokenDelta → responses.py → JSON or server-sent events"
