@@ -1,7 +1,7 @@
 """Reference counts of the KV cache's blocks, and the prefix cache.
 
 A block holds BLOCK tokens of one sequence. Sequences of one prompt share its blocks; so do prompts with a common
-prefix, through `lookup`.
+prefix, through `match_prefix`.
 """
 
 import hashlib

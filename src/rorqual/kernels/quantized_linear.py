@@ -1,6 +1,8 @@
 """Matrix products with int4 or int8 weights, by int8 activations, without dequantising.
 
-`quantized_linear` is the product: cpu/csrc/qgemm.cpp with microkernel.h, or on AMX amx.h.
+`quantized_linear` is the product: cpu/csrc/qgemm.cpp, whose loop over rows and panels is in quantized_weight.h, with
+microkernel.h. On AMX `int8` weights take amx.h, by int16 activations. A fused decode step (fused_decode.py) calls the
+same loop from C++.
 M rows, K in, N out, E experts, G = ⌈K/32⌉ groups of inputs. Memory layout: cpu/csrc/quantized_weight.h.
 """
 

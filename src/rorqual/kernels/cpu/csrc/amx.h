@@ -94,7 +94,7 @@ class TileGemm {
         }
     }
 
-    // One or two rows with vector instructions, index stream weights from memory sooner than tile loads: 20 % faster.
+    // One or two rows with vector instructions, which stream weights from memory sooner than tile loads: 20 % faster.
     template <int R>
     AMX_TARGET void gemv(const uint8_t *weights, i64 panel, i64 panels, const Epilogue *epilogues, const int8_t *from,
                          Prefetch prefetch) {

@@ -1,6 +1,6 @@
 // The quantised GEMM microkernels, included by qgemm.cpp once per int8 dot instruction. The includer defines TARGET
 // (function attribute), SIGNED_WEIGHTS (8-bit weights are multiplied as signed, instead of unsigned with zero point
-// 128), MAX_ROWS and MAX_PANELS (what the registers hold), `dot4` and `load_f16x16`.
+// 128), MAX_ROWS and MAX_PANELS (what the registers hold), UNROLL (before loops), `dot4` and `load_f16x16`.
 
 // R rows × P panels → sums [R, PANEL_BLOCK] of 16 outputs each. All rows go through a record together: the products of
 // one row depend on each other, and out-of-order execution does not reach as far as the next row. Two panels share each
@@ -98,7 +98,7 @@ template <int BITS, bool SCALES, bool MINS>
 TARGET void qgemm_format(const uint8_t *panel, i64 panels, const QuantizedRows &x, RowIndex index, i64 rows,
                          f32x16 *sums, Prefetch prefetch) {
     constexpr std::make_index_sequence<MAX_ROWS<BITS>> max_rows;
-    // Rows that use a panel only once are bound by memory, index delivers one stream faster than two: 3 to 7 % with one
+    // Rows that use a panel only once are bound by memory, which delivers one stream faster than two: 3 to 7 % with one
     // to eight rows.
     if (panels == MAX_PANELS<BITS> && rows > MAX_ROWS<BITS>)
         return qgemm_rows<BITS, SCALES, MINS, MAX_PANELS<BITS>>(panel, x, index, rows, sums, prefetch, max_rows);
