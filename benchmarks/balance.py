@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from common import arguments, fastest, program, report, take_turns
-from rorqual.data.datasets import open_pretrain_data, train_on_sources
+from rorqual.data.datasets import open_pretrain_data, open_tokenizer
 from rorqual.data.loader import Heldout
 from rorqual.model import ModelConfig, Transformer
 from rorqual.plan.cost import flops_per_token, parameters
@@ -167,7 +167,7 @@ def main() -> None:
             for document in documents():
                 file.write(json.dumps({"text": document}) + "\n")
         data = DataSection(sources=[Source(path=str(text))], sequence_length=LENGTH, valid_fraction=0.1)
-        tokenizer = train_on_sources(TokenizerSection(vocab_size=2048), data)
+        tokenizer = open_tokenizer(TokenizerSection(vocab_size=2048), data)
         mixture = ModelConfig(model_type="deepseek_v3", vocab_size=len(tokenizer), **SIZES)
         configs = {kind: dense_config(mixture) if kind == "dense" else mixture for kind in BALANCES}
         runs = {

@@ -45,8 +45,7 @@ class Side:
 
         raw = known(tomllib.loads(recipe_file.read_text()), recipes.RLRecipe)
         raw["model"]["dtype"] = dtype
-        kind: Any = "rl" if hasattr(recipes, "KINDS") else recipes.RLRecipe  # an older one takes the name
-        recipe = recipes.parse_recipe(raw, kind, str(recipe_file))
+        recipe: Any = recipes.parse_recipe(raw, "rl", str(recipe_file))
         recipe.optimizer.lr = recipe.optimizer.muon_lr = 1e-9
         tokenizer = tokenizer_of(recipe.model)
         environments = [open_environment(section) for section in recipe.environments]

@@ -94,6 +94,16 @@ def test_a_section_given_in_part_keeps_its_kinds_defaults():
     assert parse_recipe(changed("distill", "schedule", {"warmup": 0.1}), DistillRecipe).schedule.final == 0.1
 
 
+def test_a_recipe_by_its_kind(tmp_path):
+    raw = {"name": "a", "model": {"path": "m"}, "data": {"path": "d.jsonl"}, "train": {"steps": 1}}
+    assert type(parse_recipe(raw, "sft")) is SFTRecipe
+    path = tmp_path / "a.toml"
+    path.write_text('name = "a"\nmodel.path = "m"\ndata.path = "d.jsonl"\ntrain.steps = 1')
+    assert load_recipe(path, "sft") == load_recipe(path, SFTRecipe)
+    with pytest.raises(UserError, match="there is no recipe for 'tune'; known are pretrain, sft, rl, distill"):
+        parse_recipe(raw, "tune")
+
+
 def test_every_language_has_a_script():
     for language in SCRIPTS:
         assert RewardSection(target_language=language).target_language == language

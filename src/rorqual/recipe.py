@@ -6,7 +6,7 @@ with the run.
 
 import tomllib
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, overload
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
@@ -168,8 +168,16 @@ class DistillRecipe(Recipe):
 RecipeT = TypeVar("RecipeT", bound=Recipe)
 
 
-def load_recipe(path: str | Path, recipe: type[RecipeT], overrides: list[str] | None = None) -> RecipeT:
-    """Read a recipe of one class, apply overrides and validate it. Raises UserError with one sentence."""
+@overload
+def load_recipe(path: str | Path, recipe: type[RecipeT], overrides: list[str] | None = None) -> RecipeT: ...
+@overload
+def load_recipe(path: str | Path, recipe: str, overrides: list[str] | None = None) -> Recipe: ...
+def load_recipe(path: str | Path, recipe: type[Recipe] | str, overrides: list[str] | None = None) -> Recipe:
+    """Read a recipe of one class, or of a kind ("pretrain"), apply overrides and validate it.
+
+    Raises UserError with one sentence.
+    """
+    recipe = _class_of(recipe)
     path = Path(local_path(str(path)))
     try:
         raw = tomllib.loads(read_text(path))
@@ -185,9 +193,23 @@ def load_recipe(path: str | Path, recipe: type[RecipeT], overrides: list[str] | 
     return _check(raw, recipe, str(path), dict(texts))
 
 
-def parse_recipe(raw: dict[str, Any], recipe: type[RecipeT], source: str = "recipe") -> RecipeT:
+@overload
+def parse_recipe(raw: dict[str, Any], recipe: type[RecipeT], source: str = "recipe") -> RecipeT: ...
+@overload
+def parse_recipe(raw: dict[str, Any], recipe: str, source: str = "recipe") -> Recipe: ...
+def parse_recipe(raw: dict[str, Any], recipe: type[Recipe] | str, source: str = "recipe") -> Recipe:
     """Validate a recipe given as nested dictionaries. Raises UserError with one sentence."""
-    return _check(raw, recipe, source, {})
+    return _check(raw, _class_of(recipe), source, {})
+
+
+def _class_of(recipe: type[Recipe] | str) -> type[Recipe]:
+    if not isinstance(recipe, str):
+        return recipe
+    classes = (PretrainRecipe, SFTRecipe, RLRecipe, DistillRecipe)
+    kinds = {known.model_fields["kind"].default: known for known in classes}
+    if recipe not in kinds:
+        raise UserError(f"there is no recipe for {recipe!r}; known are {', '.join(kinds)}")
+    return kinds[recipe]
 
 
 FieldPath = tuple[int | str, ...]  # of a field in a recipe, as pydantic gives it

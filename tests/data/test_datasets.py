@@ -2,7 +2,8 @@ import pytest
 
 from helpers.documents import make_texts, write_jsonl
 from rorqual.data import datasets as opening
-from rorqual.data.datasets import open_chat_data, open_pretrain_data, train_on_sources
+from rorqual.data.datasets import open_chat_data, open_pretrain_data, open_tokenizer
+from rorqual.data.tokenizer import save_tokenizer
 from rorqual.recipe import ChatDataSection, DataSection, TokenizerSection
 
 TEXTS = make_texts(200)
@@ -18,7 +19,7 @@ def section(tmp_path):
 
 
 def test_text_to_batches(section, tmp_path):
-    tokenizer = train_on_sources(TokenizerSection(vocab_size=400), section)
+    tokenizer = open_tokenizer(TokenizerSection(vocab_size=400), section)
     assert "<|fim_hole|>" in tokenizer.get_vocab()
     loader, heldout = open_pretrain_data(section, tokenizer, tmp_path / "cache", seed=1)
     batch = loader.next(8)
@@ -40,7 +41,7 @@ def test_tokenizer_learns_from_each_source_by_weight(section, monkeypatch):
     seen = []
     monkeypatch.setattr(opening, "TOKENIZER_CHARACTERS", 4000)
     monkeypatch.setattr(opening, "train_tokenizer", lambda texts, *_, **__: seen.extend(texts))
-    train_on_sources(TokenizerSection(), section)
+    open_tokenizer(TokenizerSection(), section)
     first, second = (sum(len(t) for t in seen if t in set(part)) for part in (TEXTS[:100], TEXTS[100:]))
     assert 3000 <= first < 3400
     assert 1000 <= second < 1400
@@ -81,3 +82,9 @@ def test_chat_batches_isolate_samples(tokenizer, tmp_path):
     assert len(answers) == len(samples.train)
     assert all(answer.endswith("<|endoftext|>") for answer in answers)
     assert sum(size for _, size in heldout.batches(1)) == sum(len(h.replace("<|endoftext|>", "")) for h in held)
+
+
+def test_a_tokenizer_that_is_there_is_not_trained(section, tokenizer, tmp_path):
+    save_tokenizer(tokenizer, tmp_path / "kept")
+    found = open_tokenizer(TokenizerSection(path=str(tmp_path / "kept")), section)
+    assert found.get_vocab() == tokenizer.get_vocab()

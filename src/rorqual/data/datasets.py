@@ -10,7 +10,7 @@ from rorqual.data.fim import FillInTheMiddle
 from rorqual.data.loader import Heldout, Loader, PackedDataset, bytes_of_tokens
 from rorqual.data.text_pieces import split_text
 from rorqual.data.token_shards import CHUNK_CHARACTERS, Documents, end_token, pack_source
-from rorqual.data.tokenizer import train_tokenizer
+from rorqual.data.tokenizer import load_tokenizer, train_tokenizer
 from rorqual.errors import UserError
 from rorqual.recipe import ChatDataSection, DataSection, TokenizerSection
 from rorqual.tokenizer_protocol import Tokenizer
@@ -18,8 +18,10 @@ from rorqual.tokenizer_protocol import Tokenizer
 TOKENIZER_CHARACTERS = 100_000_000  # of all sources; the merges of a small vocabulary converge long before
 
 
-def train_on_sources(section: TokenizerSection, data: DataSection) -> Tokenizer:
-    """A tokenizer trained on the first documents of each source, by source weight."""
+def open_tokenizer(section: TokenizerSection, data: DataSection) -> Tokenizer:
+    """The tokenizer at `section.path`, or one trained on the first documents of each source, by source weight."""
+    if section.path is not None:
+        return load_tokenizer(section.path)
     return train_tokenizer(_first_texts(data), section, fim=data.fim_rate > 0)
 
 

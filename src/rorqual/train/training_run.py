@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rorqual.checkpoint.huggingface import save_model
-from rorqual.data.datasets import open_chat_data, open_pretrain_data, train_on_sources
+from rorqual.data.datasets import open_chat_data, open_pretrain_data, open_tokenizer
 from rorqual.data.loader import Batch, Heldout, Loader
 from rorqual.data.tokenizer import load_tokenizer, save_tokenizer
 from rorqual.errors import UserError, file_error
@@ -78,7 +78,7 @@ def _tokenizer(recipe: PretrainRecipe, run_dir: Path) -> Tokenizer:
             return load_tokenizer(path)
     kept = run_dir / "tokenizer"
     if not kept.exists():
-        tokenizer = train_on_sources(recipe.tokenizer, recipe.data)
+        tokenizer = open_tokenizer(recipe.tokenizer, recipe.data)
         try:
             with write_folder(kept) as folder:
                 save_tokenizer(tokenizer, folder)
