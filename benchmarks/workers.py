@@ -168,7 +168,10 @@ def serve(fd: int, ours: bool) -> None:
     _asks = Connection(fd)
     if sys.platform == "linux":  # a benchmark that is killed leaves nobody behind
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    from rorqual.process_tuning import tune
+    try:
+        from rorqual.process_tuning import tune
+    except ModuleNotFoundError:  # an older version of ours that this one is compared with
+        from rorqual.process import tune
 
     if ours:
         tune()
