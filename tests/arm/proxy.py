@@ -13,6 +13,7 @@ import subprocess
 import pytest
 import torch
 
+from rorqual.engine import paged_kv_cache
 from rorqual.kernels import cpu
 from rorqual.kernels.cpu import bindings
 
@@ -72,6 +73,7 @@ library = Library(os.environ["RORQUAL_ARM"].split())
 torch.backends.cpu.get_cpu_capability = lambda: "DEFAULT"  # as PyTorch says on ARM
 bindings._library = functools.cache(lambda: ("portable", library))
 bindings._number = library.value
+paged_kv_cache._zeros = torch.zeros  # in the heap that both processes have, not in pages of its own
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
