@@ -198,7 +198,7 @@ def parse_recipe(raw: dict[str, Any], recipe: type[RecipeT], source: str = "reci
 @overload
 def parse_recipe(raw: dict[str, Any], recipe: str, source: str = "recipe") -> Recipe: ...
 def parse_recipe(raw: dict[str, Any], recipe: type[Recipe] | str, source: str = "recipe") -> Recipe:
-    """Validate a recipe given as nested dictionaries. Raises UserError with one sentence."""
+    """Validate a recipe given as nested dictionaries, of a class or kind. Raises UserError with one sentence."""
     return _check(raw, _class_of(recipe), source, {})
 
 

@@ -1,4 +1,4 @@
-"""A separate process for checkers that evaluate model output, and for the first problem of a config.
+"""A separate process for checkers that evaluate model output, and for the first problems of a config.
 
 sympy (in math-verify and some of reasoning-gym's checkers) can hang or exhaust the memory on a short string. So can a
 generator whose config asks for a number of 10^30 digits. Neither can be interrupted from another thread: here the
@@ -123,14 +123,16 @@ def _gym(request: dict[str, Any]) -> float:
 
 
 def _make(request: dict[str, Any]) -> float:
-    """Whether the config's first problem could be made; 0 where the dataset refuses it."""
+    """1 when the config's first problems are made; 0 where the dataset refuses one, which the caller finds again."""
     import reasoning_gym
 
     try:
-        reasoning_gym.create_dataset(request["name"], seed=0, size=1, **request["config"])[0]
+        dataset = reasoning_gym.create_dataset(request["name"], seed=0, size=request["count"], **request["config"])
+        for i in range(request["count"]):  # they differ in size
+            dataset[i]
     except MemoryError:
         raise
-    except Exception:
+    except Exception:  # of any type: datasets assert, divide by zero, …
         return 0.0
     return 1.0
 

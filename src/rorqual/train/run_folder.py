@@ -126,10 +126,11 @@ def _read(saved: Path) -> dict[str, Any]:
     except ValueError as e:  # not TOML, or not UTF-8
         raise UserError(f"{saved} is damaged ({e}); restore it, or start a run with another name") from e
     known = {"out": isinstance(fields.get("out", ""), str), "model.dtype": fields.get("model.dtype", "auto") in DTYPES}
-    for name in [name for name, right in known.items() if not right]:
-        raise UserError(
-            f"{saved} is damaged ({name} = {_value(fields[name])}); restore it, or start a run with another name"
-        )
+    for name, right in known.items():
+        if not right:
+            raise UserError(
+                f"{saved} is damaged ({name} = {_value(fields[name])}); restore it, or start a run with another name"
+            )
     return fields
 
 

@@ -70,15 +70,17 @@ def test_a_checker_that_evaluates_runs_elsewhere_and_can_be_stopped(tmp_path):
     assert not trap.exists()
 
 
-def test_a_config_that_takes_for_ever_is_refused(monkeypatch):
-    """Neither digits nor time of it can be had; the process that tries is killed."""
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [("chain_sum", {"max_digits": 10**30}), ("tower_of_hanoi", {"min_disks": 40, "max_disks": 40})],
+)
+def test_a_config_that_takes_for_ever_is_refused(monkeypatch, name, config):
+    """For lack of memory, or of time, when the process that tries is killed."""
     with monkeypatch.context() as patch:
         patch.setattr("rorqual.rl.envs.reasoning_gym.MAKE_TIMEOUT", 2.0)
-        with pytest.raises(
-            UserError, match=r"environment chain_sum: .* more than 2 seconds, or too much memory; lower"
-        ):
-            environment("chain_sum", config={"max_digits": 10**30})
-    assert environment("chain_sum", config={"max_digits": 2}).problems("dev", 1)
+        with pytest.raises(UserError, match=rf"environment {name}: .* more than 2 seconds, or too much memory; lower"):
+            environment(name, config=config)
+    assert environment("chain_sum", config={"max_terms": 90}).problems("dev", 1)  # large, and tried
 
 
 def test_difficulty_is_a_label_of_what_varies():

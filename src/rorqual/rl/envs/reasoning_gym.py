@@ -20,10 +20,10 @@ from rorqual.rl.envs.environment import Environment, Problem, PromptFormat, inte
 from rorqual.sandbox.checker import shared_checker
 
 BLOCK = 1000  # candidates per dataset object: some datasets allocate memory by size
-PROBE = 16  # problems sampled to decide whether numbers identify a dataset's problems
+PROBE = 16  # problems sampled to decide whether numbers identify a dataset's problems, and whether they can be made
 DECIMAL = re.compile(r"-?\d+(?:\.\d+)?")
 TIMEOUT = 5.0  # seconds for a checker that evaluates the answer as code
-MAKE_TIMEOUT = 60.0  # seconds for the first problem, which on a busy machine include some ten for imports
+MAKE_TIMEOUT = 60.0  # seconds for the first PROBE problems; on a busy machine imports take some ten of them
 
 # Datasets whose checkers pass the answer to sympy's parse_expr or to eval, and the functions allowed in an answer.
 EXPRESSIONS = {"simple_integration", "intermediate_integration", "polynomial_multiplication", "puzzle24"}
@@ -114,7 +114,7 @@ class ReasoningGymEnvironment(Environment):
 
 
 def _check_cost(name: str, config: dict[str, Any]) -> None:
-    """Raises UserError where a problem takes for ever to make, such as a number of 10^30 digits.
+    """Raises UserError where a problem takes for ever to make: a number of 10^30 digits, a tower of 40 disks.
 
     It is tried in the checker's process, whose start takes two seconds; so not for numbers near the dataset's defaults.
     """
@@ -123,19 +123,23 @@ def _check_cost(name: str, config: dict[str, Any]) -> None:
     defaults = {} if known is None else {f.name: f.default for f in fields(known[1])}
     if not any(_is_large(value, defaults.get(field)) for field, value in config.items()):
         return
-    if shared_checker().call({"task": "make", "name": name, "config": config}, MAKE_TIMEOUT) is None:
+    request = {"task": "make", "name": name, "config": config, "count": PROBE}
+    if shared_checker().call(request, MAKE_TIMEOUT) is None:
         raise UserError(
-            f"environment {name}: with config {config} one problem takes more than {MAKE_TIMEOUT:g} seconds, or too "
-            "much memory; lower its numbers"
+            f"environment {name}: with config {config} {PROBE} problems take more than {MAKE_TIMEOUT:g} seconds, or "
+            "too much memory; lower its numbers"
         )
 
 
 def _is_large(value: object, default: object) -> bool:
-    """Whether a number, or one in a list, is above ten times the default (at least 100)."""
+    """Whether a number, or one in a list, is above twice the default, or above 10 where that is 0 or no number.
+
+    The effort of some datasets doubles with every unit.
+    """
     if isinstance(value, list | tuple):
         return any(_is_large(item, default) for item in cast("Iterable[object]", value))
-    least = abs(default) if isinstance(default, int | float) else 0
-    return isinstance(value, int | float) and not abs(value) <= 10 * max(least, 10)
+    usual = abs(default) if isinstance(default, int | float) else 0
+    return isinstance(value, int | float) and not abs(value) <= 2 * (usual or 5)
 
 
 def _datasets() -> dict[str, Any]:

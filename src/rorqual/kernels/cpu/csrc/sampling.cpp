@@ -28,8 +28,8 @@ struct SamplingFilter {
 
 constexpr i64 BLOCK = 256;  // tokens of a row for which the largest logit is kept
 
-// Top-k, top-p and min-p: the last token the filter keeps; it and all tokens before it in order may be sampled. `weight` gives a logit's share
-// of `sum`. Searches only the tokens above a bound, which is lowered until they suffice.
+// Top-k, top-p and min-p: the last token the filter keeps; it and all tokens before it in order may be sampled.
+// `weight` gives a logit's share of `sum`. Searches only the tokens above a bound, which is lowered until they suffice.
 template <class T, class F>
 TokenLogit find_cutoff(const T *row, i64 vocab, const std::vector<float> &block_max_logits, float top,
                        float temperature, SamplingFilter filter, double sum, F weight) {
