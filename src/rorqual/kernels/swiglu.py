@@ -18,6 +18,18 @@ def swiglu_joined(x: Float[Tensor, "*batch gate_up"]) -> Float[Tensor, "*batch F
     return _Joined.apply(x) if cpu.usable(x) else swiglu_reference(*x.chunk(2, dim=-1))
 
 
+def swiglu_joined_gradient(
+    grad: Float[Tensor, "*batch F"], x: Float[Tensor, "*batch gate_up"]
+) -> Float[Tensor, "*batch gate_up"]:
+    """The gradient of `swiglu_joined` with respect to x."""
+    grad_x, (gate, up) = x.new_empty(x.shape), x.chunk(2, dim=-1)
+    if cpu.usable(grad, x):
+        _backward(grad, gate, up, *grad_x.chunk(2, dim=-1))
+    else:
+        _backward_reference(grad, gate, up, *grad_x.chunk(2, dim=-1))
+    return grad_x
+
+
 def swiglu_reference(gate: Float[Tensor, "*batch F"], up: Float[Tensor, "*batch F"]) -> Float[Tensor, "*batch F"]:
     return F.silu(gate) * up
 
@@ -46,10 +58,7 @@ class _Joined(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Context, grad: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        grad_x = x.new_empty(x.shape)
-        _backward(grad, *x.chunk(2, dim=-1), *grad_x.chunk(2, dim=-1))
-        return grad_x
+        return swiglu_joined_gradient(grad, *ctx.saved_tensors)
 
 
 def _forward(gate: Tensor, up: Tensor) -> Tensor:
@@ -66,3 +75,10 @@ def _backward(grad: Tensor, gate: Tensor, up: Tensor, grad_gate: Tensor, grad_up
     width, strides = gate.shape[-1], (cpu.rows(grad_gate)[1], cpu.rows(grad_up)[1])
     arguments = (grad, g, gate, a, up, b, grad.numel() // width, width, grad_gate, strides[0], grad_up, strides[1])
     cpu.call("swiglu_backward", gate.dtype, *arguments)
+
+
+def _backward_reference(grad: Tensor, gate: Tensor, up: Tensor, grad_gate: Tensor, grad_up: Tensor) -> None:
+    x, g = gate.float(), grad.float()
+    s = x.sigmoid()
+    grad_up.copy_(g * x * s)
+    grad_gate.copy_(g * up.float() * s * (1 + x * (1 - s)))

@@ -11,7 +11,7 @@ from torch import Tensor
 from rorqual.kernels.dtype_names import KERNEL_SUFFIXES
 from rorqual.processor import VARIABLE, allows, highest
 
-INTERFACE = 20  # as in csrc/dtypes.h: a build of other sources is not used
+INTERFACE = 22  # as in csrc/dtypes.h: a build of other sources is not used
 LEVELS = ("avx512", "avx2", "portable")  # the builds, best first; also names in processor.py
 LACKING = "the processor lacks it"
 
@@ -37,6 +37,10 @@ SIGNATURES = {
     "masked_softmax_backward": (T, T, INT, INT, FLOAT),
     "apply_rotary": (T, INT, INT, INT, INT, T, T, INT, INT, INT, INT, FLOAT, T, INT, INT),
     "accumulate": (F32, T, INT),
+    # block_scaled.cpp: a matrix and its tiles; scales, element; what is wanted
+    "tile_amax": (T, INT, INT, INT, I32, INT, INT, INT, F32),
+    "round_tiles": (T, INT, INT, INT, I32, INT, INT, INT, F32, INT, INT, INT, FLOAT, INT, F32, U8),
+    "decode_tiles": (U8, INT, INT, I32, INT, INT, INT, F32, INT, INT, INT, INT, T),
     # paged_attention.cpp: q, q2; k, k2 and v, each with its distances; block tables; sizes
     "paged_attention": (
         T, T, T, INT, INT, INT, T, INT, INT, T, INT, INT, INT, I32, INT, INT, I32, INT, INT, INT, INT, INT, INT, FLOAT,

@@ -1,0 +1,187 @@
+"""Linears whose three products take numbers of small formats: output, input gradient and weight gradient (V3 §3.3).
+
+M rows, K inputs, N outputs, E experts, F width of a feed-forward network. A factor has its tiles along the dimension
+that is contracted: activations along K in the forward pass; gradients along N for the input gradient, and along M, as
+activations too, for the weight gradient. Products accumulate in FP32 throughout. Hopper's tensor cores keep some 14
+bits of a sum, so V3 promotes it to FP32 every 128 inputs (§3.3.2).
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rorqual.kernels.block_scaled import BlockScaled, block_starts, decode, quantize
+from rorqual.kernels.number_formats import NumberFormat
+from rorqual.kernels.swiglu import swiglu_joined, swiglu_joined_gradient
+from rorqual.kernels.typed_torch import Context, Function, once_differentiable
+from rorqual.shapes import Float, Float32, Int32
+
+Ends = Int32[Tensor, " E"] | None  # where each expert's rows end; None: there is one
+
+
+@dataclass(frozen=True)
+class LinearFormats:
+    """The formats of a linear's factors. Those along columns; a transposed one has its tiles along rows."""
+
+    activation: NumberFormat
+    weight: NumberFormat
+    weight_transposed: NumberFormat  # of the input gradient's product
+    gradient: NumberFormat
+    cached: NumberFormat  # of the activations kept for the backward pass
+
+
+def scaled_linear(
+    x: Float[Tensor, "*batch K"], weight: Float[Tensor, "N K"], bias: Float[Tensor, " N"] | None, formats: LinearFormats
+) -> Float[Tensor, "*batch N"]:
+    """x·weightᵀ + bias; the input is kept for the backward pass in `formats.cached`."""
+    rows = x.reshape(-1, x.shape[-1])
+    out = _ScaledLinear.apply(rows, weight, formats, torch.is_grad_enabled()).view(*x.shape[:-1], len(weight))
+    return out if bias is None else out + bias
+
+
+def scaled_feed_forward(
+    x: Float[Tensor, "M K"],
+    gate_up: Float[Tensor, "E gate_up K"],
+    down: Float[Tensor, "E K F"],
+    ends: Int32[Tensor, " E"],
+    formats: LinearFormats,
+) -> Float[Tensor, "M K"]:
+    """down(silu(gate(x)) · up(x)) with each row's expert; x is sorted by expert, expert e's rows ending at ends[e].
+
+    Kept for the backward pass are the input and gate and up, in `formats.cached`; their product is computed again (V3
+    §3.3.3).
+    """
+    return _ScaledFeedForward.apply(x, gate_up, down, ends, formats, torch.is_grad_enabled())
+
+
+class _LinearContext(Context):
+    formats: LinearFormats
+    width: int
+
+
+class _ScaledLinear(Function):
+    @staticmethod
+    def forward(ctx: _LinearContext, x: Tensor, weight: Tensor, formats: LinearFormats, keep: bool) -> Tensor:
+        ctx.formats, ctx.width = formats, x.shape[1]
+        rounded, cached = _activations(x, formats, keep)
+        if cached is not None:
+            ctx.save_for_backward(*cached.kept, weight)
+        return output_product(rounded, quantize_weight(weight, formats.weight), 1, None).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: _LinearContext, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        codes, scales, weight = ctx.saved_tensors
+        formats, grad_x, grad_weight = ctx.formats, None, None
+        if ctx.needs_input_grad[0]:
+            grad_x = _input_gradient(grad, weight, formats, None).to(grad.dtype)
+        if ctx.needs_input_grad[1]:
+            x = decode(codes, scales, formats.cached, ctx.width)
+            grad_weight = _weight_gradient(grad, x, formats, None, 1)[0].to(weight.dtype)
+        return grad_x, grad_weight, None, None
+
+
+class _ScaledFeedForward(Function):
+    @staticmethod
+    def forward(
+        ctx: _LinearContext, x: Tensor, gate_up: Tensor, down: Tensor, ends: Tensor, formats: LinearFormats, keep: bool
+    ) -> Tensor:
+        E = len(down)
+        ctx.formats, ctx.width = formats, x.shape[1]
+        rounded, cached = _activations(x, formats, keep)
+        h = output_product(rounded, quantize_weight(gate_up, formats.weight, 2), E, ends).to(x.dtype)
+        if cached is not None:
+            inner = quantize(_halves(h), formats.cached)
+            ctx.save_for_backward(*cached.kept, *inner.kept, gate_up, down, ends)
+        s = quantize(swiglu_joined(h), formats.activation, codes=False, values=True)
+        return output_product(s, quantize_weight(down, formats.weight), E, ends).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: _LinearContext, grad: Tensor) -> tuple[Tensor | None, ...]:
+        codes, scales, inner_codes, inner_scales, gate_up, down, ends = ctx.saved_tensors
+        formats, E, width = ctx.formats, len(down), down.shape[2]
+        h = decode(inner_codes, inner_scales, formats.cached, width).view(-1, 2 * width).to(grad.dtype)
+        grad_x = grad_gate_up = grad_down = None
+        if ctx.needs_input_grad[2]:
+            grad_down = _weight_gradient(grad, swiglu_joined(h), formats, ends, E).to(down.dtype)
+        grad_h = swiglu_joined_gradient(_input_gradient(grad, down, formats, ends).to(grad.dtype), h)
+        if ctx.needs_input_grad[0]:
+            grad_x = _input_gradient(grad_h, gate_up, formats, ends, 2).to(grad.dtype)
+        if ctx.needs_input_grad[1]:
+            x = decode(codes, scales, formats.cached, ctx.width)
+            grad_gate_up = _weight_gradient(grad_h, x, formats, ends, E).to(gate_up.dtype)
+        return grad_x, grad_gate_up, grad_down, None, None, None
+
+
+def _activations(x: Tensor, formats: LinearFormats, keep: bool) -> tuple[BlockScaled, BlockScaled | None]:
+    """x for the product, and as it is kept for the backward pass."""
+    same = formats.cached == formats.activation
+    rounded = quantize(x, formats.activation, codes=keep and same, values=True)
+    return rounded, (rounded if same else quantize(x, formats.cached)) if keep else None
+
+
+def _input_gradient(grad: Tensor, weight: Tensor, formats: LinearFormats, ends: Ends, parts: int = 1) -> Tensor:
+    rounded = quantize(grad.contiguous(), formats.gradient, codes=False, values=True)
+    transposed = quantize_weight(weight, formats.weight_transposed, parts)
+    return input_gradient_product(rounded, transposed, len(weight) if weight.ndim == 3 else 1, ends)
+
+
+def _weight_gradient(grad: Tensor, x: Tensor, formats: LinearFormats, ends: Ends, experts: int) -> Tensor:
+    gradient, activation = formats.gradient.transposed, formats.activation.transposed
+    starts = block_starts(ends, gradient.tile[0]) if experts > 1 and ends is not None and gradient.tile[0] else None
+    rounded_grad = quantize(grad.contiguous(), gradient, starts, codes=False, values=True)
+    rounded_x = quantize(x, activation, starts, codes=False, values=True)
+    return weight_gradient_product(rounded_grad, rounded_x, experts, ends)
+
+
+def _halves(h: Tensor) -> Tensor:
+    """[M, 2F] → [2M, F]: gate and up share no tile."""
+    return h.view(-1, h.shape[1] // 2)
+
+
+# -- rounded weights and the products
+
+
+def quantize_weight(weight: Float[Tensor, "*E N K"], format: NumberFormat, parts: int = 1) -> BlockScaled:
+    """The weights [E·N, K] of stacked linears, `parts` to an expert; none of them shares a block with another."""
+    rows, height = weight.flatten(0, -2), format.tile[0]
+    each = weight.shape[-2] // parts
+    starts = None
+    if height > 1 and each % height and len(rows) > each:
+        ends = torch.arange(each, len(rows) + 1, each, dtype=torch.int32, device=weight.device)
+        starts = block_starts(ends, height)
+    return quantize(rows, format, starts, codes=False, values=True)
+
+
+def output_product(x: BlockScaled, weight: BlockScaled, experts: int, ends: Ends) -> Float32[Tensor, "M N"]:
+    """x·weightᵀ with each row's expert."""
+    return _grouped(x.values, weight.values.view(experts, -1, weight.shape[1]).transpose(1, 2), ends)
+
+
+def input_gradient_product(grad: BlockScaled, weight: BlockScaled, experts: int, ends: Ends) -> Float32[Tensor, "M K"]:
+    """grad·weight with each row's expert."""
+    return _grouped(grad.values, weight.values.view(experts, -1, weight.shape[1]), ends)
+
+
+def weight_gradient_product(grad: BlockScaled, x: BlockScaled, experts: int, ends: Ends) -> Float32[Tensor, "E N K"]:
+    """gradᵀ·x over each expert's rows."""
+    left, right = grad.values.T, x.values
+    if experts == 1 or ends is None:
+        return (left @ right).unsqueeze(0)
+    if left.stride(1) % 4 == 0 and right.stride(0) % 4 == 0:
+        return F.grouped_mm(left, right, offs=ends)
+    cuts = ends[:-1].long().cpu()
+    return torch.stack([a @ b for a, b in zip(left.tensor_split(cuts, 1), right.tensor_split(cuts), strict=True)])
+
+
+def _grouped(x: Tensor, weight: Tensor, ends: Ends) -> Tensor:
+    """x [M, A] · weight [E, A, B] with each row's expert."""
+    if len(weight) == 1 or ends is None:
+        return x @ weight[0]
+    if all(size % 4 == 0 for size in weight.shape[1:]):  # PyTorch's grouped product wants rows of 16 bytes
+        return F.grouped_mm(x, weight, offs=ends)
+    parts = x.tensor_split(ends[:-1].long().cpu())
+    return torch.cat([part @ own for part, own in zip(parts, weight, strict=True)])

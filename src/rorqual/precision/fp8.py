@@ -1,0 +1,52 @@
+"""Linears that train in FP8 and other small formats (V3 §3.3); `convert.convert` puts them into a built model.
+
+They hold the model's own parameters, FP32 or BF16, and round at every use. In eval mode they are the plain linears, so
+a model is evaluated and released in the precision of its weights.
+"""
+
+import torch
+from torch import Tensor
+
+from rorqual.kernels.scaled_linear import LinearFormats, scaled_feed_forward, scaled_linear
+from rorqual.model.attention import UpProjection
+from rorqual.model.layers import Linear, SwiGLU
+from rorqual.model.moe import Experts
+from rorqual.shapes import Float, Int32
+
+
+class FP8Linear(Linear):
+    """x·Wᵀ + b with rounded factors in all three products."""
+
+    formats: LinearFormats
+
+    def forward(self, input: Float[Tensor, "*batch K"]) -> Float[Tensor, "*batch N"]:
+        if not self.training:
+            return super().forward(input)
+        return scaled_linear(input, self.weight, self.bias, self.formats)
+
+
+class FP8UpProjection(FP8Linear, UpProjection):
+    """In its expanded form; the absorbed one, of decoding, takes the weight as it is."""
+
+
+class FP8SwiGLU(SwiGLU):
+    """Keeps the input and gate and up in FP8, and computes their product again in the backward pass (V3 §3.3.3)."""
+
+    formats: LinearFormats
+
+    def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
+        if not self.training:
+            return super().forward(x)
+        gate_up = torch.cat([self.gate_proj.weight, self.up_proj.weight]).unsqueeze(0)
+        rows = x.reshape(-1, x.shape[-1])
+        ends = torch.tensor([len(rows)], dtype=torch.int32, device=x.device)
+        return scaled_feed_forward(rows, gate_up, self.down_proj.weight.unsqueeze(0), ends, self.formats).view_as(x)
+
+
+class FP8Experts(Experts):
+    formats: LinearFormats
+
+    def forward(self, x: Float[Tensor, "M D"], ends: Int32[Tensor, " E"]) -> Float[Tensor, "M D"]:
+        if not self.training:
+            return super().forward(x, ends)
+        return scaled_feed_forward(x, self.gate_up_proj, self.down_proj, ends, self.formats)
