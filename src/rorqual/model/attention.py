@@ -76,18 +76,29 @@ class MultiHeadLatentAttention(nn.Module):
     def forward(
         self, x: Float[Tensor, "B T D"], table: Table, mask: Mask = None, cache: KVCache | None = None
     ) -> Float[Tensor, "B T D"]:
-        q = self.q_proj(x) if hasattr(self, "q_proj") else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+        q = self.q_proj(x) if hasattr(self, "q_proj") else self.q_a_proj(x)
+        return self.o_proj(self.heads(q, self.kv_a_proj_with_mqa(x), table, mask, cache).flatten(2))
+
+    def heads(
+        self,
+        q: Float[Tensor, "B T queries"],
+        latent: Float[Tensor, "B T latent"],
+        table: Table,
+        mask: Mask,
+        cache: KVCache | None,
+    ) -> Float[Tensor, "B T H V"]:
+        """From queries, or their latents, and the latents of keys and values to the output of every head."""
+        if hasattr(self, "q_b_proj"):
+            q = self.q_b_proj(self.q_a_layernorm(q))
         q_nope, q_rope = q.unflatten(-1, (self.H, self.N + self.R)).split((self.N, self.R), dim=-1)
         q_rope = apply_rotary(q_rope, table, self.interleave)
-        latent, k_rope = self.kv_a_proj_with_mqa(x).split((self.C, self.R), dim=-1)
+        latent, k_rope = latent.split((self.C, self.R), dim=-1)
         latent = self.kv_a_layernorm(latent)
         k_rope = apply_rotary(k_rope.unsqueeze(2), table, self.interleave).squeeze(2)
         if cache is None:
-            heads = self.expanded(q_nope, q_rope, latent, k_rope, mask)
-        else:
-            views = cache.append(self.layer, latent, k_rope)
-            heads = concatenate([self.attend_cached(q_nope[:, p.tokens], q_rope[:, p.tokens], p) for p in views])
-        return self.o_proj(heads.flatten(2))
+            return self.expanded(q_nope, q_rope, latent, k_rope, mask)
+        views = cache.append(self.layer, latent, k_rope)
+        return concatenate([self.attend_cached(q_nope[:, p.tokens], q_rope[:, p.tokens], p) for p in views])
 
     def attend_cached(
         self, q_nope: Float[Tensor, "1 T H N"], q_rope: Float[Tensor, "1 T H R"], view: CacheView
