@@ -6,7 +6,7 @@ with the run.
 
 import tomllib
 from pathlib import Path
-from typing import Any, Literal, TypeVar, overload
+from typing import Any, Literal, Self, TypeVar, overload
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
@@ -31,6 +31,8 @@ from rorqual.sections import (
     NoBalance,
     OptimizerSection,
     Positive,
+    PrecisionName,
+    RecomputeName,
     RewardSection,
     RLOptimizer,
     ScheduleSection,
@@ -77,10 +79,23 @@ class Recipe(Section):
     seed: int = Field(default=0, ge=0, lt=1 << 63)
     track: bool = False  # also log to trackio (local, wandb-compatible)
     model: ModelSection  # the student in a distillation
+    precision: PrecisionName | None = None  # of the products of linears in training; None: model.dtype's
+    recompute: RecomputeName = "none"  # activations computed again in the backward pass (V3 §3.2.3), or whole layers
 
     @property
     def run_dir(self) -> Path:
         return Path(self.out) / self.name
+
+    @model_validator(mode="after")
+    def _compiled_as_it_is(self) -> Self:
+        train: TrainSection | None = getattr(self, "train", None)
+        for field, plain in (("precision", None), ("recompute", "none")):
+            value = getattr(self, field)
+            if train is not None and train.compile and value != plain:
+                raise ValueError(
+                    f"{field} = {value!r} with train.compile: torch.compile does not take it; leave one of them out"
+                )
+        return self
 
 
 class PretrainRecipe(Recipe):

@@ -63,6 +63,11 @@ class ModelSection(Section):
         return self
 
 
+# As in precision/formats.py and precision/recompute.py.
+PrecisionName = Literal["fp8", "fp8-ue8m0", "fp8-tensor", "mxfp8", "fp8-mxfp4", "fp8-nvfp4"]
+RecomputeName = Literal["none", "v3", "full"]
+
+
 class TokenizerSection(Section):
     """An existing tokenizer at `path`, or byte-level BPE trained on the corpus to `vocab_size`."""
 

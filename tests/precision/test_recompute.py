@@ -78,9 +78,9 @@ def kept_bytes(how, precision):
         convert(model, precision)
     activations = Activations(model, how)
     tokens = torch.randint(0, 60, (4, 32))
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        with activations.kept():
-            loss = model(tokens).sum()
+    recorded = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+    with recorded as profile, activations.kept():
+        loss = model(tokens).sum()
     assert loss.requires_grad
     return sum(event.self_cpu_memory_usage for event in profile.events())
 

@@ -42,6 +42,30 @@ def test_loss_is_the_papers(make_model, make_batch):
     assert metrics.grad_norm == pytest.approx(norm.item(), rel=1e-4)
 
 
+@pytest.mark.parametrize("recompute", ["none", "v3", "full"])
+def test_recomputation_changes_no_bit(make_model, make_batch, recompute):
+    def trained(**options):
+        trainer = trainer_of(make_model(), precision="fp8", notify=lambda _: None, **options)
+        return [trainer.step([make_batch()], 0.0) for _ in range(3)], trainer.optimizer.masters
+
+    (steps, masters), (steps_, masters_) = trained(), trained(recompute=recompute)
+    assert steps == steps_
+    assert all(torch.equal(w, masters_[name]) for name, w in masters.items())
+
+
+def test_fp8_trains_and_says_what_it_rounds(make_model, make_batch):
+    said = []
+    rounded = trainer_of(make_model(), precision="fp8", notify=said.append)
+    plain = trainer_of(make_model())
+    assert said[0].startswith("precision fp8: E4M3")
+    first = rounded.step([make_batch()], 0.0)
+    assert first.loss != plain.step([make_batch()], 0.0).loss
+    for _ in range(40):
+        last, exact = rounded.step([make_batch()], 0.0), plain.step([make_batch()], 0.0)
+    assert last.loss < first.loss / 2
+    assert last.loss == pytest.approx(exact.loss, rel=0.15)
+
+
 @pytest.mark.parametrize("documents", [False, True])
 def test_micro_batches_make_the_same_step(make_model, make_batch, documents):
     batch = make_batch(documents=documents)

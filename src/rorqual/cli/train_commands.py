@@ -9,7 +9,8 @@ import typer
 from rorqual.cli.options import DryRun, Overrides, RecipeFile, Resume, expand_path, within
 
 if TYPE_CHECKING:
-    from rorqual.recipe import PretrainRecipe, SFTRecipe
+    from rorqual.model import ModelConfig
+    from rorqual.recipe import PretrainRecipe, Recipe, SFTRecipe
 
 RecipeT = TypeVar("RecipeT", "PretrainRecipe", "SFTRecipe")
 
@@ -36,11 +37,12 @@ def _train(
 ) -> None:  # fmt: skip
     from rorqual.plan.estimate import plan_text
     from rorqual.recipe import load_recipe
-    from rorqual.train.dry_run import dry_run
+    from rorqual.train.dry_run import dry_run, recipe_config
 
     recipe = load_recipe(path, kind, overrides)
     if dry:
         print(plan_text(dry_run(recipe)))
+        _print_precision(recipe, recipe_config(recipe))
         return
     _finished(run(recipe, resume))
 
@@ -69,8 +71,16 @@ def rl(recipe: RecipeFile, overrides: Overrides = None, resume: Resume = False, 
         print(f"{'memory':<12} about {needed.total / 1e9:.3g} GB in training, without the rollouts' KV cache")
         for name, value in predict_rl(checked, config).items():
             print(f"{name:<12} {'until the time limit' if value is None else f'at most {value:.3g}'}")
+        _print_precision(checked, config)
         return
     _finished(run(checked, resume=resume))
+
+
+def _print_precision(recipe: "Recipe", config: "ModelConfig") -> None:
+    from rorqual.precision.convert import described
+
+    if recipe.precision is not None:
+        print("\n".join(described(config, recipe.precision)))
 
 
 def distill(recipe: RecipeFile, overrides: Overrides = None, resume: Resume = False) -> None:

@@ -90,9 +90,10 @@ class MultiHeadLatentAttention(nn.Module):
         """From queries, or their latents, and the latents of keys and values to the output of every head."""
         if hasattr(self, "q_b_proj"):
             q = self.q_b_proj(self.q_a_layernorm(q))
-        q_nope, q_rope = q.unflatten(-1, (self.H, self.N + self.R)).split((self.N, self.R), dim=-1)
+        q = torch.unflatten(q, -1, (self.H, self.N + self.R))
+        q_nope, q_rope = torch.split(q, [self.N, self.R], dim=-1)
         q_rope = apply_rotary(q_rope, table, self.interleave)
-        latent, k_rope = latent.split((self.C, self.R), dim=-1)
+        latent, k_rope = torch.split(latent, [self.C, self.R], dim=-1)
         latent = self.kv_a_layernorm(latent)
         k_rope = apply_rotary(k_rope.unsqueeze(2), table, self.interleave).squeeze(2)
         if cache is None:

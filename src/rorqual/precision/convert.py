@@ -4,8 +4,9 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from rorqual.checkpoint.release_tensors import meta_model
 from rorqual.kernels.scaled_linear import LinearFormats
-from rorqual.model import Transformer
+from rorqual.model import ModelConfig, Transformer
 from rorqual.model.attention import UpProjection
 from rorqual.model.layers import Linear, RMSNorm, SwiGLU
 from rorqual.model.moe import Experts, Router
@@ -67,6 +68,11 @@ SWAPS: dict[type[nn.Module], type[nn.Module]] = {
     UpProjection: FP8UpProjection,
     Linear: FP8Linear,
 }
+
+
+def described(config: ModelConfig, name: str) -> list[str]:
+    """What `convert` would say of a model of these sizes."""
+    return convert(meta_model(config), name).lines()
 
 
 def _kind(path: str, module: nn.Module, precision: Precision) -> tuple[str, LinearFormats | None]:

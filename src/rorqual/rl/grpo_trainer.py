@@ -16,6 +16,8 @@ from rorqual.kernels.dtypes import compute_dtype
 from rorqual.model import Transformer
 from rorqual.model.moe import Routing
 from rorqual.plan.cost import flops_per_token
+from rorqual.precision.convert import convert
+from rorqual.precision.recompute import Activations
 from rorqual.recipe import RLRecipe
 from rorqual.rl.envs.environment import Environment, Problem
 from rorqual.rl.grpo import group_advantages, grpo_loss, on_policy_grad, token_weights, zero_std_groups
@@ -53,6 +55,10 @@ class GRPOTrainer:
         if len(set(families)) < len(families):
             raise UserError(f"environments {', '.join(families)}: names must differ; rename or merge the duplicates")
         self.model, self.recipe, self.section, self.verdict = model, recipe, recipe.grpo, verdict
+        if recipe.precision is not None:
+            for line in convert(model, recipe.precision).lines():
+                print(line)
+        self.activations = Activations(model, recipe.recompute)
         dtype = compute_dtype(recipe.model.dtype, model.head_weight.device)
         self.optimizer = Optimizer(model, recipe.optimizer, dtype)
         self.engine = Engine(model, tokenizer, max_num_seqs=self.section.rollout_max_num_seqs)
@@ -78,6 +84,7 @@ class GRPOTrainer:
             n=section.group_size,
             seed=derived_seed(self.recipe.seed, "rollout", self.steps),
         )
+        self.model.eval()
         rollout = sample_groups(self.engine, problems, self.recipe.template, params)
         rewards = score(rollout.samples, self.environments, self.recipe.reward, section.max_tokens, self.verdict)
         start = time.monotonic()
@@ -105,6 +112,7 @@ class GRPOTrainer:
             seed=derived_seed(self.recipe.seed, "eval"),
         )
         shares: dict[str, float] = {}
+        self.model.eval()
         for family, environment in self.environments.items():
             problems = environment.problems("dev", n, self.recipe.seed)
             rollout = sample_groups(self.engine, problems, self.recipe.template, params)
@@ -207,7 +215,8 @@ class GRPOTrainer:
             grad = None
             if old is None and self.reference is None:
                 grad = on_policy_grad(advantages, weights, packed.sequence)
-            logprobs, entropy = self._logprobs(self.model, packed, routing, grad)
+            with self.activations.kept():
+                logprobs, entropy = self._logprobs(self.model, packed, routing, grad)
             reference = None
             if self.reference is not None:
                 with torch.no_grad():

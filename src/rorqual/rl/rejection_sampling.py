@@ -99,6 +99,8 @@ def distill(recipe: DistillRecipe, resume: bool = False) -> Path:
             seed=recipe.seed,
             track=recipe.track,
             model=recipe.model,
+            precision=recipe.precision,
+            recompute=recipe.recompute,
             data=ChatDataSection(path=str(samples), sequence_length=recipe.sequence_length),
             optimizer=recipe.optimizer,
             schedule=recipe.schedule,

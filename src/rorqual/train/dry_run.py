@@ -1,6 +1,7 @@
 """`--dry-run`: the plan of a recipe; nothing is trained or written."""
 
 from rorqual.data.tokenizer import load_tokenizer
+from rorqual.model import ModelConfig
 from rorqual.plan.estimate import Plan, predict
 from rorqual.recipe import PretrainRecipe, SFTRecipe
 from rorqual.train.build_model import check_length, check_model, model_config, set_threads, tokenizer_of
@@ -11,7 +12,12 @@ def dry_run(recipe: PretrainRecipe | SFTRecipe) -> Plan:
     set_threads(recipe.train)
     check_model(recipe.model)
     check_length(recipe.model, recipe.data)
-    return predict(model_config(recipe.model, _vocabulary(recipe), length=recipe.data.sequence_length), recipe)
+    return predict(recipe_config(recipe), recipe)
+
+
+def recipe_config(recipe: PretrainRecipe | SFTRecipe) -> ModelConfig:
+    """The config of the model that the recipe trains. Raises UserError as the run would."""
+    return model_config(recipe.model, _vocabulary(recipe), length=recipe.data.sequence_length)
 
 
 def _vocabulary(recipe: PretrainRecipe | SFTRecipe) -> int:

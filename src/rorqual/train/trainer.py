@@ -16,6 +16,8 @@ from rorqual.kernels.dtypes import compute_dtype
 from rorqual.model import Transformer
 from rorqual.model.moe import Routing
 from rorqual.plan.cost import flops_per_token, mtp_flops_per_token
+from rorqual.precision.convert import convert
+from rorqual.precision.recompute import Activations, Recompute
 from rorqual.recipe import BalanceSection, MTPSection, OptimizerSection, ScheduleSection
 from rorqual.train.balance import max_violations, update_correction_bias
 from rorqual.train.compile import compiled
@@ -63,12 +65,20 @@ class Trainer:
         dtype: str = "auto",
         ema: float | None = None,
         compile: bool = False,
+        precision: str | None = None,
+        recompute: Recompute = "none",
+        offload: bool = False,
         notify: Callable[[str], None] = print,
     ) -> None:
         """Convert `model` to `dtype` ("auto": the fastest on its device) in place.
 
-        Without `mtp` or `balance` the MTP loss or the load balancing is off.
+        Without `mtp` or `balance` the MTP loss or the load balancing is off. `precision` (a key of PRECISIONS) is that
+        of products; `recompute` and `offload`: see precision/recompute.py.
         """
+        if precision is not None:
+            for line in convert(model, precision).lines():
+                notify(line)
+        self.activations = Activations(model, recompute, offload)
         self.model, self.schedule, self.dtype = model, schedule, compute_dtype(dtype, model.head_weight.device)
         self.mtp = mtp or MTPSection(weight=0.0, final_weight=0.0)
         self.balance = balance or BalanceSection(bias_speed=0.0, sequence_loss=0.0)
@@ -94,7 +104,8 @@ class Trainer:
         finite = True
         self.model.train()
         for batch in micro_batches:
-            parts, routing = self._losses(batch, totals)
+            with self.activations.kept():
+                parts, routing = self._losses(batch, totals)
             loss = parts[0]
             for part in parts[1:]:
                 loss = loss + λ / self.depth * part

@@ -104,6 +104,8 @@ def train(
             dtype=recipe.model.dtype,
             ema=section.ema,
             compile=section.compile,
+            precision=recipe.precision,
+            recompute=recipe.recompute,
         ),
         loader=loader,
         track=recipe.track,
