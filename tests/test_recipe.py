@@ -42,6 +42,7 @@ def changed(kind, field, value):
         ("pretrain", "optimizer.lr", (0, -1.0, NAN, INF, 10**400, "1e-3", True)),
         ("pretrain", "optimizer.eps", (0, 1e-300, NAN, 2.0)),
         ("pretrain", "optimizer.clip", (0, INF)),
+        ("pretrain", "optimizer.moments", ("float16", "8-bit", 8)),
         ("pretrain", "optimizer.weight_decay", (-0.1, NAN, 1e6)),
         ("pretrain", "schedule.warmup", (-0.1, 1.1, NAN, 0.9)),  # 0.9 and wsd's decay of 0.2 are longer than the run
         ("pretrain", "schedule", ({"name": "v3", "warmup": 0.7},)),
@@ -185,3 +186,11 @@ def test_overrides(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             load(word)
+
+
+@pytest.mark.parametrize("moments", ["float32", "8bit"])
+def test_rounding_by_chance_needs_bfloat16_moments(moments):
+    section = {"moments": moments, "stochastic_rounding": True}
+    with pytest.raises(UserError, match=f'with moments = "{moments}" nothing is rounded to bfloat16; set moments = "b'):
+        parse_recipe(changed("pretrain", "optimizer", section), PretrainRecipe)
+    parse_recipe(changed("pretrain", "optimizer", section | {"moments": "bfloat16"}), PretrainRecipe)

@@ -103,6 +103,18 @@ class OptimizerSection(Section):
     eps: float = Field(default=1e-8, ge=1e-30, lt=1)
     weight_decay: NotNegative = 0.1
     clip: Positive = 1.0  # global gradient norm
+    # Of AdamW's two moments; other than float32, Muon's momentum is bfloat16. Masters and gradients are FP32 always.
+    moments: Literal["float32", "bfloat16", "8bit"] = "float32"
+    stochastic_rounding: bool = False  # of AdamW's bfloat16 moments
+
+    @model_validator(mode="after")
+    def _rounding(self) -> "OptimizerSection":
+        if self.stochastic_rounding and self.moments != "bfloat16":
+            raise ValueError(
+                f'stochastic_rounding = true: with moments = "{self.moments}" nothing is rounded to bfloat16; set '
+                'moments = "bfloat16", or leave it out'
+            )
+        return self
 
     @model_validator(mode="after")
     def _decay(self) -> "OptimizerSection":

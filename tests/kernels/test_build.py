@@ -39,7 +39,16 @@ def compiler(tmp_path, monkeypatch):
 
 
 def test_nothing_is_compiled_twice(compiler, tmp_path):
-    names = ("bf16_gemm", "block_scaled", "elementwise", "fused_decode", "paged_attention", "qgemm", "sampling")
+    names = [
+        "adamw",
+        "bf16_gemm",
+        "block_scaled",
+        "elementwise",
+        "fused_decode",
+        "paged_attention",
+        "qgemm",
+        "sampling",
+    ]
     sources = [f"{name}.cpp" for name in names]
     csrc = build.HERE / "csrc"
     assert sorted(path.name for path in csrc.glob("*.cpp")) == sources

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from rorqual.errors import UserError
+from rorqual.plan.optimizer_state import predict_state
 from rorqual.recipe import OptimizerSection
 from rorqual.train.muon import as_matrices, orthogonalise
 from rorqual.train.optimizer import Optimizer
@@ -139,6 +140,135 @@ def test_a_gradient_that_is_not_finite_changes_nothing(make_model):
         p.grad = torch.ones_like(p)
     optimizer.accumulate()
     assert not optimizer.step(1.0).skipped  # and the bad gradient is gone
+
+
+def grow(model):
+    """A gradient for every parameter, also those that a loss does not reach."""
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+
+
+BIG = {"hidden_size": 64, "moe_intermediate_size": 48}  # some tensors are above 4096 elements, some no multiple of 256
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("moments", ["float32", "bfloat16", "8bit"])
+def test_bytes_of_the_state_are_those_predicted(make_model, dtype, name, moments):
+    model = make_model(**BIG)
+    section = OptimizerSection(name=name, moments=moments)
+    optimizer = Optimizer(model, section, getattr(torch, dtype))
+    assert optimizer.state_bytes() == predict_state(model.config, dtype, section)
+    grow(model)
+    optimizer.accumulate()
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def stored(tensors):
+        return sum(t.untyped_storage().nbytes() for t in tensors if t.untyped_storage().data_ptr() not in weights)
+
+    moment_tensors = [t for n, t in optimizer.tensors().items() if n.startswith(("adamw.", "muon.")) and t.ndim]
+    assert vars(optimizer.state_bytes()) == {
+        "masters": stored(optimizer.masters.values()),
+        "gradients": stored(optimizer.grads.values()),
+        "moments": stored(moment_tensors),
+    }
+    count = sum(p.numel() for p in model.parameters())
+    assert optimizer.state_bytes().moments <= {"float32": 8, "bfloat16": 4, "8bit": 4}[moments] * count
+
+
+def test_small_tensors_keep_fp32_moments_beside_8_bits(make_model):
+    model = make_model(**BIG)
+    adamw = Optimizer(model, OptimizerSection(moments="8bit"), torch.float32).adamw
+    for name, p in model.named_parameters():
+        expected = torch.uint8 if p.numel() >= 4096 else torch.float32
+        assert adamw.first[name].dtype == adamw.second[name].dtype == expected, name
+    assert adamw.first["model.norm.weight"].dtype == torch.float32
+    assert sum(t.dtype == torch.uint8 for t in adamw.first.values()) >= 5
+
+
+@pytest.mark.parametrize("section", [
+    {"moments": "bfloat16"}, {"moments": "bfloat16", "stochastic_rounding": True}, {"moments": "8bit"},
+])  # fmt: skip
+def test_steps_with_small_moments_are_nearly_fp32s(make_model, section):
+    exact, rounded = make_model(**BIG), make_model(**BIG)
+    before = {n: p.detach().clone() for n, p in exact.named_parameters()}
+    optimizers = [
+        Optimizer(model, OptimizerSection(lr=1e-2, weight_decay=0.2, **how), torch.float32)
+        for model, how in ((exact, {}), (rounded, section))
+    ]
+    for step in range(4):
+        for model, optimizer in zip((exact, rounded), optimizers, strict=True):
+            torch.manual_seed(step)
+            grow(model)
+            optimizer.accumulate()
+            optimizer.step(0.5)
+    for (name, a), b in zip(exact.named_parameters(), rounded.parameters(), strict=True):
+        moved = (a - before[name]).norm()
+        assert (a - b).norm() < 0.05 * moved, name
+        if section["moments"] == "bfloat16":
+            assert not torch.equal(a, b)
+
+
+def test_rounding_by_chance_depends_on_the_runs_seed_alone(make_model):
+    found = []
+    for seed in (0, 0, 1):
+        model = make_model(0)
+        torch.manual_seed(seed)
+        optimizer = Optimizer(model, OptimizerSection(moments="bfloat16", stochastic_rounding=True), torch.float32)
+        torch.manual_seed(5)
+        grow(model)
+        optimizer.accumulate()
+        optimizer.step(1.0)
+        found.append(optimizer.adamw.second["lm_head.weight"])
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+
+
+def test_muon_keeps_its_momentum_in_bfloat16(make_model):
+    exact, rounded = make_model(), make_model()
+    optimizers = [
+        Optimizer(model, OptimizerSection(name="muon", moments=moments), torch.float32)
+        for model, moments in ((exact, "float32"), (rounded, "8bit"))
+    ]
+    for step in range(2):
+        for model, optimizer in zip((exact, rounded), optimizers, strict=True):
+            torch.manual_seed(step)
+            grow(model)
+            optimizer.accumulate()
+            optimizer.step(1.0)
+    for name, kept in optimizers[1].muon.momentum.items():
+        assert kept.dtype == torch.bfloat16
+        momentum = optimizers[0].muon.momentum[name]
+        assert (kept - momentum).abs().max() <= 2**-7 * momentum.abs().max()
+        assert not torch.equal(kept.float(), momentum)
+
+
+def test_moments_of_another_dtype_are_refused(make_model):
+    plain = Optimizer(make_model(), OptimizerSection(), torch.float32)
+    small = Optimizer(make_model(), OptimizerSection(moments="bfloat16"), torch.float32)
+    with pytest.raises(UserError, match=r"adamw\.first\..* has dtype torch.float32, not torch.bfloat16"):
+        small.load_tensors(plain.tensors())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_small_moments_learn_as_well_as_fp32(make_model, make_batch, name):
+    """Mean loss of the last 20 of 150 steps, on new sequences each; the noise is that of FP32 over seeds."""
+
+    def last(seed, **how):
+        model = make_model(seed, **BIG, num_nextn_predict_layers=0)
+        optimizer = Optimizer(model, OptimizerSection(name=name, lr=3e-3, muon_lr=3e-3, **how), torch.float32)
+        losses = [learn(model, optimizer, make_batch(1000 * seed + i, sequences=8), 1)[0] for i in range(150)]
+        assert losses[0] > 4
+        return sum(losses[-20:]) / 20
+
+    seeds = range(4)
+    exact = torch.tensor([last(seed) for seed in seeds])
+    assert exact.max() < 1.5  # it learns, so that the comparison means something
+    for how in ({"moments": "bfloat16"}, {"moments": "bfloat16", "stochastic_rounding": True}, {"moments": "8bit"}):
+        found = torch.tensor([last(seed, **how) for seed in seeds])
+        print(name, how, exact.tolist(), found.tolist())
+        assert abs(found.mean() - exact.mean()) < 2 * exact.std(), how
 
 
 def test_another_models_tensors_are_refused(make_model):

@@ -144,6 +144,30 @@ def test_a_recipe_of_a_run_with_a_field_of_another_type(make_recipe, field, valu
         start(make_recipe(), resume=True)
 
 
+def test_a_run_from_before_a_field_existed_goes_on_with_the_fields_default(make_recipe):
+    run_dir = start(make_recipe())
+    (run_dir / "checkpoints" / "step-1").mkdir(parents=True)
+    saved = run_dir / "recipe.toml"
+    whole = saved.read_text()
+    older = re.sub(r"^(moments|stochastic_rounding|betas|micro_batch) = .*\n", "", whole, flags=re.MULTILINE)
+    older = re.sub(r"^\[balance\]\n(.+\n)*", "", older, flags=re.MULTILINE)
+    assert len(older.splitlines()) <= len(whole.splitlines()) - 7
+    for changed, was, now in (
+        ({"optimizer__moments": "8bit"}, '"float32"', '"8bit"'),
+        ({"optimizer__betas": [0.9, 0.99]}, r"\[0.9, 0.95\]", r"\[0.9, 0.99\]"),
+        ({"balance__bias_speed": 0.5}, "0.001", "0.5"),
+    ):
+        saved.write_text(older)
+        field = next(iter(changed)).replace("__", ".")
+        with pytest.raises(UserError, match=f"{field} was {was} and is {now} now; a resumed run must keep its recipe"):
+            start(make_recipe(**changed), resume=True)
+    assert start(make_recipe(), resume=True) == run_dir
+    assert saved.read_text() == whole
+    saved.write_text(whole.replace('moments = "float32"', 'moments = "bfloat16"'))
+    with pytest.raises(UserError, match=r'optimizer.moments was "bfloat16" and is "float32" now'):
+        start(make_recipe(), resume=True)
+
+
 @pytest.mark.parametrize("name", WORK)
 def test_a_run_that_did_something_is_protected(make_recipe, name):
     run_dir = start(make_recipe())

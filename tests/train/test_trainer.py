@@ -1,3 +1,5 @@
+import time
+
 import pytest
 import torch
 
@@ -6,6 +8,8 @@ from rorqual.model import Transformer
 from rorqual.plan.cost import flops_per_token, mtp_flops_per_token
 from rorqual.recipe import BalanceSection, MTPSection, OptimizerSection, ScheduleSection
 from rorqual.train.balance import max_violations, update_correction_bias
+from rorqual.train.checkpoints import Checkpoints
+from rorqual.train.ema import EMA
 from rorqual.train.trainer import Trainer
 from rorqual.train.training_run import split
 
@@ -162,6 +166,46 @@ def test_ema_is_the_average_and_is_what_is_released(make_model, make_batch):
     assert torch.equal(trainer.optimizer.masters[name], own)
 
 
+def test_an_average_that_takes_long_is_the_same(make_model, make_batch, monkeypatch):
+    """The optimizer, checkpoints and the release wait for the thread."""
+    prompt = EMA._update
+
+    def late(self, copied):
+        time.sleep(0.05)
+        prompt(self, copied)
+
+    monkeypatch.setattr(EMA, "_update", late)
+    trainer = trainer_of(make_model(), ema=0.75)
+    expected = {name: w.clone() for name, w in trainer.optimizer.masters.items()}
+    for i in range(3):
+        trainer.step([make_batch(i)], 0.0)
+        for name, w in trainer.optimizer.masters.items():
+            expected[name].lerp_(w, 0.25)
+    with trainer.released_weights():
+        assert all(torch.equal(expected[name], p) for name, p in trainer.model.named_parameters())
+    assert all(torch.equal(expected[name], trainer.ema.average[name]) for name in expected)
+    trainer.step([make_batch(3)], 0.0)
+    saved = {name: t.clone() for name, t in trainer.tensors().items()}
+    for name, w in trainer.optimizer.masters.items():
+        assert torch.equal(saved[f"ema.{name}"], expected[name].lerp_(w, 0.25))
+
+
+def test_a_thread_that_fails_stops_the_training(make_model, make_batch, monkeypatch):
+    def fail(self, copied):
+        raise RuntimeError("no average")
+
+    monkeypatch.setattr(EMA, "_update", fail)
+    trainer = trainer_of(make_model(), ema=0.75)
+    trainer.step([make_batch()], 0.0)
+    before = {name: w.clone() for name, w in trainer.optimizer.masters.items()}
+    with pytest.raises(RuntimeError, match="no average"):
+        trainer.step([make_batch()], 0.0)
+    assert all(torch.equal(before[name], w) for name, w in trainer.optimizer.masters.items())
+    trainer.ema.update()
+    with pytest.raises(RuntimeError, match="no average"):
+        trainer.tensors()
+
+
 def test_bits_per_byte(make_model, make_batch):
     model, batch = make_model(), make_batch()
     model.lm_head.weight.data.zero_()  # uniform over 64 tokens: 6 bits a token
@@ -170,18 +214,23 @@ def test_bits_per_byte(make_model, make_batch):
     assert trainer.bits_per_byte([(batch, 3 * int(batch.weights.sum()))]) == pytest.approx(2.0)
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_restored_trainer_goes_on_bit_for_bit(make_model, make_batch, name, dtype):
+@pytest.mark.parametrize(("dtype", "optimizer"), [
+    ("float32", {"name": "adamw"}), ("bfloat16", {"name": "adamw"}),
+    ("float32", {"name": "muon"}), ("bfloat16", {"name": "muon"}),
+    ("float32", {"moments": "bfloat16"}), ("float32", {"moments": "bfloat16", "stochastic_rounding": True}),
+    ("float32", {"moments": "8bit"}), ("bfloat16", {"moments": "8bit", "name": "muon"}),
+])  # fmt: skip
+def test_a_restored_trainer_goes_on_bit_for_bit(make_model, make_batch, optimizer, dtype, tmp_path):
     def make(seed):
-        section = OptimizerSection(name=name, lr=3e-3)
-        return Trainer(make_model(seed), section, CONSTANT, MTP, BalanceSection(), dtype=dtype, ema=0.9)
+        model = make_model(seed, hidden_size=64, moe_intermediate_size=32)  # with tensors large enough for 8 bits
+        section = OptimizerSection(lr=3e-3, **optimizer)
+        return Trainer(model, section, CONSTANT, MTP, BalanceSection(), dtype=dtype, ema=0.9)
 
     straight = make(0)
     for i in range(3):
         straight.step([make_batch(i)], 0.0)
-    tensors = {n: t.clone() for n, t in straight.tensors().items()}
-    state = dict(straight.state())
+    Checkpoints(tmp_path, keep=1).save(3, straight.tensors(), dict(straight.state()))
+    _, tensors, state = Checkpoints(tmp_path, keep=1).load_latest()
     resumed = make(1)
     resumed.load(tensors, state)
     for i in range(3, 6):

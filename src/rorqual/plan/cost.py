@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 
 from rorqual.kernels.dtype_names import COMPUTE
 from rorqual.model.config import ModelConfig
+from rorqual.plan.optimizer_state import predict_state
+from rorqual.recipe import OptimizerSection
 
 
 def parameters(config: ModelConfig) -> tuple[int, int]:
@@ -74,25 +76,25 @@ def memory(
     tokens: int,
     *,
     dtype: str = "float32",
-    optimizer: str = "adamw",
+    optimizer: OptimizerSection | None = None,
     ema: bool = False,
 ) -> Memory:
     """Memory of training with `tokens` per forward pass, with activations kept for the backward pass.
 
-    Gradients, moments and masters are FP32; Muon has one moment for hidden matrices, AdamW two for all parameters.
+    optimizer: None: AdamW with FP32 moments.
     """
+    state = predict_state(config, dtype, optimizer or OptimizerSection())
     count = parameters(config)[0] + mtp_parameters(config)
     size = COMPUTE[dtype].itemsize
-    outside = _embedding(config)
     depth = config.num_hidden_layers + config.num_nextn_predict_layers
     kept = sum(_activations(config, config.is_moe_layer(layer), size) for layer in range(depth))
     kept += config.num_nextn_predict_layers * 6 * config.hidden_size * size
     head = config.vocab_size * config.hidden_size
     return Memory(
-        weights=count * size,
-        masters=0 if size == 4 else count * 4,
-        gradients=count * 4,
-        moments=8 * count if optimizer == "adamw" else 8 * outside + 4 * (count - outside),
+        weights=4 * count - (4 - size) * state.masters // 4,  # those without a master of their own are FP32
+        masters=state.masters,
+        gradients=state.gradients,
+        moments=state.moments,
         ema=4 * count if ema else 0,
         activations=tokens * kept,
         # One chunk of logits with its softmax, and the head's FP32 gradient (kernels/cross_entropy.py).

@@ -62,7 +62,7 @@ def predict(config: ModelConfig, recipe: PretrainRecipe | SFTRecipe, rows: int |
         config,
         sequences * length,
         dtype=dtype_name(dtype),
-        optimizer=recipe.optimizer.name,
+        optimizer=recipe.optimizer,
         ema=section.ema is not None,
     )
     return {

@@ -1,6 +1,7 @@
-"""Exponential moving average of the master weights, kept on the CPU (V3 §3.2.3)."""
+"""Exponential moving average of the master weights, kept on the CPU and updated asynchronously (V3 §3.2.3)."""
 
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 
 import torch
@@ -9,23 +10,44 @@ from torch import Tensor
 from rorqual.train.optimizer import Optimizer
 
 # torch._foreach_*: no public names exist, and the type stubs do not export these.
+PIECE = 1 << 15  # elements that torch's operators do in the calling thread alone: the cores are the forward pass's
 
 
 class EMA:
-    """average ← decay·average + (1 − decay)·master after each step; FP32."""
+    """average ← decay·average + (1 − decay)·master after each step; FP32.
+
+    A thread averages while the next step's forward and backward passes run. The optimizer waits for it before the
+    masters change, so the average is the same as without the thread. What the thread raises is raised by the next call.
+    """
 
     def __init__(self, optimizer: Optimizer, decay: float) -> None:
         self.optimizer, self.decay = optimizer, decay
-        self.average = {name: w.detach().to("cpu", copy=True) for name, w in optimizer.masters.items()}
+        masters = {name: w.detach() for name, w in optimizer.masters.items()}
+        self.average = {name: w.to("cpu", copy=True) for name, w in masters.items()}
+        self._gpu = next((w.device for w in masters.values() if w.is_cuda), None)
+        # Where the thread finds the masters; page-locked, so that the copy from the GPU is asynchronous.
+        self._masters = masters if self._gpu is None else {n: t.pin_memory() for n, t in self.average.items()}
+        self._stream = None if self._gpu is None else torch.cuda.Stream(self._gpu)
+        self._pieces = _pieces(self.average), _pieces(self._masters)
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ema")
+        self._pending: Future[None] | None = None
+        optimizer.before_change = self.wait
 
-    @torch.no_grad()
     def update(self) -> None:
-        masters = [self.optimizer.masters[name].to("cpu") for name in self.average]
-        torch._foreach_lerp_(list(self.average.values()), masters, 1 - self.decay)  # pyright: ignore[reportPrivateImportUsage]
+        """Begin an update with the masters as they are now."""
+        self.wait()
+        self._pending = self._thread.submit(self._update, self._copy_to_cpu())
+
+    def wait(self) -> None:
+        """Wait for the update that was begun. Raises what it raised."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Context in which the model holds the averaged weights."""
+        self.wait()
         parameters = self.optimizer.parameters
         own = {name: p.detach().clone() for name, p in parameters.items()}
         try:
@@ -35,11 +57,35 @@ class EMA:
             _fill(parameters, own)
 
     def tensors(self) -> dict[str, Tensor]:
+        self.wait()
         return {f"ema.{name}": t for name, t in self.average.items()}
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        self.wait()
         for name, t in self.average.items():
             t.copy_(tensors[f"ema.{name}"])
+
+    def _copy_to_cpu(self) -> torch.cuda.Event | None:
+        """Begin the copy from the GPU, on a stream of its own; the event is its end. None: the masters are here."""
+        if self._stream is None:
+            return None
+        copied = torch.cuda.Event()
+        self._stream.wait_stream(torch.cuda.current_stream(self._gpu))
+        with torch.cuda.stream(self._stream):
+            for name, copy in self._masters.items():
+                copy.copy_(self.optimizer.masters[name].detach(), non_blocking=True)
+            copied.record(self._stream)
+        return copied
+
+    @torch.no_grad()
+    def _update(self, copied: torch.cuda.Event | None) -> None:
+        if copied is not None:
+            copied.synchronize()
+        torch._foreach_lerp_(*self._pieces, 1 - self.decay)  # pyright: ignore[reportPrivateImportUsage]
+
+
+def _pieces(tensors: Mapping[str, Tensor]) -> list[Tensor]:
+    return [piece for t in tensors.values() for piece in t.view(-1).split(PIECE)]
 
 
 @torch.no_grad()

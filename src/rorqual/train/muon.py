@@ -43,11 +43,21 @@ def as_matrices(name: str, tensor: Tensor) -> Tensor:
 
 
 class Muon:
-    """Muon over `masters` (name → FP32 matrix or stack of matrices), which it updates in place."""
+    """Muon over `masters` (name → FP32 matrix or stack of matrices), which it updates in place.
 
-    def __init__(self, masters: dict[str, Tensor], lr: float, weight_decay: float, momentum: float = 0.95) -> None:
-        self.masters, self.lr, self.weight_decay, self.mu = masters, lr, weight_decay, momentum
-        self.momentum = {name: torch.zeros_like(w) for name, w in masters.items()}
+    The momentum is kept in `dtype` and computed in FP32.
+    """
+
+    def __init__(
+        self,
+        masters: dict[str, Tensor],
+        lr: float,
+        weight_decay: float,
+        momentum: float = 0.95,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.masters, self.lr, self.weight_decay, self.mu, self.dtype = masters, lr, weight_decay, momentum, dtype
+        self.momentum = {name: torch.zeros_like(w, dtype=dtype) for name, w in masters.items()}
 
     @torch.no_grad()
     def step(self, grads: dict[str, Tensor], factor: float) -> None:
@@ -56,10 +66,13 @@ class Muon:
         if not names:
             return
         lr = self.lr * factor
-        momentum = [self.momentum[name] for name in names]
+        kept = [self.momentum[name] for name in names]
+        momentum = [m.float() for m in kept]  # themselves where they are FP32
         gradient = [grads[name] for name in names]
         torch._foreach_mul_(momentum, self.mu)  # pyright: ignore[reportPrivateImportUsage]
         torch._foreach_add_(momentum, gradient)  # pyright: ignore[reportPrivateImportUsage]
+        if self.dtype is not torch.float32:
+            torch._foreach_copy_(kept, momentum)  # pyright: ignore[reportPrivateImportUsage]
         nesterov = torch._foreach_add(gradient, momentum, alpha=self.mu)  # pyright: ignore[reportPrivateImportUsage]
         torch._foreach_mul_([self.masters[name] for name in names], 1 - lr * self.weight_decay)  # pyright: ignore[reportPrivateImportUsage]
         by_shape: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}  # same shape up to transposition

@@ -17,6 +17,7 @@ from rorqual.kernels.dtype_names import COMPUTE
 from rorqual.kernels.dtypes import fastest_dtype
 from rorqual.recipe import DistillRecipe, Recipe
 from rorqual.renamed import current_fields
+from rorqual.sections import Section
 from rorqual.train.input_fingerprints import keep_inputs
 
 # Fields that a resumed run may change, since they do not affect the final weights.
@@ -143,8 +144,24 @@ def _tokenizer_fields(fields: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if name.startswith(("tokenizer.", "data.sources."))}
 
 
+def _defaults(section: Section) -> dict[str, Any]:
+    """Nested dictionaries of what its fields, and those of its sections, are where they are not given."""
+    out: dict[str, Any] = {}
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if isinstance(value, Section):
+            out[name] = _defaults(value)
+        elif isinstance(value, list) and value and all(isinstance(v, Section) for v in value):
+            out[name] = [_defaults(v) for v in value]
+        elif not field.is_required():
+            out[name] = field.get_default(call_default_factory=True)
+    return out
+
+
 def _check_same(recipe: Recipe, before: dict[str, Any], saved: Path) -> None:
+    """A field that the saved recipe lacks, since another version wrote it, had what is its default now."""
     now = _resolved(recipe)
+    before = _flat(tomllib.loads(to_toml(_defaults(recipe)))) | before
     free = STUDENT_FIELDS if isinstance(recipe, DistillRecipe) else ()
     for field in [*now, *before]:
         if field in FREE or field.startswith(free):
