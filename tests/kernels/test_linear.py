@@ -110,3 +110,17 @@ def test_weights_learn():
     weight = torch.ones(2, 4, dtype=torch.bfloat16, requires_grad=True)
     linear.linear(torch.ones(3, 4, dtype=torch.bfloat16), weight).sum().backward()
     assert torch.equal(weight.grad, torch.full((2, 4), 3.0).bfloat16())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fp32_linear_is_linear_in_fp32(dtype):
+    torch.manual_seed(0)
+    x, weight, grad = torch.randn(7, 24).to(dtype), torch.randn(5, 24), torch.randn(7, 5)
+    found = [t.clone().requires_grad_() for t in (x, weight)]
+    right = [t.clone().requires_grad_() for t in (x, weight)]
+    y, exact = linear.fp32_linear(*found), torch.nn.functional.linear(right[0].float(), right[1])
+    assert torch.equal(y, exact)
+    y.backward(grad)
+    exact.backward(grad)
+    for mine, its in zip(found, right, strict=True):
+        torch.testing.assert_close(mine.grad, its.grad)

@@ -101,7 +101,7 @@ def test_feed_forward_of_experts(ends, width):
     gate_up, down = numbers(E, 2 * width, D, seed=1) / 50, numbers(E, D, width, seed=2)
     grad = numbers(ends[-1], D, seed=3)
     x, gate_up, down = (t.requires_grad_() for t in (x, gate_up, down))
-    y = scaled_feed_forward(x, gate_up, down, torch.tensor(ends, dtype=torch.int32), V3)
+    y = scaled_feed_forward(x, gate_up, None, down, torch.tensor(ends, dtype=torch.int32), V3)
     y.backward(grad)
     for e, (first, last) in enumerate(zip([0, *ends], ends, strict=False)):
         rows = slice(first, last)
@@ -125,6 +125,20 @@ def test_feed_forward_of_experts(ends, width):
         assert close(x.grad[rows], wide @ torch.cat([cast(w, 128, 128) for w in (gate, up)]), torch.bfloat16)
         weights = cast(joined, 128, 1).T @ cast(xr.float(), 128, 1)
         assert close(gate_up.grad[e], weights, torch.bfloat16)
+
+
+def test_feed_forward_of_one_network_is_that_of_one_expert():
+    x, gate_up, down = numbers(20, 64), numbers(1, 72, 64, seed=1) / 50, numbers(1, 64, 36, seed=2)
+    results = []
+    for apart in (False, True):
+        leaves = [x, *gate_up[0].chunk(2), down[0]] if apart else [x, gate_up, down]
+        leaves = [t.clone().requires_grad_() for t in leaves]
+        whole = (leaves[0], leaves[1], None, leaves[2], torch.tensor([20], dtype=torch.int32), V3)
+        y = scaled_feed_forward(*leaves, None, V3) if apart else scaled_feed_forward(*whole)
+        y.sum().backward()
+        grads = [t.grad for t in leaves]
+        results.append([y, grads[0], torch.cat(grads[1:3]) if apart else grads[1][0], grads[-1].view(64, 36)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_without_gradients_nothing_is_kept():

@@ -66,7 +66,14 @@ def rl(recipe: RecipeFile, overrides: Overrides = None, resume: Resume = False, 
         config = ModelConfig.load(trained_path(checked.model))
         total, active = parameters(config)
         dtype = dtype_name(compute_dtype(checked.model.dtype))
-        needed = memory(config, checked.grpo.micro_tokens, dtype=dtype, optimizer=checked.optimizer, ema=False)
+        needed = memory(
+            config,
+            checked.grpo.micro_tokens,
+            dtype=dtype,
+            optimizer=checked.optimizer,
+            fp8=checked.precision is not None,
+            recompute=checked.recompute,
+        )
         print(f"{'parameters':<12} {total:.4g}, {active:.4g} active per token")
         print(f"{'memory':<12} about {needed.total / 1e9:.3g} GB in training, without the rollouts' KV cache")
         for name, value in predict_rl(checked, config).items():

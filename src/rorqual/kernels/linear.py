@@ -13,7 +13,7 @@ from rorqual.kernels import cpu
 from rorqual.kernels.quantized_linear import QuantizedWeight, quantized_linear
 from rorqual.kernels.typed_torch import Context, Function, once_differentiable
 from rorqual.processor import allows
-from rorqual.shapes import Float, Int32
+from rorqual.shapes import Float, Float32, Int32
 
 MAX_COMPILED_ROWS = 256  # beyond, oneDNN is faster, which packs the weights at each call
 
@@ -48,6 +48,27 @@ def linear_reference(
     x: Float[Tensor, "*batch K"], weight: Float[Tensor, "N K"], bias: Float[Tensor, " N"] | None = None
 ) -> Float[Tensor, "*batch N"]:
     return F.linear(x, weight, bias)
+
+
+def fp32_linear(x: Float[Tensor, "N K"], weight: Float[Tensor, "M K"]) -> Float32[Tensor, "N M"]:
+    """x·weightᵀ computed in FP32, of which x and weight are kept for the backward pass as they are: a BF16 x takes half
+    of what its copy takes.
+    """
+    return _FP32Linear.apply(x, weight)
+
+
+class _FP32Linear(Function):
+    @staticmethod
+    def forward(ctx: Context, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return x.float() @ weight.float().T
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        grad_x = (grad @ weight.float()).to(x.dtype) if ctx.needs_input_grad[0] else None
+        return grad_x, (grad.T @ x.float()).to(weight.dtype) if ctx.needs_input_grad[1] else None
 
 
 def grouped_linear(

@@ -43,22 +43,30 @@ def scaled_linear(
 
 def scaled_feed_forward(
     x: Float[Tensor, "M K"],
-    gate_up: Float[Tensor, "E gate_up K"],
-    down: Float[Tensor, "E K F"],
-    ends: Int32[Tensor, " E"],
+    gate: Float[Tensor, "*E gate K"],
+    up: Float[Tensor, "F K"] | None,
+    down: Float[Tensor, "*E K F"],
+    ends: Ends,
     formats: LinearFormats,
 ) -> Float[Tensor, "M K"]:
-    """down(silu(gate(x)) · up(x)) with each row's expert; x is sorted by expert, expert e's rows ending at ends[e].
+    """down(silu(gate(x)) · up(x)).
+
+    One network, or with each row's expert: then `gate` [E, 2F, K] has the rows of up after its own, up is None, and x
+    is sorted by expert, expert e's rows ending at ends[e].
 
     Kept for the backward pass are the input and gate and up, in `formats.cached`; their product is computed again (V3
     §3.3.3).
     """
-    return _ScaledFeedForward.apply(x, gate_up, down, ends, formats, torch.is_grad_enabled())
+    return _ScaledFeedForward.apply(x, gate, up, down, ends, formats, torch.is_grad_enabled())
 
 
 class _LinearContext(Context):
     formats: LinearFormats
     width: int
+
+
+class _FeedForwardContext(_LinearContext):
+    apart: bool  # whether gate and up are two weights
 
 
 class _ScaledLinear(Function):
@@ -86,34 +94,38 @@ class _ScaledLinear(Function):
 class _ScaledFeedForward(Function):
     @staticmethod
     def forward(
-        ctx: _LinearContext, x: Tensor, gate_up: Tensor, down: Tensor, ends: Tensor, formats: LinearFormats, keep: bool
-    ) -> Tensor:
-        E = len(down)
-        ctx.formats, ctx.width = formats, x.shape[1]
+        ctx: _FeedForwardContext, x: Tensor, gate: Tensor, up: Tensor | None, down: Tensor, ends: Ends,
+        formats: LinearFormats, keep: bool,
+    ) -> Tensor:  # fmt: skip
+        E = len(down) if up is None else 1
+        ctx.formats, ctx.width, ctx.apart = formats, x.shape[1], up is not None
         rounded, cached = _activations(x, formats, keep)
-        h = output_product(rounded, quantize_weight(gate_up, formats.weight, 2), E, ends).to(x.dtype)
+        h = output_product(rounded, quantize_weight(_joined(gate, up), formats.weight, 2), E, ends).to(x.dtype)
         if cached is not None:
             inner = quantize(_halves(h), formats.cached)
-            ctx.save_for_backward(*cached.kept, *inner.kept, gate_up, down, ends)
+            ctx.save_for_backward(*cached.kept, *inner.kept, gate, up, down, ends)  # pyright: ignore[reportArgumentType]
         s = quantize(swiglu_joined(h), formats.activation, codes=False, values=True)
         return output_product(s, quantize_weight(down, formats.weight), E, ends).to(x.dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: _LinearContext, grad: Tensor) -> tuple[Tensor | None, ...]:
-        codes, scales, inner_codes, inner_scales, gate_up, down, ends = ctx.saved_tensors
-        formats, E, width = ctx.formats, len(down), down.shape[2]
+    def backward(ctx: _FeedForwardContext, grad: Tensor) -> tuple[Tensor | None, ...]:
+        codes, scales, inner_codes, inner_scales, gate, up, down, ends = ctx.saved_tensors
+        formats, width = ctx.formats, down.shape[-1]
+        E, gate_up = (1, _joined(gate, up)) if ctx.apart else (len(down), gate)
         h = decode(inner_codes, inner_scales, formats.cached, width).view(-1, 2 * width).to(grad.dtype)
-        grad_x = grad_gate_up = grad_down = None
-        if ctx.needs_input_grad[2]:
-            grad_down = _weight_gradient(grad, swiglu_joined(h), formats, ends, E).to(down.dtype)
+        grad_x = grad_gate = grad_up = grad_down = None
+        if ctx.needs_input_grad[3]:
+            grad_down = _weight_gradient(grad, swiglu_joined(h), formats, ends, E).to(down.dtype).view_as(down)
         grad_h = swiglu_joined_gradient(_input_gradient(grad, down, formats, ends).to(grad.dtype), h)
         if ctx.needs_input_grad[0]:
             grad_x = _input_gradient(grad_h, gate_up, formats, ends, 2).to(grad.dtype)
         if ctx.needs_input_grad[1]:
             x = decode(codes, scales, formats.cached, ctx.width)
-            grad_gate_up = _weight_gradient(grad_h, x, formats, ends, E).to(gate_up.dtype)
-        return grad_x, grad_gate_up, grad_down, None, None, None
+            grad_gate = _weight_gradient(grad_h, x, formats, ends, E).to(gate.dtype)
+            if ctx.apart:
+                grad_gate, grad_up = grad_gate[0, : len(gate)], grad_gate[0, len(gate) :]
+        return grad_x, grad_gate, grad_up, grad_down, None, None, None
 
 
 def _activations(x: Tensor, formats: LinearFormats, keep: bool) -> tuple[BlockScaled, BlockScaled | None]:
@@ -135,6 +147,10 @@ def _weight_gradient(grad: Tensor, x: Tensor, formats: LinearFormats, ends: Ends
     rounded_grad = quantize(grad.contiguous(), gradient, starts, codes=False, values=True)
     rounded_x = quantize(x, activation, starts, codes=False, values=True)
     return weight_gradient_product(rounded_grad, rounded_x, experts, ends)
+
+
+def _joined(gate: Tensor, up: Tensor | None) -> Tensor:
+    return gate if up is None else torch.cat([gate, up])
 
 
 def _halves(h: Tensor) -> Tensor:

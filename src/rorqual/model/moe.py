@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rorqual.kernels.linear import grouped_linear, row_multiple
+from rorqual.kernels.linear import fp32_linear, grouped_linear, row_multiple
 from rorqual.kernels.moe_permute import permute, sort_by_expert, unpermute
 from rorqual.kernels.swiglu import swiglu_joined
 from rorqual.kernels.typed_torch import not_compiled
@@ -47,7 +46,7 @@ class Router(nn.Module):
         self, x: Float[Tensor, "N D"]
     ) -> tuple[Float32[Tensor, "N K"], Int64[Tensor, "N K"], Float32[Tensor, "N E"]]:
         """→ weights, chosen experts and scores."""
-        logits = F.linear(x.float(), self.weight.float())
+        logits = fp32_linear(x, self.weight)
         scores = logits.sigmoid() if self.scoring == "sigmoid" else logits.softmax(-1)
         with torch.no_grad():
             chosen = self._selection_scores(scores).topk(self.K, dim=-1, sorted=False).indices

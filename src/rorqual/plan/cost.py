@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 
 from rorqual.kernels.dtype_names import COMPUTE
 from rorqual.model.config import ModelConfig
+from rorqual.plan.activations import Kept, layer_bytes, mtp_bytes
 from rorqual.plan.optimizer_state import predict_state
 from rorqual.recipe import OptimizerSection
 
@@ -78,17 +79,20 @@ def memory(
     dtype: str = "float32",
     optimizer: OptimizerSection | None = None,
     ema: bool = False,
+    fp8: bool = False,
+    recompute: str = "none",
 ) -> Memory:
     """Memory of training with `tokens` per forward pass, with activations kept for the backward pass.
 
-    optimizer: None: AdamW with FP32 moments.
+    optimizer: None: AdamW with FP32 moments; fp8: linears keep their inputs in 8 bits; recompute: as in a recipe.
     """
     state = predict_state(config, dtype, optimizer or OptimizerSection())
     count = parameters(config)[0] + mtp_parameters(config)
     size = COMPUTE[dtype].itemsize
     depth = config.num_hidden_layers + config.num_nextn_predict_layers
-    kept = sum(_activations(config, config.is_moe_layer(layer), size) for layer in range(depth))
-    kept += config.num_nextn_predict_layers * 6 * config.hidden_size * size
+    how = Kept(size, fp8, recompute)
+    kept = sum(layer_bytes(config, config.is_moe_layer(layer), how) for layer in range(depth))
+    kept += config.num_nextn_predict_layers * mtp_bytes(config, how)
     head = config.vocab_size * config.hidden_size
     return Memory(
         weights=4 * count - (4 - size) * state.masters // 4,  # those without a master of their own are FP32
@@ -96,7 +100,7 @@ def memory(
         gradients=state.gradients,
         moments=state.moments,
         ema=4 * count if ema else 0,
-        activations=tokens * kept,
+        activations=round(tokens * kept),
         # One chunk of logits with its softmax, and the head's FP32 gradient (kernels/cross_entropy.py).
         loss=3 * min(64 << 20, 4 * tokens * config.vocab_size) + 4 * head + tokens * config.hidden_size * size,
     )
@@ -153,22 +157,3 @@ def _layer_flops(config: ModelConfig, moe: bool, sequence_length: int) -> float:
     widths = config.mla.qk_head_dim + config.mla.v_head_dim if config.is_mla else 2 * config.gqa.head_dim
     scores_and_sums = 2.0 * (sequence_length / 2) * config.num_attention_heads * widths
     return 2.0 * (_attention(config) + _feed_forward(config, moe)[1]) + scores_and_sums
-
-
-def _activations(config: ModelConfig, moe: bool, size: int) -> int:
-    """Activation bytes per token that a layer keeps for the backward pass."""
-    D, H = config.hidden_size, config.num_attention_heads
-    norms = 2 * D * (4 + size)  # input in FP32 and output, both norms
-    if config.is_mla:
-        mla = config.mla
-        latents = (mla.q_lora_rank or 0) + mla.kv_lora_rank
-        attention = size * (3 * H * mla.qk_head_dim + H * mla.v_head_dim * 2) + latents * (4 + 2 * size)
-    else:
-        attention = size * config.gqa.head_dim * (3 * H + 2 * config.gqa.num_key_value_heads)
-    if moe:
-        sizes = config.moe
-        K, F = sizes.num_experts_per_tok, sizes.moe_intermediate_size
-        routed = K * size * (2 * D + 5 * F)
-        shared = size * 4 * F * sizes.n_shared_experts
-        return norms + attention + routed + shared + 4 * 4 * sizes.n_routed_experts
-    return norms + attention + size * 4 * config.intermediate_size

@@ -64,6 +64,8 @@ def predict(config: ModelConfig, recipe: PretrainRecipe | SFTRecipe, rows: int |
         dtype=dtype_name(dtype),
         optimizer=recipe.optimizer,
         ema=section.ema is not None,
+        fp8=recipe.precision is not None,
+        recompute=recipe.recompute,
     )
     return {
         "parameters_total": total,

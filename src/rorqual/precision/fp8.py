@@ -4,7 +4,6 @@ They hold the model's own parameters, FP32 or BF16, and round at every use. In e
 a model is evaluated and released in the precision of its weights.
 """
 
-import torch
 from torch import Tensor
 
 from rorqual.kernels.scaled_linear import LinearFormats, scaled_feed_forward, scaled_linear
@@ -37,10 +36,8 @@ class FP8SwiGLU(SwiGLU):
     def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
         if not self.training:
             return super().forward(x)
-        gate_up = torch.cat([self.gate_proj.weight, self.up_proj.weight]).unsqueeze(0)
-        rows = x.reshape(-1, x.shape[-1])
-        ends = torch.tensor([len(rows)], dtype=torch.int32, device=x.device)
-        return scaled_feed_forward(rows, gate_up, self.down_proj.weight.unsqueeze(0), ends, self.formats).view_as(x)
+        weights = self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight
+        return scaled_feed_forward(x.reshape(-1, x.shape[-1]), *weights, None, self.formats).view_as(x)
 
 
 class FP8Experts(Experts):
@@ -49,4 +46,4 @@ class FP8Experts(Experts):
     def forward(self, x: Float[Tensor, "M D"], ends: Int32[Tensor, " E"]) -> Float[Tensor, "M D"]:
         if not self.training:
             return super().forward(x, ends)
-        return scaled_feed_forward(x, self.gate_up_proj, self.down_proj, ends, self.formats)
+        return scaled_feed_forward(x, self.gate_up_proj, None, self.down_proj, ends, self.formats)
