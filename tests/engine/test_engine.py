@@ -148,7 +148,7 @@ def test_a_cache_of_8_bits_takes_half_the_memory_and_hardly_changes_an_answer(pr
 
 
 def test_latent_attention_has_no_cache_of_8_bits():
-    with pytest.raises(UserError, match="grouped-query attention.*fp8"):
+    with pytest.raises(UserError, match="use --kv-cache-dtype fp8"):
         Engine(Transformer(LATENT), kv_cache_dtype=torch.int8)
 
 

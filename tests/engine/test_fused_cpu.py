@@ -279,13 +279,14 @@ def test_an_fp8_cache_keeps_and_says_what_the_reference_does(shape, dtype):
         errors.append(float((ours - theirs).norm() / exact.norm()))
         own.append(float((theirs - exact).norm() / exact.norm()))
     width = token_shapes(model.config)[0][-1]
-    ours, theirs = (kv_fp8.dequantize(cache.layers[0][0], width) for cache in caches)
-    assert theirs.any()
-    # One step, where rounded the other way: an eighth of a number, or of the least one that has three bits.
-    largest = torch.nn.functional.pad(theirs.abs(), (0, -width % 128)).unflatten(-1, (-1, 128)).amax(-1)
-    least = (largest / 448 * 2.0**-6).repeat_interleave(128, -1)[..., :width]
-    assert ((ours - theirs).abs() <= 0.13 * torch.maximum(theirs.abs(), least)).all()
-    assert (ours - theirs).norm() < 0.02 * theirs.norm()
+    for pair in zip(*(cache.layers[0] for cache in caches), strict=True):
+        rounded = pair[0].dtype is torch.uint8  # else rotated keys in BF16
+        ours, theirs = (kv_fp8.dequantize(x, width) if rounded else x.float() for x in pair)
+        assert (ours - theirs).norm() < (0.02 if dtype is torch.float32 else 0.04) * theirs.norm()
+        if dtype is torch.float32 and rounded:  # one step, where rounded the other way: an eighth of a number
+            tiles = torch.nn.functional.pad(theirs.abs(), (0, -width % 128)).unflatten(-1, (-1, 128)).amax(-1)
+            least = (tiles / 448 * 2.0**-6).repeat_interleave(128, -1)[..., :width]  # that has three bits
+            assert ((ours - theirs).abs() <= 0.13 * torch.maximum(theirs.abs(), least)).all()
     assert median(errors) < median(own)
 
 

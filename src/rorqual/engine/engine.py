@@ -40,8 +40,9 @@ class Engine:
     prefix; after a change of weights call `reset_prefix_cache`. `max_prefill_tokens`: prompt tokens a step.
     `speculative`: speculative decoding with drafts from the model's multi-token module ("mtp") or from prompt lookup
     ("ngram"; "auto": "ngram" where weights are quantised); it changes the time an answer takes, never the answer.
-    `kv_cache_dtype`: by default the dtype that the model computes in; torch.int8 and torch.float8_e4m3fn about halve
-    BF16's memory, and int8 is fast where weights are quantised. `dtype`, `device`, `weights`: see `open_model`; for a model that is not in memory.
+    `kv_cache_dtype`: by default the dtype that the model computes in; torch.int8 (fast where weights are quantised) and
+    torch.float8_e4m3fn about halve BF16's memory. `dtype`, `device`, `weights`: see `open_model`; for a model that is
+    not in memory.
 
     Raises UserError for invalid arguments, and for a model that cannot be read.
     """

@@ -44,8 +44,8 @@ def _can_fuse(model: Transformer) -> bool:
 
 
 def _step(
-    model: Transformer, blocks: Sequence[Block], stores: list[tuple[Tensor, Tensor]], cache_dtype: torch.dtype, norm: Tensor,
-    join: MTPJoin | None = None,
+    model: Transformer, blocks: Sequence[Block], stores: list[tuple[Tensor, Tensor]], cache_dtype: torch.dtype,
+    norm: Tensor, join: MTPJoin | None = None,
 ) -> FusedDecodeStep:  # fmt: skip
     config = model.config
     frequencies, factor = model.rope
