@@ -287,7 +287,8 @@ def test_an_fp8_cache_keeps_and_says_what_the_reference_does(shape, dtype):
             tiles = torch.nn.functional.pad(theirs.abs(), (0, -width % 128)).unflatten(-1, (-1, 128)).amax(-1)
             least = (tiles / 448 * 2.0**-6).repeat_interleave(128, -1)[..., :width]  # that has three bits
             assert ((ours - theirs).abs() <= 0.13 * torch.maximum(theirs.abs(), least)).all()
-    assert median(errors) < median(own)
+    # In BF16 the reference rounds activations between its products too.
+    assert median(errors) < (1.0 if dtype is torch.float32 else 1.5) * median(own)
 
 
 @pytest.mark.parametrize("kv_cache_dtype", [None, torch.int8, torch.float8_e4m3fn])
