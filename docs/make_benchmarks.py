@@ -66,6 +66,12 @@ BENCHMARKS = {
         "between events. The Zen 3 results are of a `--quick` run (prompts and outputs of up to 128 tokens, one "
         "turn of each kind), which scatters."
     ),
+    "kv_drift": (
+        "What a KV cache in 8 bits costs in accuracy: SmolLM2-135M-Instruct (grouped-query attention) and a small "
+        "network with latent attention, trained for the benchmark on bytes, read the same texts of 1032 tokens with "
+        "each cache. The difference is that of a token's log-probability, in nats, from the exact cache's. *greedy*: "
+        "tokens of answers of 1000 that are the exact cache's, before the first that differs."
+    ),
     "revision": (
         "This version against an earlier commit of ours, both in one run and in turns: what changes of structure did "
         "to speed. Medians of six rounds (the speedrun's RL: twelve)."
@@ -202,6 +208,20 @@ def serving(found: dict[str, Any]) -> list[list[str]]:
     return [table(columns, rows), table(["formats tried, tokens/s", *tries], formats)]
 
 
+def kv_drift(found: dict[str, Any]) -> list[list[str]]:
+    rows, bands = [], []
+    for model, x in found.items():
+        for name, cache in x["caches"].items():
+            greedy = ", ".join(map(str, cache["same_tokens"]))
+            rows.append([model, name, f"{cache['bytes']} / {x['exact_bytes']}", greedy])
+            bands += [
+                [model, name, str(b["position"]), f"{100 * b['same_top']:.1f}", f"{b['mean']:.2g}", f"{b['p99']:.2g}"]
+                for b in cache["forced"]
+            ]
+    columns = ["model", "cache", "from token", "same top token, %", "difference, mean", "99th percentile"]
+    return [table(["model", "cache", "bytes/token, of exact", "greedy"], rows), table(columns, bands)]
+
+
 def revision(found: dict[str, Any]) -> list[list[str]]:
     rows = []
     for name, rounds in found["rounds"].items():
@@ -210,7 +230,9 @@ def revision(found: dict[str, Any]) -> list[list[str]]:
     return [table(["", f"`{found['before']}`", "now", "ratio of rounds"], rows)]
 
 
-FIGURES = {f.__name__: f for f in (train, rl_step, rollout, balance, decode, speculate, serving, revision, gpu)}
+FIGURES = {
+    f.__name__: f for f in (train, rl_step, rollout, balance, decode, speculate, serving, kv_drift, revision, gpu)
+}
 
 
 def _setting(settings: dict[str, Any]) -> str:
@@ -242,7 +264,7 @@ def page() -> str:
             peers = found["figures"].get("peers", {}) if "vllm" in str(found["ratios"]) else {}
             versions = ", ".join(f"{package} {v}" for package, v in (found["versions"] | peers).items() if v)
             lines += ["", f"### {benchmark}: {name}", "", f"Commit `{found['commit']}`; {versions}.", ""]
-            compared = [] if benchmark == "revision" else [ratios(found["ratios"])]  # without a peer
+            compared = [] if benchmark in ("kv_drift", "revision") else [ratios(found["ratios"])]  # without a peer
             for part in (compared, FIGURES[benchmark](found["figures"])):
                 for rows in part:
                     lines += [*rows, ""]

@@ -260,7 +260,7 @@ def test_serving_with_an_unknown_cache(rorqual, tmp_path):
     status, _, err = rorqual("serve", tmp_path, "--kv-cache-dtype", "int3")
     assert status != 0
     assert "int3" in err
-    assert "int8" in err
+    assert "int8, fp8" in err
 
 
 def test_eval_against_another_model_gives_the_gain(rorqual, recipe, tmp_path):

@@ -14,7 +14,7 @@ import typer
 
 from helpers.pages import PAGES, ROOT, blocks, identify, shell_lines, spans
 from rorqual.cli.entry import app
-from rorqual.cli.options import check_choice, check_speculative, check_weights
+from rorqual.cli.options import check_choice, check_kv_cache_dtype, check_speculative, check_weights
 from rorqual.recipe import DistillRecipe, PretrainRecipe, RLRecipe, SFTRecipe, load_recipe, parse_recipe
 from rorqual.renamed import OPTIONS
 
@@ -56,8 +56,7 @@ def check_rorqual(words, whole):
         given = context.params
         check_weights(given.get("weights"))
         check_speculative(given.get("speculative") or "auto")
-        if given.get("kv_cache_dtype"):
-            check_choice("--kv-cache-dtype", given["kv_cache_dtype"], ("int8",))
+        check_kv_cache_dtype(given.get("kv_cache_dtype") or "auto")
         if given.get("format"):
             check_choice("--format", given["format"], ("int4", "int8"))
         if words[0] in RECIPES and (ROOT / given["recipe"]).exists():

@@ -148,8 +148,14 @@ def test_a_cache_of_8_bits_takes_half_the_memory_and_hardly_changes_an_answer(pr
 
 
 def test_latent_attention_has_no_cache_of_8_bits():
-    with pytest.raises(UserError, match="grouped-query attention"):
+    with pytest.raises(UserError, match="use --kv-cache-dtype fp8"):
         Engine(Transformer(LATENT), kv_cache_dtype=torch.int8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e5m2, torch.bfloat16, torch.float16])
+def test_a_cache_of_another_dtype_is_refused(dtype):
+    with pytest.raises(UserError, match=f"kv_cache_dtype = {dtype}: must be torch.float32"):
+        Engine(Transformer(LATENT), kv_cache_dtype=dtype)
 
 
 def test_stream_says_what_generate_says(model):

@@ -10,8 +10,8 @@ from helpers.small_configs import GROUPED, LATENT
 from rorqual.engine import Engine, SamplingParams
 from rorqual.engine.block_manager import BLOCK
 from rorqual.engine.fused_cpu import fused_decode_step, fused_mtp_step
-from rorqual.engine.paged_kv_cache import KVCacheView, PagedKVCache, PrefillSlice
-from rorqual.kernels import cpu, kv_int8, quantized_linear
+from rorqual.engine.paged_kv_cache import KVCacheView, PagedKVCache, PrefillSlice, token_shapes
+from rorqual.kernels import cpu, kv_fp8, kv_int8, quantized_linear
 from rorqual.kernels.linear import linear
 from rorqual.model import Transformer
 from rorqual.precision.quantize import convert, round_int8
@@ -247,7 +247,51 @@ def test_a_cache_of_8_bits_keeps_and_says_what_the_reference_does(shape, dtype):
     assert max(errors) < 0.12
 
 
-@pytest.mark.parametrize("kv_cache_dtype", [None, torch.int8])
+FP8_SHAPES = {
+    "wide heads": GROUPED.replace(hidden_size=64, head_dim=160),
+    "wide latents": LATENT.replace(hidden_size=64, kv_lora_rank=160),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "shape", ["grouped", "biases", "odd", "shared by many", "latent", "queries of low rank", *FP8_SHAPES]
+)
+@torch.no_grad()
+def test_an_fp8_cache_keeps_and_says_what_the_reference_does(shape, dtype):
+    model = packed({**SHAPES, **FP8_SHAPES}[shape], "int8", dtype)
+    sequences = [random_tokens(n, n) for n in (1, 15, 16, 17, 33, 40, 3, 26)]
+    rows, own, errors = len(sequences), [], []
+    caches = [PagedKVCache(model.config, 3 * rows + 1, torch.float8_e4m3fn, torch.device("cpu")) for _ in range(2)]
+    tables = torch.arange(1, 3 * rows + 1, dtype=torch.int32).view(rows, 3)
+    compiled = fused_decode_step(model, caches[0])
+    for table, sequence in zip(tables, sequences, strict=True):
+        for first, end in ((0, len(sequence) // 2), (len(sequence) // 2, len(sequence))):  # the second reads the first
+            if first == end:
+                continue
+            lengths = torch.arange(first + 1, end + 1, dtype=torch.int32)
+            ours = compiled(sequence[first:end], table.repeat(end - first, 1), lengths)[0][-1]
+            step = KVCacheView(
+                caches[1], tables[:0], lengths[:0].long(), [PrefillSlice(first, end - first, table.tolist())]
+            )
+            hidden = model(sequence[None, first:end], step.positions, cache=step)[0]
+        theirs, exact = linear(hidden[-1:], model.head_weight)[0].float(), last_logits(model, sequence)
+        errors.append(float((ours - theirs).norm() / exact.norm()))
+        own.append(float((theirs - exact).norm() / exact.norm()))
+    width = token_shapes(model.config)[0][-1]
+    for pair in zip(*(cache.layers[0] for cache in caches), strict=True):
+        rounded = pair[0].dtype is torch.uint8  # else rotated keys in BF16
+        ours, theirs = (kv_fp8.dequantize(x, width) if rounded else x.float() for x in pair)
+        assert (ours - theirs).norm() < (0.02 if dtype is torch.float32 else 0.04) * theirs.norm()
+        if dtype is torch.float32 and rounded:  # one step, where rounded the other way: an eighth of a number
+            tiles = torch.nn.functional.pad(theirs.abs(), (0, -width % 128)).unflatten(-1, (-1, 128)).amax(-1)
+            least = (tiles / 448 * 2.0**-6).repeat_interleave(128, -1)[..., :width]  # that has three bits
+            assert ((ours - theirs).abs() <= 0.13 * torch.maximum(theirs.abs(), least)).all()
+    # In BF16 the reference rounds activations between its products too.
+    assert median(errors) < (1.0 if dtype is torch.float32 else 1.5) * median(own)
+
+
+@pytest.mark.parametrize("kv_cache_dtype", [None, torch.int8, torch.float8_e4m3fn])
 def test_greedy_answers_do_not_depend_on_company(kv_cache_dtype):
     model = shared("grouped")
     prompts = [[(5 * i + j) % 59 + 1 for j in range(1 + i % 20)] for i in range(20)]

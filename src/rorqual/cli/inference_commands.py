@@ -19,8 +19,8 @@ from rorqual.cli.options import (
     ThinkingBudget,
     TopP,
     Weights,
-    check_choice,
     check_dtype,
+    check_kv_cache_dtype,
     check_speculative,
     check_weights,
     expand_path,
@@ -135,15 +135,17 @@ def serve(
     dtype: Dtype = "auto",
     weights: Weights = None,
     kv_cache_dtype: Annotated[
-        str | None, typer.Option(help="int8: half the memory of the KV cache; default: the dtype the model computes in")
-    ] = None,
+        str,
+        typer.Option(
+            help="fp8: about half of BF16's memory; int8: the same, for grouped-query attention; auto: the dtype that "
+            "the model computes in, bfloat16 or float32"
+        ),
+    ] = "auto",
     speculative: Speculative = "auto",
     device: Device = "cpu",
     page: Annotated[bool, typer.Option(help="serve a chat page at /")] = True,
 ) -> None:
     """OpenAI-compatible server (with DeepSeek's reasoning_content); SIGTERM finishes accepted requests, then exits."""
-    import torch
-
     from rorqual.cli.terminal import loading
     from rorqual.engine import Engine
     from rorqual.engine.generation_defaults import default_sampling
@@ -153,8 +155,7 @@ def serve(
 
     if name is not None and not (name.strip() and name.isprintable()):
         raise UserError(f"--name {name!r}: give printable characters, or leave it out")
-    if kv_cache_dtype is not None:
-        check_choice("--kv-cache-dtype", kv_cache_dtype, ("int8",))
+    cache_dtype = check_kv_cache_dtype(kv_cache_dtype)
     keys = read_keys(api_keys and expand_path(api_keys))
     check_address(host, keys, anonymous)
     origins = check_origins(allow_origin or ())
@@ -166,7 +167,7 @@ def serve(
         engine = Engine(
             directory, max_num_seqs=max_num_seqs, kv_cache_bytes=int(cache_gb * 2**30), prefix_cache=True,
             dtype=computed, weights=bits, max_prefill_tokens=512, speculative=method, device=device,
-            kv_cache_dtype=None if kv_cache_dtype is None else torch.int8,
+            kv_cache_dtype=cache_dtype,
         )  # fmt: skip
     options = Options(name or served_name(Path(model)), keys, max_queue, timeout, host=host, origins=origins)
     run(sampling, engine, options, listening, page)

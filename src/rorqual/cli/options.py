@@ -123,6 +123,14 @@ def check_dtype(name: str, device: str) -> Any:
     return compute_dtype(name, device)
 
 
+def check_kv_cache_dtype(name: str) -> Any:
+    """The torch.dtype of --kv-cache-dtype; None for auto. Raises UserError for an invalid name."""
+    check_choice("--kv-cache-dtype", name, ("auto", "bfloat16", "float32", "int8", "fp8"))
+    import torch
+
+    return None if name == "auto" else getattr(torch, {"fp8": "float8_e4m3fn"}.get(name, name))
+
+
 def check_speculative(method: str) -> Any:
     check_choice("--speculative", method, ("auto", "ngram", "mtp", "none"))
     return None if method == "none" else method

@@ -15,7 +15,7 @@ from rorqual.engine.grammar import Grammar
 from rorqual.engine.input_processor import InputProcessor
 from rorqual.engine.load_model import open_model
 from rorqual.engine.outputs import Completion, Counters, Status
-from rorqual.engine.paged_kv_cache import PagedKVCache, block_bytes
+from rorqual.engine.paged_kv_cache import FP8, PagedKVCache, block_bytes
 from rorqual.engine.prompt_logprobs import PromptLogprobs
 from rorqual.engine.sampling_params import SamplingParams
 from rorqual.engine.scheduler import Scheduler
@@ -40,8 +40,9 @@ class Engine:
     prefix; after a change of weights call `reset_prefix_cache`. `max_prefill_tokens`: prompt tokens a step.
     `speculative`: speculative decoding with drafts from the model's multi-token module ("mtp") or from prompt lookup
     ("ngram"; "auto": "ngram" where weights are quantised); it changes the time an answer takes, never the answer.
-    `kv_cache_dtype`: by default the dtype that the model computes in; int8 halves BF16's memory and is fast where
-    weights are quantised. `dtype`, `device`, `weights`: see `open_model`; for a model that is not in memory.
+    `kv_cache_dtype`: by default the dtype that the model computes in; torch.int8 (fast where weights are quantised) and
+    torch.float8_e4m3fn about halve BF16's memory. `dtype`, `device`, `weights`: see `open_model`; for a model that is
+    not in memory.
 
     Raises UserError for invalid arguments, and for a model that cannot be read.
     """
@@ -74,6 +75,11 @@ class Engine:
             speculative = "ngram" if fused else None
         self.speculative: SpeculativeMethod | None = speculative
         self.kv_cache_dtype = kv_cache_dtype or model.head_weight.dtype
+        if self.kv_cache_dtype not in (model.head_weight.dtype, torch.int8, FP8):
+            raise UserError(
+                f"kv_cache_dtype = {kv_cache_dtype}: must be {model.head_weight.dtype}, in which this model computes, "
+                f"torch.int8 or {FP8}"
+            )
         self.block_bytes = block_bytes(model.config, self.kv_cache_dtype, int(speculative == "mtp"))
         self.end_tokens = tuple(sorted(model.released.ends_with(tokenizer, model.config)))
         self.inputs = InputProcessor(model.config, tokenizer, self.end_tokens)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from rorqual.engine.paged_kv_cache import PagedKVCache
@@ -22,7 +23,7 @@ def fused_decode_step(model: Transformer, cache: PagedKVCache) -> FusedDecodeSte
     if not _can_fuse(model):
         return None
     stores = cache.layers[: model.config.num_hidden_layers]
-    step = _step(model, model.layers, stores, cache.is_int8, model.model.norm.weight)
+    step = _step(model, model.layers, stores, cache.dtype, model.model.norm.weight)
     use_huge_pages(v.data for m in model.modules() for v in vars(m).values() if isinstance(v, QuantizedWeight))
     return step
 
@@ -35,7 +36,7 @@ def fused_mtp_step(model: Transformer, cache: PagedKVCache) -> FusedDecodeStep |
     join = MTPJoin(module.enorm.weight, module.hnorm.weight, _weights(module.eh_proj))
     norm = module.shared_head["norm"]
     assert isinstance(norm, RMSNorm)
-    return _step(model, [module], cache.layers[depth : depth + 1], cache.is_int8, norm.weight, join)
+    return _step(model, [module], cache.layers[depth : depth + 1], cache.dtype, norm.weight, join)
 
 
 def _can_fuse(model: Transformer) -> bool:
@@ -43,26 +44,27 @@ def _can_fuse(model: Transformer) -> bool:
 
 
 def _step(
-    model: Transformer, blocks: Sequence[Block], stores: list[tuple[Tensor, Tensor]], int8_kv: bool, norm: Tensor,
-    join: MTPJoin | None = None,
+    model: Transformer, blocks: Sequence[Block], stores: list[tuple[Tensor, Tensor]], cache_dtype: torch.dtype,
+    norm: Tensor, join: MTPJoin | None = None,
 ) -> FusedDecodeStep:  # fmt: skip
     config = model.config
     frequencies, factor = model.rope
     return FusedDecodeStep(
-        [_layer(block, a, b) for block, (a, b) in zip(blocks, stores, strict=True)], _sizes(config, int8_kv),
+        [_layer(block, a, b) for block, (a, b) in zip(blocks, stores, strict=True)], _sizes(config, cache_dtype),
         _quantized(model.model.embed_tokens.weight), norm, _quantized(model.head_weight), frequencies, factor,
         softmax_scale(config), config.rms_norm_eps, LATENT_NORM_EPS, config.routed_scaling_factor, join,
     )  # fmt: skip
 
 
-def _sizes(config: ModelConfig, int8_kv: bool) -> ModelSizes:
+def _sizes(config: ModelConfig, cache_dtype: torch.dtype) -> ModelSizes:
     sizes = ModelSizes(
         hidden=config.hidden_size,
         heads=config.num_attention_heads,
         kv_heads=config.gqa.num_key_value_heads,
         rope_dim=config.rope_dim,
         interleave=config.rope_interleave,
-        int8_kv=int8_kv,
+        int8_kv=cache_dtype is torch.int8,
+        fp8_kv=cache_dtype is torch.float8_e4m3fn,
     )
     if config.is_mla:
         mla = config.mla

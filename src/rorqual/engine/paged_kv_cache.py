@@ -2,7 +2,8 @@
 
 A layer stores two tensors a token: for latent attention the latent [C] and the rotated key [R] (V2 §2.1.2), for
 grouped-query attention keys and values [G, W]. A sequence's block table lists its blocks; slot b·BLOCK + i is token i
-of block b. Keys and values can be int8, with a scale for every 32 (kernels/kv_int8.py).
+of block b. Keys and values can be int8, with a scale for every 32 (kernels/kv_int8.py). Keys, values and latents can
+be FP8, with a scale for every 128 (kernels/kv_fp8.py); rotated keys are BF16 then.
 """
 
 import math
@@ -15,15 +16,16 @@ from torch import Tensor
 
 from rorqual.engine.block_manager import BLOCK
 from rorqual.errors import UserError
-from rorqual.kernels import kv_int8
+from rorqual.kernels import kv_fp8, kv_int8
 from rorqual.kernels.quantized_linear import GROUP
 from rorqual.model import ModelConfig
 from rorqual.model.kv_cache import CacheView, DecodeView, PrefillView
 
-Shapes = tuple[tuple[int, ...], tuple[int, ...]]
+FP8 = torch.float8_e4m3fn
+Shape = tuple[int, ...]
 
 
-def token_shapes(config: ModelConfig) -> Shapes:
+def token_shapes(config: ModelConfig) -> tuple[Shape, Shape]:
     """Shapes of the two tensors that a layer stores a token."""
     if config.is_mla:
         return (config.mla.kv_lora_rank,), (config.mla.qk_rope_head_dim,)
@@ -33,22 +35,27 @@ def token_shapes(config: ModelConfig) -> Shapes:
 
 def block_bytes(config: ModelConfig, dtype: torch.dtype, more_layers: int = 0) -> int:
     """Bytes of a block in all layers, and in `more_layers` of multi-token modules."""
-    stored = [torch.Size(shape).numel() for shape in _block_shapes(config, dtype)]
-    return sum(stored) * (config.num_hidden_layers + more_layers) * dtype.itemsize
+    stored = [math.prod(shape) * stored.itemsize for shape, stored in _block_stores(config, dtype)]
+    return sum(stored) * (config.num_hidden_layers + more_layers)
 
 
-def _block_shapes(config: ModelConfig, dtype: torch.dtype) -> Shapes:
-    """Shapes of the two tensors that a layer stores a block. Raises UserError for int8 with latent attention."""
-    if dtype is not torch.int8:
-        a, b = token_shapes(config)
-        return (BLOCK, *a), (BLOCK, *b)
-    if config.is_mla:
-        raise UserError(
-            "an int8 KV cache is for grouped-query attention, and this model has latent attention, whose KV cache is "
-            "small already; leave out --kv-cache-dtype"
-        )
-    keys = config.gqa.num_key_value_heads, -(-config.gqa.head_dim // GROUP), kv_int8.RECORD
-    return keys, keys
+def _block_stores(config: ModelConfig, dtype: torch.dtype) -> list[tuple[Shape, torch.dtype]]:
+    """Shapes and dtypes of the two tensors that a layer stores a block. Raises UserError for int8 with latent
+    attention.
+    """
+    a, b = token_shapes(config)
+    if dtype is torch.int8:
+        if config.is_mla:
+            raise UserError(
+                "an int8 KV cache is for grouped-query attention, and this model has latent attention; "
+                "use --kv-cache-dtype fp8"
+            )
+        keys = config.gqa.num_key_value_heads, -(-config.gqa.head_dim // GROUP), kv_int8.RECORD
+        return [(keys, torch.uint8)] * 2
+    if dtype is FP8:
+        rows = (BLOCK, *a[:-1], kv_fp8.row_bytes(a[-1])), torch.uint8
+        return [rows, ((BLOCK, *b), torch.bfloat16) if config.is_mla else rows]
+    return [((BLOCK, *a), dtype), ((BLOCK, *b), dtype)]
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -67,18 +74,37 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 
 
 class PagedKVCache:
-    """`count` blocks in every layer, of `dtype`: the model's own, or int8."""
+    """`count` blocks in every layer, of `dtype`: the model's own, int8 or FP8."""
 
     def __init__(
         self, config: ModelConfig, count: int, dtype: torch.dtype, device: torch.device, more_layers: int = 0
     ) -> None:
-        self.is_int8 = dtype is torch.int8
-        stored = torch.uint8 if self.is_int8 else dtype
-        a, b = _block_shapes(config, dtype)
-        zeros = partial(_zeros, dtype=stored, device=device)
-        depth = config.num_hidden_layers + more_layers
-        self.layers = [(zeros((count, *a)), zeros((count, *b))) for _ in range(depth)]
+        self.dtype = dtype
+        a, b = (partial(_zeros, (count, *shape), stored, device) for shape, stored in _block_stores(config, dtype))
+        self.layers = [(a(), b()) for _ in range(config.num_hidden_layers + more_layers)]
         self.slots = [(a.flatten(0, 1), b.flatten(0, 1)) for a, b in self.layers]  # the same, by slot
+
+    def append(self, layer: int, slots: Tensor, a: Tensor, b: Tensor) -> None:
+        """Write new tokens' a [N, …] and b [N, …] into `slots` [N]."""
+        stores = self.layers[layer]
+        if self.dtype is torch.int8:
+            return kv_int8.store_int8(*stores, slots, a, b)
+        for store, by_slot, new in zip(stores, self.slots[layer], (a, b), strict=True):
+            if store.dtype is torch.uint8:
+                _store_fp8(store, slots, new)
+            else:
+                by_slot.index_copy_(0, slots, new.to(store.dtype))
+
+    def gather(self, layer: int, blocks: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """Blocks [n] of both stores → [n, BLOCK, …], dequantised: of the widths and dtypes of a and b."""
+        keys, values = (store.index_select(0, blocks) for store in self.layers[layer])
+        if self.dtype is torch.int8:
+            keys = kv_int8.dequantize_keys(keys, a.shape[-1])
+            values = kv_int8.dequantize_values(values, b.shape[-1])
+        elif self.dtype is FP8:
+            keys = kv_fp8.dequantize(keys, a.shape[-1])
+            values = kv_fp8.dequantize(values, b.shape[-1]) if values.dtype is torch.uint8 else values
+        return keys.to(a.dtype), values.to(b.dtype)
 
     def copy(self, sources: list[int], targets: list[int]) -> None:
         """Copy the blocks `sources` to `targets`."""
@@ -123,39 +149,29 @@ class KVCacheView:
         self.lengths = (positions + 1).to(torch.int32).to(device)
 
     def append(self, layer: int, a: Tensor, b: Tensor) -> list[CacheView]:
-        stores = self.cache.layers[layer]
-        if self.cache.is_int8:
-            kv_int8.store_int8(*stores, self.slot_mapping, a[0], b[0])
-        else:
-            for slots, new in zip(self.cache.slots[layer], (a, b), strict=True):
-                slots.index_copy_(0, self.slot_mapping, new[0])
+        cache = self.cache
+        cache.append(layer, self.slot_mapping, a[0], b[0])
         views: list[CacheView] = []
         if self.num_decode:
-            tables = self.block_tables
-            if self.cache.is_int8:  # dequantised blocks are stored in the order of the tables
-                stores = self._dequantize(stores, tables.flatten(), a)
+            stores, tables = cache.layers[layer], self.block_tables
+            if cache.dtype is torch.int8:  # dequantised blocks are stored in the order of the tables
+                stores = cache.gather(layer, tables.flatten(), a, b)
                 tables = torch.arange(tables.numel(), dtype=torch.int32, device=tables.device).view_as(tables)
             views.append(DecodeView(slice(0, self.num_decode), *stores, tables, self.lengths))
         first = self.num_decode
         for p, table in zip(self.prefill, self.prefill_tables, strict=True):
             tokens, end = slice(first, first + p.length), p.start + p.length
             first += p.length
-            blocks = table[: -(-end // BLOCK)]
-            if self.cache.is_int8:
-                keys, values = self._dequantize(self.cache.layers[layer], blocks, a)
-            elif p.start == 0:
+            if p.start == 0 and cache.dtype is a.dtype:
                 views.append(PrefillView(tokens, a[:, tokens], b[:, tokens]))
                 continue
-            else:
-                keys, values = (s.index_select(0, blocks) for s in stores)
+            keys, values = cache.gather(layer, table[: -(-end // BLOCK)], a, b)
             views.append(PrefillView(tokens, keys.flatten(0, 1)[None, :end], values.flatten(0, 1)[None, :end]))
         return views
 
-    def _dequantize(self, stores: tuple[Tensor, Tensor], blocks: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Blocks [n] of both stores → [n, BLOCK, G, W]."""
-        keys, values = (store[blocks.long()] for store in stores)
-        width = like.shape[-1]
-        return (
-            kv_int8.dequantize_keys(keys, width).to(like.dtype),
-            kv_int8.dequantize_values(values, width).to(like.dtype),
-        )
+
+def _store_fp8(store: Tensor, slots: Tensor, new: Tensor) -> None:
+    """A latent is a row of one head."""
+    if store.ndim == 3:
+        store, new = store.unsqueeze(2), new.unsqueeze(1)
+    kv_fp8.store_fp8(store, slots, new)

@@ -37,8 +37,8 @@ class LayerWeights:
     correction: Tensor | None = None
     experts_in: Weights | None = None
     experts_out: Weights | None = None
-    # Of the KV cache: keys and values [blocks, block, G, W], or latents [·, ·, C] and rotated keys [·, ·, R]; in int8
-    # keys and values [blocks, G, ⌈W/32⌉, bytes of a record] (kernels/kv_int8.py).
+    # Of the KV cache: keys and values [blocks, block, G, W], or latents [·, ·, C] and rotated keys [·, ·, R]; or as in
+    # kernels/kv_int8.py or kernels/kv_fp8.py, with rotated keys in BF16.
     a: Tensor
     b: Tensor
 
@@ -67,6 +67,7 @@ class ModelSizes:
     group_limited: bool = False  # experts of the best groups only
     normalise: bool = False
     int8_kv: bool = False  # the KV cache is int8
+    fp8_kv: bool = False  # the KV cache is FP8
 
 
 @dataclass
@@ -89,7 +90,10 @@ class FusedDecodeStep:
         """frequencies fp32 [F] and the factor of cos and sin: model/rope.py."""
         self._formats: set[str] = set()
         self._kept = (layers, embedding, norm, head, frequencies, join)  # the addresses below point to these
-        self.dtype, self.vocab_size, self.hidden, self.int8_kv = norm.dtype, head.N, sizes.hidden, sizes.int8_kv
+        self.dtype, self.vocab_size, self.hidden = norm.dtype, head.N, sizes.hidden
+        self._cache_dtypes = norm.dtype, norm.dtype
+        if sizes.int8_kv or sizes.fp8_kv:
+            self._cache_dtypes = torch.uint8, torch.bfloat16 if sizes.latent_dim else torch.uint8
         self.block = PANEL if sizes.int8_kv else layers[0].a.shape[1]
         self._layers = torch.tensor([n for layer in layers for n in self._layer(layer)], dtype=torch.int64)
         whole = [
@@ -131,8 +135,8 @@ class FusedDecodeStep:
 
     def _layer(self, layer: LayerWeights) -> list[int]:
         numbers: list[int] = []
-        cache = torch.uint8 if self.int8_kv else self.dtype
-        own = {"router": torch.float32, "correction": torch.float32, "a": cache, "b": cache}
+        a, b = self._cache_dtypes
+        own = {"router": torch.float32, "correction": torch.float32, "a": a, "b": b}
         for f in fields(layer):
             value = getattr(layer, f.name)
             if f.name in QUANTIZED:

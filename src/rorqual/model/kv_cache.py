@@ -7,19 +7,20 @@ from typing import Protocol
 
 from torch import Tensor
 
-from rorqual.shapes import Float, Int32
+from rorqual.shapes import Float, Int32, UInt8
 
 
 @dataclass
 class DecodeView:
     """Decode: one new token of each of n sequences, with paged stores a and b.
 
-    Row i attends to the first lengths[i] tokens, its own included, in the blocks tables[i].
+    Row i attends to the first lengths[i] tokens, its own included, in the blocks tables[i]. FP8 stores are uint8
+    (kernels/kv_fp8.py).
     """
 
     tokens: slice
-    a: Float[Tensor, "blocks P *width_a"]
-    b: Float[Tensor, "blocks P *width_b"]
+    a: Float[Tensor, "blocks P *width_a"] | UInt8[Tensor, "blocks P *row_a"]
+    b: Float[Tensor, "blocks P *width_b"] | UInt8[Tensor, "blocks P *row_b"]
     tables: Int32[Tensor, "n _"]
     lengths: Int32[Tensor, " n"]
 

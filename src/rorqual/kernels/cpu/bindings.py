@@ -11,7 +11,7 @@ from torch import Tensor
 from rorqual.kernels.dtype_names import KERNEL_SUFFIXES
 from rorqual.processor import VARIABLE, allows, highest
 
-INTERFACE = 23  # as in csrc/dtypes.h: a build of other sources is not used
+INTERFACE = 24  # as in csrc/dtypes.h: a build of other sources is not used
 LEVELS = ("avx512", "avx2", "portable")  # the builds, best first; also names in processor.py
 LACKING = "the processor lacks it"
 
@@ -49,6 +49,9 @@ SIGNATURES = {
         T, T, T, INT, INT, INT, T, INT, INT, T, INT, INT, INT, I32, INT, INT, I32, INT, INT, INT, INT, INT, INT, FLOAT,
         T,
     ),
+    # q, q2; k, k2 and v, FP8; block tables; sizes
+    "paged_attention_fp8": (T, T, U8, U8, U8, I32, INT, INT, I32, INT, INT, INT, INT, INT, FLOAT, T),
+    "store_fp8": (T, INT, INT, INT, I64, U8),
     # sampling.cpp
     "sample": (T, INT, INT, FLOAT, FLOAT, INT, FLOAT, F32, I64, F32),
     "append_tokens": (T, INT, INT, I64, I64, I64, I64),

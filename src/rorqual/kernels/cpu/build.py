@@ -38,7 +38,7 @@ FLAGS = [
 SOURCES = {
     "fused_decode": {"portable": 10, "avx2": 28, "avx512": 28},
     "qgemm": {"portable": 6, "avx2": 20, "avx512": 40},
-    "paged_attention": {"portable": 5, "avx2": 10, "avx512": 10},
+    "paged_attention": {"portable": 15, "avx2": 24, "avx512": 24},
     "sampling": {"portable": 1, "avx2": 3, "avx512": 3},
     "elementwise": {"portable": 2, "avx2": 4, "avx512": 4},
     "block_scaled": {"portable": 1, "avx2": 3, "avx512": 3},

@@ -113,7 +113,10 @@ void weighted_sum_columns(const float *weights, i64 stride, const PagedRows<T> &
     for (int c = 0; c < C; ++c)
         for (int n = 0; n < N; ++n) {
             O *to = out + n * width + 2 * c * VLEN;
-            if constexpr (std::is_same_v<T, O>) {
+            if constexpr (!std::is_same_v<T, bf16>) {
+                store_f32x16(to, sum[c][n]);
+                store_f32x16(to + VLEN, other[c][n]);
+            } else if constexpr (std::is_same_v<O, bf16>) {
                 store_pair(to, sum[c][n], other[c][n]);
             } else {  // load_pair gave even and odd elements
                 store_interleaved(to, sum[c][n], other[c][n], std::make_index_sequence<VLEN>());
@@ -121,10 +124,10 @@ void weighted_sum_columns(const float *weights, i64 stride, const PagedRows<T> &
         }
 }
 
-// N heads' weighted sums of all values.
+// N heads' weighted sums of the first `columns` of all values; `width` lies between the sums of two heads.
 template <int N, class T, class O>
-void weighted_sum(const float *weights, i64 stride, PagedRows<T> values, i64 width, O *out) {
-    i64 remaining = width;
+void weighted_sum(const float *weights, i64 stride, PagedRows<T> values, i64 columns, i64 width, O *out) {
+    i64 remaining = columns;
     const auto advance = [&](i64 done) {
         values.store += done;
         out += done;
@@ -212,7 +215,7 @@ void attend_group(const float *queries, const PagedRows<T> &k, const PagedRows<T
     }
     softmax(weights, stride, k.length, rows, q_per_kv);
     for_head_blocks(num_queries, [&](i64 h, auto n) {
-        weighted_sum<n>(weights + h * stride, stride, v, value_width, out + h * value_width);
+        weighted_sum<n>(weights + h * stride, stride, v, value_width, value_width, out + h * value_width);
     });
 }
 

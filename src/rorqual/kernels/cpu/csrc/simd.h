@@ -81,11 +81,7 @@ inline void load_pair(const bf16 *from, f32x16 &a, f32x16 &b) {
     b = std::bit_cast<f32x16>(u & 0xffff0000u);
 }
 
-inline void store_pair(float *to, f32x16 a, f32x16 b) {
-    store_f32x16(to, a);
-    store_f32x16(to + VLEN, b);
-}
-
+// As load_pair gives BF16.
 inline void store_pair(bf16 *to, f32x16 a, f32x16 b) {
     const u32x16 u = round_to_bf16(a) >> 16 | (round_to_bf16(b) & 0xffff0000u);
     std::memcpy(to, &u, sizeof u);

@@ -21,6 +21,10 @@ void Decoder<T>::grouped_attention(const Layer<T> &layer) {
             store_key(q8, at % VLEN, reinterpret_cast<uint8_t *>(layer.a) + to);
             quantize_row(step.v + task * W, W, q8, 0);
             store_value(q8, at % VLEN, reinterpret_cast<uint8_t *>(layer.b) + to);
+        } else if (net.fp8_kv) {
+            const i64 to = (at * G + g) * fp8_row_bytes(W);
+            store_fp8_row(row, W, reinterpret_cast<uint8_t *>(layer.a) + to);
+            store_fp8_row(step.v + task * W, W, reinterpret_cast<uint8_t *>(layer.b) + to);
         } else {
             store_row(row, W, layer.a + (at * G + g) * W);
             store_row(step.v + task * W, W, layer.b + (at * G + g) * W);
@@ -55,6 +59,12 @@ void Decoder<T>::grouped_attention(const Layer<T> &layer) {
             attend_group_int8(q8, int8_blocks(layer.a, task), int8_blocks(layer.b, task),
                               next < 0 ? Int8Blocks{} : int8_blocks(layer.a, next), length, count, q_per_kv, W,
                               step.scalars.softmax_scale, weights, stride, out);
+        } else if (net.fp8_kv) {
+            const auto fp8_rows = [&](const T *store) {
+                return Fp8Rows{reinterpret_cast<const uint8_t *>(store), step.tables.block, G, g, W, table, length};
+            };
+            attend_group_fp8(queries, fp8_rows(layer.a), PagedRows<bf16>{}, fp8_rows(layer.b), count, q_per_kv, 0,
+                             step.scalars.softmax_scale, keys, weights, stride, out);
         } else {
             const PagedRows<T> k{layer.a + g * W, block_stride, token_stride, table, length, step.tables.shift()};
             const PagedRows<T> v{layer.b + g * W, block_stride, token_stride, table, length, k.shift};

@@ -11,13 +11,21 @@ void Decoder<T>::latent_attention(const Layer<T> &layer) {
     const QuantizedRows from = normed(step.x, layer.attn_norm, net.hidden, step.scalars.eps);
     project(from, {{layer.q_a ? &layer.q_a : &layer.q, layer.q_a ? step.q_a : step.q}, {&layer.kv_a, step.kv_a}},
             false);
+    uint8_t *const fp8_latents = reinterpret_cast<uint8_t *>(layer.a);
+    bf16 *const bf16_rope_keys = reinterpret_cast<bf16 *>(layer.b);
     worker.parallel_for(rows, [&](i64 r) {
         const float *kv = step.kv_a + r * (C + R);
         const i64 at = step.tables.slot(r);
         rms_norm(kv, layer.kv_a_norm, C, step.scalars.latent_eps, queries);
-        store_row(queries, C, layer.a + at * C);
+        if (net.fp8_kv)
+            store_fp8_row(queries, C, fp8_latents + at * fp8_row_bytes(C));
+        else
+            store_row(queries, C, layer.a + at * C);
         apply_rope(kv + C, step.cos + r * half, step.sin + r * half, R, net.interleave, queries);
-        store_row(queries, R, layer.b + at * R);
+        if (net.fp8_kv)
+            store_row(queries, R, bf16_rope_keys + at * R);
+        else
+            store_row(queries, R, layer.b + at * R);
     });
     barrier();
     if (layer.q_a)
@@ -33,10 +41,18 @@ void Decoder<T>::latent_attention(const Layer<T> &layer) {
             apply_rope(query + N, step.cos + r * half, step.sin + r * half, R, net.interleave,
                        queries + h * (C + R) + C);
         }
-        const PagedRows<T> a{
-            layer.a, step.tables.block * C, C, step.tables.table(r), step.tables.lengths[r], step.tables.shift()};
-        const PagedRows<T> b{layer.b, step.tables.block * R, R, a.table, a.length, a.shift};
-        attend_group(queries, a, b, a, 1, count, C, R, C, step.scalars.softmax_scale, keys, weights, stride, outputs);
+        const int32_t *table = step.tables.table(r);
+        const i64 length = step.tables.lengths[r], block = step.tables.block, shift = step.tables.shift();
+        if (net.fp8_kv) {
+            const Fp8Rows a{fp8_latents, block, 1, 0, C, table, length};
+            const PagedRows<bf16> b{bf16_rope_keys, block * R, R, table, length, shift};
+            attend_group_fp8(queries, a, b, a, 1, count, R, step.scalars.softmax_scale, keys, weights, stride, outputs);
+        } else {
+            const PagedRows<T> a{layer.a, block * C, C, table, length, shift};
+            const PagedRows<T> b{layer.b, block * R, R, table, length, shift};
+            attend_group(queries, a, b, a, 1, count, C, R, C, step.scalars.softmax_scale, keys, weights, stride,
+                         outputs);
+        }
         for (i64 h = 0; h < count; ++h) {
             const T *up = layer.kv_b + ((first + h) * (N + V) + N) * C;
             float *to = step.heads + (r * H + first + h) * V;

@@ -21,11 +21,12 @@ struct Layer {
     QuantizedLinear<T> gate, up, down;  // of a dense layer, or of the shared experts
     const float *router, *correction;   // [experts, hidden], [experts]
     QuantizedLinear<T> experts_in, experts_out;
-    // The KV cache: keys and values [blocks, block, groups, width] (int8: kv_int8.h), or MLA's latents and rope keys.
+    // The KV cache: keys and values [blocks, block, groups, width], or MLA's latents and rope keys; or as in kv_int8.h
+    // or kv_fp8.h.
     T *a, *b;
 };
 
-// After the layers ModelSizes of kernels/fused_decode.py, from `hidden` to `int8_kv`, then addresses.
+// After the layers ModelSizes of kernels/fused_decode.py, from `hidden` to `fp8_kv`, then addresses.
 template <class T>
 struct Network {
     const Layer<T> *layers;
@@ -35,7 +36,7 @@ struct Network {
     i64 latent_dim, nope_dim, value_dim;  // MLA
     // Mixture of experts: how many, how many a token, and how the router chooses them (model/moe.py).
     i64 experts, top_k, expert_groups, groups_kept, softmax, correction_bias, group_limited, normalise;
-    i64 int8_kv;  // the KV cache is int8
+    i64 int8_kv, fp8_kv;  // the KV cache is int8, or FP8
     const T *norm;
     QuantizedLinear<T> embedding, head;
     const float *frequencies;  // [rope_dim / 2]

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "../attention.h"
+#include "../kv_fp8.h"
 #include "../kv_int8.h"
 #include "../thread_team.h"
 #include "arena.h"
@@ -124,7 +125,7 @@ struct Decoder {
               buffer(row, step.widths.input);
               buffer(q8_data, QuantizedRows::bytes(net.int8_kv ? queries_at_once : 0, net.rope_dim, INT8_GROUPS));
               buffer(queries, queries_at_once * width);
-              buffer(weights, queries_at_once * stride);
+              buffer(weights, queries_at_once * stride * (net.fp8_kv ? 2 : 1));
               buffer(outputs, queries_at_once * width);
               q8.data = reinterpret_cast<ActivationGroup *>(q8_data);
           }) {}
