@@ -66,6 +66,12 @@ BENCHMARKS = {
         "between events. The Zen 3 results are of a `--quick` run (prompts and outputs of up to 128 tokens, one "
         "turn of each kind), which scatters."
     ),
+    "quantize": (
+        "Perplexity on held-out English that comes with Python, before and after `rorqual quantize`, both computed in "
+        "FP32 from the weights as stored. SmolLM2's only source here is a Q4_1 file, so that its weights were 4-bit "
+        "numbers already, on another grid; the other model, a small mixture of experts, is trained here. Ratios are "
+        "BF16's perplexity over the format's."
+    ),
     "revision": (
         "This version against an earlier commit of ours, both in one run and in turns: what changes of structure did "
         "to speed. Medians of six rounds (the speedrun's RL: twelve)."
@@ -210,7 +216,22 @@ def revision(found: dict[str, Any]) -> list[list[str]]:
     return [table(["", f"`{found['before']}`", "now", "ratio of rounds"], rows)]
 
 
-FIGURES = {f.__name__: f for f in (train, rl_step, rollout, balance, decode, speculate, serving, revision, gpu)}
+def quantize(found: dict[str, Any]) -> list[list[str]]:
+    parts = []
+    for model, rows in found["models"].items():
+        cells = []
+        for x in rows:
+            change = f"{100 * x['change']:+.2f} %" if "change" in x else DASH
+            bar = f"{100 * x['bar']:g} %: {'met' if x['met'] else 'missed'}" if "bar" in x else DASH
+            error = f"{100 * x['output_error']:.2f} %" if "output_error" in x else DASH
+            cells.append([x["name"], f"{x['perplexity']:.3f}", change, bar, error, f"{x['megabytes']:.1f}"])
+        parts.append(table([model, "perplexity", "change", "bar", "error of outputs", "MB"], cells))
+    return parts
+
+
+FIGURES = {
+    f.__name__: f for f in (train, rl_step, rollout, balance, decode, speculate, serving, quantize, revision, gpu)
+}
 
 
 def _setting(settings: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""DeepSeek's FP8 releases: E4M3 weights with one scale per block (V3 §3.3.2), dequantised while loading; and written."""
+"""DeepSeek's FP8 releases: E4M3 weights with one scale per block (V3 §3.3.2), expanded on loading, and written."""
 
 from collections.abc import Mapping
 
