@@ -72,6 +72,12 @@ BENCHMARKS = {
         "each cache. The difference is that of a token's log-probability, in nats, from the exact cache's. *greedy*: "
         "tokens of answers of 1000 that are the exact cache's, before the first that differs."
     ),
+    "quantize": (
+        "Perplexity on held-out English that comes with Python, before and after `rorqual quantize`, both computed in "
+        "FP32 from the weights as stored. SmolLM2's only source here is a Q4_1 file, so that its weights were 4-bit "
+        "numbers already, on another grid; the other model, a small mixture of experts, is trained here. Ratios are "
+        "BF16's perplexity over the format's."
+    ),
     "revision": (
         "This version against an earlier commit of ours, both in one run and in turns: what changes of structure did "
         "to speed. Medians of six rounds (the speedrun's RL: twelve)."
@@ -230,8 +236,22 @@ def revision(found: dict[str, Any]) -> list[list[str]]:
     return [table(["", f"`{found['before']}`", "now", "ratio of rounds"], rows)]
 
 
+def quantize(found: dict[str, Any]) -> list[list[str]]:
+    parts = []
+    for model, rows in found["models"].items():
+        cells = []
+        for x in rows:
+            change = f"{100 * x['change']:+.2f} %" if "change" in x else DASH
+            bar = f"{100 * x['bar']:g} %: {'met' if x['met'] else 'missed'}" if "bar" in x else DASH
+            error = f"{100 * x['output_error']:.2f} %" if "output_error" in x else DASH
+            cells.append([x["name"], f"{x['perplexity']:.3f}", change, bar, error, f"{x['megabytes']:.1f}"])
+        parts.append(table([model, "perplexity", "change", "bar", "error of outputs", "MB"], cells))
+    return parts
+
+
 FIGURES = {
-    f.__name__: f for f in (train, rl_step, rollout, balance, decode, speculate, serving, kv_drift, revision, gpu)
+    f.__name__: f
+    for f in (train, rl_step, rollout, balance, decode, speculate, serving, kv_drift, quantize, revision, gpu)
 }
 
 

@@ -335,3 +335,29 @@ def test_numbers_that_cannot_be_are_refused_before_anything_is_done(rorqual, ver
 def test_a_name_can_be_seen(rorqual):
     for name in ("", " ", "a\nb", "a\udcffb"):
         one_sentence(rorqual("serve", "none", "--name", name), "--name")
+
+
+def test_quantize_reports_what_it_costs(rorqual, recipe, tmp_path):
+    assert rorqual("pretrain", recipe(), "train.steps=1")[0] == 0
+    text = tmp_path / "calibration.txt"
+    text.write_text("\n".join(f"{i} and {i} make {2 * i}" for i in range(500)))
+    model, given = tmp_path / "tiny", ("--calibration", text, "--samples=8", "--sequence-length=32")
+    status, out, err = rorqual("quantize", model, tmp_path / "gptq", "--method=gptq", "--json", *given)
+    assert status == 0, err
+    found = json.loads(out)
+    assert (found["format"], found["method"], found["calibration_tokens"]) == ("int4", "gptq", 256)
+    assert found["perplexity"]["before"] > 1
+    assert found["bytes_after"] < found["bytes_before"]
+    status, out, err = rorqual("quantize", model, tmp_path / "awq", "--method=awq", *given)
+    assert status == 0, err
+    for word in ("model.layers.0", "perplexity on", "held-out tokens", "MB →"):
+        assert word in out
+    status, out, err = rorqual("quantize", model, tmp_path / "fp8", "--format=fp8")
+    assert status == 0, err
+    assert "perplexity: not measured, since there is no text" in out
+    for name in ("gptq", "awq", "fp8"):
+        assert rorqual("generate", tmp_path / name, "a", "--max-tokens=2", "--raw")[0] == 0
+    one_sentence(rorqual("quantize", model, tmp_path / "x", "--format=fp8", "--method=awq"), "--method awq", "fp8")
+    one_sentence(rorqual("quantize", model, tmp_path / "x", "--method=best"), "--method", "rtn, gptq, awq")
+    one_sentence(rorqual("quantize", model, tmp_path / "x", "--sequence-length=3"), "--sequence-length 3")
+    assert not (tmp_path / "x").exists()

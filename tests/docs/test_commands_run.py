@@ -44,7 +44,7 @@ RUN = {
     "rorqual generate": "--max-tokens 8",
     "rorqual chat": "--max-tokens 8",
     "rorqual report": "",
-    "rorqual quantize": "",
+    "rorqual quantize": "--samples 4 --sequence-length 64",
     "rorqual import model.gguf": "",
     "rorqual serve": "",
     "curl": "",

@@ -11,7 +11,7 @@ from rorqual import load_model, load_tokenizer, save_model
 from rorqual.checkpoint.gguf_import import import_gguf, import_model
 from rorqual.engine.load_model import open_model
 from rorqual.errors import UserError
-from rorqual.precision.packed_checkpoint import quantize_checkpoint
+from rorqual.precision.quantize_checkpoint import quantize_checkpoint
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4665\nsize 134\n"
 CONTENTS = {

@@ -12,7 +12,7 @@ from rorqual.engine import Engine, SamplingParams
 from rorqual.engine.generation_defaults import default_sampling
 from rorqual.errors import UserError
 from rorqual.model.release_settings import SUPPRESS_BIAS
-from rorqual.precision.packed_checkpoint import quantize_checkpoint
+from rorqual.precision.quantize_checkpoint import quantize_checkpoint
 
 R1 = {"temperature": 0.6, "top_p": 0.95, "max_tokens": 512}
 

@@ -14,8 +14,9 @@ from rorqual.engine import Engine, SamplingParams
 from rorqual.errors import UserError
 from rorqual.model import ModelConfig, Transformer
 from rorqual.precision import quantize
-from rorqual.precision.packed_checkpoint import load_packed, quantize_checkpoint
+from rorqual.precision.packed_checkpoint import load_packed
 from rorqual.precision.quantize import convert, load_converted
+from rorqual.precision.quantize_checkpoint import quantize_checkpoint
 from rorqual.recipe import TokenizerSection
 
 LATENT = ModelConfig(

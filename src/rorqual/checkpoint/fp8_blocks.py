@@ -1,13 +1,23 @@
-"""DeepSeek's FP8 releases: E4M3 weights with one scale per block (V3 §3.3.2), dequantised while loading."""
+"""DeepSeek's FP8 releases: E4M3 weights with one scale per block (V3 §3.3.2), expanded on loading, and written."""
 
 from collections.abc import Mapping
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rorqual.errors import UserError
 from rorqual.strict_json import Json
 
 SCALE_SUFFIX = "_scale_inv"  # the release's name for the scale by which a block is multiplied
+BLOCK = 128, 128  # of what is written: rows and columns
+MOST = 448.0  # the largest E4M3 number
+DESCRIPTION = {  # of what is written, in config.json
+    "quant_method": "fp8",
+    "fmt": "e4m3",
+    "activation_scheme": "dynamic",
+    "weight_block_size": list(BLOCK),
+}
 
 
 def block_size(raw: Mapping[str, Json], source: str) -> tuple[int, int]:
@@ -37,3 +47,15 @@ def expand(weight: Tensor, scale: Tensor, block: tuple[int, int]) -> Tensor:
     """weight [R, C] E4M3 and scale [⌈R/r⌉, ⌈C/c⌉] for blocks of r × c → weight·scale [R, C] in fp32."""
     rows = scale.float().repeat_interleave(block[0], 0)[: weight.shape[0]]
     return weight.float().mul_(rows.repeat_interleave(block[1], 1)[:, : weight.shape[1]])
+
+
+def compress(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """weight [R, C] → E4M3 [R, C] and fp32 scales [⌈R/128⌉, ⌈C/128⌉], by which each block's largest number is 448."""
+    R, C = weight.shape
+    rows, columns = scale_shape((R, C), BLOCK)
+    padded = F.pad(weight.float(), (0, columns * BLOCK[1] - C, 0, rows * BLOCK[0] - R))
+    blocks = padded.view(rows, BLOCK[0], columns, BLOCK[1])
+    largest = blocks.abs().amax((1, 3), keepdim=True)
+    scale = torch.where(largest > 0, largest / MOST, 1.0)
+    numbers = (blocks / scale).clamp(-MOST, MOST).view_as(padded)[:R, :C]
+    return numbers.to(torch.float8_e4m3fn).contiguous(), scale.view(rows, columns)

@@ -10,7 +10,8 @@ import typer
 
 from rorqual.cli.eval_command import evaluate
 from rorqual.cli.inference_commands import chat, generate, serve
-from rorqual.cli.model_commands import doctor, import_, quantize
+from rorqual.cli.model_commands import doctor, import_
+from rorqual.cli.quantize_command import quantize
 from rorqual.cli.train_commands import distill, pretrain, report, rl, sft, speedrun
 from rorqual.errors import Stopped, UserError, file_error
 from rorqual.process_tuning import tune

@@ -1,4 +1,4 @@
-"""rorqual import, quantize and doctor."""
+"""rorqual import and doctor."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from rorqual import strict_json
-from rorqual.cli.options import AsJson, check_choice, expand_path, find_model
+from rorqual.cli.options import AsJson, expand_path
 from rorqual.local_paths import local_path
 
 
@@ -20,20 +20,6 @@ def import_(
     destination = expand_path(destination)
     import_model(local_path(source), destination)
     print(f"{destination}: a Hugging Face directory; try: rorqual chat {destination}")
-
-
-def quantize(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="a Hugging Face directory")],
-    destination: Annotated[Path, typer.Argument(metavar="DEST", help="the directory to write")],
-    format: Annotated[str, typer.Option(help="int4 (a scale for 32 weights) or int8 (a scale an output)")] = "int4",
-) -> None:
-    """Quantise a model's weights to int4 or int8, in compressed-tensors format (transformers, vLLM)."""
-    from rorqual.precision.packed_checkpoint import quantize_checkpoint
-
-    check_choice("--format", format, ("int4", "int8"))
-    destination = expand_path(destination)
-    quantize_checkpoint(find_model(str(model)), destination, format)  # type: ignore[arg-type]
-    print(f"{destination}: try: rorqual chat {destination}")
 
 
 def doctor(as_json: AsJson = False) -> None:

@@ -1,4 +1,4 @@
-"""`rorqual quantize`: a Hugging Face directory with quantised weights in compressed-tensors format.
+"""Hugging Face directories with quantised weights in compressed-tensors format: the layout, and reading.
 
 The format (`pack-quantized`: four or eight numbers to an int32, a scale for each output or for 32 inputs) is read by
 transformers and vLLM too. Embedding and head are stored unquantised, and quantised on loading.
@@ -10,65 +10,38 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rorqual.checkpoint.huggingface import load_model, stored_dtype
 from rorqual.checkpoint.model_reader import read_directory
-from rorqual.checkpoint.model_writer import copy_companions, new_directory, write_json, write_weights
-from rorqual.checkpoint.release_tensors import meta_model, release_tensors
+from rorqual.checkpoint.release_tensors import meta_model
 from rorqual.checkpoint.safetensors_io import TensorEntry
 from rorqual.errors import UserError
 from rorqual.kernels.dtypes import fastest_dtype
-from rorqual.kernels.quantized_linear import GROUP, QuantizedWeight, pack, unpack_numbers
+from rorqual.kernels.quantized_linear import GROUP, QuantizedWeight, pack
 from rorqual.model import Transformer
 from rorqual.model.layers import Linear
-from rorqual.model.model_directory import check_destination, model_directory, read_json
+from rorqual.model.model_directory import read_json
 from rorqual.model.moe import Experts
 from rorqual.precision.quantize import ROUNDINGS, Bits, packable, replace_embedding, replace_weight, round_in_slices
-from rorqual.precision.smoothquant import smooth
 from rorqual.process_tuning import release_memory
 
 METHOD = "compressed-tensors"
 
 
-def quantize_checkpoint(source: Path, dest: Path, bits: Bits) -> None:
-    """Write `source` with its linears quantised to `dest`. Raises UserError."""
-    source = model_directory(source)
-    check_destination(dest, source)
-    if is_quantized(source):
-        raise UserError(f"{source} is quantised already; give the directory that it was made from")
-    model = load_model(source, stored_dtype(source))
-    smooth(model)
-    raw = read_json(source / "config.json")
-    tensors = dict(release_tensors(model))
-    for name, module in model.named_modules():
-        if not packable(module):
-            continue
-        if isinstance(module, Experts):
-            for e in range(len(module.down_proj)):
-                for part in ("gate_proj", "up_proj", "down_proj"):
-                    _store(tensors, f"{name}.{e}.{part}", bits)
-        elif f"{name}.weight" in tensors and name != "lm_head":
-            _store(tensors, name, bits)
-    with new_directory(dest) as temporary:
-        raw.pop("quantization_config", None)
-        write_json(temporary / "config.json", raw | {"quantization_config": _description(bits)})
-        copy_companions(source, temporary)
-        write_weights(tensors, temporary)
+def pack_tensors(q: Tensor, scales: Tensor, bits: Bits) -> dict[str, Tensor]:
+    """q [N, K] and scales [N, ·] as the tensors that stand for a linear's weight, by the ends of their names."""
+    per_byte = 2 if bits == "int4" else 1
+    zero_point = 8 if bits == "int4" else 128
+    data = nn.functional.pad(q, (0, -q.shape[1] % (4 * per_byte)), value=zero_point)
+    if bits == "int4":
+        data = data[:, ::2] | data[:, 1::2] << 4
+    return {
+        "weight_packed": data.contiguous().view(torch.int32),
+        "weight_scale": scales.half() if bits == "int4" else scales,
+        "weight_shape": torch.tensor(q.shape),
+    }
 
 
-def _store(tensors: dict[str, Tensor], name: str, bits: Bits) -> None:
-    """Replace a linear's weight by its packed tensors."""
-    weight = tensors.pop(f"{name}.weight")
-    packed = ROUNDINGS[bits](weight.unsqueeze(0))
-    q, scales = unpack_numbers(packed)
-    q_padded = nn.functional.pad(q, (0, -q.shape[1] % (32 // packed.bits)), value=packed.zero_point)
-    if packed.bits == 4:
-        q_padded = q_padded[:, ::2] | q_padded[:, 1::2] << 4
-    tensors[f"{name}.weight_packed"] = q_padded.contiguous().view(torch.int32)
-    tensors[f"{name}.weight_scale"] = scales.half() if bits == "int4" else scales
-    tensors[f"{name}.weight_shape"] = torch.tensor(weight.shape)
-
-
-def _description(bits: Bits) -> dict[str, Any]:
+def description(bits: Bits) -> dict[str, Any]:
+    """`quantization_config` of config.json."""
     group = {"strategy": "group", "group_size": GROUP} if bits == "int4" else {"strategy": "channel"}
     weights = {"num_bits": 4 if bits == "int4" else 8, "type": "int", "symmetric": True, "dynamic": False} | group
     return {
@@ -89,13 +62,13 @@ def is_quantized(path: Path) -> bool:
 
 
 def load_packed(path: Path, dtype: torch.dtype | None = None) -> Transformer:
-    """Read a directory of `quantize_checkpoint`; `dtype`: of what is not quantised, by default the fastest.
+    """Read a directory that `rorqual quantize` wrote; `dtype`: of what is not quantised, by default the fastest.
 
     Raises UserError for other settings of the format, and for tensors that are missing or of wrong shape.
     """
     layout = read_json(path / "config.json")["quantization_config"]
     bits: Bits | None = next(
-        (b for b in ROUNDINGS if layout.get("config_groups") == _description(b)["config_groups"]), None
+        (b for b in ROUNDINGS if layout.get("config_groups") == description(b)["config_groups"]), None
     )
     if bits is None or layout.get("format") != "pack-quantized":
         raise UserError(

@@ -64,7 +64,7 @@ def smoothing(config: ModelConfig, embed: Callable[[Tensor], Tensor], layers: It
             layer.get_submodule(norm).register_forward_hook(partial(_measure, magnitudes, norm))
         x = layer(x, table, None, None, None)
         for norm in norms:
-            s = _powers_of_two(magnitudes[norm])
+            s = powers_of_two(magnitudes[norm])
             factors[f"model.layers.{i}.{names[norm]}"] = 1 / s
             factors |= {f"model.layers.{i}.{names[consumer]}": s for consumer in CONSUMERS[norm] if consumer in names}
         del layer  # before the next one is read
@@ -75,7 +75,8 @@ def _measure(magnitudes: dict[str, Tensor], norm: str, _: nn.Module, __: tuple[T
     magnitudes[norm] = y.abs().flatten(0, -2).mean(0)
 
 
-def _powers_of_two(magnitudes: Tensor) -> Tensor:
-    exponents = (magnitudes / magnitudes.median()).sqrt().log2().round()
+def powers_of_two(magnitudes: Tensor, alpha: float = 0.5) -> Tensor:
+    """(magnitude / median)^alpha of every channel, rounded to powers of two."""
+    exponents = ((magnitudes / magnitudes.median()).log2() * alpha).round()
     finite = torch.where(exponents.isfinite(), exponents, 0)  # a channel may be all zeros
     return finite.clamp(-MAX_EXPONENT, MAX_EXPONENT).exp2()
