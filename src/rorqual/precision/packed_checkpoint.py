@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rorqual.checkpoint.huggingface import load_model, stored_dtype
 from rorqual.checkpoint.model_reader import read_directory
 from rorqual.checkpoint.model_writer import copy_companions, new_directory, write_json, write_weights
-from rorqual.checkpoint.release_tensors import meta_model, release_tensors
+from rorqual.checkpoint.release_tensors import meta_model, release_tensors, replace_weight
 from rorqual.checkpoint.safetensors_io import TensorEntry
 from rorqual.errors import UserError
 from rorqual.kernels.dtypes import fastest_dtype
@@ -22,7 +22,7 @@ from rorqual.model import Transformer
 from rorqual.model.layers import Linear
 from rorqual.model.model_directory import check_destination, model_directory, read_json
 from rorqual.model.moe import Experts
-from rorqual.precision.quantize import ROUNDINGS, Bits, packable, replace_embedding, replace_weight, round_in_slices
+from rorqual.precision.quantize import ROUNDINGS, Bits, packable, replace_embedding, round_in_slices
 from rorqual.precision.smoothquant import smooth
 from rorqual.process_tuning import release_memory
 
