@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rorqual.kernels.block_scaled import decode
 from rorqual.kernels.number_formats import NumberFormat
-from rorqual.shapes import Float, Float32, Int32, UInt8
+from rorqual.shapes import Float32, Int32, UInt8
 
 
 @dataclass
@@ -22,7 +22,7 @@ class FP8Weight:
     """
 
     codes: UInt8[Tensor, "E N K"]
-    scales: Float[Tensor, "E b t"]
+    scales: Tensor  # [E, b, t]
     format: NumberFormat
     starts: Int32[Tensor, " b+1"] | None = None  # rows at which an expert's blocks begin, where not every tile's height
 

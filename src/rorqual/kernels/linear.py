@@ -79,7 +79,7 @@ def _expert_by_expert(x: Tensor, weight: FP8Weight, ends: Tensor) -> Tensor:
     """One dequantised expert in memory at a time, of those that have rows."""
     out = x.new_empty(len(x), weight.codes.shape[1])
     first = 0
-    for expert, last in enumerate(ends.tolist()):
+    for expert, last in enumerate(map(int, ends.cpu().numpy())):
         if last > first:
             out[first:last] = linear(x[first:last], dequantize(weight, expert).to(x.dtype))
         first = last
