@@ -48,7 +48,12 @@ def test_it_stays_as_it_is_stored(release, tmp_path):
     path, plain = release
     model = load_model(path, torch.bfloat16, weights="fp8")
     kept = {name for name, p in model.named_parameters() if p.ndim > 1}
-    assert {name.rpartition(".")[0].rpartition(".")[2] for name in kept} == {"embed_tokens", "lm_head", "gate", "eh_proj"}
+    assert {name.rpartition(".")[0].rpartition(".")[2] for name in kept} == {
+        "embed_tokens",
+        "lm_head",
+        "gate",
+        "eh_proj",
+    }
     save_model(model, tmp_path / "again", max_shard_bytes=200_000)
     assert len(list((tmp_path / "again").glob("*.safetensors"))) > 2
     found, expected = stored_bytes(tmp_path / "again"), stored_bytes(path)

@@ -24,7 +24,9 @@ class FP8Weight:
     codes: UInt8[Tensor, "E N K"]
     scales: Tensor  # [E, b, t]
     format: NumberFormat
-    starts: Int32[Tensor, " b+1"] | None = None  # rows at which an expert's blocks begin, where not every tile's height
+    starts: Int32[Tensor, " starts"] | None = (
+        None  # rows at which an expert's blocks begin, where not every tile's height
+    )
 
     def __len__(self) -> int:
         return len(self.codes)
