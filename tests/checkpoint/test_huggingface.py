@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from helpers.fp8_releases import to_fp8
 from helpers.peak_memory import loading_peak
 from rorqual import ModelConfig, load_model, save_model
 from rorqual.checkpoint import model_reader, model_writer
@@ -182,19 +183,6 @@ def test_multi_token_modules_may_be_absent(saved):
     found = tensors_of(model)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], t) for name, t in expected.items())
-
-
-def to_fp8(weight, block=(128, 128)):
-    """Block-scaled as in the release: (E4M3 weight, scales, what they stand for)."""
-    scales = torch.empty([-(-n // b) for n, b in zip(weight.shape, block, strict=True)])
-    quantised, plain = torch.empty(weight.shape, dtype=torch.float8_e4m3fn), torch.empty(weight.shape)
-    for i in range(scales.shape[0]):
-        for j in range(scales.shape[1]):
-            where = slice(i * block[0], (i + 1) * block[0]), slice(j * block[1], (j + 1) * block[1])
-            scales[i, j] = weight[where].abs().max() / 448
-            quantised[where] = (weight[where] / scales[i, j]).to(torch.float8_e4m3fn)
-            plain[where] = quantised[where].float() * scales[i, j]
-    return quantised, scales, plain
 
 
 @pytest.mark.parametrize("block", [(128, 128), (32, 64)])

@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from rorqual import load_model, load_tokenizer, save_model
 from rorqual.cli import options
 from rorqual.cli.entry import main
+from rorqual.engine import load_model as load_model_module
+from rorqual.kernels.fp8_weight import FP8Weight
 
 SIZES = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "kv_lora_rank": 8,
@@ -130,6 +133,22 @@ def test_a_home_and_variables_that_the_shell_left(rorqual, recipe, tmp_path, mon
     assert rorqual("generate", "~/packed", "a", "--max-tokens=2", "--raw")[0] == 0
     assert not (tmp_path / "~").exists()
     one_sentence(rorqual("generate", "$NO_SUCH_NAME/m", "a"), "$NO_SUCH_NAME/m", "is not set")
+
+
+def test_fp8_weights(rorqual, recipe, tmp_path, monkeypatch):
+    """An unquantised run rounded while loading, and the same as an FP8 release, say the same."""
+    assert rorqual("pretrain", recipe(), "train.steps=1", "model.config.initializer_range=0.3")[0] == 0
+    tokenizer = load_tokenizer(tmp_path / "tiny/model")
+    save_model(load_model(tmp_path / "tiny"), tmp_path / "fp8", tokenizer, fp8="fp32")
+    loaded = []
+    monkeypatch.setattr(load_model_module, "load_model", lambda *args: loaded.append(load_model(*args)) or loaded[-1])
+    words = ("3 and 4", "--raw", "--max-tokens", 8, "--temperature", 0, "--weights", "fp8", "--json")
+    found = [rorqual("generate", tmp_path / name, *words) for name in ("tiny", "fp8")]
+    assert [status for status, _, _ in found] == [0, 0], found
+    texts = [json.loads(out)["text"] for _, out, _ in found]
+    assert texts[0] == texts[1] != ""
+    assert [isinstance(model.layers[1].mlp.experts.down_proj, FP8Weight) for model in loaded] == [True, True]
+    one_sentence(rorqual("generate", tmp_path / "fp8", "3", "--weights", "fp4"), "--weights 'fp4'", "fp8")
 
 
 def test_recipe_of_another_verb(rorqual, recipe):

@@ -8,6 +8,7 @@ from pathlib import Path
 MEASURE = r"""
 import re, sys
 from pathlib import Path
+from rorqual.kernels.fp8_weight import FP8Weight
 from rorqual.kernels.quantized_linear import QuantizedWeight
 from rorqual.process_tuning import release_memory
 memory = lambda field: 1024 * int(re.search(field + r":\s+(\d+)", Path("/proc/self/status").read_text())[1])
@@ -17,6 +18,9 @@ before = memory("VmRSS")
 model = load(sys.argv[1])
 size = sum(p.nbytes for p in model.parameters())
 size += sum(v.data.nbytes for m in model.modules() for v in vars(m).values() if isinstance(v, QuantizedWeight))
+size += sum(
+    v.codes.nbytes + v.scales.nbytes for m in model.modules() for v in vars(m).values() if isinstance(v, FP8Weight)
+)
 print((memory("VmHWM") - before) / size, size)
 """
 

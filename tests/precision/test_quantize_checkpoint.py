@@ -7,7 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rorqual.checkpoint.fp8_blocks import compress, expand
+from rorqual.checkpoint.fp8_blocks import round_weight
+from rorqual.kernels.block_scaled import decode
+from rorqual.kernels.number_formats import FP8_BLOCK
 from rorqual.checkpoint.huggingface import load_model, save_model
 from rorqual.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from rorqual.errors import UserError
@@ -189,12 +191,12 @@ def test_fp8_is_as_deepseek_releases_it(source, tmp_path):
 def test_fp8_blocks_have_scales_of_their_own():
     weight = torch.randn(200, 300) * torch.cat([torch.ones(128), torch.full((172,), 1e-3)])
     weight[:128, 128:256] = 0
-    numbers, scale = compress(weight)
+    numbers, scale = round_weight(weight, FP8_BLOCK)
     assert scale.shape == (2, 3)
     assert scale[0, 0] == weight[:128, :128].abs().max() / 448
     assert scale[1, 2] == weight[128:, 256:].abs().max() / 448
     assert numbers[:128, :128].float().abs().max() == 448
-    read = expand(numbers, scale, (128, 128))
+    read = decode(numbers.view(torch.uint8), scale, FP8_BLOCK, 300)
     assert read[:128, 128:256].eq(0).all()
     torch.testing.assert_close(read, weight, rtol=2**-4, atol=2e-5)
 

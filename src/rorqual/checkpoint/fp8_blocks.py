@@ -1,27 +1,32 @@
-"""DeepSeek's FP8 releases: E4M3 weights with one scale per block (V3 §3.3.2), expanded on loading, and written."""
+"""DeepSeek's FP8 releases: E4M3 weights with one scale per block (V3 §3.3.2), beside each its scales.
 
+`X.weight` [R, C] has scales `X.weight_scale_inv` [⌈R/r⌉, ⌈C/c⌉] for blocks of r × c, by which its numbers are
+multiplied. config.json's `quantization_config` gives the blocks; with `scale_fmt` "ue8m0" (V3.1) scales are powers of
+two, stored in FP32 all the same.
+"""
+
+import re
 from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from rorqual.errors import UserError
+from rorqual.kernels.block_scaled import quantize
+from rorqual.kernels.number_formats import FP8_BLOCK, NumberFormat, with_powers_of_two
 from rorqual.strict_json import Json
 
 SCALE_SUFFIX = "_scale_inv"  # the release's name for the scale by which a block is multiplied
-BLOCK = 128, 128  # of what is written: rows and columns
-MOST = 448.0  # the largest E4M3 number
-DESCRIPTION = {  # of what is written, in config.json
-    "quant_method": "fp8",
-    "fmt": "e4m3",
-    "activation_scheme": "dynamic",
-    "weight_block_size": list(BLOCK),
-}
+SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu)
+
+ScaleFormat = Literal["fp32", "ue8m0"]
+BLOCK_FORMATS: dict[ScaleFormat, NumberFormat] = {"fp32": FP8_BLOCK, "ue8m0": with_powers_of_two(FP8_BLOCK)}
 
 
-def block_size(raw: Mapping[str, Json], source: str) -> tuple[int, int]:
-    """Rows and columns of a block, from a config.json's `quantization_config`; (128, 128) by default.
+def block_format(raw: Mapping[str, Json], source: str) -> NumberFormat:
+    """The number format of FP8 weights, from a config.json's `quantization_config`; blocks of 128 × 128 by default.
 
     Raises UserError for quantised releases that are not block-scaled FP8.
     """
@@ -31,31 +36,54 @@ def block_size(raw: Mapping[str, Json], source: str) -> tuple[int, int]:
     quantization = quantization or {}
     if (method := quantization.get("quant_method", "fp8")) != "fp8":
         raise UserError(f"{source}: quant_method {method!r} is not supported; get the unquantised release, or FP8")
+    if (element := quantization.get("fmt", "e4m3")) != "e4m3":
+        raise UserError(f'{source}: fmt = {element!r} is not supported; it must be "e4m3"')
+    if (scales := quantization.get("scale_fmt")) not in (None, "ue8m0"):
+        raise UserError(f'{source}: scale_fmt = {scales!r} is not supported; it must be "ue8m0", or left out')
     match quantization.get("weight_block_size", [128, 128]):
-        case [int(rows), int(columns)] if rows > 0 and columns > 0:
-            return rows, columns
+        case [int(rows), int(columns)] if rows > 0 and columns > 0 and bool not in (type(rows), type(columns)):
+            return replace(BLOCK_FORMATS["ue8m0" if scales else "fp32"], tile=(rows, columns))
         case block:
             raise UserError(f"{source}: weight_block_size = {block!r} must be two whole numbers, such as [128, 128]")
 
 
-def scale_shape(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, int]:
-    """Shape of the scales of a weight: one for each block; the last row and column of blocks may be partial."""
-    return -(-shape[0] // block[0]), -(-shape[1] // block[1])
+def is_rounded(name: str) -> bool:
+    """Whether a release stores this tensor in FP8: the weights of linears, experts' too, by name.
+
+    Not those of embedding, head, routers and norms, nor the multi-token module's `eh_proj`, which vLLM reads unrounded.
+    """
+    return re.search(r"\.(?!eh_)\w+_proj(_with_mqa)?\.weight$", name) is not None
 
 
-def expand(weight: Tensor, scale: Tensor, block: tuple[int, int]) -> Tensor:
-    """weight [R, C] E4M3 and scale [⌈R/r⌉, ⌈C/c⌉] for blocks of r × c → weight·scale [R, C] in fp32."""
-    rows = scale.float().repeat_interleave(block[0], 0)[: weight.shape[0]]
-    return weight.float().mul_(rows.repeat_interleave(block[1], 1)[:, : weight.shape[1]])
+def round_to_blocks(tensors: Mapping[str, Tensor], scales: ScaleFormat) -> dict[str, Tensor]:
+    """Release name → tensor, with the weights of linears in FP8 and their scales after each; others as they are.
+
+    Blocks are 128 × 128, rounded to nearest, with scales from the largest magnitude.
+    """
+    out: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if is_rounded(name):
+            out[name], out[name + SCALE_SUFFIX] = round_weight(tensor, BLOCK_FORMATS[scales])
+        else:
+            out[name] = tensor
+    return out
 
 
-def compress(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """weight [R, C] → E4M3 [R, C] and fp32 scales [⌈R/128⌉, ⌈C/128⌉], by which each block's largest number is 448."""
-    R, C = weight.shape
-    rows, columns = scale_shape((R, C), BLOCK)
-    padded = F.pad(weight.float(), (0, columns * BLOCK[1] - C, 0, rows * BLOCK[0] - R))
-    blocks = padded.view(rows, BLOCK[0], columns, BLOCK[1])
-    largest = blocks.abs().amax((1, 3), keepdim=True)
-    scale = torch.where(largest > 0, largest / MOST, 1.0)
-    numbers = (blocks / scale).clamp(-MOST, MOST).view_as(padded)[:R, :C]
-    return numbers.to(torch.float8_e4m3fn).contiguous(), scale.view(rows, columns)
+def round_weight(weight: Tensor, format: NumberFormat) -> tuple[Tensor, Tensor]:
+    """weight [R, C] → E4M3 [R, C] and FP32 scales."""
+    rounded = quantize(weight, format)
+    codes, scales = rounded.kept
+    return codes.view(torch.float8_e4m3fn), scales
+
+
+def quantization_config(tensors: Mapping[str, Tensor], format: NumberFormat) -> dict[str, Any]:
+    """config.json's `quantization_config` for FP8 tensors, by release name, as DeepSeek's releases, transformers and
+    vLLM have it.
+    """
+    found: dict[str, Any] = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8"}
+    if format.scale == "power of two":
+        found["scale_fmt"] = "ue8m0"
+    found["weight_block_size"] = list(format.tile)
+    if plain := [name for name in tensors if is_rounded(name) and name + SCALE_SUFFIX not in tensors]:
+        found["modules_to_not_convert"] = ["lm_head", *(name.removesuffix(".weight") for name in plain)]
+    return found

@@ -1,34 +1,52 @@
 """Load and save a model as a Hugging Face directory: config.json, *.safetensors, generation_config.json, tokenizer."""
 
 from pathlib import Path
+from typing import Literal
 
 import torch
 
+from rorqual.checkpoint.fp8_blocks import (
+    BLOCK_FORMATS,
+    SCALE_SUFFIX,
+    ScaleFormat,
+    quantization_config,
+    round_to_blocks,
+)
+from rorqual.checkpoint.fp8_loading import allocate_fp8
 from rorqual.checkpoint.model_reader import open_release
 from rorqual.checkpoint.model_writer import MAX_SHARD_BYTES, new_directory, write_json, write_tokenizer, write_weights
-from rorqual.checkpoint.release_tensors import EMBEDDING, allocate, release_tensors
+from rorqual.checkpoint.release_tensors import EMBEDDING, allocate, fp8_weights, release_tensors
+from rorqual.errors import UserError
 from rorqual.kernels.dtypes import fastest_dtype
 from rorqual.model.release_settings import GENERATION
 from rorqual.model.transformer import Transformer
 from rorqual.tokenizer_protocol import Tokenizer
 
 
-def load_model(path: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Transformer:
+def load_model(
+    path: str | Path,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    weights: Literal["fp8"] | None = None,
+) -> Transformer:
     """Read a Hugging Face directory (or a run's folder) of a supported architecture, a chunk of rows at a time.
 
     `dtype` defaults to FP32 if the weights are stored so, else to the fastest on `device` (kernels/dtypes.py);
-    `stored_dtype` gives the stored one. Block-scaled FP8 weights are dequantised. Multi-token modules in config.json
-    but not in the files (transformers drops them on saving) are left out. Raises UserError naming the file and the
-    tensor that is missing, unexpected, of wrong shape or truncated.
+    `stored_dtype` gives the stored one. Block-scaled FP8 weights are dequantised; with `weights` = "fp8" they stay as
+    they are stored, for inference, and the linears of other models are rounded to blocks of 128 × 128. Multi-token
+    modules in config.json but not in the files (transformers drops them on saving) are left out. Raises UserError
+    naming the file and the tensor that is missing, unexpected, of wrong shape or truncated.
     """
     release = open_release(Path(path))
     model = release.outline
     if dtype is None:
         stored = release.stored[EMBEDDING].dtype
         dtype = stored if stored is torch.float32 else fastest_dtype(device)
+    if weights == "fp8":
+        allocate_fp8(release, device)
     allocate(model, dtype, device)
-    tensors = release_tensors(model)
-    release.fill({name: tensors[name] for name in release.required})
+    required = set(release.required)
+    release.fill({name: t for name, t in release_tensors(model).items() if name.removesuffix(SCALE_SUFFIX) in required})
     return model
 
 
@@ -43,16 +61,28 @@ def save_model(
     path: str | Path,
     tokenizer: Tokenizer | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    fp8: ScaleFormat | None = None,
 ) -> None:
     """Write a Hugging Face directory that transformers and vLLM load too; each tensor in its own dtype.
+
+    FP8 weights are written as they were read. `fp8` rounds the linears of other models to FP8 in blocks of 128 × 128,
+    with scales in FP32 ("fp32", V3) or scales that are powers of two ("ue8m0", V3.1).
 
     A new directory appears complete or not at all. In an existing one, files are replaced atomically one by one, and
     files of other names stay. Raises UserError if it cannot be written, with nothing changed.
     """
+    tensors, config = release_tensors(model), model.config.to_dict()
+    format = next((weight.format for _, weight in fp8_weights(model)), None)
+    if fp8 is not None:
+        if format is not None:
+            raise UserError(f"fp8 = {fp8!r}: the model's weights are in FP8 already; leave it out")
+        tensors, format = round_to_blocks(tensors, fp8), BLOCK_FORMATS[fp8]
+    if format is not None:
+        config["quantization_config"] = quantization_config(tensors, format)
     with new_directory(Path(path), "saved") as temporary:
         dtype = str(model.head_weight.dtype).removeprefix("torch.")
-        write_json(temporary / "config.json", model.config.to_dict() | {"torch_dtype": dtype})
+        write_json(temporary / "config.json", config | {"torch_dtype": dtype})
         write_json(temporary / GENERATION, model.released.generation_config(model.config, tokenizer))
-        write_weights(release_tensors(model), temporary, max_shard_bytes)
+        write_weights(tensors, temporary, max_shard_bytes)
         if tokenizer is not None:
             write_tokenizer(tokenizer, temporary)

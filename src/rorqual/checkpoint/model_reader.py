@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rorqual.checkpoint.fp8_blocks import SCALE_SUFFIX, block_size, expand, scale_shape
+from rorqual.checkpoint.fp8_blocks import SCALE_DTYPES, SCALE_SUFFIX, block_format, round_weight
 from rorqual.checkpoint.release_tensors import (
     EMBEDDING,
     allocate,
@@ -18,6 +18,8 @@ from rorqual.checkpoint.release_tensors import (
 )
 from rorqual.checkpoint.safetensors_io import CHUNK_BYTES, INDEX, WEIGHTS, TensorEntry, read_header
 from rorqual.errors import UserError
+from rorqual.kernels.block_scaled import decode
+from rorqual.kernels.number_formats import NumberFormat
 from rorqual.model.config import ModelConfig
 from rorqual.model.model_directory import model_directory, read_json
 from rorqual.model.release_settings import ReleaseSettings
@@ -31,25 +33,52 @@ class CheckpointReader:
     outline: Transformer  # on the meta device
     stored: dict[str, TensorEntry]
     required: list[str]  # names of the model's tensors, each once
-    block: tuple[int, int]  # of FP8 weights with a scale
+    format: NumberFormat  # of FP8 weights with a scale
 
     def rows(self, name: str, first: int = 0, last: int | None = None) -> Tensor:
         """Rows [first, last) of a tensor as stored; FP8 weights dequantised."""
-        found, scale = self.stored[name], self.stored.get(name + SCALE_SUFFIX)
+        found = self.stored[name]
         last = found.shape[0] if last is None else min(last, found.shape[0])
-        if scale is None:
+        if name + SCALE_SUFFIX not in self.stored:
             return found.rows(first, last)
-        block = min(self.block[0], found.shape[0]), min(self.block[1], found.shape[1])  # however large config.json says
-        begin = first // block[0]
-        scales = scale.rows(begin, -(-last // block[0]))
-        return expand(found.rows(begin * block[0], last), scales, block)[first - begin * block[0] :]
+        format = self.format.within(*found.shape)  # however large config.json says
+        begin = first // format.tile[0] * format.tile[0]
+        codes, scales = found.rows(begin, last), self._scales(name, begin, last)
+        return decode(codes.view(torch.uint8), scales.float(), format, found.shape[1])[first - begin :]
 
     def fill(self, tensors: dict[str, Tensor]) -> None:
-        """Read the named tensors into the given memory, a chunk of rows at a time."""
-        for name in sorted(tensors, key=lambda name: self.stored[name].path):
-            rows = max(1, CHUNK_BYTES // max(1, self.stored[name].row_bytes))
-            for first in range(0, self.stored[name].shape[0], rows):
-                tensors[name][first : first + rows].copy_(self.rows(name, first, first + rows))
+        """Read the named tensors into the given memory, a chunk of rows at a time.
+
+        A weight whose scales are among them is kept in FP8 as it is stored, or rounded to it.
+        """
+        names = (name for name in tensors if not name.endswith(SCALE_SUFFIX))
+        for name in sorted(names, key=lambda name: self.stored[name].path):
+            found, scales = self.stored[name], tensors.get(name + SCALE_SUFFIX)
+            height = 1 if scales is None else min(self.format.tile[0], found.shape[0])
+            rows = max(1, CHUNK_BYTES // max(1, found.row_bytes * height)) * height
+            for first in range(0, found.shape[0], rows):
+                last = min(first + rows, found.shape[0])
+                if scales is None:
+                    tensors[name][first:last].copy_(self.rows(name, first, last))
+                else:
+                    codes, own = self._blocks(name, first, last)
+                    tensors[name][first:last].copy_(codes)
+                    scales[first // height : -(-last // height)].copy_(own)
+
+    def _blocks(self, name: str, first: int, last: int) -> tuple[Tensor, Tensor]:
+        """Rows [first, last), which begin with a block, in E4M3, and the scales of their blocks."""
+        if name + SCALE_SUFFIX in self.stored:
+            return self.stored[name].rows(first, last), self._scales(name, first, last)
+        return round_weight(self.rows(name, first, last), self.format)
+
+    def _scales(self, name: str, first: int, last: int) -> Tensor:
+        """The scales of the blocks of rows [first, last) of a weight, as stored. Raises UserError for damaged ones."""
+        found, height = self.stored[name + SCALE_SUFFIX], min(self.format.tile[0], self.stored[name].shape[0])
+        scales = found.rows(first // height, -(-last // height))
+        wide = scales.float()
+        if not (wide.isfinite() & (wide > 0)).all():
+            raise UserError(f"{found.path}: tensor {found.name} holds a scale that is not above 0; fetch it again")
+        return scales
 
     def layer(self, index: int) -> Layer:
         """One of the main network's layers in FP32."""
@@ -64,19 +93,19 @@ def open_release(path: Path) -> CheckpointReader:
     """Check a directory before weights are read. Raises UserError."""
     path = model_directory(path)
     config, released, stored = read_directory(path)
-    block = block_size(read_json(path / "config.json"), str(path / "config.json"))
-    _check(path, _guard_shapes(config), stored, set(), block)
+    format = block_format(read_json(path / "config.json"), str(path / "config.json"))
+    _check(path, _guard_shapes(config), stored, set(), format)
     model = meta_model(config)
     model.released = released
     optional = set(shared_copies(model))
     if config.tie_word_embeddings:
         optional.add("lm_head.weight")
     expected = {name: tuple(t.shape) for name, t in release_tensors(model).items()}
-    _check(path, expected, stored, optional, block)
+    _check(path, expected, stored, optional, format)
     for name, found in stored.items():
         if name not in expected and name not in optional and name.removesuffix(SCALE_SUFFIX) not in expected:
             raise UserError(f"{found.path}: tensor {name} is unexpected; config.json describes another network")
-    return CheckpointReader(model, stored, [name for name in expected if name not in optional], block)
+    return CheckpointReader(model, stored, [name for name in expected if name not in optional], format)
 
 
 def read_directory(path: Path) -> tuple[ModelConfig, ReleaseSettings, dict[str, TensorEntry]]:
@@ -140,7 +169,7 @@ def _check(
     expected: dict[str, tuple[int, ...]],
     stored: dict[str, TensorEntry],
     optional: set[str],
-    block: tuple[int, int],
+    format: NumberFormat,
 ) -> None:
     for name, shape in expected.items():
         if name not in stored:
@@ -156,10 +185,24 @@ def _check(
         if not found.dtype.is_floating_point:
             raise UserError(f"{found.path}: tensor {name} holds {found.dtype} numbers, not weights; fetch it again")
         scale = stored.get(name + SCALE_SUFFIX)
-        if found.dtype == torch.float8_e4m3fn and scale is None:
-            raise UserError(f"{found.path}: tensor {name} is FP8 but {name + SCALE_SUFFIX} is missing")
-        if scale is not None and (len(shape) != 2 or scale.shape != scale_shape(found.shape, block)):
+        if (found.dtype == torch.float8_e4m3fn) != (scale is not None):
             raise UserError(
-                f"{scale.path}: tensor {scale.name} has shape {list(scale.shape)}, which does not fit blocks of "
-                f"{block[0]}×{block[1]} of {list(found.shape)}"
+                f"{found.path}: tensor {name} is FP8 but {name + SCALE_SUFFIX} is missing; the files are incomplete"
+                if scale is None
+                else f"{found.path}: tensor {name} has scales but holds {found.dtype} numbers, not E4M3; fetch it again"
             )
+        if scale is not None:
+            _check_scale(found, scale, format)
+
+
+def _check_scale(weight: TensorEntry, scale: TensorEntry, format: NumberFormat) -> None:
+    if len(weight.shape) != 2 or scale.shape != format.tiles(*weight.shape):
+        raise UserError(
+            f"{scale.path}: tensor {scale.name} has shape {list(scale.shape)}, which does not fit blocks of "
+            f"{format.tile[0]}×{format.tile[1]} of {list(weight.shape)}; use the config.json that belongs to it"
+        )
+    if scale.dtype not in SCALE_DTYPES:
+        raise UserError(
+            f"{scale.path}: tensor {scale.name} holds {scale.dtype} numbers, but scales are FP32, BF16, FP16 or E8M0; "
+            "fetch it again"
+        )

@@ -4,10 +4,15 @@ In memory the routed experts of a layer are stacked, and multi-token modules sha
 model; on disk every expert has its own tensors and every module its copies.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
+from rorqual.checkpoint.fp8_blocks import SCALE_SUFFIX
 from rorqual.errors import UserError
+from rorqual.kernels.fp8_weight import FP8Weight
+from rorqual.kernels.quantized_linear import QuantizedWeight
 from rorqual.model.config import ModelConfig
 from rorqual.model.transformer import Transformer
 
@@ -15,25 +20,50 @@ EMBEDDING = "model.embed_tokens.weight"
 
 
 def release_tensors(model: Transformer) -> dict[str, Tensor]:
-    """Release name → tensor; experts are views of their stack, shared tensors appear twice."""
+    """Release name → tensor; experts are views of their stack, shared tensors appear twice.
+
+    An FP8 weight is an E4M3 tensor and its scales.
+    """
     return own_tensors(model) | shared_copies(model)
 
 
 def own_tensors(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
     out: dict[str, Tensor] = {}
     for name, tensor in (*module.named_parameters(prefix), *module.named_buffers(prefix)):
-        tensor = tensor.detach()
-        layer, _, stack = name.rpartition(".experts.")
-        if stack == "gate_up_proj":
-            for e, expert in enumerate(tensor):
-                gate, up = expert.chunk(2)
-                out[f"{layer}.experts.{e}.gate_proj.weight"] = gate
-                out[f"{layer}.experts.{e}.up_proj.weight"] = up
-        elif stack == "down_proj":
-            out |= {f"{layer}.experts.{e}.down_proj.weight": expert for e, expert in enumerate(tensor)}
-        else:
-            out[name] = tensor
+        out |= _by_expert(name, tensor.detach())
+    for name, weight in fp8_weights(module, prefix):
+        one = len(weight) == 1 and ".experts." not in name
+        for suffix, stack in (("", weight.codes.view(torch.float8_e4m3fn)), (SCALE_SUFFIX, weight.scales)):
+            out |= {own + suffix: t for own, t in _by_expert(name, stack[0] if one else stack).items()}
     return out
+
+
+def _by_expert(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """A parameter by its release names, of which a stack of experts has several."""
+    layer, _, stack = name.rpartition(".experts.")
+    if stack == "gate_up_proj":
+        return {
+            f"{layer}.experts.{e}.{part}.weight": half
+            for e, expert in enumerate(tensor)
+            for part, half in zip(("gate_proj", "up_proj"), expert.chunk(2), strict=True)
+        }
+    if stack == "down_proj":
+        return {f"{layer}.experts.{e}.down_proj.weight": expert for e, expert in enumerate(tensor)}
+    return {name: tensor}
+
+
+def fp8_weights(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, FP8Weight]]:
+    """Parameter name → weight, of those that are in FP8."""
+    for path, part in module.named_modules(prefix=prefix):
+        for name, weight in vars(part).items():
+            if isinstance(weight, FP8Weight):
+                yield f"{path}.{name}", weight
+
+
+def replace_weight(module: nn.Module, name: str, weight: QuantizedWeight | FP8Weight) -> None:
+    """Replace a parameter. The checker still takes it for a Tensor, which it is in every model that is trained."""
+    delattr(module, name)
+    setattr(module, name, weight)
 
 
 def shared_copies(model: Transformer) -> dict[str, Tensor]:

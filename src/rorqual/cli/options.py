@@ -47,7 +47,9 @@ MaxTokens = Annotated[
 ThinkingBudget = Annotated[
     int | None, typer.Option(callback=within(0, NO_LIMIT), help="maximum tokens of thinking, then </think> is inserted")
 ]
-Weights = Annotated[str | None, typer.Option(help="quantise the weights to int4 or int8 while loading")]
+Weights = Annotated[
+    str | None, typer.Option(help="quantise the weights to int4, int8 or fp8 while loading; fp8 keeps an FP8 release")
+]
 Speculative = Annotated[
     str,
     typer.Option(
@@ -110,7 +112,7 @@ def served_name(model: Path) -> str:
 
 def check_weights(weights: str | None) -> Any:
     if weights is not None:
-        check_choice("--weights", weights, ("int4", "int8"))
+        check_choice("--weights", weights, ("int4", "int8", "fp8"))
     return weights
 
 

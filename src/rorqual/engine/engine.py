@@ -13,7 +13,7 @@ from rorqual.engine.block_manager import BLOCK, BlockManager
 from rorqual.engine.detokenizer import IncrementalDetokenizer
 from rorqual.engine.grammar import Grammar
 from rorqual.engine.input_processor import InputProcessor
-from rorqual.engine.load_model import open_model
+from rorqual.engine.load_model import Weights, open_model
 from rorqual.engine.outputs import Completion, Counters, Status
 from rorqual.engine.paged_kv_cache import FP8, PagedKVCache, block_bytes
 from rorqual.engine.prompt_logprobs import PromptLogprobs
@@ -25,7 +25,6 @@ from rorqual.errors import UserError
 from rorqual.kernels import cpu
 from rorqual.kernels.quantized_linear import QuantizedWeight
 from rorqual.model import Transformer
-from rorqual.precision.quantize import Bits
 from rorqual.tokenizer_protocol import Tokenizer
 
 DEFAULT_KV_CACHE_BYTES = 1 << 30  # for submitted requests; on a CPU, pages not written to take no memory
@@ -51,7 +50,7 @@ class Engine:
         self, model: str | Path | Transformer, tokenizer: Tokenizer | None = None, max_num_seqs: int = 256,
         kv_cache_bytes: int | None = None, prefix_cache: bool = False, max_prefill_tokens: int = MAX_PREFILL_TOKENS,
         speculative: SpeculativeMethod | Literal["auto"] | None = None, kv_cache_dtype: torch.dtype | None = None,
-        dtype: torch.dtype | None = None, device: torch.device | str = "cpu", weights: Bits | None = None,
+        dtype: torch.dtype | None = None, device: torch.device | str = "cpu", weights: Weights | None = None,
     ) -> None:  # fmt: skip
         for name, value, least in (
             ("max_num_seqs", max_num_seqs, 1),

@@ -1,6 +1,7 @@
 """Load a model and its tokenizer from a directory or file."""
 
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -15,13 +16,19 @@ from rorqual.precision.quantize import Bits, load_converted
 from rorqual.process_tuning import release_memory
 from rorqual.tokenizer_protocol import Tokenizer
 
+Weights = Bits | Literal["fp8"]
+
 
 def open_model(
-    path: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", weights: Bits | None = None
+    path: str | Path,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    weights: Weights | None = None,
 ) -> tuple[Transformer, Tokenizer]:
     """Load a Hugging Face directory, a run's folder or a .gguf file.
 
-    `weights`: quantise on loading; ignored where weights are quantised already. `dtype`, by default the fastest on
+    `weights`: quantise on loading; ignored where weights are quantised already, but an FP8 release can be had as int4
+    or int8 too, and stays FP8 with "fp8" only. `dtype`, by default the fastest on
     `device`: of weights that are not quantised, and so of the KV cache. Raises UserError for what cannot be read, for a
     missing device, and for quantised weights on a GPU.
     """
@@ -38,12 +45,13 @@ def open_model(
     if is_quantized(path):
         _check_device(device)
         return load_packed(path, dtype), tokenizer
-    if weights is None:
+    if weights is not None:
+        _check_device(device)
+    if weights is None or weights == "fp8":
         try:
-            return load_model(path, dtype or fastest_dtype(device), device), tokenizer
+            return load_model(path, dtype or fastest_dtype(device), device, weights), tokenizer
         except torch.OutOfMemoryError:
             raise UserError(f"device {device}: no memory for the weights of {path}; try bfloat16 or the CPU") from None
-    _check_device(device)
     return load_converted(path, weights, dtype or fastest_dtype()), tokenizer
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rorqual.kernels import cpu
+from rorqual.kernels.fp8_weight import FP8Weight, dense, dequantize
 from rorqual.kernels.quantized_linear import QuantizedWeight, quantized_linear
 from rorqual.kernels.typed_torch import Context, Function, once_differentiable
 from rorqual.processor import allows
@@ -20,12 +21,13 @@ MAX_COMPILED_ROWS = 256  # beyond, oneDNN is faster, which packs the weights at 
 
 def linear(
     x: Float[Tensor, "*batch K"],
-    weight: Float[Tensor, "N K"] | QuantizedWeight,
+    weight: Float[Tensor, "N K"] | QuantizedWeight | FP8Weight,
     bias: Float[Tensor, " N"] | None = None,
 ) -> Float[Tensor, "*batch N"]:
-    """x·weightᵀ + bias."""
+    """x·weightᵀ + bias; an FP8 weight is dequantised to x's dtype."""
     if isinstance(weight, QuantizedWeight):
         return quantized_linear(x, weight, bias)
+    weight = dense(weight, x.dtype)
     fits = bias is None or (bias.shape == weight.shape[:1] and cpu.usable(x, bias))
     if torch.is_grad_enabled() or not fits or not _usable(x, weight) or (rows := x[..., 0].numel()) > MAX_COMPILED_ROWS:
         return linear_reference(x, weight, bias)
@@ -72,11 +74,13 @@ class _FP32Linear(Function):
 
 
 def grouped_linear(
-    x: Float[Tensor, "M K"], weight: Float[Tensor, "E N K"] | QuantizedWeight, ends: Int32[Tensor, " E"]
+    x: Float[Tensor, "M K"], weight: Float[Tensor, "E N K"] | QuantizedWeight | FP8Weight, ends: Int32[Tensor, " E"]
 ) -> Float[Tensor, "M N"]:
     """x·weightᵀ with each row's expert; x is sorted by expert."""
     if isinstance(weight, QuantizedWeight):
         return quantized_linear(x, weight, ends=ends)
+    if isinstance(weight, FP8Weight):
+        return _expert_by_expert(x, weight, ends)
     if not _grouped_usable(x, weight) or ends.shape != weight.shape[:1] or x.ndim != 2:
         return grouped_linear_reference(x, weight, ends)
     return _Grouped.apply(x, weight, ends)
@@ -92,14 +96,25 @@ def grouped_linear_reference(
     return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
 
 
-def row_multiple(x: Tensor, weight: Tensor | QuantizedWeight, mean_load: int) -> int:
+def _expert_by_expert(x: Tensor, weight: FP8Weight, ends: Tensor) -> Tensor:
+    """One dequantised expert in memory at a time, of those that have rows."""
+    out = x.new_empty(len(x), weight.codes.shape[1])
+    first = 0
+    for expert, last in enumerate(map(int, ends.cpu().numpy())):
+        if last > first:
+            out[first:last] = linear(x[first:last], dequantize(weight, expert).to(x.dtype))
+        first = last
+    return out
+
+
+def row_multiple(x: Tensor, weight: Tensor | QuantizedWeight | FP8Weight, mean_load: int) -> int:
     """Multiple to pad an expert's rows to, where oneDNN multiplies (see shapes_are_free): padding made experts
     2.2 times as fast at 512 rows each. Small loads have few shapes anyway.
     """
     if isinstance(weight, QuantizedWeight):
         return 1
     slow = x.device.type == "cpu" and x.dtype == torch.bfloat16 and mean_load >= 128
-    return 32 if slow and not _grouped_usable(x, weight) else 1
+    return 32 if slow and (isinstance(weight, FP8Weight) or not _grouped_usable(x, weight)) else 1
 
 
 class _Grouped(Function):

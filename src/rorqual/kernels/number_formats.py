@@ -54,6 +54,10 @@ class NumberFormat:
         height, width = self.tile
         return -(-rows // height) if height else 1, -(-columns // width) if width else 1
 
+    def within(self, rows: int, columns: int) -> "NumberFormat":
+        """With tiles no larger than a matrix, which has the same scales."""
+        return replace(self, tile=(min(self.tile[0], rows), min(self.tile[1], columns)))
+
     def bytes_per_value(self) -> float:
         """Of element and scale, where tiles are full."""
         size = {"fp32": 4, "power of two": 1, "e4m3": 1}[self.scale]

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rorqual.kernels.dense_attention import Mask, attention
+from rorqual.kernels.fp8_weight import dense
 from rorqual.kernels.paged_attention import grouped_attention, latent_attention
 from rorqual.kernels.rotary import Table, apply_rotary
 from rorqual.model.config import ModelConfig
@@ -129,7 +130,7 @@ class MultiHeadLatentAttention(nn.Module):
 
         One token of each of n sequences.
         """
-        w_kv = self.kv_b_proj.weight.view(self.H, self.N + self.V, self.C)
+        w_kv = dense(self.kv_b_proj.weight, q_nope.dtype).view(self.H, self.N + self.V, self.C)
         w_k, w_v = torch.split(w_kv, [self.N, self.V], dim=1)
         q_latent = torch.einsum("nhd,hdc->nhc", q_nope, w_k)
         o_latent = latent_attention(q_latent, q_rope, view.a, view.b, view.tables, view.lengths, self.scale)

@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from rorqual.checkpoint.gguf_file import GGUFTensor, open_gguf
 from rorqual.checkpoint.gguf_import import fill, outline, part, reading, reordered_head, slice_rows, unpermute
 from rorqual.checkpoint.gguf_tokenizer import tokenizer_of
+from rorqual.checkpoint.release_tensors import replace_weight
 from rorqual.errors import UserError
 from rorqual.kernels.dtypes import fastest_dtype
 from rorqual.kernels.quantized_linear import GROUP, PANEL, Format, QuantizedWeight, gather, pack
 from rorqual.model import Transformer
 from rorqual.model.moe import Router
-from rorqual.precision.quantize import packable, replace_embedding, replace_weight
+from rorqual.precision.quantize import packable, replace_embedding
 from rorqual.process_tuning import release_memory
 from rorqual.tokenizer_protocol import Tokenizer
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rorqual.checkpoint.model_reader import read_directory
-from rorqual.checkpoint.release_tensors import meta_model
+from rorqual.checkpoint.release_tensors import meta_model, replace_weight
 from rorqual.checkpoint.safetensors_io import TensorEntry
 from rorqual.errors import UserError
 from rorqual.kernels.dtypes import fastest_dtype
@@ -20,7 +20,7 @@ from rorqual.model import Transformer
 from rorqual.model.layers import Linear
 from rorqual.model.model_directory import read_json
 from rorqual.model.moe import Experts
-from rorqual.precision.quantize import ROUNDINGS, Bits, packable, replace_embedding, replace_weight, round_in_slices
+from rorqual.precision.quantize import ROUNDINGS, Bits, packable, replace_embedding, round_in_slices
 from rorqual.process_tuning import release_memory
 
 METHOD = "compressed-tensors"

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rorqual.checkpoint.model_reader import open_release
-from rorqual.checkpoint.release_tensors import EMBEDDING
+from rorqual.checkpoint.release_tensors import EMBEDDING, replace_weight
 from rorqual.errors import UserError
 from rorqual.kernels.quantized_linear import GROUP, PANEL, QuantizedWeight, dequantize, gather, pack
 from rorqual.model import Transformer
@@ -160,12 +160,6 @@ def pack_module(module: nn.Module, bits: Bits) -> None:
     """Replace the parameters of a linear or of experts by quantised weights."""
     for name in ("gate_up_proj", "down_proj") if isinstance(module, Experts) else ("weight",):
         replace_weight(module, name, _quantize(getattr(module, name), bits))
-
-
-def replace_weight(module: nn.Module, name: str, weight: QuantizedWeight) -> None:
-    """Replace a parameter. The checker still takes it for a Tensor, which it is in every model that is trained."""
-    delattr(module, name)
-    setattr(module, name, weight)
 
 
 def replace_embedding(model: Transformer, weight: QuantizedWeight) -> None:

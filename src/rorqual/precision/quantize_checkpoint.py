@@ -15,13 +15,15 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rorqual.checkpoint import fp8_blocks
+from rorqual.checkpoint.fp8_blocks import SCALE_SUFFIX, quantization_config, round_weight
 from rorqual.checkpoint.huggingface import load_model, stored_dtype
 from rorqual.checkpoint.model_writer import copy_companions, new_directory, write_json, write_weights
 from rorqual.checkpoint.release_tensors import release_tensors
 from rorqual.data.tokenizer import load_tokenizer
 from rorqual.errors import UserError
+from rorqual.kernels.block_scaled import decode
 from rorqual.kernels.linear import linear
+from rorqual.kernels.number_formats import FP8_BLOCK
 from rorqual.kernels.swiglu import swiglu_joined
 from rorqual.model import ModelConfig, Transformer
 from rorqual.model.attention import UpProjection
@@ -69,7 +71,7 @@ def quantize_checkpoint(
         del tensors[f"{name}.weight"]
         tensors |= {f"{name}.{end}": t for end, t in rounded.items()}
     raw = read_json(source / "config.json") | {
-        "quantization_config": fp8_blocks.DESCRIPTION if format == "fp8" else description(format)
+        "quantization_config": quantization_config(tensors, FP8_BLOCK) if format == "fp8" else description(format)
     }
     with new_directory(dest) as temporary:
         write_json(temporary / "config.json", raw)
@@ -182,9 +184,9 @@ class _Quantizer:
 
     def _round(self, weight: Tensor, gram: Tensor | None, rows: int, name: str, index: int) -> Rounded:
         if self.format == "fp8":
-            numbers, scale = fp8_blocks.compress(weight)
-            stored = {"weight": numbers, f"weight{fp8_blocks.SCALE_SUFFIX}": scale}
-            return Rounded(stored, fp8_blocks.expand(numbers, scale, fp8_blocks.BLOCK))
+            numbers, scales = round_weight(weight, FP8_BLOCK)
+            value = decode(numbers.view(torch.uint8), scales, FP8_BLOCK, weight.shape[1])
+            return Rounded({"weight": numbers, f"weight{SCALE_SUFFIX}": scales}, value)
         bits: Bits = self.format
         if self.method != "rtn" and rows < MIN_ROWS:
             self.report.rounded_to_nearest.append(f"model.layers.{index}.{name}")
