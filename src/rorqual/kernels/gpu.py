@@ -27,7 +27,7 @@ WORD = 16  # matrix sizes are multiples of this in scaled_mm
 
 
 class Chip(NamedTuple):
-    """What decides about kernels. capability (0, 0): not NVIDIA's."""
+    """What decides about kernels."""
 
     capability: tuple[int, int]
     cuda: tuple[int, int]
@@ -42,14 +42,19 @@ class Factor(NamedTuple):
     every: int = 0
 
 
+NONE = Chip((0, 0), (0, 0), False)  # no GPU of NVIDIA's
+
+
 def chip(device: torch.device) -> Chip:
+    if device.type != "cuda":
+        return NONE
     return _chip(device.index if device.index is not None else torch.cuda.current_device())
 
 
 @functools.cache
 def _chip(index: int) -> Chip:
     if torch.version.hip or not torch.version.cuda:
-        return Chip((0, 0), (0, 0), False)
+        return NONE
     major, minor = (int(part) for part in torch.version.cuda.split(".")[:2])
     return Chip(torch.cuda.get_device_capability(index), (major, minor), has_triton())
 
@@ -61,7 +66,7 @@ def has_triton() -> bool:
 
 def quantizes(x: Tensor, format: NumberFormat) -> bool:
     """Whether Triton's kernel rounds x."""
-    if not x.is_cuda or not chip(x.device).triton:
+    if not chip(x.device).triton:
         return False
     from rorqual.kernels.triton.quantize import supports
 

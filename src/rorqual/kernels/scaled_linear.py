@@ -213,8 +213,6 @@ def _on_gpu(
     kind: gpu.Kind, left: BlockScaled, right: BlockScaled, experts: int, ends: Ends, dtype: torch.dtype
 ) -> Tensor | None:
     """The product by a GPU kernel; None where there is none."""
-    if not left.scales.is_cuda:
-        return None
     factors = (gpu.Factor(x.format, x.shape, x.every) for x in (left, right))
     way = gpu.way(kind, *factors, experts, gpu.chip(left.scales.device))
     if way == "torch":
