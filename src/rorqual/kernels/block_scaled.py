@@ -73,6 +73,13 @@ def quantize(
     return BlockScaled(format, (x.shape[0], x.shape[1]), scales, starts, found, rounded)
 
 
+def quantize_reference(x: Float[Tensor, "R C"], format: NumberFormat, starts: Starts = None) -> BlockScaled:
+    """Codes and scales, in PyTorch alone."""
+    scales = scales_of(tile_amax_reference(x, format, starts), format)
+    codes, _ = round_tiles_reference(x, scales, format, starts, True, False)
+    return BlockScaled(format, (x.shape[0], x.shape[1]), scales, starts, codes, None)
+
+
 def scales_of(amax: Float32[Tensor, "b t"], format: NumberFormat) -> Float32[Tensor, "b t"]:
     """The scale of every tile from its largest magnitude."""
     largest = format.element.largest

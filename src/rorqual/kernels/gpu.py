@@ -2,8 +2,8 @@
 
 | product of | on | by |
 |---|---|---|
-| FP8 1×128 and 1×128 or 128×128, one matrix, whole tiles | Hopper (9.0), CUDA ≥ 12.9 | `torch.nn.functional.scaled_mm` |
-| MXFP8, one matrix, whole tiles | Blackwell (10.0) | `torch.nn.functional.scaled_mm` |
+| FP8 1×128 and 1×128 or 128×128, one matrix, whole tiles | Hopper (9.0), CUDA ≥ 12.9 | PyTorch's `scaled_mm` |
+| MXFP8, one matrix, whole tiles | Blackwell (10.0) | PyTorch's `scaled_mm` |
 | E4M3 with tiles 128 or 32 wide, also of experts and of any shape | from 8.9 on, with Triton | kernels/triton |
 | all else: 4 and 12 bits, one scale a tensor | | the product of the FP32 values |
 
@@ -48,7 +48,7 @@ NONE = Chip((0, 0), (0, 0), False)  # no GPU of NVIDIA's
 def chip(device: torch.device) -> Chip:
     if device.type != "cuda":
         return NONE
-    return _chip(device.index if device.index is not None else torch.cuda.current_device())
+    return _chip(torch.cuda.current_device() if device.index is None else device.index)  # pyright: ignore[reportUnnecessaryComparison]
 
 
 @functools.cache
@@ -165,4 +165,4 @@ def swizzle(scales: Float32[Tensor, "R t"]) -> Tensor:
 
 
 def _by_columns(scales: Tensor) -> Tensor:
-    return scales.T.contiguous().T
+    return torch.empty_strided(scales.shape, (1, len(scales)), device=scales.device).copy_(scales)

@@ -17,9 +17,9 @@ from rorqual.kernels import gpu
 from rorqual.kernels.block_scaled import BlockScaled, block_starts, block_starts_on_device, decode, quantize
 from rorqual.kernels.number_formats import NumberFormat
 from rorqual.kernels.quantize_swiglu import quantize_swiglu
-from rorqual.kernels.swiglu import swiglu_joined, swiglu_joined_gradient
+from rorqual.kernels.swiglu import swiglu_joined_gradient
 from rorqual.kernels.typed_torch import Context, Function, once_differentiable
-from rorqual.shapes import Float, Float32, Int32
+from rorqual.shapes import Float, Int32
 
 Ends = Int32[Tensor, " E"] | None  # where each expert's rows end; None: there is one
 
@@ -213,8 +213,8 @@ def _on_gpu(
     kind: gpu.Kind, left: BlockScaled, right: BlockScaled, experts: int, ends: Ends, dtype: torch.dtype
 ) -> Tensor | None:
     """The product by a GPU kernel; None where there is none."""
-    factors = (gpu.Factor(x.format, x.shape, x.every) for x in (left, right))
-    way = gpu.way(kind, *factors, experts, gpu.chip(left.scales.device))
+    a, b = (gpu.Factor(x.format, x.shape, x.every) for x in (left, right))
+    way = gpu.way(kind, a, b, experts, gpu.chip(left.scales.device))
     if way == "torch":
         out = gpu.scaled_mm(kind, left.kept, right.kept, right.format, dtype)
         return out.unsqueeze(0) if kind == "weight gradient" else out

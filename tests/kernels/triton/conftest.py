@@ -1,4 +1,4 @@
-"""On a GPU the kernels run there; without one, by Triton's interpreter, which has to be chosen before Triton is imported.
+"""On a GPU the kernels run there; without one, by Triton's interpreter, which is chosen before Triton is imported.
 
 Where Triton is absent (PyTorch's CPU wheels do not bring it) every test of this folder is skipped.
 """

@@ -40,7 +40,7 @@ def close(found, right, bound):
         assert (a.double() - b.double()).norm() <= bound * b.double().norm()
 
 
-@pytest.mark.parametrize("formats", [V3, MX, AFTER_ATTENTION, TENSOR], ids=["fp8", "mxfp8", "after attention", "tensor"])
+@pytest.mark.parametrize("formats", [V3, MX, AFTER_ATTENTION, TENSOR], ids=["fp8", "mxfp8", "o_proj", "tensor"])
 def test_linear(kernels, device, formats):
     torch.manual_seed(0)
     x, w = torch.randn(2, 19, 200), torch.randn(70, 200)

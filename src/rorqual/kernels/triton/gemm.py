@@ -1,4 +1,4 @@
-# pyright: basic, reportMissingImports=false
+# pyright: basic, reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
 """Products of E4M3 matrices with scales by tile, also grouped by expert.
 
 M rows, N outputs, K contracted, E experts. One step along K is one tile (128 or 32 wide): its product of codes, from

@@ -1,4 +1,4 @@
-# pyright: basic, reportMissingImports=false
+# pyright: basic, reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
 """Round to E4M3 tiles in one pass: every program reads its tiles, finds their scales and writes codes.
 
 Codes and scales are those of block_scaled.py bit for bit: rounding is done on the bits of FP32 numbers, since GPUs
