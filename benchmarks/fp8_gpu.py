@@ -8,6 +8,7 @@ compared with its reference; one that fails is named and left out. A V3-style mo
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -182,12 +183,12 @@ def measure_products(bench: Bench, label: str, made: Products, rows: list[list[A
     figures, plain = {}, made.in_bf16()
     for name, (product, left, right) in made.products().items():
         works: dict[str, Work] = {"bf16": plain[name]}
-        a, b = (gpu.Factor(t.format, t.shape, t.every) for t in (left, right))
+        factors = [gpu.Factor(t.format, t.shape, t.every) for t in (left, right)]
         chip = gpu.chip(left.scales.device)
-        if gpu.way(name, a, b, made.experts, chip) == "torch":
-            works["scaled_mm"] = lambda p=product, l=left, r=right: p(l, r, made.experts, made.ends, torch.bfloat16)
+        if gpu.way(name, factors[0], factors[1], made.experts, chip) == "torch":
+            works["scaled_mm"] = lambda p=product, a=left, b=right: p(a, b, made.experts, made.ends, torch.bfloat16)
         if chip.triton:
-            works["triton"] = lambda n=name, l=left, r=right: by_triton(n, l, r, made)
+            works["triton"] = lambda n=name, a=left, b=right: by_triton(n, a, b, made)
         found = bench.times({f"{label}, {name}: {side}": work for side, work in works.items()})
         found = {side.rpartition(": ")[2]: values for side, values in found.items()}
         figures[name] = found
@@ -241,7 +242,9 @@ def measure_step(bench: Bench, config: ModelConfig, batch: tuple[int, int]) -> d
 
     def step(precision: str) -> Work:
         set_seed(0)
-        model = Transformer(config).to(bench.device, torch.bfloat16).train()
+        model = (
+            Transformer(config).to(bench.device, torch.bfloat16 if bench.device == "cuda" else torch.float32).train()
+        )
         if precision != "bf16":
             convert(model, precision)
 
@@ -277,7 +280,8 @@ def main() -> None:
     size = 256 if args.quick else 8192
     figures["rounding"] = bench.attempt("rounding", lambda: measure_rounding(bench, size, shares, ratios))
     batch = (1, 16) if args.quick else (8, 1024)
-    steps = bench.attempt("training step", lambda: measure_step(bench, MIXTURE, batch)) or {}
+    config = replace(MIXTURE, num_hidden_layers=2, vocab_size=512) if args.quick else MIXTURE
+    steps = bench.attempt("training step", lambda: measure_step(bench, config, batch)) or {}
     figures["training_step_seconds"] = steps
     if steps.keys() >= {"bf16", "fp8"}:
         ratios["training-step-fp8/bf16"] = ratio_of_rounds(steps["bf16"], steps["fp8"])["median"]
