@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rorqual.kernels import cpu
+from rorqual.kernels import cpu, gpu
 from rorqual.kernels.number_formats import E4M3, Element, NumberFormat
 from rorqual.shapes import Float, Float32, Int32, UInt8
 
@@ -31,6 +31,7 @@ class BlockScaled:
     starts: Starts
     codes: UInt8[Tensor, "R _"] | None  # 4 and 12 bits: two codes in one and three bytes, the first in the lower bits
     rounded: Float32[Tensor, "R C"] | None
+    every: int = 0  # rows of each of the stacked matrices with which `starts` begins anew; 0: there is one
 
     @property
     def kept(self) -> tuple[UInt8[Tensor, "R _"], Float32[Tensor, "b t"]]:
@@ -48,15 +49,35 @@ class BlockScaled:
 
 
 def quantize(
-    x: Float[Tensor, "R C"], format: NumberFormat, starts: Starts = None, *, codes: bool = True, values: bool = False
+    x: Float[Tensor, "R C"],
+    format: NumberFormat,
+    starts: Starts = None,
+    *,
+    codes: bool = True,
+    values: bool = False,
+    by_columns: bool = False,
 ) -> BlockScaled:
     """x to the nearest numbers of `format`, ties to even, with scales from the largest magnitude of every tile.
 
-    `codes`, `values`: what to compute.
+    `codes`, `values`: what to compute; on a GPU codes alone, which its products take. `by_columns`: codes of a column
+    lie side by side there, as those of tiles that are one column wide do anyway: for products over rows.
     """
+    if gpu.quantizes(x, format):
+        from rorqual.kernels.triton.quantize import quantize_tiles
+
+        found, scales = quantize_tiles(x, format, starts, by_columns or format.tile[1] == 1)
+        return BlockScaled(format, (x.shape[0], x.shape[1]), scales, starts, found, None)
+    codes, values = codes or x.is_cuda, values and not x.is_cuda
     scales = scales_of(tile_amax(x, format, starts), format)
     found, rounded = round_tiles(x, scales, format, starts, codes, values)
     return BlockScaled(format, (x.shape[0], x.shape[1]), scales, starts, found, rounded)
+
+
+def quantize_reference(x: Float[Tensor, "R C"], format: NumberFormat, starts: Starts = None) -> BlockScaled:
+    """Codes and scales, in PyTorch alone."""
+    scales = scales_of(tile_amax_reference(x, format, starts), format)
+    codes, _ = round_tiles_reference(x, scales, format, starts, True, False)
+    return BlockScaled(format, (x.shape[0], x.shape[1]), scales, starts, codes, None)
 
 
 def scales_of(amax: Float32[Tensor, "b t"], format: NumberFormat) -> Float32[Tensor, "b t"]:
@@ -162,6 +183,17 @@ def block_starts(ends: Int32[Tensor, " E"], height: int) -> Int32[Tensor, " bloc
         starts += [*range(first + height, end, height), *([end] if end > first else [])]
         first = end
     return torch.tensor(starts, dtype=torch.int32, device=ends.device)
+
+
+def block_starts_on_device(ends: Int32[Tensor, " E"], height: int, rows: int) -> Int32[Tensor, " blocks"]:
+    """The same without waiting for the GPU: as many blocks as `rows` could need, the last of them empty."""
+    first = F.pad(ends[:-1], (1, 0))
+    blocks = (ends - first + (height - 1)).div(height, rounding_mode="floor")
+    until = blocks.cumsum(0)
+    block = torch.arange(rows // height + len(ends), device=ends.device)
+    expert = torch.searchsorted(until, block, right=True).clamp_(max=len(ends) - 1)
+    start = first[expert] + (block - until[expert] + blocks[expert]) * height
+    return F.pad(start.minimum(ends[-1]), (0, 1), value=rows).to(torch.int32)
 
 
 def _tiles(format: NumberFormat, rows: int, columns: int, starts: Starts) -> tuple[Tensor | int | None, ...]:

@@ -6,17 +6,20 @@ activations too, for the weight gradient. Products accumulate in FP32 throughout
 bits of a sum, so V3 promotes it to FP32 every 128 inputs (§3.3.2).
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rorqual.kernels.block_scaled import BlockScaled, block_starts, decode, quantize
+from rorqual.kernels import gpu
+from rorqual.kernels.block_scaled import BlockScaled, block_starts, block_starts_on_device, decode, quantize
 from rorqual.kernels.number_formats import NumberFormat
-from rorqual.kernels.swiglu import swiglu_joined, swiglu_joined_gradient
+from rorqual.kernels.quantize_swiglu import quantize_swiglu
+from rorqual.kernels.swiglu import swiglu_joined_gradient
 from rorqual.kernels.typed_torch import Context, Function, once_differentiable
-from rorqual.shapes import Float, Float32, Int32
+from rorqual.shapes import Float, Int32
 
 Ends = Int32[Tensor, " E"] | None  # where each expert's rows end; None: there is one
 
@@ -76,7 +79,7 @@ class _ScaledLinear(Function):
         rounded, cached = _activations(x, formats, keep)
         if cached is not None:
             ctx.save_for_backward(*cached.kept, weight)
-        return output_product(rounded, quantize_weight(weight, formats.weight), 1, None).to(x.dtype)
+        return output_product(rounded, quantize_weight(weight, formats.weight), 1, None, x.dtype)
 
     @staticmethod
     @once_differentiable
@@ -84,10 +87,10 @@ class _ScaledLinear(Function):
         codes, scales, weight = ctx.saved_tensors
         formats, grad_x, grad_weight = ctx.formats, None, None
         if ctx.needs_input_grad[0]:
-            grad_x = _input_gradient(grad, weight, formats, None).to(grad.dtype)
+            grad_x = _input_gradient(grad, weight, formats, None)
         if ctx.needs_input_grad[1]:
             x = decode(codes, scales, formats.cached, ctx.width)
-            grad_weight = _weight_gradient(grad, x, formats, None, 1)[0].to(weight.dtype)
+            grad_weight = _weight_gradient(grad, quantize, x, formats, None, 1, weight.dtype)[0]
         return grad_x, grad_weight, None, None
 
 
@@ -100,12 +103,12 @@ class _ScaledFeedForward(Function):
         E = len(down) if up is None else 1
         ctx.formats, ctx.width, ctx.apart = formats, x.shape[1], up is not None
         rounded, cached = _activations(x, formats, keep)
-        h = output_product(rounded, quantize_weight(_joined(gate, up), formats.weight, 2), E, ends).to(x.dtype)
+        h = output_product(rounded, quantize_weight(_joined(gate, up), formats.weight, 2), E, ends, x.dtype)
         if cached is not None:
             inner = quantize(_halves(h), formats.cached)
             ctx.save_for_backward(*cached.kept, *inner.kept, gate, up, down, ends)  # pyright: ignore[reportArgumentType]
-        s = quantize(swiglu_joined(h), formats.activation, codes=False, values=True)
-        return output_product(s, quantize_weight(down, formats.weight), E, ends).to(x.dtype)
+        s = quantize_swiglu(h, formats.activation, codes=False, values=True)
+        return output_product(s, quantize_weight(down, formats.weight), E, ends, x.dtype)
 
     @staticmethod
     @once_differentiable
@@ -116,13 +119,13 @@ class _ScaledFeedForward(Function):
         h = decode(inner_codes, inner_scales, formats.cached, width).view(-1, 2 * width).to(grad.dtype)
         grad_x = grad_gate = grad_up = grad_down = None
         if ctx.needs_input_grad[3]:
-            grad_down = _weight_gradient(grad, swiglu_joined(h), formats, ends, E).to(down.dtype).view_as(down)
-        grad_h = swiglu_joined_gradient(_input_gradient(grad, down, formats, ends).to(grad.dtype), h)
+            grad_down = _weight_gradient(grad, quantize_swiglu, h, formats, ends, E, down.dtype).view_as(down)
+        grad_h = swiglu_joined_gradient(_input_gradient(grad, down, formats, ends), h)
         if ctx.needs_input_grad[0]:
-            grad_x = _input_gradient(grad_h, gate_up, formats, ends, 2).to(grad.dtype)
+            grad_x = _input_gradient(grad_h, gate_up, formats, ends, 2)
         if ctx.needs_input_grad[1]:
             x = decode(codes, scales, formats.cached, ctx.width)
-            grad_gate = _weight_gradient(grad_h, x, formats, ends, E).to(gate.dtype)
+            grad_gate = _weight_gradient(grad_h, quantize, x, formats, ends, E, gate.dtype)
             if ctx.apart:
                 grad_gate, grad_up = grad_gate[0, : len(gate)], grad_gate[0, len(gate) :]
         return grad_x, grad_gate, grad_up, grad_down, None, None, None
@@ -137,16 +140,26 @@ def _activations(x: Tensor, formats: LinearFormats, keep: bool) -> tuple[BlockSc
 
 def _input_gradient(grad: Tensor, weight: Tensor, formats: LinearFormats, ends: Ends, parts: int = 1) -> Tensor:
     rounded = quantize(grad.contiguous(), formats.gradient, codes=False, values=True)
-    transposed = quantize_weight(weight, formats.weight_transposed, parts)
-    return input_gradient_product(rounded, transposed, len(weight) if weight.ndim == 3 else 1, ends)
+    transposed = quantize_weight(weight, formats.weight_transposed, parts, by_columns=True)
+    return input_gradient_product(rounded, transposed, len(weight) if weight.ndim == 3 else 1, ends, grad.dtype)
 
 
-def _weight_gradient(grad: Tensor, x: Tensor, formats: LinearFormats, ends: Ends, experts: int) -> Tensor:
+def _weight_gradient(
+    grad: Tensor,
+    quantize_x: Callable[..., BlockScaled],
+    x: Tensor,
+    formats: LinearFormats,
+    ends: Ends,
+    experts: int,
+    dtype: torch.dtype,
+) -> Tensor:
     gradient, activation = formats.gradient.transposed, formats.activation.transposed
-    starts = block_starts(ends, gradient.tile[0]) if experts > 1 and ends is not None and gradient.tile[0] else None
+    starts, height = None, gradient.tile[0]
+    if experts > 1 and ends is not None and height:
+        starts = block_starts_on_device(ends, height, len(x)) if ends.is_cuda else block_starts(ends, height)
     rounded_grad = quantize(grad.contiguous(), gradient, starts, codes=False, values=True)
-    rounded_x = quantize(x, activation, starts, codes=False, values=True)
-    return weight_gradient_product(rounded_grad, rounded_x, experts, ends)
+    rounded_x = quantize_x(x, activation, starts, codes=False, values=True)
+    return weight_gradient_product(rounded_grad, rounded_x, experts, ends, dtype)
 
 
 def _joined(gate: Tensor, up: Tensor | None) -> Tensor:
@@ -161,36 +174,73 @@ def _halves(h: Tensor) -> Tensor:
 # -- rounded weights and the products
 
 
-def quantize_weight(weight: Float[Tensor, "*E N K"], format: NumberFormat, parts: int = 1) -> BlockScaled:
+def quantize_weight(
+    weight: Float[Tensor, "*E N K"], format: NumberFormat, parts: int = 1, by_columns: bool = False
+) -> BlockScaled:
     """The weights [E·N, K] of stacked linears, `parts` to an expert; none of them shares a block with another."""
     rows, height = weight.flatten(0, -2), format.tile[0]
     each = weight.shape[-2] // parts
-    starts = None
-    if height > 1 and each % height and len(rows) > each:
-        ends = torch.arange(each, len(rows) + 1, each, dtype=torch.int32, device=weight.device)
-        starts = block_starts(ends, height)
-    return quantize(rows, format, starts, codes=False, values=True)
+    if height <= 1 or each % height == 0 or len(rows) == each:
+        return quantize(rows, format, codes=False, values=True, by_columns=by_columns)
+    ends = torch.arange(each, len(rows) + 1, each, dtype=torch.int32)
+    starts = block_starts(ends, height).to(weight.device)
+    found = quantize(rows, format, starts, codes=False, values=True, by_columns=by_columns)
+    return replace(found, every=each)
 
 
-def output_product(x: BlockScaled, weight: BlockScaled, experts: int, ends: Ends) -> Float32[Tensor, "M N"]:
-    """x·weightᵀ with each row's expert."""
-    return _grouped(x.values, weight.values.view(experts, -1, weight.shape[1]).transpose(1, 2), ends)
+def output_product(
+    x: BlockScaled, weight: BlockScaled, experts: int, ends: Ends, dtype: torch.dtype = torch.float32
+) -> Float[Tensor, "M N"]:
+    """x·weightᵀ with each row's expert, in `dtype`. On a GPU by the kernels that gpu.py names."""
+    found = _on_gpu("output", x, weight, experts, ends, dtype)
+    if found is not None:
+        return found
+    return _grouped(x.values, weight.values.view(experts, -1, weight.shape[1]).transpose(1, 2), ends).to(dtype)
 
 
-def input_gradient_product(grad: BlockScaled, weight: BlockScaled, experts: int, ends: Ends) -> Float32[Tensor, "M K"]:
+def input_gradient_product(
+    grad: BlockScaled, weight: BlockScaled, experts: int, ends: Ends, dtype: torch.dtype = torch.float32
+) -> Float[Tensor, "M K"]:
     """grad·weight with each row's expert."""
-    return _grouped(grad.values, weight.values.view(experts, -1, weight.shape[1]), ends)
+    found = _on_gpu("input gradient", grad, weight, experts, ends, dtype)
+    if found is not None:
+        return found
+    return _grouped(grad.values, weight.values.view(experts, -1, weight.shape[1]), ends).to(dtype)
 
 
-def weight_gradient_product(grad: BlockScaled, x: BlockScaled, experts: int, ends: Ends) -> Float32[Tensor, "E N K"]:
+def weight_gradient_product(
+    grad: BlockScaled, x: BlockScaled, experts: int, ends: Ends, dtype: torch.dtype = torch.float32
+) -> Float[Tensor, "E N K"]:
     """gradᵀ·x over each expert's rows."""
+    found = _on_gpu("weight gradient", grad, x, experts, ends, dtype)
+    if found is not None:
+        return found
     left, right = grad.values.T, x.values
     if experts == 1 or ends is None:
-        return (left @ right).unsqueeze(0)
+        return (left @ right).unsqueeze(0).to(dtype)
     if left.stride(1) % 4 == 0 and right.stride(0) % 4 == 0:
-        return F.grouped_mm(left, right, offs=ends)
+        return F.grouped_mm(left, right, offs=ends).to(dtype)
     cuts = ends[:-1].long().cpu()
-    return torch.stack([a @ b for a, b in zip(left.tensor_split(cuts, 1), right.tensor_split(cuts), strict=True)])
+    parts = zip(left.tensor_split(cuts, 1), right.tensor_split(cuts), strict=True)
+    return torch.stack([a @ b for a, b in parts]).to(dtype)
+
+
+def _on_gpu(
+    kind: gpu.Kind, left: BlockScaled, right: BlockScaled, experts: int, ends: Ends, dtype: torch.dtype
+) -> Tensor | None:
+    """The product by a GPU kernel; None where there is none."""
+    a, b = (gpu.Factor(x.format, x.shape, x.every) for x in (left, right))
+    way = gpu.way(kind, a, b, experts, gpu.chip(left.scales.device))
+    if way == "torch":
+        out = gpu.scaled_mm(kind, left.kept, right.kept, right.format, dtype)
+        return out.unsqueeze(0) if kind == "weight gradient" else out
+    if way == "reference":
+        return None
+    from rorqual.kernels.triton import gemm
+
+    if kind == "weight gradient":
+        return gemm.weight_gradient(left, right, experts, ends, dtype)
+    return gemm.rows_product(left, right, experts, ends, dtype, kind == "input gradient")
 
 
 def _grouped(x: Tensor, weight: Tensor, ends: Ends) -> Tensor:
