@@ -8,11 +8,11 @@ import torch
 from safetensors.torch import load_file
 
 from rorqual.checkpoint.fp8_blocks import round_weight
-from rorqual.kernels.block_scaled import decode
-from rorqual.kernels.number_formats import FP8_BLOCK
 from rorqual.checkpoint.huggingface import load_model, save_model
 from rorqual.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from rorqual.errors import UserError
+from rorqual.kernels.block_scaled import decode
+from rorqual.kernels.number_formats import FP8_BLOCK
 from rorqual.kernels.quantized_linear import QuantizedWeight, dequantize
 from rorqual.model import ModelConfig, Transformer
 from rorqual.precision import calibration_text

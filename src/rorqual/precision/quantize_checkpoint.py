@@ -109,7 +109,9 @@ class _Quantizer:
     def __init__(
         self, model: Transformer, format: Format, method: Method, windows: Windows, report: QuantizationReport
     ) -> None:
-        self.model, self.format, self.method, self.windows, self.report = model, format, method, windows, report
+        self.model, self.windows, self.report = model, windows, report
+        self.format: Format = format
+        self.method: Method = method
         self.calibration = None if windows.calibration is None else HiddenStates(model, windows.calibration)
 
     def run(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
@@ -190,6 +192,8 @@ class _Quantizer:
         bits: Bits = self.format
         if self.method != "rtn" and rows < MIN_ROWS:
             self.report.rounded_to_nearest.append(f"model.layers.{index}.{name}")
-        rounding = partial(gptq, gram=gram) if self.method == "gptq" and rows >= MIN_ROWS else round_nearest
+        rounding = round_nearest
+        if self.method == "gptq" and gram is not None and rows >= MIN_ROWS:
+            rounding = partial(gptq, gram=gram)
         q, scales = rounding(weight, bits=bits)
         return Rounded(pack_tensors(q, scales, bits), dequantized(q, scales, bits))
