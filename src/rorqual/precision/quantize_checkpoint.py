@@ -8,7 +8,6 @@ Layers are quantised one after the other: what calibrates a layer has passed thr
 import copy
 import math
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -107,7 +106,9 @@ class _Quantizer:
     def __init__(
         self, model: Transformer, format: Format, method: Method, windows: Windows, report: QuantizationReport
     ) -> None:
-        self.model, self.format, self.method, self.windows, self.report = model, format, method, windows, report
+        self.model, self.windows, self.report = model, windows, report
+        self.format: Format = format
+        self.method: Method = method
         self.calibration = None if windows.calibration is None else HiddenStates(model, windows.calibration)
 
     def run(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
@@ -188,6 +189,8 @@ class _Quantizer:
         bits: Bits = self.format
         if self.method != "rtn" and rows < MIN_ROWS:
             self.report.rounded_to_nearest.append(f"model.layers.{index}.{name}")
-        rounding = partial(gptq, gram=gram) if self.method == "gptq" and rows >= MIN_ROWS else round_nearest
-        q, scales = rounding(weight, bits=bits)
+        if self.method == "gptq" and gram is not None and rows >= MIN_ROWS:
+            q, scales = gptq(weight, gram, bits)
+        else:
+            q, scales = round_nearest(weight, bits)
         return Rounded(pack_tensors(q, scales, bits), dequantized(q, scales, bits))
