@@ -8,7 +8,6 @@ Layers are quantised one after the other: what calibrates a layer has passed thr
 import copy
 import math
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -192,8 +191,8 @@ class _Quantizer:
         bits: Bits = self.format
         if self.method != "rtn" and rows < MIN_ROWS:
             self.report.rounded_to_nearest.append(f"model.layers.{index}.{name}")
-        rounding = round_nearest
         if self.method == "gptq" and gram is not None and rows >= MIN_ROWS:
-            rounding = partial(gptq, gram=gram)
-        q, scales = rounding(weight, bits=bits)
+            q, scales = gptq(weight, gram, bits)
+        else:
+            q, scales = round_nearest(weight, bits)
         return Rounded(pack_tensors(q, scales, bits), dequantized(q, scales, bits))
