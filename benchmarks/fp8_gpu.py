@@ -2,7 +2,7 @@
 
 Products: 4096³, and those of V3's experts on one of eight ranks (32 of 256; inner width 2048), also by PyTorch's
 scaled_mm where the chip has it. Rounding: bytes moved a second, as a share of what a copy moves. Every kernel is first
-compared with its reference; one that fails is named and left out. A V3-style model then trains with `fp8` and in BF16.
+compared with its reference; one that fails is named. A V3-style model goes forward and back with `fp8` and in BF16.
 """
 
 import statistics

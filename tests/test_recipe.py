@@ -3,12 +3,16 @@
 import codecs
 import copy
 import datetime
+from typing import get_args
 
 import pytest
 
 from rorqual.errors import UserError
+from rorqual.precision.formats import PRECISIONS
+from rorqual.precision.recompute import Recompute
 from rorqual.recipe import DistillRecipe, PretrainRecipe, RewardSection, RLRecipe, SFTRecipe, load_recipe, parse_recipe
 from rorqual.rl.rewards import SCRIPTS
+from rorqual.sections import PrecisionName, RecomputeName
 
 TRAIN = {"steps": 3}
 BASE = {
@@ -103,6 +107,22 @@ def test_a_recipe_by_its_kind(tmp_path):
     assert load_recipe(path, "sft") == load_recipe(path, SFTRecipe)
     with pytest.raises(UserError, match="there is no recipe for 'tune'; known are pretrain, sft, rl, distill"):
         parse_recipe(raw, "tune")
+
+
+def test_precisions_and_recomputation_are_those_there_are():
+    assert set(get_args(PrecisionName)) == set(PRECISIONS)
+    assert get_args(RecomputeName) == get_args(Recompute)
+
+
+@pytest.mark.parametrize("field", [{"precision": "fp8"}, {"recompute": "v3"}])
+def test_torch_compile_takes_no_rounded_or_recomputed_layers(field):
+    raw = {
+        "name": "run", "model": {"config": {}}, "data": {"sources": [{"path": "x.txt"}]},
+        "train": {"steps": 1, "compile": True},
+    }  # fmt: skip
+    parse_recipe(raw, PretrainRecipe)
+    with pytest.raises(UserError, match=f"{next(iter(field))} = .* with train.compile: torch.compile does not take it"):
+        parse_recipe(raw | field, PretrainRecipe)
 
 
 def test_every_language_has_a_script():

@@ -76,6 +76,10 @@ def test_pretrain_then_generate_then_report(rorqual, recipe, tmp_path):
     status, out, _ = rorqual("pretrain", recipe(), "--dry-run")
     assert status == 0
     assert "parameters" in out
+    assert "precision" not in out
+    status, out, _ = rorqual("pretrain", recipe(), "--dry-run", "precision=fp8")
+    assert "precision fp8: E4M3" in out
+    assert "not router" in out
     assert not (tmp_path / "tiny").exists(), "a dry run starts nothing"
     status, out, err = rorqual("pretrain", recipe())
     assert status == 0, err

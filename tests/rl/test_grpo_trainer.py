@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ class Sums(Environment):
         return float(answer == problem.answer)
 
 
-def recipe(reward=None, optimizer=None, **grpo):
+def recipe(reward=None, optimizer=None, precision=None, recompute="none", **grpo):
     sizes = {"group_size": 4, "questions_per_step": 4, "max_tokens": 12, "micro_tokens": 128}
     return parse_recipe(
         {
@@ -31,6 +32,8 @@ def recipe(reward=None, optimizer=None, **grpo):
             "template": "plain",
             "steps": 100,
             "seed": 3,
+            "precision": precision,
+            "recompute": recompute,
             "reward": reward or {"accuracy": 0.0, "format": 0.0, "verdict": 1.0},
             "optimizer": {"lr": 0.01, "weight_decay": 0.0} | (optimizer or {}),
             "balance": {"bias_speed": 0.01, "sequence_loss": 0.01},
@@ -115,6 +118,27 @@ def test_kl_is_zero_at_the_reference_and_grows(dense, tokenizer):
     first, second = (toy.step().update.kl for _ in range(2))
     assert first == pytest.approx(0.0, abs=1e-5)
     assert second > 1e-4
+
+
+@pytest.mark.parametrize("network", ["dense", "moe"])
+def test_fp8_rounds_the_update_and_not_the_rollout(network, tokenizer, request):
+    model = request.getfixturevalue(network)
+    plain, rounded = trainer(copy.deepcopy(model), tokenizer), trainer(copy.deepcopy(model), tokenizer, precision="fp8")
+    first, second = plain.step(), rounded.step()
+    samples = dataclasses.replace(second.rollout, rollout_tokens_per_second=first.rollout.rollout_tokens_per_second)
+    assert samples == first.rollout  # sampled from the weights as they are
+    assert second.update.grad_norm != first.update.grad_norm
+    assert second.update.grad_norm == pytest.approx(first.update.grad_norm, rel=0.2)
+
+
+@pytest.mark.parametrize("recompute", ["v3", "full"])
+def test_recomputation_changes_no_bit_of_an_update(moe, tokenizer, recompute):
+    results = []
+    for how in ("none", recompute):
+        toy = trainer(copy.deepcopy(moe), tokenizer, kl=0.1, precision="fp8", recompute=how)
+        toy.step()
+        results.append(weights(toy.model))
+    assert equal(*results)
 
 
 def test_the_reference_follows_every_n_steps(dense, tokenizer):
