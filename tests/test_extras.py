@@ -21,6 +21,7 @@ BROUGHT = {
     "huggingface_hub": "transformers",
     "starlette": "fastapi",
     "mpmath": "torch",  # by way of sympy
+    "triton": "torch",  # of builds for GPUs
     "pydantic_core": "pydantic",
 }
 

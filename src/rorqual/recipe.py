@@ -146,6 +146,12 @@ class RLRecipe(Recipe):
             raise ValueError(f"warmup_steps = {self.warmup_steps}: the run has {self.steps} steps; warm up in fewer")
         if self.keep_start and not self.eval_every:
             raise ValueError("keep_start needs evaluations, but eval_every is 0; set eval_every")
+        rounds = self.grpo.rollout_weights is not None or self.precision is not None
+        if self.grpo.importance_cap is not None and not rounds:
+            raise ValueError(
+                "grpo.importance_cap: nothing is rounded, so there is nothing to correct; set grpo.rollout_weights or "
+                "precision, or leave it out"
+            )
         parts = self.reward.model_dump(exclude={"target_language"})
         if not any(parts.values()):
             raise ValueError(f"reward: {', '.join(parts)} all have weight 0, so there is no reward; set one above 0")

@@ -265,6 +265,8 @@ class GRPOSection(Section):
     max_tokens: Size = 256  # of a completion
     micro_tokens: int = Field(default=16384, ge=64, lt=1 << 31)  # tokens per forward pass in training
     rollout_max_num_seqs: Size = 256  # sequences decoded at once
+    rollout_weights: Literal["fp8"] | None = None  # fp8: sample from linears in FP8; None: from those that are trained
+    importance_cap: Positive | None = None  # of importance weights, where rollouts or updates round; None: 2
 
     @model_validator(mode="after")
     def _enough_questions(self) -> "GRPOSection":

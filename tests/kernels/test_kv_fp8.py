@@ -121,7 +121,7 @@ def quantized(*shape):
 
 def close(found, expected):
     error = (found.double() - expected).norm() / expected.norm()
-    assert error < (1e-6 if found.dtype is torch.float32 else 5e-3)
+    assert error < (1e-6 if found.dtype is torch.float32 else 1e-2)  # references round weights to BF16
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

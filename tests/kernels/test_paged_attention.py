@@ -67,6 +67,28 @@ def test_a_row_does_not_depend_on_its_neighbours():
     assert torch.equal(together, torch.cat(alone))
 
 
+@pytest.mark.parametrize("suffix", ["", "_reference"])
+def test_what_another_sequence_left_in_a_slot_does_not_matter(suffix):
+    torch.manual_seed(0)
+    k, v, latent, rope = (torch.randn(29, 16, *shape) for shape in ((2, 20), (2, 20), (20,), (6,)))
+    q, q_latent, q_rope = torch.randn(7, 6, 20), torch.randn(7, 3, 20), torch.randn(7, 3, 6)
+    seen = torch.zeros(29, 16, dtype=torch.bool)
+    for table, length in zip(tables().tolist(), LENGTHS.tolist(), strict=True):
+        for s in range(length):
+            seen[table[s // 16], s % 16] = True
+
+    def outputs():
+        with torch.no_grad():
+            grouped = getattr(paged_attention, f"grouped_attention{suffix}")(q, k, v, tables(), LENGTHS, 0.3)
+            args = q_latent, q_rope, latent, rope
+            return grouped, getattr(paged_attention, f"latent_attention{suffix}")(*args, tables(), LENGTHS, 0.3)
+
+    before = outputs()
+    for store in (k, v, latent, rope):
+        store[~seen] = torch.nan
+    torch.testing.assert_close(outputs(), before, rtol=0, atol=0)
+
+
 def test_wrong_shapes_are_refused():
     k = torch.randn(29, 16, 2, 20)
     with shape_checks.off(), torch.no_grad(), pytest.raises(ValueError, match="tables"):

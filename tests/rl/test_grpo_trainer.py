@@ -72,7 +72,12 @@ FULL = {"kl": 0.05, "mini_batches": 2, "refresh_reference": 2, "drop_zero_std_gr
 
 @pytest.mark.parametrize(
     ("network", "fields"),
-    [("dense", {}), ("moe", FULL), ("moe", {"optimizer": {"name": "muon"}}), ("dense", FULL)],
+    [
+        ("dense", {}),
+        ("moe", FULL | {"rollout_weights": "fp8"}),
+        ("moe", {"optimizer": {"name": "muon"}}),
+        ("dense", FULL),
+    ],
 )
 def test_resuming_changes_no_bit(network, fields, tokenizer, tmp_path, request):
     start = request.getfixturevalue(network)
@@ -129,6 +134,37 @@ def test_fp8_rounds_the_update_and_not_the_rollout(network, tokenizer, request):
     assert samples == first.rollout  # sampled from the weights as they are
     assert second.update.grad_norm != first.update.grad_norm
     assert second.update.grad_norm == pytest.approx(first.update.grad_norm, rel=0.2)
+
+
+@pytest.mark.parametrize("network", ["dense", "moe"])
+@pytest.mark.parametrize("mini_batches", [1, 2])
+def test_fp8_rollouts_are_measured_and_corrected(network, mini_batches, tokenizer, request):
+    toy = trainer(request.getfixturevalue(network), tokenizer, rollout_weights="fp8", mini_batches=mini_batches)
+    for _ in range(2):
+        update = toy.step().update
+        assert 0 < update.mismatch_logprob < 0.2
+        assert 0 < update.mismatch_kl < 0.02
+        assert update.importance_truncated == 0
+        assert (update.routers_differ is None) == (network == "dense")
+    fresh = copy.deepcopy(toy.twin.model)
+    toy.twin.refresh()
+    tokens = torch.arange(9).view(1, 9)
+    assert not torch.equal(fresh(tokens), toy.twin.model(tokens))  # rounded again before the next rollout
+
+
+def test_importance_weights_are_capped(dense, tokenizer):
+    toy = trainer(copy.deepcopy(dense), tokenizer, rollout_weights="fp8", importance_cap=1e-3)
+    metrics = toy.step()
+    assert metrics.update.importance_truncated == 1.0
+    free = trainer(copy.deepcopy(dense), tokenizer, rollout_weights="fp8").step()
+    assert metrics.update.grad_norm == pytest.approx(1e-3 * free.update.grad_norm, rel=0.05)
+
+
+def test_nothing_is_corrected_where_nothing_is_rounded(moe, tokenizer):
+    update = trainer(moe, tokenizer).step().update
+    assert update.mismatch_logprob is update.mismatch_kl is update.importance_truncated is update.routers_differ is None
+    with pytest.raises(UserError, match=r"grpo.importance_cap: nothing is rounded"):
+        recipe(importance_cap=2.0)
 
 
 @pytest.mark.parametrize("recompute", ["v3", "full"])

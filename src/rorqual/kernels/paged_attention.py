@@ -43,7 +43,7 @@ def grouped_attention_reference(
     """The heads of a group are stacked as query positions, so its keys are read once."""
     n, H, W = q.shape
     mask = _mask(k, tables, lengths)
-    k, v = _gather(k, tables, q), _gather(v, tables, q)
+    k, v = _gather(k, tables, mask, q), _gather(v, tables, mask, q)
     heads = q.view(n, k.shape[2], -1, W)
     out = F.scaled_dot_product_attention(
         heads, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask[:, None, None], scale=scale
@@ -83,19 +83,22 @@ def latent_attention_reference(
     scale: float,
 ) -> Float[Tensor, "n H C"]:
     mask = _mask(latent, tables, lengths)
-    latent, k_rope = _gather(latent, tables, q_latent), _gather(k_rope, tables, q_rope)
+    latent, k_rope = _gather(latent, tables, mask, q_latent), _gather(k_rope, tables, mask, q_rope)
     scores = torch.bmm(q_latent, latent.transpose(1, 2))
     scores = torch.baddbmm(scores, q_rope, k_rope.transpose(1, 2))
     scores = scores.float().mul_(scale).masked_fill_(~mask.unsqueeze(1), float("-inf"))
     return torch.bmm(scores.softmax(-1).to(latent.dtype), latent)
 
 
-def _gather(store: Tensor, tables: Tensor, like: Tensor) -> Tensor:
-    """[blocks, P, …] → [n, S, …] of the queries' dtype, S the slots of a whole table."""
+def _gather(store: Tensor, tables: Tensor, mask: Tensor, like: Tensor) -> Tensor:
+    """[blocks, P, …] → [n, S, …] of the queries' dtype, S the slots of a whole table.
+
+    Slots that a row does not attend to are 0: a NaN that another sequence left there would pass through a weight of 0.
+    """
     found = store[tables.long()].flatten(1, 2)
     if found.dtype is torch.uint8:
         found = kv_fp8.dequantize(found, like.shape[-1])
-    return found.to(like.dtype)
+    return found.to(like.dtype).masked_fill(~mask.view(*mask.shape, *[1] * (found.ndim - 2)), 0.0)
 
 
 def _mask(store: Tensor, tables: Tensor, lengths: Tensor) -> Tensor:

@@ -68,12 +68,13 @@ def grpo_loss(
     weights: Float[Tensor, " S"],
     sequence: Int[Tensor, " N"],
     section: GRPOSection,
+    importance: Float[Tensor, " N"] | None = None,
 ) -> Loss:
     """The loss of N tokens, which may be a micro-batch of an update: the micro-batches' losses sum to L.
 
     logprobs, old_logprobs, ref_logprobs: of the sampled tokens under π, π_old, π_ref. old_logprobs None: on-policy,
     π_old = π; ref_logprobs None: no KL term. weights: from `token_weights` of the whole update; sequence: index of the
-    output that the token belongs to.
+    output that the token belongs to. importance: weights of the tokens' policy gradients (mismatch.py).
     """
     old = logprobs.detach() if old_logprobs is None else old_logprobs
     advantage, weight = advantages[sequence], weights[sequence]
@@ -81,6 +82,8 @@ def grpo_loss(
     bounded = ratio.clamp(1 - section.clip_low, 1 + section.clip_high)
     gain = torch.minimum(ratio * advantage, bounded * advantage)
     clipped = (bounded * advantage < ratio * advantage).sum()
+    if importance is not None:
+        gain = gain * importance
     loss, kl = -gain, torch.zeros_like(logprobs)
     if ref_logprobs is not None:
         kl = kl_estimate(logprobs, ref_logprobs)

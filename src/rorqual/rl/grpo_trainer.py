@@ -1,6 +1,7 @@
 """One GRPO step (R1 §2.1): rollout, rewards, update. `rorqual.rl.rl_run` and the speedrun drive it."""
 
 import copy
+import itertools
 import time
 from collections.abc import Sequence
 from random import Random
@@ -17,10 +18,12 @@ from rorqual.model import Transformer
 from rorqual.model.moe import Routing
 from rorqual.plan.cost import flops_per_token
 from rorqual.precision.convert import convert
+from rorqual.precision.fp8_twin import FP8Twin
 from rorqual.precision.recompute import Activations
 from rorqual.recipe import RLRecipe
 from rorqual.rl.envs.environment import Environment, Problem
 from rorqual.rl.grpo import group_advantages, grpo_loss, on_policy_grad, token_weights, zero_std_groups
+from rorqual.rl.mismatch import CAP, Mismatch, choices_of, routers_differ
 from rorqual.rl.rewards import Rewards, Verdict, score
 from rorqual.rl.rollout import Rollout, derived_seed, sample_groups
 from rorqual.rl.rollout_metrics import RLMetrics, UpdateSums, describe_rollout, describe_update, readable_sample
@@ -37,7 +40,10 @@ OLD_COUNTERS = {"trained_tokens": "learnt"}  # keys of checkpoints written befor
 
 
 class GRPOTrainer:
-    """Policy, optimizer, reference model and problem streams. The engine samples from the policy's own weights."""
+    """Policy, optimizer, reference model and problem streams.
+
+    The engine samples from the policy's own weights, and rollouts from their FP8 twin with `grpo.rollout_weights`.
+    """
 
     def __init__(
         self,
@@ -61,7 +67,10 @@ class GRPOTrainer:
         self.activations = Activations(model, recipe.recompute)
         dtype = compute_dtype(recipe.model.dtype, model.head_weight.device)
         self.optimizer = Optimizer(model, recipe.optimizer, dtype)
-        self.engine = Engine(model, tokenizer, max_num_seqs=self.section.rollout_max_num_seqs)
+        self.engine = self.sampler = Engine(model, tokenizer, max_num_seqs=self.section.rollout_max_num_seqs)
+        self.twin = FP8Twin(model) if self.section.rollout_weights == "fp8" else None
+        if self.twin is not None:
+            self.sampler = Engine(self.twin.model, tokenizer, max_num_seqs=self.section.rollout_max_num_seqs)
         self.environments = {e.family: e for e in environments}
         self.streams = {e.family: e.stream("train", derived_seed(recipe.seed, e.family)) for e in environments}
         self.reference = self._frozen_copy() if self.section.kl else None
@@ -85,7 +94,9 @@ class GRPOTrainer:
             seed=derived_seed(self.recipe.seed, "rollout", self.steps),
         )
         self.model.eval()
-        rollout = sample_groups(self.engine, problems, self.recipe.template, params)
+        if self.twin is not None:
+            self.twin.refresh()
+        rollout = sample_groups(self.sampler, problems, self.recipe.template, params)
         rewards = score(rollout.samples, self.environments, self.recipe.reward, section.max_tokens, self.verdict)
         start = time.monotonic()
         sums = self._update(rollout, rewards, progress)
@@ -168,15 +179,18 @@ class GRPOTrainer:
         zero_std = zero_std_groups(grouped)
         counted = (~zero_std if section.drop_zero_std_groups else torch.ones_like(zero_std)).nonzero().flatten()
         lengths = torch.tensor([len(c) for c in rollout.completions])
-        sums = UpdateSums()
+        sums = UpdateSums(mismatch=Mismatch(section.importance_cap or CAP) if self._corrects else None)
         self.model.train()
+        old: list[list[float]] | None = None
+        if section.mini_batches > 1:
+            old = self._logprobs_before(rollout) if self._corrects else rollout.logprobs
         for groups in counted.chunk(section.mini_batches):
             members = (groups[:, None] * G + torch.arange(G)).flatten()
             weights = torch.zeros(len(lengths))
             weights[members] = token_weights(lengths[members], section.average)
             computed = members if section.kl else members[~zero_std.repeat_interleave(G)[members]]
             if len(computed):
-                self._optimize(rollout, [int(i) for i in computed], advantages, weights, progress, sums)
+                self._optimize(rollout, [int(i) for i in computed], advantages, weights, old, progress, sums)
         return sums
 
     def _optimize(
@@ -185,44 +199,44 @@ class GRPOTrainer:
         members: list[int],
         advantages: Tensor,
         weights: Tensor,
+        old_logprobs: list[list[float]] | None,
         progress: float,
         sums: UpdateSums,
     ) -> None:
-        """One optimizer step on the completions `members`; advantages and weights [Q·G] are of all completions.
+        """One optimizer step on the completions `members`; advantages, weights [Q·G] and log-probabilities under π_old
+        (None: π_old = π) are of all completions.
 
         Raises UserError when three updates in a row are not finite.
         """
-        G, config = self.section.group_size, self.model.config
-        batches = pack_rollout(
-            rollout.prompts,
-            [rollout.completions[i] for i in members],
-            [i // G for i in members],
-            self.section.micro_tokens,
-            # 4x: attention computes the whole block, where the planner counts the causal half, and reaches half the
-            # FLOP/s of linear layers (SmolLM2 in bfloat16 on a CPU, blocks of 300 tokens: 0.65 of 4.5 seconds).
-            lambda length: flops_per_token(config, 4 * length),
-        )
+        batches = self._packed(rollout, members)
         device = self.model.head_weight.device
         advantages, weights = advantages[members].to(device), weights[members].to(device)
-        old = None
-        if self.section.mini_batches > 1:
-            old = torch.tensor([p for i in members for p in rollout.logprobs[i]], device=device)
+        old = None if old_logprobs is None else _flat(old_logprobs, members, device)
+        sampled = _flat(rollout.logprobs, members, device)
         total_tokens = sum(packed.tokens.numel() for packed in batches)
         loads: list[Tensor] = []
         for packed in batches:
             packed = packed.to(device)
             routing: list[Routing] | None = [] if self._balances else None
             grad = None
-            if old is None and self.reference is None:
+            if old is None and self.reference is None and sums.mismatch is None:
                 grad = on_policy_grad(advantages, weights, packed.sequence)
-            with self.activations.kept():
+            with self.activations.kept(), choices_of(self.model) as choices:
                 logprobs, entropy = self._logprobs(self.model, packed, routing, grad)
             reference = None
             if self.reference is not None:
                 with torch.no_grad():
                     reference, _ = self._logprobs(self.reference, packed)
-            old_logprobs = None if old is None else old[packed.offset]
-            loss = grpo_loss(logprobs, old_logprobs, reference, advantages, weights, packed.sequence, self.section)
+            old_here, importance = None if old is None else old[packed.offset], None
+            if sums.mismatch is not None:
+                before = logprobs.detach() if old_here is None else old_here
+                importance = sums.mismatch.weights(before, sampled[packed.offset])
+                if sums.mismatch.routers_differ is None and choices:
+                    sums.mismatch.routers_differ = routers_differ(self.sampler.model.eval(), packed, choices)
+                    self.model.train()
+            loss = grpo_loss(
+                logprobs, old_here, reference, advantages, weights, packed.sequence, self.section, importance
+            )
             total = loss.loss
             if routing:
                 # A micro-batch is one sequence of V3 eq. 17–20, weighted by its tokens.
@@ -249,6 +263,35 @@ class GRPOTrainer:
         speed = bias_speed(self.recipe.balance, progress)
         if speed and loads and not result.skipped:
             update_correction_bias(self.model, loads, speed)
+
+    def _packed(self, rollout: Rollout, members: Sequence[int]) -> list[PackedRollout]:
+        G, config = self.section.group_size, self.model.config
+        return pack_rollout(
+            rollout.prompts,
+            [rollout.completions[i] for i in members],
+            [i // G for i in members],
+            self.section.micro_tokens,
+            # 4x: attention computes the whole block, where the planner counts the causal half, and reaches half the
+            # FLOP/s of linear layers (SmolLM2 in bfloat16 on a CPU, blocks of 300 tokens: 0.65 of 4.5 seconds).
+            lambda length: flops_per_token(config, 4 * length),
+        )
+
+    @torch.no_grad()
+    def _logprobs_before(self, rollout: Rollout) -> list[list[float]]:
+        """Of all completions, under the policy that is trained, before it is."""
+        device = self.model.head_weight.device
+        found = torch.empty(rollout.tokens, device=device)
+        for packed in self._packed(rollout, range(len(rollout.completions))):
+            packed = packed.to(device)
+            found[packed.offset] = self._logprobs(self.model, packed)[0].float()
+        values: list[float] = found.tolist()
+        ends = list(itertools.accumulate(map(len, rollout.completions)))
+        return [values[end - len(own) : end] for end, own in zip(ends, rollout.completions, strict=True)]
+
+    @property
+    def _corrects(self) -> bool:
+        """Whether rollouts or updates round, so that the sampling policy is not the trained one."""
+        return self.twin is not None or self.recipe.precision is not None
 
     @property
     def _balances(self) -> bool:
@@ -280,3 +323,7 @@ class GRPOTrainer:
         self.trained_tokens += sums.computed
         self.flops["rollout"] += rollout_tokens * flops_per_token(config, length, training=False)
         self.flops["train"] += sums.computed * passes * flops_per_token(config, length, training=False)
+
+
+def _flat(logprobs: list[list[float]], members: list[int], device: torch.device) -> Tensor:
+    return torch.tensor([p for i in members for p in logprobs[i]], device=device)

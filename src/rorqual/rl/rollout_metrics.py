@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from rorqual.rl.grpo import zero_std_groups
+from rorqual.rl.mismatch import Mismatch
 from rorqual.rl.rewards import Rewards, self_verified
 from rorqual.rl.rollout import Rollout
 from rorqual.train.balance import max_violations
@@ -23,6 +24,7 @@ class UpdateSums:
     clipped: float = 0.0
     grad_norms: list[float] = field(default_factory=list)
     loads: list[Tensor] = field(default_factory=list)
+    mismatch: Mismatch | None = None  # None: rollouts are from the numbers that are trained
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,12 @@ class UpdateMetrics:
     train_tokens_per_second: float | None = None
     kl: float | None = None  # None also without a reference model
     max_vio_per_layer: list[float] | None = None  # MaxVio of each MoE layer
+    # Where rollouts or updates round (mismatch.py): mean over the tokens of |log π_old − log π_s| and of the estimate
+    # of KL(π_s‖π_old), fraction of the tokens with a truncated weight, and of those whose routers chose otherwise.
+    mismatch_logprob: float | None = None
+    mismatch_kl: float | None = None
+    importance_truncated: float | None = None
+    routers_differ: float | None = None
 
     def to_dict(self) -> dict[str, Metric]:
         """The metrics of a line of metrics.jsonl."""
@@ -103,6 +111,7 @@ def describe_rollout(rollout: Rollout, rewards: Rewards) -> RolloutMetrics:
 def describe_update(sums: UpdateSums, seconds: float) -> UpdateMetrics:
     if not sums.tokens:
         return UpdateMetrics()
+    mismatch, tokens = sums.mismatch, sums.tokens
     return UpdateMetrics(
         grad_norm=sum(sums.grad_norms) / len(sums.grad_norms),
         entropy=sums.entropy / sums.tokens,
@@ -110,6 +119,10 @@ def describe_update(sums: UpdateSums, seconds: float) -> UpdateMetrics:
         train_tokens_per_second=sums.computed / max(seconds, 1e-9),
         kl=None if sums.kl is None else sums.kl / sums.tokens,
         max_vio_per_layer=max_violations(sums.loads) if sums.loads else None,
+        mismatch_logprob=mismatch and mismatch.difference / tokens,
+        mismatch_kl=mismatch and mismatch.kl / tokens,
+        importance_truncated=mismatch and mismatch.truncated / tokens,
+        routers_differ=mismatch and mismatch.routers_differ,
     )
 
 
