@@ -1,7 +1,6 @@
 """One GRPO step (R1 §2.1): rollout, rewards, update. `rorqual.rl.rl_run` and the speedrun drive it."""
 
 import copy
-import itertools
 import time
 from collections.abc import Sequence
 from random import Random
@@ -284,9 +283,8 @@ class GRPOTrainer:
         for packed in self._packed(rollout, range(len(rollout.completions))):
             packed = packed.to(device)
             found[packed.offset] = self._logprobs(self.model, packed)[0].float()
-        values: list[float] = found.tolist()
-        ends = list(itertools.accumulate(map(len, rollout.completions)))
-        return [values[end - len(own) : end] for end, own in zip(ends, rollout.completions, strict=True)]
+        parts = found.cpu().split_with_sizes([len(own) for own in rollout.completions])
+        return [[float(p) for p in part] for part in parts]
 
     @property
     def _corrects(self) -> bool:
