@@ -3,10 +3,13 @@
 17 M parameters (latent attention, 28 experts, one multi-token module) learn English that comes with Python (see
 balance.py) and reasoning documents (the speedrun's, for countdown, sums and graph colouring). Runs of one seed have the
 same weights at the start and the same batches, so losses are compared run by run. The baseline is BF16, or FP32 where
-BF16 is emulated.
+BF16 is emulated. Training is chaotic: a run whose first weights differ from the baseline's by one part in a million
+drifts away from it as far as the noise of the data lets it. That is the control: a format has a price where its
+difference stands out of the control's.
 
 "Smoothed" is the mean of the last 200 training steps; the interval is Student's t over the seeds. Each finished run is
-kept in results/fp8_loss-CLASS/ and not run again; --quick trains 150 steps with one seed and keeps nothing.
+kept in results/fp8_loss-CLASS/ and not run again; --quick trains 150 steps with one seed and keeps nothing. --only
+trains one run, such as fp8-1, and ends; two of them can run beside each other with --threads 1.
 """
 
 import json
@@ -16,7 +19,6 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from balance import documents
 from common import arguments, fastest, program, report
 from rorqual.data.datasets import open_pretrain_data, open_tokenizer
 from rorqual.data.loader import Batch, Heldout, Loader
+from rorqual.errors import UserError
 from rorqual.kernels.cross_entropy import linear_cross_entropy
 from rorqual.model import ModelConfig, Transformer
 from rorqual.plan.cost import parameters
@@ -45,8 +48,10 @@ from rorqual.speedrun.level import LEVELS
 from rorqual.train import set_seed
 from rorqual.train.trainer import Trainer
 
-LENGTH, ROWS, VOCABULARY = 256, 2, 4096
+LENGTH, ROWS, VOCABULARY = 256, 4, 4096
 STEPS, SEEDS, LAST = 2000, 3, 200
+OPTIMIZER = OptimizerSection(lr=6e-4, weight_decay=0.1)
+SCHEDULE = ScheduleSection(name="wsd", warmup=0.05, decay=0.5)
 SIZES: dict[str, Any] = {
     "hidden_size": 256,
     "intermediate_size": 704,
@@ -67,7 +72,8 @@ SIZES: dict[str, Any] = {
     "initializer_range": 0.02,
 }
 FORMATS = ("fp8", "fp8-tensor", "mxfp8")
-BASE = "baseline"
+BASE, CONTROL = "baseline", "control"
+ARMS = (CONTROL, *FORMATS)  # what is compared with the baseline
 T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t of a two-sided 95 % interval, by number of values
 
 
@@ -94,16 +100,21 @@ class Task:
     def trainer(self, precision: str, seed: int) -> Trainer:
         set_seed(seed)
         model = Transformer(self.config)
-        if precision != BASE:
+        if precision in FORMATS:
             convert(model, precision)
-        return Trainer(
-            model,
-            OptimizerSection(lr=1e-3, weight_decay=0.1),
-            ScheduleSection(name="wsd", warmup=0.02, decay=0.2),
-            MTPSection(),
-            BalanceSection(),
-            dtype=fastest(),
-        )
+        if precision == CONTROL:
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.mul_(1 + 1e-6)
+        return Trainer(model, OPTIMIZER, SCHEDULE, MTPSection(), BalanceSection(), dtype=fastest())
+
+
+def settings(steps: int) -> dict[str, Any]:
+    """What two runs must share to be compared."""
+    return {
+        "steps": steps, "tokens_per_step": ROWS * LENGTH, "model": SIZES,
+        "optimizer": OPTIMIZER.model_dump(mode="json"), "schedule": SCHEDULE.model_dump(mode="json"),
+    }  # fmt: skip
 
 
 def train(task: Task, precision: str, seed: int, steps: int) -> dict[str, Any]:
@@ -119,7 +130,7 @@ def train(task: Task, precision: str, seed: int, steps: int) -> dict[str, Any]:
             print(f"{precision} {seed}: step {step + 1}, loss {statistics.mean(losses[-100:]):.4f}, {left:.0f} s left",
                   file=sys.stderr, flush=True)  # fmt: skip
     found: dict[str, Any] = {
-        "precision": precision, "seed": seed, "steps": steps, "seconds": time.perf_counter() - start,
+        "precision": precision, "seed": seed, "settings": settings(steps), "seconds": time.perf_counter() - start,
         "bits_per_byte": trainer.bits_per_byte(valid.batches(4, 64)), "losses": [round(x, 5) for x in losses],
     }  # fmt: skip
     if precision == BASE and seed == 0:
@@ -172,7 +183,7 @@ def draw(runs: dict[tuple[str, int], dict[str, Any]], dest: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), dpi=160, layout="constrained")
-    colours = dict(zip((BASE, *FORMATS), ("#333333", "#2767c9", "#d95f1e", "#14866a"), strict=True))
+    colours = dict(zip((BASE, *ARMS), ("#333333", "#9aa3ad", "#2767c9", "#d95f1e", "#14866a"), strict=True))
 
     def smooth(values: torch.Tensor) -> tuple[range, torch.Tensor]:
         window = max(1, len(values) // 20)
@@ -200,25 +211,25 @@ def draw(runs: dict[tuple[str, int], dict[str, Any]], dest: Path) -> None:
     figure.savefig(dest)
 
 
-def runs_of(task: Task, steps: int, seeds: int, kept: Path | None) -> Iterator[dict[str, Any]]:
-    """All runs, those that are kept from their files. One seed is finished before the next begins."""
-    for seed in range(seeds):
-        for precision in (BASE, *FORMATS):
-            path = kept / f"{precision}-{seed}.json" if kept else None
-            if path and path.exists():
-                yield json.loads(path.read_text())
-                continue
-            run = train(task, precision, seed, steps)
-            if path:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                part = path.with_suffix(".part")
-                part.write_text(json.dumps(run) + "\n")
-                os.replace(part, path)
-            yield run
+def run_of(task: Task, precision: str, seed: int, steps: int, kept: Path | None) -> dict[str, Any]:
+    """A run, from its file where it is kept. Raises UserError for one that was trained with other settings."""
+    path = kept / f"{precision}-{seed}.json" if kept else None
+    if path and path.exists():
+        run = json.loads(path.read_text())
+        if run.get("settings") != settings(steps):
+            raise UserError(f"{path}: trained with other settings; move it away")
+        return run
+    run = train(task, precision, seed, steps)
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(run) + "\n")
+        os.replace(part, path)
+    return run
 
 
 def main() -> None:
-    args = arguments(__doc__, threads="0 (all)")
+    args = arguments(__doc__, threads="0 (all)", only="all runs")
     if args.threads.isdecimal():
         torch.set_num_threads(int(args.threads))
     steps, seeds = (150, 1) if args.quick else (STEPS, SEEDS)
@@ -226,7 +237,13 @@ def main() -> None:
     kept = args.out.with_suffix("") if args.out else None
     with tempfile.TemporaryDirectory() as folder:
         task = Task(Path(folder))
-        runs = {(run["precision"], run["seed"]): run for run in runs_of(task, steps, seeds, kept)}
+        all_runs = {f"{name}-{seed}": (name, seed) for seed in range(seeds) for name in (BASE, *ARMS)}
+        if args.only != "all runs":
+            if args.only not in all_runs:
+                raise UserError(f"--only {args.only}: there is no such run; say one of {', '.join(all_runs)}")
+            run_of(task, *all_runs[args.only], steps, kept)
+            return
+        runs = {(name, seed): run_of(task, name, seed, steps, kept) for name, seed in all_runs.values()}
     if args.out:
         draw(runs, args.out.with_suffix(".png"))
     base = [smoothed(runs[BASE, seed], last) for seed in range(seeds)]
@@ -238,7 +255,7 @@ def main() -> None:
         "gradient_cosines": runs[BASE, 0]["gradient_cosines"],
     }  # fmt: skip
     rows: list[list[Any]] = []
-    for name in (BASE, *FORMATS):
+    for name in (BASE, *ARMS):
         found = [runs[name, seed] for seed in range(seeds)]
         nats = interval([smoothed(run, last) - b for run, b in zip(found, base, strict=True)])
         relative = interval([n / b for n, b in zip(nats["seeds"], base, strict=True)])

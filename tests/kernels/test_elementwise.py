@@ -6,7 +6,7 @@ import torch
 from rorqual.kernels import cpu
 from rorqual.kernels.accumulate import accumulate
 from rorqual.kernels.norm import rms_norm, rms_norm_reference
-from rorqual.kernels.swiglu import swiglu, swiglu_joined, swiglu_reference
+from rorqual.kernels.swiglu import swiglu, swiglu_joined, swiglu_joined_reference, swiglu_reference
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
@@ -46,8 +46,23 @@ def test_swiglu(dtype):
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_joined_swiglu(dtype):
     torch.manual_seed(0)
-    x = (3 * torch.randn(2, 5, 12)).to(dtype)
+    x = (3 * torch.randn(10, 38)).to(dtype)
     compare(swiglu_joined, lambda x: swiglu_reference(*x.chunk(2, -1)), x, tolerance=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_joined_swiglu_with_a_weight_for_each_row(dtype):
+    torch.manual_seed(0)
+    x, weights = (3 * torch.randn(10, 38)).to(dtype), torch.rand(10)
+    weights[3] = 0.0
+
+    def exact(x, weights):
+        gate, up = x.double().chunk(2, -1)
+        return (gate * gate.sigmoid() * up * weights.double().unsqueeze(1)).to(x.dtype)
+
+    compare(swiglu_joined, exact, x, weights, tolerance=TOLERANCE[dtype])
+    compare(swiglu_joined_reference, exact, x, weights, tolerance=3 * TOLERANCE[dtype])
+    assert not swiglu_joined(x, weights)[3].any()
 
 
 @pytest.mark.usefixtures("compiled")

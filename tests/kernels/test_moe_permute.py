@@ -1,7 +1,14 @@
 import pytest
 import torch
 
-from rorqual.kernels.moe_permute import permute, permute_reference, sort_by_expert, unpermute, unpermute_reference
+from rorqual.kernels.moe_permute import (
+    permute,
+    permute_reference,
+    permute_weights,
+    sort_by_expert,
+    unpermute,
+    unpermute_reference,
+)
 
 
 def choices(tokens, k, experts):
@@ -23,7 +30,8 @@ def test_values_and_gradients_equal_the_reference(tokens, k, experts, multiple, 
         weights = (weights if dtype == torch.double else weights.float()).requires_grad_()  # the router's are FP32
         rows = there(x, arrangement, k)
         factors = torch.linspace(0.5, 1.5, len(rows), dtype=torch.double)[:, None].to(dtype)
-        out = back(rows * factors, weights, arrangement)
+        factors = factors * permute_weights(weights, arrangement)[:, None].to(dtype)
+        out = back(rows * factors, arrangement, k)
         out.square().sum().backward()
         return out, x.grad, weights.grad
 
@@ -47,8 +55,11 @@ def test_every_place_lies_among_its_experts_rows_in_order(multiple):
     assert torch.equal(arrangement.slot[arrangement.row], torch.arange(chosen.numel()))
 
 
-def test_rows_that_fill_up_get_no_gradient():
+def test_weights_by_row():
     arrangement = sort_by_expert(choices(7, 2, 3), 3, 8)
-    y = torch.randn(len(arrangement.slot), 5, requires_grad=True)
-    (unpermute(y, torch.ones(7, 2), arrangement) * torch.randn(7, 5)).sum().backward()
-    assert torch.equal(y.grad.any(1), arrangement.slot < 14)
+    weights = torch.rand(7, 2, requires_grad=True)
+    rows = permute_weights(weights, arrangement)
+    assert torch.equal(rows[arrangement.row], weights.flatten())
+    assert torch.equal(rows == 0, arrangement.slot == 14)  # rows that fill up count for nothing
+    (rows * torch.arange(len(rows))).sum().backward()
+    assert torch.equal(weights.grad.flatten(), arrangement.row.float())

@@ -100,8 +100,9 @@ def test_feed_forward_of_experts(ends, width):
     x = numbers(ends[-1], D)
     gate_up, down = numbers(E, 2 * width, D, seed=1) / 50, numbers(E, D, width, seed=2)
     grad = numbers(ends[-1], D, seed=3)
-    x, gate_up, down = (t.requires_grad_() for t in (x, gate_up, down))
-    y = scaled_feed_forward(x, gate_up, None, down, torch.tensor(ends, dtype=torch.int32), V3)
+    by_row = 0.1 + torch.rand(ends[-1])
+    x, gate_up, down, by_row = (t.requires_grad_() for t in (x, gate_up, down, by_row))
+    y = scaled_feed_forward(x, gate_up, None, down, torch.tensor(ends, dtype=torch.int32), V3, by_row)
     y.backward(grad)
     for e, (first, last) in enumerate(zip([0, *ends], ends, strict=False)):
         rows = slice(first, last)
@@ -112,13 +113,16 @@ def test_feed_forward_of_experts(ends, width):
         (gate, up), own = gate_up.detach()[e].chunk(2), down.detach()[e]
         xr = cast(x.detach()[rows], 1, 128)
         h = [(xr @ cast(w, 128, 128).T).float() for w in (gate, up)]
-        right = cast(swiglu_reference(*h), 1, 128) @ cast(own, 128, 128).T
+        factor = by_row.detach()[rows, None]
+        right = cast(swiglu_reference(*h) * factor, 1, 128) @ cast(own, 128, 128).T
         assert close(y[rows], right)
         kept = [cast(half, 1, 128).float().requires_grad_() for half in h]
         s = swiglu_reference(*kept)
         g = grad[rows]
-        assert close(down.grad[e], cast(g, 128, 1).T @ cast(s.detach(), 128, 1))
-        s.backward((cast(g, 1, 128) @ cast(own, 128, 128)).float())
+        assert close(down.grad[e], cast(g, 128, 1).T @ cast(s.detach() * factor, 128, 1))
+        grad_s = (cast(g, 1, 128) @ cast(own, 128, 128)).float()
+        assert close(by_row.grad[rows], (grad_s * s.detach()).sum(1))
+        s.backward(grad_s * factor)
         grads = [half.grad for half in kept]
         joined = torch.cat(grads, 1)
         wide = cast(joined, 1, 128)
@@ -170,5 +174,6 @@ def test_the_gradient_of_swiglu_in_torch_and_compiled():
     grad = torch.randn(5, 6, dtype=torch.double)
     swiglu_reference(*x.chunk(2, -1)).backward(grad)
     for dtype in (torch.double, torch.float):
-        found = swiglu_joined_gradient(grad.to(dtype), x.detach().to(dtype))
+        found, of_weights = swiglu_joined_gradient(grad.to(dtype), x.detach().to(dtype))
+        assert of_weights is None
         torch.testing.assert_close(found.double(), x.grad, rtol=1e-5, atol=1e-6)

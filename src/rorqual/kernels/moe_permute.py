@@ -41,55 +41,45 @@ def sort_by_expert(chosen: Int[Tensor, "N K"], experts: int, multiple: int = 1) 
     return Permutation(slot, row, ends.to(torch.int32), load)
 
 
-class _DispatchContext(Context):
+class _Context(Context):
     k: int
 
 
-class _Dispatch(Function):
+class _Permute(Function):
     @staticmethod
-    def forward(ctx: _DispatchContext, x: Tensor, slot: Tensor, row: Tensor, k: int) -> Tensor:
+    def forward(ctx: _Context, x: Tensor, slot: Tensor, row: Tensor, k: int) -> Tensor:
         ctx.save_for_backward(row)
         ctx.k = k
         return x.index_select(0, _token(slot, x, k))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: _DispatchContext, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (row,) = ctx.saved_tensors
-        if cpu.usable(grad):
-            tokens, width = len(row) // ctx.k, grad.shape[1]
-            grad_x = grad.new_empty(tokens, width)
-            cpu.call("unpermute", grad.dtype, grad.contiguous(), None, row, tokens, ctx.k, width, grad_x)
-            return grad_x, None, None, None
-        return torch.unflatten(grad.index_select(0, row), 0, (-1, ctx.k)).sum(1), None, None, None
+        return _sum_of_rows(grad, row, ctx.k), None, None, None
 
 
-class _Combine(Function):
+class _Unpermute(Function):
     @staticmethod
-    def forward(ctx: Context, y: Tensor, weights: Tensor, slot: Tensor, row: Tensor) -> Tensor:
-        ctx.save_for_backward(y, weights, slot, row)
-        if cpu.usable(y) and weights.dtype == torch.float32:
-            out = y.new_empty(len(weights), y.shape[1])
-            cpu.call("unpermute", y.dtype, y.contiguous(), weights.contiguous(), row, *weights.shape, y.shape[1], out)
-            return out
-        rows = y.index_select(0, row).view(*weights.shape, -1)  # [N, K, D]
-        return torch.bmm(weights.to(y.dtype).unsqueeze(1), rows).squeeze(1)
+    def forward(ctx: _Context, y: Tensor, slot: Tensor, row: Tensor, k: int) -> Tensor:
+        ctx.save_for_backward(slot)
+        ctx.k = k
+        return _sum_of_rows(y, row, k)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        y, weights, slot, row = ctx.saved_tensors
-        if cpu.usable(grad, y) and weights.dtype == torch.float32:
-            grad_y, grad_weights = y.new_empty(y.shape), weights.new_empty(weights.shape)
-            sizes = (len(slot), *weights.shape, y.shape[1])
-            tensors = (grad.contiguous(), y.contiguous(), weights.contiguous(), slot)
-            cpu.call("unpermute_backward", y.dtype, *tensors, *sizes, grad_y, grad_weights)
-            return grad_y, grad_weights, None, None
-        grad_rows = grad.index_select(0, _token(slot, grad, weights.shape[1]))  # [M, D]
-        grad_weights = (grad_rows * y).sum(-1, dtype=torch.float32).index_select(0, row).view_as(weights)
-        filled = torch.cat([weights.flatten().to(y.dtype), y.new_zeros(1)])  # padding rows get no gradient
-        grad_rows.mul_(filled.index_select(0, slot).unsqueeze(1))
-        return grad_rows, grad_weights.to(weights.dtype), None, None
+    def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        (slot,) = ctx.saved_tensors
+        return grad.index_select(0, _token(slot, grad, ctx.k)), None, None, None
+
+
+def _sum_of_rows(y: Tensor, row: Tensor, k: int) -> Tensor:
+    """[M, D] → [N, D]."""
+    if cpu.usable(y):
+        out = y.new_empty(len(row) // k, y.shape[1])
+        cpu.call("unpermute", y.dtype, y.contiguous(), row, *out.shape[:1], k, y.shape[1], out)
+        return out
+    return torch.unflatten(y.index_select(0, row), 0, (-1, k)).sum(1)
 
 
 def _token(slot: Tensor, x: Tensor, k: int) -> Tensor:
@@ -99,12 +89,17 @@ def _token(slot: Tensor, x: Tensor, k: int) -> Tensor:
 
 def permute(x: Float[Tensor, "N D"], permutation: Permutation, k: int) -> Float[Tensor, "M D"]:
     """Each row has the token of its slot."""
-    return _Dispatch.apply(x, permutation.slot, permutation.row, k)
+    return _Permute.apply(x, permutation.slot, permutation.row, k)
 
 
-def unpermute(y: Float[Tensor, "M D"], weights: Float[Tensor, "N K"], permutation: Permutation) -> Float[Tensor, "N D"]:
-    """The weighted sum of each token's K rows."""
-    return _Combine.apply(y, weights, permutation.slot, permutation.row)
+def permute_weights(weights: Float[Tensor, "N K"], permutation: Permutation) -> Float[Tensor, " M"]:
+    """Each row has the weight of its slot; padding rows have 0."""
+    return torch.cat([weights.flatten(), weights.new_zeros(1)]).index_select(0, permutation.slot)
+
+
+def unpermute(y: Float[Tensor, "M D"], permutation: Permutation, k: int) -> Float[Tensor, "N D"]:
+    """The sum of each token's K rows. Padding rows get some token's gradient: what made them has weight 0."""
+    return _Unpermute.apply(y, permutation.slot, permutation.row, k)
 
 
 def permute_reference(x: Float[Tensor, "N D"], permutation: Permutation, k: int) -> Float[Tensor, "M D"]:
@@ -112,11 +107,7 @@ def permute_reference(x: Float[Tensor, "N D"], permutation: Permutation, k: int)
     return x[(permutation.slot // k).where(~filler, len(x) - 1)]
 
 
-def unpermute_reference(
-    y: Float[Tensor, "M D"], weights: Float[Tensor, "N K"], permutation: Permutation
-) -> Float[Tensor, "N D"]:
-    kept = (permutation.slot < weights.numel()).nonzero()[:, 0]
-    slot = permutation.slot[kept]
-    out = torch.zeros(weights.shape[0], y.shape[1], dtype=y.dtype, device=y.device)
-    scaled = y[kept] * weights.flatten()[slot].to(y.dtype).unsqueeze(1)
-    return out.index_add(0, slot // weights.shape[1], scaled)
+def unpermute_reference(y: Float[Tensor, "M D"], permutation: Permutation, k: int) -> Float[Tensor, "N D"]:
+    kept = (permutation.slot < len(permutation.row)).nonzero()[:, 0]
+    out = torch.zeros(len(permutation.row) // k, y.shape[1], dtype=y.dtype, device=y.device)
+    return out.index_add(0, permutation.slot[kept] // k, y[kept])

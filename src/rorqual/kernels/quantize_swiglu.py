@@ -6,7 +6,7 @@ from rorqual.kernels import gpu
 from rorqual.kernels.block_scaled import BlockScaled, Starts, quantize
 from rorqual.kernels.number_formats import NumberFormat
 from rorqual.kernels.swiglu import swiglu_joined
-from rorqual.shapes import Float
+from rorqual.shapes import Float, Float32
 
 
 def quantize_swiglu(
@@ -14,15 +14,16 @@ def quantize_swiglu(
     format: NumberFormat,
     starts: Starts = None,
     *,
+    weights: Float32[Tensor, " R"] | None = None,
     codes: bool = True,
     values: bool = False,
 ) -> BlockScaled:
-    """`quantize` of `swiglu_joined(x)`; x is [R, 2F], gate then up."""
+    """`quantize` of `swiglu_joined(x, weights)`; x is [R, 2F], gate then up."""
     if not gpu.quantizes(x, format):
-        return quantize_swiglu_reference(x, format, starts, codes=codes, values=values)
+        return quantize_swiglu_reference(x, format, starts, weights=weights, codes=codes, values=values)
     from rorqual.kernels.triton.quantize import quantize_swiglu_tiles
 
-    found, scales = quantize_swiglu_tiles(x, format, starts, format.tile[1] == 1)
+    found, scales = quantize_swiglu_tiles(x, format, starts, format.tile[1] == 1, weights)
     return BlockScaled(format, (x.shape[0], x.shape[1] // 2), scales, starts, found, None)
 
 
@@ -31,7 +32,8 @@ def quantize_swiglu_reference(
     format: NumberFormat,
     starts: Starts = None,
     *,
+    weights: Float32[Tensor, " R"] | None = None,
     codes: bool = True,
     values: bool = False,
 ) -> BlockScaled:
-    return quantize(swiglu_joined(x), format, starts, codes=codes, values=values)
+    return quantize(swiglu_joined(x, weights), format, starts, codes=codes, values=values)

@@ -6,6 +6,7 @@ activations too, for the weight gradient. Products accumulate in FP32 throughout
 bits of a sum, so V3 promotes it to FP32 every 128 inputs (§3.3.2).
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -19,7 +20,7 @@ from rorqual.kernels.number_formats import NumberFormat
 from rorqual.kernels.quantize_swiglu import quantize_swiglu
 from rorqual.kernels.swiglu import swiglu_joined_gradient
 from rorqual.kernels.typed_torch import Context, Function, once_differentiable
-from rorqual.shapes import Float, Int32
+from rorqual.shapes import Float, Float32, Int32
 
 Ends = Int32[Tensor, " E"] | None  # where each expert's rows end; None: there is one
 
@@ -51,8 +52,9 @@ def scaled_feed_forward(
     down: Float[Tensor, "*E K F"],
     ends: Ends,
     formats: LinearFormats,
+    weights: Float32[Tensor, " M"] | None = None,
 ) -> Float[Tensor, "M K"]:
-    """down(silu(gate(x)) · up(x)).
+    """down(silu(gate(x)) · up(x) · weights), the weights by row; None: all are 1.
 
     One network, or with each row's expert: then `gate` [E, 2F, K] has the rows of up after its own, up is None, and x
     is sorted by expert, expert e's rows ending at ends[e].
@@ -60,7 +62,7 @@ def scaled_feed_forward(
     Kept for the backward pass are the input and gate and up, in `formats.cached`; their product is computed again (V3
     §3.3.3).
     """
-    return _ScaledFeedForward.apply(x, gate, up, down, ends, formats, torch.is_grad_enabled())
+    return _ScaledFeedForward.apply(x, gate, up, down, weights, ends, formats, torch.is_grad_enabled())
 
 
 class _LinearContext(Context):
@@ -97,8 +99,8 @@ class _ScaledLinear(Function):
 class _ScaledFeedForward(Function):
     @staticmethod
     def forward(
-        ctx: _FeedForwardContext, x: Tensor, gate: Tensor, up: Tensor | None, down: Tensor, ends: Ends,
-        formats: LinearFormats, keep: bool,
+        ctx: _FeedForwardContext, x: Tensor, gate: Tensor, up: Tensor | None, down: Tensor, weights: Tensor | None,
+        ends: Ends, formats: LinearFormats, keep: bool,
     ) -> Tensor:  # fmt: skip
         E = len(down) if up is None else 1
         ctx.formats, ctx.width, ctx.apart = formats, x.shape[1], up is not None
@@ -106,21 +108,23 @@ class _ScaledFeedForward(Function):
         h = output_product(rounded, quantize_weight(_joined(gate, up), formats.weight, 2), E, ends, x.dtype)
         if cached is not None:
             inner = quantize(_halves(h), formats.cached)
-            ctx.save_for_backward(*cached.kept, *inner.kept, gate, up, down, ends)  # pyright: ignore[reportArgumentType]
-        s = quantize_swiglu(h, formats.activation, codes=False, values=True)
+            kept = (*cached.kept, *inner.kept, gate, up, down, weights, ends)
+            ctx.save_for_backward(*kept)  # pyright: ignore[reportArgumentType]
+        s = quantize_swiglu(h, formats.activation, weights=weights, codes=False, values=True)
         return output_product(s, quantize_weight(down, formats.weight), E, ends, x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: _FeedForwardContext, grad: Tensor) -> tuple[Tensor | None, ...]:
-        codes, scales, inner_codes, inner_scales, gate, up, down, ends = ctx.saved_tensors
+        codes, scales, inner_codes, inner_scales, gate, up, down, weights, ends = ctx.saved_tensors
         formats, width = ctx.formats, down.shape[-1]
         E, gate_up = (1, _joined(gate, up)) if ctx.apart else (len(down), gate)
         h = decode(inner_codes, inner_scales, formats.cached, width).view(-1, 2 * width).to(grad.dtype)
         grad_x = grad_gate = grad_up = grad_down = None
         if ctx.needs_input_grad[3]:
-            grad_down = _weight_gradient(grad, quantize_swiglu, h, formats, ends, E, down.dtype).view_as(down)
-        grad_h = swiglu_joined_gradient(_input_gradient(grad, down, formats, ends), h)
+            inner = functools.partial(quantize_swiglu, weights=weights)
+            grad_down = _weight_gradient(grad, inner, h, formats, ends, E, down.dtype).view_as(down)
+        grad_h, grad_weights = swiglu_joined_gradient(_input_gradient(grad, down, formats, ends), h, weights)
         if ctx.needs_input_grad[0]:
             grad_x = _input_gradient(grad_h, gate_up, formats, ends, 2)
         if ctx.needs_input_grad[1]:
@@ -128,7 +132,7 @@ class _ScaledFeedForward(Function):
             grad_gate = _weight_gradient(grad_h, quantize, x, formats, ends, E, gate.dtype)
             if ctx.apart:
                 grad_gate, grad_up = grad_gate[0, : len(gate)], grad_gate[0, len(gate) :]
-        return grad_x, grad_gate, grad_up, grad_down, None, None, None
+        return grad_x, grad_gate, grad_up, grad_down, grad_weights, None, None, None
 
 
 def _activations(x: Tensor, formats: LinearFormats, keep: bool) -> tuple[BlockScaled, BlockScaled | None]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rorqual.kernels.linear import fp32_linear, grouped_linear, row_multiple
-from rorqual.kernels.moe_permute import permute, sort_by_expert, unpermute
+from rorqual.kernels.moe_permute import permute, permute_weights, sort_by_expert, unpermute
 from rorqual.kernels.swiglu import swiglu_joined
 from rorqual.kernels.typed_torch import not_compiled
 from rorqual.model.config import ModelConfig
@@ -77,10 +77,15 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * F_, D))  # gate rows, then up rows
         self.down_proj = nn.Parameter(torch.empty(E, D, F_))
 
-    def forward(self, x: Float[Tensor, "M D"], ends: Int32[Tensor, " E"]) -> Float[Tensor, "M D"]:
-        """x is sorted by expert, expert e's rows ending at ends[e]."""
+    def forward(
+        self, x: Float[Tensor, "M D"], weights: Float32[Tensor, " M"], ends: Int32[Tensor, " E"]
+    ) -> Float[Tensor, "M D"]:
+        """x is sorted by expert, expert e's rows ending at ends[e].
+
+        A row's weight is applied before the last product, so that its gradient needs no output to be kept.
+        """
         h = grouped_linear(x, self.gate_up_proj, ends)
-        return grouped_linear(swiglu_joined(h), self.down_proj, ends)
+        return grouped_linear(swiglu_joined(h, weights), self.down_proj, ends)
 
 
 Dispatched = tuple[Float[Tensor, "N D"], Int[Tensor, " E"]]  # output, and load of each expert
@@ -104,8 +109,8 @@ class LocalDispatcher:
         """→ output and load."""
         K, E = chosen.shape[1], len(experts.down_proj)
         permutation = sort_by_expert(chosen, E, row_multiple(x, experts.gate_up_proj, chosen.numel() // E))
-        y = experts(permute(x, permutation, K), permutation.ends)
-        return unpermute(y, weights, permutation), permutation.load
+        y = experts(permute(x, permutation, K), permute_weights(weights, permutation), permutation.ends)
+        return unpermute(y, permutation, K), permutation.load
 
 
 class MixtureOfExperts(nn.Module):

@@ -87,7 +87,7 @@ def _feed_forward(config: ModelConfig, moe: bool, kept: Kept) -> float:
     sizes, D = config.moe, config.hidden_size
     K, F = sizes.num_experts_per_tok, sizes.moe_intermediate_size
     rows = D * kept.size if not kept.fp8 else 0  # sorted by expert
-    routed = K * (rows + _swiglu(D, F, kept) + D * kept.size)  # and the experts' output, for the weights' gradient
+    routed = K * (rows + _swiglu(D, F, kept))
     shared = _swiglu(D, F * sizes.n_shared_experts, kept) if sizes.n_shared_experts else 0
     return routed + shared + FP32 * sizes.n_routed_experts + 34 * K  # scores; choices, places and weights
 

@@ -10,7 +10,7 @@ from rorqual.kernels.scaled_linear import LinearFormats, scaled_feed_forward, sc
 from rorqual.model.attention import UpProjection
 from rorqual.model.layers import Linear, SwiGLU
 from rorqual.model.moe import Experts
-from rorqual.shapes import Float, Int32
+from rorqual.shapes import Float, Float32, Int32
 
 
 class FP8Linear(Linear):
@@ -43,7 +43,9 @@ class FP8SwiGLU(SwiGLU):
 class FP8Experts(Experts):
     formats: LinearFormats
 
-    def forward(self, x: Float[Tensor, "M D"], ends: Int32[Tensor, " E"]) -> Float[Tensor, "M D"]:
+    def forward(
+        self, x: Float[Tensor, "M D"], weights: Float32[Tensor, " M"], ends: Int32[Tensor, " E"]
+    ) -> Float[Tensor, "M D"]:
         if not self.training:
-            return super().forward(x, ends)
-        return scaled_feed_forward(x, self.gate_up_proj, None, self.down_proj, ends, self.formats)
+            return super().forward(x, weights, ends)
+        return scaled_feed_forward(x, self.gate_up_proj, None, self.down_proj, ends, self.formats, weights)

@@ -5,7 +5,7 @@ import torch
 
 from rorqual.kernels.block_scaled import block_starts, quantize
 from rorqual.kernels.number_formats import FP8_BLOCK, FP8_TILE, MXFP8, with_powers_of_two
-from rorqual.kernels.swiglu import swiglu_reference
+from rorqual.kernels.swiglu import swiglu_joined_reference
 
 FORMATS = [
     *(FP8_TILE, FP8_TILE.transposed, FP8_BLOCK, MXFP8, MXFP8.transposed),
@@ -87,11 +87,14 @@ def test_blocks_of_experts(kernels, device, format):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("format", [FP8_TILE, FP8_TILE.transposed, MXFP8], ids=lambda f: f"{f.name} {f.tile}")
 @pytest.mark.parametrize("width", [1, 33, 256])
-def test_swiglu_and_rounding_in_one(kernels, device, format, width, dtype):
+@pytest.mark.parametrize("weighted", [False, True])
+def test_swiglu_and_rounding_in_one(kernels, device, format, width, dtype, weighted):
     """Exponentials differ in the last bits between processors, and so may a code at a tie, by one."""
     x = (magnitudes((37, 2 * width)) / 64).to(dtype)
-    right = quantize(swiglu_reference(*x.float().chunk(2, dim=1)), format)
-    codes, scales = kernels.quantize_swiglu_tiles(x.to(device), format, None, False)
+    weights = torch.rand(37) if weighted else None
+    right = quantize(swiglu_joined_reference(x.float(), weights), format)
+    weights = weights.to(device) if weighted else None
+    codes, scales = kernels.quantize_swiglu_tiles(x.to(device), format, None, False, weights)
     if format is not MXFP8:
         torch.testing.assert_close(scales.cpu(), right.scales, rtol=1e-6, atol=0)
     else:

@@ -11,7 +11,7 @@ from torch import Tensor
 from rorqual.kernels.dtype_names import KERNEL_SUFFIXES
 from rorqual.processor import VARIABLE, allows, highest
 
-INTERFACE = 24  # as in csrc/dtypes.h: a build of other sources is not used
+INTERFACE = 25  # as in csrc/dtypes.h: a build of other sources is not used
 LEVELS = ("avx512", "avx2", "portable")  # the builds, best first; also names in processor.py
 LACKING = "the processor lacks it"
 
@@ -29,10 +29,9 @@ SIGNATURES = {
     "softmax_grad": (T, INT, INT, I64, F32, FLOAT, F32, F32),
     "rms_norm": (T, INT, F32, INT, INT, FLOAT, T, F32),
     "rms_norm_backward": (T, INT, T, INT, F32, F32, INT, INT, T, F32, INT),
-    "swiglu": (T, INT, T, INT, INT, INT, T),
-    "swiglu_backward": (T, INT, T, INT, T, INT, INT, INT, T, INT, T, INT),
-    "unpermute": (T, F32, I64, INT, INT, INT, T),
-    "unpermute_backward": (T, T, F32, I64, INT, INT, INT, INT, T, F32),
+    "swiglu": (T, INT, T, INT, F32, INT, INT, T),
+    "swiglu_backward": (T, INT, T, INT, T, INT, F32, INT, INT, T, INT, T, INT, F32),
+    "unpermute": (T, I64, INT, INT, INT, T),
     "masked_softmax": (T, INT, INT, BOOL, INT, INT, INT, INT, FLOAT),
     "masked_softmax_backward": (T, T, INT, INT, FLOAT),
     "apply_rotary": (T, INT, INT, INT, INT, T, T, INT, INT, INT, INT, FLOAT, T, INT, INT),

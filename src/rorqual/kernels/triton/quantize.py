@@ -30,18 +30,31 @@ def quantize_tiles(
     x: Float[Tensor, "R C"], format: NumberFormat, starts: Int32[Tensor, " blocks"] | None, by_columns: bool
 ) -> tuple[UInt8[Tensor, "R C"], Float32[Tensor, "b t"]]:
     """Codes and scales; by_columns: codes of a column lie side by side in memory."""
-    return _launch(x, x.shape[1], format, starts, by_columns, swiglu=False)
+    return _launch(x, x.shape[1], format, starts, by_columns, swiglu=False, weights=None)
 
 
 def quantize_swiglu_tiles(
-    x: Float[Tensor, "R gate_up"], format: NumberFormat, starts: Int32[Tensor, " blocks"] | None, by_columns: bool
+    x: Float[Tensor, "R gate_up"],
+    format: NumberFormat,
+    starts: Int32[Tensor, " blocks"] | None,
+    by_columns: bool,
+    weights: Float32[Tensor, " R"] | None = None,
 ) -> tuple[UInt8[Tensor, "R C"], Float32[Tensor, "b t"]]:
-    """Codes and scales of silu(gate) · up, which is computed in FP32 and never written; x has gate, then up."""
-    return _launch(x, x.shape[1] // 2, format, starts, by_columns, swiglu=True)
+    """Codes and scales of silu(gate) · up, each row times its weight, if there is one; x has gate, then up.
+
+    The product is computed in FP32 and never written.
+    """
+    return _launch(x, x.shape[1] // 2, format, starts, by_columns, swiglu=True, weights=weights)
 
 
 def _launch(
-    x: Tensor, C: int, format: NumberFormat, starts: Tensor | None, by_columns: bool, swiglu: bool
+    x: Tensor,
+    C: int,
+    format: NumberFormat,
+    starts: Tensor | None,
+    by_columns: bool,
+    swiglu: bool,
+    weights: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     (R, _), (height, width) = x.shape, format.tile
     x = x if x.stride(1) == 1 else x.contiguous()
@@ -54,8 +67,9 @@ def _launch(
     grid = (blocks if starts is not None else -(-R // rows), -(-C // COLUMNS))
     if grid[0] and grid[1]:
         _quantize[grid](
-            x, x.stride(0), codes, *codes.stride(), scales, starts, R, C, blocks, tiles,
-            SWIGLU=swiglu, STARTS=starts is not None, POWER_OF_TWO=format.scale == "power of two",
+            x, x.stride(0), codes, *codes.stride(), scales, starts, weights, R, C, blocks, tiles,
+            SWIGLU=swiglu, WEIGHTS=weights is not None, STARTS=starts is not None,
+            POWER_OF_TWO=format.scale == "power of two",
             HEIGHT=height, WIDTH=width, ROWS=rows, COLUMNS=COLUMNS, num_warps=8 if rows == 128 else 4,
         )  # fmt: skip
     return codes, scales
@@ -63,8 +77,8 @@ def _launch(
 
 @triton.jit
 def _quantize(
-    x, x_stride, codes, row_stride, column_stride, scales, starts, R, C, blocks, tiles,
-    SWIGLU: tl.constexpr, STARTS: tl.constexpr, POWER_OF_TWO: tl.constexpr,
+    x, x_stride, codes, row_stride, column_stride, scales, starts, weights, R, C, blocks, tiles,
+    SWIGLU: tl.constexpr, WEIGHTS: tl.constexpr, STARTS: tl.constexpr, POWER_OF_TWO: tl.constexpr,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     i, j = tl.program_id(0), tl.program_id(1)
@@ -80,6 +94,8 @@ def _quantize(
     if SWIGLU:
         up = tl.load(at + C, mask=inside, other=0.0).to(tl.float32)
         value = value / (1.0 + tl.exp(-value)) * up
+    if WEIGHTS:
+        value *= tl.load(weights + r, mask=r < last, other=0.0)[:, None]
     # As integers, magnitudes are ordered as they are, with infinity and then NaN above all.
     size = value.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     size = tl.reshape(size, (ROWS // HEIGHT, HEIGHT, COLUMNS // WIDTH, WIDTH))

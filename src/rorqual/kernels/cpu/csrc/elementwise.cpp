@@ -86,39 +86,47 @@ void rms_norm_backward(const T *grad, i64 grad_stride, const T *x, i64 x_stride,
     }
 }
 
+// Each row times its weight; weights null: each counts 1.
 template <class T>
-void swiglu(const T *gate, i64 gate_stride, const T *up, i64 up_stride, i64 rows, i64 width, T *out) {
+void swiglu(const T *gate, i64 gate_stride, const T *up, i64 up_stride, const float *weights, i64 rows, i64 width,
+            T *out) {
 #pragma omp parallel for schedule(static)
     for (i64 i = 0; i < rows; ++i) {
         const T *a = gate + i * gate_stride, *b = up + i * up_stride;
         T *to = out + i * width;
+        const float weight = weights ? weights[i] : 1.0f;
 #pragma omp simd
         for (i64 j = 0; j < width; ++j) {
             const float x = load(a[j]);
-            store(to[j], x / (1.0f + fast_exp(-x)) * load(b[j]));
+            store(to[j], x / (1.0f + fast_exp(-x)) * load(b[j]) * weight);
         }
     }
 }
 
 template <class T>
 void swiglu_backward(const T *grad, i64 grad_stride, const T *gate, i64 gate_stride, const T *up, i64 up_stride,
-                     i64 rows, i64 width, T *grad_gate, i64 grad_gate_stride, T *grad_up, i64 grad_up_stride) {
+                     const float *weights, i64 rows, i64 width, T *grad_gate, i64 grad_gate_stride, T *grad_up,
+                     i64 grad_up_stride, float *grad_weights) {
 #pragma omp parallel for schedule(static)
     for (i64 i = 0; i < rows; ++i) {
         const T *g = grad + i * grad_stride, *a = gate + i * gate_stride, *b = up + i * up_stride;
         T *to_gate = grad_gate + i * grad_gate_stride, *to_up = grad_up + i * grad_up_stride;
-#pragma omp simd
+        const float weight = weights ? weights[i] : 1.0f;
+        float dot = 0;
+#pragma omp simd reduction(+ : dot)
         for (i64 j = 0; j < width; ++j) {
-            const float x = load(a[j]), grad_value = load(g[j]), s = 1.0f / (1.0f + fast_exp(-x));
+            const float x = load(a[j]), s = 1.0f / (1.0f + fast_exp(-x)), y = load(b[j]);
+            const float unweighted = load(g[j]), grad_value = unweighted * weight;
+            dot += unweighted * x * s * y;
             store(to_up[j], grad_value * x * s);
-            store(to_gate[j], grad_value * load(b[j]) * s * (1.0f + x * (1.0f - s)));
+            store(to_gate[j], grad_value * y * s * (1.0f + x * (1.0f - s)));
         }
+        if (weights) grad_weights[i] = dot;
     }
 }
 
-// weights null: each counts 1.
 template <class T>
-void unpermute(const T *y, const float *weights, const i64 *row, i64 tokens, i64 k, i64 width, T *out) {
+void unpermute(const T *y, const i64 *row, i64 tokens, i64 k, i64 width, T *out) {
 #pragma omp parallel for schedule(static)
     for (i64 n = 0; n < tokens; ++n) {
         T *to = out + n * width;
@@ -127,37 +135,12 @@ void unpermute(const T *y, const float *weights, const i64 *row, i64 tokens, i64
             const i64 columns = width - start < 256 ? width - start : 256;
             for (i64 c = 0; c < k; ++c) {
                 const T *from = y + row[n * k + c] * width + start;
-                const float weight = weights ? weights[n * k + c] : 1.0f;
 #pragma omp simd
-                for (i64 j = 0; j < columns; ++j) sum[j] += weight * load(from[j]);
+                for (i64 j = 0; j < columns; ++j) sum[j] += load(from[j]);
             }
 #pragma omp simd
             for (i64 j = 0; j < columns; ++j) store(to[start + j], sum[j]);
         }
-    }
-}
-
-template <class T>
-void unpermute_backward(const T *grad, const T *y, const float *weights, const i64 *place, i64 rows, i64 tokens, i64 k,
-                        i64 width, T *grad_y, float *grad_weights) {
-#pragma omp parallel for schedule(static)
-    for (i64 m = 0; m < rows; ++m) {
-        T *to = grad_y + m * width;
-        const i64 p = place[m];
-        if (p == tokens * k) {  // padding row
-            std::memset(static_cast<void *>(to), 0, sizeof(T) * width);
-            continue;
-        }
-        const T *g = grad + p / k * width, *value = y + m * width;
-        const float weight = weights[p];
-        float dot = 0;
-#pragma omp simd reduction(+ : dot)
-        for (i64 j = 0; j < width; ++j) {
-            const float grad_value = load(g[j]);
-            dot += grad_value * load(value[j]);
-            store(to[j], grad_value * weight);
-        }
-        grad_weights[p] = dot;
     }
 }
 
@@ -284,23 +267,17 @@ EXPORT_F32_BF16(void, rms_norm, PARAMETERS, (x, xs, weight, rows, width, eps, ou
 EXPORT_F32_BF16(void, rms_norm_backward, PARAMETERS,
                 (grad, gs, x, xs, weight, rstd, rows, width, grad_x, partial, threads))
 #undef PARAMETERS
-#define PARAMETERS(T) (const T *gate, i64 as, const T *up, i64 bs, i64 rows, i64 width, T *out)
-EXPORT_F32_BF16(void, swiglu, PARAMETERS, (gate, as, up, bs, rows, width, out))
+#define PARAMETERS(T) (const T *gate, i64 as, const T *up, i64 bs, const float *weights, i64 rows, i64 width, T *out)
+EXPORT_F32_BF16(void, swiglu, PARAMETERS, (gate, as, up, bs, weights, rows, width, out))
 #undef PARAMETERS
-#define PARAMETERS(T)                                                                                               \
-    (const T *grad, i64 gs, const T *gate, i64 as, const T *up, i64 bs, i64 rows, i64 width, T *grad_gate, i64 gas, \
-     T *grad_up, i64 gbs)
+#define PARAMETERS(T)                                                                                              \
+    (const T *grad, i64 gs, const T *gate, i64 as, const T *up, i64 bs, const float *weights, i64 rows, i64 width, \
+     T *grad_gate, i64 gas, T *grad_up, i64 gbs, float *grad_weights)
 EXPORT_F32_BF16(void, swiglu_backward, PARAMETERS,
-                (grad, gs, gate, as, up, bs, rows, width, grad_gate, gas, grad_up, gbs))
+                (grad, gs, gate, as, up, bs, weights, rows, width, grad_gate, gas, grad_up, gbs, grad_weights))
 #undef PARAMETERS
-#define PARAMETERS(T) (const T *y, const float *weights, const i64 *row, i64 tokens, i64 k, i64 width, T *out)
-EXPORT_F32_BF16(void, unpermute, PARAMETERS, (y, weights, row, tokens, k, width, out))
-#undef PARAMETERS
-#define PARAMETERS(T)                                                                                           \
-    (const T *grad, const T *y, const float *weights, const i64 *place, i64 rows, i64 tokens, i64 k, i64 width, \
-     T *grad_y, float *grad_weights)
-EXPORT_F32_BF16(void, unpermute_backward, PARAMETERS,
-                (grad, y, weights, place, rows, tokens, k, width, grad_y, grad_weights))
+#define PARAMETERS(T) (const T *y, const i64 *row, i64 tokens, i64 k, i64 width, T *out)
+EXPORT_F32_BF16(void, unpermute, PARAMETERS, (y, row, tokens, k, width, out))
 #undef PARAMETERS
 #define PARAMETERS(T) (float *sum, const T *x, i64 size)
 EXPORT_F32_BF16(void, accumulate, PARAMETERS, (sum, x, size))
