@@ -6,8 +6,9 @@ python docs/make_benchmarks.py            # after `make bench`; tests/docs fails
 import json
 import re
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
@@ -25,6 +26,8 @@ CLASSES = {
     "zen3-avx2": "AMD EPYC, Zen 3 (AVX2 only)",
     "nvidia-h200": "NVIDIA H200",
 }
+
+UNCOMPARED = ("fp8_loss", "fp8_memory", "fp8_rollouts", "kv_drift", "revision")  # without a peer
 
 # Benchmark → what it compares.
 BENCHMARKS = {
@@ -65,6 +68,26 @@ BENCHMARKS = {
         " package. TTFT: time to first token. TPOT: time per output token after the first event. ITL: time "
         "between events. The Zen 3 results are of a `--quick` run (prompts and outputs of up to 128 tokens, one "
         "turn of each kind), which scatters."
+    ),
+    "fp8_loss": (
+        "The loss of a V3-style model of 17 M parameters trained in V3's FP8, in FP8 with one scale a tensor and in "
+        "MXFP8, against FP32 or BF16: the same batches, mean of the last 200 of 2000 steps of 1024 tokens, with a 95 % "
+        "interval (Student's t) over the seeds. *control*: the baseline from weights that differ by one part in a "
+        "million, which is how far chaos alone carries a run. Every loss is kept in `benchmarks/results/`."
+    ),
+    "fp8_memory": (
+        "Memory and time of a training step of fp8_loss's model, measured: bytes a parameter of weights, masters, "
+        "gradients and moments; bytes a token that a forward pass leaves allocated in one more layer and in the whole "
+        "network; the most that a step has allocated; the process's peak above what it had before."
+    ),
+    "moments": (
+        "The forms of AdamW's moments, on train's model with random tokens. *optimizer*: clipping, update and freeing "
+        "the gradients. Ratios are the speed of this part over FP32 moments'."
+    ),
+    "fp8_rollouts": (
+        "GRPO from the speedrun's pre-trained model with rollouts from the weights that are trained, and from their "
+        "FP8 twin with truncated importance sampling: pass@1 on 200 held-out problems of each environment, and how far "
+        "the two policies differ."
     ),
     "kv_drift": (
         "What a KV cache in 8 bits costs in accuracy: SmolLM2-135M-Instruct (grouped-query attention) and a small "
@@ -236,6 +259,73 @@ def revision(found: dict[str, Any]) -> list[list[str]]:
     return [table(["", f"`{found['before']}`", "now", "ratio of rounds"], rows)]
 
 
+def fp8_loss(found: dict[str, Any]) -> list[list[str]]:
+    def cell(x: dict[str, Any], factor: float) -> str:
+        low, high = x["interval"]
+        return f"{factor * x['mean']:+.4f} [{factor * low:+.4f}, {factor * high:+.4f}]"
+
+    nats, relative, bits = (found[key] for key in ("nats_difference", "relative_loss_difference", "bits_per_byte"))
+    rows = [["baseline", DASH, DASH, DASH, f"{mean(bits['baseline']):.4f}"]]
+    for name, x in nats.items():
+        seeds = ", ".join(f"{value:+.4f}" for value in x["seeds"])
+        rows.append([name, cell(x, 1), cell(relative[name], 100), seeds, f"{mean(bits[name]):.4f}"])
+    cosines = found["gradient_cosines"]
+    layers = [[layer, *(f"{cosines[name][layer]:.4f}" for name in cosines)] for layer in next(iter(cosines.values()))]
+    base = found["baseline_loss"]
+    first = f"baseline {mean(base['seeds']):.4f}, seeds ±{base['spread']:.4f}"
+    return [
+        table([first, "nats above", "% above", "by seed", "bits per byte"], rows),
+        table(["cosine of the gradient with the baseline's", *cosines], layers),
+    ]
+
+
+def fp8_memory(found: dict[str, Any]) -> list[list[str]]:
+    parts, state = [], ("weights", "masters", "gradients", "moments")
+    columns = [*state, "a layer", "network", "of baseline", "peak, MB", "process, MB"]
+    for dtype, forms in found["bytes"].items():
+        base = forms["baseline"]["kept"]
+        rows = [
+            [form, *(f"{x[key]:.2f}" for key in state), f"{x['kept_by_layer']:.0f}", f"{x['kept']:.0f}",
+             f"{x['kept'] / base:.2f}", f"{x['peak'] / 1e6:.0f}", f"{x['resident'] / 1e6:.0f}"]
+            for form, x in forms.items()
+        ]  # fmt: skip
+        parts.append(table([f"{dtype}, {found['tokens'][dtype]} tokens", *columns], rows))
+    times = {form: median(seconds[1:]) for form, seconds in found["step_seconds"].items()}
+    rows = [[form, f"{t:.2f}", f"{t / times['baseline']:.2f}"] for form, t in times.items()]
+    return [*parts, table(["", "seconds a step", "of the baseline's"], rows)]
+
+
+def moments(found: dict[str, Any]) -> list[list[str]]:
+    count = found["parameters"]
+    rows = [
+        [form, f"{1e3 * x['optimizer_seconds']:.1f}", f"{1e3 * x['step_seconds']:.0f}",
+         f"{x['state_bytes']['moments'] / count:.2f}"]
+        for form, x in found.items() if form != "parameters"
+    ]  # fmt: skip
+    return [table(["moments", "optimizer, ms", "step, ms", "bytes a parameter"], rows)]
+
+
+def fp8_rollouts(found: dict[str, Any]) -> list[list[str]]:
+    rows, by_form = [], {}
+    for run in found["runs"]:
+        by_form.setdefault(run["form"], []).append(run)
+    for form, runs in by_form.items():
+        rows.append([
+            form, f"{mean(run['before'] for run in runs):.3f}", f"{mean(run['after'] for run in runs):.3f}",
+            ", ".join(f"{run['after']:.3f}" for run in runs),
+            f"{median(run['tokens_per_second'] for run in runs):.0f}",
+        ])  # fmt: skip
+    parts = [table(["rollouts", "pass@1 before", "after", "by seed", "tokens/s"], rows)]
+    last = max(1, found["steps"] // 6)
+    names = ("mismatch_logprob", "mismatch_kl", "importance_truncated", "routers_differ")
+    values = {name: [[v for v in run[name] if v is not None] for run in by_form["fp8"]] for name in names}
+    rows = [
+        [name, *(f"{x:.2g}" for x in (mean(chain(*own)), max(chain(*own)), mean(mean(x[-last:]) for x in own)))]
+        for name, own in values.items()
+    ]
+    return [*parts, table(["mismatch", "mean", "largest", "at the end"], rows)]
+
+
 def quantize(found: dict[str, Any]) -> list[list[str]]:
     parts = []
     for model, rows in found["models"].items():
@@ -251,7 +341,23 @@ def quantize(found: dict[str, Any]) -> list[list[str]]:
 
 FIGURES = {
     f.__name__: f
-    for f in (train, rl_step, rollout, balance, decode, speculate, serving, kv_drift, quantize, revision, gpu)
+    for f in (
+        train,
+        rl_step,
+        rollout,
+        balance,
+        decode,
+        speculate,
+        serving,
+        fp8_loss,
+        fp8_memory,
+        moments,
+        fp8_rollouts,
+        kv_drift,
+        quantize,
+        revision,
+        gpu,
+    )
 }
 
 
@@ -276,6 +382,8 @@ def page() -> str:
         ),
     ]
     for benchmark, what in BENCHMARKS.items():
+        if all(result(benchmark, machine) is None for machine in CLASSES):
+            continue
         lines += ["", f"## {benchmark}", "", *wrap(f"`benchmarks/{benchmark}.py`. {what}")]
         for machine, name in CLASSES.items():
             found = result(benchmark, machine)
@@ -284,7 +392,7 @@ def page() -> str:
             peers = found["figures"].get("peers", {}) if "vllm" in str(found["ratios"]) else {}
             versions = ", ".join(f"{package} {v}" for package, v in (found["versions"] | peers).items() if v)
             lines += ["", f"### {benchmark}: {name}", "", f"Commit `{found['commit']}`; {versions}.", ""]
-            compared = [] if benchmark in ("kv_drift", "revision") else [ratios(found["ratios"])]  # without a peer
+            compared = [] if benchmark in UNCOMPARED else [ratios(found["ratios"])]
             for part in (compared, FIGURES[benchmark](found["figures"])):
                 for rows in part:
                     lines += [*rows, ""]
