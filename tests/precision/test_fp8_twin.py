@@ -9,7 +9,7 @@ from helpers.small_configs import GROUPED, LATENT
 from rorqual.checkpoint.huggingface import load_model, save_model
 from rorqual.kernels.fp8_weight import FP8Weight
 from rorqual.model import Transformer
-from rorqual.precision.fp8_twin import FP8Twin
+from rorqual.precision.fp8_twin import FP8Twin, twin_bytes
 from rorqual.train import set_seed
 
 TOKENS = torch.arange(24).view(1, 24)
@@ -31,6 +31,13 @@ def test_twin_is_the_release_in_fp8(config, tmp_path):
     with torch.no_grad():
         assert torch.equal(twin.model(TOKENS), released(TOKENS))
         assert not torch.equal(twin.model(TOKENS), model.eval()(TOKENS))
+
+
+def test_bytes_are_those_of_codes_and_scales():
+    config = replace(LATENT, num_hidden_layers=1, first_k_dense_replace=1, hidden_size=256, intermediate_size=128)
+    attention = (12, 256), (64 - 16, 12), (20, 256), (4 * 18, 16), (256, 40)  # q_a, q_b, kv_a, kv_b, o
+    sizes = [*attention, (128, 256), (128, 256), (256, 128)]
+    assert twin_bytes(config) == sum(n * k + 4 * -(-n // 128) * -(-k // 128) for n, k in sizes)
 
 
 def test_refresh_follows_the_weights():

@@ -52,6 +52,7 @@ def rl(recipe: RecipeFile, overrides: Overrides = None, resume: Resume = False, 
     from rorqual.kernels.dtypes import compute_dtype, dtype_name
     from rorqual.model import ModelConfig
     from rorqual.plan.cost import memory, parameters
+    from rorqual.precision.fp8_twin import twin_bytes
     from rorqual.recipe import RLRecipe, load_recipe
     from rorqual.rl.envs.registry import open_environment
     from rorqual.rl.rl_run import check_problems, predict_rl
@@ -75,7 +76,14 @@ def rl(recipe: RecipeFile, overrides: Overrides = None, resume: Resume = False, 
             recompute=checked.recompute,
         )
         print(f"{'parameters':<12} {total:.4g}, {active:.4g} active per token")
-        print(f"{'memory':<12} about {needed.total / 1e9:.3g} GB in training, without the rollouts' KV cache")
+        reference = needed.weights if checked.grpo.kl else 0
+        twin = twin_bytes(config) if checked.grpo.rollout_weights else 0
+        total_bytes = needed.total + reference + twin
+        print(f"{'memory':<12} about {total_bytes / 1e9:.3g} GB in training, without the rollouts' KV cache")
+        if reference:
+            print(f"{'':<12} {reference / 1e9:.3g} GB of it for the reference model (grpo.kl)")
+        if twin:
+            print(f"{'':<12} {twin / 1e9:.3g} GB of it for the FP8 weights that rollouts are sampled from")
         for name, value in predict_rl(checked, config).items():
             print(f"{name:<12} {'until the time limit' if value is None else f'at most {value:.3g}'}")
         _print_precision(checked, config)

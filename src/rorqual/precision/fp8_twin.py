@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from rorqual.checkpoint.fp8_blocks import is_rounded
-from rorqual.checkpoint.release_tensors import replace_weight
+from rorqual.checkpoint.release_tensors import meta_model, replace_weight
 from rorqual.kernels.block_scaled import block_starts, quantize
 from rorqual.kernels.fp8_weight import FP8Weight
 from rorqual.kernels.number_formats import FP8_BLOCK
-from rorqual.model import Transformer
+from rorqual.model import ModelConfig, Transformer
 from rorqual.model.layers import Linear
 from rorqual.model.moe import Experts
 
@@ -24,16 +24,17 @@ class FP8Twin:
     def __init__(self, original: Transformer) -> None:
         tensors = (*original.parameters(), *original.buffers())
         self.model = copy.deepcopy(original, {id(t): t for t in tensors}).eval()
-        self._rounded = [
+        self.rounded = [
             (weight, _replace(self.model.get_submodule(path), name, weight))
             for path, name, weight in _weights(original)
         ]
-        self.refresh()
+        if not original.head_weight.is_meta:
+            self.refresh()
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Round the original's weights as they are now."""
-        for weight, rounded in self._rounded:
+        for weight, rounded in self.rounded:
             parts = len(rounded.codes) if rounded.starts is None else 2 * len(rounded.codes)
             codes, scales = rounded.codes.view(parts, -1, rounded.codes.shape[-1]), rounded.scales
             scales = scales.view(parts, -1, scales.shape[-1])
@@ -41,6 +42,12 @@ class FP8Twin:
                 new_codes, new_scales = quantize(part, rounded.format).kept
                 own_codes.copy_(new_codes)
                 own_scales.copy_(new_scales)
+
+
+def twin_bytes(config: ModelConfig) -> int:
+    """What the twin of a model of these sizes takes beside it."""
+    twin = FP8Twin(meta_model(config))
+    return sum(w.codes.nbytes + w.scales.nbytes for _, w in twin.rounded)
 
 
 def _weights(model: Transformer) -> Iterator[tuple[str, str, Tensor]]:

@@ -3,6 +3,7 @@
 import copy
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from random import Random
 from typing import Any
 
@@ -220,7 +221,9 @@ class GRPOTrainer:
             grad = None
             if old is None and self.reference is None and sums.mismatch is None:
                 grad = on_policy_grad(advantages, weights, packed.sequence)
-            with self.activations.kept(), choices_of(self.model) as choices:
+            unmeasured = sums.mismatch is not None and sums.mismatch.routers_differ is None
+            gathered = choices_of(self.model) if unmeasured else nullcontext([])
+            with self.activations.kept(), gathered as choices:
                 logprobs, entropy = self._logprobs(self.model, packed, routing, grad)
             reference = None
             if self.reference is not None:
@@ -230,7 +233,7 @@ class GRPOTrainer:
             if sums.mismatch is not None:
                 before = logprobs.detach() if old_here is None else old_here
                 importance = sums.mismatch.weights(before, sampled[packed.offset])
-                if sums.mismatch.routers_differ is None and choices:
+                if choices:
                     sums.mismatch.routers_differ = routers_differ(self.sampler.model.eval(), packed, choices)
                     self.model.train()
             loss = grpo_loss(
