@@ -167,6 +167,11 @@ def quick(name, *options):
         ("balance", "max-vio/none"),
         ("decode", "decode-b1-int4/transformers-fp32"),  # llama.cpp, which may be missing, takes nobody along
         ("gpu --device cpu", "gpu-llama-135m-b1/transformers"),
+        ("moments", "optimizer-speed/8bit"),
+        ("fp8_memory", "step-seconds/fp8-v3-8bit-moments"),
+        ("fp8_rollouts", "tokens-per-second/fp8-rollouts"),
+        ("kv_drift", "same-top-token/latent-fp8"),
+        ("quantize", "perplexity-int8-rtn/trained-here-bf16"),
     ],
 )
 def test_quick_run_gives_its_ratio(name, ratio):
@@ -182,3 +187,12 @@ def test_quick_run_gives_its_ratio(name, ratio):
 )
 def test_quick_run_with_a_speedrun_gives_its_ratio(name, ratio, speedrun):
     assert quick(name, "--run", speedrun)["ratios"][ratio] > 0
+
+
+@pytest.mark.slow
+def test_a_short_run_of_fp8_losses():
+    figures = quick("fp8_loss")["figures"]
+    for format in ("control", "fp8", "fp8-tensor", "mxfp8"):
+        assert len(figures["nats_difference"][format]["seeds"]) == 1
+        assert abs(figures["relative_loss_difference"][format]["mean"]) < 0.05
+    assert all(0.98 < cosine <= 1 for layers in figures["gradient_cosines"].values() for cosine in layers.values())
