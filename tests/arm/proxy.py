@@ -73,7 +73,8 @@ library = Library(os.environ["RORQUAL_ARM"].split())
 torch.backends.cpu.get_cpu_capability = lambda: "DEFAULT"  # as PyTorch says on ARM
 bindings._library = functools.cache(lambda: ("portable", library))
 bindings._number = library.value
-paged_kv_cache._zeros = torch.zeros  # in the heap that both processes have, not in pages of its own
+# In the heap that both processes have, not in pages of its own.
+paged_kv_cache._zeros = lambda shape, dtype, device: torch.zeros(shape, dtype=dtype, device=device)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -116,6 +116,10 @@ def test_compiled_functions_equal_the_reference(compiled, format, shape, dtype):
         scales = scales_of(tile_amax(here, format, starts), format)
         codes, values = round_tiles(here, scales, format, starts, True, True)
         codes_, values_ = round_tiles_reference(here, scales, format, starts, True, True)
+        if format.element.bits == 8:  # the sign of a NaN, such as that of inf / inf, is the processor's
+            nan = codes_ & 127 == 127
+            assert ((codes & 127 == 127) == nan).all()
+            codes_ = torch.where(nan, codes, codes_)
         assert torch.equal(codes, codes_)
         torch.testing.assert_close(values, values_, rtol=0, atol=0, equal_nan=True)
         assert torch.equal(round_tiles(here, scales, format, starts, True, False)[0], codes)

@@ -115,7 +115,7 @@ def test_feed_forward_of_experts(ends, width):
         h = [(xr @ cast(w, 128, 128).T).float() for w in (gate, up)]
         factor = by_row.detach()[rows, None]
         right = cast(swiglu_reference(*h) * factor, 1, 128) @ cast(own, 128, 128).T
-        assert close(y[rows], right)
+        assert close(y[rows], right, torch.bfloat16)  # the last bit of h may move a number to the next code
         kept = [cast(half, 1, 128).float().requires_grad_() for half in h]
         s = swiglu_reference(*kept)
         g = grad[rows]
