@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from rorqual.kernels import kv_fp8, paged_attention
+from rorqual.kernels import cpu, kv_fp8, paged_attention
 
 LENGTHS = torch.tensor([1, 16, 17, 25, 40, 63, 64], dtype=torch.int32)
 
@@ -121,7 +121,8 @@ def quantized(*shape):
 
 def close(found, expected):
     error = (found.double() - expected).norm() / expected.norm()
-    assert error < (1e-6 if found.dtype is torch.float32 else 1e-2)  # references round weights to BF16
+    bfloat16 = 5e-3 if cpu.capability() else 1e-2  # the reference rounds the weights too
+    assert error < (1e-6 if found.dtype is torch.float32 else bfloat16)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -100,7 +100,7 @@ def test_feed_forward_of_experts(ends, width):
     x = numbers(ends[-1], D)
     gate_up, down = numbers(E, 2 * width, D, seed=1) / 50, numbers(E, D, width, seed=2)
     grad = numbers(ends[-1], D, seed=3)
-    by_row = 0.1 + torch.rand(ends[-1])
+    by_row = torch.exp2(torch.randint(-3, 2, (ends[-1],)).float())  # exact, so that it makes no ties
     x, gate_up, down, by_row = (t.requires_grad_() for t in (x, gate_up, down, by_row))
     y = scaled_feed_forward(x, gate_up, None, down, torch.tensor(ends, dtype=torch.int32), V3, by_row)
     y.backward(grad)
@@ -115,7 +115,9 @@ def test_feed_forward_of_experts(ends, width):
         h = [(xr @ cast(w, 128, 128).T).float() for w in (gate, up)]
         factor = by_row.detach()[rows, None]
         right = cast(swiglu_reference(*h) * factor, 1, 128) @ cast(own, 128, 128).T
-        assert close(y[rows], right, torch.bfloat16)  # the last bit of h may move a number to the next code
+        tied = [not close(*pair) for pair in zip(y[rows], right, strict=True)]
+        assert sum(tied) <= 1  # where the last bit of h, which a processor's order of sums decides, moves a number
+        assert close(y[rows], right, torch.bfloat16)
         kept = [cast(half, 1, 128).float().requires_grad_() for half in h]
         s = swiglu_reference(*kept)
         g = grad[rows]

@@ -4,10 +4,12 @@ import dataclasses
 import pytest
 import torch
 
+from rorqual.engine import SamplingParams
 from rorqual.errors import UserError
 from rorqual.recipe import RLRecipe, parse_recipe
 from rorqual.rl.envs.environment import Environment, Problem
 from rorqual.rl.grpo_trainer import GRPOTrainer
+from rorqual.rl.rollout import sample_groups
 from rorqual.train.checkpoints import Checkpoints
 
 
@@ -150,6 +152,15 @@ def test_fp8_rollouts_are_measured_and_corrected(network, mini_batches, tokenize
     toy.twin.refresh()
     tokens = torch.arange(9).view(1, 9)
     assert not torch.equal(fresh(tokens), toy.twin.model(tokens))  # rounded again before the next rollout
+
+
+def test_the_log_probabilities_before_the_updates_are_those_of_the_policy(dense, tokenizer):
+    toy = trainer(dense, tokenizer, rollout_weights="fp8", mini_batches=2, questions_per_step=3)
+    params = SamplingParams(max_tokens=9, n=4, seed=1)
+    exact = sample_groups(toy.engine, toy._draw(), "plain", params)  # by the policy itself
+    found = toy._logprobs_before(exact, [0, 5, 11])
+    for i, own in enumerate(found):
+        assert own == (pytest.approx(exact.logprobs[i], abs=1e-4) if i in (0, 5, 11) else [])
 
 
 def test_importance_weights_are_capped(dense, tokenizer):

@@ -1,7 +1,7 @@
 """rorqual quantize."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from rorqual.precision.quantization_report import QuantizationReport
+    from rorqual.precision.quantize_checkpoint import Format, Method
 
 
 def quantize(
@@ -58,7 +59,8 @@ def quantize(
     destination = expand_path(destination)
     text = TextSettings(calibration and expand_path(calibration), heldout and expand_path(heldout), samples,
                         sequence_length)  # fmt: skip
-    report = quantize_checkpoint(find_model(str(model)), destination, format, method, text)  # type: ignore[arg-type]
+    source = find_model(str(model))
+    report = quantize_checkpoint(source, destination, cast("Format", format), cast("Method", method), text)
     if as_json:
         print(strict_json.dumps(report.to_dict() | {"destination": str(destination)}))
         return

@@ -59,10 +59,8 @@ def _block_stores(config: ModelConfig, dtype: torch.dtype) -> list[tuple[Shape, 
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros, not uninitialised memory: a masked position has weight 0, but 0 times a stray NaN is NaN.
-
-    On a CPU they are pages of the system, which cost neither memory nor time before they are written to; torch.zeros
-    writes all of them. Raises RuntimeError if memory lacks.
+    """Zeros. On a CPU they are pages of the system, which cost neither memory nor time before they are written to;
+    torch.zeros writes all of them. Raises RuntimeError if memory lacks.
     """
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)

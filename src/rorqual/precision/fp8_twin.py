@@ -24,17 +24,15 @@ class FP8Twin:
     def __init__(self, original: Transformer) -> None:
         tensors = (*original.parameters(), *original.buffers())
         self.model = copy.deepcopy(original, {id(t): t for t in tensors}).eval()
-        self.rounded = [
-            (weight, _replace(self.model.get_submodule(path), name, weight))
-            for path, name, weight in _weights(original)
-        ]
-        if not original.head_weight.is_meta:
-            self.refresh()
+        self._rounded = [(weight, _empty(name, weight)) for _, name, weight in _weights(original)]
+        for (path, name, _), (_, rounded) in zip(_weights(original), self._rounded, strict=True):
+            replace_weight(self.model.get_submodule(path), name, rounded)
+        self.refresh()
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Round the original's weights as they are now."""
-        for weight, rounded in self.rounded:
+        for weight, rounded in self._rounded:
             parts = len(rounded.codes) if rounded.starts is None else 2 * len(rounded.codes)
             codes, scales = rounded.codes.view(parts, -1, rounded.codes.shape[-1]), rounded.scales
             scales = scales.view(parts, -1, scales.shape[-1])
@@ -46,8 +44,8 @@ class FP8Twin:
 
 def twin_bytes(config: ModelConfig) -> int:
     """What the twin of a model of these sizes takes beside it."""
-    twin = FP8Twin(meta_model(config))
-    return sum(w.codes.nbytes + w.scales.nbytes for _, w in twin.rounded)
+    rounded = (_empty(name, weight) for _, name, weight in _weights(meta_model(config)))
+    return sum(weight.codes.nbytes + weight.scales.nbytes for weight in rounded)
 
 
 def _weights(model: Transformer) -> Iterator[tuple[str, str, Tensor]]:
@@ -60,17 +58,15 @@ def _weights(model: Transformer) -> Iterator[tuple[str, str, Tensor]]:
             yield path, "weight", module.weight
 
 
-def _replace(module: torch.nn.Module, name: str, weight: Tensor) -> FP8Weight:
-    """Uninitialised FP8 memory in place of a parameter."""
+def _empty(name: str, weight: Tensor) -> FP8Weight:
+    """Uninitialised FP8 memory for a parameter."""
     halves = HALVES.get(name, 1)
     E, N, K = weight.shape if weight.ndim == 3 else (1, *weight.shape)
     rows, columns = FP8_BLOCK.tiles(N // halves, K)
     ends = torch.arange(1, halves + 1, dtype=torch.int32) * (N // halves)
-    rounded = FP8Weight(
+    return FP8Weight(
         torch.empty(E, N, K, dtype=torch.uint8, device=weight.device),
         torch.empty(E, halves * rows, columns, device=weight.device),
         FP8_BLOCK,
         block_starts(ends, FP8_BLOCK.tile[0]).to(weight.device) if halves > 1 else None,
     )
-    replace_weight(module, name, rounded)
-    return rounded

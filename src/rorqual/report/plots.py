@@ -91,6 +91,13 @@ CURVES = (
         "nats per token", keys=(("kl", "KL"),),
     ),
     Curve(
+        "mismatch",
+        "Mismatch of rollouts",
+        "Where rollouts or updates are in FP8: how far the policy that samples is from the one that is trained. It "
+        "should stay small; where it grows, importance weights are cut at the cap, and gradients are biased.",
+        "nats per token", keys=(("mismatch_logprob", "difference in log-probability"), ("mismatch_kl", "KL")),
+    ),
+    Curve(
         "loss",
         "Loss",
         "Training cross-entropy per token, and of the token after next (MTP) where the model predicts it. It falls "

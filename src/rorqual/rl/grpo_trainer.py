@@ -181,16 +181,19 @@ class GRPOTrainer:
         lengths = torch.tensor([len(c) for c in rollout.completions])
         sums = UpdateSums(mismatch=Mismatch(section.importance_cap or CAP) if self._corrects else None)
         self.model.train()
-        old: list[list[float]] | None = None
-        if section.mini_batches > 1:
-            old = self._logprobs_before(rollout) if self._corrects else rollout.logprobs
+        weights = torch.zeros(len(lengths))
+        updates: list[list[int]] = []
         for groups in counted.chunk(section.mini_batches):
             members = (groups[:, None] * G + torch.arange(G)).flatten()
-            weights = torch.zeros(len(lengths))
             weights[members] = token_weights(lengths[members], section.average)
             computed = members if section.kl else members[~zero_std.repeat_interleave(G)[members]]
-            if len(computed):
-                self._optimize(rollout, [int(i) for i in computed], advantages, weights, old, progress, sums)
+            updates += [[int(i) for i in computed]] if len(computed) else []
+        old: list[list[float]] | None = None
+        if section.mini_batches > 1:
+            everyone = [i for members in updates for i in members]
+            old = self._logprobs_before(rollout, everyone) if self._corrects and everyone else rollout.logprobs
+        for members in updates:
+            self._optimize(rollout, members, advantages, weights, old, progress, sums)
         return sums
 
     def _optimize(
@@ -279,15 +282,18 @@ class GRPOTrainer:
         )
 
     @torch.no_grad()
-    def _logprobs_before(self, rollout: Rollout) -> list[list[float]]:
-        """Of all completions, under the policy that is trained, before it is."""
+    def _logprobs_before(self, rollout: Rollout, members: list[int]) -> list[list[float]]:
+        """By completion, of `members` under the policy that is trained, before it is; of others there are none."""
         device = self.model.head_weight.device
-        found = torch.empty(rollout.tokens, device=device)
-        for packed in self._packed(rollout, range(len(rollout.completions))):
+        sizes = [len(rollout.completions[i]) for i in members]
+        found = torch.empty(sum(sizes), device=device)
+        for packed in self._packed(rollout, members):
             packed = packed.to(device)
             found[packed.offset] = self._logprobs(self.model, packed)[0].float()
-        parts = found.cpu().split_with_sizes([len(own) for own in rollout.completions])
-        return [[float(p) for p in part] for part in parts]
+        out: list[list[float]] = [[] for _ in rollout.completions]
+        for i, part in zip(members, found.cpu().split_with_sizes(sizes), strict=True):
+            out[i] = [float(p) for p in part]
+        return out
 
     @property
     def _corrects(self) -> bool:
