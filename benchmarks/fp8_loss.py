@@ -8,13 +8,15 @@ drifts away from it as far as the noise of the data lets it. That is the control
 difference stands out of the control's.
 
 "Smoothed" is the mean of the last 200 training steps; the interval is Student's t over the seeds. Each finished run is
-kept in results/fp8_loss-CLASS/ and not run again; --quick trains 150 steps with one seed and keeps nothing. --only
-trains one run, such as fp8-1, and ends; two of them can run beside each other with --threads 1.
+kept in results/fp8_loss-CLASS/ and not run again, an interrupted one goes on from its last checkpoint; --quick trains
+150 steps with one seed and keeps nothing. --only trains one run, such as fp8-1, and ends; two of them can run beside
+each other with --threads 1.
 """
 
 import json
 import math
 import os
+import shutil
 import statistics
 import sys
 import tempfile
@@ -46,6 +48,7 @@ from rorqual.rl.envs.registry import open_environment
 from rorqual.speedrun.documents import write_documents
 from rorqual.speedrun.level import LEVELS
 from rorqual.train import set_seed
+from rorqual.train.checkpoints import Checkpoints
 from rorqual.train.trainer import Trainer
 
 LENGTH, ROWS, VOCABULARY = 256, 4, 4096
@@ -117,25 +120,33 @@ def settings(steps: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def train(task: Task, precision: str, seed: int, steps: int) -> dict[str, Any]:
+def train(task: Task, precision: str, seed: int, steps: int, checkpoints: Checkpoints | None) -> dict[str, Any]:
     """One run: the training loss of every step and bits per byte of held-out text."""
     trainer, (loader, valid) = task.trainer(precision, seed), task.open(seed)
     losses: list[float] = []
     start = time.perf_counter()
-    for step in range(steps):
+    if checkpoints and (found := checkpoints.load_latest()):
+        trainer.load(found[1], found[2]["trainer"])
+        loader.load_state_dict(found[2]["loader"])
+        losses, start = found[2]["losses"], start - found[2]["seconds"]
+    for step in range(len(losses), steps):
         losses.append(trainer.step([loader.next(ROWS)], (step + 0.5) / steps).loss)
         if step % 100 == 99:
             passed = time.perf_counter() - start
             left = passed / (step + 1) * (steps - step - 1)
             print(f"{precision} {seed}: step {step + 1}, loss {statistics.mean(losses[-100:]):.4f}, {left:.0f} s left",
                   file=sys.stderr, flush=True)  # fmt: skip
-    found: dict[str, Any] = {
+            if checkpoints:
+                checkpoints.save(step + 1, trainer.tensors(), {
+                    "trainer": trainer.state(), "loader": loader.state_dict(), "losses": losses, "seconds": passed,
+                })  # fmt: skip
+    result: dict[str, Any] = {
         "precision": precision, "seed": seed, "settings": settings(steps), "seconds": time.perf_counter() - start,
         "bits_per_byte": trainer.bits_per_byte(valid.batches(4, 64)), "losses": [round(x, 5) for x in losses],
     }  # fmt: skip
     if precision == BASE and seed == 0:
-        found["gradient_cosines"] = gradient_cosines(trainer.model, loader.next(4 * ROWS))
-    return found
+        result["gradient_cosines"] = gradient_cosines(trainer.model, loader.next(4 * ROWS))
+    return result
 
 
 def gradient_cosines(model: Transformer, batch: Batch) -> dict[str, dict[str, float]]:
@@ -219,12 +230,13 @@ def run_of(task: Task, precision: str, seed: int, steps: int, kept: Path | None)
         if run.get("settings") != settings(steps):
             raise UserError(f"{path}: trained with other settings; move it away")
         return run
-    run = train(task, precision, seed, steps)
-    if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    folder = path.with_suffix(".run") if path else None
+    run = train(task, precision, seed, steps, Checkpoints(folder, keep=1) if folder else None)
+    if path and folder:
         part = path.with_suffix(".part")
         part.write_text(json.dumps(run) + "\n")
         os.replace(part, path)
+        shutil.rmtree(folder)
     return run
 
 
