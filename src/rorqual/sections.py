@@ -208,6 +208,23 @@ class TrainSection(Section):
         return self
 
 
+class ParallelSection(Section):
+    """How processes share the work (docs/scaling.md): pipeline · data · context of them. One process needs none."""
+
+    pipeline: Size = 1  # ranks that share the layers
+    data: Size = 1  # ranks of a stage with sequences of their own
+    context: Size = 1  # ranks that share a sequence
+    experts: Size = 1  # ranks that share the routed experts of a layer; divides data · context
+    ranks_per_node: Size | None = None  # links within a node are fast; None: those of one machine
+    dispatch: Literal["all-to-all", "two-hop", "two-hop-fp8"] = "two-hop"  # how tokens travel to experts
+    overlap: bool = True  # tokens travel while other work is computed
+    timeout: Positive = 600.0  # seconds until a collective that hangs ends the run
+
+    @property
+    def processes(self) -> int:
+        return self.pipeline * self.data * self.context
+
+
 class ChatDataSection(Section):
     path: LocalPath  # .jsonl(.gz) or .parquet with `messages`, or `prompt` and `completion`
     valid_fraction: float = Field(default=0.0, ge=0, lt=1)

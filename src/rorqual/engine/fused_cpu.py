@@ -100,7 +100,7 @@ def _layer(block: Block, a: Tensor, b: Tensor) -> LayerWeights:
         layer.correction = mlp.gate.e_score_correction_bias.float() if mlp.gate.method == "noaux_tc" else None
         layer.experts_in = _quantized(mlp.experts.gate_up_proj), None
         layer.experts_out = _quantized(mlp.experts.down_proj), None
-        if not hasattr(mlp, "shared_experts"):
+        if mlp.shared_experts is None:
             return layer
         mlp = mlp.shared_experts
     layer.gate, layer.up, layer.down = (_weights(p) for p in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))

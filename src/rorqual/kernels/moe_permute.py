@@ -3,7 +3,8 @@
 Autograd's gradient of a gather is a scatter-add, which is slow and, on a GPU, not deterministic; since every token has
 exactly K slots, its gradient is again a gather and a sum over K.
 N tokens, K slots each (slot s belongs to token s // K), E experts, M rows: the N·K slots sorted by expert, each
-expert's rows padded to a multiple on request.
+expert's rows padded to a multiple on request. A slot whose expert is -1 has no row: expert parallelism sends tokens to
+ranks and nodes by the same functions, and a token does not go to all of them.
 """
 
 from typing import NamedTuple
@@ -18,14 +19,21 @@ from rorqual.shapes import Float, Int, Int32
 
 class Permutation(NamedTuple):
     slot: Int[Tensor, " M"]  # of each row; N·K in padding rows
-    row: Int[Tensor, " N*K"]  # of each slot
+    row: Int[Tensor, " N*K"]  # of each slot; -1: none
     ends: Int32[Tensor, " E"]  # expert e's rows end at ends[e]
     load: Int[Tensor, " E"]  # slots of each expert
 
 
-def sort_by_expert(chosen: Int[Tensor, "N K"], experts: int, multiple: int = 1) -> Permutation:
-    """chosen: the expert of every slot → its permutation, each expert's rows padded to `multiple`."""
+def sort_by_expert(
+    chosen: Int[Tensor, "N K"], experts: int, multiple: int = 1, *, partial: bool = False
+) -> Permutation:
+    """chosen: the expert of every slot → its permutation, each expert's rows padded to `multiple`.
+
+    `partial`: experts may be -1.
+    """
     expert = chosen.flatten()
+    if partial:
+        return _sort_present(expert, experts, multiple)
     load = expert.new_zeros(experts).scatter_add_(0, expert, torch.ones_like(expert))  # bincount would synchronise
     order = expert.argsort(stable=True)
     here = torch.arange(len(expert), device=expert.device)
@@ -39,6 +47,15 @@ def sort_by_expert(chosen: Int[Tensor, "N K"], experts: int, multiple: int = 1) 
     slot = torch.full((int(ends[-1]),), len(expert), device=expert.device)
     slot[row] = here
     return Permutation(slot, row, ends.to(torch.int32), load)
+
+
+def _sort_present(expert: Tensor, experts: int, multiple: int) -> Permutation:
+    """Of the slots that have an expert."""
+    present = (expert >= 0).nonzero()[:, 0]
+    found = sort_by_expert(expert[present].unsqueeze(1), experts, multiple)
+    row = torch.full_like(expert, -1).index_copy_(0, present, found.row)
+    slot = torch.cat([present, present.new_full((1,), len(expert))])[found.slot]
+    return Permutation(slot, row, found.ends, found.load)
 
 
 class _Context(Context):
@@ -56,7 +73,7 @@ class _Permute(Function):
     @once_differentiable
     def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (row,) = ctx.saved_tensors
-        return _sum_of_rows(grad, row, ctx.k), None, None, None
+        return sum_of_rows(grad, row, ctx.k), None, None, None
 
 
 class _Unpermute(Function):
@@ -64,7 +81,7 @@ class _Unpermute(Function):
     def forward(ctx: _Context, y: Tensor, slot: Tensor, row: Tensor, k: int) -> Tensor:
         ctx.save_for_backward(slot)
         ctx.k = k
-        return _sum_of_rows(y, row, k)
+        return sum_of_rows(y, row, k)
 
     @staticmethod
     @once_differentiable
@@ -73,13 +90,14 @@ class _Unpermute(Function):
         return grad.index_select(0, _token(slot, grad, ctx.k)), None, None, None
 
 
-def _sum_of_rows(y: Tensor, row: Tensor, k: int) -> Tensor:
-    """[M, D] → [N, D]."""
+def sum_of_rows(y: Float[Tensor, "M D"], row: Int[Tensor, " slots"], k: int) -> Float[Tensor, "N D"]:
+    """The sum of each token's rows, without a gradient."""
     if cpu.usable(y):
         out = y.new_empty(len(row) // k, y.shape[1])
         cpu.call("unpermute", y.dtype, y.contiguous(), row, *out.shape[:1], k, y.shape[1], out)
         return out
-    return torch.unflatten(y.index_select(0, row), 0, (-1, k)).sum(1)
+    padded = torch.cat([y, y.new_zeros(1, y.shape[1])])  # -1: the last row
+    return torch.unflatten(padded.index_select(0, row.where(row >= 0, len(y))), 0, (-1, k)).sum(1)
 
 
 def _token(slot: Tensor, x: Tensor, k: int) -> Tensor:

@@ -92,10 +92,18 @@ Dispatched = tuple[Float[Tensor, "N D"], Int[Tensor, " E"]]  # output, and load 
 
 
 class TokenDispatcher(Protocol):
-    """Dispatches tokens to their experts and combines the outputs; replaced for expert parallelism."""
+    """Dispatches tokens to their experts and combines the outputs; replaced for expert parallelism.
+
+    The output of `shared`, which can be computed while tokens travel, is added.
+    """
 
     def __call__(
-        self, experts: Experts, x: Float[Tensor, "N D"], weights: Float[Tensor, "N K"], chosen: Int[Tensor, "N K"]
+        self,
+        experts: Experts,
+        x: Float[Tensor, "N D"],
+        weights: Float[Tensor, "N K"],
+        chosen: Int[Tensor, "N K"],
+        shared: SwiGLU | None = None,
     ) -> Dispatched: ...
 
 
@@ -104,13 +112,19 @@ class LocalDispatcher:
 
     @not_compiled  # shapes depend on the routing
     def __call__(
-        self, experts: Experts, x: Float[Tensor, "N D"], weights: Float[Tensor, "N K"], chosen: Int[Tensor, "N K"]
+        self,
+        experts: Experts,
+        x: Float[Tensor, "N D"],
+        weights: Float[Tensor, "N K"],
+        chosen: Int[Tensor, "N K"],
+        shared: SwiGLU | None = None,
     ) -> Dispatched:
         """→ output and load."""
         K, E = chosen.shape[1], len(experts.down_proj)
         permutation = sort_by_expert(chosen, E, row_multiple(x, experts.gate_up_proj, chosen.numel() // E))
         y = experts(permute(x, permutation, K), permute_weights(weights, permutation), permutation.ends)
-        return unpermute(y, permutation, K), permutation.load
+        out = unpermute(y, permutation, K)
+        return out if shared is None else out + shared(x), permutation.load
 
 
 class MixtureOfExperts(nn.Module):
@@ -119,18 +133,16 @@ class MixtureOfExperts(nn.Module):
         self.gate = Router(config)
         self.experts = Experts(config)
         self.dispatcher: TokenDispatcher = LocalDispatcher()
-        if config.moe.n_shared_experts:
-            width = config.moe.n_shared_experts * config.moe.moe_intermediate_size
-            self.shared_experts = SwiGLU(config.hidden_size, width)
+        width = config.moe.n_shared_experts * config.moe.moe_intermediate_size
+        self.shared_experts = SwiGLU(config.hidden_size, width) if width else None
 
     def forward(self, x: Float[Tensor, "B T D"], routing: list[Routing] | None = None) -> Float[Tensor, "B T D"]:
         flat = x.flatten(0, -2)
         weights, chosen, scores = self.gate(flat)
-        out, load = self.dispatcher(self.experts, flat, weights, chosen)
+        out, load = self.dispatcher(self.experts, flat, weights, chosen, self.shared_experts)
         if routing is not None:
             routing.append(Routing(load, sequence_balance_loss(scores, chosen, x.shape[0])))
-        out = out.view_as(x)
-        return out + self.shared_experts(x) if hasattr(self, "shared_experts") else out
+        return out.view_as(x)
 
 
 def sequence_balance_loss(

@@ -11,7 +11,7 @@ from torch import Tensor
 from rorqual.kernels.dtype_names import KERNEL_SUFFIXES
 from rorqual.processor import VARIABLE, allows, highest
 
-INTERFACE = 25  # as in csrc/dtypes.h: a build of other sources is not used
+INTERFACE = 26  # as in csrc/dtypes.h: a build of other sources is not used
 LEVELS = ("avx512", "avx2", "portable")  # the builds, best first; also names in processor.py
 LACKING = "the processor lacks it"
 

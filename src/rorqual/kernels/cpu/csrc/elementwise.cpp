@@ -125,6 +125,7 @@ void swiglu_backward(const T *grad, i64 grad_stride, const T *gate, i64 gate_str
     }
 }
 
+// A row of -1 counts as zeros.
 template <class T>
 void unpermute(const T *y, const i64 *row, i64 tokens, i64 k, i64 width, T *out) {
 #pragma omp parallel for schedule(static)
@@ -134,6 +135,7 @@ void unpermute(const T *y, const i64 *row, i64 tokens, i64 k, i64 width, T *out)
             float sum[256] = {};
             const i64 columns = width - start < 256 ? width - start : 256;
             for (i64 c = 0; c < k; ++c) {
+                if (row[n * k + c] < 0) continue;
                 const T *from = y + row[n * k + c] * width + start;
 #pragma omp simd
                 for (i64 j = 0; j < columns; ++j) sum[j] += load(from[j]);

@@ -1,0 +1,166 @@
+"""Communication beside computation: one thread that travels, and two micro-batches that take turns.
+
+On a CPU the courier is a thread, which waits for the network without the interpreter's lock; on a GPU its work is also
+put on a stream of its own. What it is given is done in order, so every rank of a group begins the same collective.
+
+Two micro-batches overlap by taking turns: one computes until it has to wait for tokens that travel, then the other
+does (V3 §3.2.1). They change over at these points alone, so every rank changes over at the same ones, and no two
+functions ever compute at once.
+"""
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import torch
+
+T = TypeVar("T")
+U = TypeVar("U")
+
+
+@dataclass
+class Trip(Generic[T]):
+    """Work of the courier: `result()` waits for it."""
+
+    courier: "Courier"
+    future: Future[T]
+    stream_event: Any = None
+
+    def result(self) -> T:
+        return self.courier.wait(self)
+
+
+class Courier:
+    """Does what it is given, in order. `background` False: at once, in the caller's thread."""
+
+    def __init__(self, background: bool = True) -> None:
+        self.background = background
+        self.travelled = self.waited = 0.0  # seconds of work done, and of those that somebody waited for
+        self._turns: _Turns | None = None
+        self._threads: ThreadPoolExecutor | None = None
+        self._stream: Any = None
+
+    def submit(self, work: Callable[..., T], *arguments: Any) -> Trip[T]:
+        if not self.background:
+            done: Future[T] = Future()
+            start = time.perf_counter()
+            done.set_result(work(*arguments))
+            self.travelled += (passed := time.perf_counter() - start)
+            self.waited += passed
+            return Trip(self, done)
+        if self._threads is None:
+            self._threads = ThreadPoolExecutor(1, "courier")
+        event = _recorded() if torch.cuda.is_available() else None
+        return Trip(self, self._threads.submit(self._travel, event, torch.is_grad_enabled(), work, *arguments))
+
+    def wait(self, trip: Trip[T]) -> T:
+        if self._turns is not None:
+            self._turns.switch()
+        if not self.background:
+            return trip.future.result()
+        start = time.perf_counter()
+        try:
+            return trip.future.result()
+        finally:
+            self.waited += time.perf_counter() - start
+
+    def together(self, first: Callable[[], T], second: Callable[[], U]) -> tuple[T, U]:
+        """Both results; wherever one of them waits for a trip, the other goes on."""
+        if not self.background:
+            return first(), second()
+        assert self._turns is None
+        self._turns = _Turns()
+        try:
+            return self._turns.run(first, second)
+        finally:
+            self._turns = None
+
+    @property
+    def hidden(self) -> float:
+        """The share of the travelling time in which nobody waited."""
+        return max(0.0, 1 - self.waited / self.travelled) if self.travelled else 0.0
+
+    def close(self) -> None:
+        if self._threads is not None:
+            self._threads.shutdown()
+            self._threads = None
+
+    def _travel(self, event: Any, grad: bool, work: Callable[..., T], *arguments: Any) -> T:
+        start = time.perf_counter()
+        try:
+            with torch.set_grad_enabled(grad):  # of the caller: it is a setting of each thread
+                if event is None:
+                    return work(*arguments)
+                return self._on_stream(event, work, *arguments)
+        finally:
+            self.travelled += time.perf_counter() - start
+
+    def _on_stream(self, event: Any, work: Callable[..., T], *arguments: Any) -> T:
+        if self._stream is None:
+            self._stream = torch.cuda.Stream()
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_event(event)
+            out = work(*arguments)
+            self._stream.synchronize()  # of this thread alone: the caller's stream goes on computing
+        return out
+
+
+def _recorded() -> Any:
+    event = torch.cuda.Event()
+    event.record()
+    return event
+
+
+class _Turns:
+    """Two functions, each in a thread, of which one runs at a time."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._turn = 0
+        self._running = [True, True]
+        self._second: int | None = None  # identity of the second thread
+
+    def run(self, first: Callable[[], T], second: Callable[[], U]) -> tuple[T, U]:
+        found: list[Any] = [None, None]
+        errors: list[BaseException] = []
+        grad = torch.is_grad_enabled()
+
+        def lane(number: int, work: Callable[[], Any]) -> None:
+            try:
+                if number:
+                    self._second = threading.get_ident()
+                    self._wait_for(number)
+                with torch.set_grad_enabled(grad):
+                    found[number] = work()
+            except BaseException as e:
+                errors.append(e)
+            finally:
+                with self._changed:
+                    self._running[number] = False
+                    self._turn = 1 - number
+                    self._changed.notify_all()
+
+        thread = threading.Thread(target=lane, args=(1, second), name="second micro-batch")
+        thread.start()
+        lane(0, first)
+        thread.join()
+        if errors:
+            raise errors[0]
+        return found[0], found[1]
+
+    def switch(self) -> None:
+        """Let the other function go on, and return when it waits in its turn or has ended."""
+        number = int(threading.get_ident() == self._second)
+        with self._changed:
+            if not self._running[1 - number]:
+                return
+            self._turn = 1 - number
+            self._changed.notify_all()
+        self._wait_for(number)
+
+    def _wait_for(self, number: int) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._turn == number or not self._running[1 - number])

@@ -1,0 +1,280 @@
+"""Expert parallelism: each rank holds a part of a layer's routed experts, and tokens travel to them and back.
+
+| dispatch | a token travels | as |
+|---|---|---|
+| all-to-all | once for each of its experts | the compute dtype |
+| two-hop | once to each node with one of its experts, to the rank of its own place there, which passes it on once to each rank with one; outputs are summed within the rank, then within the node, before they cross back (V3 §3.2.2) | the compute dtype |
+| two-hop-fp8 | the same | FP8 with a power-of-two scale for every 128 values on the way to the experts, BF16 on the way back |
+
+In the backward pass gradients travel the same ways: those of the outputs like tokens, those of the tokens like outputs.
+Experts apply a token's weights (model/moe.py), so that their outputs can be summed wherever they meet.
+
+N tokens here, D hidden, K experts a token, M rows at the experts.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from rorqual.errors import UserError
+from rorqual.kernels.block_scaled import decode, quantize
+from rorqual.kernels.linear import row_multiple
+from rorqual.kernels.moe_permute import Permutation, permute, permute_weights, sort_by_expert, sum_of_rows, unpermute
+from rorqual.kernels.number_formats import FP8_TILE, with_powers_of_two
+from rorqual.kernels.typed_torch import Context, Function, not_compiled, once_differentiable
+from rorqual.model import Transformer
+from rorqual.model.moe import Dispatched, Experts
+from rorqual.parallel.courier import Courier, Trip
+from rorqual.parallel.group import Group
+from rorqual.parallel.mesh import Mesh
+from rorqual.shapes import Float, Int, Int64
+
+TRAVEL_FORMAT = with_powers_of_two(FP8_TILE)
+DISPATCH, COMBINE, COUNTS = "dispatch", "combine", "dispatch counts"
+
+
+@dataclass(frozen=True)
+class Hop:
+    """The way of N tokens to places of a group: a row for every (token, destination)."""
+
+    group: Group
+    permutation: Permutation  # rows in order of their destinations
+    destinations: int  # at most, of a token
+    send: list[int]  # rows to each place
+    receive: list[int]  # rows from each place
+
+    @classmethod
+    def plan(cls, group: Group, to: Int[Tensor, "N destinations"]) -> "Hop":
+        """`to`: places of the group, -1 for none."""
+        permutation = sort_by_expert(to, group.size, partial=True)
+        receive = group.exchange_counts(permutation.load, COUNTS)
+        return cls(group, permutation, to.shape[1], permutation.load.tolist(), receive.tolist())
+
+    def there(self, columns: list[Tensor], what: str = DISPATCH) -> list[Tensor]:
+        """Tensors [N, …] by token → by row received."""
+        token = self.permutation.slot // self.destinations
+        return self._travel([c.index_select(0, token) for c in columns], self.send, self.receive, what)
+
+    def back(self, columns: list[Tensor], what: str = COMBINE) -> list[Tensor]:
+        """Tensors [M, width] by row received → the sums [N, width] over each token's rows."""
+        returned = self._travel(columns, self.receive, self.send, what)
+        return [sum_of_rows(c, self.permutation.row, self.destinations) for c in returned]
+
+    def _travel(self, columns: list[Tensor], send: list[int], receive: list[int], what: str) -> list[Tensor]:
+        if len(columns) == 1:
+            return [self.group.all_to_all(columns[0], send, receive, what)]
+        bytes_of = [c.contiguous().view(torch.uint8).flatten(1) for c in columns]
+        widths = [b.shape[1] for b in bytes_of]
+        rows = self.group.all_to_all(torch.cat(bytes_of, dim=1), send, receive, what)
+        parts = rows.split(widths, dim=1)
+        copies = [p.clone(memory_format=torch.contiguous_format) for p in parts]
+        return [p.view(c.dtype).view(-1, *c.shape[1:]) for p, c in zip(copies, columns, strict=True)]
+
+
+@dataclass
+class Journey:
+    """The way of one micro-batch's tokens to the experts of a layer, and how they are written on it."""
+
+    courier: Courier
+    fp8: bool
+    dtype: torch.dtype
+    copies: int = 1  # of a token that set out
+    hops: list[Hop] = field(default_factory=list[Hop])
+    chosen: Int64[Tensor, "M _"] = field(default_factory=lambda: torch.empty(0, 1, dtype=torch.int64))  # of each row
+    trip: Trip[list[Tensor]] | None = None  # the newest
+
+    def encode(self, x: Float[Tensor, "N D"]) -> list[Tensor]:
+        x = x.repeat_interleave(self.copies, dim=0) if self.copies > 1 else x.contiguous()
+        if not self.fp8:
+            return [x]
+        codes, scales = quantize(x, TRAVEL_FORMAT).kept
+        return [codes, (scales.view(torch.int32) >> 23).to(torch.uint8)]  # the exponents of powers of two
+
+    def decode(self, columns: list[Tensor]) -> Float[Tensor, "M D"]:
+        if not self.fp8:
+            return columns[0]
+        codes, exponents = columns
+        scales = (exponents.to(torch.int32) << 23).view(torch.float32)
+        return decode(codes, scales, TRAVEL_FORMAT, codes.shape[1]).to(self.dtype)
+
+    def there(self, x: Float[Tensor, "N D"]) -> list[Tensor]:
+        """→ [M, D], one tensor."""
+        columns = self.encode(x)
+        for hop in self.hops:
+            columns = hop.there(columns)
+        return [self.decode(columns)]
+
+    def back(self, y: Float[Tensor, "M D"], *weights: Float[Tensor, "M _"]) -> list[Tensor]:
+        """Sums over each token's rows: [N, D], and [N, K] of what belongs to its weights."""
+        columns = [y.to(torch.bfloat16) if self.fp8 else y, *weights]
+        for hop in reversed(self.hops):
+            columns = hop.back(columns)
+        out, *others = columns
+        if self.copies > 1:
+            out = sum_of_rows(out, torch.arange(len(out), device=out.device), self.copies)
+        return [out.to(self.dtype), *(w.reshape(len(out), -1) for w in others)]
+
+
+class _Context(Context):
+    journey: Journey
+
+
+def _arrived(journey: Journey) -> list[Tensor]:
+    assert journey.trip is not None
+    return journey.trip.result()
+
+
+# Each way is two functions, so that others can run between them, in both passes; the ticket from the first to the
+# second is an empty tensor.
+
+
+class _Depart(Function):
+    @staticmethod
+    def forward(
+        ctx: _Context, x: Tensor, weights: Tensor, chosen: Tensor, journey: Journey, travel: Callable[..., list[Tensor]]
+    ) -> Tensor:
+        ctx.journey = journey
+        journey.trip = journey.courier.submit(travel, journey, x, weights, chosen)
+        return x.new_empty(0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: _Context, _ticket: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        grad_x, grad_weights = _arrived(ctx.journey)
+        return grad_x, grad_weights, None, None, None
+
+
+class _Arrive(Function):
+    @staticmethod
+    def forward(ctx: _Context, ticket: Tensor, journey: Journey) -> tuple[Tensor, Tensor]:
+        ctx.journey = journey
+        x, weights = _arrived(journey)
+        return x, weights
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: _Context, grad_x: Tensor, grad_weights: Tensor) -> tuple[Tensor, None]:
+        ctx.journey.trip = ctx.journey.courier.submit(ctx.journey.back, grad_x, grad_weights)
+        return grad_x.new_empty(0), None
+
+
+class _DepartBack(Function):
+    @staticmethod
+    def forward(ctx: _Context, y: Tensor, journey: Journey) -> Tensor:
+        ctx.journey = journey
+        journey.trip = journey.courier.submit(journey.back, y)
+        return y.new_empty(0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: _Context, _ticket: Tensor) -> tuple[Tensor, None]:
+        return _arrived(ctx.journey)[0], None
+
+
+class _ArriveBack(Function):
+    @staticmethod
+    def forward(ctx: _Context, ticket: Tensor, journey: Journey) -> Tensor:
+        ctx.journey = journey
+        return _arrived(journey)[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor, None]:
+        ctx.journey.trip = ctx.journey.courier.submit(ctx.journey.there, grad)
+        return grad.new_empty(0), None
+
+
+class ExpertParallel:
+    """A TokenDispatcher for experts that are spread over the mesh's `experts` group."""
+
+    def __init__(self, mesh: Mesh, experts: int, courier: Courier) -> None:
+        """experts: routed ones of a layer. `courier` is shared by all layers."""
+        self.mesh, self.group, self.courier, self.experts = mesh, mesh.experts, courier, experts
+        self.own = experts // self.group.size  # here
+        self.kind = mesh.section.dispatch
+
+    @not_compiled  # shapes depend on the routing
+    def __call__(
+        self,
+        experts: Experts,
+        x: Float[Tensor, "N D"],
+        weights: Float[Tensor, "N K"],
+        chosen: Int[Tensor, "N K"],
+        shared: Callable[[Tensor], Tensor] | None = None,
+    ) -> Dispatched:
+        """→ output, and the load of all experts by the tokens of this rank."""
+        copies = chosen.shape[1] if self.kind == "all-to-all" else 1
+        journey = Journey(self.courier, self.kind == "two-hop-fp8", x.dtype, copies)
+        ticket = _Depart.apply(x, weights, chosen, journey, self._travel)
+        beside = shared(x) if shared is not None else None
+        rows, row_weights = _Arrive.apply(ticket, journey)
+        y = self._compute(experts, rows, row_weights, journey.chosen)
+        out = _ArriveBack.apply(_DepartBack.apply(y, journey), journey)
+        slots = chosen.flatten()
+        load = slots.new_zeros(self.experts).scatter_add_(0, slots, torch.ones_like(slots))
+        return out if beside is None else out + beside, load
+
+    def _compute(self, experts: Experts, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        """The sums, by row, of the outputs of the experts here."""
+        here = chosen - self.own * self.group.place
+        here = here.where((here >= 0) & (here < self.own), -1)
+        multiple = row_multiple(x, experts.gate_up_proj, chosen.numel() // self.experts)
+        permutation = sort_by_expert(here, self.own, multiple, partial=True)
+        K = chosen.shape[1]
+        y = experts(permute(x, permutation, K), permute_weights(weights, permutation), permutation.ends)
+        return unpermute(y, permutation, K)
+
+    def _travel(self, journey: Journey, x: Tensor, weights: Tensor, chosen: Tensor) -> list[Tensor]:
+        """Plan the journey on the way → rows, and the weights of their experts."""
+        if self.kind == "all-to-all":
+            columns = [*journey.encode(x), weights.reshape(-1, 1), chosen.reshape(-1, 1).to(torch.int16)]
+            columns = self._go(journey, self.group, chosen.reshape(-1, 1) // self.own, columns)
+        else:
+            rail, node = self.mesh.rail, self.mesh.node
+            columns = [*journey.encode(x), weights, chosen.to(torch.int16)]
+            columns = self._go(journey, rail, present(chosen // (self.own * node.size), rail.size), columns)
+            place = columns[-1].to(torch.int64) // self.own - node.size * rail.place
+            columns = self._go(journey, node, present(place, node.size), columns)
+        *encoded, weights, chosen = columns
+        journey.chosen = chosen.to(torch.int64)
+        return [journey.decode(encoded), weights]
+
+    def _go(self, journey: Journey, group: Group, to: Tensor, columns: list[Tensor]) -> list[Tensor]:
+        if group.size == 1:
+            return columns
+        hop = Hop.plan(group, to)
+        journey.hops.append(hop)
+        return hop.there(columns)
+
+
+def present(place: Int[Tensor, "N K"], places: int) -> Int[Tensor, "N places"]:
+    """The places that occur in a row, each once in the column of its number; -1 elsewhere."""
+    inside = (place >= 0) & (place < places)
+    found = torch.zeros(len(place), places + 1, dtype=torch.bool, device=place.device)
+    found.scatter_(1, place.where(inside, places), True)
+    numbers = torch.arange(places, device=place.device)
+    return numbers.where(found[:, :places], -1)
+
+
+def spread_experts(model: Transformer, mesh: Mesh, courier: Courier) -> None:
+    """Keep this rank's part of every layer's routed experts and dispatch tokens to all of them.
+
+    Raises UserError where a layer's experts cannot be spread evenly.
+    """
+    group = mesh.experts
+    if group.size == 1:
+        return
+    count = model.config.moe.n_routed_experts
+    if count % group.size:
+        raise UserError(
+            f"parallel.experts = {group.size}: the model has {count} routed experts a layer, which cannot be spread "
+            f"evenly; make it a divisor of {count}"
+        )
+    own = count // group.size
+    for layer in model.moe_layers():
+        for name, parameter in layer.experts.named_parameters():
+            part = parameter.detach()[own * group.place : own * (group.place + 1)].clone()
+            setattr(layer.experts, name, nn.Parameter(part, parameter.requires_grad))
+        layer.dispatcher = ExpertParallel(mesh, count, courier)

@@ -1,0 +1,145 @@
+"""Process groups: their collectives, the bytes these send over each kind of link, and what is said when one hangs.
+
+A link is slow between nodes and fast within one. Bytes are those handed to the backend (gloo, NCCL), without what a rank
+keeps for itself; the transport's own headers come on top.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from rorqual.errors import UserError
+
+Link = Literal["between nodes", "within a node"]
+
+
+@dataclass
+class Traffic:
+    """Bytes that this rank has sent, by (operation, link), and the step that a time-out names."""
+
+    sent: Counter[tuple[str, Link]] = field(default_factory=Counter[tuple[str, Link]])
+    step: int = 0
+
+    def total(self, link: Link, *operations: str) -> int:
+        """Over `operations`, or all of them."""
+        return sum(
+            n for (what, where), n in self.sent.items() if where == link and (not operations or what in operations)
+        )
+
+
+@dataclass(frozen=True)
+class Group:
+    """Some ranks, in order, one of which is this process; `traffic` is shared by all groups of a process."""
+
+    process_group: dist.ProcessGroup | None  # None: this process alone
+    ranks: tuple[int, ...]  # global
+    place: int  # of this process among them
+    ranks_per_node: int
+    traffic: Traffic
+    timeout: timedelta = timedelta(minutes=10)
+
+    @property
+    def size(self) -> int:
+        return len(self.ranks)
+
+    def node(self, place: int) -> int:
+        """Of the group's rank at `place`."""
+        return self.ranks[place] // self.ranks_per_node
+
+    def count(self, what: str, nbytes: Sequence[int]) -> None:
+        """Add the bytes sent to each place to the traffic."""
+        for place, number in enumerate(nbytes):
+            if place != self.place and number:
+                link: Link = "within a node" if self.node(place) == self.node(self.place) else "between nodes"
+                self.traffic.sent[what, link] += number
+
+    def all_to_all(self, rows: Tensor, send: Sequence[int], receive: Sequence[int], what: str) -> Tensor:
+        """Rows [M, …] in order of their destinations, send[p] of them to place p → the rows received, receive[p] of
+        them from place p.
+        """
+        if self.process_group is None:
+            return rows
+        row = rows[0].nbytes if len(rows) else 0
+        self.count(what, [n * row for n in send])
+        out = rows.new_empty(sum(receive), *rows.shape[1:])
+        with self._named(what):
+            dist.all_to_all_single(out, rows.contiguous(), list(receive), list(send), self.process_group)
+        return out
+
+    def exchange_counts(self, counts: Tensor, what: str) -> Tensor:
+        """counts [size, …]: row p to place p → row p from place p."""
+        return self.all_to_all(counts, [1] * self.size, [1] * self.size, what)
+
+    def gather(self, tensor: Tensor, what: str) -> list[Tensor]:
+        """The tensor of every place; shapes are the same."""
+        if self.process_group is None:
+            return [tensor]
+        self.count(what, [tensor.nbytes] * self.size)
+        out = [torch.empty_like(tensor) for _ in self.ranks]
+        with self._named(what):
+            dist.all_gather(out, tensor.contiguous(), self.process_group)
+        return out
+
+    def sum(self, tensor: Tensor, what: str) -> Tensor:
+        """Over all places, added in their order: the same bits everywhere, and as one process adds them."""
+        first, *others = self.gather(tensor, what)
+        total = first.clone()
+        for other in others:
+            total += other
+        return total
+
+    def send(self, tensor: Tensor, place: int, what: str) -> dist.Work | None:
+        """Begin to send; the tensor must stay as it is until the work returned has been waited for."""
+        self.count(what, [tensor.nbytes if p == place else 0 for p in range(self.size)])
+        with self._named(what):
+            return dist.isend(tensor, self.ranks[place], self.process_group)
+
+    def receive(self, tensor: Tensor, place: int, what: str) -> dist.Work | None:
+        """Begin to receive into `tensor`."""
+        with self._named(what):
+            return dist.irecv(tensor, self.ranks[place], self.process_group)
+
+    def wait(self, work: dist.Work | None, what: str) -> None:
+        if work is not None:
+            with self._named(what):
+                work.wait(self.timeout)
+
+    def barrier(self, what: str) -> None:
+        self.gather(torch.zeros(1), what)
+
+    def _named(self, what: str) -> "_Named":
+        return _Named(self, what)
+
+
+@dataclass(frozen=True)
+class _Named:
+    """Context that turns a backend's error into a sentence with rank, step and operation."""
+
+    group: Group
+    what: str
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, RuntimeError):
+            group = self.group
+            raise CommunicationError(
+                f"rank {group.ranks[group.place]}, step {group.traffic.step}: {self.what} among ranks "
+                f"{', '.join(map(str, group.ranks))} did not come through ({_first_line(error)}); another rank has "
+                "ended, hangs or cannot be reached: its own output says why"
+            ) from error
+
+
+class CommunicationError(UserError):
+    """A collective failed or timed out."""
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).splitlines()
+    return (lines[0] if lines else type(error).__name__)[:200]

@@ -1,0 +1,120 @@
+"""Which rank does what: pipeline stages, experts, data and context, from a recipe's sizes (V3 §3.2, §4.2).
+
+    rank = stage · (data · context) + place
+
+The ranks of a stage hold the same layers. Each place has its own tokens: `data` ranks have sequences of their own,
+`context` ranks share a sequence and have a part of it each. Experts are spread over `experts` places, next to each
+other, so a layer's routed experts exist data · context / experts times; everything else is on every place.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from rorqual.errors import UserError
+from rorqual.parallel.group import Group, Traffic
+from rorqual.sections import ParallelSection
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """This process's place and its groups."""
+
+    section: ParallelSection
+    rank: int
+    device_mesh: DeviceMesh | None  # None: one process
+    traffic: Traffic
+    pipeline: Group  # the same place of every stage, in order of stages
+    tokens: Group  # of this stage: those with which gradients of all but routed experts are summed
+    experts: Group  # which together hold the routed experts of this stage's layers
+    replicas: Group  # with the same routed experts
+    context: Group  # with the same sequences
+    data: Group  # with the same part of other sequences
+    rail: Group  # of `experts`: the same place in every node
+    node: Group  # of `experts`: in this node
+
+    @property
+    def world(self) -> Group:
+        size = self.section.processes
+        return Group(
+            dist.group.WORLD if size > 1 else None, tuple(range(size)), self.rank, self.tokens.ranks_per_node,
+            self.traffic, self.tokens.timeout,
+        )  # fmt: skip
+
+
+def check_layout(section: ParallelSection, ranks_per_node: int) -> None:
+    """Raises UserError for sizes that do not fit each other, with what to change."""
+    places = section.data * section.context
+    if places % section.experts:
+        raise UserError(
+            f"parallel.experts = {section.experts}: experts are spread over the data · context = {places} ranks of a "
+            f"stage; make it one of {', '.join(str(n) for n in range(1, places + 1) if places % n == 0)}"
+        )
+    if section.experts % ranks_per_node and ranks_per_node % section.experts:
+        raise UserError(
+            f"parallel.experts = {section.experts} with {ranks_per_node} ranks a node: neither divides the other, so "
+            "nodes would hold unequal parts of the experts; change parallel.experts or parallel.ranks_per_node"
+        )
+
+
+def single(section: ParallelSection | None = None) -> Mesh:
+    """The mesh of one process, which communicates with nobody."""
+    section, traffic = section or ParallelSection(), Traffic()
+    alone = Group(None, (0,), 0, 1, traffic)
+    return Mesh(section, 0, None, traffic, *[alone] * 8)
+
+
+def build_mesh(section: ParallelSection, device: str = "cpu") -> Mesh:
+    """Join the run's processes (torchrun's variables, or `init_process_group` called before) and make the groups.
+
+    Raises UserError when the number of processes is not that of the recipe, or for sizes that do not fit.
+    """
+    if section.processes == 1:
+        return single(section)
+    timeout = timedelta(seconds=section.timeout)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timeout)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    if world != section.processes:
+        raise UserError(
+            f"parallel: pipeline · data · context = {section.processes} processes, and {world} were started; start "
+            f"{section.processes}, or change the sizes"
+        )
+    per_node = section.ranks_per_node or int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    check_layout(section, per_node)
+    places, experts = section.data * section.context, section.experts
+    nodes = max(1, experts // per_node)
+    stages = init_device_mesh(device, (section.pipeline, places), mesh_dim_names=("pipeline", "tokens"))
+    by_context = _split(stages, "tokens", (section.data, section.context), ("data", "context"))
+    by_experts = _split(stages, "tokens", (places // experts, experts), ("replicas", "experts"))
+    by_node = _split(by_experts, "experts", (nodes, experts // nodes), ("rail", "node"))
+    traffic = Traffic()
+
+    def group(mesh: DeviceMesh, name: str) -> Group:
+        ranks = tuple(dist.get_process_group_ranks(mesh.get_group(name)))
+        process_group = mesh.get_group(name) if len(ranks) > 1 else None
+        return Group(process_group, ranks, ranks.index(rank), per_node, traffic, timeout)
+
+    return Mesh(
+        section, rank, stages, traffic,
+        pipeline=group(stages, "pipeline"), tokens=group(stages, "tokens"), experts=group(by_experts, "experts"),
+        replicas=group(by_experts, "replicas"), context=group(by_context, "context"), data=group(by_context, "data"),
+        rail=group(by_node, "rail"), node=group(by_node, "node"),
+    )  # fmt: skip
+
+
+def _split(mesh: DeviceMesh, name: str, sizes: Sequence[int], names: Sequence[str]) -> DeviceMesh:
+    """The mesh with one dimension cut into several."""
+    return mesh._unflatten(name, tuple(sizes), tuple(names))  # pyright: ignore[reportPrivateUsage] -- not public yet
+
+
+def device_of(rank: int) -> torch.device:
+    """Of a rank of this machine: its GPU, or the CPU where there is none."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank)) % torch.cuda.device_count())

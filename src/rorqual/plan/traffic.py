@@ -1,0 +1,90 @@
+"""Bytes that tokens on their way to experts put on the links, from a routing (V3 §3.2.2). parallel/experts.py sends
+them; the two counts are asserted equal.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rorqual.shapes import Int
+
+WEIGHT, EXPERT, COUNT = 4, 2, 8  # bytes: of a token's weight for an expert, an expert's number, a number of rows
+TILE = 128  # values that share a one-byte scale in FP8
+
+
+@dataclass(frozen=True)
+class ExpertGroup:
+    """Ranks that share a layer's routed experts, numbered from 0, `per_node` of them on a node."""
+
+    experts: int
+    ranks: int
+    per_node: int
+
+    def rank(self, expert: Tensor) -> Tensor:
+        return expert // (self.experts // self.ranks)
+
+    def node(self, rank: int) -> int:
+        return rank // self.per_node
+
+
+def row_bytes(dispatch: str, hidden: int, k: int, itemsize: int, backward: bool = False) -> tuple[float, float]:
+    """Of one row to the experts and one back, in the forward pass or in the backward pass.
+
+    `itemsize`: of the compute dtype. To the experts a token takes its weights along in the forward pass; in the
+    backward pass their gradients come back.
+    """
+    copies = 1 if dispatch == "all-to-all" else k
+    fp8 = dispatch == "two-hop-fp8"
+    there = hidden - (-hidden // TILE) if fp8 else hidden * itemsize
+    back = hidden * (2 if fp8 else itemsize)
+    if backward:
+        return there, back + copies * WEIGHT
+    return there + copies * (WEIGHT + EXPERT), back
+
+
+def journey_rows(chosen: Sequence[Int[Tensor, "N K"]], group: ExpertGroup, dispatch: str) -> Counter[str]:
+    """Rows that all ranks together send to experts, by link; `chosen`: by rank. As many come back."""
+    found: Counter[str] = Counter()
+    for source, own in enumerate(chosen):
+        if dispatch == "all-to-all":
+            for rank, rows in enumerate(torch.bincount(group.rank(own).flatten(), minlength=group.ranks).tolist()):
+                if rank != source:
+                    found[_link(group, source, rank)] += rows
+            continue
+        for rank in range(group.ranks):
+            # Tokens reach a rank from the rank of the source's place in its node.
+            relay = group.node(rank) * group.per_node + source % group.per_node
+            if rank != relay:
+                found["within a node"] += int((group.rank(own) == rank).any(1).sum())
+            if rank == relay and rank != source:
+                found["between nodes"] += int((group.rank(own) // group.per_node == group.node(rank)).any(1).sum())
+    return found
+
+
+def _link(group: ExpertGroup, a: int, b: int) -> str:
+    return "within a node" if group.node(a) == group.node(b) else "between nodes"
+
+
+def journey_bytes(
+    chosen: Sequence[Int[Tensor, "N K"]], group: ExpertGroup, dispatch: str, hidden: int, itemsize: int,
+    passes: Sequence[bool] = (False,),
+) -> Counter[tuple[str, str]]:  # fmt: skip
+    """Bytes that all ranks together send for one layer, by (operation, link); passes: whether each is a backward one."""
+    rows, found = journey_rows(chosen, group, dispatch), Counter[tuple[str, str]]()
+    for backward in passes:
+        there, back = row_bytes(dispatch, hidden, chosen[0].shape[1], itemsize, backward)
+        for link, number in rows.items():
+            found["dispatch", link] += round(number * there)
+            found["combine", link] += round(number * back)
+    n, per_node = group.ranks, min(group.per_node, group.ranks)
+    nodes = n // per_node
+    if dispatch == "all-to-all":
+        found["dispatch counts", "within a node"] = n * (per_node - 1) * COUNT
+        found["dispatch counts", "between nodes"] = n * (n - per_node) * COUNT
+    else:
+        found["dispatch counts", "within a node"] = n * (per_node - 1) * COUNT
+        found["dispatch counts", "between nodes"] = n * (nodes - 1) * COUNT
+    return +found
