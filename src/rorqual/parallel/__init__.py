@@ -1,0 +1,1 @@
+"""How chips share the work: mesh, experts, pipeline, data, balance."""
