@@ -29,8 +29,8 @@ def rebalance_experts(
 
     load: tokens (or any measure) of each expert. Where `nodes` divides `groups`, each group of experts stays on one
     node (hierarchical, for group-limited routing); otherwise groups and nodes are ignored (global). Two copies of an
-    expert may meet on a GPU. Source: EPLB's README; exchanges after its greedy packing are
-    ours, so the result is never less even than that.
+    expert may meet on a GPU. Source: EPLB's README; exchanges after its greedy packing are ours, and never make GPUs
+    less even.
     Raises UserError for sizes that do not divide each other, too few replicas, and negative or non-finite loads.
     """
     _check(load, replicas, groups, nodes, gpus)
