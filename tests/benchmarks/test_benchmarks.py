@@ -168,6 +168,7 @@ def quick(name, *options):
         ("decode", "decode-b1-int4/transformers-fp32"),  # llama.cpp, which may be missing, takes nobody along
         ("gpu --device cpu", "gpu-llama-135m-b1/transformers"),
         ("moments", "optimizer-speed/8bit"),
+        ("expert_balance", "balance-prefill-1/published-greedy"),
         ("fp8_memory", "step-seconds/fp8-v3-8bit-moments"),
         ("fp8_rollouts", "tokens-per-second/fp8-rollouts"),
         ("kv_drift", "same-top-token/latent-fp8"),

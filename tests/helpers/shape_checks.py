@@ -19,7 +19,13 @@ import torch
 from beartype import beartype
 from jaxtyping import AbstractArray, jaxtyped
 
-CHECKED = ("rorqual.model", "rorqual.kernels", "rorqual.rl.grpo", "rorqual.rl.rollout_packing")  # packages, or modules
+CHECKED = (  # packages, or modules
+    "rorqual.model",
+    "rorqual.kernels",
+    "rorqual.rl.grpo",
+    "rorqual.rl.rollout_packing",
+    "rorqual.parallel.balance",
+)
 TENSORS = (torch.Tensor, torch.nn.Parameter)
 _enabled = True
 
