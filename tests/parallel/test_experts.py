@@ -23,7 +23,8 @@ KINDS = ("all-to-all", "two-hop", "two-hop-fp8")
 
 def config():
     return ModelConfig.from_dict({
-        "model_type": "deepseek_v3", "vocab_size": 32, "hidden_size": D, "num_hidden_layers": 1, "n_group": 4, "topk_group": 2,
+        "model_type": "deepseek_v3", "vocab_size": 32, "hidden_size": D, "num_hidden_layers": 1,
+        "n_group": 4, "topk_group": 2,
         "num_attention_heads": 2, "n_routed_experts": E, "num_experts_per_tok": K, "n_shared_experts": 1,
         "moe_intermediate_size": 24, "intermediate_size": 64, "q_lora_rank": 16, "kv_lora_rank": 16,
         "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "first_k_dense_replace": 0,

@@ -72,7 +72,7 @@ def journey_bytes(
     chosen: Sequence[Int[Tensor, "N K"]], group: ExpertGroup, dispatch: str, hidden: int, itemsize: int,
     passes: Sequence[bool] = (False,),
 ) -> Counter[tuple[str, str]]:  # fmt: skip
-    """Bytes that all ranks together send for one layer, by (operation, link); passes: whether each is a backward one."""
+    """Bytes that all ranks together send for one layer, by (operation, link); `passes`: is each a backward pass?"""
     rows, found = journey_rows(chosen, group, dispatch), Counter[tuple[str, str]]()
     for backward in passes:
         there, back = row_bytes(dispatch, hidden, chosen[0].shape[1], itemsize, backward)
