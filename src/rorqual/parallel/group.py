@@ -1,7 +1,7 @@
 """Process groups: their collectives, the bytes these send over each kind of link, and what is said when one hangs.
 
-A link is slow between nodes and fast within one. Bytes are those handed to the backend (gloo, NCCL), without what a rank
-keeps for itself; the transport's own headers come on top.
+A link is slow between nodes and fast within one. Bytes are those handed to the backend (gloo, NCCL), without what a
+rank keeps for itself; the transport's own headers come on top.
 """
 
 from collections import Counter

@@ -51,7 +51,9 @@ class EMA:
         parameters = self.optimizer.parameters
         own = {name: p.detach().clone() for name, p in parameters.items()}
         try:
-            _fill(parameters, self.average)
+            sharding = self.optimizer.sharding
+            _fill({n: parameters[n].data[sharding.rows(n)] for n in self.average}, self.average)
+            sharding.spread(parameters)
             yield
         finally:
             _fill(parameters, own)
@@ -89,6 +91,6 @@ def _pieces(tensors: Mapping[str, Tensor]) -> list[Tensor]:
 
 
 @torch.no_grad()
-def _fill(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    for name, p in parameters.items():
-        p.data.copy_(values[name])
+def _fill(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    for name, t in tensors.items():
+        t.data.copy_(values[name])

@@ -3,6 +3,8 @@
 In float32 the masters are the model's own tensors. In bfloat16 the model's matrices are converted in place, FP32
 masters are kept beside them, and gradients are accumulated in FP32 (V3 §3.3.2). Norms and the router are FP32 in both
 cases, and so are gradients, whatever dtype the moments are kept in.
+
+With several processes masters and moments are of the rows that this one owns (parallel/data.py).
 """
 
 from collections.abc import Callable
@@ -14,6 +16,8 @@ from torch import Tensor, nn
 from rorqual.errors import UserError
 from rorqual.kernels.accumulate import accumulate
 from rorqual.model.parameter_kinds import is_converted, is_hidden_matrix
+from rorqual.parallel.data import Sharding, global_norm
+from rorqual.parallel.mesh import Mesh, single
 from rorqual.plan.optimizer_state import StateBytes
 from rorqual.recipe import OptimizerSection
 from rorqual.train.adamw import AdamW
@@ -33,7 +37,9 @@ class StepResult:
 class Optimizer:
     """Owns master weights, gradients and moments of `model`. Call `accumulate` after each backward, then `step`."""
 
-    def __init__(self, model: nn.Module, section: OptimizerSection, compute_dtype: torch.dtype) -> None:
+    def __init__(
+        self, model: nn.Module, section: OptimizerSection, compute_dtype: torch.dtype, mesh: Mesh | None = None
+    ) -> None:
         """`section.name` is 'adamw', or 'muon': Muon on hidden matrices, AdamW on embedding, head, router and norms.
 
         Convert the model's matrices (and the biases of its linears) to `compute_dtype` in place.
@@ -42,11 +48,17 @@ class Optimizer:
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         # Such as the router's correction bias: not trained by gradient, but part of the checkpoint.
         self.buffers = {n: t for n, t in model.state_dict(keep_vars=True).items() if not isinstance(t, nn.Parameter)}
+        hidden = {n for n, p in self.parameters.items() if section.name == "muon" and is_hidden_matrix(n, p)}
+        self.mesh = mesh or single()
+        self.sharding = Sharding(self.mesh, self.parameters, hidden)
         self.masters: dict[str, Tensor] = {}
         for name, p in self.parameters.items():
-            self.masters[name] = p.detach().float()
-            p.data = self.masters[name].to(compute_dtype) if is_converted(name, p) else self.masters[name]
-        hidden = {n for n, w in self.masters.items() if section.name == "muon" and is_hidden_matrix(n, w)}
+            whole = p.detach().float()
+            stored = whole.to(compute_dtype) if is_converted(name, p) else whole
+            p.data = stored
+            own = whole[self.sharding.rows(name)]
+            if own.numel():  # a view of the parameter, or a copy where that frees the other rows
+                self.masters[name] = own if stored is whole or len(own) == len(whole) else own.clone()
         self.muon = Muon(
             {n: w for n, w in self.masters.items() if n in hidden}, section.muon_lr, section.weight_decay,
             dtype=torch.float32 if section.moments == "float32" else torch.bfloat16,
@@ -75,19 +87,18 @@ class Optimizer:
     @torch.no_grad()
     def step(self, factor: float) -> StepResult:
         """Clip, update with learning rate · `factor`, copy masters to the model; skip where the norm is not finite."""
-        gradients = list(self.grads.values())
-        if not gradients:
+        if self.mesh.section.processes == 1 and not self.grads:
             return StepResult(0.0, skipped=True)
-        norm = float(torch.stack(torch._foreach_norm(gradients)).norm())  # pyright: ignore[reportPrivateImportUsage]
+        grads = self.sharding.reduce(self.grads)
+        self.grads = {}
+        norm = global_norm(self.mesh, grads)
         if not norm < float("inf"):
-            self.discard()
             return StepResult(norm, skipped=True)
         if norm > self.section.clip:
-            torch._foreach_mul_(gradients, self.section.clip / norm)  # pyright: ignore[reportPrivateImportUsage]
+            torch._foreach_mul_(list(grads.values()), self.section.clip / norm)  # pyright: ignore[reportPrivateImportUsage]
         self._about_to_change()
-        self.adamw.step(self.grads, factor)
-        self.muon.step(self.grads, factor)
-        self.grads.clear()
+        self.adamw.step(grads, factor)
+        self.muon.step(grads, factor)
         self._write_back()
         return StepResult(norm, skipped=False)
 
@@ -96,19 +107,24 @@ class Optimizer:
             self.before_change()
 
     def _write_back(self) -> None:
-        converted = [n for n, p in self.parameters.items() if p.data_ptr() != self.masters[n].data_ptr()]
+        converted = self._converted()
         if converted:
-            torch._foreach_copy_([self.parameters[n].data for n in converted], [self.masters[n] for n in converted])  # pyright: ignore[reportPrivateImportUsage]
+            own = [self.parameters[n].data[self.sharding.rows(n)] for n in converted]
+            torch._foreach_copy_(own, [self.masters[n] for n in converted])  # pyright: ignore[reportPrivateImportUsage]
+        self.sharding.spread(self.parameters)
+
+    def _converted(self) -> list[str]:
+        """The parameters whose masters are kept beside them."""
+        return [n for n, w in self.masters.items() if w.dtype is not self.parameters[n].dtype]
 
     def state_bytes(self) -> StateBytes:
         """Bytes of the masters beside the model's own tensors, of gradients between backward and step, and of moments.
 
         plan/optimizer_state.py predicts them.
         """
-        beside = [n for n, p in self.parameters.items() if p.data_ptr() != self.masters[n].data_ptr()]
         return StateBytes(
-            masters=sum(self.masters[n].nbytes for n in beside),
-            gradients=sum(w.numel() * torch.float32.itemsize for w in self.masters.values()),
+            masters=sum(self.masters[n].nbytes for n in self._converted()),
+            gradients=sum(p.numel() * torch.float32.itemsize for p in self.parameters.values()),
             moments=self.adamw.moment_bytes() + sum(t.nbytes for t in self.muon.momentum.values()),
         )
 

@@ -1,5 +1,8 @@
 """One optimizer step of next-token training. Pre-training, SFT and the speedrun drive it.
 
+With a mesh of several processes each takes the step with the sequences that are its own; sums over tokens (losses,
+weights, expert loads, gradients) are over all of them.
+
 Shapes: B sequences in a micro-batch, T tokens, D hidden size, E experts.
 """
 
@@ -15,6 +18,10 @@ from rorqual.kernels.cross_entropy import linear_cross_entropy
 from rorqual.kernels.dtypes import compute_dtype
 from rorqual.model import Transformer
 from rorqual.model.moe import Routing
+from rorqual.parallel.courier import Courier
+from rorqual.parallel.experts import spread_experts
+from rorqual.parallel.group import Group
+from rorqual.parallel.mesh import Mesh, single
 from rorqual.plan.cost import flops_per_token, mtp_flops_per_token
 from rorqual.precision.convert import convert
 from rorqual.precision.recompute import Activations, Recompute
@@ -38,6 +45,7 @@ class StepMetrics:
     grad_norm: float | None  # before clipping; None where the loss is not finite
     max_vio_per_layer: list[float] | None  # MaxVio of each MoE layer
     skipped: bool  # the loss or the gradient was not finite
+    ranks_not_finite: tuple[int, ...] = ()  # whose loss was not
 
     def to_dict(self) -> dict[str, Metric]:
         """The metrics of a line of metrics.jsonl."""
@@ -68,21 +76,25 @@ class Trainer:
         precision: str | None = None,
         recompute: Recompute = "none",
         offload: bool = False,
+        mesh: Mesh | None = None,
         notify: Callable[[str], None] = print,
     ) -> None:
         """Convert `model` to `dtype` ("auto": the fastest on its device) in place.
 
         Without `mtp` or `balance` the MTP loss or the load balancing is off. `precision` (a key of PRECISIONS) is that
-        of products; `recompute` and `offload`: see precision/recompute.py.
+        of products; `recompute` and `offload`: see precision/recompute.py. `mesh`: the processes that train together.
         """
         if precision is not None:
             for line in convert(model, precision).lines():
                 notify(line)
+        self.mesh = mesh or single()
+        self.courier = Courier(self.mesh.section.overlap)
+        spread_experts(model, self.mesh, self.courier)
         self.activations = Activations(model, recompute, offload)
         self.model, self.schedule, self.dtype = model, schedule, compute_dtype(dtype, model.head_weight.device)
         self.mtp = mtp or MTPSection(weight=0.0, final_weight=0.0)
         self.balance = balance or BalanceSection(bias_speed=0.0, sequence_loss=0.0)
-        self.optimizer = Optimizer(model, optimizer, self.dtype)
+        self.optimizer = Optimizer(model, optimizer, self.dtype, self.mesh)
         self.ema = EMA(self.optimizer, ema) if ema else None
         self.forward = compiled(model, notify) if compile else model
         self.depth = model.config.num_nextn_predict_layers
@@ -90,15 +102,15 @@ class Trainer:
         self.flops = 0.0
 
     def step(self, micro_batches: Sequence[Batch], progress: float) -> StepMetrics:
-        """One optimizer step over all micro-batches; `progress` of the run in [0, 1].
+        """One optimizer step over all micro-batches, with several processes those of this one; `progress` in [0, 1].
 
         The loss is the weighted mean over tokens of cross-entropy + λ/depth · Σ MTP losses (V3 eq. 25)
         + α · sequence-wise balance loss. A step with a non-finite loss or gradient is skipped and changes only the
         counters.
         """
         λ = mtp_weight(self.mtp, progress) if self.depth else 0.0
-        totals = self._weight_totals(micro_batches, ahead=λ > 0)
-        sequences = sum(len(b.inputs) for b in micro_batches)
+        self.mesh.traffic.step = self.steps + 1
+        totals, sequences = self._totals(micro_batches, ahead=λ > 0)
         losses = torch.zeros(1 + self.depth)
         loads: list[Tensor] = []
         finite = True
@@ -113,15 +125,19 @@ class Trainer:
                 share = self.balance.sequence_loss * len(batch.inputs) / sequences
                 loss = loss + share * sum((r.sequence_loss for r in routing), loss.new_zeros(()))
             losses[: len(parts)] += torch.stack([p.detach() for p in parts]).to("cpu", torch.float32)
-            finite = bool(torch.isfinite(loss.detach()))
-            if not finite:
-                break
+            finite = finite and bool(torch.isfinite(loss.detach()))
+            if not finite and self.mesh.section.processes == 1:
+                break  # with several, the others need this one for their own tokens
             loss.backward()
             self.optimizer.accumulate()
             found = [r.load.detach() for r in routing]
             loads = [a + b for a, b in zip(loads, found, strict=True)] if loads else found
+        everywhere = self.mesh.world.gather(torch.tensor([float(finite), *losses.tolist()]), "losses")
+        not_finite = tuple(rank for rank, found in enumerate(everywhere) if not found[0])
+        losses = torch.stack(everywhere)[:, 1:].sum(0)
+        loads = list(self.mesh.tokens.sum(torch.stack(loads), "expert loads")) if loads else []
         factor = schedule_factor(self.schedule, progress)
-        result = self.optimizer.step(factor) if finite else None
+        result = None if not_finite else self.optimizer.step(factor)
         if result is None:
             self.optimizer.discard()
         skipped = result is None or result.skipped
@@ -135,20 +151,25 @@ class Trainer:
             grad_norm=None if result is None else result.grad_norm,
             max_vio_per_layer=max_violations(loads) if loads else None,
             skipped=skipped,
+            ranks_not_finite=not_finite,
         )
 
     @torch.no_grad()
     def bits_per_byte(self, batches: Iterable[tuple[Batch, int]]) -> float:
-        """Bits per byte of the released weights on held-out text, given (batch, bytes of text in its targets)."""
+        """Bits per byte of the released weights on held-out text, given (batch, bytes of text in its targets).
+
+        Several processes are given the same batches and take turns with them.
+        """
         self.model.eval()
         nats, length = 0.0, 0
         with self.released_weights():
-            for batch, size in batches:
+            for batch, size in _turns(batches, self.mesh.tokens):
                 hidden = self.model(batch.inputs, batch.positions, batch.attention_mask)
                 flat = batch.weights.flatten()
                 loss = linear_cross_entropy(hidden.flatten(0, 1), self.model.head_weight, batch.targets.flatten(), flat)
-                nats, length = nats + float(loss), length + size
-        return nats / (0.6931471805599453 * max(length, 1))
+                nats, length = nats + float(loss) * (size > 0), length + size
+        total = self.mesh.tokens.sum(torch.tensor([nats, length], dtype=torch.float64), "bits per byte")
+        return float(total[0]) / (0.6931471805599453 * max(float(total[1]), 1))
 
     @contextmanager
     def released_weights(self) -> Iterator[None]:
@@ -189,10 +210,13 @@ class Trainer:
             losses.append(linear_cross_entropy(state.flatten(0, 1), self.model.head_weight, targets.flatten(), share))
         return losses, routing
 
-    def _weight_totals(self, micro_batches: Sequence[Batch], ahead: bool) -> list[float]:
+    def _totals(self, micro_batches: Sequence[Batch], ahead: bool) -> tuple[list[float], float]:
+        """The sum of all tokens' weights for each loss, and the number of sequences, of all processes."""
         depths = range(1 + (self.depth if ahead else 0))
         sums = [sum(float(_shifted(b, k)[1].double().sum()) for b in micro_batches) for k in depths]
-        return [max(total, 1e-9) for total in sums]
+        own = torch.tensor([*sums, sum(len(b.inputs) for b in micro_batches)], dtype=torch.float64)
+        *totals, sequences = self.mesh.tokens.sum(own, "weights of tokens").tolist()
+        return [max(total, 1e-9) for total in totals], sequences
 
     def _after(self, loads: list[Tensor], progress: float) -> None:
         speed = bias_speed(self.balance, progress)
@@ -221,3 +245,17 @@ def _shifted(batch: Batch, ahead: int) -> tuple[Tensor, Tensor]:
     if batch.documents is not None:
         weights = weights * (batch.documents == batch.documents.roll(-ahead, dims=1))
     return targets, weights
+
+
+def _turns(batches: Iterable[tuple[Batch, int]], group: Group) -> Iterator[tuple[Batch, int]]:
+    """Every size-th batch. All ranks get as many, since experts need all of them: where batches run out, one of the
+    last round again with a size of 0, which does not count.
+    """
+    held: list[tuple[Batch, int]] = []
+    for found in batches:
+        held.append(found)
+        if len(held) == group.size:
+            yield held[group.place]
+            held.clear()
+    if held:
+        yield held[group.place] if group.place < len(held) else (held[0][0], 0)
