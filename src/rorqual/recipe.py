@@ -30,6 +30,7 @@ from rorqual.sections import (
     MTPSection,
     NoBalance,
     OptimizerSection,
+    ParallelSection,
     Positive,
     PrecisionName,
     RecomputeName,
@@ -107,6 +108,7 @@ class PretrainRecipe(Recipe):
     mtp: MTPSection = MTPSection()
     balance: BalanceSection = BalanceSection()
     train: TrainSection
+    parallel: ParallelSection = ParallelSection()
 
 
 class SFTRecipe(Recipe):
@@ -117,6 +119,7 @@ class SFTRecipe(Recipe):
     mtp: MTPSection = MTPSection()
     balance: NoBalance = NoBalance()
     train: TrainSection
+    parallel: ParallelSection = ParallelSection()
 
 
 class RLRecipe(Recipe):

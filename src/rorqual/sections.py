@@ -219,6 +219,7 @@ class ParallelSection(Section):
     dispatch: Literal["all-to-all", "two-hop", "two-hop-fp8"] = "two-hop"  # how tokens travel to experts
     overlap: bool = True  # tokens travel while other work is computed
     timeout: Positive = 600.0  # seconds until a collective that hangs ends the run
+    restarts: int = Field(default=3, ge=0, lt=1 << 20)  # from the newest checkpoint, after a process has died
 
     @property
     def processes(self) -> int:

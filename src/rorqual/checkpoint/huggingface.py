@@ -1,7 +1,7 @@
 """Load and save a model as a Hugging Face directory: config.json, *.safetensors, generation_config.json, tokenizer."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -18,6 +18,7 @@ from rorqual.checkpoint.model_writer import MAX_SHARD_BYTES, new_directory, writ
 from rorqual.checkpoint.release_tensors import EMBEDDING, allocate, fp8_weights, release_tensors
 from rorqual.errors import UserError
 from rorqual.kernels.dtypes import fastest_dtype
+from rorqual.model.parameter_kinds import is_converted
 from rorqual.model.release_settings import GENERATION
 from rorqual.model.transformer import Transformer
 from rorqual.tokenizer_protocol import Tokenizer
@@ -80,9 +81,17 @@ def save_model(
     if format is not None:
         config["quantization_config"] = quantization_config(tensors, format)
     with new_directory(Path(path), "saved") as temporary:
-        dtype = str(model.head_weight.dtype).removeprefix("torch.")
-        write_json(temporary / "config.json", config | {"torch_dtype": dtype})
-        write_json(temporary / GENERATION, model.released.generation_config(model.config, tokenizer))
+        write_settings(model, temporary, tokenizer, config)
         write_weights(tensors, temporary, max_shard_bytes)
-        if tokenizer is not None:
-            write_tokenizer(tokenizer, temporary)
+
+
+def write_settings(
+    model: Transformer, folder: Path, tokenizer: Tokenizer | None, config: dict[str, Any] | None = None
+) -> None:
+    """All of a directory but the weights; `config`: what config.json says, where it is not the model's."""
+    stored = next(p for name, p in model.named_parameters() if is_converted(name, p)).dtype
+    config = (config or model.config.to_dict()) | {"torch_dtype": str(stored).removeprefix("torch.")}
+    write_json(folder / "config.json", config)
+    write_json(folder / GENERATION, model.released.generation_config(model.config, tokenizer))
+    if tokenizer is not None:
+        write_tokenizer(tokenizer, folder)

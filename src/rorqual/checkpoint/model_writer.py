@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from rorqual.checkpoint.safetensors_io import INDEX, WEIGHTS, write_shard
+from rorqual.checkpoint.safetensors_io import INDEX, WEIGHTS, read_header, write_shard
 from rorqual.errors import file_error
 from rorqual.files import force_to_disk, write_folder
 from rorqual.model.release_settings import GENERATION
@@ -84,6 +84,14 @@ def write_weights(tensors: dict[str, Tensor], path: Path, max_shard_bytes: int =
         write_shard(path / file, shard)
         places |= dict.fromkeys(shard, file)
     total = sum(t.nbytes for t in tensors.values())
+    write_json(path / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
+
+
+def write_index(path: Path) -> None:
+    """The index of all shards in a directory."""
+    found = {file.name: read_header(file) for file in sorted(path.glob("*.safetensors"))}
+    total = sum(entry.row_bytes * entry.shape[0] for entries in found.values() for entry in entries.values())
+    places = {name: file for file, entries in found.items() for name in entries}
     write_json(path / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
 
 

@@ -27,28 +27,29 @@ def release_tensors(model: Transformer) -> dict[str, Tensor]:
     return own_tensors(model) | shared_copies(model)
 
 
-def own_tensors(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
+def own_tensors(module: nn.Module, prefix: str = "", first_expert: int = 0) -> dict[str, Tensor]:
+    """first_expert: the number of the first expert of every stack."""
     out: dict[str, Tensor] = {}
     for name, tensor in (*module.named_parameters(prefix), *module.named_buffers(prefix)):
-        out |= _by_expert(name, tensor.detach())
+        out |= _by_expert(name, tensor.detach(), first_expert)
     for name, weight in fp8_weights(module, prefix):
         one = len(weight) == 1 and ".experts." not in name
         for suffix, stack in (("", weight.codes.view(torch.float8_e4m3fn)), (SCALE_SUFFIX, weight.scales)):
-            out |= {own + suffix: t for own, t in _by_expert(name, stack[0] if one else stack).items()}
+            out |= {own + suffix: t for own, t in _by_expert(name, stack[0] if one else stack, first_expert).items()}
     return out
 
 
-def _by_expert(name: str, tensor: Tensor) -> dict[str, Tensor]:
+def _by_expert(name: str, tensor: Tensor, first: int) -> dict[str, Tensor]:
     """A parameter by its release names, of which a stack of experts has several."""
     layer, _, stack = name.rpartition(".experts.")
     if stack == "gate_up_proj":
         return {
             f"{layer}.experts.{e}.{part}.weight": half
-            for e, expert in enumerate(tensor)
+            for e, expert in enumerate(tensor, first)
             for part, half in zip(("gate_proj", "up_proj"), expert.chunk(2), strict=True)
         }
     if stack == "down_proj":
-        return {f"{layer}.experts.{e}.down_proj.weight": expert for e, expert in enumerate(tensor)}
+        return {f"{layer}.experts.{e}.down_proj.weight": expert for e, expert in enumerate(tensor, first)}
     return {name: tensor}
 
 

@@ -1,5 +1,7 @@
 """rorqual pretrain, sft, rl, distill, speedrun and report."""
 
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
@@ -15,36 +17,58 @@ if TYPE_CHECKING:
 RecipeT = TypeVar("RecipeT", "PretrainRecipe", "SFTRecipe")
 
 
-def pretrain(recipe: RecipeFile, overrides: Overrides = None, resume: Resume = False, dry_run: DryRun = False) -> None:
+Processes = Annotated[
+    int | None,
+    typer.Option(callback=within(1, 4096), help="processes on this machine; default: as many as [parallel] needs"),
+]
+
+
+def pretrain(
+    recipe: RecipeFile, overrides: Overrides = None, resume: Resume = False, dry_run: DryRun = False,
+    processes: Processes = None,
+) -> None:  # fmt: skip
     """Pre-train a model on text."""
     from rorqual.recipe import PretrainRecipe
     from rorqual.train.training_run import pretrain as run
 
-    _train(PretrainRecipe, run, recipe, overrides, resume, dry_run)
+    _train(PretrainRecipe, run, recipe, overrides, resume, dry_run, processes)
 
 
-def sft(recipe: RecipeFile, overrides: Overrides = None, resume: Resume = False, dry_run: DryRun = False) -> None:
+def sft(
+    recipe: RecipeFile, overrides: Overrides = None, resume: Resume = False, dry_run: DryRun = False,
+    processes: Processes = None,
+) -> None:  # fmt: skip
     """Fine-tune a model on conversations, with the loss on the assistant's turns."""
     from rorqual.recipe import SFTRecipe
     from rorqual.train.training_run import sft as run
 
-    _train(SFTRecipe, run, recipe, overrides, resume, dry_run)
+    _train(SFTRecipe, run, recipe, overrides, resume, dry_run, processes)
 
 
 def _train(
     kind: "type[RecipeT]", run: "Callable[[RecipeT, bool], Path]", path: Path, overrides: list[str] | None,
-    resume: bool, dry: bool,
+    resume: bool, dry: bool, processes: int | None,
 ) -> None:  # fmt: skip
+    from rorqual.parallel.launch import launch, restarted, started_by_torchrun, with_processes
     from rorqual.plan.estimate import plan_text
     from rorqual.recipe import load_recipe
     from rorqual.train.dry_run import dry_run, recipe_config
 
     recipe = load_recipe(path, kind, overrides)
+    if processes is not None:
+        recipe.parallel = with_processes(recipe.parallel, processes)
     if dry:
         print(plan_text(dry_run(recipe)))
         _print_precision(recipe, recipe_config(recipe))
         return
-    _finished(run(recipe, resume))
+    if recipe.parallel.processes > 1 and not started_by_torchrun():
+        status = launch(sys.argv[1:], recipe.parallel.processes, recipe.parallel.restarts)
+        if status:
+            raise typer.Exit(status)
+        return
+    run_dir = run(recipe, resume or restarted())
+    if int(os.environ.get("RANK", "0")) == 0:
+        _finished(run_dir)
 
 
 def rl(recipe: RecipeFile, overrides: Overrides = None, resume: Resume = False, dry_run: DryRun = False) -> None:

@@ -20,7 +20,9 @@ from rorqual.parallel.group import Group
 from rorqual.parallel.mesh import Mesh
 
 GRADIENTS, WEIGHTS = "gradients", "weights"
-LANES = 64  # parts are whole multiples of the widest vectors: what is left over is rounded in other ways
+# Parts are multiples of this many elements, as far as there are so many: what vectors leave over is rounded in other
+# ways, and 8-bit moments share a scale.
+LANES = 256
 BUCKET = 64 << 20  # bytes that are sent at once, at most, unless one parameter is larger
 
 
@@ -36,6 +38,11 @@ class Slice:
     shape: tuple[int, ...]  # of the whole, all experts included
     first: int
     last: int
+
+    def blocks(self, size: int) -> "Slice":
+        """Of what there is one of for so many elements; only the last block of a whole tensor may be partial."""
+        row = math.prod(self.shape[1:])
+        return Slice((-(-self.shape[0] * row // size),), self.first * row // size, -(-self.last * row // size))
 
 
 class Sharding:

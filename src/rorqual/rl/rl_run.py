@@ -24,7 +24,7 @@ from rorqual.train.build_model import build_model, tokenizer_of, trained_path
 from rorqual.train.model_card import card
 from rorqual.train.run_folder import open_run
 from rorqual.train.run_loop import RunLoop
-from rorqual.train.telemetry import Telemetry
+from rorqual.train.telemetry import Log
 
 STAGES = ("rollout", "train")  # parts of a step in the ledger
 
@@ -77,11 +77,11 @@ class RLRun(RunLoop[RLRecipe, GRPOTrainer]):
     evaluations: dict[str, dict[str, float]] = field(default_factory=dict)  # step → eval_<family>
     stages: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))  # seconds
 
-    def begin(self, telemetry: Telemetry) -> None:
+    def begin(self, telemetry: Log) -> None:
         if self.section.eval_every and not self.evaluations:
             telemetry.log(0, **self._evaluate(), seconds=self.seconds)
 
-    def step(self, telemetry: Telemetry) -> bool:
+    def step(self, telemetry: Log) -> bool:
         start = time.monotonic()
         metrics = self.trainer.step(self.progress())
         self.stages["rollout"] += metrics.rollout_seconds

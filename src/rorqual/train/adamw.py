@@ -13,7 +13,10 @@ from rorqual.recipe import OptimizerSection
 class AdamW:
     """AdamW with weight decay on matrices only. FP32 moments: torch's fused kernel, once per group."""
 
-    def __init__(self, masters: dict[str, Tensor], section: OptimizerSection) -> None:
+    def __init__(
+        self, masters: dict[str, Tensor], section: OptimizerSection, elements: dict[str, int] | None = None
+    ) -> None:
+        """elements: of the whole tensors, where masters are parts of them."""
         self.masters, self.section = masters, section
         self.first: dict[str, Tensor] = {}
         self.second: dict[str, Tensor] = {}
@@ -21,7 +24,7 @@ class AdamW:
         self.first_scale: dict[str, Tensor] = {}  # of the tensors whose moments are in 8 bits
         self.second_scale: dict[str, Tensor] = {}
         for name, w in masters.items():
-            stored = moment_dtype(section.moments, w.numel())
+            stored = moment_dtype(section.moments, elements[name] if elements else w.numel())
             self.first[name] = torch.zeros_like(w, dtype=stored)
             self.second[name] = torch.zeros_like(w, dtype=stored)
             # torch's kernel wants the count beside the weights; the others are called with it.

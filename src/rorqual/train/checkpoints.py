@@ -2,14 +2,15 @@
 
 Writing is atomic (files.write_folder). A checkpoint is removed only once newer ones replace it. An unreadable one stays
 in place; a provably damaged one is renamed to damaged-step-N. Other files in the folder are left alone.
+
+Several processes write a file each (sharded_checkpoints.py); any number of processes reads them.
 """
 
 import json
 import os
 import re
 import sys
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,25 +23,21 @@ from torch import Tensor
 from rorqual import strict_json
 from rorqual.errors import UserError, file_error
 from rorqual.files import check_link, discard, write_folder
+from rorqual.train.checkpoint_parts import Damaged, crc32, read_parts
 
 TENSORS, STATE = "tensors.safetensors", "state.json"
 NAME = re.compile(r"step-(0|[1-9][0-9]*)")
 LEFTOVER = re.compile(r"\.(writing|deleting|going)-step-[0-9]+")
-CHUNK_BYTES = 1 << 22  # per read
 
 
-class Damaged(Exception):
-    """A checkpoint's content is not what was written."""
-
-
-def _to_stderr(sentence: str) -> None:
+def to_stderr(sentence: str) -> None:
     print(sentence, file=sys.stderr, flush=True)
 
 
 class Checkpoints:
     """Keeps the last `keep` checkpoints of a run and the best one."""
 
-    def __init__(self, run_dir: Path, keep: int, notify: Callable[[str], None] = _to_stderr) -> None:
+    def __init__(self, run_dir: Path, keep: int, notify: Callable[[str], None] = to_stderr) -> None:
         """`notify` receives one sentence for each checkpoint that was set aside or could not be removed."""
         self.directory, self.keep, self.notify = Path(run_dir) / "checkpoints", keep, notify
 
@@ -70,8 +67,8 @@ class Checkpoints:
             with write_folder(final) as folder:
                 save_file({name: t.detach().contiguous() for name, t in tensors.items()}, folder / TENSORS)
                 described = {
-                    "step": step, "score": score if _is_score(score) else None, "good": good,
-                    "crc32": _crc32(folder / TENSORS), "state": state,
+                    "step": step, "score": score if is_score(score) else None, "good": good,
+                    "crc32": crc32(folder / TENSORS), "state": state,
                 }  # fmt: skip
                 (folder / STATE).write_text(strict_json.dumps(described))
         except (OSError, SafetensorError) as e:
@@ -79,16 +76,18 @@ class Checkpoints:
             raise UserError(f"{file_error(final, e, then='then continue with --resume')}{intact}") from e
         self._prune()
 
+    def poll(self) -> None:
+        """End a checkpoint that was being written, where it can be done without waiting."""
+
+    def finish(self) -> None:
+        """Wait until all checkpoints are whole."""
+
     def load_latest(self) -> tuple[int, dict[str, Tensor], dict[str, Any]] | None:
         """The newest intact checkpoint as (step, tensors, state); None where none was ever written.
 
         Damaged ones are set aside. Raises UserError for one that cannot be read, and when all are damaged.
         """
-        for entry in self._entries():
-            if LEFTOVER.fullmatch(entry.name):
-                discard(entry)
-            elif NAME.fullmatch(entry.name):
-                check_link(entry)
+        self._discard_leftovers()
         for step in reversed(self.steps()):
             try:
                 return step, *self._read(step)
@@ -96,12 +95,7 @@ class Checkpoints:
                 self._set_aside(step, e)
             except OSError as e:
                 raise file_error(e.filename or self.path(step), e, "read", "then continue with --resume") from e
-        damaged = sorted(p.name for p in self._entries() if p.name.startswith("damaged-step-"))
-        if damaged:
-            raise UserError(
-                f"{self.directory}: every checkpoint is damaged ({', '.join(damaged)}); restore one as step-N from a "
-                "copy, or start again under another name"
-            )
+        self._check_not_all_damaged()
         return None
 
     def best(self) -> int | None:
@@ -130,22 +124,55 @@ class Checkpoints:
 
     def _read(self, step: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Raises Damaged for wrong or missing content, OSError when it cannot be read."""
-        path = self.path(step)
-        for file in (path / STATE, path / TENSORS):
-            check_link(file)
+        with self._damage():
+            found = self._described(step)
+            sums = {TENSORS: found.get("crc32")} if "parts" not in found else {}
+            self._check_sums(step, sums | {file: part["crc32"] for file, part in found.get("parts", {}).items()})
+            if "parts" in found:
+                return read_parts(self.path(step), found["parts"]), found["state"]
+            return load_file(self.path(step) / TENSORS), found["state"]
+
+    def _discard_leftovers(self) -> None:
+        """Of processes that were killed."""
+        for entry in self._entries():
+            if LEFTOVER.fullmatch(entry.name):
+                discard(entry)
+            elif NAME.fullmatch(entry.name):
+                check_link(entry)
+
+    def _check_not_all_damaged(self) -> None:
+        damaged = sorted(p.name for p in self._entries() if p.name.startswith("damaged-step-"))
+        if damaged:
+            raise UserError(
+                f"{self.directory}: every checkpoint is damaged ({', '.join(damaged)}); restore one as step-N from a "
+                "copy, or start again under another name"
+            )
+
+    def _described(self, step: int) -> dict[str, Any]:
+        """state.json."""
+        check_link(self.path(step) / STATE)
+        found = json.loads((self.path(step) / STATE).read_bytes())
+        if not isinstance(found["state"], dict):
+            raise Damaged(f"{STATE} has no state")
+        return found
+
+    def _check_sums(self, step: int, sums: Mapping[str, int | None]) -> None:
+        """Raises Damaged for a file without its CRC-32; None: it has none, since an earlier version wrote it."""
+        for file, right in sums.items():
+            check_link(self.path(step) / file)
+            if crc32(self.path(step) / file) != right and right is not None:
+                raise Damaged(f"{file} is not what was written")
+
+    @contextmanager
+    def _damage(self) -> Iterator[None]:
+        """Context in which wrong content raises Damaged."""
         try:
-            found = json.loads((path / STATE).read_bytes())
-            crc32 = _crc32(path / TENSORS)
-            if not isinstance(found["state"], dict):
-                raise Damaged(f"{STATE} has no state")
-            if found.get("crc32", crc32) != crc32:
-                raise Damaged(f"{TENSORS} is not what was written")
-            return load_file(path / TENSORS), found["state"]
+            yield
         except FileNotFoundError as e:
             raise Damaged(f"{Path(e.filename or TENSORS).name} is missing") from e
         except SafetensorError as e:
             raise Damaged(f"{TENSORS}: {e}") from e
-        except (ValueError, KeyError, TypeError, RecursionError) as e:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
             raise Damaged(f"{STATE} is not what was written") from e
 
     def _set_aside(self, step: int, why: Damaged) -> None:
@@ -203,19 +230,10 @@ class Checkpoints:
                 )
 
 
-def _is_score(score: Any) -> bool:
+def is_score(score: Any) -> bool:
     return strict_json.is_finite(score)
 
 
 def _best(states: dict[int, dict[str, Any]]) -> int | None:
-    scored = {step: found["score"] for step, found in states.items() if _is_score(found.get("score"))}
+    scored = {step: found["score"] for step, found in states.items() if is_score(found.get("score"))}
     return min(scored, key=lambda step: scored[step]) if scored else None
-
-
-def _crc32(path: Path) -> int:
-    """CRC-32 by plain reads: a failing disk raises OSError, where a memory map would kill the process."""
-    value = 0
-    with path.open("rb") as file:
-        while piece := file.read(CHUNK_BYTES):
-            value = zlib.crc32(piece, value)
-    return value

@@ -7,6 +7,7 @@ cases, and so are gradients, whatever dtype the moments are kept in.
 With several processes masters and moments are of the rows that this one owns (parallel/data.py).
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,8 +16,9 @@ from torch import Tensor, nn
 
 from rorqual.errors import UserError
 from rorqual.kernels.accumulate import accumulate
+from rorqual.kernels.adamw import BLOCK
 from rorqual.model.parameter_kinds import is_converted, is_hidden_matrix
-from rorqual.parallel.data import Sharding, global_norm
+from rorqual.parallel.data import Sharding, Slice, global_norm
 from rorqual.parallel.mesh import Mesh, single
 from rorqual.plan.optimizer_state import StateBytes
 from rorqual.recipe import OptimizerSection
@@ -63,7 +65,8 @@ class Optimizer:
             {n: w for n, w in self.masters.items() if n in hidden}, section.muon_lr, section.weight_decay,
             dtype=torch.float32 if section.moments == "float32" else torch.bfloat16,
         )  # fmt: skip
-        self.adamw = AdamW({n: w for n, w in self.masters.items() if n not in hidden}, section)
+        elements = {n: math.prod(self.sharding.slice_of(n).shape) for n in self.masters}
+        self.adamw = AdamW({n: w for n, w in self.masters.items() if n not in hidden}, section, elements)
         self.grads: dict[str, Tensor] = {}
         self.before_change: Callable[[], None] | None = None  # called before the masters change
 
@@ -134,6 +137,16 @@ class Optimizer:
         out |= {f"buffers.{n}": t for n, t in self.buffers.items()}
         out |= {f"adamw.{n}": t for n, t in self.adamw.tensors().items()}
         out |= {f"muon.momentum.{n}": t for n, t in self.muon.momentum.items()}
+        return out
+
+    def slices(self) -> dict[str, Slice]:
+        """The rows of the whole model's tensors that `tensors` has, of those that are cut."""
+        out: dict[str, Slice] = {}
+        for name in self.masters:
+            own = self.sharding.slice_of(name)
+            out |= {f"{kind}{name}": own for kind in ("weights.", "adamw.first.", "adamw.second.", "muon.momentum.")}
+            blocks = own.blocks(BLOCK)
+            out |= {f"adamw.{kind}_scale.{name}": blocks for kind in ("first", "second")}
         return out
 
     @torch.no_grad()

@@ -15,6 +15,7 @@ from rorqual.errors import UserError, file_error
 from rorqual.files import check_link, locked, write_text
 from rorqual.kernels.dtype_names import COMPUTE
 from rorqual.kernels.dtypes import fastest_dtype
+from rorqual.parallel.mesh import Mesh
 from rorqual.recipe import DistillRecipe, Recipe
 from rorqual.renamed import current_fields
 from rorqual.sections import Section
@@ -70,6 +71,29 @@ def open_run(recipe: Recipe, resume: bool) -> Iterator[Path]:
         if not (keep_inputs(run_dir, recipe, begun, moved_from) and same_text):
             shutil.rmtree(run_dir / "tokenizer", ignore_errors=True)
         yield run_dir
+
+
+@contextmanager
+def join_run(recipe: Recipe, resume: bool, mesh: Mesh) -> Iterator[Path]:
+    """`open_run` by the first process of the mesh; the others come in behind it, and take the dtype it has found."""
+    if mesh.rank == 0:
+        with open_run(recipe, resume) as run_dir:
+            mesh.world.barrier("opening the run")
+            yield run_dir
+        return
+    mesh.world.barrier("opening the run")
+    recipe.model.dtype = _read(recipe.run_dir / "recipe.toml")["model.dtype"]
+    yield recipe.run_dir
+
+
+@contextmanager
+def first_alone(mesh: Mesh) -> Iterator[None]:
+    """The first process runs the block, then the others do: they find what it has written."""
+    if mesh.rank:
+        mesh.world.barrier("preparing data")
+    yield
+    if mesh.rank == 0:
+        mesh.world.barrier("preparing data")
 
 
 def _has_work(run_dir: Path) -> bool:

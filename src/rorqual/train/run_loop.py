@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
+from rorqual.parallel.mesh import Mesh, single
 from rorqual.train.checkpoints import Checkpoints
 from rorqual.train.interrupts import StopSignals
-from rorqual.train.telemetry import Telemetry
+from rorqual.train.telemetry import Log, Silent, Telemetry
 
 
 class Limits(Protocol):
@@ -46,6 +48,7 @@ class RunLoop(ABC, Generic[LimitsT, TrainerT]):
     section: LimitsT
     trainer: TrainerT
     track: bool = False
+    mesh: Mesh = field(default_factory=single, kw_only=True)
     seconds_before: float = field(default=0.0, init=False)  # of earlier processes of this run
 
     def __post_init__(self) -> None:
@@ -64,12 +67,12 @@ class RunLoop(ABC, Generic[LimitsT, TrainerT]):
     def progress(self) -> float:
         """Fraction of the run that is done, at the middle of the next step."""
         if self.total_steps is None:
-            return min(self.seconds / self._budget, 1.0)
+            return min(self._firsts(self.seconds) / self._budget, 1.0)
         return min((self.trainer.steps + 0.5) / self.total_steps, 1.0)
 
     def done(self) -> bool:
         if self.total_steps is None:
-            return self.seconds >= self._budget
+            return self._firsts(self.seconds) >= self._budget
         return self.trainer.steps >= self.total_steps
 
     def fit(self) -> None:
@@ -79,29 +82,36 @@ class RunLoop(ABC, Generic[LimitsT, TrainerT]):
         and what `step` raises.
         """
         self.started = time.monotonic()
-        checkpoints = Checkpoints(self.run_dir, self.section.keep)
+        checkpoints = self.checkpoints()
         self._resume(checkpoints)
         total, unit = (self._budget, "seconds") if self.total_steps is None else (self.total_steps, "steps")
-        telemetry = Telemetry(self.run_dir, total, unit, self.track, self.trainer.steps)
+        telemetry = Silent() if self.mesh.rank else Telemetry(self.run_dir, total, unit, self.track, self.trainer.steps)
         try:
             with StopSignals() as stop:
                 self.begin(telemetry)
                 ended = self.done()
                 while not ended:
                     ended = self.step(telemetry)
+                    checkpoints.poll()
+                    stopped = self._stopped(stop)
                     due = self.trainer.steps % self.section.save_every == 0 and not self.trainer.skipped_in_a_row
-                    if ended or stop.requested or due:
+                    if ended or stopped or due:
                         self._save(checkpoints)
-                    if stop.requested:
+                    if stopped:
+                        checkpoints.finish()
                         raise stop.stopped(self.trainer.steps)
+                checkpoints.finish()
         finally:
             telemetry.close()
 
-    def begin(self, telemetry: Telemetry) -> None:
+    def checkpoints(self) -> Checkpoints:
+        return Checkpoints(self.run_dir, self.section.keep)
+
+    def begin(self, telemetry: Log) -> None:
         """Called once before the first step of every process."""
 
     @abstractmethod
-    def step(self, telemetry: Telemetry) -> bool:
+    def step(self, telemetry: Log) -> bool:
         """One step of the trainer, logged, with an evaluation where due. Returns whether it was the last."""
 
     @abstractmethod
@@ -115,15 +125,29 @@ class RunLoop(ABC, Generic[LimitsT, TrainerT]):
     @abstractmethod
     def load_state(self, state: Mapping[str, Any]) -> None: ...
 
+    def tensors(self) -> dict[str, Tensor]:
+        """What this process writes to a checkpoint."""
+        return self.trainer.tensors()
+
     @property
     def _budget(self) -> float:
         assert self.section.seconds is not None  # a recipe gives steps, epochs or seconds
         return self.section.seconds
 
+    def _firsts(self, value: float) -> float:
+        """The first process's value: clocks differ."""
+        return float(self.mesh.world.gather(torch.tensor([value], dtype=torch.float64), "time")[0])
+
+    def _stopped(self, stop: StopSignals) -> bool:
+        """Whether one of the processes got a signal; the others take it for theirs."""
+        numbers = self.mesh.world.gather(torch.tensor([stop.number]), "stop signals")
+        stop.number = max(map(int, numbers))
+        return stop.number > 0
+
     def _save(self, checkpoints: Checkpoints) -> None:
         state = {"trainer": self.trainer.state(), "seconds": self.seconds} | self.state()
         good = not self.trainer.skipped_in_a_row
-        checkpoints.save(self.trainer.steps, self.trainer.tensors(), state, self.score(), good)
+        checkpoints.save(self.trainer.steps, self.tensors(), state, self.score(), good)
 
     def _resume(self, checkpoints: Checkpoints) -> None:
         found = checkpoints.load_latest()

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from rorqual import strict_json
 from rorqual.errors import file_error
@@ -22,6 +22,22 @@ BAR = ("loss", "reward", "valid_bpb", "lr", "tokens_per_second", "rollout_tokens
 
 def mean(values: list[float] | None) -> float | None:
     return sum(values) / len(values) if values else None
+
+
+class Log(Protocol):
+    """Where a run's metrics go."""
+
+    def log(self, step: int, **metrics: Metric) -> None: ...
+    def note(self, sentence: str) -> None: ...
+    def close(self) -> None: ...
+
+
+class Silent:
+    """Of the processes that leave it to the first."""
+
+    def log(self, step: int, **metrics: Metric) -> None: ...
+    def note(self, sentence: str) -> None: ...
+    def close(self) -> None: ...
 
 
 class Telemetry:

@@ -19,6 +19,7 @@ from rorqual.kernels.dtypes import compute_dtype
 from rorqual.model import Transformer
 from rorqual.model.moe import Routing
 from rorqual.parallel.courier import Courier
+from rorqual.parallel.data import Slice
 from rorqual.parallel.experts import spread_experts
 from rorqual.parallel.group import Group
 from rorqual.parallel.mesh import Mesh, single
@@ -181,6 +182,20 @@ class Trainer:
         """The tensors of a checkpoint: model, optimizer, EMA and generator states."""
         return self.optimizer.tensors() | (self.ema.tensors() if self.ema else {}) | rng_tensors()
 
+    def own_tensors(self) -> dict[str, Tensor]:
+        """Those of `tensors()` that this process writes: of what several have alike, the first does."""
+        alike = {"buffers.": self.mesh.tokens.place, "rng.": self.mesh.rank}
+        return {
+            name: t
+            for name, t in self.tensors().items()
+            if not any(name.startswith(kind) and place for kind, place in alike.items())
+        }
+
+    def slices(self) -> dict[str, Slice]:
+        """The rows of the whole model's tensors that `tensors()` has, of those that are cut."""
+        own = self.optimizer.slices()
+        return own | {name.replace("weights.", "ema.", 1): s for name, s in own.items() if name.startswith("weights.")}
+
     def state(self) -> dict[str, float]:
         """The counters of a checkpoint."""
         names = ("steps", "tokens", "skipped_in_a_row", "flops")
@@ -230,8 +245,9 @@ class Trainer:
         for batch in micro_batches:
             length = batch.inputs.shape[1]
             each = flops_per_token(config, length) + (mtp_flops_per_token(config, length) if ahead else 0.0)
-            self.tokens += batch.inputs.numel()
-            self.flops += each * batch.inputs.numel()
+            tokens = batch.inputs.numel() * self.mesh.data.size  # each has as many
+            self.tokens += tokens
+            self.flops += each * tokens
         self.steps += 1
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
 

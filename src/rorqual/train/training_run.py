@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from rorqual.checkpoint.huggingface import save_model
 from rorqual.data.datasets import open_chat_data, open_pretrain_data, open_tokenizer
 from rorqual.data.loader import Batch, Heldout, Loader
@@ -18,17 +20,21 @@ from rorqual.data.tokenizer import load_tokenizer, save_tokenizer
 from rorqual.errors import UserError, file_error
 from rorqual.files import write_folder, write_text
 from rorqual.model import Transformer
+from rorqual.parallel.export import save_parts
+from rorqual.parallel.mesh import Mesh, build_mesh, single
 from rorqual.plan.estimate import predict
 from rorqual.plan.hardware import matrix_peak, memory_used
 from rorqual.plan.ledger import Ledger
 from rorqual.recipe import PretrainRecipe, SFTRecipe, TrainSection
 from rorqual.tokenizer_protocol import Tokenizer
 from rorqual.train.build_model import build_model, check_length, set_threads, tokenizer_of
+from rorqual.train.checkpoints import Checkpoints
 from rorqual.train.model_card import model_card
-from rorqual.train.run_folder import open_run
+from rorqual.train.run_folder import first_alone, join_run
 from rorqual.train.run_loop import RunLoop
 from rorqual.train.schedule import batch_size
-from rorqual.train.telemetry import Telemetry
+from rorqual.train.sharded_checkpoints import ShardedCheckpoints
+from rorqual.train.telemetry import Log
 from rorqual.train.trainer import Trainer
 
 EVAL_BATCHES = 32  # per validation; more changes bits per byte by less than training steps do
@@ -42,11 +48,13 @@ def pretrain(recipe: PretrainRecipe, resume: bool = False) -> Path:
     """
     set_threads(recipe.train)
     check_length(recipe.model, recipe.data)
-    with open_run(recipe, resume) as run_dir:
-        tokenizer = _tokenizer(recipe, run_dir)
+    mesh = build_mesh(recipe.parallel)
+    with join_run(recipe, resume, mesh) as run_dir:
+        with first_alone(mesh):
+            tokenizer = _tokenizer(recipe, run_dir)
+            loader, valid = open_pretrain_data(recipe.data, tokenizer, run_dir / "data", recipe.seed)
         model = build_model(recipe.model, tokenizer, recipe.seed, recipe.data.sequence_length)
-        loader, valid = open_pretrain_data(recipe.data, tokenizer, run_dir / "data", recipe.seed)
-        run = train(recipe, run_dir, model, loader, valid)
+        run = train(recipe, run_dir, model, loader, valid, mesh)
         return finish(recipe, run, tokenizer)
 
 
@@ -58,16 +66,17 @@ def sft(recipe: SFTRecipe, resume: bool = False) -> Path:
     set_threads(recipe.train)
     tokenizer = tokenizer_of(recipe.model)
     check_length(recipe.model, recipe.data)
-    with open_run(recipe, resume) as run_dir:
+    mesh = build_mesh(recipe.parallel)
+    with join_run(recipe, resume, mesh) as run_dir:
         loader, valid, samples = open_chat_data(recipe.data, tokenizer, recipe.seed)
-        if samples.shortened or samples.dropped:
+        if mesh.rank == 0 and (samples.shortened or samples.dropped):
             print(
                 f"{recipe.data.path}: {samples.shortened} samples were cut at data.sequence_length = "
                 f"{recipe.data.sequence_length}, {samples.dropped} were dropped (no assistant token within it)",
                 file=sys.stderr,
             )
         model = build_model(recipe.model, tokenizer, recipe.seed)
-        run = train(recipe, run_dir, model, loader, valid)
+        run = train(recipe, run_dir, model, loader, valid, mesh)
         return finish(recipe, run, tokenizer)
 
 
@@ -88,10 +97,11 @@ def _tokenizer(recipe: PretrainRecipe, run_dir: Path) -> Tokenizer:
 
 
 def train(
-    recipe: PretrainRecipe | SFTRecipe, run_dir: Path, model: Transformer, loader: Loader, valid: Heldout | None
-) -> "TrainingRun":
+    recipe: PretrainRecipe | SFTRecipe, run_dir: Path, model: Transformer, loader: Loader, valid: Heldout | None,
+    mesh: Mesh | None = None,
+) -> "TrainingRun":  # fmt: skip
     """Train the recipe to its end, resuming from the newest checkpoint. Raises as `TrainingRun.fit`."""
-    section = recipe.train
+    section, mesh = recipe.train, mesh or single()
     run = TrainingRun(
         run_dir=run_dir,
         section=section,
@@ -106,9 +116,12 @@ def train(
             compile=section.compile,
             precision=recipe.precision,
             recompute=recipe.recompute,
+            mesh=mesh,
+            notify=print if mesh.rank == 0 else lambda _: None,
         ),
         loader=loader,
         track=recipe.track,
+        mesh=mesh,
     )
     if valid is not None:
         size = section.micro_batch or section.batch_size
@@ -148,16 +161,19 @@ class TrainingRun(RunLoop[TrainSection, Trainer]):
         average = self.section.batch_size + (first - self.section.batch_size) * min(until, 1.0) / 2
         return max(1, math.ceil(self.section.epochs * self.loader.rows / average))
 
-    def step(self, telemetry: Telemetry) -> bool:
+    def step(self, telemetry: Log) -> bool:
         """Raises UserError when three steps in a row are not finite."""
         start = time.monotonic()
         trainer, tokens, flops = self.trainer, self.trainer.tokens, self.trainer.flops
         progress = self.progress()
-        batch = self.loader.next(batch_size(self.section, progress))
+        data = self.mesh.data
+        rows = -(-batch_size(self.section, progress) // data.size)  # of each process
+        batch = _rows(self.loader.next(rows * data.size), slice(rows * data.place, rows * (data.place + 1)))
         metrics = trainer.step(split(batch, self.section.micro_batch), progress)
         elapsed, ended = time.monotonic() - start, self.done()
         tokens_per_second = (trainer.tokens - tokens) / elapsed
-        utilisation = (trainer.flops - flops) / elapsed / matrix_peak(trainer.dtype)
+        peak = matrix_peak(trainer.dtype) * self.mesh.section.processes
+        utilisation = (trainer.flops - flops) / elapsed / peak
         memory_gb = memory_used() / 1e9
         self.newest.loss = metrics.loss
         if not metrics.skipped and self.validate and (ended or trainer.steps % self.section.eval_every == 0):
@@ -168,11 +184,13 @@ class TrainingRun(RunLoop[TrainSection, Trainer]):
             valid_bpb=self.score(),
         )  # fmt: skip
         if metrics.skipped:
-            self._skipped("loss" if metrics.grad_norm is None else "gradient", telemetry)
+            self._skipped("loss" if metrics.grad_norm is None else "gradient", metrics.ranks_not_finite, telemetry)
         return ended
 
-    def _skipped(self, what: str, telemetry: Telemetry) -> None:
+    def _skipped(self, what: str, ranks: tuple[int, ...], telemetry: Log) -> None:
         steps, row = self.trainer.steps, self.trainer.skipped_in_a_row
+        if ranks and self.mesh.section.processes > 1:
+            what += f" of rank {', '.join(map(str, ranks))}"
         telemetry.note(f"step {steps}: the {what} is not finite; step skipped ({row} in a row)")
         if row >= MAX_SKIPPED:
             raise UserError(
@@ -182,6 +200,14 @@ class TrainingRun(RunLoop[TrainSection, Trainer]):
 
     def score(self) -> float | None:
         return self.newest.valid_bpb if self.newest.valid_bpb_step == self.trainer.steps else None
+
+    def checkpoints(self) -> Checkpoints:
+        if self.mesh.section.processes == 1:
+            return super().checkpoints()
+        return ShardedCheckpoints(self.run_dir, self.section.keep, self.mesh, self.trainer.slices)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return self.trainer.own_tensors()
 
     def state(self) -> dict[str, Any]:
         return {"loader": self.loader.state_dict(), "last": asdict(self.newest)}
@@ -195,7 +221,12 @@ def finish(recipe: PretrainRecipe | SFTRecipe, run: TrainingRun, tokenizer: Toke
     """Write model/ (weights, tokenizer, model card) and ledger.json; returns the run's folder."""
     trainer, directory = run.trainer, run.run_dir / "model"
     with trainer.released_weights():
-        save_model(trainer.model, directory, tokenizer)
+        if run.mesh.section.processes == 1:
+            save_model(trainer.model, directory, tokenizer)
+        else:
+            save_parts(trainer.model, directory, tokenizer, run.mesh)
+    if run.mesh.rank:
+        return run.run_dir
     predicted = predict(trainer.model.config, recipe, rows=run.loader.rows)
     ledger = Ledger(run.run_dir, predicted, trainer.dtype)
     ledger.add(recipe.kind, tokens=trainer.tokens, flops=trainer.flops, seconds=run.seconds)

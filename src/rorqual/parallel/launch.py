@@ -1,0 +1,44 @@
+"""Start a command as several processes on this machine, by torchrun."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+
+from rorqual.errors import UserError
+from rorqual.sections import ParallelSection
+
+
+def started_by_torchrun() -> bool:
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def restarted() -> bool:
+    """Whether torchrun has started this process anew after a failure."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def with_processes(section: ParallelSection, processes: int) -> ParallelSection:
+    """The section for so many processes: more, or fewer, of them with data of their own."""
+    others = section.pipeline * section.context
+    if processes % others:
+        raise UserError(
+            f"--processes {processes}: the recipe's parallel.pipeline · parallel.context = {others} does not divide it"
+        )
+    return section.model_copy(update={"data": processes // others})
+
+
+def launch(arguments: Sequence[str], processes: int, restarts: int) -> int:
+    """`rorqual` with these arguments in each process → the exit status. Output of all goes to this terminal."""
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
+        f"--max-restarts={restarts}", "-m", "rorqual", *arguments,
+    ]  # fmt: skip
+    threads = str(max(1, (os.cpu_count() or 1) // processes))
+    environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads)}
+    with subprocess.Popen(command, env=environment) as started:
+        while True:
+            try:
+                return started.wait()
+            except KeyboardInterrupt:  # the processes get the signal too, save a checkpoint and end
+                continue
