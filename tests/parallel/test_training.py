@@ -2,50 +2,17 @@
 
 import pytest
 import torch
-
 from helpers.processes import run
-from rorqual.data.loader import Batch
-from rorqual.model import ModelConfig, Transformer
+from helpers.training import part, rows_of, trainer_of, whole
+
 from rorqual.parallel.mesh import build_mesh
-from rorqual.recipe import BalanceSection, MTPSection, OptimizerSection, ScheduleSection
 from rorqual.sections import ParallelSection
-from rorqual.train.trainer import Trainer
 
-STEPS, ROWS, T = 20, 8, 12  # rows of a step
-CONFIG = ModelConfig.from_dict({
-    "model_type": "deepseek_v3", "vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
-    "num_attention_heads": 2, "q_lora_rank": 12, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4,
-    "v_head_dim": 10, "n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2,
-    "moe_intermediate_size": 16, "first_k_dense_replace": 1, "num_nextn_predict_layers": 1, "initializer_range": 0.1,
-    "n_group": 4, "topk_group": 2,
-})  # fmt: skip
-
-
-def rows_of(step):
-    generator = torch.Generator().manual_seed(step)
-    tokens = torch.randint(0, 40, (ROWS, T + 1), generator=generator)
-    weights = (torch.rand(ROWS, T, generator=generator) > 0.2).float()
-    documents = (torch.arange(T) >= T // 2).long().expand(ROWS, T).contiguous()
-    positions = (torch.arange(T) % (T // 2)).expand(ROWS, T).contiguous()
-    return Batch(tokens[:, :-1], tokens[:, 1:], weights, positions, documents)
-
-
-def part(batch, rows):
-    return Batch(*(t[rows] for t in (batch.inputs, batch.targets, batch.weights, batch.positions, batch.documents)))
-
-
-def trainer_of(mesh=None, **options):
-    torch.manual_seed(0)
-    options = {"clip": 0.5} | options
-    section = OptimizerSection(lr=3e-3, eps=1e-4, **options)
-    return Trainer(
-        Transformer(CONFIG), section, ScheduleSection(name="constant", warmup=0), MTPSection(), BalanceSection(),
-        dtype="float32", mesh=mesh,
-    )  # fmt: skip
+STEPS, ROWS = 20, 8  # rows of a step
 
 
 def train(trainer, micro_batches_of, steps=STEPS):
-    return [trainer.step(micro_batches_of(rows_of(step)), step / steps) for step in range(steps)]
+    return [trainer.step(micro_batches_of(rows_of(step, ROWS)), step / steps) for step in range(steps)]
 
 
 def on_ranks(rank, layout, options, micro):
@@ -57,15 +24,6 @@ def on_ranks(rank, layout, options, micro):
     weights = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
     biases = [m.gate.e_score_correction_bias.clone() for m in trainer.model.moe_layers()]
     return [m.to_dict() for m in steps], weights, biases, mesh.experts.place, trainer.optimizer.state_bytes().moments
-
-
-def whole(found):
-    """Weights of the model from those of the ranks of an expert group."""
-    out = {}
-    for name in found[0][1]:
-        parts = [f[1][name] for f in found]
-        out[name] = torch.cat(parts) if ".mlp.experts." in name else parts[0]
-    return out
 
 
 MUON = {"name": "muon"}
@@ -87,7 +45,7 @@ def test_losses_and_weights_equal_one_process(layout, micro, options):
     alone = trainer_of(**options)
     expected = train(alone, lambda batch: [part(batch, slice(i, i + micro)) for i in range(0, ROWS, micro)])
     experts = layout.get("experts", 1)
-    ours = whole(found[:experts])
+    ours = whole(found[:experts], 1)
     theirs = dict(alone.model.named_parameters())
     assert ours.keys() == theirs.keys()
     for metrics, right in zip(found[0][0], expected, strict=True):

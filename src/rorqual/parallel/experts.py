@@ -1,11 +1,13 @@
 """Expert parallelism: each rank holds a part of a layer's routed experts, and tokens travel to them and back.
 
-| dispatch | a token travels | as |
-|---|---|---|
-| all-to-all | once for each of its experts | the compute dtype |
-| two-hop | once to each node with one of its experts, to the rank of its own place there, which passes it on once to each rank with one; outputs are summed within the rank, then within the node, before they cross back (V3 §3.2.2) | the compute dtype |
-| two-hop-fp8 | the same | FP8 with a power-of-two scale for every 128 values on the way to the experts, BF16 on the way back |
+| dispatch | a token travels |
+|---|---|
+| all-to-all | once for each of its experts, in the compute dtype |
+| two-hop | once to each node that has one of its experts, and there once to each rank that has one |
+| two-hop-fp8 | the same way, to the experts in FP8 with a power-of-two scale for 128 values, and back in BF16 |
 
+With two hops (V3 §3.2.2) a token crosses to the rank of its own place in the other node, which passes it on. Outputs
+are summed within each rank, then within the node, before they cross back.
 In the backward pass gradients travel the same ways: those of the outputs like tokens, those of the tokens like outputs.
 Experts apply a token's weights (model/moe.py), so that their outputs can be summed wherever they meet.
 
