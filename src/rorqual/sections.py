@@ -78,7 +78,7 @@ class TokenizerSection(Section):
 
 
 class Source(Section):
-    """One source of the data mixture: a .txt, .jsonl(.gz) or .parquet file, a glob, a saved dataset or a Hub name."""
+    """One source of the data mixture: a .txt, .md, .jsonl(.gz) or .parquet file, a glob, a saved dataset or a Hub name."""
 
     path: LocalPath
     weight: Weight = 1.0
@@ -215,7 +215,9 @@ class ParallelSection(Section):
     data: Size = 1  # ranks of a stage with sequences of their own
     context: Size = 1  # ranks that share a sequence
     experts: Size = 1  # ranks that share the routed experts of a layer; divides data · context
+    stages_together: bool = False  # all stages of a place on neighbouring ranks, so that nodes share the experts
     ranks_per_node: Size | None = None  # links within a node are fast; None: those of one machine
+    schedule: Literal["1f1b", "zb1p", "dualpipev"] = "dualpipev"  # of the pipeline
     dispatch: Literal["all-to-all", "two-hop", "two-hop-fp8"] = "two-hop"  # how tokens travel to experts
     overlap: bool = True  # tokens travel while other work is computed
     timeout: Positive = 600.0  # seconds until a collective that hangs ends the run

@@ -148,7 +148,7 @@ def test_unreadable_sources(tmp_path):
         ("cut.txt", r"cut\.txt, line 1 is not UTF-8"),
         ("wide.jsonl", r"wide\.jsonl, line 1 is not UTF-8"),
         ("bytes.jsonl", r"bytes\.jsonl, line 1 is not UTF-8"),
-        ("a.csv", "is none of .txt"),
+        ("a.csv", "is none of .txt, .md"),
         ("plain.jsonl.gz", "cannot be read as gzip"),
         ("more.jsonl.gz", "cannot be read as gzip"),
         ("cut.jsonl.gz", "cannot be read as gzip"),

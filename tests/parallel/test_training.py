@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+
 from helpers.processes import run
 from helpers.training import part, rows_of, trainer_of, whole
-
 from rorqual.parallel.mesh import build_mesh
 from rorqual.sections import ParallelSection
 

@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
+
 from helpers.processes import run
 from helpers.training import CONFIG, part, rows_of, trainer_of, whole
-
 from rorqual.checkpoint.huggingface import load_model
 from rorqual.errors import UserError
 from rorqual.parallel.export import save_parts

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 Record: TypeAlias = dict[str, object]  # of a JSON line, a Parquet row or a dataset's; then with dates, bytes, Decimal
 
 RECORDS = (".jsonl", ".jsonl.gz", ".parquet")
-SUFFIXES = (".txt", *RECORDS)
+TEXT = (".txt", ".md")
+SUFFIXES = (*TEXT, *RECORDS)
 TXT_DOCUMENT = 1 << 15  # characters
 READ_BYTES = 1 << 16  # per read
 PARQUET_ROWS = 256  # per batch in memory; a row may be a whole book
@@ -33,7 +34,7 @@ PARQUET_ROWS = 256  # per batch in memory; a row may be a whole book
 def read_texts(source: Source) -> Iterator[str]:
     """The documents of one source, in order, without empty ones and nulls.
 
-    A .txt file is split into documents of about 32 K characters, at line ends, else at spaces, else anywhere, so that a
+    A .txt or .md file is split into documents of about 32 K characters, at line ends, else at spaces, else anywhere, so that a
     large file or line can be streamed, tokenised in parallel and partly held out. Raises UserError, with file and line,
     for what cannot be read.
     """
@@ -42,7 +43,7 @@ def read_texts(source: Source) -> Iterator[str]:
             yield from _text(record, source.text_field, f"{source.path}, row {number}")
         return
     for path in find_files(source.path):
-        if named(path, ".txt"):
+        if named(path, *TEXT):
             yield from split_stream(_read_txt(path), TXT_DOCUMENT)
         else:
             for where, record in read_records(path, source.text_field):

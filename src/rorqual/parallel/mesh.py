@@ -1,6 +1,6 @@
 """Which rank does what: pipeline stages, experts, data and context, from a recipe's sizes (V3 §3.2, §4.2).
 
-    rank = stage · (data · context) + place
+    rank = stage · (data · context) + place, or place · pipeline + stage with `stages_together`
 
 The ranks of a stage hold the same layers. Each place has its own tokens: `data` ranks have sequences of their own,
 `context` ranks share a sequence and have a part of it each. Experts are spread over `experts` places, next to each
@@ -55,11 +55,25 @@ def check_layout(section: ParallelSection, ranks_per_node: int) -> None:
             f"parallel.experts = {section.experts}: experts are spread over the data · context = {places} ranks of a "
             f"stage; make it one of {', '.join(str(n) for n in range(1, places + 1) if places % n == 0)}"
         )
-    if section.experts % ranks_per_node and ranks_per_node % section.experts:
+    inside = experts_per_node(section, ranks_per_node)
+    if section.experts % inside and inside % section.experts:
         raise UserError(
-            f"parallel.experts = {section.experts} with {ranks_per_node} ranks a node: neither divides the other, so "
-            "nodes would hold unequal parts of the experts; change parallel.experts or parallel.ranks_per_node"
+            f"parallel.experts = {section.experts} with {inside} ranks of a stage on each node: neither divides the "
+            "other, so nodes would hold unequal parts of the experts; change parallel.experts or "
+            "parallel.ranks_per_node"
         )
+
+
+def experts_per_node(section: ParallelSection, ranks_per_node: int) -> int:
+    """Neighbouring places of a stage that are on one node. Raises UserError where nodes would cut stages unevenly."""
+    if not section.stages_together:
+        return ranks_per_node
+    if ranks_per_node % section.pipeline and section.pipeline % ranks_per_node:
+        raise UserError(
+            f"parallel.stages_together with pipeline = {section.pipeline} and {ranks_per_node} ranks a node: neither "
+            "divides the other; change parallel.pipeline or parallel.ranks_per_node"
+        )
+    return max(1, ranks_per_node // section.pipeline)
 
 
 def single(section: ParallelSection | None = None) -> Mesh:
@@ -88,8 +102,10 @@ def build_mesh(section: ParallelSection, device: str = "cpu") -> Mesh:
     per_node = section.ranks_per_node or int(os.environ.get("LOCAL_WORLD_SIZE", world))
     check_layout(section, per_node)
     places, experts = section.data * section.context, section.experts
-    nodes = max(1, experts // per_node)
-    stages = init_device_mesh(device, (section.pipeline, places), mesh_dim_names=("pipeline", "tokens"))
+    nodes = max(1, experts // experts_per_node(section, per_node))
+    order = {"pipeline": section.pipeline, "tokens": places}
+    names = tuple(reversed(order)) if section.stages_together else tuple(order)
+    stages = init_device_mesh(device, tuple(order[name] for name in names), mesh_dim_names=names)
     by_context = _split(stages, "tokens", (section.data, section.context), ("data", "context"))
     by_experts = _split(stages, "tokens", (places // experts, experts), ("replicas", "experts"))
     by_node = _split(by_experts, "experts", (nodes, experts // nodes), ("rail", "node"))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rorqual.data.chat_dataset import encode_sample
 from rorqual.data.chat_template import ChatTemplate
-from rorqual.data.corpus import find_files, named, read_records, read_texts
+from rorqual.data.corpus import TEXT, find_files, named, read_records, read_texts
 from rorqual.data.special_tokens import encode
 from rorqual.data.token_shards import end_token
 from rorqual.errors import UserError
@@ -98,7 +98,7 @@ def _documents(path: Path | None, tokenizer: Tokenizer) -> Iterator[list[int]]:
         yield from (encode(topics[name], tokenizer) for name in sorted(topics))
         return
     for file in find_files(str(path)):
-        if named(file, ".txt"):
+        if named(file, *TEXT):
             yield from (encode(text, tokenizer) for text in read_texts(Source(path=str(file))))
             continue
         template = ChatTemplate(tokenizer)

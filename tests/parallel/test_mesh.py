@@ -1,0 +1,50 @@
+import pytest
+
+from helpers.processes import run
+from rorqual.errors import UserError
+from rorqual.parallel.mesh import build_mesh, check_layout
+from rorqual.sections import ParallelSection
+
+
+def groups(rank, layout):
+    mesh = build_mesh(ParallelSection(**layout))
+    names = ("pipeline", "tokens", "experts", "replicas", "context", "data", "rail", "node")
+    return {name: getattr(mesh, name).ranks for name in names}
+
+
+def test_neighbours_share_experts():
+    found = run(8, groups, {"pipeline": 2, "data": 4, "experts": 2, "ranks_per_node": 2})
+    assert found[5] == {
+        "pipeline": (1, 5), "tokens": (4, 5, 6, 7), "experts": (4, 5), "replicas": (5, 7), "context": (5,),
+        "data": (4, 5, 6, 7), "rail": (5,), "node": (4, 5),
+    }  # fmt: skip
+
+
+def test_stages_together_spread_experts_over_nodes():
+    found = run(8, groups, {"pipeline": 2, "data": 4, "experts": 4, "ranks_per_node": 4, "stages_together": True})
+    assert found[5] == {
+        "pipeline": (4, 5), "tokens": (1, 3, 5, 7), "experts": (1, 3, 5, 7), "replicas": (5,), "context": (5,),
+        "data": (1, 3, 5, 7), "rail": (1, 5), "node": (5, 7),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("layout", "per_node", "said"),
+    [
+        ({"data": 4, "experts": 3}, 4, "parallel.experts = 3: .* make it one of 1, 2, 4"),
+        ({"data": 12, "experts": 6}, 4, "parallel.experts = 6 with 4 ranks of a stage"),
+        ({"pipeline": 3, "data": 4, "stages_together": True}, 4, "pipeline = 3 and 4 ranks a node"),
+    ],
+)
+def test_layouts_that_do_not_fit(layout, per_node, said):
+    with pytest.raises(UserError, match=said):
+        check_layout(ParallelSection(**layout), per_node)
+
+
+def start(rank):
+    with pytest.raises(UserError, match="= 4 processes, and 2 were started"):
+        build_mesh(ParallelSection(data=4))
+
+
+def test_the_number_of_processes_is_checked():
+    run(2, start)
