@@ -78,7 +78,7 @@ class TokenizerSection(Section):
 
 
 class Source(Section):
-    """One source of the data mixture: a .txt, .md, .jsonl(.gz) or .parquet file, a glob, a saved dataset or a Hub name."""
+    """One source of the mixture: a .txt, .md, .jsonl(.gz) or .parquet file, a glob, a saved dataset or a Hub name."""
 
     path: LocalPath
     weight: Weight = 1.0

@@ -26,7 +26,7 @@ def test_kills_change_nothing(tmp_path, make_recipe, kills):
         recipe = make_recipe(
             name, train__steps=4 * kills + 20, train__save_every=2, train__eval_every=50, train__batch_size=4,
             train__ema=0.95, data__sequence_length=16,
-            parallel={"data": 4, "experts": 2, "restarts": 10 * kills, "timeout": 60.0},
+            parallel={"data": 4, "experts": 2, "restarts": 10 * kills, "timeout": 120.0},
         )  # fmt: skip
         path = tmp_path / f"{name}.toml"
         path.write_text(to_toml(recipe.model_dump()))

@@ -34,9 +34,9 @@ PARQUET_ROWS = 256  # per batch in memory; a row may be a whole book
 def read_texts(source: Source) -> Iterator[str]:
     """The documents of one source, in order, without empty ones and nulls.
 
-    A .txt or .md file is split into documents of about 32 K characters, at line ends, else at spaces, else anywhere, so that a
-    large file or line can be streamed, tokenised in parallel and partly held out. Raises UserError, with file and line,
-    for what cannot be read.
+    A .txt or .md file is split into documents of about 32 K characters, at line ends, else at spaces, else anywhere, so
+    that a large file or line can be streamed, tokenised in parallel and partly held out. Raises UserError, with file
+    and line, for what cannot be read.
     """
     if _is_dataset(source.path):
         for number, record in enumerate(_rows(source), start=1):

@@ -8,15 +8,13 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from rorqual.errors import UserError
-
-Link = Literal["between nodes", "within a node"]
+from rorqual.plan.traffic import Link
 
 
 @dataclass
@@ -52,12 +50,15 @@ class Group:
         """Of the group's rank at `place`."""
         return self.ranks[place] // self.ranks_per_node
 
+    def link(self, place: int) -> Link:
+        """From here to a place."""
+        return "within a node" if self.node(place) == self.node(self.place) else "between nodes"
+
     def count(self, what: str, nbytes: Sequence[int]) -> None:
         """Add the bytes sent to each place to the traffic."""
         for place, number in enumerate(nbytes):
             if place != self.place and number:
-                link: Link = "within a node" if self.node(place) == self.node(self.place) else "between nodes"
-                self.traffic.sent[what, link] += number
+                self.traffic.sent[what, self.link(place)] += number
 
     def all_to_all(self, rows: Tensor, send: Sequence[int], receive: Sequence[int], what: str) -> Tensor:
         """Rows [M, …] in order of their destinations, send[p] of them to place p → the rows received, receive[p] of

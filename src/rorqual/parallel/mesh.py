@@ -17,8 +17,10 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from rorqual.errors import UserError
-from rorqual.parallel.group import Group, Traffic
+from rorqual.parallel.group import CommunicationError, Group, Traffic
 from rorqual.sections import ParallelSection
+
+JOIN = timedelta(minutes=20)  # for all processes to start
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ def build_mesh(section: ParallelSection, device: str = "cpu") -> Mesh:
         return single(section)
     timeout = timedelta(seconds=section.timeout)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timeout)
+        _join("nccl" if device == "cuda" else "gloo", timeout)
     rank, world = dist.get_rank(), dist.get_world_size()
     if world != section.processes:
         raise UserError(
@@ -122,6 +124,21 @@ def build_mesh(section: ParallelSection, device: str = "cpu") -> Mesh:
         replicas=group(by_experts, "replicas"), context=group(by_context, "context"), data=group(by_context, "data"),
         rail=group(by_node, "rail"), node=group(by_node, "node"),
     )  # fmt: skip
+
+
+def _join(backend: str, timeout: timedelta) -> None:
+    """Wait until all processes have come, which may take longer than any collective, and make the world's group."""
+    try:
+        store, rank, world = next(iter(dist.rendezvous("env://", timeout=JOIN)))
+        store.set(f"come/{rank}", "")
+        store.wait([f"come/{other}" for other in range(world)], JOIN)
+        store = dist.PrefixStore("world", store)
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world)
+    except (RuntimeError, ValueError) as e:
+        raise CommunicationError(
+            f"rank {os.environ.get('RANK', '?')} could not join the others ({str(e).splitlines()[0][:200]}); one of "
+            "them has ended, or cannot be reached: its own output says why"
+        ) from e
 
 
 def _split(mesh: DeviceMesh, name: str, sizes: Sequence[int], names: Sequence[str]) -> DeviceMesh:

@@ -5,11 +5,14 @@ them; the two counts are asserted equal.
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from rorqual.shapes import Int
+
+Link = Literal["between nodes", "within a node"]
 
 WEIGHT, EXPERT, COUNT = 4, 2, 8  # bytes: of a token's weight for an expert, an expert's number, a number of rows
 TILE = 128  # values that share a one-byte scale in FP8
@@ -45,9 +48,9 @@ def row_bytes(dispatch: str, hidden: int, k: int, itemsize: int, backward: bool 
     return there + copies * (WEIGHT + EXPERT), back
 
 
-def journey_rows(chosen: Sequence[Int[Tensor, "N K"]], group: ExpertGroup, dispatch: str) -> Counter[str]:
+def journey_rows(chosen: Sequence[Int[Tensor, "N K"]], group: ExpertGroup, dispatch: str) -> Counter[Link]:
     """Rows that all ranks together send to experts, by link; `chosen`: by rank. As many come back."""
-    found: Counter[str] = Counter()
+    found: Counter[Link] = Counter()
     for source, own in enumerate(chosen):
         if dispatch == "all-to-all":
             for rank, rows in enumerate(torch.bincount(group.rank(own).flatten(), minlength=group.ranks).tolist()):
@@ -64,16 +67,16 @@ def journey_rows(chosen: Sequence[Int[Tensor, "N K"]], group: ExpertGroup, dispa
     return found
 
 
-def _link(group: ExpertGroup, a: int, b: int) -> str:
+def _link(group: ExpertGroup, a: int, b: int) -> Link:
     return "within a node" if group.node(a) == group.node(b) else "between nodes"
 
 
 def journey_bytes(
     chosen: Sequence[Int[Tensor, "N K"]], group: ExpertGroup, dispatch: str, hidden: int, itemsize: int,
     passes: Sequence[bool] = (False,),
-) -> Counter[tuple[str, str]]:  # fmt: skip
+) -> Counter[tuple[str, Link]]:  # fmt: skip
     """Bytes that all ranks together send for one layer, by (operation, link); `passes`: is each a backward pass?"""
-    rows, found = journey_rows(chosen, group, dispatch), Counter[tuple[str, str]]()
+    rows, found = journey_rows(chosen, group, dispatch), Counter[tuple[str, Link]]()
     for backward in passes:
         there, back = row_bytes(dispatch, hidden, chosen[0].shape[1], itemsize, backward)
         for link, number in rows.items():

@@ -91,7 +91,7 @@ class Trainer:
         self.mesh = mesh or single()
         self.courier = Courier(self.mesh.section.overlap)
         spread_experts(model, self.mesh, self.courier)
-        self.activations = Activations(model, recompute, offload)
+        self.activations, self.recompute = Activations(model, recompute, offload), recompute
         self.model, self.schedule, self.dtype = model, schedule, compute_dtype(dtype, model.head_weight.device)
         self.mtp = mtp or MTPSection(weight=0.0, final_weight=0.0)
         self.balance = balance or BalanceSection(bias_speed=0.0, sequence_loss=0.0)
@@ -159,9 +159,10 @@ class Trainer:
     def bits_per_byte(self, batches: Iterable[tuple[Batch, int]]) -> float:
         """Bits per byte of the released weights on held-out text, given (batch, bytes of text in its targets).
 
-        Several processes are given the same batches and take turns with them.
+        Several processes are given the same batches and take turns with them; what they send is not counted.
         """
         self.model.eval()
+        sent = self.mesh.traffic.sent.copy()
         nats, length = 0.0, 0
         with self.released_weights():
             for batch, size in _turns(batches, self.mesh.tokens):
@@ -170,6 +171,7 @@ class Trainer:
                 loss = linear_cross_entropy(hidden.flatten(0, 1), self.model.head_weight, batch.targets.flatten(), flat)
                 nats, length = nats + float(loss) * (size > 0), length + size
         total = self.mesh.tokens.sum(torch.tensor([nats, length], dtype=torch.float64), "bits per byte")
+        self.mesh.traffic.sent = sent
         return float(total[0]) / (0.6931471805599453 * max(float(total[1]), 1))
 
     @contextmanager

@@ -3,6 +3,7 @@
 Pre-training: text → tokenizer → packed tokens. SFT: conversations, with the loss on assistant turns only.
 """
 
+import json
 import math
 import sys
 import time
@@ -35,6 +36,7 @@ from rorqual.train.run_loop import RunLoop
 from rorqual.train.schedule import batch_size
 from rorqual.train.sharded_checkpoints import ShardedCheckpoints
 from rorqual.train.telemetry import Log
+from rorqual.train.traffic_report import table, traffic
 from rorqual.train.trainer import Trainer
 
 EVAL_BATCHES = 32  # per validation; more changes bits per byte by less than training steps do
@@ -152,6 +154,8 @@ class TrainingRun(RunLoop[TrainSection, Trainer]):
     loader: Loader = field(kw_only=True)
     validate: Callable[[], float] | None = None  # bits per byte on held-out text
     newest: Newest = field(default_factory=Newest)
+    steps_here: int = 0  # of this process
+    tokens_a_step: int = 0  # of all processes, in the newest step
 
     @property
     def total_steps(self) -> int | None:
@@ -170,6 +174,7 @@ class TrainingRun(RunLoop[TrainSection, Trainer]):
         rows = -(-batch_size(self.section, progress) // data.size)  # of each process
         batch = _rows(self.loader.next(rows * data.size), slice(rows * data.place, rows * (data.place + 1)))
         metrics = trainer.step(split(batch, self.section.micro_batch), progress)
+        self.steps_here, self.tokens_a_step = self.steps_here + 1, trainer.tokens - tokens
         elapsed, ended = time.monotonic() - start, self.done()
         tokens_per_second = (trainer.tokens - tokens) / elapsed
         peak = matrix_peak(trainer.dtype) * self.mesh.section.processes
@@ -220,13 +225,18 @@ class TrainingRun(RunLoop[TrainSection, Trainer]):
 def finish(recipe: PretrainRecipe | SFTRecipe, run: TrainingRun, tokenizer: Tokenizer) -> Path:
     """Write model/ (weights, tokenizer, model card) and ledger.json; returns the run's folder."""
     trainer, directory = run.trainer, run.run_dir / "model"
+    several = run.mesh.section.processes > 1
+    sent = traffic(trainer, run.tokens_a_step, run.steps_here) if several else None
     with trainer.released_weights():
-        if run.mesh.section.processes == 1:
-            save_model(trainer.model, directory, tokenizer)
-        else:
+        if several:
             save_parts(trainer.model, directory, tokenizer, run.mesh)
+        else:
+            save_model(trainer.model, directory, tokenizer)
     if run.mesh.rank:
         return run.run_dir
+    if sent is not None:
+        print(table(sent))
+        write_text(run.run_dir / "parallel.json", json.dumps(sent, indent=1), then="then continue with --resume")
     predicted = predict(trainer.model.config, recipe, rows=run.loader.rows)
     ledger = Ledger(run.run_dir, predicted, trainer.dtype)
     ledger.add(recipe.kind, tokens=trainer.tokens, flops=trainer.flops, seconds=run.seconds)
