@@ -15,6 +15,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.rendezvous import rendezvous
 
 from rorqual.errors import UserError
 from rorqual.parallel.group import CommunicationError, Group, Traffic
@@ -129,10 +130,10 @@ def build_mesh(section: ParallelSection, device: str = "cpu") -> Mesh:
 def _join(backend: str, timeout: timedelta) -> None:
     """Wait until all processes have come, which may take longer than any collective, and make the world's group."""
     try:
-        store, rank, world = next(iter(dist.rendezvous("env://", timeout=JOIN)))
+        store, rank, world = next(iter(rendezvous("env://", timeout=JOIN)))
         store.set(f"come/{rank}", "")
         store.wait([f"come/{other}" for other in range(world)], JOIN)
-        store = dist.PrefixStore("world", store)
+        store = dist.PrefixStore("world", store)  # pyright: ignore[reportPrivateImportUsage]
         dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world)
     except (RuntimeError, ValueError) as e:
         raise CommunicationError(
