@@ -1,7 +1,7 @@
 """Splits worked out by hand, and against all splits there are."""
 
 from dataclasses import replace
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def test_no_split_has_a_cheaper_worst_stage(costs, stages, after):
 
     def spent(cuts):
         edges = [0, *cuts, len(costs)]
-        found = [sum(costs[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
+        found = [sum(costs[a:b]) for a, b in pairwise(edges)]
         return sorted([*found[:-1], found[-1] + after], reverse=True)
 
     found = split(costs, stages, after)
@@ -47,7 +47,7 @@ def test_the_head_counts():
 
 
 def test_too_few_layers():
-    with pytest.raises(UserError, match="parallel.pipeline = 2: .*dualpipev needs 4 stages .* 3 layers; .* 1f1b$"):
+    with pytest.raises(UserError, match=r"parallel.pipeline = 2: .*dualpipev needs 4 stages .* 3 layers; .* 1f1b$"):
         layers_of_stages(LATENT, SCHEDULES["dualpipev"](2, 4))
 
 

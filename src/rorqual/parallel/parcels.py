@@ -5,9 +5,8 @@ and each micro-batch's gradient of it is summed there in the order of one proces
 """
 
 from collections import defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 import torch.distributed as dist
 from torch import Tensor
@@ -15,14 +14,14 @@ from torch import Tensor
 from rorqual.parallel.group import Group
 from rorqual.parallel.schedule import Action, Schedule
 
-What = Literal["hidden states", "hidden gradients", "embeddings", "embedding gradients"]
+HIDDEN, EMBEDDINGS = "hidden states", "embeddings"
 
 
 @dataclass(frozen=True)
 class Parcel:
-    """A tensor from one action to another: [B, T, D]; of embeddings, [modules, B, T, D]."""
+    """A tensor [B, T, D] from one action to another; of embeddings, [modules, B, T, D]."""
 
-    what: What
+    what: str
     stage: int  # that needs it
     micro_batch: int
 
@@ -35,27 +34,23 @@ class Flow:
     embeddings: bool = False
 
     def needed(self, action: Action) -> tuple[Parcel, ...]:
-        stage, first, last = action.stage, action.stage == 0, action.stage == self.schedule.stages - 1
-        found: list[What] = []
-        if action.kind == "F":
-            found += ["hidden states"] * (not first)
-            found += ["embeddings"] * (last and self.embeddings)
-        elif action.kind != "W":
-            found += ["hidden gradients"] * (not last)
-            found += ["embedding gradients"] * (first and self.embeddings)
-        return tuple(Parcel(what, stage, action.micro_batch) for what in found)
+        return tuple(parcel for _, parcel in self._ways(action) if parcel.stage == action.stage)
 
     def made(self, action: Action) -> tuple[Parcel, ...]:
-        """In the order of what the action needed: its gradients are those of its inputs."""
-        stage, end = action.stage, self.schedule.stages - 1
-        found: list[tuple[What, int]] = []
-        if action.kind == "F":
-            found += [("hidden states", stage + 1)] * (stage < end)
-            found += [("embeddings", end)] * (stage == 0 and self.embeddings)
-        elif action.kind != "W":
-            found += [("hidden gradients", stage - 1)] * (stage > 0)
-            found += [("embedding gradients", 0)] * (stage == end and self.embeddings)
-        return tuple(Parcel(what, to, action.micro_batch) for what, to in found)
+        """Gradients are made in the order in which the forward pass needed what they are of."""
+        return tuple(parcel for start, parcel in self._ways(action) if start == action.stage)
+
+    def _ways(self, action: Action) -> Iterator[tuple[int, Parcel]]:
+        """(stage that makes it, parcel) of all of the pass's parcels; in the backward pass they go the other way."""
+        if action.kind == "W":
+            return
+        end = self.schedule.stages - 1
+        ways = [(HIDDEN, stage, stage + 1) for stage in range(end)] + [(EMBEDDINGS, 0, end)] * self.embeddings
+        for what, start, to in ways:
+            if action.kind == "F":
+                yield start, Parcel(what, to, action.micro_batch)
+            else:
+                yield to, Parcel(f"gradients of {what}", start, action.micro_batch)
 
     def place(self, parcel: Parcel) -> int:
         """Where it goes."""

@@ -24,7 +24,7 @@ from rorqual.model import Transformer
 from rorqual.model.moe import Routing
 from rorqual.parallel.courier import Courier
 from rorqual.parallel.mesh import Mesh
-from rorqual.parallel.parcels import Flow, Parcel, Post
+from rorqual.parallel.parcels import EMBEDDINGS, Flow, Parcel, Post
 from rorqual.parallel.schedule import SCHEDULES, Action, Schedule
 from rorqual.parallel.simulate import Timeline
 from rorqual.parallel.stages import keep, layers_of_stages, looked_up
@@ -235,7 +235,7 @@ class Pipeline:
         own += other
 
     def _empty(self, parcel: Parcel, batch: Batch) -> Tensor:
-        modules = (self.model.config.num_nextn_predict_layers,) if parcel.what.startswith("embedding") else ()
+        modules = (self.model.config.num_nextn_predict_layers,) if parcel.what.endswith(EMBEDDINGS) else ()
         like = self.model.layers[0].self_attn.o_proj.weight  # hidden states have the dtype and the device of linears
         return like.new_empty(*modules, *batch.inputs.shape, self.model.config.hidden_size)
 

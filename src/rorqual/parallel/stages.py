@@ -40,8 +40,8 @@ def layers_of_stages(config: ModelConfig, schedule: Schedule) -> tuple[range, ..
     if config.num_hidden_layers < schedule.stages:
         other = " or choose schedule 1f1b" if schedule.stages > schedule.ranks else ""
         raise UserError(
-            f"parallel.pipeline = {schedule.ranks}: schedule {schedule.name} needs {schedule.stages} stages of at least "
-            f"one layer, and the model has {config.num_hidden_layers} layers; lower parallel.pipeline{other}"
+            f"parallel.pipeline = {schedule.ranks}: schedule {schedule.name} needs {schedule.stages} stages of at "
+            f"least one layer, and the model has {config.num_hidden_layers} layers; lower parallel.pipeline{other}"
         )
     return split(active_by_layer(config), schedule.stages, active_after_layers(config))
 
