@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rorqual.kernels import cpu
+from rorqual.kernels.deferred_gradients import is_deferrable, now_or_later
 from rorqual.kernels.fp8_weight import FP8Weight, dense, dequantize
 from rorqual.kernels.quantized_linear import QuantizedWeight, quantized_linear
 from rorqual.kernels.typed_torch import Context, Function, once_differentiable
@@ -28,6 +29,8 @@ def linear(
     if isinstance(weight, QuantizedWeight):
         return quantized_linear(x, weight, bias)
     weight = dense(weight, x.dtype)
+    if is_deferrable() and torch.is_grad_enabled():
+        return _Linear.apply(x, weight, bias)
     fits = bias is None or (bias.shape == weight.shape[:1] and cpu.usable(x, bias))
     if torch.is_grad_enabled() or not fits or not _usable(x, weight) or (rows := x[..., 0].numel()) > MAX_COMPILED_ROWS:
         return linear_reference(x, weight, bias)
@@ -52,6 +55,34 @@ def linear_reference(
     return F.linear(x, weight, bias)
 
 
+class _WeightContext(Context):
+    weight: Tensor  # the parameter itself, for now_or_later
+
+
+class _LinearContext(_WeightContext):
+    bias: Tensor | None
+
+
+class _Linear(Function):
+    """`linear_reference` whose weight gradient can be deferred: the products of torch's own backward pass."""
+
+    @staticmethod
+    def forward(ctx: _LinearContext, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.weight, ctx.bias = weight, bias
+        return linear_reference(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: _LinearContext, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        needed, rows = ctx.needs_input_grad, grad.reshape(-1, grad.shape[-1])
+        grad_x = (rows @ weight).view(x.shape) if needed[0] else None
+        grad_weight = now_or_later(needed[1], (ctx.weight,), lambda: (rows.T @ x.reshape(-1, x.shape[-1]),))
+        grad_bias = now_or_later(needed[2], (ctx.bias,), lambda: (rows.sum(0),))
+        return grad_x, *grad_weight, *grad_bias
+
+
 def fp32_linear(x: Float[Tensor, "N K"], weight: Float[Tensor, "M K"]) -> Float32[Tensor, "N M"]:
     """x·weightᵀ computed in FP32, of which x and weight are kept for the backward pass as they are: a BF16 x takes half
     of what its copy takes.
@@ -61,16 +92,18 @@ def fp32_linear(x: Float[Tensor, "N K"], weight: Float[Tensor, "M K"]) -> Float3
 
 class _FP32Linear(Function):
     @staticmethod
-    def forward(ctx: Context, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: _WeightContext, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
+        ctx.weight = weight
         return x.float() @ weight.float().T
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: _WeightContext, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        grad_x = (grad @ weight.float()).to(x.dtype) if ctx.needs_input_grad[0] else None
-        return grad_x, (grad.T @ x.float()).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        needed, dtype = ctx.needs_input_grad, weight.dtype
+        grad_x = (grad @ weight.float()).to(x.dtype) if needed[0] else None
+        return grad_x, *now_or_later(needed[1], (ctx.weight,), lambda: ((grad.T @ x.float()).to(dtype),))
 
 
 def grouped_linear(
@@ -81,19 +114,52 @@ def grouped_linear(
         return quantized_linear(x, weight, ends=ends)
     if isinstance(weight, FP8Weight):
         return _expert_by_expert(x, weight, ends)
-    if not _grouped_usable(x, weight) or ends.shape != weight.shape[:1] or x.ndim != 2:
+    if ends.shape != weight.shape[:1] or x.ndim != 2:
         return grouped_linear_reference(x, weight, ends)
+    if not _grouped_usable(x, weight):
+        later = is_deferrable() and torch.is_grad_enabled()
+        return (_GroupedReference.apply if later else grouped_linear_reference)(x, weight, ends)
     return _Grouped.apply(x, weight, ends)
 
 
 def grouped_linear_reference(
     x: Float[Tensor, "M K"], weight: Float[Tensor, "E N K"], ends: Int32[Tensor, " E"]
 ) -> Float[Tensor, "M N"]:
-    fits = ends.shape == weight.shape[:1]
-    if fits and any(size * weight.element_size() % 16 for size in weight.shape[1:]):  # not supported by PyTorch's
+    if ends.shape == weight.shape[:1] and _one_by_one(weight):
         rows = x.tensor_split(ends[:-1].long().cpu())
         return torch.cat([part @ own.T for part, own in zip(rows, weight, strict=True)])
     return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
+
+
+def _one_by_one(weight: Tensor) -> bool:
+    """Whether PyTorch's grouped product does not support rows of these sizes."""
+    return any(size * weight.element_size() % 16 for size in weight.shape[1:])
+
+
+class _GroupedReference(Function):
+    """`grouped_linear_reference` whose weight gradient can be deferred."""
+
+    @staticmethod
+    def forward(ctx: _WeightContext, x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, ends)
+        ctx.weight = weight
+        return grouped_linear_reference(x, weight, ends)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: _WeightContext, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, ends = ctx.saved_tensors
+        needed = ctx.needs_input_grad
+
+        def gradient() -> tuple[Tensor]:
+            if not _one_by_one(weight):
+                return (F.grouped_mm(grad.T, x, offs=ends),)
+            cuts = ends[:-1].long().cpu()
+            pairs = zip(grad.tensor_split(cuts), x.tensor_split(cuts), strict=True)
+            return (torch.stack([rows.T @ part for rows, part in pairs]),)
+
+        grad_x = grouped_linear_reference(grad, weight.transpose(1, 2), ends) if needed[0] else None
+        return grad_x, *now_or_later(needed[1], (ctx.weight,), gradient), None
 
 
 def _expert_by_expert(x: Tensor, weight: FP8Weight, ends: Tensor) -> Tensor:
@@ -119,27 +185,29 @@ def row_multiple(x: Tensor, weight: Tensor | QuantizedWeight | FP8Weight, mean_l
 
 class _Grouped(Function):
     @staticmethod
-    def forward(ctx: Context, x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    def forward(ctx: _WeightContext, x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight, ends)
+        ctx.weight = weight
         return _product(x, weight, None, ends)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: _WeightContext, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, ends = ctx.saved_tensors
         E, N, K = weight.shape
-        grad = grad.contiguous()
-        grad_x = grad_weight = None
-        if ctx.needs_input_grad[0]:
+        grad, needed = grad.contiguous(), ctx.needs_input_grad
+        grad_x = None
+        if needed[0]:
             grad_x = x.new_empty(x.shape)
             cpu.call("grouped_gemm_backward_input", x.dtype, grad, N, weight, ends, E, N, K, grad_x)
-        if ctx.needs_input_grad[1]:
-            grad_weight = torch.empty_like(weight)
+
+        def gradient() -> tuple[Tensor]:
+            found = torch.empty_like(weight)
             pairs = x.new_empty(len(x) // 2 + E + 1, -(-N // 12) * 12, dtype=torch.float32)
-            cpu.call(
-                "grouped_gemm_backward_weight", x.dtype, grad, N, x, x.stride(0), ends, E, N, K, pairs, grad_weight
-            )
-        return grad_x, grad_weight, None
+            cpu.call("grouped_gemm_backward_weight", x.dtype, grad, N, x, x.stride(0), ends, E, N, K, pairs, found)
+            return (found,)
+
+        return grad_x, *now_or_later(needed[1], (ctx.weight,), gradient), None
 
 
 def _usable(x: Tensor, weight: Tensor) -> bool:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rorqual.kernels import gpu
 from rorqual.kernels.block_scaled import BlockScaled, block_starts, block_starts_on_device, decode, quantize
+from rorqual.kernels.deferred_gradients import now_or_later
 from rorqual.kernels.number_formats import NumberFormat
 from rorqual.kernels.quantize_swiglu import quantize_swiglu
 from rorqual.kernels.swiglu import swiglu_joined_gradient
@@ -68,16 +69,20 @@ def scaled_feed_forward(
 class _LinearContext(Context):
     formats: LinearFormats
     width: int
+    weight: Tensor  # the parameter itself, for now_or_later
 
 
-class _FeedForwardContext(_LinearContext):
+class _FeedForwardContext(Context):
+    formats: LinearFormats
+    width: int
     apart: bool  # whether gate and up are two weights
+    weights: tuple[Tensor, Tensor | None, Tensor]  # gate, up and down, as they are
 
 
 class _ScaledLinear(Function):
     @staticmethod
     def forward(ctx: _LinearContext, x: Tensor, weight: Tensor, formats: LinearFormats, keep: bool) -> Tensor:
-        ctx.formats, ctx.width = formats, x.shape[1]
+        ctx.formats, ctx.width, ctx.weight = formats, x.shape[1], weight
         rounded, cached = _activations(x, formats, keep)
         if cached is not None:
             ctx.save_for_backward(*cached.kept, weight)
@@ -85,15 +90,16 @@ class _ScaledLinear(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: _LinearContext, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: _LinearContext, grad: Tensor) -> tuple[Tensor | None, ...]:
         codes, scales, weight = ctx.saved_tensors
-        formats, grad_x, grad_weight = ctx.formats, None, None
-        if ctx.needs_input_grad[0]:
-            grad_x = _input_gradient(grad, weight, formats, None)
-        if ctx.needs_input_grad[1]:
-            x = decode(codes, scales, formats.cached, ctx.width)
-            grad_weight = _weight_gradient(grad, quantize, x, formats, None, 1, weight.dtype)[0]
-        return grad_x, grad_weight, None, None
+        formats, width, needed = ctx.formats, ctx.width, ctx.needs_input_grad
+
+        def gradient() -> tuple[Tensor]:
+            x = decode(codes, scales, formats.cached, width)
+            return (_weight_gradient(grad, quantize, x, formats, None, 1, weight.dtype)[0],)
+
+        grad_x = _input_gradient(grad, weight, formats, None) if needed[0] else None
+        return grad_x, *now_or_later(needed[1], (ctx.weight,), gradient), None, None
 
 
 class _ScaledFeedForward(Function):
@@ -103,7 +109,7 @@ class _ScaledFeedForward(Function):
         ends: Ends, formats: LinearFormats, keep: bool,
     ) -> Tensor:  # fmt: skip
         E = len(down) if up is None else 1
-        ctx.formats, ctx.width, ctx.apart = formats, x.shape[1], up is not None
+        ctx.formats, ctx.width, ctx.apart, ctx.weights = formats, x.shape[1], up is not None, (gate, up, down)
         rounded, cached = _activations(x, formats, keep)
         h = output_product(rounded, quantize_weight(_joined(gate, up), formats.weight, 2), E, ends, x.dtype)
         if cached is not None:
@@ -117,21 +123,24 @@ class _ScaledFeedForward(Function):
     @once_differentiable
     def backward(ctx: _FeedForwardContext, grad: Tensor) -> tuple[Tensor | None, ...]:
         codes, scales, inner_codes, inner_scales, gate, up, down, weights, ends = ctx.saved_tensors
-        formats, width = ctx.formats, down.shape[-1]
-        E, gate_up = (1, _joined(gate, up)) if ctx.apart else (len(down), gate)
+        formats, width, x_width, apart = ctx.formats, down.shape[-1], ctx.width, ctx.apart
+        E, gate_up = (1, _joined(gate, up)) if apart else (len(down), gate)
+        needed = ctx.needs_input_grad
         h = decode(inner_codes, inner_scales, formats.cached, width).view(-1, 2 * width).to(grad.dtype)
-        grad_x = grad_gate = grad_up = grad_down = None
-        if ctx.needs_input_grad[3]:
+
+        def down_gradient() -> tuple[Tensor]:
             inner = functools.partial(quantize_swiglu, weights=weights)
-            grad_down = _weight_gradient(grad, inner, h, formats, ends, E, down.dtype).view_as(down)
+            return (_weight_gradient(grad, inner, h, formats, ends, E, down.dtype).view_as(down),)
+
+        def gate_up_gradient() -> tuple[Tensor, Tensor | None]:
+            x = decode(codes, scales, formats.cached, x_width)
+            found = _weight_gradient(grad_h, quantize, x, formats, ends, E, gate.dtype)
+            return (found[0, : len(gate)], found[0, len(gate) :]) if apart else (found, None)
+
+        (grad_down,) = now_or_later(needed[3], ctx.weights[2:], down_gradient)
         grad_h, grad_weights = swiglu_joined_gradient(_input_gradient(grad, down, formats, ends), h, weights)
-        if ctx.needs_input_grad[0]:
-            grad_x = _input_gradient(grad_h, gate_up, formats, ends, 2)
-        if ctx.needs_input_grad[1]:
-            x = decode(codes, scales, formats.cached, ctx.width)
-            grad_gate = _weight_gradient(grad_h, quantize, x, formats, ends, E, gate.dtype)
-            if ctx.apart:
-                grad_gate, grad_up = grad_gate[0, : len(gate)], grad_gate[0, len(gate) :]
+        grad_x = _input_gradient(grad_h, gate_up, formats, ends, 2) if needed[0] else None
+        grad_gate, grad_up = now_or_later(needed[1], ctx.weights[:2], gate_up_gradient)
         return grad_x, grad_gate, grad_up, grad_down, grad_weights, None, None, None
 
 

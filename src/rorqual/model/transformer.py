@@ -3,6 +3,8 @@
 B batch, T tokens, D hidden, V vocabulary.
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -140,7 +142,8 @@ class Transformer(nn.Module):
 
     def moe_layers(self) -> list[MixtureOfExperts]:
         """Mixture-of-experts layers in the order of `routing`."""
-        return [layer.mlp for layer in self.model.layers if isinstance(layer.mlp, MixtureOfExperts)]
+        blocks = (block for block in self.model.layers if isinstance(block, Block))
+        return [block.mlp for block in blocks if isinstance(block.mlp, MixtureOfExperts)]
 
     def forward(
         self,
@@ -155,11 +158,23 @@ class Transformer(nn.Module):
         Positions default to 0…T-1; the mask, true where a token attends (or several, see kernels/dense_attention.py),
         defaults to causal; `routing` collects one entry a mixture-of-experts layer.
         """
-        x = self.model.embed_tokens(tokens)
-        table = self._rope_table(tokens, positions, x.dtype)
-        for layer in self.layers:
-            x = layer(x, table, mask, cache, routing)
+        x = self.run_layers(self.model.embed_tokens(tokens), self.layers, positions, mask, cache, routing)
         return self.model.norm(x)
+
+    def run_layers(
+        self,
+        x: Float[Tensor, "B T D"],
+        layers: Iterable[nn.Module],
+        positions: Int[Tensor, "#B T"] | None = None,
+        mask: Mask = None,
+        cache: KVCache | None = None,
+        routing: list[Routing] | None = None,
+    ) -> Float[Tensor, "B T D"]:
+        """The hidden states after `layers`, some of the model's; a pipeline stage."""
+        table = self._rope_table(x, positions, x.dtype)
+        for layer in layers:
+            x = layer(x, table, mask, cache, routing)
+        return x
 
     def logits(self, tokens: Int[Tensor, "B T"], **inputs: Tensor | KVCache | None) -> Float[Tensor, "B T V"]:
         """Takes forward's arguments."""
@@ -205,6 +220,7 @@ class Transformer(nn.Module):
         )
 
     def _rope_table(self, tokens: Tensor, positions: Tensor | None, dtype: torch.dtype) -> Table:
+        """tokens: [B, T, …]"""
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0)
         frequencies, factor = self.rope

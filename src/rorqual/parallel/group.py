@@ -95,16 +95,20 @@ class Group:
             total += other
         return total
 
-    def send(self, tensor: Tensor, place: int, what: str) -> dist.Work | None:
-        """Begin to send; the tensor must stay as it is until the work returned has been waited for."""
+    def send(self, tensor: Tensor, place: int, what: str, tag: int = 0) -> dist.Work | None:
+        """Begin to send; the tensor must stay as it is until the work returned has been waited for.
+
+        It comes to the receive with its tag; with NCCL, which has none, in the order in which two ranks send and
+        receive, which must be the same on both.
+        """
         self.count(what, [tensor.nbytes if p == place else 0 for p in range(self.size)])
         with self._named(what):
-            return dist.isend(tensor, self.ranks[place], self.process_group)
+            return dist.isend(tensor, self.ranks[place], self.process_group, tag)
 
-    def receive(self, tensor: Tensor, place: int, what: str) -> dist.Work | None:
+    def receive(self, tensor: Tensor, place: int, what: str, tag: int = 0) -> dist.Work | None:
         """Begin to receive into `tensor`."""
         with self._named(what):
-            return dist.irecv(tensor, self.ranks[place], self.process_group)
+            return dist.irecv(tensor, self.ranks[place], self.process_group, tag)
 
     def wait(self, work: dist.Work | None, what: str) -> None:
         if work is not None:

@@ -33,6 +33,18 @@ def mtp_parameters(config: ModelConfig) -> int:
     return config.num_nextn_predict_layers * (_layer(config, moe)[0] + _mtp_extra(config))
 
 
+def active_by_layer(config: ModelConfig) -> list[int]:
+    """Parameters of each layer of the main model that a token is multiplied with."""
+    return [_layer(config, config.is_moe_layer(layer))[1] for layer in range(config.num_hidden_layers)]
+
+
+def active_after_layers(config: ModelConfig) -> int:
+    """Parameters that a token is multiplied with after the layers: norm, MTP modules, and the head once for each."""
+    depth = config.num_nextn_predict_layers
+    module = _layer(config, config.is_moe_layer(config.num_hidden_layers))[1] + _mtp_extra(config)
+    return config.hidden_size + depth * module + (1 + depth) * config.vocab_size * config.hidden_size
+
+
 def flops_per_token(config: ModelConfig, sequence_length: int, training: bool = True) -> float:
     """FLOPs per token of a sequence of this length, without MTP modules.
 

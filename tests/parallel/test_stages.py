@@ -1,0 +1,74 @@
+"""Splits worked out by hand, and against all splits there are."""
+
+from dataclasses import replace
+from itertools import combinations, pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from helpers.small_configs import LATENT
+from rorqual.errors import UserError
+from rorqual.model import Transformer
+from rorqual.parallel.schedule import SCHEDULES
+from rorqual.parallel.stages import keep, layers_of_stages, looked_up, split
+
+
+def test_splits_by_hand():
+    assert split([1] * 8, 4) == (range(2), range(2, 4), range(4, 6), range(6, 8))
+    assert split([1] * 9, 4) == (range(2), range(2, 4), range(4, 6), range(6, 9))  # the last holds the fewest
+    assert split([1] * 8, 4, after=3) == (range(2), range(2, 4), range(4, 7), range(7, 8))
+    assert split([5, 1, 1, 1, 1, 1], 2) == (range(1), range(1, 6))
+    assert split([1, 1, 1], 3, after=100) == (range(1), range(1, 2), range(2, 3))
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=9), st.integers(1, 9), st.integers(0, 20))
+@settings(max_examples=100, deadline=None)
+def test_no_split_has_a_cheaper_worst_stage(costs, stages, after):
+    stages = min(stages, len(costs))
+
+    def spent(cuts):
+        edges = [0, *cuts, len(costs)]
+        found = [sum(costs[a:b]) for a, b in pairwise(edges)]
+        return sorted([*found[:-1], found[-1] + after], reverse=True)
+
+    found = split(costs, stages, after)
+    assert [i for part in found for i in part] == list(range(len(costs)))
+    best = min(spent(cuts) for cuts in combinations(range(1, len(costs)), stages - 1))
+    assert spent([part.start for part in found[1:]]) == best
+
+
+def test_the_head_counts():
+    """A head as large as three layers leaves fewer layers to the last stage."""
+    config = replace(LATENT, num_hidden_layers=8, first_k_dense_replace=8, vocab_size=3 * 300)
+    layers = layers_of_stages(config, SCHEDULES["1f1b"](2, 4))
+    assert len(layers[0]) > len(layers[1])
+
+
+def test_too_few_layers():
+    with pytest.raises(UserError, match=r"parallel.pipeline = 2: .*dualpipev needs 4 stages .* 3 layers; .* 1f1b$"):
+        layers_of_stages(LATENT, SCHEDULES["dualpipev"](2, 4))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_stages_share_out_the_parameters(tied):
+    """Under their names; a tied embedding is in the first and the last."""
+    config = replace(LATENT, num_nextn_predict_layers=1, tie_word_embeddings=tied)
+    whole = dict(Transformer(config).named_parameters())
+    found = []
+    for layers, first, last in ((range(2), True, False), (range(2, 3), False, True)):
+        model = Transformer(config)
+        keep(model, layers, first, last)
+        found.append({name: p.shape for name, p in model.named_parameters()})
+        assert len(model.moe_layers()) == (1 if first else 2)
+    assert found[0] | found[1] == {name: p.shape for name, p in whole.items()}
+    assert found[0].keys() & found[1].keys() == ({"model.embed_tokens.weight"} if tied else set())
+    assert "model.layers.3.eh_proj.weight" in found[1]
+
+
+def test_look_ups():
+    embedding, rows = torch.nn.Embedding(3, 2), torch.ones(2, 4, 2)
+    with looked_up(embedding, rows.unbind()):
+        assert torch.equal(embedding(torch.tensor([0])), rows[0])
+    assert torch.equal(embedding(torch.tensor([0])), embedding.weight[:1])
