@@ -58,6 +58,7 @@ __all__ = [
     "MTPSection",
     "ModelSection",
     "OptimizerSection",
+    "ParallelSection",
     "PretrainRecipe",
     "RLRecipe",
     "Recipe",

@@ -9,7 +9,7 @@ from rorqual.train.trainer import Trainer
 
 T = 12
 CONFIG = ModelConfig.from_dict({
-    "model_type": "deepseek_v3", "vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+    "model_type": "deepseek_v3", "vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4,
     "num_attention_heads": 2, "q_lora_rank": 12, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4,
     "v_head_dim": 10, "n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2,
     "moe_intermediate_size": 16, "first_k_dense_replace": 1, "num_nextn_predict_layers": 1, "initializer_range": 0.1,
@@ -30,20 +30,20 @@ def part(batch, rows):
     return Batch(*(t[rows] for t in (batch.inputs, batch.targets, batch.weights, batch.positions, batch.documents)))
 
 
-def trainer_of(mesh=None, **options):
+def trainer_of(mesh=None, micro_batches=1, **options):
     torch.manual_seed(0)
     options = {"clip": 0.5} | options
     section = OptimizerSection(lr=3e-3, eps=1e-4, **options)
     return Trainer(
         Transformer(CONFIG), section, ScheduleSection(name="constant", warmup=0), MTPSection(), BalanceSection(),
-        dtype="float32", mesh=mesh,
+        dtype="float32", mesh=mesh, micro_batches=micro_batches,
     )  # fmt: skip
 
 
 def whole(ranks, key):
-    """Weights of the model from those of the ranks of an expert group."""
+    """Weights of the model from those of the ranks of an expert group, in every stage."""
     out = {}
-    for name in ranks[0][key]:
-        parts = [rank[key][name] for rank in ranks]
+    for name in {name for rank in ranks for name in rank[key]}:
+        parts = [rank[key][name] for rank in ranks if name in rank[key]]
         out[name] = torch.cat(parts) if ".mlp.experts." in name else parts[0]
     return out

@@ -17,13 +17,14 @@ def train(trainer, micro_batches_of, steps=STEPS):
 
 def on_ranks(rank, layout, options, micro):
     mesh = build_mesh(ParallelSection(**layout))
-    trainer = trainer_of(mesh, **options)
     size = ROWS // mesh.data.size
+    trainer = trainer_of(mesh, size // micro, **options)
     own = [slice(i, i + micro) for i in range(size * mesh.data.place, size * (mesh.data.place + 1), micro)]
     steps = train(trainer, lambda batch: [part(batch, rows) for rows in own])
     weights = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
-    biases = [m.gate.e_score_correction_bias.clone() for m in trainer.model.moe_layers()]
-    return [m.to_dict() for m in steps], weights, biases, mesh.experts.place, trainer.optimizer.state_bytes().moments
+    biases = {n: b.clone() for n, b in trainer.model.named_buffers()}
+    same = (mesh.pipeline.place, mesh.experts.place)  # ranks that hold the same
+    return [m.to_dict() for m in steps], weights, biases, same, trainer.optimizer.state_bytes().moments
 
 
 MUON = {"name": "muon"}
@@ -35,17 +36,22 @@ LAYOUTS = [
     ({"data": 4, "experts": 2}, 2, MUON),
     ({"data": 4, "experts": 4, "ranks_per_node": 2}, 2, {}),
     ({"data": 4, "experts": 4, "ranks_per_node": 2, "dispatch": "all-to-all"}, 1, {}),
+    ({"pipeline": 2, "schedule": "1f1b"}, 2, {}),
+    ({"pipeline": 2}, 2, MUON),
+    ({"pipeline": 4, "schedule": "zb1p"}, 1, {}),
+    ({"pipeline": 2, "data": 2, "experts": 2}, 1, {}),
+    ({"pipeline": 2, "data": 4, "experts": 4, "ranks_per_node": 2, "schedule": "1f1b"}, 1, {}),
     ({"data": 8, "experts": 8, "ranks_per_node": 4, "overlap": False}, 1, MUON),
 ]
 
 
 @pytest.mark.parametrize(("layout", "micro", "options"), LAYOUTS)
 def test_losses_and_weights_equal_one_process(layout, micro, options):
-    found = run(layout["data"], on_ranks, layout, options, micro)
+    data, experts, stages = (layout.get(name, 1) for name in ("data", "experts", "pipeline"))
+    found = run(data * stages, on_ranks, layout, options, micro)
     alone = trainer_of(**options)
     expected = train(alone, lambda batch: [part(batch, slice(i, i + micro)) for i in range(0, ROWS, micro)])
-    experts = layout.get("experts", 1)
-    ours = whole(found[:experts], 1)
+    ours = whole([rank for stage in range(stages) for rank in found[stage * data :][:experts]], 1)
     theirs = dict(alone.model.named_parameters())
     assert ours.keys() == theirs.keys()
     for metrics, right in zip(found[0][0], expected, strict=True):
@@ -53,13 +59,14 @@ def test_losses_and_weights_equal_one_process(layout, micro, options):
         assert metrics["mtp_loss"] == pytest.approx(right.mtp_loss, rel=1e-5)
         assert metrics["grad_norm"] == pytest.approx(right.grad_norm, rel=1e-4)
         assert metrics["max_vio_per_layer"] == pytest.approx(right.max_vio_per_layer)
-    exact = experts == 1 and micro * layout["data"] == ROWS  # gradients are added in the same order
+    # Gradients are added in the same order.
+    exact = experts == 1 and (data == 1 or micro * data == ROWS)
     for name, weight in theirs.items():
         if exact:
             assert torch.equal(ours[name], weight), name
         assert (ours[name] - weight).norm() <= 1e-5 * weight.norm(), name
-    for bias, module in zip(found[0][2], alone.model.moe_layers(), strict=True):
-        assert torch.equal(bias, module.gate.e_score_correction_bias)
+    for name, bias in alone.model.named_buffers():
+        assert any(torch.equal(rank[2][name], bias) for rank in found if name in rank[2])
     for rank in found[1:]:  # replicas have the same bits
         if rank[3] == found[0][3]:
             assert all(torch.equal(found[0][1][name], w) for name, w in rank[1].items())

@@ -16,7 +16,7 @@ from rorqual.kernels.quantized_linear import QuantizedWeight
 from rorqual.model.config import ModelConfig
 from rorqual.model.transformer import Transformer
 
-EMBEDDING = "model.embed_tokens.weight"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def release_tensors(model: Transformer) -> dict[str, Tensor]:
@@ -68,12 +68,15 @@ def replace_weight(module: nn.Module, name: str, weight: QuantizedWeight | FP8We
 
 
 def shared_copies(model: Transformer) -> dict[str, Tensor]:
+    """The multi-token modules' copies of embedding and head, of those that are here (a pipeline stage may have one)."""
     depth, mtp_depth = model.config.num_hidden_layers, model.config.num_nextn_predict_layers
-    embedding, head = model.model.embed_tokens.weight.detach(), model.head_weight.detach()
-    copies: dict[str, Tensor] = {}
+    own, copies = dict(model.named_parameters()), dict[str, Tensor]()
+    embedding, head = own.get(EMBEDDING), own.get(EMBEDDING if model.config.tie_word_embeddings else HEAD)
     for layer in range(depth, depth + mtp_depth):
-        copies[f"model.layers.{layer}.embed_tokens.weight"] = embedding
-        copies[f"model.layers.{layer}.shared_head.head.weight"] = head
+        if embedding is not None:
+            copies[f"model.layers.{layer}.embed_tokens.weight"] = embedding.detach()
+        if head is not None:
+            copies[f"model.layers.{layer}.shared_head.head.weight"] = head.detach()
     return copies
 
 

@@ -12,7 +12,7 @@ from rorqual.parallel.mesh import Mesh
 from rorqual.tokenizer_protocol import Tokenizer
 
 
-def save_parts(model: Transformer, path: Path, tokenizer: Tokenizer, mesh: Mesh) -> None:
+def save_parts(model: Transformer, path: Path, tokenizer: Tokenizer | None, mesh: Mesh) -> None:
     """As checkpoint.huggingface.save_model, by all processes together.
 
     Of what several processes hold alike, the first writes it. Raises UserError if the directory cannot be written.

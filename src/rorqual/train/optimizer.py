@@ -68,6 +68,7 @@ class Optimizer:
         elements = {n: math.prod(self.sharding.slice_of(n).shape) for n in self.masters}
         self.adamw = AdamW({n: w for n, w in self.masters.items() if n not in hidden}, section, elements)
         self.grads: dict[str, Tensor] = {}
+        self.copies: frozenset[str] = frozenset()  # parameters that another pipeline stage has too, which counts them
         self.before_change: Callable[[], None] | None = None  # called before the masters change
 
     @torch.no_grad()
@@ -94,7 +95,7 @@ class Optimizer:
             return StepResult(0.0, skipped=True)
         grads = self.sharding.reduce(self.grads)
         self.grads = {}
-        norm = global_norm(self.mesh, grads)
+        norm = global_norm(self.mesh, grads, self.copies)
         if not norm < float("inf"):
             return StepResult(norm, skipped=True)
         if norm > self.section.clip:

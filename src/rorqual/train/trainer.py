@@ -11,18 +11,19 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rorqual.data.loader import Batch
 from rorqual.kernels.cross_entropy import linear_cross_entropy
 from rorqual.kernels.dtypes import compute_dtype
 from rorqual.model import Transformer
-from rorqual.model.moe import Routing
+from rorqual.model.moe import MixtureOfExperts, Routing
 from rorqual.parallel.courier import Courier
 from rorqual.parallel.data import Slice
 from rorqual.parallel.experts import spread_experts
 from rorqual.parallel.group import Group
 from rorqual.parallel.mesh import Mesh, single
+from rorqual.parallel.pipeline import Pipeline
 from rorqual.plan.cost import flops_per_token, mtp_flops_per_token
 from rorqual.precision.convert import convert
 from rorqual.precision.recompute import Activations, Recompute
@@ -30,6 +31,7 @@ from rorqual.recipe import BalanceSection, MTPSection, OptimizerSection, Schedul
 from rorqual.train.balance import max_violations, update_correction_bias
 from rorqual.train.compile import compiled
 from rorqual.train.ema import EMA
+from rorqual.train.objective import Objective, shifted
 from rorqual.train.optimizer import Optimizer
 from rorqual.train.rng import load_rng_tensors, rng_tensors
 from rorqual.train.schedule import bias_speed, mtp_weight, schedule_factor
@@ -78,12 +80,14 @@ class Trainer:
         recompute: Recompute = "none",
         offload: bool = False,
         mesh: Mesh | None = None,
+        micro_batches: int = 1,
         notify: Callable[[str], None] = print,
     ) -> None:
         """Convert `model` to `dtype` ("auto": the fastest on its device) in place.
 
         Without `mtp` or `balance` the MTP loss or the load balancing is off. `precision` (a key of PRECISIONS) is that
-        of products; `recompute` and `offload`: see precision/recompute.py. `mesh`: the processes that train together.
+        of products; `recompute` and `offload`: see precision/recompute.py. `mesh`: the processes that train together; with
+        pipeline stages, every step has as many `micro_batches`.
         """
         if precision is not None:
             for line in convert(model, precision).lines():
@@ -92,10 +96,17 @@ class Trainer:
         self.courier = Courier(self.mesh.section.overlap)
         spread_experts(model, self.mesh, self.courier)
         self.activations, self.recompute = Activations(model, recompute, offload), recompute
-        self.model, self.schedule, self.dtype = model, schedule, compute_dtype(dtype, model.head_weight.device)
+        self.moe_indices = [i for i, layer in enumerate(model.model.layers) if is_mixture(layer)]
+        self.pipeline: Pipeline | None = None
+        if self.mesh.pipeline.size > 1:
+            order = self.mesh.section.schedule
+            self.pipeline = Pipeline(model, self.mesh, self.courier, order, micro_batches, self.activations.kept)
+        device = next(model.parameters()).device
+        self.model, self.schedule, self.dtype = model, schedule, compute_dtype(dtype, device)
         self.mtp = mtp or MTPSection(weight=0.0, final_weight=0.0)
         self.balance = balance or BalanceSection(bias_speed=0.0, sequence_loss=0.0)
         self.optimizer = Optimizer(model, optimizer, self.dtype, self.mesh)
+        self.optimizer.copies = self.pipeline.copies if self.pipeline else frozenset[str]()
         self.ema = EMA(self.optimizer, ema) if ema else None
         self.forward = compiled(model, notify) if compile else model
         self.depth = model.config.num_nextn_predict_layers
@@ -112,27 +123,15 @@ class Trainer:
         λ = mtp_weight(self.mtp, progress) if self.depth else 0.0
         self.mesh.traffic.step = self.steps + 1
         totals, sequences = self._totals(micro_batches, ahead=λ > 0)
-        losses = torch.zeros(1 + self.depth)
-        loads: list[Tensor] = []
-        finite = True
+        objective = Objective(self.model, totals, λ, self.balance.sequence_loss, sequences)
         self.model.train()
-        for batch in micro_batches:
-            with self.activations.kept():
-                parts, routing = self._losses(batch, totals)
-            loss = parts[0]
-            for part in parts[1:]:
-                loss = loss + λ / self.depth * part
-            if self.balance.sequence_loss and routing:
-                share = self.balance.sequence_loss * len(batch.inputs) / sequences
-                loss = loss + share * sum((r.sequence_loss for r in routing), loss.new_zeros(()))
-            losses[: len(parts)] += torch.stack([p.detach() for p in parts]).to("cpu", torch.float32)
-            finite = finite and bool(torch.isfinite(loss.detach()))
-            if not finite and self.mesh.section.processes == 1:
-                break  # with several, the others need this one for their own tokens
-            loss.backward()
-            self.optimizer.accumulate()
-            found = [r.load.detach() for r in routing]
-            loads = [a + b for a, b in zip(loads, found, strict=True)] if loads else found
+        if self.pipeline is None:
+            loads = self._accumulate(micro_batches, objective)
+        else:
+            self.pipeline.run(micro_batches, objective, self.optimizer.accumulate)
+            self.pipeline.sum_copies(self.optimizer.grads)
+            loads = self.pipeline.loads
+        finite, losses = objective.finite, objective.sums
         everywhere = self.mesh.world.gather(torch.tensor([float(finite), *losses.tolist()]), "losses")
         not_finite = tuple(rank for rank, found in enumerate(everywhere) if not found[0])
         losses = torch.stack(everywhere)[:, 1:].sum(0)
@@ -150,7 +149,7 @@ class Trainer:
             lr=self.optimizer.section.lr * factor,
             mtp_loss=float(losses[1:].mean()) if λ else None,
             grad_norm=None if result is None else result.grad_norm,
-            max_vio_per_layer=max_violations(loads) if loads else None,
+            max_vio_per_layer=self._violations(loads),
             skipped=skipped,
             ranks_not_finite=not_finite,
         )
@@ -166,13 +165,22 @@ class Trainer:
         nats, length = 0.0, 0
         with self.released_weights():
             for batch, size in _turns(batches, self.mesh.tokens):
-                hidden = self.model(batch.inputs, batch.positions, batch.attention_mask)
+                hidden = self._hidden(batch)
+                if hidden is None:
+                    continue
                 flat = batch.weights.flatten()
                 loss = linear_cross_entropy(hidden.flatten(0, 1), self.model.head_weight, batch.targets.flatten(), flat)
                 nats, length = nats + float(loss) * (size > 0), length + size
-        total = self.mesh.tokens.sum(torch.tensor([nats, length], dtype=torch.float64), "bits per byte")
+        total = self.mesh.world.sum(torch.tensor([nats, length], dtype=torch.float64), "bits per byte")
         self.mesh.traffic.sent = sent
         return float(total[0]) / (0.6931471805599453 * max(float(total[1]), 1))
+
+    def _hidden(self, batch: Batch) -> Tensor | None:
+        """Hidden states after the last norm; None where another stage has them."""
+        if self.pipeline is None:
+            return self.model(batch.inputs, batch.positions, batch.attention_mask)
+        found = self.pipeline.evaluate([batch])
+        return found[0] if found else None
 
     @contextmanager
     def released_weights(self) -> Iterator[None]:
@@ -191,6 +199,7 @@ class Trainer:
             name: t
             for name, t in self.tensors().items()
             if not any(name.startswith(kind) and place for kind, place in alike.items())
+            and not any(name.endswith(copy) for copy in self.optimizer.copies)
         }
 
     def slices(self) -> dict[str, Slice]:
@@ -212,28 +221,41 @@ class Trainer:
         for name in self.state():
             setattr(self, name, state[name])
 
-    def _losses(self, batch: Batch, totals: list[float]) -> tuple[list[Tensor], list[Routing]]:
-        """Main loss, then the loss of each MTP depth if `totals` has it; each divided by its total weight."""
-        routing: list[Routing] = []
-        mask = batch.attention_mask
-        hidden = self.forward(batch.inputs, batch.positions, mask, routing=routing)
-        states = [hidden]
-        if len(totals) > 1:
-            states += self.model.mtp_hidden_states(hidden, batch.inputs, batch.positions, mask, routing)
-        losses = []
-        for ahead, (state, total) in enumerate(zip(states, totals, strict=True)):
-            targets, weights = _shifted(batch, ahead)
-            share = (weights / total).flatten()
-            losses.append(linear_cross_entropy(state.flatten(0, 1), self.model.head_weight, targets.flatten(), share))
-        return losses, routing
+    def _accumulate(self, micro_batches: Sequence[Batch], objective: Objective) -> list[Tensor]:
+        """Forward and backward pass of each micro-batch → the load of each mixture layer's experts."""
+        loads: list[Tensor] = []
+        for batch in micro_batches:
+            routing: list[Routing] = []
+            with self.activations.kept():
+                hidden = self.forward(batch.inputs, batch.positions, batch.attention_mask, routing=routing)
+                loss = objective.losses(hidden, batch, routing)
+                balance = objective.auxiliary(routing, batch)
+            if not objective.finite and self.mesh.section.processes == 1:
+                break  # with several, the others need this one for their own tokens
+            (loss if balance is None else loss + balance).backward()
+            self.optimizer.accumulate()
+            found = [r.load.detach() for r in routing]
+            loads = [a + b for a, b in zip(loads, found, strict=True)] if loads else found
+        return loads
 
     def _totals(self, micro_batches: Sequence[Batch], ahead: bool) -> tuple[list[float], float]:
         """The sum of all tokens' weights for each loss, and the number of sequences, of all processes."""
         depths = range(1 + (self.depth if ahead else 0))
-        sums = [sum(float(_shifted(b, k)[1].double().sum()) for b in micro_batches) for k in depths]
+        sums = [sum(float(shifted(b, k)[1].double().sum()) for b in micro_batches) for k in depths]
         own = torch.tensor([*sums, sum(len(b.inputs) for b in micro_batches)], dtype=torch.float64)
         *totals, sequences = self.mesh.tokens.sum(own, "weights of tokens").tolist()
         return [max(total, 1e-9) for total in totals], sequences
+
+    def _violations(self, loads: list[Tensor]) -> list[float] | None:
+        """MaxVio of each mixture layer, of all stages; None where there is none."""
+        own = max_violations(loads)
+        if self.pipeline is None:
+            return own or None
+        held = [i for i, layer in enumerate(self.model.model.layers) if is_mixture(layer)]
+        everywhere = torch.zeros(len(self.moe_indices), dtype=torch.float64)
+        for index, value in zip(held, own, strict=False):  # multi-token modules come last, and may not have run
+            everywhere[self.moe_indices.index(index)] = value
+        return self.mesh.pipeline.sum(everywhere, "expert loads").tolist() or None
 
     def _after(self, loads: list[Tensor], progress: float) -> None:
         speed = bias_speed(self.balance, progress)
@@ -254,17 +276,6 @@ class Trainer:
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
 
 
-def _shifted(batch: Batch, ahead: int) -> tuple[Tensor, Tensor]:
-    """Targets and weights [B, T], `ahead` tokens after the next one; weight 0 past the end or in another document."""
-    if not ahead:
-        return batch.targets, batch.weights
-    targets, weights = batch.targets.roll(-ahead, dims=1), batch.weights.roll(-ahead, dims=1)
-    weights[:, -ahead:] = 0
-    if batch.documents is not None:
-        weights = weights * (batch.documents == batch.documents.roll(-ahead, dims=1))
-    return targets, weights
-
-
 def _turns(batches: Iterable[tuple[Batch, int]], group: Group) -> Iterator[tuple[Batch, int]]:
     """Every size-th batch. All ranks get as many, since experts need all of them: where batches run out, one of the
     last round again with a size of 0, which does not count.
@@ -277,3 +288,7 @@ def _turns(batches: Iterable[tuple[Batch, int]], group: Group) -> Iterator[tuple
             held.clear()
     if held:
         yield held[group.place] if group.place < len(held) else (held[0][0], 0)
+
+
+def is_mixture(layer: nn.Module) -> bool:
+    return isinstance(getattr(layer, "mlp", None), MixtureOfExperts)

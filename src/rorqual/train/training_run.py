@@ -26,7 +26,7 @@ from rorqual.parallel.mesh import Mesh, build_mesh, single
 from rorqual.plan.estimate import predict
 from rorqual.plan.hardware import matrix_peak, memory_used
 from rorqual.plan.ledger import Ledger
-from rorqual.recipe import PretrainRecipe, SFTRecipe, TrainSection
+from rorqual.recipe import ParallelSection, PretrainRecipe, SFTRecipe, TrainSection
 from rorqual.tokenizer_protocol import Tokenizer
 from rorqual.train.build_model import build_model, check_length, set_threads, tokenizer_of
 from rorqual.train.checkpoints import Checkpoints
@@ -119,6 +119,7 @@ def train(
             precision=recipe.precision,
             recompute=recipe.recompute,
             mesh=mesh,
+            micro_batches=micro_batches(section, mesh.section),
             notify=print if mesh.rank == 0 else lambda _: None,
         ),
         loader=loader,
@@ -130,6 +131,24 @@ def train(
         run.validate = lambda: run.trainer.bits_per_byte(valid.batches(size, EVAL_BATCHES))
     run.fit()
     return run
+
+
+def micro_batches(section: TrainSection, parallel: ParallelSection) -> int:
+    """Of each process in a step. Raises UserError where they cannot all be alike, as pipeline stages need them."""
+    rows = section.batch_size // parallel.data
+    size = section.micro_batch or rows
+    if parallel.pipeline > 1:
+        if section.batch_ramp:
+            raise UserError(
+                "train.batch_ramp with parallel.pipeline: every step needs as many micro-batches; remove one"
+            )
+        if section.batch_size % parallel.data or rows % max(size, 1):
+            raise UserError(
+                f"train.batch_size = {section.batch_size}: a pipeline needs equal micro-batches of train.micro_batch = "
+                f"{size} sequences on each of parallel.data = {parallel.data} ranks; make it a multiple of "
+                f"{max(size, 1) * parallel.data}"
+            )
+    return max(1, rows // max(size, 1))
 
 
 @dataclass
