@@ -173,6 +173,8 @@ def quick(name, *options):
         ("fp8_rollouts", "tokens-per-second/fp8-rollouts"),
         ("kv_drift", "same-top-token/latent-fp8"),
         ("quantize", "perplexity-int8-rtn/trained-here-bf16"),
+        ("pipeline", "dualpipev/1f1b"),
+        ("pipeline --mode compute", "bubble-measured/simulated"),
     ],
 )
 def test_quick_run_gives_its_ratio(name, ratio):

@@ -131,3 +131,12 @@ def test_memory_by_choice():
     assert memory(config, 64, optimizer=OptimizerSection(name="muon")).moments < plain.moments
     assert memory(config, 64, optimizer=OptimizerSection(moments="bfloat16")).moments == 4 * count
     assert plain.total == sum(vars(plain).values())
+
+
+@pytest.mark.parametrize("depth", [0, 2])
+def test_active_parameters_by_part(depth):
+    """All of V3's, and for each multi-token module a layer, a projection, three norms and the head again."""
+    config = replace(V3, num_nextn_predict_layers=depth)
+    by_layer, D = active_by_layer(config), config.hidden_size
+    module = by_layer[-1] + 2 * D * D + 3 * D + config.vocab_size * D
+    assert sum(by_layer) + active_after_layers(config) == parameters(config)[1] + depth * module

@@ -7,6 +7,7 @@ and each micro-batch's gradient of it is summed there in the order of one proces
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch.distributed as dist
 from torch import Tensor
@@ -28,9 +29,10 @@ class Parcel:
 
 @dataclass(frozen=True)
 class Flow:
-    """The parcels of a schedule. embeddings: whether the last stage needs them."""
+    """The parcels of a schedule, for one of its ranks. embeddings: whether the last stage needs them."""
 
     schedule: Schedule
+    rank: int
     embeddings: bool = False
 
     def needed(self, action: Action) -> tuple[Parcel, ...]:
@@ -52,19 +54,19 @@ class Flow:
             else:
                 yield to, Parcel(f"gradients of {what}", start, action.micro_batch)
 
-    def place(self, parcel: Parcel) -> int:
-        """Where it goes."""
+    def to(self, parcel: Parcel) -> int:
+        """The rank where it goes."""
         return self.schedule.rank_of_stage[parcel.stage]
 
-    def by_neighbour(self, place: int) -> dict[int, list[Parcel]]:
+    @cached_property
+    def by_neighbour(self) -> dict[int, list[Parcel]]:
         """What goes to and comes from each other rank, in one order for both: that of actions, each of which has what
         it needs from those before."""
         found: defaultdict[int, list[Parcel]] = defaultdict(list)
         for rank, step in self.schedule.in_order():
-            for action in step:
-                for parcel in self.made(action):
-                    if (to := self.place(parcel)) != rank and place in (rank, to):
-                        found[to if place == rank else rank].append(parcel)
+            for parcel in (parcel for action in step for parcel in self.made(action)):
+                if (to := self.to(parcel)) != rank and self.rank in (rank, to):
+                    found[to if self.rank == rank else rank].append(parcel)
         return dict(found)
 
 
@@ -76,22 +78,20 @@ class Post:
     none, matches in the order itself. Receives begin as early as the order allows: before they are needed.
     """
 
-    def __init__(
-        self, group: Group, flow: Flow, order: dict[int, list[Parcel]], empty: Callable[[Parcel], Tensor]
-    ) -> None:
+    def __init__(self, group: Group, flow: Flow, empty: Callable[[Parcel], Tensor]) -> None:
         """empty: a tensor to receive a parcel in."""
         self.group, self.flow, self.empty = group, flow, empty
-        self._order = {place: deque(enumerate(parcels)) for place, parcels in order.items()}
+        self._order = {rank: deque(enumerate(parcels)) for rank, parcels in flow.by_neighbour.items()}
         self._made: dict[Parcel, Tensor] = {}
         self._coming: dict[Parcel, tuple[dist.Work | None, Tensor]] = {}
-        self._sent: dict[int, deque[tuple[dist.Work | None, Tensor]]] = {place: deque() for place in order}
-        for place in order:
-            self._begin(place)
+        self._sent: dict[int, deque[tuple[dist.Work | None, Tensor]]] = {rank: deque() for rank in self._order}
+        for rank in self._order:
+            self._begin(rank)
 
     def put(self, parcel: Parcel, tensor: Tensor) -> None:
         self._made[parcel] = tensor
-        if (place := self.flow.place(parcel)) != self.group.place:
-            self._begin(place)
+        if (rank := self.flow.to(parcel)) != self.flow.rank:
+            self._begin(rank)
 
     def take(self, parcel: Parcel) -> Tensor:
         if parcel in self._made:  # of another stage here
@@ -102,27 +102,27 @@ class Post:
 
     def finish(self) -> None:
         """Wait until all has been sent."""
-        for place in self._sent:
-            self._wait_for_sent(place, 0)
+        for rank in self._sent:
+            self._wait_for_sent(rank, 0)
 
-    def _begin(self, place: int) -> None:
-        """Begin what is next between this rank and `place`, up to what is not made yet."""
-        order = self._order[place]
+    def _begin(self, rank: int) -> None:
+        """Begin what is next between this rank and `rank`, up to what is not made yet."""
+        order = self._order[rank]
         while order:
             tag, parcel = order[0]
-            if self.flow.place(parcel) != place:
+            if self.flow.to(parcel) != rank:
                 tensor = self.empty(parcel)
-                self._coming[parcel] = self.group.receive(tensor, place, parcel.what, tag), tensor
+                self._coming[parcel] = self.group.receive(tensor, rank, parcel.what, tag), tensor
             elif parcel in self._made:
                 tensor = self._made.pop(parcel).contiguous()
-                self._sent[place].append((self.group.send(tensor, place, parcel.what, tag), tensor))
+                self._sent[rank].append((self.group.send(tensor, rank, parcel.what, tag), tensor))
                 # As many as may be under way in the schedule: the oldest has long arrived.
-                self._wait_for_sent(place, 2 * self.flow.schedule.stages)
+                self._wait_for_sent(rank, 2 * self.flow.schedule.stages)
             else:
                 return
             order.popleft()
 
-    def _wait_for_sent(self, place: int, left: int) -> None:
-        sent = self._sent[place]
+    def _wait_for_sent(self, rank: int, left: int) -> None:
+        sent = self._sent[rank]
         while len(sent) > left:
             self.group.wait(sent.popleft()[0], "sending to a pipeline stage")

@@ -155,9 +155,8 @@ class Pipeline:
         self.tied = model.config.tie_word_embeddings and ranks[0] != ranks[-1]
         # Parameters that are the same on another rank, which counts and saves them.
         self.copies = frozenset({EMBEDDING} if self.tied and last else ())
-        self.flow = Flow(self.schedule, model.config.num_nextn_predict_layers > 0 and stages > 1)
-        self._order = self.flow.by_neighbour(self.group.place)
-        self.last_timeline = Timeline(((),))  # of this rank's last run; starts are after what a step needs has come
+        self.flow = Flow(self.schedule, self.group.place, model.config.num_nextn_predict_layers > 0 and stages > 1)
+        self.last_timeline = Timeline(((),))  # of this rank in the last run; waiting is between the steps
         self.loads: list[Tensor] = []  # of the last run, over its micro-batches, in the order of model.moe_layers()
 
     def run(self, batches: Sequence[Batch], objective: Objective, after_backward: Callable[[], None]) -> None:
@@ -170,27 +169,26 @@ class Pipeline:
             raise ValueError(f"{len(batches)} micro-batches for a schedule of {self.schedule.micro_batches}")
         work = _Work(self.model, self.flow, self.layers, batches, objective, self.kept)
         with deferrable(any(action.kind == "I" for steps in self.schedule.steps for step in steps for action in step)):
-            self.last_timeline = self.execute(self.flow, self._order, work, batches, after_backward)
+            self.last_timeline = self.execute(self.flow, work, batches, after_backward)
         self.loads = [load for stage in sorted(work.loads) for load in work.loads[stage]]
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> list[Float[Tensor, "B T D"]] | None:
         """The hidden states after the last norm, where the last stage is; None elsewhere."""
-        flow = Flow(_forward_only(self.schedule, len(batches)))
+        flow = Flow(_forward_only(self.schedule, len(batches)), self.group.place)
         work = _Work(self.model, flow, self.layers, batches, None, nullcontext)
-        self.execute(flow, flow.by_neighbour(self.group.place), work, batches)
+        self.execute(flow, work, batches)
         return work.hidden if self.schedule.stages - 1 in self.held else None
 
     def execute(
         self,
         flow: Flow,
-        order: dict[int, list[Parcel]],
         compute: Compute,
         batches: Sequence[Batch],
         after_backward: Callable[[], None] = lambda: None,
     ) -> Timeline:
         """Run this rank's steps, with `compute` for each action, and return when each of them computed."""
-        post = Post(self.group, flow, order, lambda parcel: self._empty(parcel, batches[parcel.micro_batch]))
+        post = Post(self.group, flow, lambda parcel: self._empty(parcel, batches[parcel.micro_batch]))
         spans: list[tuple[float, float]] = []
         begin = time.perf_counter()
         for step in flow.schedule.steps[self.group.place]:
