@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from rorqual.model.moe import Router
 from rorqual.parallel.data import is_expert
 from rorqual.parallel.group import Group, Link
 from rorqual.parallel.mesh import Mesh
+from rorqual.parallel.parcels import EMBEDDINGS, HIDDEN, Flow
 from rorqual.plan.traffic import ExpertGroup, journey_rows, row_bytes
 
 SAMPLES = 1024  # tokens that are routed at random
@@ -50,6 +52,18 @@ def sharding_bytes(mesh: Mesh, parameters: Mapping[str, Tensor]) -> Bytes:
         for link, share in _shares(group).items():
             found["gradients", link] += round(share * p.numel() * torch.float32.itemsize / group.size)
             found["weights", link] += round(share * p.nbytes / group.size)
+    return found
+
+
+def stage_bytes(mesh: Mesh, flow: Flow, hidden: int) -> Bytes:
+    """Of what this rank sends to other stages in a training step; hidden: bytes of all its tokens' hidden states."""
+    ranks, group, found = flow.schedule.rank_of_stage, mesh.pipeline, Counter[tuple[str, Link]]()
+    ways = [(HIDDEN, a, b) for a, b in pairwise(ranks)] + [(EMBEDDINGS, ranks[0], ranks[-1])] * flow.embeddings
+    for what, start, end in ways:
+        if group.place == start != end:
+            found[what, group.link(end)] += hidden
+        if group.place == end != start:
+            found[f"gradients of {what}", group.link(start)] += hidden
     return found
 
 

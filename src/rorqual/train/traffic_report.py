@@ -1,16 +1,23 @@
-"""The end of a run of several processes: what they sent in a step, beside what is computed."""
+"""The end of a run of several processes: what they sent in a step, and the pipeline's bubble, beside what is computed."""
 
 from collections import Counter
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from rorqual.extras import MissingExtra
 from rorqual.model.moe import MixtureOfExperts
-from rorqual.parallel.cost import dispatch_bytes, sharding_bytes
+from rorqual.parallel.cost import dispatch_bytes, sharding_bytes, stage_bytes
+from rorqual.parallel.draw import draw
+from rorqual.parallel.parcels import EMBEDDINGS, HIDDEN
+from rorqual.parallel.simulate import Timeline, Times, simulate
 from rorqual.plan.traffic import Link
 from rorqual.train.trainer import Trainer
 
-SHOWN = ("dispatch", "combine", "hidden states", "gradients", "weights")
+PIPELINE = (HIDDEN, EMBEDDINGS, f"gradients of {HIDDEN}", f"gradients of {EMBEDDINGS}")
+SHOWN = ("dispatch", "combine", *PIPELINE, "gradients", "weights")
 LINKS: tuple[Link, ...] = ("between nodes", "within a node")
 
 
@@ -24,6 +31,8 @@ def traffic(trainer: Trainer, tokens: int, steps: int) -> dict[str, Any]:
     own = tokens // (mesh.data.size * mesh.context.size)
     expected: Counter[tuple[str, Link]] = Counter(sharding_bytes(mesh, trainer.optimizer.parameters))
     itemsize = trainer.dtype.itemsize
+    if trainer.pipeline is not None:
+        expected += stage_bytes(mesh, trainer.pipeline.flow, own * model.config.hidden_size * itemsize)
     expected += dispatch_bytes(model.config, mesh, own, itemsize, layers, trainer.recompute == "full")
     keys: list[tuple[str, Link]] = [(what, link) for what in SHOWN for link in LINKS]
     rows = torch.tensor([[mesh.traffic.sent[key] / max(steps, 1), expected[key]] for key in keys], dtype=torch.float64)
@@ -39,12 +48,39 @@ def traffic(trainer: Trainer, tokens: int, steps: int) -> dict[str, Any]:
     }
 
 
+def bubble(trainer: Trainer, picture: Path) -> dict[str, float]:
+    """The newest step's pipeline: the share of the ranks' time without work, as it was and as the schedule has it with
+    the measured times of its actions; empty without a pipeline. Called on all ranks; the first draws both.
+    """
+    pipeline, group = trainer.pipeline, trainer.mesh.pipeline
+    if pipeline is None:
+        return {}
+    schedule, kinds = pipeline.schedule, ("F", "B", "I", "W", "FB")
+    own = torch.zeros(len(kinds), schedule.stages, dtype=torch.float64)
+    for (kind, stage), seconds in pipeline.measured_times().items():
+        own[kinds.index(kind), stage] = seconds
+    times = Times(*group.sum(own, "report").tolist())
+    spans = torch.zeros(max(map(len, schedule.steps)), 2, dtype=torch.float64)
+    mine = torch.tensor(pipeline.last_timeline.spans[0], dtype=torch.float64)
+    spans[: len(mine)] = mine
+    everywhere = [part[: len(steps)] for part, steps in zip(group.gather(spans, "report"), schedule.steps, strict=True)]
+    measured = Timeline(tuple(tuple((a, b) for a, b in part.tolist()) for part in everywhere))
+    simulated = simulate(schedule, times)
+    if trainer.mesh.rank == 0:
+        with suppress(MissingExtra):
+            picture.parent.mkdir(exist_ok=True)
+            draw({"as it ran": (schedule, measured), "simulated": (schedule, simulated)}, picture)
+    return {"measured": measured.bubble_share, "simulated": simulated.bubble_share}
+
+
 def table(found: dict[str, Any]) -> str:
     """As text for a person."""
-    lines = [f"{'sent in a step, all processes':<34}{'counted':>12}{'computed':>12}"]
+    lines = [f"{'sent in a step, all processes':<44}{'counted':>12}{'computed':>12}"]
     for name, row in found["bytes_a_step"].items():
-        lines.append(f"{name:<34}{_megabytes(row['counted']):>12}{_megabytes(row['computed']):>12}")
+        lines.append(f"{name:<44}{_megabytes(row['counted']):>12}{_megabytes(row['computed']):>12}")
     lines.append(f"time of travel to experts that is hidden behind computation: {found['travel_hidden']:.0%}")
+    if shares := found["bubble"]:
+        lines.append(f"pipeline bubble: {shares['measured']:.0%}, simulated {shares['simulated']:.0%}")
     return "\n".join(lines)
 
 

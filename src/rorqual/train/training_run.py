@@ -36,7 +36,7 @@ from rorqual.train.run_loop import RunLoop
 from rorqual.train.schedule import batch_size
 from rorqual.train.sharded_checkpoints import ShardedCheckpoints
 from rorqual.train.telemetry import Log
-from rorqual.train.traffic_report import table, traffic
+from rorqual.train.traffic_report import bubble, table, traffic
 from rorqual.train.trainer import Trainer
 
 EVAL_BATCHES = 32  # per validation; more changes bits per byte by less than training steps do
@@ -245,7 +245,10 @@ def finish(recipe: PretrainRecipe | SFTRecipe, run: TrainingRun, tokenizer: Toke
     """Write model/ (weights, tokenizer, model card) and ledger.json; returns the run's folder."""
     trainer, directory = run.trainer, run.run_dir / "model"
     several = run.mesh.section.processes > 1
-    sent = traffic(trainer, run.tokens_a_step, run.steps_here) if several else None
+    sent: dict[str, Any] = {}
+    if several:
+        sent = traffic(trainer, run.tokens_a_step, run.steps_here)
+        sent["bubble"] = bubble(trainer, run.run_dir / "figures" / "pipeline.png")
     with trainer.released_weights():
         if several:
             save_parts(trainer.model, directory, tokenizer, run.mesh)
@@ -253,7 +256,7 @@ def finish(recipe: PretrainRecipe | SFTRecipe, run: TrainingRun, tokenizer: Toke
             save_model(trainer.model, directory, tokenizer)
     if run.mesh.rank:
         return run.run_dir
-    if sent is not None:
+    if several:
         print(table(sent))
         write_text(run.run_dir / "parallel.json", json.dumps(sent, indent=1), then="then continue with --resume")
     predicted = predict(trainer.model.config, recipe, rows=run.loader.rows)

@@ -1,0 +1,46 @@
+"""`rorqual pretrain` with processes of its own."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from rorqual.checkpoint.huggingface import load_model
+from rorqual.errors import UserError
+from rorqual.recipe import ParallelSection, TrainSection
+from rorqual.train.run_folder import to_toml
+from rorqual.train.training_run import micro_batches
+
+
+def test_one_command_starts_them_all(tmp_path, make_recipe, child_environment):
+    layout = {"pipeline": 2, "schedule": "1f1b", "data": 2, "experts": 2}
+    recipe = make_recipe(train__steps=4, train__micro_batch=1, train__eval_every=2, train__ema=0.9, parallel=layout)
+    path = tmp_path / "recipe.toml"
+    path.write_text(to_toml(recipe.model_dump()))
+    command = [sys.executable, "-m", "rorqual", "pretrain", str(path)]
+    done = subprocess.run(command, env=child_environment, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "sent in a step" in done.stdout
+    lines = [json.loads(line) for line in (recipe.run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert lines[-1]["tokens"] == 4 * 4 * recipe.data.sequence_length
+    found = json.loads((recipe.run_dir / "parallel.json").read_text())
+    sent = found["bytes_a_step"]
+    for name in ("hidden states, within a node", "gradients of hidden states, within a node"):
+        assert sent[name]["counted"] == sent[name]["computed"]
+    assert set(found["bubble"]) == {"measured", "simulated"}
+    assert load_model(recipe.run_dir / "model").config.num_hidden_layers == 2
+    assert (recipe.run_dir / "checkpoints" / "step-4" / "tensors-00003-of-00004.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("section", "layout", "said"),
+    [
+        ({"batch_size": 8, "batch_ramp": (2, 0.5)}, {"pipeline": 2}, "train.batch_ramp"),
+        ({"batch_size": 8, "micro_batch": 3}, {"pipeline": 2, "data": 2}, "a multiple of 6"),
+    ],
+)
+def test_pipelines_need_equal_micro_batches(section, layout, said):
+    with pytest.raises(UserError, match=said):
+        micro_batches(TrainSection(steps=1, **section), ParallelSection(**layout))
