@@ -223,6 +223,12 @@ class ParallelSection(Section):
     timeout: Positive = 600.0  # seconds until a collective that hangs ends the run
     restarts: int = Field(default=3, ge=0, lt=1 << 20)  # from the newest checkpoint, after a process has died
 
+    @model_validator(mode="after")
+    def _context(self) -> "ParallelSection":
+        if self.context > 1:
+            raise ValueError(f"context = {self.context}: ranks cannot share a sequence yet; make it 1 and raise data")
+        return self
+
     @property
     def processes(self) -> int:
         return self.pipeline * self.data * self.context
