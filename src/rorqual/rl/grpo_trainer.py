@@ -16,6 +16,7 @@ from rorqual.kernels.cross_entropy import token_logprobs
 from rorqual.kernels.dtypes import compute_dtype
 from rorqual.model import Transformer
 from rorqual.model.moe import Routing
+from rorqual.model.router_hooks import choices_of
 from rorqual.plan.cost import flops_per_token
 from rorqual.precision.convert import convert
 from rorqual.precision.fp8_twin import FP8Twin
@@ -23,7 +24,7 @@ from rorqual.precision.recompute import Activations
 from rorqual.recipe import RLRecipe
 from rorqual.rl.envs.environment import Environment, Problem
 from rorqual.rl.grpo import group_advantages, grpo_loss, on_policy_grad, token_weights, zero_std_groups
-from rorqual.rl.mismatch import CAP, Mismatch, choices_of, routers_differ
+from rorqual.rl.mismatch import CAP, Mismatch, routers_differ
 from rorqual.rl.rewards import Rewards, Verdict, score
 from rorqual.rl.rollout import Rollout, derived_seed, sample_groups
 from rorqual.rl.rollout_metrics import RLMetrics, UpdateSums, describe_rollout, describe_update, readable_sample
