@@ -84,9 +84,11 @@ class RLRun(RunLoop[RLRecipe, GRPOTrainer]):
     def step(self, telemetry: Telemetry) -> bool:
         start = time.monotonic()
         metrics = self.trainer.step(self.progress())
-        self.stages["rollout"] += metrics.rollout_seconds
-        self.stages["train"] += time.monotonic() - start - metrics.rollout_seconds
+        self.stages["rollout"] += metrics.rollout_seconds  # of a fleet, at the same time as training
+        self.stages["train"] += time.monotonic() - start - metrics.wait_seconds
         step = self.trainer.steps
+        for note in metrics.notes:
+            telemetry.note(note)
         if metrics.skipped:
             telemetry.note(f"step {step}: the gradient is not finite; update skipped")
         ended = self.done()
