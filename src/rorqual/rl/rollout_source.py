@@ -6,7 +6,7 @@ depend on the recipe and s alone. So neither the time that sampling takes nor a 
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 from typing import Any, Protocol
 
@@ -32,7 +32,10 @@ class Fleet(Protocol):
     def submit(
         self, step: int, version: int, model: Transformer, prompts: list[list[int]], params: SamplingParams
     ) -> None:
-        """Have the rollout of `step` sampled from the weights that `model` has now, after `version` steps."""
+        """Have the rollout of `step` sampled from the weights that `model` has now, after `version` steps.
+
+        params: with all of the end tokens in `stop_token_ids`.
+        """
         ...
 
     def collect(self, step: int) -> list[Shard]:
@@ -144,7 +147,8 @@ class RolloutSource:
         for ahead in range(step, last + 1):
             if ahead not in self._flights:
                 flight = self._draw_flight(ahead)
-                fleet.submit(ahead, step, self.engine.model, flight.prompts, self._params(ahead))
+                params = replace(self._params(ahead), stop_token_ids=self.engine.end_tokens)
+                fleet.submit(ahead, step, self.engine.model, flight.prompts, params)
 
     def _draw_flight(self, step: int) -> _Flight:
         streams, problems = self._positions(), self.draw(step)
