@@ -249,10 +249,13 @@ def _join(ray: Any, recipe: RLRecipe, config: ModelConfig, address: str) -> None
 
 
 def _threads(ray: Any, workers: int, threads: int | None) -> int:
-    """Threads of a worker: as given, else the cluster's CPUs shared evenly. Raises UserError where they do not fit."""
+    """Threads of a worker: as given, else the most of which all workers have as many. Raises UserError where there is
+    no room.
+    """
     nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
-    chosen = threads or max(1, min(sum(nodes) // workers, max(nodes, default=0)))
-    room = sum(cpus // chosen for cpus in nodes)
+    chosen = threads or sum(nodes) // workers or 1
+    while (room := sum(cpus // chosen for cpus in nodes)) < workers and threads is None and chosen > 1:
+        chosen -= 1
     if room < workers:
         raise UserError(
             f"rollouts.workers = {workers}: Ray's machines have {', '.join(map(str, nodes))} CPUs, room for {room} "
