@@ -1,5 +1,6 @@
 """What rl/ray_rollouts.py uses of Ray, in this process: calls run when they are waited for, and fail as told."""
 
+import copy
 import types
 
 import numpy as np
@@ -41,8 +42,9 @@ class FakeRay:
         return lambda cls: types.SimpleNamespace(options=lambda **_: types.SimpleNamespace(remote=self._start(cls)))
 
     def put(self, value):
-        self.crossed.append(value)
-        return Ref(lambda: value)
+        kept = copy.deepcopy(value)  # the weights are trained on
+        self.crossed.append(kept)
+        return Ref(lambda: kept)
 
     def get(self, ref):
         return ref.value()

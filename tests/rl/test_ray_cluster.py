@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import random
 import signal
 import subprocess
@@ -20,6 +21,7 @@ from rorqual.rl.ray_rollouts import RayFleet
 from rorqual.rl.rl_run import rl
 
 pytest.importorskip("ray", reason="rollouts on Ray need the extra `cluster`")
+pytestmark = pytest.mark.slow  # Ray and its workers take seconds to start; test_ray_rollouts.py needs neither
 
 RECIPE = """
 name = "run"
@@ -110,9 +112,9 @@ def undisturbed(recipe, config, address):
     yield RayFleet(FakeRay(), recipe, config)
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [1, 20])
 def test_killed_workers_change_nothing(tmp_path, model_dir, monkeypatch, kills):
-    steps = 3 * kills
+    steps = 3 * kills + 6  # the last rollouts are submitted early: a worker killed then is not missed
     with monkeypatch.context() as patch:
         patch.setattr(rl_run, "ray_fleet", undisturbed)
         rl(load_recipe(recipe_file(tmp_path / "whole", model_dir, steps), RLRecipe), ray="local")
@@ -133,7 +135,6 @@ def test_killed_workers_change_nothing(tmp_path, model_dir, monkeypatch, kills):
     assert not [name for name, _ in ray_processes(psutil.Process()) if "ray" in name]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_a_stopped_run_resumes_and_leaves_no_process(tmp_path, model_dir, number):
     rl(load_recipe(recipe_file(tmp_path / "whole", model_dir, 9), RLRecipe), ray="local")
@@ -145,7 +146,10 @@ def test_a_stopped_run_resumes_and_leaves_no_process(tmp_path, model_dir, number
         time.sleep(0.01)
     inside = ray_processes(psutil.Process(started.pid))
     assert any("raylet" in name for name, _ in inside)
-    started.send_signal(number)
+    if number == signal.SIGINT:  # Ctrl-C in a terminal reaches all of its processes
+        os.killpg(started.pid, number)
+    else:
+        started.send_signal(number)
     assert started.wait(timeout=120) != 0
     _, alive = psutil.wait_procs([process for _, process in inside], timeout=60)
     assert not alive

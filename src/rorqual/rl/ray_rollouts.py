@@ -15,6 +15,8 @@ from importlib import import_module
 from itertools import pairwise
 from typing import Any
 
+import torch
+
 from rorqual.engine import SamplingParams
 from rorqual.errors import UserError
 from rorqual.extras import require
@@ -103,7 +105,7 @@ class RayFleet:
     ) -> None:
         """See `Fleet`. Raises UserError when Ray's object store cannot take the weights."""
         if version not in self._weights:
-            weights = to_bytes(model)
+            weights = to_bytes(model)  # Ray copies them
             self.pushed_bytes += sum(part.nbytes for part in weights.values())
             self._weights[version] = self._put(weights)
         # Workers have no tokenizer, which may add end tokens.
@@ -151,7 +153,7 @@ class RayFleet:
         try:
             return self._ray.put(weights)
         except self._ray.exceptions.RayError as e:
-            raise UserError(f"Ray cannot take the weights ({_first_line(e)}); see Ray's logs, then --resume") from e
+            raise UserError(f"Ray cannot take the weights ({_reason(e)}); see Ray's logs, then --resume") from e
 
     def _start(self) -> Any:
         # `pulse` calls are answered while a shard is sampled.
@@ -172,7 +174,7 @@ class RayFleet:
                 raise UserError(str(e.cause)) from None
             raise
         except errors.RayError as e:
-            self._replace(k, _first_line(e))
+            self._replace(k, _reason(e))
             return
         self._failures = 0
         self._tasks[step].results[k] = shard_from(arrays)
@@ -184,7 +186,7 @@ class RayFleet:
             try:
                 forwards = self._ray.get(worker.pulse)
             except self._ray.exceptions.RayError as e:
-                self._replace(k, _first_line(e))
+                self._replace(k, _reason(e))
                 return
             worker.pulse = None
             if forwards != worker.forwards:
@@ -224,14 +226,14 @@ def _join(ray: Any, recipe: RLRecipe, config: ModelConfig, address: str) -> None
             ray.init(address=address, log_to_driver=False, logging_level="ERROR")
         except (ConnectionError, ValueError, RuntimeError) as e:
             raise UserError(
-                f"--ray {address}: no cluster is reached ({_first_line(e)}); start one with `ray start --head`, and "
+                f"--ray {address}: no cluster is reached ({_reason(e)}); start one with `ray start --head`, and "
                 "this command on one of its machines"
             ) from e
         return
     section, dtype = recipe.rollouts, compute_dtype(recipe.model.dtype)
     workers, staleness = section.workers or 1, section.staleness or 0
     version = push_bytes(config, dtype, recipe.grpo.rollout_weights == "fp8")
-    cpus = workers * (section.threads or max(1, (os.cpu_count() or 1) // workers))
+    cpus = workers * (section.threads or max(1, torch.get_num_threads() // workers))
     for attempt in range(START_ATTEMPTS):
         try:
             ray.init(
@@ -245,7 +247,7 @@ def _join(ray: Any, recipe: RLRecipe, config: ModelConfig, address: str) -> None
         except Exception as e:  # Ray raises plain Exceptions here
             ray.shutdown()
             if attempt == START_ATTEMPTS - 1:
-                raise UserError(f"--ray local: Ray does not start ({_first_line(e)}); see /tmp/ray") from e
+                raise UserError(f"--ray local: Ray does not start ({_reason(e)}); see /tmp/ray") from e
 
 
 def _threads(ray: Any, workers: int, threads: int | None) -> int:
@@ -264,5 +266,7 @@ def _threads(ray: Any, workers: int, threads: int | None) -> int:
     return chosen
 
 
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+def _reason(error: BaseException) -> str:
+    """One line of an error of Ray, which writes many: the first, but for an actor that cannot start."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return lines[-1 if "creation task" in lines[0] else 0][:200].rstrip(".")

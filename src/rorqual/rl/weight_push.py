@@ -42,8 +42,8 @@ def sampling_tensors(model: Transformer) -> dict[str, Tensor]:
 
 
 def to_bytes(model: Transformer) -> dict[str, Bytes]:
-    """A copy of what `sampling_tensors` gives; bytes, since NumPy has no BF16."""
-    return {name: _bytes(t).copy() for name, t in sampling_tensors(model).items()}
+    """What `sampling_tensors` gives, as bytes, since NumPy has no BF16; on a CPU, the tensors' own memory."""
+    return {name: _bytes(t) for name, t in sampling_tensors(model).items()}
 
 
 def copy_bytes(model: Transformer, weights: Mapping[str, Bytes]) -> None:
