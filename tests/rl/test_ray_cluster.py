@@ -51,7 +51,7 @@ staleness = 2
 threads = 1
 replay_routing = true
 [optimizer]
-lr = 1e-3
+lr = 1e-4
 """
 
 
