@@ -36,6 +36,7 @@ from rorqual.sections import (
     RecomputeName,
     RewardSection,
     RLOptimizer,
+    RolloutsSection,
     ScheduleSection,
     Section,
     Share,
@@ -63,6 +64,7 @@ __all__ = [
     "RLRecipe",
     "Recipe",
     "RewardSection",
+    "RolloutsSection",
     "SFTRecipe",
     "ScheduleSection",
     "Source",
@@ -129,6 +131,7 @@ class RLRecipe(Recipe):
     template: Literal["chat", "r1-zero", "plain"] = "chat"
     reward: RewardSection = RewardSection()
     grpo: GRPOSection = GRPOSection()
+    rollouts: RolloutsSection = RolloutsSection()
     optimizer: RLOptimizer = RLOptimizer()
     balance: NoBalance = NoBalance()
     steps: Count | None = None
@@ -142,6 +145,11 @@ class RLRecipe(Recipe):
     eval_problems: Count = 200  # per environment, of the dev split
     keep_start: bool = False  # release the initial model if the last evaluation is below the first; needs eval_every
 
+    @property
+    def rounds(self) -> bool:
+        """Whether rollouts or updates are in fewer bits than `model.dtype`."""
+        return self.grpo.rollout_weights is not None or self.precision is not None
+
     @model_validator(mode="after")
     def _together(self) -> "RLRecipe":
         if (self.steps is None) == (self.seconds is None):
@@ -150,11 +158,16 @@ class RLRecipe(Recipe):
             raise ValueError(f"warmup_steps = {self.warmup_steps}: the run has {self.steps} steps; warm up in fewer")
         if self.keep_start and not self.eval_every:
             raise ValueError("keep_start needs evaluations, but eval_every is 0; set eval_every")
-        rounds = self.grpo.rollout_weights is not None or self.precision is not None
-        if self.grpo.importance_cap is not None and not rounds:
+        if self.grpo.importance_cap is not None and not (self.rounds or self.rollouts.staleness):
             raise ValueError(
-                "grpo.importance_cap: nothing is rounded, so there is nothing to correct; set grpo.rollout_weights or "
-                "precision, or leave it out"
+                "grpo.importance_cap: nothing is rounded or stale, so there is nothing to correct; set "
+                "grpo.rollout_weights, precision or rollouts.staleness, or leave it out"
+            )
+        workers, questions = self.rollouts.workers or 1, self.grpo.questions_per_step
+        if workers > questions:
+            raise ValueError(
+                f"rollouts.workers = {workers}: a step has only grpo.questions_per_step = {questions} groups to share "
+                "among them; lower it"
             )
         parts = self.reward.model_dump(exclude={"target_language"})
         if not any(parts.values()):

@@ -292,7 +292,8 @@ class GRPOSection(Section):
     micro_tokens: int = Field(default=16384, ge=64, lt=1 << 31)  # tokens per forward pass in training
     rollout_max_num_seqs: Size = 256  # sequences decoded at once
     rollout_weights: Literal["fp8"] | None = None  # fp8: sample from linears in FP8; None: from those that are trained
-    importance_cap: Positive | None = None  # of importance weights, where rollouts or updates round; None: 2
+    # Of importance weights, where rollouts or updates round or rollouts are stale; None: 2
+    importance_cap: Positive | None = None
 
     @model_validator(mode="after")
     def _enough_questions(self) -> "GRPOSection":
@@ -302,3 +303,13 @@ class GRPOSection(Section):
                 f"{self.questions_per_step}; lower it"
             )
         return self
+
+
+class RolloutsSection(Section):
+    """Rollouts on Ray (`--ray`); the first three need it."""
+
+    workers: int | None = Field(default=None, ge=1, le=4096)  # None: 2
+    # Optimizer steps by which a rollout's weights may be older than those it trains; 0: synchronous. None: 1
+    staleness: int | None = Field(default=None, ge=0, le=64)
+    threads: int | None = Field(default=None, ge=1, le=1024)  # of a worker; None: the CPUs shared among the workers
+    replay_routing: bool = False  # updates take the experts that rollouts chose (V3.2 §3.1); also without Ray

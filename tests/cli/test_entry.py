@@ -111,6 +111,13 @@ def test_dry_run_of_rl_says_what_it_needs_and_starts_nothing(rorqual, recipe, tm
     status, out, _ = rorqual("rl", path, "--dry-run", "grpo.rollout_weights=fp8", "grpo.kl=0")
     assert "for the FP8 weights that rollouts are sampled from" in out
     assert "reference" not in out
+    assert "workers" not in out
+    status, out, err = rorqual("rl", path, "--dry-run", "--ray", "local", "rollouts.staleness=2")
+    assert status == 0, err
+    for words in ("2 on Ray, rollouts up to 2 steps stale", "GB of weights each", "a step", "up to 3 versions"):
+        assert words in out
+    one_sentence(rorqual("rl", path, "--dry-run", "rollouts.staleness=2"), "rollouts.staleness = 2 needs Ray", "--ray")
+    one_sentence(rorqual("rl", path, "--ray", "here"), "--ray 'here'", "HOST:PORT")
     assert not (tmp_path / "sharp").exists()
 
 

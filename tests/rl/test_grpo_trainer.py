@@ -157,7 +157,7 @@ def test_fp8_rollouts_are_measured_and_corrected(network, mini_batches, tokenize
 def test_the_log_probabilities_before_the_updates_are_those_of_the_policy(dense, tokenizer):
     toy = trainer(dense, tokenizer, rollout_weights="fp8", mini_batches=2, questions_per_step=3)
     params = SamplingParams(max_tokens=9, n=4, seed=1)
-    exact = sample_groups(toy.engine, toy._draw(), "plain", params)  # by the policy itself
+    exact = sample_groups(toy.engine, toy.rollouts.draw(toy.steps), "plain", params)  # by the policy itself
     found = toy._logprobs_before(exact, [0, 5, 11])
     for i, own in enumerate(found):
         assert own == (pytest.approx(exact.logprobs[i], abs=1e-4) if i in (0, 5, 11) else [])
@@ -174,7 +174,7 @@ def test_importance_weights_are_capped(dense, tokenizer):
 def test_nothing_is_corrected_where_nothing_is_rounded(moe, tokenizer):
     update = trainer(moe, tokenizer).step().update
     assert update.mismatch_logprob is update.mismatch_kl is update.importance_truncated is update.routers_differ is None
-    with pytest.raises(UserError, match=r"grpo.importance_cap: nothing is rounded"):
+    with pytest.raises(UserError, match=r"grpo.importance_cap: nothing is rounded or stale"):
         recipe(importance_cap=2.0)
 
 

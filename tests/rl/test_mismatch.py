@@ -4,9 +4,10 @@ import math
 import pytest
 import torch
 
+from rorqual.model.router_hooks import choices_of
 from rorqual.recipe import GRPOSection
 from rorqual.rl.grpo import grpo_loss
-from rorqual.rl.mismatch import Mismatch, choices_of, routers_differ
+from rorqual.rl.mismatch import Mismatch, routers_differ
 from rorqual.rl.rollout_packing import pack_rollout
 
 

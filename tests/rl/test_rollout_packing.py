@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from rorqual.kernels.cross_entropy import token_logprobs
-from rorqual.rl.rollout_packing import branch_mask, pack_rollout
+from rorqual.model.router_hooks import NOT_RECORDED
+from rorqual.rl.rollout_packing import branch_mask, pack_rollout, routing_table
 
 
 def lengthless(_):
@@ -133,3 +134,17 @@ def test_branch_mask_by_hand():
         [0, 0, 0, 0, 1, 0],
         [0, 0, 0, 0, 1, 1],
     ]
+
+
+def test_recorded_experts_reach_their_tokens():
+    """Each token's record is its own id, in 2 layers of 1 expert."""
+    prompts, completions, prompt_of = [[3, 4], [5], [6, 7, 8]], [[10, 11], [12], [13, 14, 15], [16, 17]], [0, 0, 2, 2]
+    ids = [prompts[p] + c[:-1] for c, p in zip(completions, prompt_of, strict=True)]
+    routing = [torch.tensor(own, dtype=torch.int16).view(-1, 1, 1).expand(-1, 2, 1) for own in ids]
+    table = routing_table(prompts, routing, prompt_of)
+    for packed in pack_rollout(prompts, completions, prompt_of, 32, lambda _: 1.0):
+        recorded = table[packed.origin]
+        real = packed.origin >= 0
+        assert recorded.shape == (packed.tokens.shape[1], 2, 1)
+        assert torch.equal(recorded[real][:, 1, 0].long(), packed.tokens[0, real])
+        assert (recorded[~real] == NOT_RECORDED).all()

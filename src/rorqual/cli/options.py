@@ -1,6 +1,7 @@
 """Options that several commands share, and their checks."""
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +13,14 @@ from rorqual.local_paths import local_path
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE.toml", help="the run's recipe; see recipes/")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key=value …]", help="override recipe fields")]
 Resume = Annotated[bool, typer.Option("--resume", help="continue the run from its newest checkpoint")]
+Ray = Annotated[
+    str | None,
+    typer.Option(
+        metavar="local|auto|HOST:PORT",
+        help="sample rollouts on Ray: started on this machine, the cluster it belongs to, or the one at HOST:PORT; "
+        "default: in this process",
+    ),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print the plan (parameters, FLOPs, memory, time) and stop")]
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object instead of text")]
 
@@ -136,6 +145,11 @@ def check_kv_cache_dtype(name: str) -> Any:
 def check_speculative(method: str) -> Any:
     check_choice("--speculative", method, ("auto", "ngram", "mtp", "none"))
     return None if method == "none" else method
+
+
+def check_ray(address: str | None) -> None:
+    if address is not None and not re.fullmatch(r"local|auto|[^\s:/]+:\d{1,5}", address):
+        raise UserError(f"--ray {address!r}: must be local, auto or HOST:PORT")
 
 
 def check_choice(option: str, value: str, allowed: tuple[str, ...]) -> None:

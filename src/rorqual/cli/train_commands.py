@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from rorqual.cli.options import DryRun, Overrides, RecipeFile, Resume, expand_path, within
+from rorqual.cli.options import DryRun, Overrides, Ray, RecipeFile, Resume, check_ray, expand_path, within
 
 if TYPE_CHECKING:
     from rorqual.model import ModelConfig
-    from rorqual.recipe import PretrainRecipe, Recipe, SFTRecipe
+    from rorqual.recipe import PretrainRecipe, Recipe, RLRecipe, SFTRecipe
 
 RecipeT = TypeVar("RecipeT", "PretrainRecipe", "SFTRecipe")
 
@@ -71,7 +71,9 @@ def _train(
         _finished(run_dir)
 
 
-def rl(recipe: RecipeFile, overrides: Overrides = None, resume: Resume = False, dry_run: DryRun = False) -> None:
+def rl(
+    recipe: RecipeFile, overrides: Overrides = None, resume: Resume = False, dry_run: DryRun = False, ray: Ray = None
+) -> None:
     """RL-tune a model on verifiable problems (GRPO)."""
     from rorqual.kernels.dtypes import compute_dtype, dtype_name
     from rorqual.model import ModelConfig
@@ -79,12 +81,14 @@ def rl(recipe: RecipeFile, overrides: Overrides = None, resume: Resume = False, 
     from rorqual.precision.fp8_twin import twin_bytes
     from rorqual.recipe import RLRecipe, load_recipe
     from rorqual.rl.envs.registry import open_environment
-    from rorqual.rl.rl_run import check_problems, predict_rl
+    from rorqual.rl.rl_run import check_problems, in_process, on_ray, predict_rl
     from rorqual.rl.rl_run import rl as run
     from rorqual.train.build_model import check_model, tokenizer_of, trained_path
 
+    check_ray(ray)
     checked = load_recipe(recipe, RLRecipe, overrides)
     if dry_run:
+        checked = on_ray(checked) if ray else in_process(checked)
         tokenizer = tokenizer_of(checked.model)
         check_model(checked.model)
         check_problems(checked, tokenizer, [open_environment(section) for section in checked.environments])
@@ -108,11 +112,25 @@ def rl(recipe: RecipeFile, overrides: Overrides = None, resume: Resume = False, 
             print(f"{'':<12} {reference / 1e9:.3g} GB of it for the reference model (grpo.kl)")
         if twin:
             print(f"{'':<12} {twin / 1e9:.3g} GB of it for the FP8 weights that rollouts are sampled from")
+        if ray:
+            _print_workers(checked, config)
         for name, value in predict_rl(checked, config).items():
             print(f"{name:<12} {'until the time limit' if value is None else f'at most {value:.3g}'}")
         _print_precision(checked, config)
         return
-    _finished(run(checked, resume=resume))
+    _finished(run(checked, resume=resume, ray=ray))
+
+
+def _print_workers(recipe: "RLRecipe", config: "ModelConfig") -> None:
+    from rorqual.kernels.dtypes import compute_dtype
+    from rorqual.rl.weight_push import push_bytes
+
+    pushed = push_bytes(config, compute_dtype(recipe.model.dtype), recipe.grpo.rollout_weights == "fp8")
+    section = recipe.rollouts
+    versions = (section.staleness or 0) + 1
+    print(f"{'workers':<12} {section.workers} on Ray, rollouts up to {section.staleness} steps stale")
+    print(f"{'':<12} {pushed / 1e9:.3g} GB of weights each, without their KV cache")
+    print(f"{'pushed':<12} {pushed / 1e9:.3g} GB a step; Ray's object store holds up to {versions} versions")
 
 
 def _print_precision(recipe: "Recipe", config: "ModelConfig") -> None:

@@ -40,8 +40,8 @@ class Engine:
     `speculative`: speculative decoding with drafts from the model's multi-token module ("mtp") or from prompt lookup
     ("ngram"; "auto": "ngram" where weights are quantised); it changes the time an answer takes, never the answer.
     `kv_cache_dtype`: by default the dtype that the model computes in; torch.int8 (fast where weights are quantised) and
-    torch.float8_e4m3fn about halve BF16's memory. `dtype`, `device`, `weights`: see `open_model`; for a model that is
-    not in memory.
+    torch.float8_e4m3fn about halve BF16's memory. `record_routing`: completions have the experts that each token was
+    sent to. `dtype`, `device`, `weights`: see `open_model`; for a model that is not in memory.
 
     Raises UserError for invalid arguments, and for a model that cannot be read.
     """
@@ -51,6 +51,7 @@ class Engine:
         kv_cache_bytes: int | None = None, prefix_cache: bool = False, max_prefill_tokens: int = MAX_PREFILL_TOKENS,
         speculative: SpeculativeMethod | Literal["auto"] | None = None, kv_cache_dtype: torch.dtype | None = None,
         dtype: torch.dtype | None = None, device: torch.device | str = "cpu", weights: Weights | None = None,
+        record_routing: bool = False,
     ) -> None:  # fmt: skip
         for name, value, least in (
             ("max_num_seqs", max_num_seqs, 1),
@@ -79,6 +80,11 @@ class Engine:
                 f"kv_cache_dtype = {kv_cache_dtype}: must be {model.head_weight.dtype}, in which this model computes, "
                 f"torch.int8 or {FP8}"
             )
+        self.record_routing = record_routing
+        if record_routing and not model.config.n_routed_experts:
+            raise UserError("record_routing = True: this model has no experts; leave it out")
+        if record_routing and isinstance(model.head_weight, QuantizedWeight):
+            raise UserError("record_routing = True: quantised weights run without these routers; leave it out")
         self.block_bytes = block_bytes(model.config, self.kv_cache_dtype, int(speculative == "mtp"))
         self.end_tokens = tuple(sorted(model.released.ends_with(tokenizer, model.config)))
         self.inputs = InputProcessor(model.config, tokenizer, self.end_tokens)
@@ -159,6 +165,7 @@ class Engine:
             sequence.finish_reason or "",
             sequence.request.cached_tokens,
             sequence.top_logprobs,
+            sequence.routing,
         )
 
     # -- generate
@@ -265,7 +272,9 @@ class Engine:
             weight = self.model.head_weight
             more = int(self.speculative == "mtp")
             try:
-                cache = PagedKVCache(self.model.config, count, self.kv_cache_dtype, weight.device, more)
+                cache = PagedKVCache(
+                    self.model.config, count, self.kv_cache_dtype, weight.device, more, self.record_routing
+                )
             except RuntimeError:  # PyTorch's error for lack of memory, on a CPU too
                 need = count * self.block_bytes / 2**30
                 raise UserError(f"no memory for a KV cache of {need:.3g} GiB; lower --cache-gb") from None

@@ -12,6 +12,7 @@ from rorqual.engine.fused_cpu import fused_decode_step
 from rorqual.engine.paged_kv_cache import KVCacheView, PagedKVCache, PrefillSlice
 from rorqual.kernels.linear import linear, shapes_are_free
 from rorqual.model import Transformer
+from rorqual.model.router_hooks import choices_of
 
 # Tokens a call of the fused step: with more, the activations between layers outgrow the CPU's cache (3 % with prompts
 # of 512).
@@ -73,7 +74,8 @@ class ModelRunner:
     def __init__(self, model: Transformer, cache: PagedKVCache) -> None:
         self.model, self.cache = model, cache
         self.fused = fused_decode_step(model, cache)
-        self.graphs = CUDAGraphRunner(model, cache) if can_capture(model) else None
+        # A captured step runs no hooks, by which routing is recorded.
+        self.graphs = CUDAGraphRunner(model, cache) if can_capture(model) and cache.choices is None else None
 
     def __call__(self, decode: DecodeTokens, chunks: list[PrefillChunk]) -> tuple[Tensor, Tensor, Tensor]:
         """→ logits [N + E, V] of the N decode tokens and of the last tokens of the E prompts that these chunks
@@ -131,7 +133,12 @@ class ModelRunner:
         if not len(decode) and not chunks:
             return torch.empty(0)
         tokens, view = self._inputs(decode, chunks)
-        return self.model(tokens, view.positions, cache=view)[0]
+        if self.cache.choices is None:
+            return self.model(tokens, view.positions, cache=view)[0]
+        with choices_of(self.model) as chosen:
+            states = self.model(tokens, view.positions, cache=view)[0]
+        self.cache.choices.flatten(0, 1)[view.slot_mapping] = torch.stack(chosen, 1).to(torch.int16)
+        return states
 
     def _inputs(self, decode: DecodeTokens, chunks: list[PrefillChunk]) -> tuple[Tensor, KVCacheView]:
         """Their tokens [1, N], and the KV cache's view of them."""

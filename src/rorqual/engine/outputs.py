@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 TopLogprobs = list[tuple[int, float]]  # (token, log-probability) of the most probable tokens at a position
 
 
@@ -15,6 +17,9 @@ class Completion:
     finish_reason: str  # "stop", "length" or "cancelled"
     cached_tokens: int = 0  # of the prompt, found in the prefix cache
     top_logprobs: list[TopLogprobs] = field(default_factory=list)  # if requested, at every token
+    # Where the engine records it: the experts [prompt + tokens − 1, L, K] of each token but the last, which no forward
+    # pass has read, in the L mixture-of-experts layers.
+    routing: Tensor | None = None
 
 
 @dataclass

@@ -72,15 +72,25 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 
 
 class PagedKVCache:
-    """`count` blocks in every layer, of `dtype`: the model's own, int8 or FP8."""
+    """`count` blocks in every layer, of `dtype`: the model's own, int8 or FP8.
+
+    `choices` [count, BLOCK, L, K], with `record_routing`: the experts that the routers of the L mixture-of-experts
+    layers chose for each token.
+    """
 
     def __init__(
-        self, config: ModelConfig, count: int, dtype: torch.dtype, device: torch.device, more_layers: int = 0
-    ) -> None:
+        self, config: ModelConfig, count: int, dtype: torch.dtype, device: torch.device, more_layers: int = 0,
+        record_routing: bool = False,
+    ) -> None:  # fmt: skip
         self.dtype = dtype
         a, b = (partial(_zeros, (count, *shape), stored, device) for shape, stored in _block_stores(config, dtype))
         self.layers = [(a(), b()) for _ in range(config.num_hidden_layers + more_layers)]
         self.slots = [(a.flatten(0, 1), b.flatten(0, 1)) for a, b in self.layers]  # the same, by slot
+        self.choices: Tensor | None = None
+        if record_routing:
+            depth = sum(config.is_moe_layer(i) for i in range(config.num_hidden_layers))
+            shape = count, BLOCK, depth, config.moe.num_experts_per_tok
+            self.choices = _zeros(shape, torch.int16, device)
 
     def append(self, layer: int, slots: Tensor, a: Tensor, b: Tensor) -> None:
         """Write new tokens' a [N, …] and b [N, …] into `slots` [N]."""
@@ -108,8 +118,13 @@ class PagedKVCache:
         """Copy the blocks `sources` to `targets`."""
         device = self.layers[0][0].device
         source, target = (torch.tensor(blocks, device=device) for blocks in (sources, targets))
-        for store in (s for layer in self.layers for s in layer):
+        stores = [s for layer in self.layers for s in layer]
+        for store in stores if self.choices is None else [*stores, self.choices]:
             store[target] = store[source]
+
+    def routing(self, blocks: list[int], length: int) -> Tensor | None:
+        """Of the first `length` tokens of a sequence: [length, L, K]; None where it is not recorded."""
+        return None if self.choices is None else self.choices[blocks].flatten(0, 1)[:length].cpu()
 
 
 @dataclass

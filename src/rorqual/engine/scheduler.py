@@ -136,6 +136,9 @@ class Scheduler:
         if self.blocks.prefix_cache:
             # The newest token is not in the KV cache yet.
             self.blocks.cache_blocks((sequence.request.prompt + tuple(sequence.tokens))[:-1], sequence.blocks)
+        sequence.routing = self.kv_cache.routing(
+            sequence.blocks, len(sequence.request.prompt) + len(sequence.tokens) - 1
+        )
         self.blocks.free_blocks(sequence.blocks)
         sequence.blocks = []
         return sequence

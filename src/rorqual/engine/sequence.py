@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from rorqual.engine.detokenizer import IncrementalDetokenizer
 from rorqual.engine.grammar import GrammarState
@@ -41,6 +42,7 @@ class Sequence:
     drafter: "PromptLookupDrafter | None" = None  # with prompt lookup
     detokenizer: IncrementalDetokenizer | None = None  # of a streaming request, if the engine has a tokenizer
     finish_reason: str | None = None  # "stop", "length" or "cancelled"
+    routing: Tensor | None = None  # of a finished sequence, where the engine records it (Completion.routing)
     _num_taken: int = 0  # tokens
 
     @property

@@ -50,10 +50,14 @@ class Router(nn.Module):
         scores = logits.sigmoid() if self.scoring == "sigmoid" else logits.softmax(-1)
         with torch.no_grad():
             chosen = self._selection_scores(scores).topk(self.K, dim=-1, sorted=False).indices
+        return self.gate_weights(scores, chosen), chosen, scores
+
+    def gate_weights(self, scores: Float32[Tensor, "N E"], chosen: Int64[Tensor, "N K"]) -> Float32[Tensor, "N K"]:
+        """The weights of the chosen experts, from their scores alone (V3 eq. 13)."""
         weights = scores.gather(1, chosen)
         if self.normalise:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-        return weights * self.factor, chosen, scores
+        return weights * self.factor
 
     def _selection_scores(self, scores: Tensor) -> Tensor:
         """Scores for the choice only: with the correction bias, and zero or -inf outside the best groups."""

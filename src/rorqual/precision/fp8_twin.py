@@ -48,6 +48,11 @@ def twin_bytes(config: ModelConfig) -> int:
     return sum(weight.codes.nbytes + weight.scales.nbytes for weight in rounded)
 
 
+def rounded_names(model: Transformer) -> set[str]:
+    """The parameters that the twin of `model` has in FP8."""
+    return {f"{path}.{name}" for path, name, _ in _weights(model)}
+
+
 def _weights(model: Transformer) -> Iterator[tuple[str, str, Tensor]]:
     """Module, parameter and weight of what is rounded."""
     for path, module in model.named_modules():

@@ -3,8 +3,8 @@
 import copy
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
-from random import Random
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,18 +16,20 @@ from rorqual.kernels.cross_entropy import token_logprobs
 from rorqual.kernels.dtypes import compute_dtype
 from rorqual.model import Transformer
 from rorqual.model.moe import Routing
+from rorqual.model.router_hooks import Replay, choices_of, replayed
 from rorqual.plan.cost import flops_per_token
 from rorqual.precision.convert import convert
 from rorqual.precision.fp8_twin import FP8Twin
 from rorqual.precision.recompute import Activations
 from rorqual.recipe import RLRecipe
-from rorqual.rl.envs.environment import Environment, Problem
+from rorqual.rl.envs.environment import Environment
 from rorqual.rl.grpo import group_advantages, grpo_loss, on_policy_grad, token_weights, zero_std_groups
-from rorqual.rl.mismatch import CAP, Mismatch, choices_of, routers_differ
+from rorqual.rl.mismatch import CAP, Mismatch, routers_differ
 from rorqual.rl.rewards import Rewards, Verdict, score
 from rorqual.rl.rollout import Rollout, derived_seed, sample_groups
 from rorqual.rl.rollout_metrics import RLMetrics, UpdateSums, describe_rollout, describe_update, readable_sample
-from rorqual.rl.rollout_packing import PackedRollout, pack_rollout
+from rorqual.rl.rollout_packing import PackedRollout, pack_rollout, routing_table
+from rorqual.rl.rollout_source import Fleet, RolloutSource
 from rorqual.shapes import Float
 from rorqual.tokenizer_protocol import Tokenizer
 from rorqual.train.balance import update_correction_bias
@@ -42,7 +44,8 @@ OLD_COUNTERS = {"trained_tokens": "learnt"}  # keys of checkpoints written befor
 class GRPOTrainer:
     """Policy, optimizer, reference model and problem streams.
 
-    The engine samples from the policy's own weights, and rollouts from their FP8 twin with `grpo.rollout_weights`.
+    The engine samples from the policy's own weights, and rollouts from their FP8 twin with `grpo.rollout_weights`. A
+    fleet samples rollouts apart from this process.
     """
 
     def __init__(
@@ -52,6 +55,7 @@ class GRPOTrainer:
         environments: Sequence[Environment],
         recipe: RLRecipe,
         verdict: Verdict | None = None,
+        fleet: Fleet | None = None,
     ) -> None:
         """Convert `model` to the recipe's dtype in place. `verdict` replaces the reward of the self-verification.
 
@@ -67,12 +71,14 @@ class GRPOTrainer:
         self.activations = Activations(model, recipe.recompute)
         dtype = compute_dtype(recipe.model.dtype, model.head_weight.device)
         self.optimizer = Optimizer(model, recipe.optimizer, dtype)
-        self.engine = self.sampler = Engine(model, tokenizer, max_num_seqs=self.section.rollout_max_num_seqs)
+        rows, records = self.section.rollout_max_num_seqs, recipe.rollouts.replay_routing
+        self.engine = self.sampler = Engine(model, tokenizer, max_num_seqs=rows, record_routing=records)
         self.twin = FP8Twin(model) if self.section.rollout_weights == "fp8" else None
         if self.twin is not None:
-            self.sampler = Engine(self.twin.model, tokenizer, max_num_seqs=self.section.rollout_max_num_seqs)
+            self.sampler = Engine(self.twin.model, tokenizer, max_num_seqs=rows, record_routing=records)
         self.environments = {e.family: e for e in environments}
-        self.streams = {e.family: e.stream("train", derived_seed(recipe.seed, e.family)) for e in environments}
+        self.stale = fleet is not None and fleet.staleness > 0
+        self.rollouts = RolloutSource(recipe, environments, self.sampler, fleet)
         self.reference = self._frozen_copy() if self.section.kl else None
         self.steps = self.skipped_in_a_row = 0
         self.tokens = 0  # sampled
@@ -85,18 +91,12 @@ class GRPOTrainer:
         `progress` of the run in [0, 1] sets the learning rate and when bias balancing stops. Raises UserError when
         three updates in a row are not finite.
         """
-        problems, skipped = self._draw(), self.skipped_in_a_row
-        section = self.section
-        params = SamplingParams(
-            temperature=section.temperature,
-            max_tokens=section.max_tokens,
-            n=section.group_size,
-            seed=derived_seed(self.recipe.seed, "rollout", self.steps),
-        )
+        section, skipped = self.section, self.skipped_in_a_row
         self.model.eval()
         if self.twin is not None:
             self.twin.refresh()
-        rollout = sample_groups(self.sampler, problems, self.recipe.template, params)
+        served = self.rollouts.next(self.steps)
+        rollout = served.rollout
         rewards = score(rollout.samples, self.environments, self.recipe.reward, section.max_tokens, self.verdict)
         start = time.monotonic()
         sums = self._update(rollout, rewards, progress)
@@ -108,7 +108,11 @@ class GRPOTrainer:
             update=describe_update(sums, time.monotonic() - start),
             sample=None if self.steps % self.recipe.sample_every else readable_sample(rollout, rewards, self.steps),
             rollout_seconds=rollout.seconds,
+            wait_seconds=served.wait_seconds,
             skipped=self.skipped_in_a_row > skipped,
+            notes=self.rollouts.take_notes(),
+            staleness=served.staleness,
+            pushed_bytes=served.pushed_bytes,
         )
         self.steps += 1
         if self.reference is not None and section.refresh_reference and self.steps % section.refresh_reference == 0:
@@ -132,14 +136,15 @@ class GRPOTrainer:
         return shares
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors of a checkpoint: model, optimizer and reference."""
+        """The tensors of a checkpoint: model, optimizer, reference, and rollouts in flight."""
         reference: dict[str, Tensor] = self.reference.state_dict() if self.reference is not None else {}
-        return self.optimizer.tensors() | {f"reference.{name}": t for name, t in reference.items()}
+        kept = {f"reference.{name}": t for name, t in reference.items()}
+        return self.optimizer.tensors() | kept | self.rollouts.tensors()
 
     def state(self) -> dict[str, Any]:
         """The JSON part of a checkpoint: counters and the position of each problem stream."""
         counters: dict[str, Any] = {name: getattr(self, name) for name in COUNTERS}
-        return counters | {"streams": {family: stream.index for family, stream in self.streams.items()}}
+        return counters | self.rollouts.state()
 
     def load(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Restore what `tensors()` and `state()` returned. Raises UserError when they are another model's."""
@@ -149,8 +154,7 @@ class GRPOTrainer:
             self.reference.load_state_dict(
                 {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
             )
-        for family, stream in self.streams.items():
-            stream.index = state["streams"][family]
+        self.rollouts.load(tensors, state)
         for name in COUNTERS:
             setattr(self, name, state[name] if name in state else state[OLD_COUNTERS[name]])
 
@@ -158,14 +162,6 @@ class GRPOTrainer:
         """Factor on the learning rate: linear warm-up, then linear decay at the end of the run."""
         left = (1.0 - progress) / self.recipe.decay if self.recipe.decay else 1.0
         return min(1.0, (self.steps + 1) / max(self.recipe.warmup_steps, 1), max(left, 0.0))
-
-    def _draw(self) -> list[Problem]:
-        families = list(self.environments)
-        weights = [self.environments[family].weight for family in families]
-        chosen = Random(derived_seed(self.recipe.seed, "families", self.steps)).choices(
-            families, weights, k=self.section.questions_per_step
-        )
-        return [next(self.streams[family]) for family in chosen]
 
     def _update(self, rollout: Rollout, rewards: Rewards, progress: float) -> UpdateSums:
         """The optimizer steps of one rollout.
@@ -220,42 +216,45 @@ class GRPOTrainer:
         loads: list[Tensor] = []
         for packed in batches:
             packed = packed.to(device)
-            routing: list[Routing] | None = [] if self._balances else None
-            grad = None
-            if old is None and self.reference is None and sums.mismatch is None:
-                grad = on_policy_grad(advantages, weights, packed.sequence)
-            unmeasured = sums.mismatch is not None and sums.mismatch.routers_differ is None
-            gathered = choices_of(self.model) if unmeasured else nullcontext([])
-            with self.activations.kept(), gathered as choices:
-                logprobs, entropy = self._logprobs(self.model, packed, routing, grad)
-            reference = None
-            if self.reference is not None:
-                with torch.no_grad():
-                    reference, _ = self._logprobs(self.reference, packed)
-            old_here, importance = None if old is None else old[packed.offset], None
-            if sums.mismatch is not None:
-                before = logprobs.detach() if old_here is None else old_here
-                importance = sums.mismatch.weights(before, sampled[packed.offset])
-                if choices:
-                    sums.mismatch.routers_differ = routers_differ(self.sampler.model.eval(), packed, choices)
-                    self.model.train()
-            loss = grpo_loss(
-                logprobs, old_here, reference, advantages, weights, packed.sequence, self.section, importance
-            )
-            total = loss.loss
-            if routing:
-                # A micro-batch is one sequence of V3 eq. 17–20, weighted by its tokens.
-                share = self.recipe.balance.sequence_loss * packed.tokens.numel() / total_tokens
-                total = total + share * sum((r.sequence_loss for r in routing), total.new_zeros(()))
-                found = [r.load.detach() for r in routing]
-                loads = [a + b for a, b in zip(loads, found, strict=True)] if loads else found
-            torch.autograd.backward(total)
-            self.optimizer.accumulate()
-            sums.tokens += len(packed.targets)
-            sums.computed += packed.tokens.numel()
-            sums.entropy += float(entropy.sum())
-            sums.kl = float(loss.kl) + (sums.kl or 0.0) if reference is not None else None
-            sums.clipped += float(loss.clipped)
+            with self._replayed(packed, sums.replay):
+                routing: list[Routing] | None = [] if self._balances else None
+                grad = None
+                if old is None and self.reference is None and sums.mismatch is None:
+                    grad = on_policy_grad(advantages, weights, packed.sequence)
+                # A stale policy is gone, and a replay counts for itself.
+                here = sums.mismatch is not None and not self.stale and packed.recorded is None
+                unmeasured = here and sums.mismatch is not None and sums.mismatch.routers_differ is None
+                gathered = choices_of(self.model) if unmeasured else nullcontext([])
+                with self.activations.kept(), gathered as choices:
+                    logprobs, entropy = self._logprobs(self.model, packed, routing, grad)
+                reference = None
+                if self.reference is not None:
+                    with torch.no_grad():
+                        reference, _ = self._logprobs(self.reference, packed)
+                old_here, importance = None if old is None else old[packed.offset], None
+                if sums.mismatch is not None:
+                    before = logprobs.detach() if old_here is None else old_here
+                    importance = sums.mismatch.weights(before, sampled[packed.offset])
+                    if choices:
+                        sums.mismatch.routers_differ = routers_differ(self.sampler.model.eval(), packed, choices)
+                        self.model.train()
+                loss = grpo_loss(
+                    logprobs, old_here, reference, advantages, weights, packed.sequence, self.section, importance
+                )
+                total = loss.loss
+                if routing:
+                    # A micro-batch is one sequence of V3 eq. 17–20, weighted by its tokens.
+                    share = self.recipe.balance.sequence_loss * packed.tokens.numel() / total_tokens
+                    total = total + share * sum((r.sequence_loss for r in routing), total.new_zeros(()))
+                    found = [r.load.detach() for r in routing]
+                    loads = [a + b for a, b in zip(loads, found, strict=True)] if loads else found
+                torch.autograd.backward(total)
+                self.optimizer.accumulate()
+                sums.tokens += len(packed.targets)
+                sums.computed += packed.tokens.numel()
+                sums.entropy += float(entropy.sum())
+                sums.kl = float(loss.kl) + (sums.kl or 0.0) if reference is not None else None
+                sums.clipped += float(loss.clipped)
         result = self.optimizer.step(self._lr_factor(progress))
         sums.grad_norms.append(result.grad_norm)
         sums.loads = loads
@@ -271,15 +270,24 @@ class GRPOTrainer:
 
     def _packed(self, rollout: Rollout, members: Sequence[int]) -> list[PackedRollout]:
         G, config = self.section.group_size, self.model.config
-        return pack_rollout(
+        prompt_of = [i // G for i in members]
+        batches = pack_rollout(
             rollout.prompts,
             [rollout.completions[i] for i in members],
-            [i // G for i in members],
+            prompt_of,
             self.section.micro_tokens,
             # 4x: attention computes the whole block, where the planner counts the causal half, and reaches half the
             # FLOP/s of linear layers (SmolLM2 in bfloat16 on a CPU, blocks of 300 tokens: 0.65 of 4.5 seconds).
             lambda length: flops_per_token(config, 4 * length),
         )
+        if rollout.routing is None:
+            return batches
+        table = routing_table(rollout.prompts, [rollout.routing[i] for i in members], prompt_of)
+        return [replace(packed, recorded=table[packed.origin]) for packed in batches]
+
+    def _replayed(self, packed: PackedRollout, counts: Replay) -> AbstractContextManager[None]:
+        """Context in which the policy's routers take the experts that the rollout recorded."""
+        return nullcontext() if packed.recorded is None else replayed(self.model, packed.recorded, counts)
 
     @torch.no_grad()
     def _logprobs_before(self, rollout: Rollout, members: list[int]) -> list[list[float]]:
@@ -289,7 +297,8 @@ class GRPOTrainer:
         found = torch.empty(sum(sizes), device=device)
         for packed in self._packed(rollout, members):
             packed = packed.to(device)
-            found[packed.offset] = self._logprobs(self.model, packed)[0].float()
+            with self._replayed(packed, Replay()):
+                found[packed.offset] = self._logprobs(self.model, packed)[0].float()
         out: list[list[float]] = [[] for _ in rollout.completions]
         for i, part in zip(members, found.cpu().split_with_sizes(sizes), strict=True):
             out[i] = [float(p) for p in part]
@@ -297,8 +306,8 @@ class GRPOTrainer:
 
     @property
     def _corrects(self) -> bool:
-        """Whether rollouts or updates round, so that the sampling policy is not the trained one."""
-        return self.twin is not None or self.recipe.precision is not None
+        """Whether rollouts or updates round, or rollouts are stale: the sampling policy is not the trained one."""
+        return self.recipe.rounds or self.stale
 
     @property
     def _balances(self) -> bool:

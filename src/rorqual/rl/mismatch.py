@@ -1,20 +1,18 @@
 """Rollouts from other numbers than those that are trained: what differs, and how the loss is corrected.
 
-With rollouts or updates in FP8, tokens are sampled from π_s, a rounded policy, and trained under π. Every token's
-policy gradient is weighted by min(π_old(o_t)/π_s(o_t), C): importance sampling, truncated so that a token that π_s
-found improbable cannot dominate (Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL
-Training"). N tokens.
+With rollouts or updates in FP8, or rollouts from weights of an earlier step, tokens are sampled from π_s, another
+policy than π under which they are trained. Every token's policy gradient is weighted by min(π_old(o_t)/π_s(o_t), C):
+importance sampling, truncated so that a token that π_s found improbable cannot dominate (Yao et al. 2025, "Your
+Efficient RL Framework Secretly Brings You Off-Policy RL Training"). N tokens.
 """
 
-from collections.abc import Generator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from rorqual.model import Transformer
+from rorqual.model.router_hooks import choices_of
 from rorqual.rl.grpo import kl_estimate
 from rorqual.rl.rollout_packing import PackedRollout
 from rorqual.shapes import Float
@@ -41,22 +39,6 @@ class Mismatch:
         return ratio.clamp(max=self.cap)
 
 
-@contextmanager
-def choices_of(model: Transformer) -> Generator[list[Tensor]]:
-    """The experts [tokens, K] that each router chooses, in ascending order, layer by layer, while the block runs."""
-    chosen: list[Tensor] = []
-
-    def keep(_module: Any, _inputs: Any, output: tuple[Tensor, Tensor, Tensor]) -> None:
-        chosen.append(output[1].sort(-1).values)
-
-    hooks = [layer.gate.register_forward_hook(keep) for layer in model.moe_layers()]
-    try:
-        yield chosen
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
 @torch.no_grad()
 def routers_differ(sampler: Transformer, packed: PackedRollout, trained: list[Tensor]) -> float | None:
     """The fraction of (predicting token, layer) for which the sampling model's router chooses another set of experts
@@ -66,5 +48,8 @@ def routers_differ(sampler: Transformer, packed: PackedRollout, trained: list[Te
         sampler(packed.tokens, packed.positions, packed.mask)
     if not trained:
         return None
-    shares = [(a != b).any(-1)[packed.source].float().mean() for a, b in zip(sampled, trained, strict=True)]
+    shares = [
+        (a.sort(-1).values != b.sort(-1).values).any(-1)[packed.source].float().mean()
+        for a, b in zip(sampled, trained, strict=True)
+    ]
     return float(torch.stack(shares).mean())

@@ -2,11 +2,13 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rorqual.checkpoint.huggingface import load_model, save_model, stored_dtype
+from rorqual.errors import UserError
 from rorqual.files import write_text
 from rorqual.kernels.dtypes import compute_dtype
 from rorqual.model import Transformer
@@ -18,6 +20,7 @@ from rorqual.recipe import RLRecipe
 from rorqual.rl.context_limits import check_context
 from rorqual.rl.envs.registry import Environment, open_environment
 from rorqual.rl.grpo_trainer import GRPOTrainer
+from rorqual.rl.ray_rollouts import ray_fleet
 from rorqual.rl.rollout import derived_seed
 from rorqual.tokenizer_protocol import Tokenizer
 from rorqual.train.build_model import build_model, tokenizer_of, trained_path
@@ -29,27 +32,52 @@ from rorqual.train.telemetry import Log
 STAGES = ("rollout", "train")  # parts of a step in the ledger
 
 
-def rl(recipe: RLRecipe, resume: bool = False) -> Path:
+def rl(recipe: RLRecipe, resume: bool = False, ray: str | None = None) -> Path:
     """Run the recipe and return the run's folder, with the released model in model/.
 
-    Raises UserError for what the user can fix, Stopped after SIGINT or SIGTERM.
+    ray: where rollouts are sampled on Ray, see `ray_fleet`; None: in this process. Raises UserError for what the user
+    can fix, Stopped after SIGINT or SIGTERM.
     """
+    recipe = on_ray(recipe) if ray else in_process(recipe)
     tokenizer, start = tokenizer_of(recipe.model), trained_path(recipe.model)
     environments = [open_environment(section) for section in recipe.environments]
     check_problems(recipe, tokenizer, environments)
     with open_run(recipe, resume) as run_dir:
         model = build_model(recipe.model, tokenizer, recipe.seed)
-        run = RLRun(run_dir, recipe, GRPOTrainer(model, tokenizer, environments, recipe), recipe.track)
-        run.fit()
+        with nullcontext() if ray is None else ray_fleet(recipe, model.config, ray) as fleet:
+            trainer = GRPOTrainer(model, tokenizer, environments, recipe, fleet=fleet)
+            run = RLRun(run_dir, recipe, trainer, recipe.track)
+            run.fit()
         if recipe.keep_start and run.got_worse():
             model = load_model(start, stored_dtype(start))
         _release(run, model, tokenizer)
     return run_dir
 
 
+def on_ray(recipe: RLRecipe) -> RLRecipe:
+    """The recipe with the defaults of rollouts on Ray. Raises UserError for more workers than questions."""
+    given = recipe.rollouts
+    defaults = {"workers": min(2, recipe.grpo.questions_per_step), "staleness": 1}
+    chosen = {name: value for name, value in defaults.items() if getattr(given, name) is None}
+    return recipe.model_copy(update={"rollouts": given.model_copy(update=chosen)})
+
+
+def in_process(recipe: RLRecipe) -> RLRecipe:
+    """The recipe. Raises UserError for settings that need Ray."""
+    for name in ("workers", "staleness", "threads"):
+        if (value := getattr(recipe.rollouts, name)) is not None:
+            raise UserError(f"rollouts.{name} = {value} needs Ray; add --ray local, or leave it out")
+    return recipe
+
+
 def check_problems(recipe: RLRecipe, tokenizer: Tokenizer, environments: Sequence[Environment]) -> None:
-    """Check prompts and problem counts. Raises UserError for what would stop the run, and its resumption, at a step."""
-    context = ModelConfig.load(trained_path(recipe.model)).max_position_embeddings
+    """Check experts, prompts and problem counts. Raises UserError for what would stop the run, and its resumption, at a
+    step.
+    """
+    config = ModelConfig.load(trained_path(recipe.model))
+    if recipe.rollouts.replay_routing and not config.n_routed_experts:
+        raise UserError("rollouts.replay_routing = true: the model has no experts whose choice to replay; leave it out")
+    context = config.max_position_embeddings
     check_context(environments, recipe.template, tokenizer, context, recipe.grpo.max_tokens, "grpo.max_tokens")
     for environment in environments:
         next(environment.stream("train", derived_seed(recipe.seed, environment.family)))
@@ -84,9 +112,11 @@ class RLRun(RunLoop[RLRecipe, GRPOTrainer]):
     def step(self, telemetry: Log) -> bool:
         start = time.monotonic()
         metrics = self.trainer.step(self.progress())
-        self.stages["rollout"] += metrics.rollout_seconds
-        self.stages["train"] += time.monotonic() - start - metrics.rollout_seconds
+        self.stages["rollout"] += metrics.rollout_seconds  # of a fleet, at the same time as training
+        self.stages["train"] += time.monotonic() - start - metrics.wait_seconds
         step = self.trainer.steps
+        for note in metrics.notes:
+            telemetry.note(note)
         if metrics.skipped:
             telemetry.note(f"step {step}: the gradient is not finite; update skipped")
         ended = self.done()

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 import torch
 from torch import Tensor
 
+from rorqual.model.router_hooks import Replay
 from rorqual.rl.grpo import zero_std_groups
 from rorqual.rl.mismatch import Mismatch
 from rorqual.rl.rewards import Rewards, self_verified
@@ -25,6 +26,7 @@ class UpdateSums:
     grad_norms: list[float] = field(default_factory=list)
     loads: list[Tensor] = field(default_factory=list)
     mismatch: Mismatch | None = None  # None: rollouts are from the numbers that are trained
+    replay: Replay = field(default_factory=Replay)  # of recorded routing, if any
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,9 @@ class UpdateMetrics:
     train_tokens_per_second: float | None = None
     kl: float | None = None  # None also without a reference model
     max_vio_per_layer: list[float] | None = None  # MaxVio of each MoE layer
-    # Where rollouts or updates round (mismatch.py): mean over the tokens of |log π_old − log π_s| and of the estimate
-    # of KL(π_s‖π_old), fraction of the tokens with a truncated weight, and of those whose routers chose otherwise.
+    # Where rollouts or updates round or rollouts are stale (mismatch.py): mean over the tokens of |log π_old − log π_s|
+    # and of the estimate of KL(π_s‖π_old), fraction of the tokens with a truncated weight, and of those whose routers
+    # chose otherwise (with a replay: would have chosen).
     mismatch_logprob: float | None = None
     mismatch_kl: float | None = None
     importance_truncated: float | None = None
@@ -81,14 +84,21 @@ class RLMetrics:
     rollout: RolloutMetrics
     update: UpdateMetrics
     sample: str | None  # a completion to read, every `sample_every` steps
-    rollout_seconds: float
+    rollout_seconds: float  # that sampling took
+    wait_seconds: float  # in which the trainer did nothing else; the same without a fleet
     skipped: bool  # the last update had no finite gradient
+    notes: list[str] = field(default_factory=list[str])  # what happened to rollout workers
+    staleness: int | None = None  # steps by which the rollout's weights are older; of a fleet, as the next
+    pushed_bytes: int | None = None  # of weights, this step
 
     def to_dict(self) -> dict[str, Metric]:
         """The metrics of a line of metrics.jsonl."""
         head: dict[str, Metric] = {"tokens": self.tokens, "lr": self.lr}
         update = self.update.to_dict() | ({"grad_norm": None} if self.skipped else {})
-        return head | self.rollout.to_dict() | update | {"sample": self.sample}
+        fleet: dict[str, Metric] = {"staleness": self.staleness, "pushed_bytes": self.pushed_bytes}
+        if self.staleness is not None:
+            fleet["rollout_wait_seconds"] = self.wait_seconds
+        return head | self.rollout.to_dict() | fleet | update | {"sample": self.sample}
 
 
 def describe_rollout(rollout: Rollout, rewards: Rewards) -> RolloutMetrics:
@@ -111,7 +121,7 @@ def describe_rollout(rollout: Rollout, rewards: Rewards) -> RolloutMetrics:
 def describe_update(sums: UpdateSums, seconds: float) -> UpdateMetrics:
     if not sums.tokens:
         return UpdateMetrics()
-    mismatch, tokens = sums.mismatch, sums.tokens
+    mismatch, tokens, replay = sums.mismatch, sums.tokens, sums.replay
     return UpdateMetrics(
         grad_norm=sum(sums.grad_norms) / len(sums.grad_norms),
         entropy=sums.entropy / sums.tokens,
@@ -122,7 +132,7 @@ def describe_update(sums: UpdateSums, seconds: float) -> UpdateMetrics:
         mismatch_logprob=mismatch and mismatch.difference / tokens,
         mismatch_kl=mismatch and mismatch.kl / tokens,
         importance_truncated=mismatch and mismatch.truncated / tokens,
-        routers_differ=mismatch and mismatch.routers_differ,
+        routers_differ=replay.differ / replay.replayed if replay.replayed else mismatch and mismatch.routers_differ,
     )
 
 

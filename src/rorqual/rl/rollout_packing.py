@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rorqual.model.router_hooks import NOT_RECORDED
 from rorqual.shapes import Bool, Int
 
 LENGTH_MULTIPLE = 16  # blocks are padded to a multiple of this, so that matmul shapes repeat
@@ -37,9 +38,11 @@ class PackedRollout:
     targets: Int[Tensor, " N"]  # token ids
     sequence: Int[Tensor, " N"]  # index of the completion
     offset: Int[Tensor, " N"]  # index of the token in the concatenation of all completions
+    origin: Int[Tensor, " T"]  # index of each of the T tokens in that of all prompts, then all completions; -1: padding
+    recorded: Int[Tensor, "T L K"] | None = None  # the experts that the rollout's routers chose
 
     def to(self, device: torch.device) -> "PackedRollout":
-        moved = {name: t.to(device) for name, t in vars(self).items() if name != "mask"}
+        moved = {name: t.to(device) for name, t in vars(self).items() if isinstance(t, Tensor)}
         return PackedRollout(**moved, mask=tuple(t.to(device) for t in self.mask))
 
 
@@ -119,18 +122,22 @@ def _build(
     targets: list[Ints] = []
     sequence: list[Ints] = []
     offset: list[Ints] = []
+    origin: Ints = np.full(T, PADDING, np.int64)
     starts: Ints = np.cumsum([0] + [len(c) for c in completions])
+    prompt_starts: Ints = np.cumsum([0] + [len(p) for p in prompts])
     start = 0
     for block in blocks:
         prompt = prompts[block.prompt]
         end = start + len(prompt)
         tokens[start:end], positions[start:end], branches[start:end] = prompt, np.arange(len(prompt)), 0
+        origin[start:end] = np.arange(prompt_starts[block.prompt], prompt_starts[block.prompt + 1])
         last = end - 1
         for k, i in enumerate(block.members, 1):
             completion: Ints = np.asarray(completions[i])
             n = len(completion) - 1
             new = slice(end, end + n)
             tokens[new], positions[new], branches[new] = completion[:-1], len(prompt) + np.arange(n), k
+            origin[new] = prompt_starts[-1] + starts[i] + np.arange(n)
             source += [np.array([last]), np.arange(end, end + n)]
             targets.append(completion)
             sequence.append(np.full(n + 1, i))
@@ -151,7 +158,25 @@ def _build(
         targets=torch.as_tensor(np.concatenate(targets).astype(np.int64)),
         sequence=torch.as_tensor(np.concatenate(sequence)),
         offset=torch.as_tensor(np.concatenate(offset)),
+        origin=torch.as_tensor(origin),
     )
+
+
+def routing_table(
+    prompts: Sequence[Sequence[int]], routing: Sequence[Int[Tensor, "_ L K"]], prompt_of: Sequence[int]
+) -> Int[Tensor, "_ L K"]:
+    """The recorded experts of every token by its `origin`, from those of prompt and completion of each completion.
+
+    NOT_RECORDED stands for a completion's last token, for prompts without a completion and, in the last row, for
+    padding.
+    """
+    shape = routing[0].shape[1:]
+    heads = {p: own[: len(prompts[p])] for own, p in zip(routing, prompt_of, strict=True)}
+    none = routing[0].new_full((1, *shape), NOT_RECORDED)
+    rows = [heads[p] if p in heads else none.expand(len(prompt), *shape) for p, prompt in enumerate(prompts)]
+    for own, p in zip(routing, prompt_of, strict=True):
+        rows += [own[len(prompts[p]) :], none]
+    return torch.cat([*rows, none])
 
 
 def branch_mask(branches: Int[Tensor, "n t"]) -> Bool[Tensor, "n 1 t t"]:

@@ -1,0 +1,74 @@
+"""The tensors that rollouts are sampled with, as arrays that a rollout worker copies into a model of its own."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rorqual.checkpoint.release_tensors import allocate, fp8_weights, meta_model
+from rorqual.model import ModelConfig, Transformer
+from rorqual.model.parameter_kinds import is_converted
+from rorqual.precision.convert import convert
+from rorqual.precision.fp8_twin import FP8Twin, rounded_names, twin_bytes
+
+Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+
+
+def sampling_model(config: ModelConfig, dtype: torch.dtype, precision: str | None, fp8: bool) -> Transformer:
+    """A model like the one rollouts are sampled from, of zeros, without multi-token modules.
+
+    precision: of products, as in the recipe. fp8: linears in FP8 (FP8Twin).
+    """
+    model = meta_model(config.replace(num_nextn_predict_layers=0))
+    allocate(model, dtype, "cpu")
+    for name, p in model.named_parameters():
+        p.data = torch.zeros_like(p, dtype=_dtype(name, p, dtype))
+    for buffer in model.buffers():
+        buffer.zero_()
+    if precision is not None:
+        convert(model, precision)
+    return FP8Twin(model).model if fp8 else model.eval()
+
+
+def sampling_tensors(model: Transformer) -> dict[str, Tensor]:
+    """By name, without those of multi-token modules; an FP8 weight is two."""
+    later = tuple(f"model.layers.{model.config.num_hidden_layers + k}." for k in range(len(model.mtp_modules)))
+    tensors = {name: t.detach() for name, t in (*model.named_parameters(), *model.named_buffers())}
+    for name, weight in fp8_weights(model):
+        tensors |= {f"{name}.codes": weight.codes, f"{name}.scales": weight.scales}
+    return {name: t for name, t in tensors.items() if not name.startswith(later)}
+
+
+def to_bytes(model: Transformer) -> dict[str, Bytes]:
+    """What `sampling_tensors` gives, as bytes, since NumPy has no BF16; on a CPU, the tensors' own memory."""
+    return {name: _bytes(t) for name, t in sampling_tensors(model).items()}
+
+
+def copy_bytes(model: Transformer, weights: Mapping[str, Bytes]) -> None:
+    """Copy what `to_bytes` returned into a `sampling_model` in place. Raises ValueError for another model's."""
+    tensors = sampling_tensors(model)
+    if tensors.keys() != weights.keys():
+        raise ValueError(f"the weights are another model's: {sorted(tensors.keys() ^ weights.keys())[:3]}")
+    for name, tensor in tensors.items():
+        np.copyto(_bytes(tensor), weights[name])
+
+
+def push_bytes(config: ModelConfig, dtype: torch.dtype, fp8: bool) -> int:
+    """Of one version of the weights of a model of these sizes."""
+    model = meta_model(config.replace(num_nextn_predict_layers=0))
+    rounded = rounded_names(model) if fp8 else set[str]()
+    parameters = ((name, p) for name, p in model.named_parameters() if name not in rounded)
+    sizes = sum(p.numel() * _dtype(name, p, dtype).itemsize for name, p in parameters)
+    return sizes + sum(b.nbytes for b in model.buffers()) + (twin_bytes(model.config) if fp8 else 0)
+
+
+def _dtype(name: str, parameter: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """As the optimizer keeps a parameter."""
+    return dtype if is_converted(name, parameter) else torch.float32
+
+
+def _bytes(tensor: Tensor) -> Bytes:
+    """Of a contiguous tensor; on a CPU they are its own."""
+    return tensor.cpu().reshape(-1).view(torch.uint8).numpy()
