@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from rorqual.errors import UserError
 from rorqual.kernels.fp8_weight import FP8Weight
 from rorqual.kernels.quantized_linear import QuantizedWeight
-from rorqual.model import Transformer
+from rorqual.model import ModelConfig, Transformer
 from rorqual.model.moe import Dispatched, Experts, MixtureOfExperts
 from rorqual.parallel.balance import Placement, balance_of, rebalance_experts
 from rorqual.parallel.courier import Courier
@@ -65,20 +65,13 @@ class ExpertPlacement:
     """Which slot holds which expert, for all layers of a model, of whose experts this rank keeps those in its slots."""
 
     def __init__(self, model: Transformer, mesh: Mesh, courier: Courier, redundant: int = 0) -> None:
-        """redundant: slots a layer beyond one for every expert. The first placement supposes even loads.
-
-        Raises UserError for a model without routed experts, and where the slots cannot be spread evenly.
+        """redundant: slots a layer beyond one for every expert. The first placement supposes even loads. Raises as
+        `check_slots`.
         """
-        self.mesh, self.group, config = mesh, mesh.experts, model.config
-        if config.n_routed_experts is None:
-            raise UserError("experts: this model has no routed experts that processes could share; leave it out")
-        experts, ranks = config.moe.n_routed_experts, self.group.size
-        self.slots, self.groups = experts + redundant, config.moe.n_group
-        if self.slots % ranks:
-            raise UserError(
-                f"redundant_experts = {redundant}: {experts} experts a layer and {redundant} copies cannot be spread "
-                f"evenly over {ranks} processes; make it {-experts % ranks} or that and a multiple of {ranks}"
-            )
+        self.mesh, self.group = mesh, mesh.experts
+        check_slots(model.config, self.group.size, redundant)
+        experts = model.config.moe.n_routed_experts
+        self.slots, self.groups = experts + redundant, model.config.moe.n_group
         self.layers = [layer.mlp for layer in model.layers if isinstance(layer.mlp, MixtureOfExperts)]
         self.dispatchers = [
             PlacedExperts(mesh, experts, self.slots, courier, layer.gate.weight.device) for layer in self.layers
@@ -142,6 +135,20 @@ class ExpertPlacement:
             return arrived[order.to(arrived.device)].view(rows.dtype).view(rows.shape)
 
         _change(experts, travel)
+
+
+def check_slots(config: ModelConfig, ranks: int, redundant: int) -> None:
+    """Raises UserError for a model without routed experts, and where slots cannot be spread evenly."""
+    if not config.n_routed_experts:
+        raise UserError("experts: this model has no routed experts that processes could share; leave it out")
+    if redundant < 0:
+        raise UserError(f"redundant_experts = {redundant}: must be at least 0")
+    if (config.n_routed_experts + redundant) % ranks:
+        raise UserError(
+            f"redundant_experts = {redundant}: {config.n_routed_experts} experts a layer and {redundant} copies cannot "
+            f"be spread evenly over {ranks} processes; make it {-config.n_routed_experts % ranks} or that and a "
+            f"multiple of {ranks}"
+        )
 
 
 def sources(before: Sequence[int], after: Sequence[int], own: int) -> list[int]:
