@@ -1,5 +1,6 @@
 """rorqual generate, chat and serve."""
 
+import contextlib
 import time
 from pathlib import Path
 from typing import Annotated
@@ -143,6 +144,18 @@ def serve(
     ] = "auto",
     speculative: Speculative = "auto",
     device: Device = "cpu",
+    experts: Annotated[
+        int,
+        typer.Option(
+            callback=within(1, 4096),
+            help="processes of this machine that share the routed experts (cuda: a GPU each); --max-num-seqs and "
+            "--cache-gb are of each",
+        ),
+    ] = 1,
+    redundant_experts: Annotated[
+        int,
+        typer.Option(callback=within(0, 4096), help="copies of busy experts a layer, with --experts; placed by load"),
+    ] = 0,
     page: Annotated[bool, typer.Option(help="serve a chat page at /")] = True,
 ) -> None:
     """OpenAI-compatible server (with DeepSeek's reasoning_content); SIGTERM finishes accepted requests, then exits."""
@@ -161,13 +174,23 @@ def serve(
     origins = check_origins(allow_origin or ())
     bits, method, computed = check_weights(weights), check_speculative(speculative), check_dtype(dtype, device)
     directory = find_model(model)
+    if experts == 1 and redundant_experts:
+        raise UserError(f"--redundant-experts {redundant_experts}: is for --experts 2 or more; leave it out")
     sampling = default_sampling(directory)
     listening = bind(host, port)
-    with loading(directory):
-        engine = Engine(
-            directory, max_num_seqs=max_num_seqs, kv_cache_bytes=int(cache_gb * 2**30), prefix_cache=True,
-            dtype=computed, weights=bits, max_prefill_tokens=512, speculative=method, device=device,
-            kv_cache_dtype=cache_dtype,
-        )  # fmt: skip
+    arguments = {
+        "max_num_seqs": max_num_seqs, "kv_cache_bytes": int(cache_gb * 2**30), "prefix_cache": True, "dtype": computed,
+        "weights": bits, "max_prefill_tokens": 512, "speculative": method, "device": device,
+        "kv_cache_dtype": cache_dtype,
+    }  # fmt: skip
     options = Options(name or served_name(Path(model)), keys, max_queue, timeout, host=host, origins=origins)
-    run(sampling, engine, options, listening, page)
+    with contextlib.ExitStack() as ends:
+        with loading(directory):
+            if experts == 1:
+                engine = Engine(directory, **arguments)
+            else:
+                from rorqual.engine.expert_parallel import ExpertParallelEngine
+
+                engine = ExpertParallelEngine(directory, experts, redundant_experts, **arguments)
+                ends.callback(engine.close)
+        run(sampling, engine, options, listening, page)

@@ -147,13 +147,18 @@ class Engine:
         return sequence.detokenizer
 
     @property
+    def capacity(self) -> int:
+        """Sequences decoded at a time."""
+        return self.max_num_seqs
+
+    @property
     def idle(self) -> bool:
         return self._scheduler is None or self._scheduler.idle
 
     def reset_prefix_cache(self) -> None:
         """Empty the prefix cache, as is due when the weights have changed."""
         if self._scheduler is not None:
-            self._scheduler.blocks.reset_prefix_cache()
+            self._scheduler.reset_prefix_cache()
 
     def completion(self, sequence: Sequence) -> Completion:
         """The completion of a finished sequence."""
@@ -278,15 +283,13 @@ class Engine:
             except RuntimeError:  # PyTorch's error for lack of memory, on a CPU too
                 need = count * self.block_bytes / 2**30
                 raise UserError(f"no memory for a KV cache of {need:.3g} GiB; lower --cache-gb") from None
-            self._scheduler = scheduler = Scheduler(
-                self.model,
-                self.max_num_seqs,
-                cache,
-                BlockManager(count, self.prefix_cache),
-                self.max_prefill_tokens,
-                self.speculative,
-            )
+            self._scheduler = scheduler = self._new_scheduler(cache, BlockManager(count, self.prefix_cache))
         return scheduler
+
+    def _new_scheduler(self, cache: PagedKVCache, blocks: BlockManager) -> Scheduler:
+        return Scheduler(
+            self.model, self.max_num_seqs, cache, blocks, self.max_prefill_tokens, self.speculative
+        )  # fmt: skip
 
     def _count(self, cache_bytes: int) -> int:
         return cache_bytes // self.block_bytes

@@ -16,10 +16,13 @@ from rorqual.model.layers import Linear, RMSNorm
 from rorqual.model.moe import MixtureOfExperts
 from rorqual.model.rope import softmax_scale
 from rorqual.model.transformer import Block
+from rorqual.parallel.experts import shares_experts
 
 
 def fused_decode_step(model: Transformer, cache: PagedKVCache) -> FusedDecodeStep | None:
-    """The model's fused step; None where weights are not quantised or compiled kernels are missing."""
+    """The model's fused step; None where weights are not quantised, other processes hold some of them, or compiled
+    kernels are missing.
+    """
     if not _can_fuse(model):
         return None
     stores = cache.layers[: model.config.num_hidden_layers]
@@ -40,7 +43,7 @@ def fused_mtp_step(model: Transformer, cache: PagedKVCache) -> FusedDecodeStep |
 
 
 def _can_fuse(model: Transformer) -> bool:
-    return isinstance(model.head_weight, QuantizedWeight) and cpu.capability() is not None
+    return isinstance(model.head_weight, QuantizedWeight) and cpu.capability() is not None and not shares_experts(model)
 
 
 def _step(

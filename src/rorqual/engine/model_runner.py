@@ -12,7 +12,9 @@ from rorqual.engine.fused_cpu import fused_decode_step
 from rorqual.engine.paged_kv_cache import KVCacheView, PagedKVCache, PrefillSlice
 from rorqual.kernels.linear import linear, shapes_are_free
 from rorqual.model import Transformer
+from rorqual.model.moe import MixtureOfExperts
 from rorqual.model.router_hooks import choices_of
+from rorqual.parallel.experts import shares_experts
 
 # Tokens a call of the fused step: with more, the activations between layers outgrow the CPU's cache (3 % with prompts
 # of 512).
@@ -68,7 +70,8 @@ class PrefillChunk:
 class ModelRunner:
     """Runs the model: by fused CPU steps where weights are quantised, by CUDA graphs where a step can be captured.
 
-    With fused steps a token's result does not depend on the batch composition (cpu/csrc/fused_decode.cpp).
+    With fused steps a token's result does not depend on the batch composition (cpu/csrc/fused_decode.cpp). Where
+    processes share the experts, each call is a collective: also one without tokens passes through the experts.
     """
 
     def __init__(self, model: Transformer, cache: PagedKVCache) -> None:
@@ -76,6 +79,7 @@ class ModelRunner:
         self.fused = fused_decode_step(model, cache)
         # A captured step runs no hooks, by which routing is recorded.
         self.graphs = CUDAGraphRunner(model, cache) if can_capture(model) and cache.choices is None else None
+        self.collective = shares_experts(model)
 
     def __call__(self, decode: DecodeTokens, chunks: list[PrefillChunk]) -> tuple[Tensor, Tensor, Tensor]:
         """→ logits [N + E, V] of the N decode tokens and of the last tokens of the E prompts that these chunks
@@ -131,6 +135,8 @@ class ModelRunner:
 
     def _run_model(self, decode: DecodeTokens, chunks: list[PrefillChunk]) -> Tensor:
         if not len(decode) and not chunks:
+            if self.collective:
+                self._serve_others()
             return torch.empty(0)
         tokens, view = self._inputs(decode, chunks)
         if self.cache.choices is None:
@@ -139,6 +145,14 @@ class ModelRunner:
             states = self.model(tokens, view.positions, cache=view)[0]
         self.cache.choices.flatten(0, 1)[view.slot_mapping] = torch.stack(chosen, 1).to(torch.int16)
         return states
+
+    def _serve_others(self) -> None:
+        """Compute what other processes' tokens need of the experts here, without tokens of one's own."""
+        weight = self.model.head_weight
+        none = torch.empty(1, 0, self.model.config.hidden_size, dtype=weight.dtype, device=weight.device)
+        for layer in self.model.layers:
+            if isinstance(layer.mlp, MixtureOfExperts):
+                layer.mlp(none)
 
     def _inputs(self, decode: DecodeTokens, chunks: list[PrefillChunk]) -> tuple[Tensor, KVCacheView]:
         """Their tokens [1, N], and the KV cache's view of them."""
@@ -154,8 +168,8 @@ class ModelRunner:
         """Decode tokens to compute: n, padded to one of eight sizes an octave where a new shape costs time, since a
         batch that shrinks by one sequence at a time has as many shapes as sequences.
         """
-        # Latent attention has matrix products of its own, which new shapes slow down too.
-        if n == 0 or (not self.model.config.is_mla and shapes_are_free(self.model.head_weight, n)):
+        # Latent attention has matrix products of its own, which new shapes slow down too. Shared experts count tokens.
+        if n == 0 or self.collective or (not self.model.config.is_mla and shapes_are_free(self.model.head_weight, n)):
             return n
         step = 1 << max(0, n.bit_length() - 4)
         return -(-n // step) * step

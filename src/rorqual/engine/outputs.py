@@ -63,3 +63,5 @@ class Status:
     blocks: int
     kv_cache_bytes: int  # that the cache takes
     counters: Counters
+    # Where processes share the experts: tokens at the busiest one's over the mean, averaged over layers; 1 is even.
+    expert_balance: float | None = None

@@ -58,6 +58,9 @@ class Scheduler:
         self._num_requests += 1
         self.prefill.add(request)
 
+    def reset_prefix_cache(self) -> None:
+        self.blocks.reset_prefix_cache()
+
     @torch.inference_mode()
     def step(self, before_forward: Callable[[], None] | None = None) -> list[Sequence]:
         """One step → the sequences that finished, and those of streaming requests."""

@@ -260,6 +260,11 @@ def present(place: Int[Tensor, "N K"], places: int) -> Int[Tensor, "N places"]:
     return numbers.where(found[:, :places], -1)
 
 
+def shares_experts(model: Transformer) -> bool:
+    """Whether other processes hold experts of this model, so that its forward passes are collectives."""
+    return any(isinstance(layer.dispatcher, ExpertParallel) for layer in model.moe_layers())
+
+
 def spread_experts(model: Transformer, mesh: Mesh, courier: Courier) -> None:
     """Keep this rank's part of every layer's routed experts and dispatch tokens to all of them.
 

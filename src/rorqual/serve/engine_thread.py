@@ -22,17 +22,20 @@ Deltas = list[TokenDelta | Exception]
 
 
 class EngineThread:
-    """Accepts max_num_seqs sequences of the engine and max_queue more; beyond that the queue is full (429)."""
+    """Accepts the sequences that the engine decodes at a time and max_queue more; beyond that the queue is full (429).
+
+    After an error of the engine it goes on with an empty one; where that fails, it refuses requests (503).
+    """
 
     def __init__(self, engine: Engine, max_queue: int) -> None:
-        self.engine, self.limit = engine, engine.max_num_seqs + max_queue
+        self.engine, self.limit = engine, engine.capacity + max_queue
         self.count = 0  # sequences not closed
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._running: dict[Sequence, tuple[RequestHandle, int]] = {}  # not finished, and its number among the choices
         self._scores: dict[asyncio.Future[Request], Request] = {}
         self._outbox: dict[RequestHandle, Deltas] = {}  # of the last step, not delivered yet
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._stopping = False
+        self._stopping = self._failed = False
 
     def start(self) -> None:
         self._thread.start()
@@ -45,7 +48,7 @@ class EngineThread:
 
     @property
     def alive(self) -> bool:
-        return self._thread.is_alive()
+        return self._thread.is_alive() and not self._failed
 
     # -- from asyncio
 
@@ -80,6 +83,8 @@ class EngineThread:
             self._inbox.put(lambda: self._cancel_score(future))
 
     def _count(self, sequences: int) -> None:
+        if not self.alive:
+            raise ApiError(503, "the engine has stopped; its log says why")
         if self.count + sequences > self.limit:
             raise ApiError(429, "the server's queue is full; retry later", code="queue_full", Retry_After="1")
         self.count += sequences
@@ -92,11 +97,15 @@ class EngineThread:
                 self._work()
             except BaseException as e:  # a Rust panic is not an Exception
                 log.exception("the engine failed; running requests are lost")
-                self.engine.reset()
                 self._deliver_step()
                 _deliver({handle: [_engine_failed(e)] for handle, _ in self._running.values()})
                 self._running.clear()
                 self._settle_scores([(future, _engine_failed(e)) for future in self._scores])
+                try:
+                    self.engine.reset()
+                except Exception:
+                    log.exception("the engine cannot go on")
+                    self._failed = True
         self._deliver_step()
 
     def _work(self) -> None:

@@ -76,6 +76,9 @@ class Metrics(Collector):
         ):
             yield GaugeMetricFamily(f"rorqual_{name}", text, value)
             yield GaugeMetricFamily(f"rorqual_{old}", _deprecated(f"rorqual_{name}"), value)
+        if now.expert_balance is not None:
+            text = "Tokens at the process with the busiest experts over the mean, averaged over layers"
+            yield GaugeMetricFamily("rorqual_expert_balance", text, now.expert_balance)
         counts = now.counters
         yield CounterMetricFamily("rorqual_prompt_tokens", "Prompt tokens prefilled", counts.prompt_tokens)
         for name, old, text, value in (
