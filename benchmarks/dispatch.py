@@ -3,9 +3,9 @@
 Tokens choose 8 of 256 experts in at most 4 of 8 groups, as in V3. Three ways to the experts (parallel/experts.py), each
 with and without overlap, take turns in the same processes, on links of 1 Gb/s (nodes.py). Without overlap a
 micro-batch follows the other; with it a forward pass overlaps the backward pass of the micro-batch before, and the
-shared expert is computed while tokens travel. Experts are so narrow that computing and travelling take about as long,
-as on V3's GPUs (§3.2.1). Bytes are counted by the ranks and must equal those that follow from the routing; losses and
-gradients must be those of one process with all experts.
+shared expert is computed while tokens travel. Experts are so narrow that plain's travel takes about as long as what two
+cores compute; on V3's GPUs even two-hop FP8's does (§3.2.1). Bytes are counted by the ranks and must equal those that
+follow from the routing; losses and gradients must be those of one process with all experts.
 
 How few bytes two-hop FP8 can need: a token of K experts goes to M nodes, so M/K of plain's rows cross. A row to the
 experts has 1 byte a value and one for 128 of them instead of 2; a row back stays BF16. With as many rows each way:
@@ -28,22 +28,30 @@ import torch
 from common import arguments, program, ratio_of_rounds, report
 from dispatch_ranks import CONTESTANTS, KINDS, OVERLAP, Settings
 from nodes import Nodes
-from rorqual.errors import UserError
 from rorqual.model import ModelConfig
 from rorqual.model.moe import Router
 from rorqual.plan.traffic import ExpertGroup, journey_rows, row_bytes
 from rorqual.train import set_seed
 
 NODES, PER_NODE, RATE = 2, 4, 1e9
-ROUTING = {"n_routed_experts": 256, "num_experts_per_tok": 8, "n_group": 8, "topk_group": 4, "n_shared_experts": 1}
-MODEL = {
-    "vocab_size": 512, "hidden_size": 1024, "num_hidden_layers": 2, "first_k_dense_replace": 0,
-    "intermediate_size": 64, "moe_intermediate_size": 16, "num_attention_heads": 4, "q_lora_rank": 64,
-    "kv_lora_rank": 64, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16, **ROUTING,
+ROUTING: dict[str, Any] = {
+    "n_routed_experts": 256,
+    "num_experts_per_tok": 8,
+    "n_group": 8,
+    "topk_group": 4,
+    "n_shared_experts": 1,
+}
+MODEL: dict[str, Any] = {
+    "vocab_size": 128, "hidden_size": 1024, "num_hidden_layers": 2, "first_k_dense_replace": 0,
+    "intermediate_size": 64, "moe_intermediate_size": 8, "num_attention_heads": 2, "q_lora_rank": 16,
+    "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16, "initializer_range": 0.05,
+    **ROUTING,
 }  # fmt: skip
-QUICK = {"hidden_size": 128, "n_routed_experts": 32, "num_experts_per_tok": 4, "n_group": 4, "topk_group": 2}
-# E4M3 rounds by 0.026, so a token may also choose other experts in the next layer.
-TOLERANCE = {"plain": 0.02, "two-hop": 0.02, "two-hop FP8": 0.15}
+QUICK = {
+    "hidden_size": 128, "n_routed_experts": 32, "num_experts_per_tok": 4, "n_group": 4, "topk_group": 2,
+    "initializer_range": 0.1,
+}  # fmt: skip
+TOLERANCE = {"plain": 0.01, "two-hop": 0.01, "two-hop FP8": 0.07}  # E4M3 rounds tokens and gradients by 0.026 each
 OURS = "two-hop FP8" + OVERLAP
 
 
@@ -53,17 +61,20 @@ def measure(settings: dict[str, Any], ranks_per_node: int, limit: float) -> tupl
         ranks = NODES * ranks_per_node
         of_rank = Settings(ranks=ranks, per_node=ranks_per_node, rate=RATE, real=nodes.real, out=str(out), **settings)
         command = [sys.executable, str(Path(__file__).parent / "dispatch_ranks.py"), json.dumps(asdict(of_rank))]
-        nodes.start_ranks(command, ranks_per_node, {"OMP_NUM_THREADS": "1"}, stdout=2)  # stdout is the table's
+        env = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+        nodes.start_ranks(command, ranks_per_node, env, stdout=2)  # stdout is the table's
         nodes.wait(limit)
         return json.loads(out.read_text()), nodes
 
 
-def check(found: dict[str, dict[str, Any]]) -> None:
-    """Raises UserError where a contestant computes something else than one process does."""
-    for name, values in found.items():
-        limit = TOLERANCE[name.removesuffix(OVERLAP)]
-        if values["gradient_error"] > limit or values["loss_error"] > limit:
-            raise UserError(f"{name}: gradients differ by {values['gradient_error']:.3f} from one process's")
+def wrong(found: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """Contestants that compute something else than one process does, each with a sentence."""
+    return {
+        name: f"gradients differ by {values['gradient_error']:.3f} from those of one process, losses by "
+        f"{values['loss_error']:.3f}"
+        for name, values in found.items()
+        if max(values["gradient_error"], values["loss_error"]) > TOLERANCE[name.removesuffix(OVERLAP)]
+    }
 
 
 def in_v3(tokens: int) -> dict[str, Any]:
@@ -71,7 +82,7 @@ def in_v3(tokens: int) -> dict[str, Any]:
     set_seed(0)
     group, hidden, nodes = ExpertGroup(256, 64, 8), 7168, 8
     # The choice depends on scores alone, so the router may be narrow.
-    router = Router(ModelConfig(model_type="deepseek_v3", **MODEL | {"hidden_size": 64}))
+    router = Router(ModelConfig(model_type="deepseek_v3", **MODEL).replace(hidden_size=64))
     torch.nn.init.normal_(router.weight)
     with torch.no_grad():
         chosen = [router(torch.randn(tokens, 64) / 8)[1] for _ in range(group.ranks)]
@@ -100,7 +111,7 @@ def in_v3(tokens: int) -> dict[str, Any]:
 
 def main() -> None:
     args = arguments(__doc__, whole=900)
-    sizes = {"micro_batches": 4, "sequences": 2, "length": 64, "rounds": 5, "model": MODEL}
+    sizes: dict[str, Any] = {"micro_batches": 4, "sequences": 2, "length": 128, "rounds": 5, "model": MODEL}
     per_node, tokens = PER_NODE, 512
     if args.quick:
         sizes |= {"micro_batches": 2, "length": 16, "rounds": 1, "model": MODEL | QUICK}
@@ -108,7 +119,6 @@ def main() -> None:
     v3 = in_v3(tokens)
     found, nodes = measure(sizes, per_node, args.limit)
     contestants = found["contestants"]
-    check(contestants)
     plain = contestants["plain"]
     rows: list[list[Any]] = []
     for name in CONTESTANTS:
@@ -119,12 +129,13 @@ def main() -> None:
         wire = values["on_the_wire"]
         values["headers"] = wire / values["between_nodes"] - 1 if wire else None
         rows.append([
-            name, statistics.median(values["seconds"]), f"{speed['median']:.2f} ({speed['least']:.2f}–{speed['most']:.2f})",
+            name, statistics.median(values["seconds"]),
+            f"{speed['median']:.2f} ({speed['least']:.2f}–{speed['most']:.2f})", values["core_seconds"],
             values["travel_seconds"], f"{values['hidden']:.0%}", values["between_nodes"] / 1e6,
             f"{values['share_between_nodes']:.1%}", f"{values['headers']:+.1%}" if wire else "–",
             values["within_a_node"] / 1e6, f"{values['gradient_error']:.4f}",
         ])  # fmt: skip
-    how = "network namespaces and tc" if nodes.real else f"no namespaces here ({nodes.why}): ranks wait before they send"
+    how = "network namespaces and tc" if nodes.real else f"no namespaces, {nodes.why}: ranks wait before they send"
     figures = {"links": {"real": nodes.real, "how": how, "rate": RATE, "measured": found["link_rate"]}, **sizes}
     figures |= {"ranks": NODES * per_node, "contestants": contestants, "v3": v3}
     ratios = {
@@ -138,8 +149,8 @@ def main() -> None:
         f"{NODES} nodes × {per_node} ranks, {RATE / 1e9:g} Gb/s between them ({how}; {found['link_rate'] / 1e9:.2f} "
         "measured), rows in BF16 or FP8. Bytes are a step's, of all ranks, as counted; headers: what tc counts on top"
     )
-    columns = ["dispatch", "step s", "speed", "travel s", "hidden", "between MB", "of plain", "headers", "within MB",
-               "gradients off"]  # fmt: skip
+    columns = ["dispatch", "step s", "speed", "core s", "travel s", "hidden", "between MB", "of plain", "headers",
+               "within MB", "gradients off"]  # fmt: skip
     columns_v3 = ["dispatch", "rows", "dispatch", "combine", "and back", "and back", "kB", "of plain's dispatch",
                   "of plain", "within kB"]  # fmt: skip
     rows_v3 = [
@@ -153,7 +164,8 @@ def main() -> None:
         f"{v3['nodes_visited']:.2f} nodes. No fewer than {v3['bound']:.1%} of plain with a combine in BF16 "
         f"({v3['bound_at_4_nodes']:.1%} at 4 nodes)"
     )
-    report("dispatch", args, ratios, figures, [(title, columns, rows), (title_v3, columns_v3, rows_v3)], ["torch"])
+    tables = [(title, columns, rows), (title_v3, columns_v3, rows_v3)]
+    report("dispatch", args, ratios, figures, tables, ["torch"], wrong(contestants), set(CONTESTANTS))
 
 
 if __name__ == "__main__":

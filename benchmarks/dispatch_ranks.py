@@ -1,13 +1,14 @@
 """A rank of benchmarks/dispatch.py: `python dispatch_ranks.py SETTINGS`, with torchrun's variables.
 
 All ranks train the same small model with the experts spread over them, and the contestants take turns in the same
-processes. Weights are computed with in FP32 or BF16, whichever the machine is faster at; rows travel in BF16 (or FP8)
-for every contestant, so that none gains from the size of FP32. Gradients of replicated weights are not summed.
+processes. All compute in FP32 or BF16, whichever the machine is faster at; rows travel in BF16 (or FP8) for every
+contestant, so that none gains from the size of FP32. Tokens choose the experts that they choose in one process: with
+its own rounding each contestant would choose a few others. Gradients of replicated weights are not summed.
 """
 
 import ctypes
+import itertools
 import json
-import os
 import signal
 import sys
 import time
@@ -25,7 +26,7 @@ from torch import Tensor
 from common import fastest, take_turns
 from nodes import delayed, wire_bytes
 from rorqual.model import ModelConfig, Transformer
-from rorqual.model.moe import Dispatched, Experts
+from rorqual.model.moe import Dispatched, Experts, Router
 from rorqual.parallel.courier import Courier
 from rorqual.parallel.experts import ExpertParallel, spread_experts
 from rorqual.parallel.mesh import Mesh, build_mesh
@@ -85,6 +86,7 @@ class Contestant:
         self.model, self.batches, self.kind = model, batches, section.dispatch
         experts = model.config.moe.n_routed_experts
         self.dispatchers = [Travel(replace(mesh, section=section), experts, self.courier) for _ in model.moe_layers()]
+        self.core_seconds = 0.0  # of this rank's threads
 
     def train(self) -> list[float]:
         """Losses of a step."""
@@ -95,8 +97,9 @@ class Contestant:
 
     def seconds(self) -> float:
         dist.barrier()
-        start = time.perf_counter()
+        start, busy = time.perf_counter(), time.process_time()
         self.train()
+        self.core_seconds += time.process_time() - busy
         dist.barrier()
         return time.perf_counter() - start
 
@@ -124,6 +127,21 @@ def train(model: Transformer, batches: Sequence[Tensor], courier: Courier) -> li
     assert before is not None
     before.backward()
     return losses
+
+
+def keep_choices(router: Router, micro_batches: int) -> None:
+    """The experts that tokens choose in the first step are chosen in every other."""
+    select = router._selection_scores
+    kept: list[Tensor] = []
+    calls = itertools.count()
+
+    def selection_scores(scores: Tensor) -> Tensor:
+        call = next(calls)
+        if call < micro_batches:
+            kept.append(select(scores))
+        return kept[call % micro_batches]
+
+    router._selection_scores = selection_scores
 
 
 def gradients(model: Transformer) -> Tensor:
@@ -204,6 +222,8 @@ def main() -> None:
     shape = (settings.micro_batches, settings.sequences, settings.length + 1)
     batches = list(torch.randint(config.vocab_size, shape, generator=generator))
 
+    for layer in model.moe_layers():
+        keep_choices(layer.gate, settings.micro_batches)
     expected = train(model, batches, Courier(background=False)), gradients(model)
     experts = config.moe.n_routed_experts
     spread_experts(model, mesh, Courier(background=False))
@@ -218,6 +238,7 @@ def main() -> None:
         travelled, waited = (sum(gather(s)) for s in (courier.travelled, courier.waited))
         found[name] |= {
             "seconds": seconds[name],
+            "core_seconds": sum(gather(contestant.core_seconds)) / settings.rounds,
             "travel_seconds": travelled / settings.ranks / settings.rounds,
             "hidden": max(0.0, 1 - waited / travelled),
         }
@@ -228,5 +249,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     main()

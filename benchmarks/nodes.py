@@ -39,7 +39,7 @@ class Nodes:
     def __init__(self, nodes: int = 2, rate: float = 1e9) -> None:
         self.nodes, self.rate = nodes, rate
         self.real, self.why = False, ""  # why not
-        self._started: list[subprocess.Popen[bytes]] = []
+        self._started: list[subprocess.Popen[Any]] = []
 
     def __enter__(self) -> "Nodes":
         try:
@@ -56,7 +56,8 @@ class Nodes:
 
     def __exit__(self, *_: object) -> None:
         for process in self._started:
-            process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         self._remove()
 
@@ -65,13 +66,14 @@ class Nodes:
 
     def start(
         self, command: Sequence[str], node: int, env: Mapping[str, str] | None = None, **options: Any
-    ) -> subprocess.Popen[bytes]:
-        """Start a process on a node. `env` is added to ours; `options` are Popen's."""
+    ) -> subprocess.Popen[Any]:
+        """Start a process on a node, which ends with us, as does what it starts. `env` is added to ours; `options` are
+        Popen's."""
         environment = {**os.environ, **(env or {})}
         if self.real:
             environment["GLOO_SOCKET_IFNAME"] = INTERFACE
             command = ["ip", "netns", "exec", self._name(node), *command]
-        self._started.append(subprocess.Popen(command, env=environment, **options))
+        self._started.append(subprocess.Popen(command, env=environment, start_new_session=True, **options))
         return self._started[-1]
 
     def start_ranks(
@@ -96,11 +98,13 @@ class Nodes:
             if any(codes):
                 break
             if time.monotonic() > end:
-                raise UserError(f"ranks on {self.nodes} nodes took over {limit:g} s; allow them more or ask for less")
+                raise UserError(f"processes on {self.nodes} nodes took over {limit:g} s; allow more, or give less work")
             time.sleep(0.05)
         for number, code in enumerate(codes):
             if code:
-                raise UserError(f"rank {number} ended with status {code}; its own output says why")
+                raise UserError(
+                    f"process {number} on {self.nodes} nodes ended with status {code}; its own output says why"
+                )
 
     def _name(self, node: int | str) -> str:
         return f"rorqual-{os.getpid()}-{node}"
