@@ -145,13 +145,13 @@ def speedrun(tmp_path_factory):
     return out
 
 
-def quick(name, *options):
+def quick(name, *options, **environment):
     done = subprocess.run(
         [sys.executable, str(FOLDER / f"{name}.py"), "--quick", "--json", *map(str, options)],
         capture_output=True,
         text=True,
         check=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
     )
     found = json.loads(done.stdout.splitlines()[-1])
     assert set(found) == KEYS
@@ -190,6 +190,20 @@ def test_quick_run_gives_its_ratio(name, ratio):
 )
 def test_quick_run_with_a_speedrun_gives_its_ratio(name, ratio, speedrun):
     assert quick(name, "--run", speedrun)["ratios"][ratio] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("environment", [{}, {"PATH": "/nowhere"}])
+def test_quick_run_on_nodes_with_and_without_namespaces(environment):
+    found = quick("dispatch", **environment)
+    links = found["figures"]["links"]
+    if environment:
+        assert not links["real"]
+        assert links["how"] == "no namespaces, the command ip is not here: ranks wait before they send"
+    plain, ours = (found["figures"]["contestants"][name] for name in ("plain", "two-hop FP8, overlap"))
+    assert (plain["on_the_wire"] is None) == (not links["real"])
+    assert ours["between_nodes"] < 0.4 * plain["between_nodes"]
+    assert found["ratios"]["step-shaped-links/plain"] > 0
 
 
 @pytest.mark.slow
