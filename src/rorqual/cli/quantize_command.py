@@ -28,7 +28,7 @@ def quantize(
     calibration: Annotated[
         Path | None,
         typer.Option(
-            help="text to calibrate on: .txt, .md, or .jsonl or .parquet with text or messages; gptq and awq take Python's "
+            help="text to calibrate on: .txt, .md, .jsonl or .parquet with text or messages; gptq and awq take Python's "
             "documentation by default"
         ),
     ] = None,

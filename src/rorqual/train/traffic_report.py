@@ -1,4 +1,4 @@
-"""The end of a run of several processes: what they sent in a step, and the pipeline's bubble, beside what is computed."""
+"""The end of a run of several processes: what they sent and the pipeline's bubble, beside what is computed."""
 
 from collections import Counter
 from contextlib import suppress
