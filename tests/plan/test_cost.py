@@ -144,7 +144,7 @@ def test_memory_by_choice():
 @pytest.mark.parametrize("depth", [0, 2])
 def test_active_parameters_by_part(depth):
     """All of V3's, and for each multi-token module a layer, a projection, three norms and the head again."""
-    config = replace(V3, num_nextn_predict_layers=depth)
+    config = ModelConfig.from_dict(V3 | {"num_nextn_predict_layers": depth})
     by_layer, D = active_by_layer(config), config.hidden_size
     module = by_layer[-1] + 2 * D * D + 3 * D + config.vocab_size * D
     assert sum(by_layer) + active_after_layers(config) == parameters(config)[1] + depth * module

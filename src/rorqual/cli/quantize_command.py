@@ -28,8 +28,8 @@ def quantize(
     calibration: Annotated[
         Path | None,
         typer.Option(
-            help="text to calibrate on: .txt, .md, .jsonl or .parquet with text or messages; gptq and awq take Python's "
-            "documentation by default"
+            help="text to calibrate on: .txt, .md, .jsonl or .parquet with text or messages; gptq and awq take "
+            "Python's documentation by default"
         ),
     ] = None,
     heldout: Annotated[

@@ -86,8 +86,8 @@ class Trainer:
         """Convert `model` to `dtype` ("auto": the fastest on its device) in place.
 
         Without `mtp` or `balance` the MTP loss or the load balancing is off. `precision` (a key of PRECISIONS) is that
-        of products; `recompute` and `offload`: see precision/recompute.py. `mesh`: the processes that train together; with
-        pipeline stages, every step has as many `micro_batches`.
+        of products; `recompute` and `offload`: see precision/recompute.py. `mesh`: the processes that train together;
+        with pipeline stages, every step has as many `micro_batches`.
         """
         if precision is not None:
             for line in convert(model, precision).lines():
