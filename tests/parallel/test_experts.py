@@ -79,7 +79,10 @@ def on_ranks(rank, kind, experts, per_node, cases, overlap=True):
 CASES = [("random", 1, 13), ("one rank", 2, 7), ("random", 3, 1)]
 
 
-@pytest.mark.parametrize(("world", "experts", "per_node"), [(4, 4, 2), (4, 2, 4), (8, 8, 4), (4, 4, 1)])
+@pytest.mark.parametrize(
+    ("world", "experts", "per_node"),
+    [(4, 4, 2), *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in [(4, 2, 4), (8, 8, 4), (4, 4, 1)])],
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_outputs_and_gradients_equal_one_process(kind, world, experts, per_node):
     ranks = run(world, on_ranks, kind, experts, per_node, CASES)

@@ -29,23 +29,28 @@ def on_ranks(rank, layout, options, micro):
 
 MUON = {"name": "muon"}
 LAYOUTS = [
+    ({"data": 4}, 2, MUON),
+    ({"data": 4, "experts": 4, "ranks_per_node": 2}, 2, {}),
+    ({"pipeline": 2}, 2, {}),
+    ({"pipeline": 2, "data": 2, "experts": 2}, 1, {}),
+]
+MORE = [
     ({"data": 2}, 4, {}),
     ({"data": 8}, 1, {}),
-    ({"data": 4}, 2, MUON),
     ({"data": 2, "experts": 2}, 4, {}),
     ({"data": 4, "experts": 2}, 2, MUON),
-    ({"data": 4, "experts": 4, "ranks_per_node": 2}, 2, {}),
     ({"data": 4, "experts": 4, "ranks_per_node": 2, "dispatch": "all-to-all"}, 1, {}),
-    ({"pipeline": 2, "schedule": "1f1b"}, 2, {}),
-    ({"pipeline": 2}, 2, MUON),
-    ({"pipeline": 4, "schedule": "zb1p"}, 1, {}),
-    ({"pipeline": 2, "data": 2, "experts": 2}, 1, {}),
-    ({"pipeline": 2, "data": 4, "experts": 4, "ranks_per_node": 2, "schedule": "1f1b"}, 1, {}),
     ({"data": 8, "experts": 8, "ranks_per_node": 4, "overlap": False}, 1, MUON),
+    ({"pipeline": 2, "schedule": "1f1b"}, 2, MUON),
+    ({"pipeline": 4, "schedule": "zb1p"}, 1, {}),
+    ({"pipeline": 2, "data": 4, "experts": 4, "ranks_per_node": 2, "schedule": "1f1b"}, 1, {}),
+    ({"pipeline": 2, "data": 4, "experts": 2, "stages_together": True, "schedule": "zb1p"}, 1, {}),
 ]
 
 
-@pytest.mark.parametrize(("layout", "micro", "options"), LAYOUTS)
+@pytest.mark.parametrize(
+    ("layout", "micro", "options"), [*LAYOUTS, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE)]
+)
 def test_losses_and_weights_equal_one_process(layout, micro, options):
     data, experts, stages = (layout.get(name, 1) for name in ("data", "experts", "pipeline"))
     found = run(data * stages, on_ranks, layout, options, micro)

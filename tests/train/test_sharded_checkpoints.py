@@ -55,7 +55,7 @@ def resume(rank, folder, layout, options, last):
 FOUR = {"data": 4, "experts": 2}
 
 
-@pytest.mark.parametrize("options", [{}, {"moments": "8bit", "name": "muon"}], ids=["float32", "8bit-muon"])
+@pytest.mark.parametrize("options", [{}, pytest.param({"moments": "8bit", "name": "muon"}, marks=pytest.mark.slow)])
 def test_every_number_of_processes_resumes(tmp_path, options):
     straight = run(4, save, tmp_path, FOUR, options)
     expected = whole([{"weights": w} for w in straight[:2]], "weights")
