@@ -110,7 +110,7 @@ def in_v3(tokens: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    args = arguments(__doc__, whole=900)
+    args = arguments(__doc__)
     sizes: dict[str, Any] = {"micro_batches": 4, "sequences": 2, "length": 128, "rounds": 5, "model": MODEL}
     per_node, tokens = PER_NODE, 512
     if args.quick:
