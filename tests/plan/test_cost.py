@@ -4,7 +4,15 @@ import pytest
 import torch
 
 from rorqual.model import ModelConfig, Transformer
-from rorqual.plan.cost import flops_per_token, memory, mtp_flops_per_token, mtp_parameters, parameters
+from rorqual.plan.cost import (
+    active_after_layers,
+    active_by_layer,
+    flops_per_token,
+    memory,
+    mtp_flops_per_token,
+    mtp_parameters,
+    parameters,
+)
 from rorqual.recipe import OptimizerSection
 
 MLA = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
@@ -136,7 +144,7 @@ def test_memory_by_choice():
 @pytest.mark.parametrize("depth", [0, 2])
 def test_active_parameters_by_part(depth):
     """All of V3's, and for each multi-token module a layer, a projection, three norms and the head again."""
-    config = replace(V3, num_nextn_predict_layers=depth)
+    config = ModelConfig.from_dict(V3 | {"num_nextn_predict_layers": depth})
     by_layer, D = active_by_layer(config), config.hidden_size
     module = by_layer[-1] + 2 * D * D + 3 * D + config.vocab_size * D
     assert sum(by_layer) + active_after_layers(config) == parameters(config)[1] + depth * module
