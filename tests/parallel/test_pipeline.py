@@ -1,5 +1,6 @@
 """Pipelines against one process that accumulates over the same micro-batches."""
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -113,12 +114,14 @@ def on_ranks(rank, cases, section):
         pipeline = Pipeline(model, mesh, courier, schedule, MICRO_BATCHES, activations.kept)
         sums, loss = Sums(model), Loss(model)
         own = batches(seed=mesh.data.place)
+        mesh.traffic.sent.clear()
         pipeline.run(own, loss, sums.add)
+        sent = {what: count for (what, _), count in mesh.traffic.sent.items()}
         pipeline.sum_copies(sums.found)
         hidden = pipeline.evaluate(own[:3])
         times = pipeline.measured_times()
         assert sum(times.values()) <= pipeline.busy <= pipeline.last_timeline.length
-        found.append((sums.found, loss.found, pipeline.loads, hidden, list(times), sorted(pipeline.copies)))
+        found.append((sums.found, loss.found, pipeline.loads, hidden, list(times), sorted(pipeline.copies), sent))
     courier.close()
     return found
 
@@ -147,8 +150,21 @@ def test_gradients_are_the_bits_of_one_process(ranks, cases):
             assert all(map(torch.equal, [load for part in parts for load in part[2]], loads))
         assert all(map(torch.equal, parts[last][3], hidden))
         assert all(part[3] is None for rank, part in enumerate(parts) if rank != last)
+        if not options:
+            assert sum((Counter(part[6]) for part in parts), Counter()) == sent_by(schedule, ranks)
         kinds = {kind for part in parts for kind, _ in part[4]}
         assert kinds == {"1f1b": {"F", "B"}, "zb1p": {"F", "I", "W"}, "dualpipev": {"F", "B", "I", "W", "FB"}}[schedule]
+
+
+def sent_by(schedule, ranks):
+    """Bytes in FP32: over every border of two ranks there and back; embeddings where the last stage is elsewhere."""
+    each = sum(batch.inputs.numel() for batch in batches()) * CONFIG.hidden_size * 4
+    hidden = each * (ranks - 1) * (2 if schedule == "dualpipev" else 1)
+    ahead = 0 if schedule == "dualpipev" else 2 * each
+    return +Counter({
+        "hidden states": hidden, "gradients of hidden states": hidden,
+        "embeddings": ahead, "gradients of embeddings": ahead,
+    })  # fmt: skip
 
 
 def test_a_tied_embedding_is_on_two_ranks():
