@@ -114,7 +114,7 @@ def undisturbed(recipe, config, address):
 
 @pytest.mark.parametrize(("number", "kills"), [(signal.SIGKILL, 1), (signal.SIGKILL, 20), (signal.SIGSTOP, 1)])
 def test_workers_that_are_killed_or_hang_change_nothing(tmp_path, model_dir, monkeypatch, number, kills):
-    monkeypatch.setattr(ray_rollouts, "HANG_SECONDS", 60.0)  # a worker takes some of it to start
+    monkeypatch.setattr(ray_rollouts, "HANG_SECONDS", 30.0)
     steps = 3 * kills + 6  # the last rollouts are submitted early: a worker killed then is not missed
     with monkeypatch.context() as patch:
         patch.setattr(rl_run, "ray_fleet", undisturbed)

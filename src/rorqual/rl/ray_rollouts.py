@@ -28,7 +28,8 @@ from rorqual.rl.rollout_worker import RolloutWorker, WorkerSettings, shard_from
 from rorqual.rl.weight_push import push_bytes, to_bytes
 
 MAX_FAILURES = 5  # of workers in a row, without a shard in between
-HANG_SECONDS = 300.0  # without a forward pass; a worker that starts or waits for weights makes none either
+HANG_SECONDS = 300.0  # without a forward pass, of a worker that has started; it may wait for weights
+START_SECONDS = 900.0  # of a worker: for a place in the cluster, and to import PyTorch
 PULSE_SECONDS = 2.0  # between two looks at the workers that are waited for
 START_ATTEMPTS = 3  # a busy machine is too slow for Ray's own limits on its first start
 STORE_BYTES = 128 << 20  # of Ray's object store, beside the weights
@@ -63,7 +64,7 @@ class _Worker:
     actor: Any
     refs: dict[int, Any] = field(default_factory=dict[int, Any])  # step → the shard to come
     pulse: Any = None  # a count of forward passes to come
-    forwards: int = -1
+    forwards: int | None = None  # the last count; None: it has not started yet, as far as is known
     since: float = 0.0  # when the count last changed
 
 
@@ -176,7 +177,8 @@ class RayFleet:
         except errors.RayError as e:
             self._replace(k, _reason(e))
             return
-        self._failures = 0
+        self._failures, worker = 0, self._workers[k]
+        worker.forwards = worker.forwards or 0
         self._tasks[step].results[k] = shard_from(arrays)
 
     def _look_after(self, k: int) -> None:
@@ -191,7 +193,9 @@ class RayFleet:
             worker.pulse = None
             if forwards != worker.forwards:
                 worker.forwards, worker.since = forwards, now
-        if now - worker.since > HANG_SECONDS:
+        if worker.forwards is None and now - worker.since > START_SECONDS:
+            self._replace(k, f"it did not start within {START_SECONDS:g} seconds")
+        elif worker.forwards is not None and now - worker.since > HANG_SECONDS:
             self._replace(k, f"it computed nothing for {HANG_SECONDS:g} seconds")
         elif worker.pulse is None:
             worker.pulse = worker.actor.forwards.options(concurrency_group="pulse").remote()
