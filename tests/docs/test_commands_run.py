@@ -28,6 +28,9 @@ NOT_RUN = {
     "pip install --editable": "make does, in .ci/run",
     "pip wheel": ".ci/wheel.sh does",
     "rorqual import smollm2": "test_commands.py, with what it prints; here models/smollm2 is a tiny model",
+    "rorqual pretrain recipes/cluster-in-a-box.toml": "trains on the pages; tests/train/test_processes.py with less",
+    "rorqual pretrain RECIPE.toml --processes": "tests/train/test_processes.py",
+    "rorqual rl RECIPE.toml --ray": "tests/rl/test_ray_cluster.py",
     "rorqual distill my-distill.toml": "needs a teacher that answers correctly; tests/rl/test_rejection_sampling.py",
 }
 SHORT_EVAL = "--problems 2 --samples 1 --max-tokens 8"
@@ -35,9 +38,9 @@ SHORT_RL = "eval_every=0 grpo.group_size=2 grpo.questions_per_step=2 grpo.max_to
 # The beginning of a command, and what is added so that it takes seconds: the last of two equal options counts.
 RUN = {
     "rorqual speedrun": "--minutes 0.5",
-    "rorqual pretrain": "tokenizer.vocab_size=300 data.sequence_length=32 train.seconds=3 train.batch_ramp=[2,0.1]",
+    "rorqual pretrain recipes/pretrain-tiny.toml": "tokenizer.vocab_size=300 data.sequence_length=32 train.seconds=3 "
+    "train.batch_ramp=[2,0.1]",
     "rorqual sft": "train.epochs=1 data.sequence_length=64",
-    "rorqual rl recipes/r1-zero-smollm2.toml --dry-run": "",
     "rorqual rl recipes/r1-zero-smollm2.toml": f"seconds=3 {SHORT_RL}",
     "rorqual rl my-rl.toml": f"steps=1 {SHORT_RL}",
     "rorqual eval": SHORT_EVAL,

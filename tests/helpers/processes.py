@@ -59,6 +59,7 @@ def _enter(rank: int, world: int, folder: str, to: Connection, function: Callabl
     try:
         store = dist.FileStore(str(Path(folder) / "store"), world)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+        dist.barrier()  # or one that ends at once would be gone before others have found it
         _send(to, (True, function(rank, *arguments)))
     except BaseException:
         _send(to, (False, traceback.format_exc()))

@@ -19,7 +19,9 @@ from rorqual import files
 from rorqual.checkpoint.huggingface import load_model
 from rorqual.errors import UserError
 from rorqual.train import checkpoints as checkpoints_module
+from rorqual.train import objective
 from rorqual.train.interrupts import Stopped, StopSignals
+from rorqual.train.objective import Objective
 from rorqual.train.run_folder import to_toml
 from rorqual.train.trainer import Trainer
 from rorqual.train.training_run import TrainingRun, pretrain
@@ -163,15 +165,24 @@ def test_sigterm_to_a_process(make_recipe, tmp_path, child_environment):
     assert state["step"] == metrics_of(recipe.run_dir)[-1]["step"]
 
 
-def test_three_steps_that_are_not_finite_stop_the_run(make_recipe, monkeypatch, capsys):
-    recipe = make_recipe(train__save_every=2)
-    real = Trainer._losses
+def spoil_losses(monkeypatch, factor, steps):
+    """Multiply the losses of these steps, counted from 0."""
+    real, cross_entropy, objectives = Objective.losses, objective.linear_cross_entropy, []
 
     def losses(self, *args):
-        parts, routing = real(self, *args)
-        return [p * float("nan") if self.steps in (2, 5, 6, 7) else p for p in parts], routing
+        if self not in objectives:  # each step has one
+            objectives.append(self)
+        with monkeypatch.context() as patch:
+            if len(objectives) - 1 in steps:
+                patch.setattr(objective, "linear_cross_entropy", lambda *a: cross_entropy(*a) * factor)
+            return real(self, *args)
 
-    monkeypatch.setattr(Trainer, "_losses", losses)
+    monkeypatch.setattr(Objective, "losses", losses)
+
+
+def test_three_steps_that_are_not_finite_stop_the_run(make_recipe, monkeypatch, capsys):
+    recipe = make_recipe(train__save_every=2)
+    spoil_losses(monkeypatch, float("nan"), {2, 5, 6, 7})
     with pytest.raises(UserError, match=r"3 steps in a row .* at step 8 with the last good checkpoint kept; lower"):
         pretrain(recipe)
     lines = metrics_of(recipe.run_dir)
@@ -186,13 +197,7 @@ def test_three_steps_that_are_not_finite_stop_the_run(make_recipe, monkeypatch, 
 
 def test_skipped_steps_push_no_good_checkpoint_out(make_recipe, monkeypatch):
     recipe = make_recipe(train__save_every=1, train__keep=1)
-    real = Trainer._losses
-
-    def losses(self, *args):
-        parts, routing = real(self, *args)
-        return [p * float("inf") if self.steps >= 5 else p for p in parts], routing
-
-    monkeypatch.setattr(Trainer, "_losses", losses)
+    spoil_losses(monkeypatch, float("inf"), range(5, 100))
     with pytest.raises(UserError, match="3 steps in a row"):
         pretrain(recipe)
     assert {p.name for p in recipe.run_dir.glob("checkpoints/*")} >= {"step-5"}
