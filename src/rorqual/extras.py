@@ -11,6 +11,7 @@ EXTRAS = {
     "report": ("matplotlib",),
     "data": ("datasets", "pyarrow"),
     "track": ("trackio",),
+    "cluster": ("ray",),
 }
 
 
