@@ -156,13 +156,20 @@ def serve(
         int,
         typer.Option(callback=within(0, 4096), help="copies of busy experts a layer, with --experts; placed by load"),
     ] = 0,
+    replicas: Annotated[
+        int,
+        typer.Option(
+            callback=within(1, 4096),
+            help="engines behind this address (Ray Serve); requests go where their prefix is cached",
+        ),
+    ] = 1,
     page: Annotated[bool, typer.Option(help="serve a chat page at /")] = True,
 ) -> None:
     """OpenAI-compatible server (with DeepSeek's reasoning_content); SIGTERM finishes accepted requests, then exits."""
     from rorqual.cli.terminal import loading
     from rorqual.engine import Engine
     from rorqual.engine.generation_defaults import default_sampling
-    from rorqual.serve.server import bind, check_address, check_origins, read_keys
+    from rorqual.serve.server import bind, check_address, check_origins, read_keys, serve_replicas
     from rorqual.serve.server import serve as run
     from rorqual.serve.service import Options
 
@@ -174,6 +181,8 @@ def serve(
     origins = check_origins(allow_origin or ())
     bits, method, computed = check_weights(weights), check_speculative(speculative), check_dtype(dtype, device)
     directory = find_model(model)
+    if experts > 1 and replicas > 1:
+        raise UserError(f"--experts {experts} with --replicas {replicas}: give one of the two")
     if experts == 1 and redundant_experts:
         raise UserError(f"--redundant-experts {redundant_experts}: is for --experts 2 or more; leave it out")
     sampling = default_sampling(directory)
@@ -184,6 +193,9 @@ def serve(
         "kv_cache_dtype": cache_dtype,
     }  # fmt: skip
     options = Options(name or served_name(Path(model)), keys, max_queue, timeout, host=host, origins=origins)
+    if replicas > 1:
+        serve_replicas(directory, replicas, arguments, sampling, options, listening)
+        return
     with contextlib.ExitStack() as ends:
         with loading(directory):
             if experts == 1:

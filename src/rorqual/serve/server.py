@@ -9,11 +9,14 @@ import signal
 import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from rorqual.engine import Engine, SamplingParams
 from rorqual.errors import UserError
+from rorqual.extras import require
 from rorqual.files import read_text
 from rorqual.serve.app import build_app
 from rorqual.serve.middleware import PORTS, is_loopback
@@ -105,9 +108,7 @@ def serve(
 
     default_params: sampling parameters where a request gives none. Raises UserError if the KV cache is too small.
     """
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    for name in ("uvicorn.error", "httpx"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    _log_to_stderr()
     service = ModelService(engine, default_params, options)
     if service.context < MIN_CONTEXT:
         raise UserError(
@@ -120,15 +121,41 @@ def serve(
         from rorqual.serve.chat_page import add_page
 
         add_page(app, service)
+    _run(app, options, listening, f"context of {service.context} tokens", app.state.leaving)
+
+
+def serve_replicas(
+    model: Path, count: int, arguments: dict[str, Any], default_params: SamplingParams, options: Options,
+    listening: socket.socket,
+) -> None:  # fmt: skip
+    """As `serve`, with `count` engines on Ray Serve. arguments: Engine's. Raises UserError where they don't start."""
+    require("cluster", "ray")
+    from rorqual.serve.front import build_front
+    from rorqual.serve.replicas import replicas
+
+    _log_to_stderr()
+    with replicas(model, count, arguments, default_params, options) as handle:
+        _run(build_front(handle, count, options), options, listening, f"{count} replicas", [])
+
+
+def _log_to_stderr() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    for name in ("uvicorn.error", "httpx"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def _run(
+    app: ASGIApp, options: Options, listening: socket.socket, what: str, leaving: list[Callable[[], None]]
+) -> None:
     host, port = listening.getsockname()[:2]
     address = f"[{host}]" if ":" in host else host
-    log.info("%s at http://%s:%d/v1, context of %d tokens", options.name, address, port, service.context)
+    log.info("%s at http://%s:%d/v1, %s", options.name, address, port, what)
     server = Server(
         uvicorn.Config(
             app, log_config=None, access_log=False, server_header=False, timeout_keep_alive=KEEP_ALIVE,
             timeout_graceful_shutdown=math.ceil(options.timeout + 2 * READ_SECONDS),
         ),
-        app.state.leaving,
+        leaving,
     )  # fmt: skip
     for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn re-raises them on exit: not status 0
         signal.signal(number, lambda *_: setattr(server, "should_exit", True))
