@@ -186,8 +186,8 @@ def round_activations(x: Float[Tensor, "M K"], format: Format) -> Float32[Tensor
     size, max_q, min_abs = GROUP * (ACTIVATION_GROUPS if format == "int8" else 1), 127, 2.0**-121
     if format == "int8" and cpu.has_matrix_unit():
         size, max_q, min_abs = K, 32512, 2.0**-113
-    groups = F.pad(x.float(), (0, -K % size)).view(M, -1, size)
+    groups = F.pad(x.float(), (0, -K % size)).view(M, -(-K // size), size)
     largest = groups.abs().amax(-1, keepdim=True)
     scale = largest / max_q
     rounded = torch.where(largest >= min_abs, groups / scale, 0.0 * groups).round()  # below, 1/scale would be infinite
-    return (rounded * scale).view(M, -1)[:, :K]
+    return (rounded * scale).flatten(1)[:, :K]
