@@ -195,7 +195,7 @@ def test_quick_run_with_a_speedrun_gives_its_ratio(name, ratio, speedrun):
 @pytest.mark.slow
 @pytest.mark.parametrize("environment", [{}, {"PATH": "/nowhere"}])
 def test_quick_run_on_nodes_with_and_without_namespaces(environment):
-    found = quick("dispatch", **environment)
+    found = quick("dispatch", "--limit", 1500, **environment)
     links = found["figures"]["links"]
     if environment:
         assert not links["real"]
