@@ -150,6 +150,18 @@ def test_an_engine_that_fails_says_so_and_goes_on(start, monkeypatch):
     assert httpx.post(server.url + "/v1/completions", json=LONG | {"max_tokens": 3}).status_code == 200
 
 
+def test_an_engine_that_cannot_go_on_refuses_requests(start, monkeypatch):
+    server = start()
+    monkeypatch.setattr(server.service.engine, "step", lambda *_: 1 / 0)
+    monkeypatch.setattr(server.service.engine, "reset", lambda: 1 / 0)
+    assert httpx.post(server.url + "/v1/completions", json=LONG).status_code == 500
+    until = time.monotonic() + 60
+    while httpx.get(server.url + "/health").status_code != 503:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    assert httpx.post(server.url + "/v1/completions", json=LONG).status_code == 503
+
+
 def test_a_request_that_the_engine_cannot_take_concerns_nobody_else(start, monkeypatch):
     server = start()
     submit = server.service.engine.submit

@@ -43,10 +43,17 @@ class Front:
             await _lifespan(receive, send)
             return
         body = await _body(receive)
+        begun = False
+
+        async def tracking_send(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
         own = {"/health": self._health, "/metrics": self._metrics}.get(scope["path"])
-        work = self._pass_on(scope, body, send) if own is None else own(_carried(scope))
+        work = self._pass_on(scope, body, tracking_send) if own is None else own(_carried(scope))
         response = await cancel_on_disconnect(receive, work)
-        if isinstance(response, Response):
+        if isinstance(response, Response) and not begun:  # a server also says "disconnect" after the answer's end
             await response(scope, receive, send)
 
     async def _pass_on(self, scope: Scope, body: bytes, send: Send) -> Response | None:

@@ -31,6 +31,8 @@ from rorqual.serve.service import ModelService, Options
 
 APPLICATION = "rorqual"
 HEALTH_SECONDS = 2.0  # between two checks; a replica whose process ends is noticed at once
+# No reports to Ray's makers; replicas with the priority of other processes, not the lowest.
+RAY_SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
 NAME_HEADER = b"x-replica"
 NO_LIMIT = 1_000_000  # the engine itself limits the requests of a replica (429)
 
@@ -139,7 +141,8 @@ def replicas(
     threads = max(1, (os.cpu_count() or 1) // count)
     environment = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(threads)}  # Ray's default is 1
     actor = {"num_cpus": 0, "num_gpus": int(gpu), "runtime_env": {"env_vars": environment}}
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    for name, value in RAY_SETTINGS.items():
+        os.environ.setdefault(name, value)
     ray.init(namespace=APPLICATION, include_dashboard=False, log_to_driver=False, configure_logging=False)
     try:
         serve.start(proxy_location="Disabled")
