@@ -27,7 +27,6 @@ class Trip(Generic[T]):
 
     courier: "Courier"
     future: Future[T]
-    stream_event: Any = None
 
     def result(self) -> T:
         return self.courier.wait(self)
@@ -121,7 +120,6 @@ class _Turns:
         self._changed = threading.Condition()
         self._turn = 0
         self._running = [True, True]
-        self._second: int | None = None  # identity of the second thread
 
     def run(self, first: Callable[[], T], second: Callable[[], U]) -> tuple[T, U]:
         found: list[Any] = [None, None]
@@ -131,7 +129,6 @@ class _Turns:
         def lane(number: int, work: Callable[[], Any]) -> None:
             try:
                 if number:
-                    self._second = threading.get_ident()
                     self._wait_for(number)
                 with torch.set_grad_enabled(grad):
                     found[number] = work()
@@ -153,8 +150,8 @@ class _Turns:
 
     def switch(self) -> None:
         """Let the other function go on, and return when it waits in its turn or has ended."""
-        number = int(threading.get_ident() == self._second)
         with self._changed:
+            number = self._turn  # the caller's, also where autograd runs a GPU's backward pass in a thread of its own
             if not self._running[1 - number]:
                 return
             self._turn = 1 - number

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
-import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
@@ -95,7 +94,7 @@ def build_mesh(section: ParallelSection, device: str = "cpu") -> Mesh:
         return single(section)
     timeout = timedelta(seconds=section.timeout)
     if not dist.is_initialized():
-        _join("nccl" if device == "cuda" else "gloo", timeout)
+        _join("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout)
     rank, world = dist.get_rank(), dist.get_world_size()
     if world != section.processes:
         raise UserError(
@@ -145,10 +144,3 @@ def _join(backend: str, timeout: timedelta) -> None:
 def _split(mesh: DeviceMesh, name: str, sizes: Sequence[int], names: Sequence[str]) -> DeviceMesh:
     """The mesh with one dimension cut into several."""
     return mesh._unflatten(name, tuple(sizes), tuple(names))  # pyright: ignore[reportPrivateUsage] -- not public yet
-
-
-def device_of(rank: int) -> torch.device:
-    """Of a rank of this machine: its GPU, or the CPU where there is none."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank)) % torch.cuda.device_count())
