@@ -146,11 +146,12 @@ def replicas(
     ray.init(namespace=APPLICATION, include_dashboard=False, log_to_driver=False, configure_logging=False)
     try:
         serve.start(proxy_location="Disabled")
-        deployment = serve.deployment(Replica).options(
+        routing: dict[str, Any] = {"request_router_class": router}  # Ray's own annotation of it is a dictionary
+        deployment = serve.deployment(
             num_replicas=count, max_ongoing_requests=NO_LIMIT, ray_actor_options=actor,
-            request_router_config=RequestRouterConfig(request_router_class=router),
+            request_router_config=RequestRouterConfig(**routing),
             health_check_period_s=HEALTH_SECONDS, graceful_shutdown_timeout_s=HEALTH_SECONDS,
-        )  # fmt: skip
+        )(Replica)  # fmt: skip
         inside = replace(options, host="127.0.0.1")  # of the front alone
         bound = deployment.bind(str(model.resolve()), arguments, sampling, inside)
         try:
