@@ -99,6 +99,11 @@ class Recipe(Section):
                 raise ValueError(
                     f"{field} = {value!r} with train.compile: torch.compile does not take it; leave one of them out"
                 )
+        parallel: ParallelSection | None = getattr(self, "parallel", None)
+        if train is not None and train.compile and parallel is not None and parallel.processes > 1:
+            raise ValueError(
+                "parallel with train.compile: torch.compile does not take what processes send each other; leave one out"
+            )
         return self
 
 

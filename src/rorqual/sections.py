@@ -213,7 +213,7 @@ class ParallelSection(Section):
 
     pipeline: Size = 1  # ranks that share the layers
     data: Size = 1  # ranks of a stage with sequences of their own
-    context: Size = 1  # ranks that share a sequence
+    context: Size = 1  # ranks that share a sequence, of a multiple of 2 · context tokens
     experts: Size = 1  # ranks that share the routed experts of a layer; divides data · context
     stages_together: bool = False  # all stages of a place on neighbouring ranks, so that nodes share the experts
     ranks_per_node: Size | None = None  # links within a node are fast; None: those of one machine
@@ -222,12 +222,6 @@ class ParallelSection(Section):
     overlap: bool = True  # tokens travel while other work is computed
     timeout: Positive = 600.0  # seconds until a collective that hangs ends the run
     restarts: int = Field(default=3, ge=0, lt=1 << 20)  # from the newest checkpoint, after a process has died
-
-    @model_validator(mode="after")
-    def _context(self) -> "ParallelSection":
-        if self.context > 1:
-            raise ValueError(f"context = {self.context}: ranks cannot share a sequence yet; make it 1 and raise data")
-        return self
 
     @property
     def processes(self) -> int:

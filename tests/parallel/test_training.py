@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from helpers.processes import run
-from helpers.training import part, rows_of, trainer_of, whole
+from helpers.training import T, part, rows_of, trainer_of, whole
+from rorqual.parallel import context
 from rorqual.parallel.mesh import build_mesh
 from rorqual.sections import ParallelSection
+from rorqual.train.traffic_report import traffic
 
 STEPS, ROWS = 20, 8  # rows of a step
 
@@ -20,11 +22,12 @@ def on_ranks(rank, layout, options, micro):
     size = ROWS // mesh.data.size
     trainer = trainer_of(mesh, size // micro, **options)
     own = [slice(i, i + micro) for i in range(size * mesh.data.place, size * (mesh.data.place + 1), micro)]
-    steps = train(trainer, lambda batch: [part(batch, rows) for rows in own])
+    steps = train(trainer, lambda batch: [context.part(part(batch, rows), mesh.context) for rows in own])
     weights = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
     biases = {n: b.clone() for n, b in trainer.model.named_buffers()}
     same = (mesh.pipeline.place, mesh.experts.place)  # ranks that hold the same
-    return [m.to_dict() for m in steps], weights, biases, same, trainer.optimizer.state_bytes().moments
+    sent = traffic(trainer, ROWS * T, STEPS)["bytes_a_step"]
+    return [m.to_dict() for m in steps], weights, biases, same, trainer.optimizer.state_bytes().moments, sent
 
 
 MUON = {"name": "muon"}
@@ -33,6 +36,7 @@ LAYOUTS = [
     ({"data": 4, "experts": 4, "ranks_per_node": 2}, 2, {}),
     ({"pipeline": 2}, 2, {}),
     ({"pipeline": 2, "data": 2, "experts": 2}, 1, {}),
+    ({"context": 2, "data": 2, "experts": 4}, 2, {}),
 ]
 MORE = [
     ({"data": 2}, 4, {}),
@@ -45,6 +49,9 @@ MORE = [
     ({"pipeline": 4, "schedule": "zb1p"}, 1, {}),
     ({"pipeline": 2, "data": 4, "experts": 4, "ranks_per_node": 2, "schedule": "1f1b"}, 1, {}),
     ({"pipeline": 2, "data": 4, "experts": 2, "stages_together": True, "schedule": "zb1p"}, 1, {}),
+    ({"context": 3}, 8, MUON),
+    ({"pipeline": 2, "context": 2, "experts": 2}, 2, {"recompute": "v3"}),
+    ({"pipeline": 2, "context": 2, "data": 2}, 1, {"recompute": "full"}),
 ]
 
 
@@ -52,11 +59,13 @@ MORE = [
     ("layout", "micro", "options"), [*LAYOUTS, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE)]
 )
 def test_losses_and_weights_equal_one_process(layout, micro, options):
-    data, experts, stages = (layout.get(name, 1) for name in ("data", "experts", "pipeline"))
-    found = run(data * stages, on_ranks, layout, options, micro)
+    data, contexts, experts, stages = (layout.get(name, 1) for name in ("data", "context", "experts", "pipeline"))
+    places = data * contexts
+    found = run(places * stages, on_ranks, layout, options, micro)
     alone = trainer_of(**options)
     expected = train(alone, lambda batch: [part(batch, slice(i, i + micro)) for i in range(0, ROWS, micro)])
-    ours = whole([rank for stage in range(stages) for rank in found[stage * data :][:experts]], 1)
+    stride = (1, stages) if layout.get("stages_together") else (places, 1)  # of a stage, of a place
+    ours = whole([found[stage * stride[0] + p * stride[1]] for stage in range(stages) for p in range(experts)], 1)
     theirs = dict(alone.model.named_parameters())
     assert ours.keys() == theirs.keys()
     for metrics, right in zip(found[0][0], expected, strict=True):
@@ -65,7 +74,7 @@ def test_losses_and_weights_equal_one_process(layout, micro, options):
         assert metrics["grad_norm"] == pytest.approx(right.grad_norm, rel=1e-4)
         assert metrics["max_vio_per_layer"] == pytest.approx(right.max_vio_per_layer)
     # Gradients are added in the same order.
-    exact = experts == 1 and (data == 1 or micro * data == ROWS)
+    exact = experts == contexts == 1 and (data == 1 or micro * data == ROWS)
     for name, weight in theirs.items():
         if exact:
             assert torch.equal(ours[name], weight), name
@@ -77,3 +86,6 @@ def test_losses_and_weights_equal_one_process(layout, micro, options):
             assert all(torch.equal(found[0][1][name], w) for name, w in rank[1].items())
     moments = sum(rank[4] for rank in found)  # each is kept once
     assert moments == alone.optimizer.state_bytes().moments
+    exchanged = [row for what, row in found[0][5].items() if "keys and values" in what]
+    assert len(exchanged) == (0 if contexts == 1 else 2)
+    assert all(row["counted"] == row["computed"] for row in exchanged)

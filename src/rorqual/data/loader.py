@@ -40,6 +40,20 @@ class Batch:
         causal = torch.ones(length, length, dtype=torch.bool, device=self.documents.device).tril()
         return ((self.documents[:, :, None] == self.documents[:, None, :]) & causal)[:, None]
 
+    def following(self, depth: int) -> Tensor:
+        """The tokens [B, T] that come `depth` after the inputs; anything past the end."""
+        return self.inputs.roll(-depth, dims=1)
+
+    def ahead(self, depth: int) -> tuple[Tensor, Tensor]:
+        """Targets and weights [B, T], `depth` tokens after the next; weight 0 past the end or in another document."""
+        if not depth:
+            return self.targets, self.weights
+        targets, weights = self.targets.roll(-depth, dims=1), self.weights.roll(-depth, dims=1)
+        weights[:, -depth:] = 0
+        if self.documents is not None:
+            weights = weights * (self.documents == self.documents.roll(-depth, dims=1))
+        return targets, weights
+
 
 class PackedDataset:
     """Documents packed into rows of T + 1 tokens.

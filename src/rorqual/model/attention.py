@@ -158,7 +158,7 @@ class GroupedQueryAttention(nn.Module):
         k = apply_rotary(self.k_proj(x).unflatten(-1, (self.G, self.W)), table, self.interleave)
         v = self.v_proj(x).unflatten(-1, (self.G, self.W))
         if cache is None:
-            heads = attend(q, k, v, mask, self.scale)
+            heads = self.expanded(q, k, v, mask)
         else:
             views = cache.append(self.layer, k, v)
             heads = concatenate([self.attend_cached(q[:, p.tokens], p) for p in views])
@@ -167,4 +167,10 @@ class GroupedQueryAttention(nn.Module):
     def attend_cached(self, q: Float[Tensor, "1 T H W"], view: CacheView) -> Float[Tensor, "1 T H W"]:
         if isinstance(view, DecodeView):
             return grouped_attention(q[0], view.a, view.b, view.tables, view.lengths, self.scale).unsqueeze(0)
-        return attend(q, view.a, view.b, None, self.scale)
+        return self.expanded(q, view.a, view.b, None)
+
+    def expanded(
+        self, q: Float[Tensor, "B T H W"], k: Float[Tensor, "B S G W"], v: Float[Tensor, "B S G W"], mask: Mask
+    ) -> Float[Tensor, "B T H W"]:
+        """Training and prefill."""
+        return attend(q, k, v, mask, self.scale)

@@ -145,18 +145,18 @@ class MixtureOfExperts(nn.Module):
         weights, chosen, scores = self.gate(flat)
         out, load = self.dispatcher(self.experts, flat, weights, chosen, self.shared_experts)
         if routing is not None:
-            routing.append(Routing(load, sequence_balance_loss(scores, chosen, x.shape[0])))
+            frequency = self.frequency(chosen.view(x.shape[0], -1), scores.shape[1])
+            routing.append(Routing(load, sequence_balance_loss(scores, frequency)))
         return out.view_as(x)
 
+    def frequency(self, chosen: Int[Tensor, "B choices"], experts: int) -> Float[Tensor, "B E"]:
+        """How often each expert is chosen in each sequence; 1 where all are chosen alike (V3 eq. 18)."""
+        counts = torch.zeros(len(chosen), experts, device=chosen.device)
+        counts.scatter_add_(1, chosen, torch.ones_like(chosen, dtype=counts.dtype))
+        return counts * (experts / chosen.shape[1])  # f = E/(K·T) · count
 
-def sequence_balance_loss(
-    scores: Float[Tensor, "N E"], chosen: Int[Tensor, "N K"], sequences: int
-) -> Float[Tensor, ""]:
-    """Σ_e f_e·P_e averaged over sequences (V3 eq. 17–20); N = sequences · T."""
-    E = scores.shape[1]
-    shares = torch.unflatten(scores / scores.sum(-1, keepdim=True), 0, (sequences, -1)).mean(1)  # P [B, E]
-    counts = torch.zeros(sequences, E, device=scores.device)
-    rows = chosen.view(sequences, -1)
-    counts.scatter_add_(1, rows, torch.ones_like(rows, dtype=counts.dtype))
-    frequency = counts * (E / rows.shape[1])  # f = E/(K·T) · count
+
+def sequence_balance_loss(scores: Float[Tensor, "N E"], frequency: Float[Tensor, "B E"]) -> Float[Tensor, ""]:
+    """Σ_e f_e·P_e averaged over sequences (V3 eq. 17–20); N = B · T."""
+    shares = torch.unflatten(scores / scores.sum(-1, keepdim=True), 0, (len(frequency), -1)).mean(1)  # P [B, E]
     return (frequency * shares).sum(1).mean()

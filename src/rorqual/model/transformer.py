@@ -3,7 +3,7 @@
 B batch, T tokens, D hidden, V vocabulary.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -187,15 +187,17 @@ class Transformer(nn.Module):
         positions: Int[Tensor, "#B T"] | None = None,
         mask: Mask = None,
         routing: list[Routing] | None = None,
+        following: Sequence[Int[Tensor, "B T"]] | None = None,
     ) -> list[Float[Tensor, "B T D"]]:
         """Hidden states of every multi-token depth k = 0, 1, …, whose position i predicts token i+2+k.
 
-        The last k+1 positions of depth k lack their input token and must carry no loss.
+        `following`: each depth's input tokens, those k+1 after `tokens`, where `tokens` are not whole sequences. The
+        last k+1 positions of a sequence lack theirs and must carry no loss.
         """
         table = self._rope_table(tokens, positions, hidden.dtype)
         states: list[Tensor] = []
-        for module in self.mtp_modules:
-            tokens = tokens.roll(-1, dims=1)
+        for depth, module in enumerate(self.mtp_modules):
+            tokens = tokens.roll(-1, dims=1) if following is None else following[depth]
             hidden = module(hidden, self.model.embed_tokens(tokens), table, mask, None, routing)
             states.append(hidden)
         return states

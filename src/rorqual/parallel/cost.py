@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rorqual.model import ModelConfig
 from rorqual.model.moe import Router
+from rorqual.parallel.context import KEYS
 from rorqual.parallel.data import is_expert
 from rorqual.parallel.group import Group, Link
 from rorqual.parallel.mesh import Mesh
@@ -38,6 +39,23 @@ def dispatch_bytes(config: ModelConfig, mesh: Mesh, tokens: int, itemsize: int, 
             each = number / group.size / len(chosen) * tokens * layers
             found["dispatch", link] += round(each * there)
             found["combine", link] += round(each * back)
+    return found
+
+
+def context_bytes(config: ModelConfig, mesh: Mesh, tokens: int, itemsize: int, layers: int, again: bool) -> Bytes:
+    """Of keys and values to the ranks that share a sequence, and of their gradients, in a training step.
+
+    As in `dispatch_bytes`, but of all layers of this rank; again: attention runs twice.
+    """
+    if config.is_mla:
+        width = config.mla.kv_lora_rank + config.mla.qk_rope_head_dim
+    else:
+        width = 2 * config.gqa.num_key_value_heads * config.gqa.head_dim
+    once = tokens * layers * width * itemsize
+    found: Bytes = Counter()
+    for link, share in _shares(mesh.context).items():
+        found[KEYS, link] += share * once * (2 if again else 1)
+        found[f"gradients of {KEYS}", link] += share * once
     return found
 
 

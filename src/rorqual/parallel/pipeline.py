@@ -113,11 +113,11 @@ class _Work:
 
     def _embedded(self, batch: Batch) -> list[Tensor]:
         """The first layer's input; and, where the last stage needs them, that of each multi-token module."""
-        embedding, tokens = self.model.model.embed_tokens, batch.inputs
-        found = [embedding(tokens)]
+        embedding = self.model.model.embed_tokens
+        found = [embedding(batch.inputs)]
         if self.flow.embeddings:
             depths = range(1, 1 + self.model.config.num_nextn_predict_layers)
-            found.append(torch.stack([embedding(tokens.roll(-depth, dims=1)) for depth in depths]))
+            found.append(torch.stack([embedding(batch.following(depth)) for depth in depths]))
         return found
 
 

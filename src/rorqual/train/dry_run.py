@@ -2,6 +2,7 @@
 
 from rorqual.data.tokenizer import load_tokenizer
 from rorqual.model import ModelConfig
+from rorqual.parallel.context import check_pieces
 from rorqual.plan.estimate import Plan, predict
 from rorqual.recipe import PretrainRecipe, SFTRecipe
 from rorqual.train.build_model import check_length, check_model, model_config, set_threads, tokenizer_of
@@ -12,6 +13,7 @@ def dry_run(recipe: PretrainRecipe | SFTRecipe) -> Plan:
     set_threads(recipe.train)
     check_model(recipe.model)
     check_length(recipe.model, recipe.data)
+    check_pieces(recipe.data.sequence_length, recipe.parallel.context)
     return predict(recipe_config(recipe), recipe)
 
 

@@ -32,10 +32,11 @@ class Objective:
         model, mask = self.model, batch.attention_mask
         states = [hidden]
         if len(self.totals) > 1:
-            states += model.mtp_hidden_states(hidden, batch.inputs, batch.positions, mask, routing)
+            following = [batch.following(depth) for depth in range(1, len(self.sums))]
+            states += model.mtp_hidden_states(hidden, batch.inputs, batch.positions, mask, routing, following)
         parts: list[Tensor] = []
-        for ahead, (state, total) in enumerate(zip(states, self.totals, strict=True)):
-            targets, weights = shifted(batch, ahead)
+        for depth, (state, total) in enumerate(zip(states, self.totals, strict=True)):
+            targets, weights = batch.ahead(depth)
             share = (weights / total).flatten()
             parts.append(linear_cross_entropy(state.flatten(0, 1), model.head_weight, targets.flatten(), share))
         loss = parts[0]
@@ -55,14 +56,3 @@ class Objective:
     def _checked(self, loss: Tensor) -> Tensor:
         self.finite = self.finite and bool(torch.isfinite(loss.detach()))
         return loss
-
-
-def shifted(batch: Batch, ahead: int) -> tuple[Tensor, Tensor]:
-    """Targets and weights [B, T], `ahead` tokens after the next one; weight 0 past the end or in another document."""
-    if not ahead:
-        return batch.targets, batch.weights
-    targets, weights = batch.targets.roll(-ahead, dims=1), batch.weights.roll(-ahead, dims=1)
-    weights[:, -ahead:] = 0
-    if batch.documents is not None:
-        weights = weights * (batch.documents == batch.documents.roll(-ahead, dims=1))
-    return targets, weights

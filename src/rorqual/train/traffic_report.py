@@ -9,7 +9,9 @@ import torch
 
 from rorqual.extras import MissingExtra
 from rorqual.model.moe import MixtureOfExperts
-from rorqual.parallel.cost import dispatch_bytes, sharding_bytes, stage_bytes
+from rorqual.model.transformer import Block
+from rorqual.parallel.context import KEYS
+from rorqual.parallel.cost import context_bytes, dispatch_bytes, sharding_bytes, stage_bytes
 from rorqual.parallel.draw import draw
 from rorqual.parallel.parcels import EMBEDDINGS, HIDDEN
 from rorqual.parallel.simulate import Timeline, Times, simulate
@@ -17,7 +19,7 @@ from rorqual.plan.traffic import Link
 from rorqual.train.trainer import Trainer
 
 PIPELINE = (HIDDEN, EMBEDDINGS, f"gradients of {HIDDEN}", f"gradients of {EMBEDDINGS}")
-SHOWN = ("dispatch", "combine", *PIPELINE, "gradients", "weights")
+SHOWN = ("dispatch", "combine", KEYS, f"gradients of {KEYS}", *PIPELINE, "gradients", "weights")
 LINKS: tuple[Link, ...] = ("between nodes", "within a node")
 
 
@@ -27,13 +29,16 @@ def traffic(trainer: Trainer, tokens: int, steps: int) -> dict[str, Any]:
     tokens: of all ranks in a step; steps: of this process, over which bytes were counted.
     """
     mesh, model = trainer.mesh, trainer.model
-    layers = sum(isinstance(getattr(m, "mlp", None), MixtureOfExperts) for m in model.model.layers)
+    blocks = [module for module in model.model.layers if isinstance(module, Block)]  # of this stage
+    mixtures = sum(isinstance(block.mlp, MixtureOfExperts) for block in blocks)
     own = tokens // (mesh.data.size * mesh.context.size)
     expected: Counter[tuple[str, Link]] = Counter(sharding_bytes(mesh, trainer.optimizer.parameters))
     itemsize = trainer.dtype.itemsize
     if trainer.pipeline is not None:
         expected += stage_bytes(mesh, trainer.pipeline.flow, own * model.config.hidden_size * itemsize)
-    expected += dispatch_bytes(model.config, mesh, own, itemsize, layers, trainer.recompute == "full")
+    expected += dispatch_bytes(model.config, mesh, own, itemsize, mixtures, trainer.recompute == "full")
+    again = trainer.recompute == "full" or (trainer.recompute == "v3" and model.config.is_mla)
+    expected += context_bytes(model.config, mesh, own, itemsize, len(blocks), again)
     keys: list[tuple[str, Link]] = [(what, link) for what in SHOWN for link in LINKS]
     rows = torch.tensor([[mesh.traffic.sent[key] / max(steps, 1), expected[key]] for key in keys], dtype=torch.float64)
     total = mesh.world.sum(rows, "report").tolist()

@@ -18,6 +18,7 @@ from rorqual.kernels.cross_entropy import linear_cross_entropy
 from rorqual.kernels.dtypes import compute_dtype
 from rorqual.model import Transformer
 from rorqual.model.moe import MixtureOfExperts, Routing
+from rorqual.parallel.context import part, share_sequences
 from rorqual.parallel.courier import Courier
 from rorqual.parallel.data import Slice
 from rorqual.parallel.experts import spread_experts
@@ -31,7 +32,7 @@ from rorqual.recipe import BalanceSection, MTPSection, OptimizerSection, Schedul
 from rorqual.train.balance import max_violations, update_correction_bias
 from rorqual.train.compile import compiled
 from rorqual.train.ema import EMA
-from rorqual.train.objective import Objective, shifted
+from rorqual.train.objective import Objective
 from rorqual.train.optimizer import Optimizer
 from rorqual.train.rng import load_rng_tensors, rng_tensors
 from rorqual.train.schedule import bias_speed, mtp_weight, schedule_factor
@@ -95,6 +96,7 @@ class Trainer:
         self.mesh = mesh or single()
         self.courier = Courier(self.mesh.section.overlap)
         spread_experts(model, self.mesh, self.courier)
+        share_sequences(model, self.mesh.context)
         self.activations, self.recompute = Activations(model, recompute, offload), recompute
         self.moe_indices = [i for i, layer in enumerate(model.model.layers) if is_mixture(layer)]
         self.pipeline: Pipeline | None = None
@@ -114,7 +116,8 @@ class Trainer:
         self.flops = 0.0
 
     def step(self, micro_batches: Sequence[Batch], progress: float) -> StepMetrics:
-        """One optimizer step over all micro-batches, with several processes those of this one; `progress` in [0, 1].
+        """One optimizer step over all micro-batches, with several processes those of this one, or its `part` of each;
+        `progress` in [0, 1].
 
         The loss is the weighted mean over tokens of cross-entropy + λ/depth · Σ MTP losses (V3 eq. 25)
         + α · sequence-wise balance loss. A step with a non-finite loss or gradient is skipped and changes only the
@@ -164,13 +167,15 @@ class Trainer:
         sent = self.mesh.traffic.sent.copy()
         nats, length = 0.0, 0
         with self.released_weights():
-            for batch, size in _turns(batches, self.mesh.tokens):
+            for whole, size in _turns(batches, self.mesh.data):
+                batch = part(whole, self.mesh.context)
                 hidden = self._hidden(batch)
                 if hidden is None:
                     continue
                 flat = batch.weights.flatten()
                 loss = linear_cross_entropy(hidden.flatten(0, 1), self.model.head_weight, batch.targets.flatten(), flat)
-                nats, length = nats + float(loss) * (size > 0), length + size
+                nats += float(loss) * (size > 0)
+                length += size * (self.mesh.context.place == 0)
         total = self.mesh.world.sum(torch.tensor([nats, length], dtype=torch.float64), "bits per byte")
         self.mesh.traffic.sent = sent
         return float(total[0]) / (0.6931471805599453 * max(float(total[1]), 1))
@@ -241,7 +246,7 @@ class Trainer:
     def _totals(self, micro_batches: Sequence[Batch], ahead: bool) -> tuple[list[float], float]:
         """The sum of all tokens' weights for each loss, and the number of sequences, of all processes."""
         depths = range(1 + (self.depth if ahead else 0))
-        sums = [sum(float(shifted(b, k)[1].double().sum()) for b in micro_batches) for k in depths]
+        sums = [sum(float(b.ahead(k)[1].double().sum()) for b in micro_batches) for k in depths]
         own = torch.tensor([*sums, sum(len(b.inputs) for b in micro_batches)], dtype=torch.float64)
         *totals, sequences = self.mesh.tokens.sum(own, "weights of tokens").tolist()
         return [max(total, 1e-9) for total in totals], sequences
@@ -267,9 +272,9 @@ class Trainer:
     def _count(self, micro_batches: Sequence[Batch], ahead: bool, skipped: bool) -> None:
         config = self.model.config
         for batch in micro_batches:
-            length = batch.inputs.shape[1]
+            length = batch.inputs.shape[1] * self.mesh.context.size
             each = flops_per_token(config, length) + (mtp_flops_per_token(config, length) if ahead else 0.0)
-            tokens = batch.inputs.numel() * self.mesh.data.size  # each has as many
+            tokens = len(batch.inputs) * length * self.mesh.data.size  # each has as many
             self.tokens += tokens
             self.flops += each * tokens
         self.steps += 1

@@ -21,6 +21,7 @@ from rorqual.data.tokenizer import load_tokenizer, save_tokenizer
 from rorqual.errors import UserError, file_error
 from rorqual.files import write_folder, write_text
 from rorqual.model import Transformer
+from rorqual.parallel.context import check_pieces, part
 from rorqual.parallel.export import save_parts
 from rorqual.parallel.mesh import Mesh, build_mesh, single
 from rorqual.plan.estimate import predict
@@ -50,6 +51,7 @@ def pretrain(recipe: PretrainRecipe, resume: bool = False) -> Path:
     """
     set_threads(recipe.train)
     check_length(recipe.model, recipe.data)
+    check_pieces(recipe.data.sequence_length, recipe.parallel.context)
     mesh = build_mesh(recipe.parallel)
     with join_run(recipe, resume, mesh) as run_dir:
         with first_alone(mesh):
@@ -68,6 +70,7 @@ def sft(recipe: SFTRecipe, resume: bool = False) -> Path:
     set_threads(recipe.train)
     tokenizer = tokenizer_of(recipe.model)
     check_length(recipe.model, recipe.data)
+    check_pieces(recipe.data.sequence_length, recipe.parallel.context)
     mesh = build_mesh(recipe.parallel)
     with join_run(recipe, resume, mesh) as run_dir:
         loader, valid, samples = open_chat_data(recipe.data, tokenizer, recipe.seed)
@@ -192,7 +195,8 @@ class TrainingRun(RunLoop[TrainSection, Trainer]):
         data = self.mesh.data
         rows = -(-batch_size(self.section, progress) // data.size)  # of each process
         batch = _rows(self.loader.next(rows * data.size), slice(rows * data.place, rows * (data.place + 1)))
-        metrics = trainer.step(split(batch, self.section.micro_batch), progress)
+        micro_batches = [part(b, self.mesh.context) for b in split(batch, self.section.micro_batch)]
+        metrics = trainer.step(micro_batches, progress)
         self.steps_here, self.tokens_a_step = self.steps_here + 1, trainer.tokens - tokens
         elapsed, ended = time.monotonic() - start, self.done()
         tokens_per_second = (trainer.tokens - tokens) / elapsed
