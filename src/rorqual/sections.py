@@ -215,6 +215,7 @@ class ParallelSection(Section):
     data: Size = 1  # ranks of a stage with sequences of their own
     context: Size = 1  # ranks that share a sequence, of a multiple of 2 · context tokens
     experts: Size = 1  # ranks that share the routed experts of a layer; divides data · context
+    sharding: Literal["zero-1", "full"] = "zero-1"  # what the ranks with the same layers keep their own rows of
     stages_together: bool = False  # all stages of a place on neighbouring ranks, so that nodes share the experts
     ranks_per_node: Size | None = None  # links within a node are fast; None: those of one machine
     schedule: Literal["1f1b", "zb1p", "dualpipev"] = "dualpipev"  # of the pipeline
@@ -222,6 +223,15 @@ class ParallelSection(Section):
     overlap: bool = True  # tokens travel while other work is computed
     timeout: Positive = 600.0  # seconds until a collective that hangs ends the run
     restarts: int = Field(default=3, ge=0, lt=1 << 20)  # from the newest checkpoint, after a process has died
+
+    @model_validator(mode="after")
+    def _full_sharding(self) -> "ParallelSection":
+        if self.sharding == "full" and self.pipeline > 1:
+            raise ValueError(
+                f"sharding = 'full' with pipeline = {self.pipeline}: every micro-batch would gather each stage's "
+                "weights again; make it 'zero-1', or pipeline 1"
+            )
+        return self
 
     @property
     def processes(self) -> int:

@@ -26,6 +26,7 @@ NOT_RUN = {
     "make ": ".ci/run does: an environment from nothing takes minutes and downloads",
     "python src/rorqual/kernels/cpu/build.py": "make does, in .ci/run; tests/kernels/test_build.py with a script",
     "pip install --editable": "make does, in .ci/run",
+    "pip install 'rorqual[cluster]'": "tests/rl/test_ray_cluster.py and tests/serve/test_replicas.py need it",
     "pip wheel": ".ci/wheel.sh does",
     "rorqual import smollm2": "test_commands.py, with what it prints; here models/smollm2 is a tiny model",
     "rorqual pretrain recipes/cluster-in-a-box.toml": "trains on the pages; tests/train/test_processes.py with less",

@@ -23,10 +23,11 @@ def on_ranks(rank, layout, options, micro):
     trainer = trainer_of(mesh, size // micro, **options)
     own = [slice(i, i + micro) for i in range(size * mesh.data.place, size * (mesh.data.place + 1), micro)]
     steps = train(trainer, lambda batch: [context.part(part(batch, rows), mesh.context) for rows in own])
-    weights = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+    sent = traffic(trainer, ROWS * T, STEPS)["bytes_a_step"]
+    with trainer.optimizer.whole_weights():
+        weights = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
     biases = {n: b.clone() for n, b in trainer.model.named_buffers()}
     same = (mesh.pipeline.place, mesh.experts.place)  # ranks that hold the same
-    sent = traffic(trainer, ROWS * T, STEPS)["bytes_a_step"]
     return [m.to_dict() for m in steps], weights, biases, same, trainer.optimizer.state_bytes().moments, sent
 
 
@@ -37,6 +38,7 @@ LAYOUTS = [
     ({"pipeline": 2}, 2, {}),
     ({"pipeline": 2, "data": 2, "experts": 2}, 1, {}),
     ({"context": 2, "data": 2, "experts": 4}, 2, {}),
+    ({"data": 2, "sharding": "full"}, 2, {"recompute": "v3"}),
 ]
 MORE = [
     ({"data": 2}, 4, {}),
@@ -50,6 +52,7 @@ MORE = [
     ({"pipeline": 2, "data": 4, "experts": 4, "ranks_per_node": 2, "schedule": "1f1b"}, 1, {}),
     ({"pipeline": 2, "data": 4, "experts": 2, "stages_together": True, "schedule": "zb1p"}, 1, {}),
     ({"context": 3}, 8, MUON),
+    ({"data": 4, "experts": 2, "sharding": "full"}, 1, MUON | {"recompute": "full"}),
     ({"pipeline": 2, "context": 2, "experts": 2}, 2, {"recompute": "v3"}),
     ({"pipeline": 2, "context": 2, "data": 2}, 1, {"recompute": "full"}),
 ]
@@ -86,6 +89,6 @@ def test_losses_and_weights_equal_one_process(layout, micro, options):
             assert all(torch.equal(found[0][1][name], w) for name, w in rank[1].items())
     moments = sum(rank[4] for rank in found)  # each is kept once
     assert moments == alone.optimizer.state_bytes().moments
-    exchanged = [row for what, row in found[0][5].items() if "keys and values" in what]
-    assert len(exchanged) == (0 if contexts == 1 else 2)
-    assert all(row["counted"] == row["computed"] for row in exchanged)
+    for what, row in found[0][5].items():
+        if not what.startswith(("dispatch", "combine")):  # routing is not as even as is computed
+            assert row["counted"] == row["computed"], what

@@ -1,8 +1,8 @@
 """What a layout moves between processes, computed: a run prints it beside what it counted."""
 
 from collections import Counter
-from collections.abc import Mapping
-from itertools import pairwise
+from collections.abc import Mapping, Sequence
+from itertools import chain, pairwise
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from rorqual.model import ModelConfig
 from rorqual.model.moe import Router
 from rorqual.parallel.context import KEYS
-from rorqual.parallel.data import is_expert
+from rorqual.parallel.data import Sharding
 from rorqual.parallel.group import Group, Link
 from rorqual.parallel.mesh import Mesh
 from rorqual.parallel.parcels import EMBEDDINGS, HIDDEN, Flow
@@ -59,17 +59,24 @@ def context_bytes(config: ModelConfig, mesh: Mesh, tokens: int, itemsize: int, l
     return found
 
 
-def sharding_bytes(mesh: Mesh, parameters: Mapping[str, Tensor]) -> Bytes:
-    """Of gradients to the ranks that own rows, and of updated rows to the others, in a training step.
+def sharding_bytes(
+    sharding: Sharding, parameters: Mapping[str, Tensor], layers: Sequence[Mapping[str, Tensor]] = (),
+    micro_batches: int = 1,
+) -> Bytes:  # fmt: skip
+    """Of gradients to the ranks that own rows, and of rows to the others, in a training step.
 
-    Rows are counted as spread evenly, which tensors of few rows are not.
+    layers: those of full sharding, whose gradients are sent once and whose weights are sent twice for each micro-batch
+    of this rank.
     """
+    gathered = frozenset(chain.from_iterable(layers))
+    rest = {name: p for name, p in parameters.items() if name not in gathered}
     found: Bytes = Counter()
-    for name, p in parameters.items():
-        group = mesh.replicas if is_expert(name) else mesh.tokens
-        for link, share in _shares(group).items():
-            found["gradients", link] += round(share * p.numel() * torch.float32.itemsize / group.size)
-            found["weights", link] += round(share * p.nbytes / group.size)
+    for some, times, gathers in [(rest, 1, 1), *((layer, micro_batches, 2 * micro_batches) for layer in layers)]:
+        for group, to_owners, own in sharding.sizes(some):
+            for place in range(group.size):
+                if place != group.place:
+                    found["gradients", group.link(place)] += times * to_owners[place]
+                    found["weights", group.link(place)] += gathers * own
     return found
 
 

@@ -10,7 +10,7 @@ Muon needs whole matrices: a rank then owns all rows of a matrix, or whole exper
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -118,6 +118,12 @@ class Sharding:
             for place, buffer in enumerate(group.gather(mine, WEIGHTS)):
                 if place != group.place:
                     self._unpack(buffer[: sizes[place]], owned[place], parameters)
+
+    def sizes(self, parameters: Mapping[str, Tensor]) -> Iterator[tuple[Group, list[int], int]]:
+        """Of what is sent together: the group, bytes of FP32 gradients to each place, bytes of rows to every place."""
+        for group, names in self._buckets(parameters):
+            owned = [sum(self._size(n, b - a) for n, a, b in self._owned(names, p)) for p in range(group.size)]
+            yield group, [4 * n for n in owned], max(owned) * parameters[names[0]].itemsize
 
     def _buckets(self, tensors: Mapping[str, Tensor]) -> list[tuple[Group, list[str]]]:
         """Names that are sent together: of the same group and dtype, in the model's order."""

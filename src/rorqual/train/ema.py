@@ -48,15 +48,14 @@ class EMA:
     def applied(self) -> Iterator[None]:
         """Context in which the model holds the averaged weights."""
         self.wait()
-        parameters = self.optimizer.parameters
-        own = {name: p.detach().clone() for name, p in parameters.items()}
+        optimizer = self.optimizer
+        before = {name: t.clone() for name, t in optimizer.held().items()}
         try:
-            sharding = self.optimizer.sharding
-            _fill({n: parameters[n].data[sharding.rows(n)] for n in self.average}, self.average)
-            sharding.spread(parameters)
+            _fill({name: optimizer.own[name] for name in self.average}, self.average)
+            optimizer.spread()
             yield
         finally:
-            _fill(parameters, own)
+            _fill(optimizer.held(), before)
 
     def tensors(self) -> dict[str, Tensor]:
         self.wait()

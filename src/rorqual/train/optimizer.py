@@ -4,11 +4,13 @@ In float32 the masters are the model's own tensors. In bfloat16 the model's matr
 masters are kept beside them, and gradients are accumulated in FP32 (V3 §3.3.2). Norms and the router are FP32 in both
 cases, and so are gradients, whatever dtype the moments are kept in.
 
-With several processes masters and moments are of the rows that this one owns (parallel/data.py).
+With several processes masters and moments are of the rows that this one owns (parallel/data.py), and with full sharding
+so are the layers' weights (parallel/full_sharding.py).
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +21,7 @@ from rorqual.kernels.accumulate import accumulate
 from rorqual.kernels.adamw import BLOCK
 from rorqual.model.parameter_kinds import is_converted, is_hidden_matrix
 from rorqual.parallel.data import Sharding, Slice, global_norm
+from rorqual.parallel.full_sharding import FullSharding
 from rorqual.parallel.mesh import Mesh, single
 from rorqual.plan.optimizer_state import StateBytes
 from rorqual.recipe import OptimizerSection
@@ -53,14 +56,22 @@ class Optimizer:
         hidden = {n for n, p in self.parameters.items() if section.name == "muon" and is_hidden_matrix(n, p)}
         self.mesh = mesh or single()
         self.sharding = Sharding(self.mesh, self.parameters, hidden)
+        self.layers = FullSharding(model, self.sharding) if self.mesh.section.sharding == "full" else None
+        gathered = self._gathered()
         self.masters: dict[str, Tensor] = {}
+        self.own: dict[str, Tensor] = {}  # this rank's rows of the model's weights: views of them, or all that it keeps
         for name, p in self.parameters.items():
             whole = p.detach().float()
             stored = whole.to(compute_dtype) if is_converted(name, p) else whole
             p.data = stored
-            own = whole[self.sharding.rows(name)]
+            rows = self.sharding.rows(name)
+            own = whole[rows]
+            self.own[name] = stored[rows].clone() if name in gathered else stored[rows]
             if own.numel():  # a view of the parameter, or a copy where that frees the other rows
-                self.masters[name] = own if stored is whole or len(own) == len(whole) else own.clone()
+                if stored is whole:
+                    self.masters[name] = self.own[name]
+                else:
+                    self.masters[name] = own if len(own) == len(whole) else own.clone()
         self.muon = Muon(
             {n: w for n, w in self.masters.items() if n in hidden}, section.muon_lr, section.weight_decay,
             dtype=torch.float32 if section.moments == "float32" else torch.bfloat16,
@@ -68,6 +79,9 @@ class Optimizer:
         elements = {n: math.prod(self.sharding.slice_of(n).shape) for n in self.masters}
         self.adamw = AdamW({n: w for n, w in self.masters.items() if n not in hidden}, section, elements)
         self.grads: dict[str, Tensor] = {}
+        if self.layers:
+            self.layers.begin(self.own, self._take)
+        self.sums: dict[str, Tensor] = {}  # gradients of those layers, over all ranks, of this rank's rows
         self.copies: frozenset[str] = frozenset()  # parameters that another pipeline stage has too, which counts them
         self.before_change: Callable[[], None] | None = None  # called before the masters change
 
@@ -82,9 +96,14 @@ class Optimizer:
                     self.grads[name] = p.grad.float()
                 p.grad = None
 
+    def _take(self, gradients: dict[str, Tensor]) -> None:
+        for name, gradient in gradients.items():
+            self.sums[name] = self.sums[name] + gradient if name in self.sums else gradient
+
     def discard(self) -> None:
         """Drop the accumulated gradients."""
         self.grads.clear()
+        self.sums.clear()
         for p in self.parameters.values():
             p.grad = None
 
@@ -93,8 +112,9 @@ class Optimizer:
         """Clip, update with learning rate · `factor`, copy masters to the model; skip where the norm is not finite."""
         if self.mesh.section.processes == 1 and not self.grads:
             return StepResult(0.0, skipped=True)
-        grads = self.sharding.reduce(self.grads)
-        self.grads = {}
+        found = self.sharding.reduce(self.grads) | self.sums
+        grads = {name: found[name] for name in self.parameters if name in found}  # in the same order in every layout
+        self.grads, self.sums = {}, {}
         norm = global_norm(self.mesh, grads, self.copies)
         if not norm < float("inf"):
             return StepResult(norm, skipped=True)
@@ -113,9 +133,31 @@ class Optimizer:
     def _write_back(self) -> None:
         converted = self._converted()
         if converted:
-            own = [self.parameters[n].data[self.sharding.rows(n)] for n in converted]
+            own = [self.own[n] for n in converted]
             torch._foreach_copy_(own, [self.masters[n] for n in converted])  # pyright: ignore[reportPrivateImportUsage]
-        self.sharding.spread(self.parameters)
+        self.spread()
+
+    def spread(self) -> None:
+        """Let every rank have the rows of the others, but of layers that are gathered when they are used."""
+        gathered = self._gathered()
+        self.sharding.spread({name: p for name, p in self.parameters.items() if name not in gathered})
+
+    def held(self) -> dict[str, Tensor]:
+        """The weights that this rank keeps, by parameter."""
+        gathered = self._gathered()
+        return {name: self.own[name] if name in gathered else p.data for name, p in self.parameters.items()}
+
+    def _gathered(self) -> frozenset[str]:
+        return self.layers.names if self.layers else frozenset()
+
+    @contextmanager
+    def whole_weights(self) -> Iterator[None]:
+        """Context in which the model holds all rows of all weights, as for an export."""
+        if self.layers:
+            self.layers.gather()
+        yield
+        if self.layers:
+            self.layers.free()
 
     def _converted(self) -> list[str]:
         """The parameters whose masters are kept beside them."""
@@ -128,7 +170,7 @@ class Optimizer:
         """
         return StateBytes(
             masters=sum(self.masters[n].nbytes for n in self._converted()),
-            gradients=sum(p.numel() * torch.float32.itemsize for p in self.parameters.values()),
+            gradients=sum(t.numel() * torch.float32.itemsize for t in self.held().values()),
             moments=self.adamw.moment_bytes() + sum(t.nbytes for t in self.muon.momentum.values()),
         )
 

@@ -1,6 +1,5 @@
 """The end of a run of several processes: what they sent and the pipeline's bubble, beside what is computed."""
 
-from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,9 @@ def traffic(trainer: Trainer, tokens: int, steps: int) -> dict[str, Any]:
     blocks = [module for module in model.model.layers if isinstance(module, Block)]  # of this stage
     mixtures = sum(isinstance(block.mlp, MixtureOfExperts) for block in blocks)
     own = tokens // (mesh.data.size * mesh.context.size)
-    expected: Counter[tuple[str, Link]] = Counter(sharding_bytes(mesh, trainer.optimizer.parameters))
+    optimizer = trainer.optimizer
+    layers = [parameters for _, parameters in optimizer.layers.modules] if optimizer.layers else []
+    expected = sharding_bytes(optimizer.sharding, optimizer.parameters, layers, trainer.micro_batches)
     itemsize = trainer.dtype.itemsize
     if trainer.pipeline is not None:
         expected += stage_bytes(mesh, trainer.pipeline.flow, own * model.config.hidden_size * itemsize)

@@ -113,6 +113,7 @@ class Trainer:
         self.forward = compiled(model, notify) if compile else model
         self.depth = model.config.num_nextn_predict_layers
         self.steps = self.tokens = self.skipped_in_a_row = 0
+        self.micro_batches = micro_batches  # of the newest step
         self.flops = 0.0
 
     def step(self, micro_batches: Sequence[Batch], progress: float) -> StepMetrics:
@@ -125,6 +126,7 @@ class Trainer:
         """
         λ = mtp_weight(self.mtp, progress) if self.depth else 0.0
         self.mesh.traffic.step = self.steps + 1
+        self.micro_batches = len(micro_batches)
         totals, sequences = self._totals(micro_batches, ahead=λ > 0)
         objective = Objective(self.model, totals, λ, self.balance.sequence_loss, sequences)
         self.model.train()

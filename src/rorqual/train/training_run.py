@@ -253,7 +253,7 @@ def finish(recipe: PretrainRecipe | SFTRecipe, run: TrainingRun, tokenizer: Toke
     if several:
         sent = traffic(trainer, run.tokens_a_step, run.steps_here)
         sent["bubble"] = bubble(trainer, run.run_dir / "figures" / "pipeline.png")
-    with trainer.released_weights():
+    with trainer.released_weights(), trainer.optimizer.whole_weights():
         if several:
             save_parts(trainer.model, directory, tokenizer, run.mesh)
         else:
