@@ -47,9 +47,10 @@ def sharding_bytes(mesh: Mesh, parameters: Mapping[str, Tensor]) -> Bytes:
     Rows are counted as spread evenly, which tensors of few rows are not.
     """
     found: Bytes = Counter()
+    shares = {group.ranks: _shares(group) for group in (mesh.replicas, mesh.tokens)}
     for name, p in parameters.items():
         group = mesh.replicas if is_expert(name) else mesh.tokens
-        for link, share in _shares(group).items():
+        for link, share in shares[group.ranks].items():
             found["gradients", link] += round(share * p.numel() * torch.float32.itemsize / group.size)
             found["weights", link] += round(share * p.nbytes / group.size)
     return found

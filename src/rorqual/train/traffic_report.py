@@ -1,6 +1,7 @@
 """The end of a run of several processes: what they sent and the pipeline's bubble, beside what is computed."""
 
 from collections import Counter
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,9 @@ import torch
 
 from rorqual.extras import MissingExtra
 from rorqual.model.moe import MixtureOfExperts
-from rorqual.parallel.cost import dispatch_bytes, sharding_bytes, stage_bytes
+from rorqual.parallel.cost import Bytes, dispatch_bytes, sharding_bytes, stage_bytes
 from rorqual.parallel.draw import draw
+from rorqual.parallel.mesh import Mesh
 from rorqual.parallel.parcels import EMBEDDINGS, HIDDEN
 from rorqual.parallel.simulate import Timeline, Times, simulate
 from rorqual.plan.traffic import Link
@@ -21,19 +23,27 @@ SHOWN = ("dispatch", "combine", *PIPELINE, "gradients", "weights")
 LINKS: tuple[Link, ...] = ("between nodes", "within a node")
 
 
+def computed(trainer: Trainer, tokens: int, meshes: Iterable[Mesh]) -> list[Bytes]:
+    """Of a step, sent by each of some ranks with the trainer's stage. tokens: of each rank."""
+    model, pipeline, itemsize = trainer.model, trainer.pipeline, trainer.dtype.itemsize
+    layers = sum(isinstance(getattr(m, "mlp", None), MixtureOfExperts) for m in model.model.layers)
+    travel = dispatch_bytes(model.config, trainer.mesh, tokens, itemsize, layers, trainer.recompute == "full")
+    hidden = tokens * model.config.hidden_size * itemsize
+    return [
+        travel
+        + sharding_bytes(mesh, trainer.optimizer.parameters)
+        + (stage_bytes(mesh, pipeline.flow, hidden) if pipeline else Counter())
+        for mesh in meshes
+    ]
+
+
 def traffic(trainer: Trainer, tokens: int, steps: int) -> dict[str, Any]:
     """Bytes of a step by operation and link, of all ranks together: counted and computed; called on all ranks.
 
     tokens: of all ranks in a step; steps: of this process, over which bytes were counted.
     """
-    mesh, model = trainer.mesh, trainer.model
-    layers = sum(isinstance(getattr(m, "mlp", None), MixtureOfExperts) for m in model.model.layers)
-    own = tokens // (mesh.data.size * mesh.context.size)
-    expected: Counter[tuple[str, Link]] = Counter(sharding_bytes(mesh, trainer.optimizer.parameters))
-    itemsize = trainer.dtype.itemsize
-    if trainer.pipeline is not None:
-        expected += stage_bytes(mesh, trainer.pipeline.flow, own * model.config.hidden_size * itemsize)
-    expected += dispatch_bytes(model.config, mesh, own, itemsize, layers, trainer.recompute == "full")
+    mesh = trainer.mesh
+    (expected,) = computed(trainer, tokens // (mesh.data.size * mesh.context.size), [mesh])
     keys: list[tuple[str, Link]] = [(what, link) for what in SHOWN for link in LINKS]
     rows = torch.tensor([[mesh.traffic.sent[key] / max(steps, 1), expected[key]] for key in keys], dtype=torch.float64)
     total = mesh.world.sum(rows, "report").tolist()
