@@ -124,6 +124,11 @@ def _memory(
     depth = config.num_nextn_predict_layers
     after = layer_bytes(config, config.is_moe_layer(config.num_hidden_layers), how) + mtp_bytes(config, how)
     each[-1] += depth * after
+    if len(layers) > 1:  # stages keep what they send, the last what it gets; and multi-token modules' embeddings
+        hidden = config.hidden_size * size
+        each = [part + hidden for part in each]
+        each[0] += depth * hidden
+        each[-1] += depth * hidden
     state = optimizer.state_bytes()
     return Memory(
         weights=sum(p.nbytes for p in optimizer.parameters.values()),
