@@ -41,8 +41,8 @@ def test_no_split_has_a_cheaper_worst_stage(costs, stages, after):
 
 def test_the_two_ends_of_a_v_share_a_rank():
     assert split_v((1,) * 8, 2) == (range(2), range(2, 4), range(4, 6), range(6, 8))
-    # 6 and 5 for the ranks, 3 for the costliest stage.
-    assert split_v((1,) * 8, 2, after=3) == (range(2), range(2, 5), range(5, 8), range(8, 8))
+    assert split_v((1,) * 8, 2, after=3) == split((1,) * 8, 4, after=3)  # 6 and 5 for the ranks
+    assert split_v((1,) * 8, 2, after=6) == (range(1), range(1, 4), range(4, 8), range(8, 8))  # 7 and 7, not 9 and 5
     # 61 layers on 16 ranks, with what follows them as much as 4.3: 5 layers on a rank, 4 on 14, none on the first.
     found = split_v((10,) * 61, 16, after=43)
     assert sorted(len(found[rank]) + len(found[-1 - rank]) for rank in range(16)) == [0, *[4] * 14, 5]

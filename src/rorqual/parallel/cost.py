@@ -82,5 +82,5 @@ def _random_choices(config: ModelConfig) -> Tensor:
     """Experts [SAMPLES, K] as the router's groups allow them, from random scores."""
     generator = torch.Generator().manual_seed(0)
     router = Router(config)
-    router.weight.normal_(generator=generator)
+    router.weight.normal_(std=config.hidden_size**-0.5, generator=generator)  # larger scores would be 1, all alike
     return router(torch.randn(SAMPLES, config.hidden_size, generator=generator))[1]

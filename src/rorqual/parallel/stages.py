@@ -14,7 +14,7 @@ from rorqual.parallel.schedule import Schedule
 from rorqual.plan.cost import active_after_layers, active_by_layer
 
 V = TypeVar("V", int, tuple[int, ...])
-SLACK = 1.02  # of the most expensive rank's cost, for stages that are more alike
+SLACK = 1.02  # of the most expensive rank's cost, so that stages are more alike
 
 
 def split(costs: Sequence[int], stages: int, after: int = 0) -> tuple[range, ...]:
@@ -44,13 +44,16 @@ def split(costs: Sequence[int], stages: int, after: int = 0) -> tuple[range, ...
 def split_v(costs: tuple[int, ...], ranks: int, after: int = 0) -> tuple[range, ...]:
     """As `split` for a V, of which rank r has stages r and 2·ranks − 1 − r, and what matters is their sum.
 
-    The most expensive rank costs at most 2 % more than it has to; then the most expensive stage as little as possible,
-    and so on. The first stage, with the embedding, and the last may have no layers; V3's have none on 16 ranks.
+    The most expensive rank costs at most 2 % more than it has to. Where `split` would make it cost more, the first
+    stage, with the embedding, and the last may have no layers: V3's have none on 16 ranks.
     """
-    cost = [sum(costs[i] for i in part) for part in split(costs, 2 * ranks, after)]
+    parts = split(costs, 2 * ranks, after)
+    cost = [sum(costs[i] for i in part) for part in parts]
     cost[-1] += after
-    most: float = max(cost[rank] + cost[-1 - rank] for rank in range(ranks))
-    most, _ = _best_v(costs, ranks, after, most, 0, lambda worst, a, b: max(worst, a + b))
+    worst = max(cost[rank] + cost[-1 - rank] for rank in range(ranks))
+    most, _ = _best_v(costs, ranks, after, worst, 0, lambda value, a, b: max(value, a + b))
+    if worst <= SLACK * most:
+        return parts
     start: tuple[int, ...] = ()
     _, ends = _best_v(costs, ranks, after, SLACK * most, start, lambda v, a, b: tuple(sorted((*v, a, b), reverse=True)))
     edges = [0, *(front for front, _ in ends), *(len(costs) - back for _, back in reversed(ends[:-1])), len(costs)]
