@@ -41,6 +41,7 @@ RUN = {
     "rorqual speedrun": "--minutes 0.5",
     "rorqual pretrain recipes/pretrain-tiny.toml": "tokenizer.vocab_size=300 data.sequence_length=32 train.seconds=3 "
     "train.batch_ramp=[2,0.1]",
+    "rorqual pretrain recipes/v3-671b.toml --dry-run": "",
     "rorqual sft": "train.epochs=1 data.sequence_length=64",
     "rorqual rl recipes/r1-zero-smollm2.toml": f"seconds=3 {SHORT_RL}",
     "rorqual rl my-rl.toml": f"steps=1 {SHORT_RL}",

@@ -1,15 +1,23 @@
 import pytest
+import torch.distributed as dist
 
 from helpers.processes import run
 from rorqual.errors import UserError
-from rorqual.parallel.mesh import build_mesh, check_layout
+from rorqual.parallel.mesh import build_mesh, check_layout, planned_mesh
 from rorqual.sections import ParallelSection
+
+NAMES = ("pipeline", "tokens", "experts", "replicas", "context", "data", "rail", "node")
 
 
 def groups(rank, layout):
-    mesh = build_mesh(ParallelSection(**layout))
-    names = ("pipeline", "tokens", "experts", "replicas", "context", "data", "rail", "node")
-    return {name: getattr(mesh, name).ranks for name in names}
+    section = ParallelSection(**layout)
+    mesh, planned = build_mesh(section), planned_mesh(section, rank)
+    for name in NAMES:
+        group, other = getattr(mesh, name), getattr(planned, name)
+        assert (group.ranks, group.place, group.ranks_per_node) == (other.ranks, other.place, other.ranks_per_node)
+        if group.size > 1:
+            assert tuple(dist.get_process_group_ranks(group.process_group)) == group.ranks
+    return {name: getattr(mesh, name).ranks for name in NAMES}
 
 
 def test_neighbours_share_experts():
@@ -26,6 +34,19 @@ def test_stages_together_spread_experts_over_nodes():
         "pipeline": (4, 5), "tokens": (1, 3, 5, 7), "experts": (1, 3, 5, 7), "replicas": (5,), "context": (5,),
         "data": (1, 3, 5, 7), "rail": (1, 5), "node": (5, 7),
     }  # fmt: skip
+
+
+def test_v3s_layout_without_its_2048_processes():
+    """Stages of 128 neighbouring ranks; experts over 8 nodes, twice in a stage."""
+    mesh = planned_mesh(ParallelSection(pipeline=16, data=128, experts=64, ranks_per_node=8), 128 + 72)
+    assert mesh.pipeline.ranks == tuple(range(72, 2048, 128))
+    assert mesh.tokens.ranks == mesh.data.ranks == tuple(range(128, 256))
+    assert mesh.experts.ranks == tuple(range(192, 256))
+    assert mesh.replicas.ranks == (136, 200)
+    assert mesh.node.ranks == tuple(range(200, 208))
+    assert mesh.rail.ranks == tuple(range(192, 256, 8))
+    assert mesh.rail.link(0) == "between nodes"
+    assert mesh.node.link(7) == "within a node"
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,11 @@ def test_activations_of_the_readme(ranks):
     assert dualpipe_v(ranks, stages).peak_activations() == (stages + 1,) * ranks
 
 
+def test_activations_of_stages_that_differ():
+    assert one_f_one_b(2, 4).peak_activations([3, 5]) == (6, 5)
+    assert dualpipe_v(1, 2).peak_activations([3, 5]) == (3 + 5 + 3,)  # F0 F1 F0&B1 F1&B0 …
+
+
 @given(st.sampled_from(sorted(SCHEDULES)), st.integers(1, 8), st.integers(1, 20))
 @settings(max_examples=150, deadline=None)
 def test_every_schedule_can_be_run(name, ranks, micro_batches):

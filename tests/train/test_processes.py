@@ -9,6 +9,7 @@ import pytest
 from rorqual.checkpoint.huggingface import load_model
 from rorqual.errors import UserError
 from rorqual.recipe import ParallelSection, TrainSection
+from rorqual.train.layout_plan import plan_layout
 from rorqual.train.run_folder import to_toml
 from rorqual.train.training_run import micro_batches
 
@@ -30,6 +31,10 @@ def test_one_command_starts_them_all(tmp_path, make_recipe, child_environment):
     for name in ("hidden states, within a node", "gradients of hidden states, within a node"):
         assert sent[name]["counted"] == sent[name]["computed"]
     assert set(found["bubble"]) == {"measured", "simulated"}
+    planned = plan_layout(recipe, load_model(recipe.run_dir / "model").config).sent
+    assert {f"{what}, {link}": total for (what, link), (_, _, total) in planned.items()} == {
+        name: row["computed"] for name, row in sent.items() if row["computed"]
+    }
     assert load_model(recipe.run_dir / "model").config.num_hidden_layers == 2
     assert (recipe.run_dir / "checkpoints" / "step-4" / "tensors-00003-of-00004.safetensors").exists()
 

@@ -50,15 +50,14 @@ def _train(
     resume: bool, dry: bool, processes: int | None,
 ) -> None:  # fmt: skip
     from rorqual.parallel.launch import launch, restarted, started_by_torchrun, with_processes
-    from rorqual.plan.estimate import plan_text
     from rorqual.recipe import load_recipe
-    from rorqual.train.dry_run import dry_run, recipe_config
+    from rorqual.train.dry_run import dry_run_text, recipe_config
 
     recipe = load_recipe(path, kind, overrides)
     if processes is not None:
         recipe.parallel = with_processes(recipe.parallel, processes)
     if dry:
-        print(plan_text(dry_run(recipe)))
+        print(dry_run_text(recipe))
         _print_precision(recipe, recipe_config(recipe))
         return
     if recipe.parallel.processes > 1 and not started_by_torchrun():

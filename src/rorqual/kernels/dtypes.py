@@ -23,9 +23,9 @@ def compute_dtype(name: str = "auto", device: torch.device | str = "cpu") -> tor
     """
     if name == "auto":
         return fastest_dtype(device)
-    dtype = COMPUTE[name]
-    if dtype is torch.bfloat16 and fastest_dtype(device) is not dtype:
-        _warn_emulated(torch.device(device).type)
+    dtype, kind = COMPUTE[name], torch.device(device).type
+    if dtype is torch.bfloat16 and kind != "meta" and fastest_dtype(device) is not dtype:
+        _warn_emulated(kind)
     return dtype
 
 

@@ -1,7 +1,7 @@
 """What a layout moves between processes, computed: a run prints it beside what it counted."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain, pairwise
 
 import torch
@@ -60,23 +60,32 @@ def context_bytes(config: ModelConfig, mesh: Mesh, tokens: int, itemsize: int, l
 
 
 def sharding_bytes(
-    sharding: Sharding, parameters: Mapping[str, Tensor], layers: Sequence[Mapping[str, Tensor]] = (),
-    micro_batches: int = 1,
-) -> Bytes:  # fmt: skip
-    """Of gradients to the ranks that own rows, and of rows to the others, in a training step.
+    meshes: Iterable[Mesh], sharding: Sharding, parameters: Mapping[str, Tensor],
+    layers: Sequence[Mapping[str, Tensor]] = (), micro_batches: int = 1,
+) -> list[Bytes]:  # fmt: skip
+    """Of gradients to the ranks that own rows, and of rows to the others, in a training step: sent by each of some
+    ranks with the same parameters.
 
     layers: those of full sharding, whose gradients are sent once and whose weights are sent twice for each micro-batch
     of this rank.
     """
     gathered = frozenset(chain.from_iterable(layers))
     rest = {name: p for name, p in parameters.items() if name not in gathered}
-    found: Bytes = Counter()
+    gradients, weights = {True: Counter[int](), False: Counter[int]()}, Counter[bool]()  # by place; of routed experts?
     for some, times, gathers in [(rest, 1, 1), *((layer, micro_batches, 2 * micro_batches) for layer in layers)]:
-        for group, to_owners, own in sharding.sizes(some):
+        for experts, to_owners, own in sharding.sizes(some):
+            gradients[experts].update({place: times * number for place, number in enumerate(to_owners)})
+            weights[experts] += gathers * own
+    sent: list[Bytes] = []
+    for mesh in meshes:
+        found: Bytes = Counter()
+        for experts, group in ((True, mesh.replicas), (False, mesh.tokens)):
             for place in range(group.size):
                 if place != group.place:
-                    found["gradients", group.link(place)] += times * to_owners[place]
-                    found["weights", group.link(place)] += gathers * own
+                    found["gradients", group.link(place)] += gradients[experts][place]
+                    found["weights", group.link(place)] += weights[experts]
+        sent.append(found)
+    return sent
     return found
 
 
@@ -106,5 +115,5 @@ def _random_choices(config: ModelConfig) -> Tensor:
     """Experts [SAMPLES, K] as the router's groups allow them, from random scores."""
     generator = torch.Generator().manual_seed(0)
     router = Router(config)
-    router.weight.normal_(generator=generator)
+    router.weight.normal_(std=config.hidden_size**-0.5, generator=generator)  # larger scores would be 1, all alike
     return router(torch.randn(SAMPLES, config.hidden_size, generator=generator))[1]

@@ -119,11 +119,13 @@ class Sharding:
                 if place != group.place:
                     self._unpack(buffer[: sizes[place]], owned[place], parameters)
 
-    def sizes(self, parameters: Mapping[str, Tensor]) -> Iterator[tuple[Group, list[int], int]]:
-        """Of what is sent together: the group, bytes of FP32 gradients to each place, bytes of rows to every place."""
+    def sizes(self, parameters: Mapping[str, Tensor]) -> Iterator[tuple[bool, list[int], int]]:
+        """Of what is sent together: is it of routed experts?, bytes of FP32 gradients to each place of the group,
+        and bytes of rows to every place.
+        """
         for group, names in self._buckets(parameters):
             owned = [sum(self._size(n, b - a) for n, a, b in self._owned(names, p)) for p in range(group.size)]
-            yield group, [4 * n for n in owned], max(owned) * parameters[names[0]].itemsize
+            yield is_expert(names[0]), [4 * n for n in owned], max(owned) * parameters[names[0]].itemsize
 
     def _buckets(self, tensors: Mapping[str, Tensor]) -> list[tuple[Group, list[str]]]:
         """Names that are sent together: of the same group and dtype, in the model's order."""

@@ -29,7 +29,7 @@ class Mesh:
 
     section: ParallelSection
     rank: int
-    device_mesh: DeviceMesh | None  # None: one process
+    device_mesh: DeviceMesh | None  # None: one process, or a plan
     traffic: Traffic
     pipeline: Group  # the same place of every stage, in order of stages
     tokens: Group  # of this stage: those with which gradients of all but routed experts are summed
@@ -85,6 +85,51 @@ def single(section: ParallelSection | None = None) -> Mesh:
     return Mesh(section, 0, None, traffic, *[alone] * 8)
 
 
+def ranks_per_node(section: ParallelSection) -> int:
+    """Of the recipe, or those of this machine."""
+    return section.ranks_per_node or int(os.environ.get("LOCAL_WORLD_SIZE", section.processes))
+
+
+def ranks_of_groups(section: ParallelSection, rank: int, per_node: int) -> dict[str, tuple[int, ...]]:
+    """The ranks of each group that a rank is in, by the names of `Mesh`. Raises UserError for sizes that do not fit."""
+    check_layout(section, per_node)
+    places, experts, context = section.data * section.context, section.experts, section.context
+    node = experts // max(1, experts // experts_per_node(section, per_node))  # of `experts`, in each node
+    if section.stages_together:
+        place, stage = divmod(rank, section.pipeline)
+    else:
+        stage, place = divmod(rank, places)
+
+    def at(stage: int, place: int) -> int:
+        return place * section.pipeline + stage if section.stages_together else stage * places + place
+
+    first, inside = place // experts * experts, place % node  # the first place with the same experts; in its node
+    found = {
+        "tokens": range(places),
+        "experts": range(first, first + experts),
+        "replicas": range(place % experts, places, experts),
+        "context": range(place // context * context, place // context * context + context),
+        "data": range(place % context, places, context),
+        "rail": range(first + inside, first + experts, node),
+        "node": range(place - inside, place - inside + node),
+    }
+    every = {name: tuple(at(stage, other) for other in others) for name, others in found.items()}
+    return every | {"pipeline": tuple(at(other, place) for other in range(section.pipeline))}
+
+
+def planned_mesh(section: ParallelSection, rank: int) -> Mesh:
+    """The mesh that `build_mesh` makes in a rank, without its processes: to compute with, not to communicate.
+
+    Raises UserError for sizes that do not fit.
+    """
+    per_node, traffic = ranks_per_node(section), Traffic()
+    groups = {
+        name: Group(None, ranks, ranks.index(rank), per_node, traffic)
+        for name, ranks in ranks_of_groups(section, rank, per_node).items()
+    }
+    return Mesh(section, rank, None, traffic, **groups)
+
+
 def build_mesh(section: ParallelSection, device: str = "cpu") -> Mesh:
     """Join the run's processes (torchrun's variables, or `init_process_group` called before) and make the groups.
 
@@ -101,10 +146,9 @@ def build_mesh(section: ParallelSection, device: str = "cpu") -> Mesh:
             f"parallel: pipeline · data · context = {section.processes} processes, and {world} were started; start "
             f"{section.processes}, or change the sizes"
         )
-    per_node = section.ranks_per_node or int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    check_layout(section, per_node)
-    places, experts = section.data * section.context, section.experts
-    nodes = max(1, experts // experts_per_node(section, per_node))
+    per_node = ranks_per_node(section)
+    ranks_of = ranks_of_groups(section, rank, per_node)
+    places, experts, nodes = section.data * section.context, section.experts, len(ranks_of["rail"])
     order = {"pipeline": section.pipeline, "tokens": places}
     names = tuple(reversed(order)) if section.stages_together else tuple(order)
     stages = init_device_mesh(device, tuple(order[name] for name in names), mesh_dim_names=names)
@@ -114,7 +158,7 @@ def build_mesh(section: ParallelSection, device: str = "cpu") -> Mesh:
     traffic = Traffic()
 
     def group(mesh: DeviceMesh, name: str) -> Group:
-        ranks = tuple(dist.get_process_group_ranks(mesh.get_group(name)))
+        ranks = ranks_of[name]
         process_group = mesh.get_group(name) if len(ranks) > 1 else None
         return Group(process_group, ranks, ranks.index(rank), per_node, traffic, timeout)
 

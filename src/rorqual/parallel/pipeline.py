@@ -22,6 +22,7 @@ from rorqual.errors import UserError
 from rorqual.kernels.deferred_gradients import WeightGradients, deferrable, deferred_weight_gradients
 from rorqual.model import Transformer
 from rorqual.model.moe import Routing
+from rorqual.model.parameter_kinds import is_converted
 from rorqual.parallel.courier import Courier
 from rorqual.parallel.mesh import Mesh
 from rorqual.parallel.parcels import EMBEDDINGS, Flow, Parcel, Post
@@ -234,7 +235,8 @@ class Pipeline:
 
     def _empty(self, parcel: Parcel, batch: Batch) -> Tensor:
         modules = (self.model.config.num_nextn_predict_layers,) if parcel.what.endswith(EMBEDDINGS) else ()
-        like = self.model.layers[0].self_attn.o_proj.weight  # hidden states have the dtype and the device of linears
+        # Hidden states have the dtype and the device of linears; a rank may have no layers, but an embedding or a head.
+        like = next(p for name, p in self.model.named_parameters() if is_converted(name, p))
         return like.new_empty(*modules, *batch.inputs.shape, self.model.config.hidden_size)
 
 

@@ -5,7 +5,7 @@ gradients only, W: weight gradients only), F&B an overlapped pair; PP is the num
 """
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast, get_args
 
@@ -102,18 +102,20 @@ class Schedule:
         for _ in self.in_order():
             pass
 
-    def peak_activations(self) -> tuple[int, ...]:
+    def peak_activations(self, sizes: Sequence[float] | None = None) -> tuple[float, ...]:
         """Per rank, the most activations held at once, in micro-batches × stages, from F to the end of B or W.
 
         An overlapped pair holds those of both its micro-batches. After I, a part of them could be freed already.
+        sizes: of a micro-batch's activations at each stage, whose sums are then returned.
         """
+        size = [1] * self.stages if sizes is None else sizes
         peaks = []
         for steps in self.steps:
             held = peak = 0
             for step in steps:
-                held += sum(action.kind == "F" for action in step)
+                held += sum(size[action.stage] for action in step if action.kind == "F")
                 peak = max(peak, held)
-                held -= sum(action.kind in "BW" for action in step)
+                held -= sum(size[action.stage] for action in step if action.kind in "BW")
             peaks.append(peak)
         return tuple(peaks)
 

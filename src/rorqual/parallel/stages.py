@@ -1,8 +1,10 @@
 """Which layers a pipeline stage has, and the part of a model that a rank keeps."""
 
-from collections.abc import Generator, Iterable, Sequence
+import functools
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
+from typing import TypeVar
 
 from torch import Tensor, nn
 
@@ -10,6 +12,9 @@ from rorqual.errors import UserError
 from rorqual.model import ModelConfig, Transformer
 from rorqual.parallel.schedule import Schedule
 from rorqual.plan.cost import active_after_layers, active_by_layer
+
+V = TypeVar("V", int, tuple[int, ...])
+SLACK = 1.02  # of the most expensive rank's cost, so that stages are more alike
 
 
 def split(costs: Sequence[int], stages: int, after: int = 0) -> tuple[range, ...]:
@@ -35,6 +40,55 @@ def split(costs: Sequence[int], stages: int, after: int = 0) -> tuple[range, ...
     return tuple(map(range, (0, *ends), ends))
 
 
+@functools.cache
+def split_v(costs: tuple[int, ...], ranks: int, after: int = 0) -> tuple[range, ...]:
+    """As `split` for a V, of which rank r has stages r and 2·ranks − 1 − r, and what matters is their sum.
+
+    The most expensive rank costs at most 2 % more than it has to. Where `split` would make it cost more, the first
+    stage, with the embedding, and the last may have no layers: V3's have none on 16 ranks.
+    """
+    parts = split(costs, 2 * ranks, after)
+    cost = [sum(costs[i] for i in part) for part in parts]
+    cost[-1] += after
+    worst = max(cost[rank] + cost[-1 - rank] for rank in range(ranks))
+    most, _ = _best_v(costs, ranks, after, worst, 0, lambda value, a, b: max(value, a + b))
+    if worst <= SLACK * most:
+        return parts
+    start: tuple[int, ...] = ()
+    _, ends = _best_v(costs, ranks, after, SLACK * most, start, lambda v, a, b: tuple(sorted((*v, a, b), reverse=True)))
+    edges = [0, *(front for front, _ in ends), *(len(costs) - back for _, back in reversed(ends[:-1])), len(costs)]
+    return tuple(map(range, edges, edges[1:]))
+
+
+def _best_v(
+    costs: Sequence[int], ranks: int, after: int, most: float, start: V, grow: Callable[[V, int, int], V]
+) -> tuple[V, tuple[tuple[int, int], ...]]:
+    """The least value of a split in which no rank costs more than `most`, and how many layers of the front and of the
+    back are taken after each rank.
+
+    grow: a rank's value, from that of the ranks before and the costs of its two stages.
+    """
+    n, sums = len(costs), [0, *accumulate(costs)]
+    best: dict[tuple[int, int], tuple[V, tuple[tuple[int, int], ...]]] = {(0, 0): (start, ())}
+    for rank in range(ranks):
+        least, more, left = min(rank, 1), 0 if rank else after, ranks - 1 - rank
+        found: dict[tuple[int, int], tuple[V, tuple[tuple[int, int], ...]]] = {}
+        for (front, back), (value, ends) in best.items():
+            for f in range(front + least, n - 2 * left - back - least + 1):
+                first = sums[f] - sums[front]
+                if first + more > most:
+                    break
+                for b in range(back + least, n - 2 * left - f + 1):
+                    last = sums[n - back] - sums[n - b] + more
+                    if first + last > most:
+                        break
+                    if sums[n - b] - sums[f] <= left * most:  # what is left fits
+                        new = grow(value, first, last), (*ends, (f, b))
+                        found[f, b] = min(new, found.get((f, b), new))
+        best = found
+    return min(best.values())
+
+
 def layers_of_stages(config: ModelConfig, schedule: Schedule) -> tuple[range, ...]:
     """Balanced by the parameters that a token is multiplied with. Raises UserError for fewer layers than stages."""
     if config.num_hidden_layers < schedule.stages:
@@ -43,7 +97,10 @@ def layers_of_stages(config: ModelConfig, schedule: Schedule) -> tuple[range, ..
             f"parallel.pipeline = {schedule.ranks}: schedule {schedule.name} needs {schedule.stages} stages of at "
             f"least one layer, and the model has {config.num_hidden_layers} layers; lower parallel.pipeline{other}"
         )
-    return split(active_by_layer(config), schedule.stages, active_after_layers(config))
+    costs, after = tuple(active_by_layer(config)), active_after_layers(config)
+    if schedule.stages > schedule.ranks:
+        return split_v(costs, schedule.ranks, after)
+    return split(costs, schedule.stages, after)
 
 
 def keep(model: Transformer, layers: Iterable[int], first: bool, last: bool) -> None:

@@ -52,19 +52,41 @@ def flops_per_token(config: ModelConfig, sequence_length: int, training: bool = 
     GFLOP at 4096 tokens (and HW table 2): V3 250.5 (250), V2 155.3 (155), LLaMA-3.1-405B 2473 (2448), Qwen2.5-72B 445
     (394, which is below 6 FLOPs per parameter).
     """
-    head = config.vocab_size * config.hidden_size
-    forward = 2.0 * head
-    for layer in range(config.num_hidden_layers):
-        forward += _layer_flops(config, config.is_moe_layer(layer), sequence_length)
+    forward = sum(flops.forward for flops in flops_by_layer(config, sequence_length))
+    forward += 2.0 * config.vocab_size * config.hidden_size
     return forward * (3 if training else 1)
 
 
 def mtp_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
     """Additional training FLOPs per token of the MTP modules: a layer, a projection and the head at each depth."""
-    moe = config.is_moe_layer(config.num_hidden_layers)
-    each = _layer_flops(config, moe, sequence_length)
-    each += 2.0 * config.hidden_size * (2 * config.hidden_size + config.vocab_size)
-    return 3 * config.num_nextn_predict_layers * each
+    return 3 * (flops_after_layers(config, sequence_length).forward - 2.0 * config.vocab_size * config.hidden_size)
+
+
+@dataclass(frozen=True)
+class Flops:
+    """FLOPs per token of a forward pass. The backward pass has twice as many, for gradients of inputs and of weights;
+    attention has no weights.
+    """
+
+    products: float  # with weights
+    attention: float  # causal, over half the sequence on average
+
+    @property
+    def forward(self) -> float:
+        return self.products + self.attention
+
+
+def flops_by_layer(config: ModelConfig, sequence_length: int) -> list[Flops]:
+    """Of each layer of the main model."""
+    return [_layer_flops(config, config.is_moe_layer(i), sequence_length) for i in range(config.num_hidden_layers)]
+
+
+def flops_after_layers(config: ModelConfig, sequence_length: int, ahead: bool = True) -> Flops:
+    """Of the head, and with `ahead` of the MTP modules, each with the head again."""
+    D, depth = config.hidden_size, config.num_nextn_predict_layers * ahead
+    layer = _layer_flops(config, config.is_moe_layer(config.num_hidden_layers), sequence_length)
+    products = 2.0 * (1 + depth) * config.vocab_size * D + depth * (layer.products + 4.0 * D * D)
+    return Flops(products, depth * layer.attention)
 
 
 @dataclass(frozen=True)
@@ -105,7 +127,6 @@ def memory(
     how = Kept(size, fp8, recompute)
     kept = sum(layer_bytes(config, config.is_moe_layer(layer), how) for layer in range(depth))
     kept += config.num_nextn_predict_layers * mtp_bytes(config, how)
-    head = config.vocab_size * config.hidden_size
     return Memory(
         weights=4 * count - (4 - size) * state.masters // 4,  # those without a master of their own are FP32
         masters=state.masters,
@@ -113,9 +134,16 @@ def memory(
         moments=state.moments,
         ema=4 * count if ema else 0,
         activations=round(tokens * kept),
-        # One chunk of logits with its softmax, and the head's FP32 gradient (kernels/cross_entropy.py).
-        loss=3 * min(64 << 20, 4 * tokens * config.vocab_size) + 4 * head + tokens * config.hidden_size * size,
+        loss=loss_bytes(config, tokens, size),
     )
+
+
+def loss_bytes(config: ModelConfig, tokens: int, size: int) -> int:
+    """One chunk of logits with its softmax, the head's FP32 gradient, and that of the hidden states, of `size` bytes a
+    value (kernels/cross_entropy.py).
+    """
+    head = config.vocab_size * config.hidden_size
+    return 3 * min(64 << 20, 4 * tokens * config.vocab_size) + 4 * head + tokens * config.hidden_size * size
 
 
 def _embedding(config: ModelConfig) -> int:
@@ -165,7 +193,7 @@ def _mtp_extra(config: ModelConfig) -> int:
     return 2 * config.hidden_size**2 + 3 * config.hidden_size
 
 
-def _layer_flops(config: ModelConfig, moe: bool, sequence_length: int) -> float:
+def _layer_flops(config: ModelConfig, moe: bool, sequence_length: int) -> Flops:
     widths = config.mla.qk_head_dim + config.mla.v_head_dim if config.is_mla else 2 * config.gqa.head_dim
     scores_and_sums = 2.0 * (sequence_length / 2) * config.num_attention_heads * widths
-    return 2.0 * (_attention(config) + _feed_forward(config, moe)[1]) + scores_and_sums
+    return Flops(2.0 * (_attention(config) + _feed_forward(config, moe)[1]), scores_and_sums)

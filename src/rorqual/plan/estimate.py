@@ -85,27 +85,34 @@ def predict(config: ModelConfig, recipe: PretrainRecipe | SFTRecipe, rows: int |
 
 
 def plan_text(plan: Plan) -> str:
-    """The plan as text."""
+    """The plan of one process on this machine as text."""
     needed = {name: size for name, size in plan["memory"].items() if size and name != "total"}
-    parts = ", ".join(f"{name} {_number(size, 'B')}" for name, size in needed.items())
+    parts = ", ".join(f"{name} {quantity(size, 'B')}" for name, size in needed.items())
+    total, machine = quantity(plan["memory"]["total"], "B"), quantity(plan["memory_machine"], "B")
+    peak = quantity(plan["matrix_peak_flops"], "FLOP/s")
+    speed = f"{quantity(plan['tokens_per_second'])} tokens/s at {plan['utilisation']:.0%} of {peak}"
+    if plan["seconds"] is None:
+        time = f"{speed}; the length of an epoch is known once the data is packed"
+    else:
+        time = f"about {_duration(plan['seconds'])}: {speed}"
+    return f"{run_text(plan)}\nmemory       {total} of {machine} ({parts})\ntime         {time}"
+
+
+def run_text(plan: Plan) -> str:
+    """The part of the plan that is the same for any number of processes."""
     lines = [
-        f"parameters   {_number(plan['parameters_total'])}, {_number(plan['parameters_active'])} active per token",
-        f"compute      {_number(plan['flops_per_token'], 'FLOP')} per training token",
-        f"memory       {_number(plan['memory']['total'], 'B')} of {_number(plan['memory_machine'], 'B')} ({parts})",
+        f"parameters   {quantity(plan['parameters_total'])}, {quantity(plan['parameters_active'])} active per token",
+        f"compute      {quantity(plan['flops_per_token'], 'FLOP')} per training token",
     ]
     if plan["parameters_mtp"]:
-        lines[0] += f", and {_number(plan['parameters_mtp'])} for multi-token prediction"
-    peak = _number(plan["matrix_peak_flops"], "FLOP/s")
-    speed = f"{_number(plan['tokens_per_second'])} tokens/s at {plan['utilisation']:.0%} of {peak}"
-    if plan["tokens"] is None or plan["flops"] is None or plan["seconds"] is None:
-        lines.append(f"time         {speed}; the length of an epoch is known once the data is packed")
-    else:
-        lines.append(f"run          {_number(plan['tokens'])} tokens, {_number(plan['flops'], 'FLOP')}")
-        lines.append(f"time         about {_duration(plan['seconds'])}: {speed}")
+        lines[0] += f", and {quantity(plan['parameters_mtp'])} for multi-token prediction"
+    if plan["tokens"] is not None and plan["flops"] is not None:
+        lines.append(f"run          {quantity(plan['tokens'])} tokens, {quantity(plan['flops'], 'FLOP')}")
     return "\n".join(lines)
 
 
-def _number(value: float, unit: str = "") -> str:
+def quantity(value: float, unit: str = "") -> str:
+    """1234567 → "1.23 M"."""
     for prefix, size in (("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("K", 1e3)):
         if value >= size:
             return f"{value / size:.3g} {prefix}{unit}"

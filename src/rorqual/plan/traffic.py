@@ -57,14 +57,22 @@ def journey_rows(chosen: Sequence[Int[Tensor, "N K"]], group: ExpertGroup, dispa
                 if rank != source:
                     found[_link(group, source, rank)] += rows
             continue
+        to_rank = _tokens(group.rank(own), group.ranks)
+        to_node = _tokens(group.rank(own) // group.per_node, group.node(group.ranks - 1) + 1)
         for rank in range(group.ranks):
             # Tokens reach a rank from the rank of the source's place in its node.
             relay = group.node(rank) * group.per_node + source % group.per_node
             if rank != relay:
-                found["within a node"] += int((group.rank(own) == rank).any(1).sum())
+                found["within a node"] += to_rank[rank]
             if rank == relay and rank != source:
-                found["between nodes"] += int((group.rank(own) // group.per_node == group.node(rank)).any(1).sum())
+                found["between nodes"] += to_node[group.node(rank)]
     return found
+
+
+def _tokens(places: Int[Tensor, "N K"], count: int) -> list[int]:
+    """Number of rows in which each of `count` places occurs."""
+    found = torch.zeros(len(places), count, dtype=torch.bool, device=places.device)
+    return found.scatter_(1, places.to(torch.int64), True).sum(0).tolist()
 
 
 def _link(group: ExpertGroup, a: int, b: int) -> Link:

@@ -3,13 +3,22 @@
 from rorqual.data.tokenizer import load_tokenizer
 from rorqual.model import ModelConfig
 from rorqual.parallel.context import check_pieces
-from rorqual.plan.estimate import Plan, predict
+from rorqual.plan.estimate import Plan, plan_text, predict, run_text
 from rorqual.recipe import PretrainRecipe, SFTRecipe
 from rorqual.train.build_model import check_length, check_model, model_config, set_threads, tokenizer_of
+from rorqual.train.layout_plan import layout_text, plan_layout
+
+
+def dry_run_text(recipe: PretrainRecipe | SFTRecipe) -> str:
+    """What `--dry-run` prints. Raises UserError as the run would."""
+    plan = dry_run(recipe)
+    if recipe.parallel.processes == 1:
+        return plan_text(plan)
+    return f"{run_text(plan)}\n{layout_text(plan_layout(recipe, recipe_config(recipe)))}"
 
 
 def dry_run(recipe: PretrainRecipe | SFTRecipe) -> Plan:
-    """Predicted parameters, FLOPs, memory and time (`plan_text` prints them). Raises UserError as the run would."""
+    """Predicted parameters, FLOPs, memory and time, of one process. Raises UserError as the run would."""
     set_threads(recipe.train)
     check_model(recipe.model)
     check_length(recipe.model, recipe.data)

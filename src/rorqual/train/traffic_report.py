@@ -1,5 +1,7 @@
 """The end of a run of several processes: what they sent and the pipeline's bubble, beside what is computed."""
 
+from collections import Counter
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -10,8 +12,9 @@ from rorqual.extras import MissingExtra
 from rorqual.model.moe import MixtureOfExperts
 from rorqual.model.transformer import Block
 from rorqual.parallel.context import KEYS
-from rorqual.parallel.cost import context_bytes, dispatch_bytes, sharding_bytes, stage_bytes
+from rorqual.parallel.cost import Bytes, context_bytes, dispatch_bytes, sharding_bytes, stage_bytes
 from rorqual.parallel.draw import draw
+from rorqual.parallel.mesh import Mesh
 from rorqual.parallel.parcels import EMBEDDINGS, HIDDEN
 from rorqual.parallel.simulate import Timeline, Times, simulate
 from rorqual.plan.traffic import Link
@@ -22,24 +25,34 @@ SHOWN = ("dispatch", "combine", KEYS, f"gradients of {KEYS}", *PIPELINE, "gradie
 LINKS: tuple[Link, ...] = ("between nodes", "within a node")
 
 
+def computed(trainer: Trainer, tokens: int, meshes: Iterable[Mesh]) -> list[Bytes]:
+    """Of a step, sent by each of some ranks with the trainer's stage. tokens: of each rank."""
+    config, pipeline, optimizer = trainer.model.config, trainer.pipeline, trainer.optimizer
+    itemsize, recompute = trainer.dtype.itemsize, trainer.recompute
+    blocks = [module for module in trainer.model.model.layers if isinstance(module, Block)]  # of this stage
+    mixtures = sum(isinstance(block.mlp, MixtureOfExperts) for block in blocks)
+    travel = dispatch_bytes(config, trainer.mesh, tokens, itemsize, mixtures, recompute == "full")
+    again = recompute == "full" or (recompute == "v3" and config.is_mla)
+    hidden = tokens * config.hidden_size * itemsize
+    layers = [parameters for _, parameters in optimizer.layers.modules] if optimizer.layers else []
+    meshes = list(meshes)
+    sharding = sharding_bytes(meshes, optimizer.sharding, optimizer.parameters, layers, trainer.micro_batches)
+    return [
+        travel
+        + context_bytes(config, mesh, tokens, itemsize, len(blocks), again)
+        + rows
+        + (stage_bytes(mesh, pipeline.flow, hidden) if pipeline else Counter())
+        for mesh, rows in zip(meshes, sharding, strict=True)
+    ]
+
+
 def traffic(trainer: Trainer, tokens: int, steps: int) -> dict[str, Any]:
     """Bytes of a step by operation and link, of all ranks together: counted and computed; called on all ranks.
 
     tokens: of all ranks in a step; steps: of this process, over which bytes were counted.
     """
-    mesh, model = trainer.mesh, trainer.model
-    blocks = [module for module in model.model.layers if isinstance(module, Block)]  # of this stage
-    mixtures = sum(isinstance(block.mlp, MixtureOfExperts) for block in blocks)
-    own = tokens // (mesh.data.size * mesh.context.size)
-    optimizer = trainer.optimizer
-    layers = [parameters for _, parameters in optimizer.layers.modules] if optimizer.layers else []
-    expected = sharding_bytes(optimizer.sharding, optimizer.parameters, layers, trainer.micro_batches)
-    itemsize = trainer.dtype.itemsize
-    if trainer.pipeline is not None:
-        expected += stage_bytes(mesh, trainer.pipeline.flow, own * model.config.hidden_size * itemsize)
-    expected += dispatch_bytes(model.config, mesh, own, itemsize, mixtures, trainer.recompute == "full")
-    again = trainer.recompute == "full" or (trainer.recompute == "v3" and model.config.is_mla)
-    expected += context_bytes(model.config, mesh, own, itemsize, len(blocks), again)
+    mesh = trainer.mesh
+    (expected,) = computed(trainer, tokens // (mesh.data.size * mesh.context.size), [mesh])
     keys: list[tuple[str, Link]] = [(what, link) for what in SHOWN for link in LINKS]
     rows = torch.tensor([[mesh.traffic.sent[key] / max(steps, 1), expected[key]] for key in keys], dtype=torch.float64)
     total = mesh.world.sum(rows, "report").tolist()
