@@ -7,6 +7,7 @@ from helpers.processes import run
 from helpers.training import part, rows_of, trainer_of, whole
 from rorqual.parallel.mesh import build_mesh
 from rorqual.sections import ParallelSection
+from rorqual.train.ranks import far_off
 
 STEPS, ROWS = 20, 8  # rows of a step
 
@@ -21,6 +22,7 @@ def on_ranks(rank, layout, options, micro):
     trainer = trainer_of(mesh, size // micro, **options)
     own = [slice(i, i + micro) for i in range(size * mesh.data.place, size * (mesh.data.place + 1), micro)]
     steps = train(trainer, lambda batch: [part(batch, rows) for rows in own])
+    assert not any(far_off(step.ranks) for step in steps)
     weights = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
     biases = {n: b.clone() for n, b in trainer.model.named_buffers()}
     same = (mesh.pipeline.place, mesh.experts.place)  # ranks that hold the same
