@@ -37,7 +37,7 @@ def test_what_lasts_is_said_once():
     watch, bad, good = RankWatch(), reports([2.0, 2.1, 9.0]), reports([2.0, 2.1, 2.2])
     assert not watch.new(bad)
     (said,) = watch.new(bad)
-    assert said.startswith("rank 2 alone has a loss of 9, where the median of its 3 ranks is 2.1, as in the step before; ")
+    assert said.startswith("rank 2 alone has a loss of 9, where the median of its 3 ranks is 2.1, as in the step")
     assert [len(watch.new(found)) for found in (bad, good, bad)] == [0, 0, 0]
 
 
