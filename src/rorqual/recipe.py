@@ -42,6 +42,7 @@ from rorqual.sections import (
     Share,
     Size,
     Source,
+    SpikesSection,
     Temperature,
     TokenizerSection,
     TomlValue,
@@ -68,6 +69,7 @@ __all__ = [
     "SFTRecipe",
     "ScheduleSection",
     "Source",
+    "SpikesSection",
     "TokenizerSection",
     "TrainSection",
     "load_recipe",
@@ -116,6 +118,7 @@ class PretrainRecipe(Recipe):
     mtp: MTPSection = MTPSection()
     balance: BalanceSection = BalanceSection()
     train: TrainSection
+    spikes: SpikesSection = SpikesSection()
     parallel: ParallelSection = ParallelSection()
 
 
@@ -127,6 +130,7 @@ class SFTRecipe(Recipe):
     mtp: MTPSection = MTPSection()
     balance: NoBalance = NoBalance()
     train: TrainSection
+    spikes: SpikesSection = SpikesSection()
     parallel: ParallelSection = ParallelSection()
 
 

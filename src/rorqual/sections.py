@@ -208,6 +208,15 @@ class TrainSection(Section):
         return self
 
 
+class SpikesSection(Section):
+    """What a run does where its loss or gradient norm leaps up (docs/training.md)."""
+
+    action: Literal["continue", "stop", "roll-back"] = "continue"
+    threshold: float = Field(default=6.0, ge=1, le=1e6)  # above the median, in robust standard deviations
+    window: int = Field(default=128, ge=8, le=1 << 16)  # steps before, which a step is compared with
+    limit: Count = 20  # roll-backs of a run, after which a spike stops it
+
+
 class ParallelSection(Section):
     """How processes share the work (docs/scaling.md): pipeline · data · context of them. One process needs none."""
 

@@ -8,6 +8,7 @@ from helpers.training import T, part, rows_of, trainer_of, whole
 from rorqual.parallel import context
 from rorqual.parallel.mesh import build_mesh
 from rorqual.sections import ParallelSection
+from rorqual.train.ranks import far_off
 from rorqual.train.traffic_report import traffic
 
 STEPS, ROWS = 20, 8  # rows of a step
@@ -23,6 +24,7 @@ def on_ranks(rank, layout, options, micro):
     trainer = trainer_of(mesh, size // micro, **options)
     own = [slice(i, i + micro) for i in range(size * mesh.data.place, size * (mesh.data.place + 1), micro)]
     steps = train(trainer, lambda batch: [context.part(part(batch, rows), mesh.context) for rows in own])
+    assert not any(far_off(step.ranks) for step in steps)
     sent = traffic(trainer, ROWS * T, STEPS)["bytes_a_step"]
     with trainer.optimizer.whole_weights():
         weights = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}

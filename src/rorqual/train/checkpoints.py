@@ -82,13 +82,13 @@ class Checkpoints:
     def finish(self) -> None:
         """Wait until all checkpoints are whole."""
 
-    def load_latest(self) -> tuple[int, dict[str, Tensor], dict[str, Any]] | None:
-        """The newest intact checkpoint as (step, tensors, state); None where none was ever written.
+    def load_latest(self, good: bool = False) -> tuple[int, dict[str, Tensor], dict[str, Any]] | None:
+        """The newest intact checkpoint, or `good` one, as (step, tensors, state); None where none was ever written.
 
         Damaged ones are set aside. Raises UserError for one that cannot be read, and when all are damaged.
         """
         self._discard_leftovers()
-        for step in reversed(self.steps()):
+        for step in self._newest_first(good):
             try:
                 return step, *self._read(step)
             except Damaged as e:
@@ -197,6 +197,11 @@ class Checkpoints:
             if isinstance(state, dict):
                 found[step] = state
         return found
+
+    def _newest_first(self, good: bool) -> list[int]:
+        """Steps of the complete checkpoints, or of those that are good or cannot be read."""
+        states = self._readable() if good else {}
+        return [step for step in reversed(self.steps()) if states.get(step, {}).get("good", True)]
 
     def _prune(self) -> None:
         """Remove readable checkpoints except the last `keep` good ones, all later ones and the best."""

@@ -20,7 +20,7 @@ from rorqual.errors import UserError
 from rorqual.kernels.accumulate import accumulate
 from rorqual.kernels.adamw import BLOCK
 from rorqual.model.parameter_kinds import is_converted, is_hidden_matrix
-from rorqual.parallel.data import Sharding, Slice, global_norm
+from rorqual.parallel.data import Sharding, Slice, global_norm, is_expert, square_sum
 from rorqual.parallel.full_sharding import FullSharding
 from rorqual.parallel.mesh import Mesh, single
 from rorqual.plan.optimizer_state import StateBytes
@@ -106,6 +106,13 @@ class Optimizer:
         self.sums.clear()
         for p in self.parameters.values():
             p.grad = None
+
+    def own_norm(self) -> float:
+        """Norm of the gradients accumulated here, without those of experts, to which others send tokens, and of layers
+        that are fully sharded.
+        """
+        shared = self.mesh.experts.size > 1
+        return math.sqrt(square_sum(g for name, g in self.grads.items() if not (shared and is_expert(name))))
 
     @torch.no_grad()
     def step(self, factor: float) -> StepResult:

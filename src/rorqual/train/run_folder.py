@@ -24,6 +24,7 @@ from rorqual.train.input_fingerprints import keep_inputs
 # Fields that a resumed run may change, since they do not affect the final weights.
 FREE = {"out", "track", "train.eval_every", "train.save_every", "train.keep", "save_every", "eval_every", "keep",
         "sample_every", "eval_problems", "data.workers"}  # fmt: skip
+SPIKES = "spikes."  # what to do about them is decided when there is one
 # Results of training: with one of these, the folder holds a run that can be resumed.
 WORK = ("checkpoints", "samples.jsonl", "samples.partial.jsonl", "student", "model", "ledger.json")
 # Fields that only the student of a distillation reads. They may change until the student's own run, in student/, has
@@ -186,9 +187,11 @@ def _check_same(recipe: Recipe, before: dict[str, Any], saved: Path) -> None:
     """A field that the saved recipe lacks, since another version wrote it, had what is its default now."""
     now = _resolved(recipe)
     before = _flat(tomllib.loads(to_toml(_defaults(recipe)))) | before
-    free = STUDENT_FIELDS if isinstance(recipe, DistillRecipe) else ()
+    free = (SPIKES, *STUDENT_FIELDS) if isinstance(recipe, DistillRecipe) else (SPIKES,)
+    # Where a run goes back to its checkpoints, the weights depend on when they were saved.
+    names = FREE - {"train.save_every"} if now.get("spikes.action") == "roll-back" else FREE
     for field in [*now, *before]:
-        if field in FREE or field.startswith(free):
+        if field in names or field.startswith(free):
             continue
         if before.get(field) != now.get(field) and _from_out(before, field) != _from_out(now, field):
             was, is_now = _shown(before, field), _shown(now, field)

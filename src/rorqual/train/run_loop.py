@@ -10,6 +10,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from rorqual.errors import UserError
 from rorqual.parallel.mesh import Mesh, single
 from rorqual.train.checkpoints import Checkpoints
 from rorqual.train.interrupts import StopSignals
@@ -50,6 +51,7 @@ class RunLoop(ABC, Generic[LimitsT, TrainerT]):
     track: bool = False
     mesh: Mesh = field(default_factory=single, kw_only=True)
     seconds_before: float = field(default=0.0, init=False)  # of earlier processes of this run
+    saved: Checkpoints = field(init=False)  # from `fit` on
 
     def __post_init__(self) -> None:
         self.started = time.monotonic()
@@ -82,8 +84,10 @@ class RunLoop(ABC, Generic[LimitsT, TrainerT]):
         and what `step` raises.
         """
         self.started = time.monotonic()
-        checkpoints = self.checkpoints()
+        self.saved = checkpoints = self.checkpoints()
         self._resume(checkpoints)
+        if self.rolls_back and not self.trainer.steps:
+            self._save(checkpoints)
         total, unit = (self._budget, "seconds") if self.total_steps is None else (self.total_steps, "steps")
         telemetry = Silent() if self.mesh.rank else Telemetry(self.run_dir, total, unit, self.track, self.trainer.steps)
         try:
@@ -106,6 +110,20 @@ class RunLoop(ABC, Generic[LimitsT, TrainerT]):
 
     def checkpoints(self) -> Checkpoints:
         return Checkpoints(self.run_dir, self.section.keep)
+
+    @property
+    def rolls_back(self) -> bool:
+        """Whether `roll_back` may be called."""
+        return False
+
+    def roll_back(self, telemetry: Log) -> None:
+        """Restore all but the time from the newest good checkpoint. Raises UserError where there is none."""
+        self.saved.finish()
+        found = self.saved.load_latest(good=True)
+        if found is None:
+            raise UserError(f"{self.saved.directory} has no checkpoint to roll back to; start again under another name")
+        self._restore(self.saved, *found)
+        telemetry.back_to(self.trainer.steps)
 
     def begin(self, telemetry: Log) -> None:
         """Called once before the first step of every process."""
@@ -146,15 +164,22 @@ class RunLoop(ABC, Generic[LimitsT, TrainerT]):
 
     def _save(self, checkpoints: Checkpoints) -> None:
         state = {"trainer": self.trainer.state(), "seconds": self.seconds} | self.state()
-        good = not self.trainer.skipped_in_a_row
+        # A roll-back must not depend on when the run was stopped.
+        due = self.trainer.steps % self.section.save_every == 0 or not self.rolls_back
+        good = due and not self.trainer.skipped_in_a_row
         checkpoints.save(self.trainer.steps, self.tensors(), state, self.score(), good)
 
     def _resume(self, checkpoints: Checkpoints) -> None:
         found = checkpoints.load_latest()
         if found is None:
             return
-        step, tensors, state = found
+        self._restore(checkpoints, *found)
+        with checkpoints.reject_other_version(found[0]):
+            self.seconds_before = 0.0 + found[2]["seconds"]  # a TypeError for what is not a number
+
+    def _restore(
+        self, checkpoints: Checkpoints, step: int, tensors: dict[str, Tensor], state: Mapping[str, Any]
+    ) -> None:
         with checkpoints.reject_other_version(step):
             self.trainer.load(tensors, state["trainer"])
-            self.seconds_before = 0.0 + state["seconds"]  # a TypeError for what is not a number
             self.load_state(state)

@@ -68,10 +68,10 @@ class ShardedCheckpoints(Checkpoints):
         self._together(lambda: self._written(step, written))
         self._on_first(lambda: self._publish(step, described))
 
-    def load_latest(self) -> tuple[int, dict[str, Tensor], dict[str, Any]] | None:
+    def load_latest(self, good: bool = False) -> tuple[int, dict[str, Tensor], dict[str, Any]] | None:
         """As for one process, with the rows that this one owns."""
         self._on_first(self._discard_leftovers)
-        for step in reversed(self.steps()):
+        for step in self._newest_first(good):
             why = ""
             try:
                 self._check_mine(step)

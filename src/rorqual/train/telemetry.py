@@ -29,6 +29,7 @@ class Log(Protocol):
 
     def log(self, step: int, **metrics: Metric) -> None: ...
     def note(self, sentence: str) -> None: ...
+    def back_to(self, step: int) -> None: ...
     def close(self) -> None: ...
 
 
@@ -37,6 +38,7 @@ class Silent:
 
     def log(self, step: int, **metrics: Metric) -> None: ...
     def note(self, sentence: str) -> None: ...
+    def back_to(self, step: int) -> None: ...
     def close(self) -> None: ...
 
 
@@ -79,6 +81,16 @@ class Telemetry:
         """Print a sentence and record it in metrics.jsonl."""
         self._write({"step": self.step, "note": sentence})
         self.bar.note(sentence)
+
+    def back_to(self, step: int) -> None:
+        """Drop the metrics of later steps, which will come again; notes stay. What is noted now is of the next step."""
+        self.step = step + 1
+        try:
+            self.file.close()
+            _drop_after(self.path, step, notes=False)
+            self.file = self.path.open("a", encoding="utf-8")
+        except OSError as e:
+            raise file_error(self.path, e, then="then continue with --resume") from e
 
     def close(self) -> None:
         self.bar.close()
@@ -129,8 +141,8 @@ class _Bar:
             self.progress.stop()
 
 
-def _drop_after(path: Path, step: int) -> int:
-    """Drop the lines after `step` and a last line cut short by a crash.
+def _drop_after(path: Path, step: int, notes: bool = True) -> int:
+    """Drop the lines after `step`, their notes too or not, and a last line cut short by a crash.
 
     Returns the number of other lines that are not JSON with a step; a copy of the file with them is kept.
     """
@@ -141,13 +153,13 @@ def _drop_after(path: Path, step: int) -> int:
     for number, line in enumerate(lines, start=1):
         try:
             found = json.loads(line)
-            if found["step"] <= step:
+            if found["step"] <= step or (not notes and "note" in found):
                 kept.append(strict_json.dumps(found) + "\n")  # earlier versions wrote bare NaN
         except (ValueError, KeyError, TypeError, RecursionError):
             damaged += number < len(lines)
     if damaged:
         shutil.copyfile(path, _unused(path.with_name(_KEPT)))
-    write_text(path, "".join(kept) if step else "", then="then continue with --resume")
+    write_text(path, "".join(kept) if step or not notes else "", then="then continue with --resume")
     return damaged
 
 

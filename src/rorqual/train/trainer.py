@@ -34,6 +34,7 @@ from rorqual.train.compile import compiled
 from rorqual.train.ema import EMA
 from rorqual.train.objective import Objective
 from rorqual.train.optimizer import Optimizer
+from rorqual.train.ranks import RankReport, gather_reports, not_finite
 from rorqual.train.rng import load_rng_tensors, rng_tensors
 from rorqual.train.schedule import bias_speed, mtp_weight, schedule_factor
 from rorqual.train.telemetry import Metric, mean
@@ -49,7 +50,8 @@ class StepMetrics:
     grad_norm: float | None  # before clipping; None where the loss is not finite
     max_vio_per_layer: list[float] | None  # MaxVio of each MoE layer
     skipped: bool  # the loss or the gradient was not finite
-    ranks_not_finite: tuple[int, ...] = ()  # whose loss was not
+    ranks_not_finite: tuple[int, ...] = ()  # whose loss was not, or where all were, whose gradient
+    ranks: tuple[RankReport, ...] = ()  # of all
 
     def to_dict(self) -> dict[str, Metric]:
         """The metrics of a line of metrics.jsonl."""
@@ -136,13 +138,10 @@ class Trainer:
             self.pipeline.run(micro_batches, objective, self.optimizer.accumulate)
             self.pipeline.sum_copies(self.optimizer.grads)
             loads = self.pipeline.loads
-        finite, losses = objective.finite, objective.sums
-        everywhere = self.mesh.world.gather(torch.tensor([float(finite), *losses.tolist()]), "losses")
-        not_finite = tuple(rank for rank, found in enumerate(everywhere) if not found[0])
-        losses = torch.stack(everywhere)[:, 1:].sum(0)
+        ranks, losses = gather_reports(self.mesh, micro_batches, objective, self.optimizer)
         loads = list(self.mesh.tokens.sum(torch.stack(loads), "expert loads")) if loads else []
         factor = schedule_factor(self.schedule, progress)
-        result = None if not_finite else self.optimizer.step(factor)
+        result = self.optimizer.step(factor) if all(own.finite for own in ranks) else None
         if result is None:
             self.optimizer.discard()
         skipped = result is None or result.skipped
@@ -156,7 +155,8 @@ class Trainer:
             grad_norm=None if result is None else result.grad_norm,
             max_vio_per_layer=self._violations(loads),
             skipped=skipped,
-            ranks_not_finite=not_finite,
+            ranks_not_finite=not_finite(ranks),
+            ranks=tuple(ranks),
         )
 
     @torch.no_grad()

@@ -27,15 +27,17 @@ from rorqual.parallel.mesh import Mesh, build_mesh, single
 from rorqual.plan.estimate import predict
 from rorqual.plan.hardware import matrix_peak, memory_used
 from rorqual.plan.ledger import Ledger
-from rorqual.recipe import ParallelSection, PretrainRecipe, SFTRecipe, TrainSection
+from rorqual.recipe import ParallelSection, PretrainRecipe, SFTRecipe, SpikesSection, TrainSection
 from rorqual.tokenizer_protocol import Tokenizer
 from rorqual.train.build_model import build_model, check_length, set_threads, tokenizer_of
 from rorqual.train.checkpoints import Checkpoints
 from rorqual.train.model_card import model_card
+from rorqual.train.ranks import RankWatch
 from rorqual.train.run_folder import first_alone, join_run
 from rorqual.train.run_loop import RunLoop
 from rorqual.train.schedule import batch_size
 from rorqual.train.sharded_checkpoints import ShardedCheckpoints
+from rorqual.train.spikes import Spikes
 from rorqual.train.telemetry import Log
 from rorqual.train.traffic_report import bubble, table, traffic
 from rorqual.train.trainer import Trainer
@@ -126,6 +128,7 @@ def train(
             notify=print if mesh.rank == 0 else lambda _: None,
         ),
         loader=loader,
+        spikes=Spikes(recipe.spikes),
         track=recipe.track,
         mesh=mesh,
     )
@@ -174,8 +177,10 @@ class TrainingRun(RunLoop[TrainSection, Trainer]):
     """Pre-training or SFT."""
 
     loader: Loader = field(kw_only=True)
+    spikes: Spikes = field(default_factory=lambda: Spikes(SpikesSection()))
     validate: Callable[[], float] | None = None  # bits per byte on held-out text
     newest: Newest = field(default_factory=Newest)
+    watch: RankWatch = field(default_factory=RankWatch)
     steps_here: int = 0  # of this process
     tokens_a_step: int = 0  # of all processes, in the newest step
 
@@ -188,7 +193,7 @@ class TrainingRun(RunLoop[TrainSection, Trainer]):
         return max(1, math.ceil(self.section.epochs * self.loader.rows / average))
 
     def step(self, telemetry: Log) -> bool:
-        """Raises UserError when three steps in a row are not finite."""
+        """Raises UserError when three steps in a row are not finite, and at a spike that is to stop the run."""
         start = time.monotonic()
         trainer, tokens, flops = self.trainer, self.trainer.tokens, self.trainer.flops
         progress = self.progress()
@@ -211,23 +216,56 @@ class TrainingRun(RunLoop[TrainSection, Trainer]):
             tokens_per_second=tokens_per_second, utilisation=utilisation, memory_gb=memory_gb,
             valid_bpb=self.score(),
         )  # fmt: skip
+        for sentence in self.watch.new(metrics.ranks):
+            telemetry.note(f"step {trainer.steps}: {sentence}")
         if metrics.skipped:
-            self._skipped("loss" if metrics.grad_norm is None else "gradient", metrics.ranks_not_finite, telemetry)
-        return ended
+            what = "loss" if metrics.grad_norm is None else "gradient"
+            went_back = self._skipped(what, metrics.ranks_not_finite, telemetry)
+        else:
+            spike = self.spikes.find(metrics.loss, metrics.grad_norm or 0.0)
+            went_back = spike is not None and self._spiked(spike, telemetry)
+        return ended and not went_back
 
-    def _skipped(self, what: str, ranks: tuple[int, ...], telemetry: Log) -> None:
+    def _spiked(self, what: str, telemetry: Log) -> bool:
+        """Go on, stop or roll back, as the recipe says; returns whether it rolled back."""
+        spikes, step = self.spikes, self.trainer.steps
+        if spikes.section.action == "continue":
+            if spikes.in_a_row == 1:
+                telemetry.note(f"step {step}: {what}; training goes on")
+            return False
+        self.saved.finish()
+        spikes.check(f"{self.run_dir}: step {step}: {what}", self.saved.steps())
+        position, times = self.loader.state_dict(), spikes.roll_backs + 1
+        self.roll_back(telemetry)
+        self.loader.load_state_dict(position)
+        spikes.roll_backs = times
+        telemetry.note(
+            f"step {step}: {what}; rolled back to step {self.trainer.steps}, without the data since then ({times} of "
+            f"at most {spikes.section.limit} times)"
+        )
+        return True
+
+    def _skipped(self, what: str, ranks: tuple[int, ...], telemetry: Log) -> bool:
+        """Returns whether it rolled back."""
         steps, row = self.trainer.steps, self.trainer.skipped_in_a_row
         if ranks and self.mesh.section.processes > 1:
             what += f" of rank {', '.join(map(str, ranks))}"
         telemetry.note(f"step {steps}: the {what} is not finite; step skipped ({row} in a row)")
+        if row >= MAX_SKIPPED and self.rolls_back:
+            return self._spiked(f"the {what} was not finite {row} times in a row", telemetry)
         if row >= MAX_SKIPPED:
             raise UserError(
                 f"{self.run_dir}: {row} steps in a row had a {what} that is not finite, so training stopped at step "
                 f"{steps} with the last good checkpoint kept; lower optimizer.lr or check the data"
             )
+        return False
 
     def score(self) -> float | None:
         return self.newest.valid_bpb if self.newest.valid_bpb_step == self.trainer.steps else None
+
+    @property
+    def rolls_back(self) -> bool:
+        return self.spikes.section.action == "roll-back"
 
     def checkpoints(self) -> Checkpoints:
         if self.mesh.section.processes == 1:
@@ -238,11 +276,13 @@ class TrainingRun(RunLoop[TrainSection, Trainer]):
         return self.trainer.own_tensors()
 
     def state(self) -> dict[str, Any]:
-        return {"loader": self.loader.state_dict(), "last": asdict(self.newest)}
+        return {"loader": self.loader.state_dict(), "last": asdict(self.newest), "spikes": self.spikes.state()}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         self.loader.load_state_dict(state["loader"])
         self.newest = Newest.from_dict(state["last"])
+        if "spikes" in state:  # earlier versions wrote none
+            self.spikes.load(state["spikes"])
 
 
 def finish(recipe: PretrainRecipe | SFTRecipe, run: TrainingRun, tokenizer: Tokenizer) -> Path:
