@@ -169,6 +169,7 @@ def quick(name, *options, **environment):
         ("gpu --device cpu", "gpu-llama-135m-b1/transformers"),
         ("moments", "optimizer-speed/8bit"),
         ("expert_balance", "balance-prefill-1/published-greedy"),
+        ("processes", "processes/threads"),
         ("fp8_memory", "step-seconds/fp8-v3-8bit-moments"),
         ("fp8_rollouts", "tokens-per-second/fp8-rollouts"),
         ("kv_drift", "same-top-token/latent-fp8"),

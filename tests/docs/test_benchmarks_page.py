@@ -3,9 +3,11 @@
 import importlib.util
 import json
 import re
+import sys
 
 from helpers.pages import ROOT
 
+sys.path.insert(0, str(ROOT / "docs"))  # as it is for a script there
 specification = importlib.util.spec_from_file_location("make_benchmarks", ROOT / "docs" / "make_benchmarks.py")
 make_benchmarks = importlib.util.module_from_spec(specification)
 specification.loader.exec_module(make_benchmarks)

@@ -11,7 +11,7 @@ functions ever compute at once.
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -40,6 +40,8 @@ class Courier:
         self.travelled = self.waited = 0.0  # seconds of work done, and of those that somebody waited for
         self._turns: _Turns | None = None
         self._threads: ThreadPoolExecutor | None = None
+        # Kept, since OpenMP makes threads of its own for every thread that computes.
+        self._second = ThreadPoolExecutor(1, "second micro-batch")
         self._stream: Any = None
 
     def submit(self, work: Callable[..., T], *arguments: Any) -> Trip[T]:
@@ -73,7 +75,7 @@ class Courier:
         assert self._turns is None
         self._turns = _Turns()
         try:
-            return self._turns.run(first, second)
+            return self._turns.run(first, second, self._second)
         finally:
             self._turns = None
 
@@ -86,6 +88,7 @@ class Courier:
         if self._threads is not None:
             self._threads.shutdown()
             self._threads = None
+        self._second.shutdown()
 
     def _travel(self, event: Any, grad: bool, work: Callable[..., T], *arguments: Any) -> T:
         start = time.perf_counter()
@@ -121,7 +124,7 @@ class _Turns:
         self._turn = 0
         self._running = [True, True]
 
-    def run(self, first: Callable[[], T], second: Callable[[], U]) -> tuple[T, U]:
+    def run(self, first: Callable[[], T], second: Callable[[], U], thread: Executor) -> tuple[T, U]:
         found: list[Any] = [None, None]
         errors: list[BaseException] = []
         grad = torch.is_grad_enabled()
@@ -140,10 +143,9 @@ class _Turns:
                     self._turn = 1 - number
                     self._changed.notify_all()
 
-        thread = threading.Thread(target=lane, args=(1, second), name="second micro-batch")
-        thread.start()
+        other = thread.submit(lane, 1, second)
         lane(0, first)
-        thread.join()
+        other.result()
         if errors:
             raise errors[0]
         return found[0], found[1]

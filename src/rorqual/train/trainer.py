@@ -9,6 +9,7 @@ Shapes: B sequences in a micro-batch, T tokens, D hidden size, E experts.
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -111,6 +112,8 @@ class Trainer:
         self.balance = balance or BalanceSection(bias_speed=0.0, sequence_loss=0.0)
         self.optimizer = Optimizer(model, optimizer, self.dtype, self.mesh)
         self.optimizer.copies = self.pipeline.copies if self.pipeline else frozenset[str]()
+        # Micro-batches cannot take turns with a layer that is gathered for one of them.
+        self.takes_turns = self.mesh.experts.size > 1 and self.courier.background and self.optimizer.layers is None
         self.ema = EMA(self.optimizer, ema) if ema else None
         self.forward = compiled(model, notify) if compile else model
         self.depth = model.config.num_nextn_predict_layers
@@ -229,21 +232,41 @@ class Trainer:
             setattr(self, name, state[name])
 
     def _accumulate(self, micro_batches: Sequence[Batch], objective: Objective) -> list[Tensor]:
-        """Forward and backward pass of each micro-batch → the load of each mixture layer's experts."""
+        """Forward and backward pass of each micro-batch → the load of each mixture layer's experts.
+
+        Where tokens travel to experts, a backward pass and the next micro-batch's forward pass take turns (V3 §3.2.1).
+        """
         loads: list[Tensor] = []
+        due: Tensor | None = None  # the loss whose backward pass has yet to run
         for batch in micro_batches:
-            routing: list[Routing] = []
-            with self.activations.kept():
-                hidden = self.forward(batch.inputs, batch.positions, batch.attention_mask, routing=routing)
-                loss = objective.losses(hidden, batch, routing)
-                balance = objective.auxiliary(routing, batch)
+            forward = partial(self._forward, batch, objective)
+            if due is None:
+                loss, found = forward()
+            else:
+                _, (loss, found) = self.courier.together(partial(self._backward, due), forward)
             if not objective.finite and self.mesh.section.processes == 1:
                 break  # with several, the others need this one for their own tokens
-            (loss if balance is None else loss + balance).backward()
-            self.optimizer.accumulate()
-            found = [r.load.detach() for r in routing]
             loads = [a + b for a, b in zip(loads, found, strict=True)] if loads else found
+            if self.takes_turns:
+                due = loss
+            else:
+                self._backward(loss)
+        if due is not None:
+            self._backward(due)
         return loads
+
+    def _forward(self, batch: Batch, objective: Objective) -> tuple[Tensor, list[Tensor]]:
+        """The loss [] and the load of each mixture layer's experts."""
+        routing: list[Routing] = []
+        with self.activations.kept():
+            hidden = self.forward(batch.inputs, batch.positions, batch.attention_mask, routing=routing)
+            loss = objective.losses(hidden, batch, routing)
+            balance = objective.auxiliary(routing, batch)
+        return loss if balance is None else loss + balance, [r.load.detach() for r in routing]
+
+    def _backward(self, loss: Tensor) -> None:
+        loss.backward()
+        self.optimizer.accumulate()
 
     def _totals(self, micro_batches: Sequence[Batch], ahead: bool) -> tuple[list[float], float]:
         """The sum of all tokens' weights for each loss, and the number of sequences, of all processes."""

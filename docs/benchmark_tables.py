@@ -1,0 +1,319 @@
+"""Tables of docs/benchmarks.md: of one benchmark's figures in benchmarks/results/ (make_benchmarks.py)."""
+
+import re
+from collections.abc import Iterable
+from itertools import chain
+from statistics import mean, median
+from typing import Any
+
+DASH = "–"
+
+NAMES = {  # words of the files → words of the page
+    "dense-active-size": "dense, active", "dense-total-size": "dense, total",
+    "guesses right, %": "accepted, %", "tokens a pass": "tokens/pass", "same answers, %": "same output, %",
+    "s a step": "s/step", "learning, s": "training, s", "rollout, ms a token": "rollout, ms/token",
+    "200 problems a family read, s": "prefill of 400 problems, s",
+    "itl": "ITL", "tpot": "TPOT", "ttft": "TTFT",
+}  # fmt: skip
+
+
+def rename(text: str) -> str:
+    text = NAMES.get(text, text).replace("look-up", "ngram").replace("lookup", "ngram")
+    return re.sub(r"-(ttft|itl|tpot)$", lambda m: " " + NAMES[m[1]], text)
+
+
+def number(value: Any, digits: int = 3) -> str:
+    """Three significant digits, whole numbers in full."""
+    if value is None:
+        return DASH
+    if not isinstance(value, int | float):
+        return str(value)
+    return f"{value:.0f}" if abs(value) >= 10 ** (digits - 1) else f"{value:.{digits}g}"
+
+
+def table(columns: list[str], rows: Iterable[list[Any]]) -> list[str]:
+    shown = [[number(cell) if not isinstance(cell, str) else cell for cell in row] for row in rows]
+    return ["| " + " | ".join(row) + " |" for row in (columns, ["---"] * len(columns), *shown)]
+
+
+def ratios(found: dict[str, float]) -> list[str]:
+    """One row a measurement, one column a peer."""
+    pairs = {tuple(key.split("/", 1)): value for key, value in found.items()}
+    rows, peers = (list(dict.fromkeys(pair[i] for pair in pairs)) for i in (0, 1))
+    cells = [
+        [rename(row), *(f"{pairs[row, peer]:.2f}" if (row, peer) in pairs else DASH for peer in peers)] for row in rows
+    ]
+    return table(["ratio to", *map(rename, peers)], cells)
+
+
+def train(found: dict[str, Any]) -> list[list[str]]:
+    rows = []
+    for side in ("rorqual", "transformers"):
+        x = found[side]
+        percent = 100 * x["utilisation"]
+        rows.append([side, _setting(x["settings"]), x["tokens_per_second"], percent, f"{x['loss']:.4f}"])
+    return [table(["", "setting", "tokens/s", "% of matrix peak", "loss at the end"], rows)]
+
+
+def rl_step(found: dict[str, Any]) -> list[list[str]]:
+    names = ("dtype", "seconds", "rollout_seconds", "training_seconds", "ms_per_completion_token")
+    rows = [[side, *(found[side][name] for name in names)] for side in ("rorqual", "trl")]
+    return [table(["", "dtype", "s/step", "rollout, s", "training, s", "ms/sampled token"], rows)]
+
+
+def rollout(found: dict[str, Any]) -> list[list[str]]:
+    before, now = found["rounds"]["before"], found["rounds"]["now"]
+    rows = []
+    for name in now:
+        ratio = "{median:.2f} ({least:.2f} to {most:.2f})".format(**found["ratio_of_rounds"][name])
+        rows.append([rename(name), median(before[name]), median(now[name]), ratio])
+    return [table(["median of the rounds", "before", "now", "ratio of rounds"], rows)]
+
+
+def balance(found: dict[str, Any]) -> list[list[str]]:
+    names = {"bias": "correction bias", "auxiliary loss": "auxiliary loss", "none": "no balancing", "dense": "dense"}
+    rows = []
+    for name, shown in names.items():
+        x = found[name]
+        bits = f"{x['bits_per_byte']:.3f} ± {x['bits_per_byte_deviation']:.3f}"
+        vio = x["max_vio"], x["max_vio_of_batches"] or None
+        rows.append([shown, x["flops_per_token"] / 1e6, x["parameters"] / 1e6, *vio, bits])
+    columns = ["", "MFLOP/token", "M parameters", "MaxVio, held-out", "MaxVio of a batch, at the end", "bits/byte"]
+    return [table(columns, rows)]
+
+
+def decode(found: dict[str, Any]) -> list[list[str]]:
+    speeds = found["tokens_per_second"]
+    sides = list(dict.fromkeys(side for work in speeds for side in speeds[work]))
+    rows = [[side, *(_speed(work, speeds[work].get(side)) for work in speeds)] for side in sides]
+    columns = ["", "perplexity", "exact activations", "logits differ by, %", "MB of weights/token"]
+    bits = [[f"{c:.2f}" if isinstance(c, float) else c or DASH for c in row] for row in found["perplexity"]]
+    mixture = [[name, median(x)] for name, x in found["mixture"]["tokens_per_second"].items()]
+    return [
+        table(["tokens/s; first token in ms", *speeds], rows),
+        table(columns, bits),
+        table(["one sequence, 4 bits", "tokens/s"], mixture),
+    ]
+
+
+def _speed(work: str, rounds: list[float] | None) -> float | None:
+    if not rounds:
+        return None
+    return 1000 / median(rounds) if work.startswith("first-token") else median(rounds)
+
+
+def gpu(found: dict[str, Any]) -> list[list[str]]:
+    sides = ("rorqual", "transformers")
+    rows = [[work, *(median(x[side]) for side in sides)] for work, x in found["tokens_per_second"].items()]
+    return [table(["tokens/s", *sides], rows)]
+
+
+def speculate(found: dict[str, Any]) -> list[list[str]]:
+    return [table(["", *map(rename, found["columns"][1:])], ([rename(r[0]), *r[1:]] for r in found["rows"]))]
+
+
+def serving(found: dict[str, Any]) -> list[list[str]]:
+    loads, tried = found["loads"], found["tried_tokens_per_second"]
+    last = "tpot" if any("tpot_ms_p50" in x for sides in loads.values() for x in sides.values()) else "itl"
+    rows = []
+    for load, sides in loads.items():
+        for side, x in sides.items():
+            times = [f"{number(x[f'{of}_ms_p50'])} / {number(x[f'{of}_ms_p95'])}" for of in ("ttft", last)]
+            rows.append([load, f"{side} {rename(x['format'])}", x["tokens_per_second"], *times])
+    columns = ["load", "side", "tokens/s", "TTFT, ms, p50 / p95", f"{last.upper()}, ms, p50 / p95"]
+    tries = list(dict.fromkeys(load for speeds in tried.values() for load in speeds))
+    formats = [[rename(name), *(speeds.get(load) for load in tries)] for name, speeds in tried.items()]
+    return [table(columns, rows), table(["formats tried, tokens/s", *tries], formats)]
+
+
+def kv_drift(found: dict[str, Any]) -> list[list[str]]:
+    rows, bands = [], []
+    for model, x in found.items():
+        for name, cache in x["caches"].items():
+            greedy = ", ".join(map(str, cache["same_tokens"]))
+            rows.append([model, name, f"{cache['bytes']} / {x['exact_bytes']}", greedy])
+            bands += [
+                [model, name, str(b["position"]), f"{100 * b['same_top']:.1f}", f"{b['mean']:.2g}", f"{b['p99']:.2g}"]
+                for b in cache["forced"]
+            ]
+    columns = ["model", "cache", "from token", "same top token, %", "difference, mean", "99th percentile"]
+    return [table(["model", "cache", "bytes/token, of exact", "greedy"], rows), table(columns, bands)]
+
+
+def revision(found: dict[str, Any]) -> list[list[str]]:
+    rows = []
+    for name, rounds in found["rounds"].items():
+        ratio = "{median:.2f} ({least:.2f} to {most:.2f})".format(**found["ratio_of_rounds"][name])
+        rows.append([rename(name), f"{median(rounds['before']):.4g}", f"{median(rounds['now']):.4g}", ratio])
+    return [table(["", f"`{found['before']}`", "now", "ratio of rounds"], rows)]
+
+
+def fp8_loss(found: dict[str, Any]) -> list[list[str]]:
+    def cell(x: dict[str, Any], factor: float) -> str:
+        low, high = x["interval"]
+        return f"{factor * x['mean']:+.4f} [{factor * low:+.4f}, {factor * high:+.4f}]"
+
+    nats, relative, bits = (found[key] for key in ("nats_difference", "relative_loss_difference", "bits_per_byte"))
+    rows = [["baseline", DASH, DASH, DASH, f"{mean(bits['baseline']):.4f}"]]
+    for name, x in nats.items():
+        seeds = ", ".join(f"{value:+.4f}" for value in x["seeds"])
+        rows.append([name, cell(x, 1), cell(relative[name], 100), seeds, f"{mean(bits[name]):.4f}"])
+    cosines = found["gradient_cosines"]
+    layers = [[layer, *(f"{cosines[name][layer]:.4f}" for name in cosines)] for layer in next(iter(cosines.values()))]
+    base = found["baseline_loss"]
+    first = f"baseline {mean(base['seeds']):.4f}, seeds ±{base['spread']:.4f}"
+    return [
+        table([first, "nats above", "% above", "by seed", "bits per byte"], rows),
+        table(["cosine of the gradient with the baseline's", *cosines], layers),
+    ]
+
+
+def fp8_memory(found: dict[str, Any]) -> list[list[str]]:
+    parts, state = [], ("weights", "masters", "gradients", "moments")
+    columns = [*state, "a layer", "network", "of baseline", "peak, MB", "process, MB"]
+    for dtype, forms in found["bytes"].items():
+        base = forms["baseline"]["kept"]
+        rows = [
+            [form, *(f"{x[key]:.2f}" for key in state), f"{x['kept_by_layer']:.0f}", f"{x['kept']:.0f}",
+             f"{x['kept'] / base:.2f}", f"{x['peak'] / 1e6:.0f}", f"{x['resident'] / 1e6:.0f}"]
+            for form, x in forms.items()
+        ]  # fmt: skip
+        parts.append(table([f"{dtype}, {found['tokens'][dtype]} tokens", *columns], rows))
+    times = {form: median(seconds[1:]) for form, seconds in found["step_seconds"].items()}
+    rows = [[form, f"{t:.2f}", f"{t / times['baseline']:.2f}"] for form, t in times.items()]
+    return [*parts, table(["", "seconds a step", "of the baseline's"], rows)]
+
+
+def moments(found: dict[str, Any]) -> list[list[str]]:
+    count = found["parameters"]
+    rows = [
+        [form, f"{1e3 * x['optimizer_seconds']:.1f}", f"{1e3 * x['step_seconds']:.0f}",
+         f"{x['state_bytes']['moments'] / count:.2f}"]
+        for form, x in found.items() if form != "parameters"
+    ]  # fmt: skip
+    return [table(["moments", "optimizer, ms", "step, ms", "bytes a parameter"], rows)]
+
+
+def fp8_rollouts(found: dict[str, Any]) -> list[list[str]]:
+    rows, by_form = [], {}
+    for run in found["runs"]:
+        by_form.setdefault(run["form"], []).append(run)
+    for form, runs in by_form.items():
+        rows.append([
+            form, f"{mean(run['before'] for run in runs):.3f}", f"{mean(run['after'] for run in runs):.3f}",
+            ", ".join(f"{run['after']:.3f}" for run in runs),
+            f"{median(run['tokens_per_second'] for run in runs):.0f}",
+        ])  # fmt: skip
+    parts = [table(["rollouts", "pass@1 before", "after", "by seed", "tokens/s"], rows)]
+    last = max(1, found["steps"] // 6)
+    names = ("mismatch_logprob", "mismatch_kl", "importance_truncated", "routers_differ")
+    values = {name: [[v for v in run[name] if v is not None] for run in by_form["fp8"]] for name in names}
+    rows = [
+        [name, *(f"{x:.2g}" for x in (mean(chain(*own)), max(chain(*own)), mean(mean(x[-last:]) for x in own)))]
+        for name, own in values.items()
+    ]
+    return [*parts, table(["mismatch", "mean", "largest", "at the end"], rows)]
+
+
+def quantize(found: dict[str, Any]) -> list[list[str]]:
+    parts = []
+    for model, rows in found["models"].items():
+        cells = []
+        for x in rows:
+            change = f"{100 * x['change']:+.2f} %" if "change" in x else DASH
+            bar = f"{100 * x['bar']:g} %: {'met' if x['met'] else 'missed'}" if "bar" in x else DASH
+            error = f"{100 * x['output_error']:.2f} %" if "output_error" in x else DASH
+            cells.append([x["name"], f"{x['perplexity']:.3f}", change, bar, error, f"{x['megabytes']:.1f}"])
+        parts.append(table([model, "perplexity", "change", "bar", "error of outputs", "MB"], cells))
+    return parts
+
+
+def dispatch(found: dict[str, Any]) -> list[list[str]]:
+    rows = []
+    for name, x in found["contestants"].items():
+        speed, headers = x["speed"], x["headers"]
+        rows.append([
+            name, median(x["seconds"]), f"{speed['median']:.2f} ({speed['least']:.2f}–{speed['most']:.2f})",
+            f"{x['hidden']:.0%}", f"{x['between_nodes'] / 1e6:.1f}", f"{x['share_between_nodes']:.1%}",
+            DASH if headers is None else f"{headers:+.1%}",
+        ])  # fmt: skip
+    links = f"2 nodes × {found['ranks'] // 2} ranks, {found['links']['how']}"
+    columns = [links, "s/step", "speed", "travel hidden", "MB between nodes", "of plain", "headers"]
+    v3 = found["v3"]
+    computed = [
+        [name, f"{x['rows']:.2f}", f"{x['between_nodes'] / 1e3:.1f}", f"{x['share_of_dispatch']:.1%}",
+         f"{x['share']:.1%}"]
+        for name, x in v3.items() if isinstance(x, dict)
+    ]  # fmt: skip
+    of_v3 = [
+        "V3 on 8 nodes × 8 GPUs, computed",
+        "rows a token",
+        "kB a token and layer",
+        "of plain's dispatch",
+        "of plain",
+    ]
+    return [table(columns, rows), table(of_v3, computed)]
+
+
+def pipeline(found: dict[str, Any]) -> list[list[str]]:
+    parts = []
+    what = {"sleep": "sleeps in place of computing", "compute": "computes"}[found["mode"]]
+    for more, x in (("", found), (", no travel to experts", found.get("without_travel"))):
+        if x is not None:
+            rows = [
+                [name, f"{s['seconds']:.2f}", f"{s['bubble']:.1%}", f"{s['bubble_simulated']:.1%}"]
+                for name, s in x.items() if isinstance(s, dict) and "bubble_simulated" in s
+            ]  # fmt: skip
+            parts.append(
+                table([f"{found['processes']} processes, {what}{more}", "s/step", "bubble", "simulated"], rows)
+            )
+    return parts
+
+
+def expert_balance(found: dict[str, Any]) -> list[list[str]]:
+    rows = [
+        [key, f"{found['milliseconds'][key]:.1f}", *(f"{value:.4f}" for value in balance.values())]
+        for key, balance in found["balance"].items()
+    ]
+    how = next(iter(found["balance"].values()))
+    return [table(["phase and spread of loads", "ms", *(f"balance, {name}" for name in how)], rows)]
+
+
+def processes(found: dict[str, Any]) -> list[list[str]]:
+    speed, number = found["tokens_per_second"], found["processes"]
+    rows = [
+        [f"one process, {number} threads", speed["one process"]],
+        [f"{number} processes, one thread each", speed["processes"]],
+    ]
+    return [table(["", "tokens/s"], rows)]
+
+
+FIGURES = {
+    f.__name__: f
+    for f in (
+        train,
+        rl_step,
+        rollout,
+        balance,
+        decode,
+        speculate,
+        serving,
+        fp8_loss,
+        fp8_memory,
+        moments,
+        fp8_rollouts,
+        kv_drift,
+        quantize,
+        dispatch,
+        pipeline,
+        expert_balance,
+        processes,
+        revision,
+        gpu,
+    )
+}
+
+
+def _setting(settings: dict[str, Any]) -> str:
+    words = [str(v) for k, v in settings.items() if k != "compiled"]
+    return ", ".join([*words, "compiled" if settings["compiled"] else "not compiled"])
