@@ -37,8 +37,8 @@ def table(columns: list[str], rows: Iterable[list[Any]]) -> list[str]:
 
 
 def ratios(found: dict[str, float]) -> list[str]:
-    """One row a measurement, one column a peer."""
-    pairs = {tuple(key.split("/", 1)): value for key, value in found.items()}
+    """One row a measurement, one column a peer; shares of a whole have none, and are in the other tables."""
+    pairs = {tuple(key.split("/", 1)): value for key, value in found.items() if "/" in key}
     rows, peers = (list(dict.fromkeys(pair[i] for pair in pairs)) for i in (0, 1))
     cells = [
         [rename(row), *(f"{pairs[row, peer]:.2f}" if (row, peer) in pairs else DASH for peer in peers)] for row in rows

@@ -128,7 +128,7 @@ def test_rounds_are_compared_with_one_another(common):
     assert common.ratio_of_rounds([2, 8, 3], [1, 2, 3]) == {"median": 2, "least": 1, "most": 4}
 
 
-@pytest.mark.parametrize("name", ["rollout", "speculate"])
+@pytest.mark.parametrize("name", ["rollout", pytest.param("speculate", marks=pytest.mark.slow)])
 def test_a_run_that_is_not_there_is_one_sentence(name, tmp_path):
     command = [sys.executable, str(FOLDER / f"{name}.py"), "--run", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

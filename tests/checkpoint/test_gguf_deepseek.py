@@ -196,6 +196,7 @@ def test_gate_and_up_of_different_types(tmp_path, monkeypatch):
     same_numbers(packed, load_model(tmp_path / "model"), 5e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_loading_peaks_under_size_plus_a_fifth(tmp_path):
     large = V3.replace(hidden_size=512, moe_intermediate_size=2048, num_hidden_layers=5, n_routed_experts=8)

@@ -49,7 +49,10 @@ def in_use() -> str:
 
 
 @pytest.mark.skipif(bool(os.environ.get(VARIABLE)), reason=f"{VARIABLE} is set: all tests run in one class")
-@pytest.mark.parametrize("name", ["none", "portable", "avx2", "avx512", "avx512-bf16"])
+# CI runs all tests of kernels on class none.
+@pytest.mark.parametrize(
+    "name", [pytest.param("none", marks=pytest.mark.slow), "portable", "avx2", "avx512", "avx512-bf16"]
+)
 def test_a_lower_class_agrees(name):
     if CLASSES.index(name) >= CLASSES.index(in_use()):
         pytest.skip("not lower than what the other tests run in")

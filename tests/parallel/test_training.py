@@ -35,14 +35,14 @@ def on_ranks(rank, layout, options, micro):
 
 MUON = {"name": "muon"}
 LAYOUTS = [
-    ({"data": 4}, 2, MUON),
-    ({"data": 4, "experts": 4, "ranks_per_node": 2}, 2, {}),
     ({"pipeline": 2}, 2, {}),
     ({"pipeline": 2, "data": 2, "experts": 2}, 1, {}),
     ({"context": 2, "data": 2, "experts": 4}, 2, {}),
     ({"data": 2, "sharding": "full"}, 2, {"recompute": "v3"}),
 ]
 MORE = [
+    ({"data": 4}, 2, MUON),
+    ({"data": 4, "experts": 4, "ranks_per_node": 2}, 2, {}),
     ({"data": 2}, 4, {}),
     ({"data": 8}, 1, {}),
     ({"data": 2, "experts": 2}, 4, {}),

@@ -86,8 +86,15 @@ def sizes(tmp_path_factory):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("bits", ["int4", "int8"])
-@pytest.mark.parametrize("stored", ["packed", "whole"])
+@pytest.mark.parametrize(
+    ("bits", "stored"),
+    [
+        ("int4", "packed"),
+        pytest.param("int8", "packed", marks=pytest.mark.slow),
+        pytest.param("int4", "whole", marks=pytest.mark.slow),
+        pytest.param("int8", "whole", marks=pytest.mark.slow),
+    ],
+)
 def test_loading_peaks_under_size_plus_a_fifth(sizes, tmp_path, bits, stored):
     if stored == "packed":
         for name in ("large", "small"):

@@ -13,9 +13,14 @@ from rorqual.train.layout_plan import plan_layout
 from rorqual.train.run_folder import to_toml
 from rorqual.train.training_run import micro_batches
 
+STAGES = {"pipeline": 2, "schedule": "1f1b"}
 
-def test_one_command_starts_them_all(tmp_path, make_recipe, child_environment):
-    layout = {"pipeline": 2, "schedule": "1f1b", "data": 2, "experts": 2}
+
+@pytest.mark.parametrize(
+    ("processes", "layout"),
+    [(2, STAGES), pytest.param(4, STAGES | {"data": 2, "experts": 2}, marks=pytest.mark.slow)],
+)
+def test_one_command_starts_them_all(tmp_path, make_recipe, child_environment, processes, layout):
     recipe = make_recipe(train__steps=4, train__micro_batch=1, train__eval_every=2, train__ema=0.9, parallel=layout)
     path = tmp_path / "recipe.toml"
     path.write_text(to_toml(recipe.model_dump()))
@@ -36,7 +41,7 @@ def test_one_command_starts_them_all(tmp_path, make_recipe, child_environment):
         name: row["computed"] for name, row in sent.items() if row["computed"]
     }
     assert load_model(recipe.run_dir / "model").config.num_hidden_layers == 2
-    assert (recipe.run_dir / "checkpoints" / "step-4" / "tensors-00003-of-00004.safetensors").exists()
+    assert (recipe.run_dir / "checkpoints" / "step-4" / f"tensors-00001-of-0000{processes}.safetensors").exists()
 
 
 @pytest.mark.parametrize(

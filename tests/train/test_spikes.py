@@ -123,6 +123,7 @@ def test_a_roll_back_leaves_the_data_out(recipe_of, monkeypatch, rows, weights, 
     assert [line["step"] for line in lines_of(rolled_back) if "note" not in line] == list(range(1, 21))
 
 
+@pytest.mark.slow
 def test_without_a_checkpoint_it_rolls_back_to_the_start(recipe_of, monkeypatch):
     real, changes = Loader.next, {"train__save_every": 20}
     monkeypatch.setattr(Loader, "next", spoil(real, *SPIKE))
@@ -142,10 +143,9 @@ slow = pytest.mark.slow
     ("way", "call"),
     [
         ("killed", 16),
-        ("stopped", 14),
         ("stopped", 16),
         *(pytest.param("killed", call, marks=slow) for call in (14, 15, 17, 18, 20)),
-        *(pytest.param("stopped", call, marks=slow) for call in (15, 17, 18, 20)),
+        *(pytest.param("stopped", call, marks=slow) for call in (14, 15, 17, 18, 20)),
     ],
 )
 def test_a_run_that_ends_around_a_roll_back_goes_on(recipe_of, monkeypatch, call, way):
