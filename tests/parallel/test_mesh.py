@@ -1,9 +1,12 @@
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch.distributed as dist
 
 from helpers.processes import run
 from rorqual.errors import UserError
-from rorqual.parallel.mesh import build_mesh, check_layout, planned_mesh
+from rorqual.parallel.mesh import build_mesh, check_layout, meet, planned_mesh
 from rorqual.sections import ParallelSection
 
 NAMES = ("pipeline", "tokens", "experts", "replicas", "context", "data", "rail", "node")
@@ -69,3 +72,18 @@ def start(rank):
 
 def test_the_number_of_processes_is_checked():
     run(2, start)
+
+
+def test_a_restart_does_not_meet_those_who_have_ended():
+    """The store is the same; rank 0 comes first, last and between."""
+    store, names = dist.HashStore(), []
+    for order in ((0, 1, 2), (1, 2, 0), (2, 0, 1)):
+        with ThreadPoolExecutor(3) as pool:
+            waiting = []
+            for rank in order:
+                waiting.append(pool.submit(meet, store, rank, 3))
+                time.sleep(0.05)
+            found = {future.result(30) for future in waiting}
+        assert len(found) == 1
+        names += found
+    assert len(set(names)) == 3

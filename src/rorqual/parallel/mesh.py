@@ -8,12 +8,15 @@ other, so a layer's routed experts exist data · context / experts times; everyt
 """
 
 import os
+import time
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from rorqual.errors import UserError
@@ -174,15 +177,38 @@ def _join(backend: str, timeout: timedelta) -> None:
     """Wait until all processes have come, which may take longer than any collective, and make the world's group."""
     try:
         store, rank, world = next(iter(rendezvous("env://", timeout=JOIN)))
-        store.set(f"come/{rank}", "")
-        store.wait([f"come/{other}" for other in range(world)], JOIN)
-        store = dist.PrefixStore("world", store)  # pyright: ignore[reportPrivateImportUsage]
+        store = PrefixStore(meet(store, rank, world), store)
         dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world)
     except (RuntimeError, ValueError) as e:
         raise CommunicationError(
             f"rank {os.environ.get('RANK', '?')} could not join the others ({str(e).splitlines()[0][:200]}); one of "
             "them has ended, or cannot be reached: its own output says why"
         ) from e
+
+
+def meet(store: Store, rank: int, world: int) -> str:
+    """Wait for all ranks to call this → a name that they have in common, and that no earlier attempt had.
+
+    torchrun's store outlives its processes: after a restart it still holds the addresses of those that have ended.
+    Whoever answers rank 0's newest call is let in by the number that it chose itself, which nobody had before.
+    """
+    number = uuid.uuid4().hex
+    if rank == 0:
+        store.set("call", number)
+        come = [store.get(f"{number}/{other}").decode() for other in range(1, world)]
+        for theirs in come:
+            store.set(f"{number}/{theirs}", "")
+        return number
+    end = time.monotonic() + JOIN.total_seconds()
+    while time.monotonic() < end:
+        call = store.get("call").decode()
+        store.set(f"{call}/{rank}", number)
+        try:
+            store.wait([f"{call}/{number}"], timedelta(seconds=1))
+        except RuntimeError:
+            continue  # not all are there, or the call was an earlier attempt's
+        return call
+    raise RuntimeError(f"not all of {world} processes came within {JOIN}")
 
 
 def _split(mesh: DeviceMesh, name: str, sizes: Sequence[int], names: Sequence[str]) -> DeviceMesh:
