@@ -124,6 +124,17 @@ def test_data_alone_is_one_process_with_fewer_rows(make_recipe):
         assert getattr(rank.memory, name) == pytest.approx(getattr(alone, name) / 2, rel=0.1)
 
 
+def test_micro_batches_that_take_turns_are_both_in_memory(make_recipe):
+    ranks = []
+    for overlap in (True, False):
+        layout = {"data": 2, "experts": 2, "overlap": overlap}
+        recipe = make_recipe(parallel=layout, train__micro_batch=1)
+        ranks += plan_layout(recipe, recipe_config(recipe)).ranks
+    both, one = ranks
+    assert (both.in_flight, one.in_flight) == (2, 1)
+    assert both.memory.activations == 2 * one.memory.activations
+
+
 @pytest.mark.parametrize(
     ("layout", "train", "said"),
     [

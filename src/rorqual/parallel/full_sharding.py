@@ -47,11 +47,11 @@ class Layer:
             p.untyped_storage().resize_(0)
 
     def forward(self, forward: Callable[..., Tensor], x: Tensor, *inputs: object) -> Tensor:
-        """As `forward(x, *inputs)`."""
+        """As `forward(x, *inputs)`. The backward pass begins with the output's gradient and ends with the input's."""
         self.gather()
-        out = forward(_After.apply(x, self), *inputs)
+        out = forward(_OnGradient.apply(x, self.finish_backward), *inputs)
         self.free()
-        return _Before.apply(out, self)
+        return _OnGradient.apply(out, self.gather)
 
     def finish_backward(self) -> None:
         gradients = {name: p.grad.float() for name, p in self.parameters.items() if p.grad is not None}
@@ -92,35 +92,20 @@ class FullSharding:
             layer.free()
 
 
-class _LayerContext(Context):
-    layer: Layer
+class _CallContext(Context):
+    call: Callable[[], None]
 
 
-class _After(Function):
-    """A layer's input: its gradient is the last that the layer's backward pass computes."""
+class _OnGradient(Function):
+    """The identity; `call` is called when the gradient is there."""
 
     @staticmethod
-    def forward(ctx: _LayerContext, x: Tensor, layer: Layer) -> Tensor:
-        ctx.layer = layer
+    def forward(ctx: _CallContext, x: Tensor, call: Callable[[], None]) -> Tensor:
+        ctx.call = call
         return x.view_as(x)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: _LayerContext, grad: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.layer.finish_backward()
-        return grad, None
-
-
-class _Before(Function):
-    """A layer's output: the backward pass begins here."""
-
-    @staticmethod
-    def forward(ctx: _LayerContext, x: Tensor, layer: Layer) -> Tensor:
-        ctx.layer = layer
-        return x.view_as(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: _LayerContext, grad: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.layer.gather()
+    def backward(ctx: _CallContext, grad: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.call()
         return grad, None

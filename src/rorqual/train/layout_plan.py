@@ -67,6 +67,8 @@ def plan_layout(recipe: PretrainRecipe | SFTRecipe, config: ModelConfig) -> Layo
         schedule, layers = pipeline.schedule, pipeline.layers
     work = _flops(config, layers, length, bool(recipe.mtp.weight or recipe.mtp.final_weight))
     timeline = simulate(schedule, _times(work, recipe.recompute == "full"))
+    # Without a pipeline, a micro-batch is in flight, or two that take turns.
+    flying = 2 if pipeline is None and number > 1 and trainers[0].takes_turns else 1
     ranks: list[RankPlan] = []
     sent: list[Bytes] = []
     for place, trainer in enumerate(trainers):
@@ -77,8 +79,8 @@ def plan_layout(recipe: PretrainRecipe | SFTRecipe, config: ModelConfig) -> Layo
                 rank=trainer.mesh.rank,
                 layers=tuple(layers[stage] for stage in held),
                 parameters=sum(p.numel() for p in trainer.optimizer.parameters.values()),
-                memory=_memory(recipe, trainer, schedule, layers, size * length // section.context),
-                in_flight=round(schedule.peak_activations()[place]),
+                memory=_memory(recipe, trainer, schedule, layers, flying, size * length // section.context),
+                in_flight=flying * round(schedule.peak_activations()[place]),
                 flops=sum(3 * work[stage].forward for stage in held) * tokens,
                 sent=by_rank[0],
                 idle=timeline.bubble[place] / timeline.length,
@@ -116,9 +118,10 @@ def _trainer(recipe: PretrainRecipe | SFTRecipe, config: ModelConfig, rank: int,
 
 
 def _memory(
-    recipe: PretrainRecipe | SFTRecipe, trainer: Trainer, schedule: Schedule, layers: Sequence[range], tokens: int
-) -> Memory:
-    """tokens: of a micro-batch."""
+    recipe: PretrainRecipe | SFTRecipe, trainer: Trainer, schedule: Schedule, layers: Sequence[range], flying: int,
+    tokens: int,
+) -> Memory:  # fmt: skip
+    """flying: micro-batches for each that the schedule has in flight. tokens: of a micro-batch."""
     config, optimizer, size = trainer.model.config, trainer.optimizer, trainer.dtype.itemsize
     how, place = Kept(size, recipe.precision is not None, recipe.recompute), trainer.mesh.pipeline.place
     each = [sum(layer_bytes(config, config.is_moe_layer(layer), how) for layer in stage) for stage in layers]
@@ -137,7 +140,7 @@ def _memory(
         gradients=state.gradients,
         moments=state.moments,
         ema=sum(FP32 * w.numel() for w in optimizer.masters.values()) if recipe.train.ema else 0,
-        activations=round(tokens * schedule.peak_activations(each)[place]),
+        activations=round(flying * tokens * schedule.peak_activations(each)[place]),
         loss=loss_bytes(config, tokens, size) if schedule.rank_of_stage[-1] == place else 0,
     )
 

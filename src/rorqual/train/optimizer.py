@@ -162,9 +162,11 @@ class Optimizer:
         """Context in which the model holds all rows of all weights, as for an export."""
         if self.layers:
             self.layers.gather()
-        yield
-        if self.layers:
-            self.layers.free()
+        try:
+            yield
+        finally:
+            if self.layers:
+                self.layers.free()
 
     def _converted(self) -> list[str]:
         """The parameters whose masters are kept beside them."""
