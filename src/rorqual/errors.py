@@ -11,6 +11,8 @@ class UserError(Exception):
     The command line prints only the message and exits with status 2; library callers can catch it.
     """
 
+    retry = False  # whether the same command may succeed when it is started again
+
 
 class Stopped(Exception):
     """A run saved a checkpoint and ended after a signal; `exit_code` is 128 + signal number, as in shells."""

@@ -14,6 +14,7 @@ from rorqual.cli.model_commands import doctor, import_
 from rorqual.cli.quantize_command import quantize
 from rorqual.cli.train_commands import distill, pretrain, report, rl, sft, speedrun
 from rorqual.errors import Stopped, UserError, file_error
+from rorqual.final_status import ended, final_status
 from rorqual.process_tuning import tune
 from rorqual.renamed import current_options
 
@@ -35,13 +36,15 @@ for command, name in (
 def main() -> None:
     """Run the command line; a user error prints one sentence and exits with status 2."""
     tune()
+    if ended():
+        sys.exit(0)
     if isinstance(sys.stdout, io.TextIOWrapper):  # characters that the terminal's encoding lacks
         sys.stdout.reconfigure(errors="replace")
     try:
         app(current_options(sys.argv[1:]))
     except UserError as e:
         print(f"rorqual: {e}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(2 if e.retry else final_status(2))
     except Stopped as e:
         print(f"rorqual: {e}", file=sys.stderr)
         sys.exit(e.exit_code)

@@ -144,6 +144,8 @@ class _Named:
 class CommunicationError(UserError):
     """A collective failed or timed out."""
 
+    retry = True
+
 
 def _first_line(error: BaseException) -> str:
     lines = str(error).splitlines()

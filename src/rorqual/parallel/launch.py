@@ -3,9 +3,12 @@
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 
 from rorqual.errors import UserError
+from rorqual.final_status import VARIABLE
 from rorqual.sections import ParallelSection
 
 
@@ -36,9 +39,13 @@ def launch(arguments: Sequence[str], processes: int, restarts: int) -> int:
     ]  # fmt: skip
     threads = str(max(1, (os.cpu_count() or 1) // processes))
     environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads)}
-    with subprocess.Popen(command, env=environment) as started:
-        while True:
-            try:
-                return started.wait()
-            except KeyboardInterrupt:  # the processes get the signal too, save a checkpoint and end
-                continue
+    with tempfile.TemporaryDirectory(prefix="rorqual-") as folder:
+        said = Path(folder) / "status"
+        with subprocess.Popen(command, env=environment | {VARIABLE: str(said)}) as started:
+            while True:
+                try:
+                    status = started.wait()
+                    break
+                except KeyboardInterrupt:  # the processes get the signal too, save a checkpoint and end
+                    continue
+        return int(said.read_text()) if said.exists() else status

@@ -7,7 +7,6 @@ are sampled again, to the same tokens; each is consumed once.
 
 import contextlib
 import json
-import os
 import time
 from collections.abc import Generator
 from dataclasses import asdict, dataclass, field
@@ -22,6 +21,7 @@ from rorqual.errors import UserError
 from rorqual.extras import require
 from rorqual.kernels.dtypes import compute_dtype, dtype_name
 from rorqual.model import ModelConfig, Transformer
+from rorqual.ray_start import cpus_of_machines, fair_threads, join_ray, reason, room
 from rorqual.recipe import RLRecipe
 from rorqual.rl.rollout import Shard
 from rorqual.rl.rollout_worker import RolloutWorker, WorkerSettings, shard_from
@@ -31,7 +31,6 @@ MAX_FAILURES = 5  # of workers in a row, without a shard in between
 HANG_SECONDS = 300.0  # without a forward pass, of a worker that has started; it may wait for weights
 START_SECONDS = 900.0  # of a worker: for a place in the cluster, and to import PyTorch
 PULSE_SECONDS = 2.0  # between two looks at the workers that are waited for
-START_ATTEMPTS = 3  # a busy machine is too slow for Ray's own limits on its first start
 STORE_BYTES = 128 << 20  # of Ray's object store, beside the weights
 
 
@@ -154,7 +153,7 @@ class RayFleet:
         try:
             return self._ray.put(weights)
         except self._ray.exceptions.RayError as e:
-            raise UserError(f"Ray cannot take the weights ({_reason(e)}); see Ray's logs, then --resume") from e
+            raise UserError(f"Ray cannot take the weights ({reason(e)}); see Ray's logs, then --resume") from e
 
     def _start(self) -> Any:
         # `pulse` calls are answered while a shard is sampled.
@@ -175,7 +174,7 @@ class RayFleet:
                 raise UserError(str(e.cause)) from None
             raise
         except errors.RayError as e:
-            self._replace(k, _reason(e))
+            self._replace(k, reason(e))
             return
         self._failures, worker = 0, self._workers[k]
         worker.forwards = worker.forwards or 0
@@ -188,7 +187,7 @@ class RayFleet:
             try:
                 forwards = self._ray.get(worker.pulse)
             except self._ray.exceptions.RayError as e:
-                self._replace(k, _reason(e))
+                self._replace(k, reason(e))
                 return
             worker.pulse = None
             if forwards != worker.forwards:
@@ -222,55 +221,21 @@ class RayFleet:
 
 
 def _join(ray: Any, recipe: RLRecipe, config: ModelConfig, address: str) -> None:
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray reports to its makers otherwise
-    os.environ.setdefault("RAY_worker_niceness", "0")  # workers are the run, not guests beside it
-    quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
-    if address != "local":
-        try:
-            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
-        except (ConnectionError, ValueError, RuntimeError) as e:
-            raise UserError(
-                f"--ray {address}: no cluster is reached ({_reason(e)}); start one with `ray start --head`, and "
-                "this command on one of its machines"
-            ) from e
-        return
     section, dtype = recipe.rollouts, compute_dtype(recipe.model.dtype)
     workers, staleness = section.workers or 1, section.staleness or 0
     version = push_bytes(config, dtype, recipe.grpo.rollout_weights == "fp8")
     cpus = workers * (section.threads or max(1, torch.get_num_threads() // workers))
-    for attempt in range(START_ATTEMPTS):
-        try:
-            ray.init(
-                address="local",
-                num_cpus=cpus,
-                num_gpus=0,
-                object_store_memory=STORE_BYTES + (staleness + 2) * version,
-                **quiet,
-            )
-            return
-        except Exception as e:  # Ray raises plain Exceptions here
-            ray.shutdown()
-            if attempt == START_ATTEMPTS - 1:
-                raise UserError(f"--ray local: Ray does not start ({_reason(e)}); see /tmp/ray") from e
+    store = STORE_BYTES + (staleness + 2) * version
+    join_ray(ray, address, "--ray", {"num_cpus": cpus, "num_gpus": 0, "object_store_memory": store})
 
 
 def _threads(ray: Any, workers: int, threads: int | None) -> int:
-    """Threads of a worker: as given, else the most of which all workers have as many. Raises UserError where there is
-    no room.
-    """
-    nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
-    chosen = threads or sum(nodes) // workers or 1
-    while (room := sum(cpus // chosen for cpus in nodes)) < workers and threads is None and chosen > 1:
-        chosen -= 1
-    if room < workers:
+    """Threads of a worker: as given, else a fair share. Raises UserError where there is no room."""
+    machines = cpus_of_machines(ray)
+    chosen = threads or fair_threads(machines, workers)
+    if (found := room(machines, chosen)) < workers:
         raise UserError(
-            f"rollouts.workers = {workers}: Ray's machines have {', '.join(map(str, nodes))} CPUs, room for {room} "
+            f"rollouts.workers = {workers}: Ray's machines have {', '.join(map(str, machines))} CPUs, room for {found} "
             f"workers with rollouts.threads = {chosen}; lower one of the two"
         )
     return chosen
-
-
-def _reason(error: BaseException) -> str:
-    """One line of an error of Ray, which writes many: the first, but for an actor that cannot start."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return lines[-1 if "creation task" in lines[0] else 0][:200].rstrip(".")

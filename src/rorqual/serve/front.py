@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing
 from typing import Any, cast
@@ -18,8 +19,9 @@ from rorqual.serve.middleware import AuthMiddleware
 from rorqual.serve.service import Options
 from rorqual.serve.sse import READ_SECONDS, cancel_on_disconnect
 
-TRIES = 3  # of a request whose replica ends before it answers
-HEALTH_SECONDS = 10.0
+TRIES = 2  # of a request whose replica ends before it answers; no more, since it may be what ended the replica
+HEALTH_SECONDS = 10.0  # for /health and /metrics
+log = logging.getLogger(__name__)
 CARRIED = ("type", "asgi", "http_version", "method", "scheme", "path", "raw_path", "query_string", "root_path",
            "client", "server")  # fmt: skip
 
@@ -74,6 +76,7 @@ class Front:
             except TimeoutError:
                 return ApiError(503, "no replica is ready; retry later", Retry_After="5").response()
             except Exception as e:
+                log.exception("%s %s: a replica failed", scope["method"], scope["path"])
                 if not begun and left:
                     continue
                 error = ApiError(500, f"the replica failed ({type(e).__name__}); send the request again")
@@ -118,15 +121,23 @@ class Front:
             async with asyncio.timeout(HEALTH_SECONDS):
                 status, _, body = await self._whole(scope)
         except Exception:  # also a replica that has just ended
+            log.exception("/health: no replica answers")
             return JSONResponse({"status": "no replica is ready"}, 503)
         return Response(body, status, media_type="application/json")
 
     async def _metrics(self, scope: dict[str, Any]) -> Response:
         """Every replica's, with its name as the label `replica`."""
-        found = await asyncio.gather(
-            *(self._whole(scope | {"path": "/metrics"}, i) for i in range(self.count)), return_exceptions=True
-        )
-        texts = {name: text for status, name, text in (x for x in found if isinstance(x, tuple)) if status == 200}
+
+        async def ask(number: int) -> tuple[int, str, str]:
+            async with asyncio.timeout(HEALTH_SECONDS):
+                return await self._whole(scope | {"path": "/metrics"}, number)
+
+        found = await asyncio.gather(*map(ask, range(self.count)), return_exceptions=True)
+        answers = [answer for answer in found if isinstance(answer, tuple)]
+        texts = {name: text for status, name, text in answers if status == 200}
+        if not texts:
+            refused = {status for status, _, _ in answers}  # such as 405
+            return PlainTextResponse("no replica has metrics\n", refused.pop() if len(refused) == 1 else 503)
         merged = merged_metrics(texts)
         return PlainTextResponse(merged, media_type="text/plain; version=0.0.4; charset=utf-8")
 
@@ -175,8 +186,9 @@ def _is_stream(message: Message) -> bool:
 
 
 def _carried(scope: Scope) -> dict[str, Any]:
-    """The scope for a replica, which checks the key again; the Origin has been checked, and answered, here."""
-    headers = [(name, value) for name, value in scope["headers"] if name not in (b"origin", b"host")]
+    """The scope for a replica. The key and the Origin have been checked, and the Origin answered, here."""
+    own = (b"origin", b"host", b"authorization")
+    headers = [(name, value) for name, value in scope["headers"] if name not in own]
     return {name: scope[name] for name in CARRIED if name in scope} | {"headers": headers}
 
 

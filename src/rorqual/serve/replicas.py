@@ -11,6 +11,7 @@ chooses, and the replica answers with the whole application (serve/app.py).
 import asyncio
 import contextlib
 import os
+import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import replace
@@ -26,13 +27,12 @@ from starlette.types import Message, Scope
 from rorqual.engine import Engine, SamplingParams
 from rorqual.engine.prefix_router import PrefixRouter
 from rorqual.errors import UserError
+from rorqual.ray_start import LOCAL, cpus_of_machines, fair_threads, join_ray, room
 from rorqual.serve.app import build_app
 from rorqual.serve.service import ModelService, Options
 
-APPLICATION = "rorqual"
+NAMESPACE = "rorqual"
 HEALTH_SECONDS = 2.0  # between two checks; a replica whose process ends is noticed at once
-# No reports to Ray's makers; replicas with the priority of other processes, not the lowest.
-RAY_SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
 NAME_HEADER = b"x-replica"
 NO_LIMIT = 1_000_000  # the engine itself limits the requests of a replica (429)
 
@@ -135,16 +135,19 @@ def replicas(
     router: type[RequestRouter] = PrefixAwareRequestRouter,
 ) -> Iterator[Any]:  # fmt: skip
     """Start `count` replicas, on this machine or, with RAY_ADDRESS, on a cluster → a handle of their deployment. They
-    end with the context. Raises UserError where they don't start.
+    end with the context, and nothing else of a cluster does. Raises UserError where they don't start.
     """
-    gpu = str(arguments.get("device", "cpu")).startswith("cuda")
-    threads = max(1, (os.cpu_count() or 1) // count)
-    environment = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(threads)}  # Ray's default is 1
-    actor = {"num_cpus": 0, "num_gpus": int(gpu), "runtime_env": {"env_vars": environment}}
-    for name, value in RAY_SETTINGS.items():
-        os.environ.setdefault(name, value)
-    ray.init(namespace=APPLICATION, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    address = os.environ.get("RAY_ADDRESS") or LOCAL  # or Ray would join whatever `ray start` has started here
+    name = f"{NAMESPACE}-{uuid.uuid4().hex[:8]}"  # two fronts may share a cluster
+    join_ray(ray, address, "--replicas with RAY_ADDRESS =", namespace=NAMESPACE, configure_logging=False)
     try:
+        machines = cpus_of_machines(ray)
+        threads = fair_threads(machines, count)
+        # Ray's own default is one thread. Cores are counted where there are enough, so that replicas spread.
+        environment = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(threads)}
+        gpu = str(arguments.get("device", "cpu")).startswith("cuda")
+        cpus = threads if address != LOCAL and room(machines, threads) >= count else 0
+        actor = {"num_cpus": cpus, "num_gpus": int(gpu), "runtime_env": {"env_vars": environment}}
         serve.start(proxy_location="Disabled")
         routing: dict[str, Any] = {"request_router_class": router}  # Ray's own annotation of it is a dictionary
         deployment = serve.deployment(
@@ -152,13 +155,13 @@ def replicas(
             request_router_config=RequestRouterConfig(**routing),
             health_check_period_s=HEALTH_SECONDS, graceful_shutdown_timeout_s=HEALTH_SECONDS,
         )(Replica)  # fmt: skip
-        inside = replace(options, host="127.0.0.1")  # of the front alone
+        inside = replace(options, host="127.0.0.1", keys=())  # of the front alone
         bound = deployment.bind(str(model.resolve()), arguments, sampling, inside)
         try:
-            handle = serve.run(bound, name=APPLICATION, route_prefix=None)
+            handle = serve.run(bound, name=name, route_prefix=None)
         except RuntimeError as e:
             raise UserError(f"the replicas did not start: {str(e).strip().splitlines()[-1]}") from e
         yield handle
     finally:
-        serve.shutdown()
+        serve.delete(name) if address != LOCAL else serve.shutdown()
         ray.shutdown()

@@ -27,7 +27,6 @@ KEYS_VARIABLE = "RORQUAL_API_KEYS"
 # Seconds that a connection may be idle. Clients built on httpx, OpenAI's among them, close theirs after 5: a server
 # that closed at the same moment would lose the request being sent.
 KEEP_ALIVE = 75
-MIN_CONTEXT = 64  # tokens that the KV cache must hold for a prompt and its answer
 
 log = logging.getLogger("rorqual.serve")
 
@@ -110,11 +109,6 @@ def serve(
     """
     _log_to_stderr()
     service = ModelService(engine, default_params, options)
-    if service.context < MIN_CONTEXT:
-        raise UserError(
-            f"the KV cache of {engine.kv_cache_bytes} bytes holds {service.context} tokens; "
-            f"raise --cache-gb until it holds at least {MIN_CONTEXT}"
-        )
     engine.prepare()
     app = build_app(service)
     if page and service.template:

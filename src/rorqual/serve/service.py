@@ -27,6 +27,9 @@ from rorqual.unicode_checks import whole
 MAX_GRAMMAR_CHARACTERS = 1 << 17  # of a schema or grammar: one of twice the size takes twenty seconds to compile
 
 
+MIN_CONTEXT = 64  # tokens that the KV cache must hold for a prompt and its answer
+
+
 @dataclass(frozen=True)
 class Options:
     """name: the model's name in the API. keys: API keys (none: no authentication). max_queue: sequences that may wait.
@@ -43,11 +46,19 @@ class Options:
 
 
 class ModelService:
-    """The model behind the routes; `default_params`: sampling parameters where a request gives none."""
+    """The model behind the routes; `default_params`: sampling parameters where a request gives none.
+
+    Raises UserError if the KV cache is too small.
+    """
 
     def __init__(self, engine: Engine, default_params: SamplingParams, options: Options) -> None:
         self.engine, self.default_params, self.options = engine, default_params, options
         self.context = context_of(engine)
+        if self.context < MIN_CONTEXT:
+            raise UserError(
+                f"the KV cache of {engine.kv_cache_bytes} bytes holds {self.context} tokens; "
+                f"raise --cache-gb until it holds at least {MIN_CONTEXT}"
+            )
         self.max_answer_tokens: int | None = engine.model.released.sampling.get("max_tokens")  # of the release
         self.engine_thread = EngineThread(engine, options.max_queue)
         self.metrics = Metrics(engine)
