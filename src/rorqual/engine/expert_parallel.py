@@ -4,6 +4,7 @@ import atexit
 import multiprocessing
 import signal
 import tempfile
+import time
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -60,11 +61,14 @@ class ExpertParallelEngine(Engine):
         self._folder = tempfile.TemporaryDirectory(prefix="rorqual-")
         atexit.register(self.close)
         try:
+            self._all_threads = torch.get_num_threads()
             self._start(str(model), options)
             super().__init__(model, **_on_rank(0, experts, options))
             for rank, connection in enumerate(self._ranks, 1):
                 if (said := _receive(rank, connection)) != READY:
                     raise UserError(f"rank {rank}: {said}")
+            for connection in self._ranks:
+                connection.send(READY)
             self.placement = _join(self, 0, experts, redundant_experts, self._folder.name)
             self.prepare()
         except BaseException:
@@ -91,13 +95,15 @@ class ExpertParallelEngine(Engine):
         atexit.unregister(self.close)
         for connection in self._ranks:
             connection.close()
+        end = time.monotonic() + END_SECONDS
         for process in self._processes:
-            process.join(END_SECONDS)
+            process.join(max(0.0, end - time.monotonic()))
             process.kill()
             process.join()
         if self._processes and dist.is_initialized():
             dist.destroy_process_group()
         self._ranks, self._processes = [], []
+        torch.set_num_threads(self._all_threads)
         self._folder.cleanup()
 
     @property
@@ -179,6 +185,10 @@ def _follow(
         front.send(str(e))
         return
     front.send(READY)
+    try:
+        front.recv()  # all are ready
+    except EOFError:
+        return
     placement = _join(engine, rank, ranks, redundant, folder)
     engine.prepare()
     Follower(engine, placement, front).run()

@@ -87,7 +87,7 @@ class FrontScheduler(Scheduler):
 
     @property
     def idle(self) -> bool:
-        return super().idle and not self.elsewhere
+        return super().idle and not self.elsewhere and not any(orders.cancel for orders in self.orders)
 
     def add(self, request: Request) -> None:
         self.rank_of = {r: rank for r, rank in self.rank_of.items() if not r.done}
@@ -112,9 +112,10 @@ class FrontScheduler(Scheduler):
         return self.router.choose(keys, loads)
 
     def cancel(self, request: Request) -> None:
-        if self.elsewhere.pop(request.arrival, None) is not request:
+        if self.elsewhere.get(request.arrival) is not request:
             super().cancel(request)
             return
+        del self.elsewhere[request.arrival]
         self.orders[self.rank_of[request] - 1].cancel.append(request.arrival)
         for sequence in request.sequences:
             sequence.finish_reason = sequence.finish_reason or "cancelled"
