@@ -124,6 +124,11 @@ def test_data_alone_is_one_process_with_fewer_rows(make_recipe):
         assert getattr(rank.memory, name) == pytest.approx(getattr(alone, name) / 2, rel=0.1)
 
 
+def test_micro_batches_that_are_not_alike_are_counted(make_recipe):
+    recipe = make_recipe(parallel={"data": 2}, train__batch_size=12, train__micro_batch=4)  # 4 + 2 sequences a rank
+    assert plan_layout(recipe, recipe_config(recipe)).micro_batches == 2
+
+
 def test_micro_batches_that_take_turns_are_both_in_memory(make_recipe):
     ranks = []
     for overlap in (True, False):

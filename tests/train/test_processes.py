@@ -1,6 +1,7 @@
 """`rorqual pretrain` with processes of its own."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -54,3 +55,34 @@ def test_one_command_starts_them_all(tmp_path, make_recipe, child_environment, p
 def test_pipelines_need_equal_micro_batches(section, layout, said):
     with pytest.raises(UserError, match=said):
         micro_batches(TrainSection(steps=1, **section), ParallelSection(**layout))
+
+
+@pytest.mark.slow
+def test_what_is_refused_is_not_tried_again(tmp_path, make_recipe, child_environment):
+    """The restart would go on with the run that is there."""
+    recipe = make_recipe(train__steps=2, parallel={"data": 2})
+    path = tmp_path / "recipe.toml"
+    path.write_text(to_toml(recipe.model_dump()))
+    command = [sys.executable, "-m", "rorqual", "pretrain", str(path)]
+    for status in (0, 2):
+        done = subprocess.run(command, env=child_environment, capture_output=True, text=True, timeout=250)
+        assert done.returncode == status, done.stderr[-3000:]
+    assert done.stderr.count("already holds a run; continue it with --resume") == 1
+
+
+@pytest.mark.slow
+def test_a_run_that_is_over_is_released_by_another_layout(tmp_path, make_recipe, child_environment):
+    """Its last checkpoint was written, and its release was not."""
+    outputs = []
+    for layout, more in (({"data": 2}, []), (STAGES, ["--resume"])):
+        recipe = make_recipe(train__steps=2, train__micro_batch=1, parallel=layout)
+        path = tmp_path / "recipe.toml"
+        path.write_text(to_toml(recipe.model_dump()))
+        command = [sys.executable, "-m", "rorqual", "pretrain", str(path), *more]
+        done = subprocess.run(command, env=child_environment, capture_output=True, text=True, timeout=250)
+        assert done.returncode == 0, done.stderr[-3000:]
+        outputs.append((recipe.run_dir / "model").exists())
+        if not more:
+            shutil.rmtree(recipe.run_dir / "model")
+    assert outputs == [True, True]
+    assert "sent in a step" not in done.stdout

@@ -86,7 +86,6 @@ def sharding_bytes(
                     found["weights", group.link(place)] += weights[experts]
         sent.append(found)
     return sent
-    return found
 
 
 def stage_bytes(mesh: Mesh, flow: Flow, hidden: int) -> Bytes:

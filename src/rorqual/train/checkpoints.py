@@ -98,6 +98,12 @@ class Checkpoints:
         self._check_not_all_damaged()
         return None
 
+    def discard_after(self, step: int) -> None:
+        """Delete all later ones: the run has gone back to `step`, on another path."""
+        for later in self.steps():
+            if later > step:
+                self._remove(later)
+
     def best(self) -> int | None:
         """Step of the checkpoint with the lowest score."""
         return _best(self._readable())

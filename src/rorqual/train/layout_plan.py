@@ -4,8 +4,10 @@ Each stage's part is the Trainer that its first rank would make, on the meta dev
 as in a run.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+from torch import Tensor
 
 from rorqual.checkpoint.release_tensors import meta_model
 from rorqual.kernels.dtypes import compute_dtype, dtype_name
@@ -135,9 +137,9 @@ def _memory(
         each[-1] += depth * hidden
     state = optimizer.state_bytes()
     return Memory(
-        weights=_weights(optimizer),
+        weights=sum(t.nbytes for t in optimizer.held().values()) + _one_layer(optimizer, lambda p: p.nbytes),
         masters=state.masters,
-        gradients=state.gradients,
+        gradients=state.gradients + _one_layer(optimizer, lambda p: FP32 * p.numel()),
         moments=state.moments,
         ema=sum(FP32 * w.numel() for w in optimizer.masters.values()) if recipe.train.ema else 0,
         activations=round(flying * tokens * schedule.peak_activations(each)[place]),
@@ -145,10 +147,10 @@ def _memory(
     )
 
 
-def _weights(optimizer: Optimizer) -> int:
-    """Bytes that are held, with full sharding one layer of them whole."""
-    whole = [sum(p.nbytes for p in layer.values()) for _, layer in optimizer.layers.modules] if optimizer.layers else []
-    return sum(t.nbytes for t in optimizer.held().values()) + max(whole, default=0)
+def _one_layer(optimizer: Optimizer, size: Callable[[Tensor], int]) -> int:
+    """The most that a layer has of what full sharding holds whole of one layer at a time."""
+    layers = optimizer.layers.modules if optimizer.layers else []
+    return max((sum(map(size, parameters.values())) for _, parameters in layers), default=0)
 
 
 def _flops(config: ModelConfig, layers: Sequence[range], length: int, ahead: bool) -> list[Flops]:

@@ -16,6 +16,7 @@ from rorqual.data.loader import Batch
 from rorqual.parallel.mesh import Mesh
 from rorqual.train.objective import Objective
 from rorqual.train.optimizer import Optimizer
+from rorqual.train.spikes import robust
 
 # Both must be exceeded: ranks with other tokens differ by chance, but a rank whose weights, memory or data are wrong by
 # a factor. With two ranks only the factor says anything.
@@ -79,8 +80,7 @@ def _outliers(values: Mapping[int, float]) -> dict[int, float]:
     """Those far off, with the median."""
     if not values:
         return {}
-    middle = median_low(values.values())
-    deviation = 1.4826 * median_low(abs(value - middle) for value in values.values())
+    middle, deviation = robust(values.values(), median_low)
     return {
         rank: middle
         for rank, value in values.items()

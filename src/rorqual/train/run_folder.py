@@ -24,7 +24,9 @@ from rorqual.train.input_fingerprints import keep_inputs
 # Fields that a resumed run may change, since they do not affect the final weights.
 FREE = {"out", "track", "train.eval_every", "train.save_every", "train.keep", "save_every", "eval_every", "keep",
         "sample_every", "eval_problems", "data.workers"}  # fmt: skip
-SPIKES = "spikes."  # what to do about them is decided when there is one
+# What to do about spikes is decided when there is one; any layout goes on from what another wrote.
+FREE_SECTIONS = ("spikes.", "parallel.")
+ROUNDING = "parallel.dispatch"  # but this: it may round what travels
 # Results of training: with one of these, the folder holds a run that can be resumed.
 WORK = ("checkpoints", "samples.jsonl", "samples.partial.jsonl", "student", "model", "ledger.json")
 # Fields that only the student of a distillation reads. They may change until the student's own run, in student/, has
@@ -77,6 +79,8 @@ def open_run(recipe: Recipe, resume: bool) -> Iterator[Path]:
 @contextmanager
 def join_run(recipe: Recipe, resume: bool, mesh: Mesh) -> Iterator[Path]:
     """`open_run` by the first process of the mesh; the others come in behind it, and take the dtype it has found."""
+    # torchrun does not tell the processes of every machine that they are started anew.
+    resume = any(map(bool, mesh.world.gather(torch.tensor([resume]), "opening the run")))
     if mesh.rank == 0:
         with open_run(recipe, resume) as run_dir:
             mesh.world.barrier("opening the run")
@@ -187,11 +191,11 @@ def _check_same(recipe: Recipe, before: dict[str, Any], saved: Path) -> None:
     """A field that the saved recipe lacks, since another version wrote it, had what is its default now."""
     now = _resolved(recipe)
     before = _flat(tomllib.loads(to_toml(_defaults(recipe)))) | before
-    free = (SPIKES, *STUDENT_FIELDS) if isinstance(recipe, DistillRecipe) else (SPIKES,)
+    free = (*FREE_SECTIONS, *STUDENT_FIELDS) if isinstance(recipe, DistillRecipe) else FREE_SECTIONS
     # Where a run goes back to its checkpoints, the weights depend on when they were saved.
     names = FREE - {"train.save_every"} if now.get("spikes.action") == "roll-back" else FREE
     for field in [*now, *before]:
-        if field in names or field.startswith(free):
+        if field in names or (field.startswith(free) and field != ROUNDING):
             continue
         if before.get(field) != now.get(field) and _from_out(before, field) != _from_out(now, field):
             was, is_now = _shown(before, field), _shown(now, field)

@@ -123,6 +123,7 @@ class RunLoop(ABC, Generic[LimitsT, TrainerT]):
         if found is None:
             raise UserError(f"{self.saved.directory} has no checkpoint to roll back to; start again under another name")
         self._restore(self.saved, *found)
+        self.saved.discard_after(self.trainer.steps)
         telemetry.back_to(self.trainer.steps)
 
     def begin(self, telemetry: Log) -> None:

@@ -71,7 +71,7 @@ class ShardedCheckpoints(Checkpoints):
     def load_latest(self, good: bool = False) -> tuple[int, dict[str, Tensor], dict[str, Any]] | None:
         """As for one process, with the rows that this one owns."""
         self._on_first(self._discard_leftovers)
-        for step in self._newest_first(good):
+        while (step := self._first_ones(good)) is not None:
             why = ""
             try:
                 self._check_mine(step)
@@ -87,6 +87,15 @@ class ShardedCheckpoints(Checkpoints):
             )
         self._together(self._check_not_all_damaged)
         return None
+
+    def _first_ones(self, good: bool) -> int | None:
+        """The newest step that the first process sees: a shared file system may show others an older list."""
+        newest = next(iter(self._newest_first(good)), -1)
+        step = int(self.world.gather(torch.tensor([newest]), "checkpoints")[0])
+        return None if step < 0 else step
+
+    def discard_after(self, step: int) -> None:
+        self._on_first(lambda: super(ShardedCheckpoints, self).discard_after(step))
 
     def _check_mine(self, step: int) -> None:
         """Raises Damaged for wrong content in this process's share of the files."""

@@ -12,8 +12,8 @@ A step is judged after its update, when both values are known; a roll-back resto
 PaLM went back about 100 steps and left out 200 to 500 batches, some 20 times in a run (2204.02311 §5.1).
 """
 
-from collections.abc import Mapping, Sequence
-from statistics import median
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from rorqual.errors import UserError
@@ -23,8 +23,11 @@ COUNTS = ("roll_backs", "leaps", "in_a_row")  # of a checkpoint
 LEAST = 0.01  # of the median: a loss that hardly varies, of text known by heart, does not spike at each tremor
 
 
-def robust(values: Sequence[float]) -> tuple[float, float]:
+def robust(
+    values: Iterable[float], median: Callable[[Iterable[float]], float] = statistics.median
+) -> tuple[float, float]:
     """The median, and the standard deviation of normally distributed values with this median absolute deviation."""
+    values = list(values)
     middle = median(values)
     return middle, 1.4826 * median(abs(value - middle) for value in values)
 

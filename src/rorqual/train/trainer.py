@@ -224,7 +224,9 @@ class Trainer:
 
     def load(self, tensors: dict[str, Tensor], state: dict[str, float]) -> None:
         """Restore what `tensors()` and `state()` returned. Raises UserError when they are another model's."""
+        sent = self.mesh.traffic.sent.copy()
         self.optimizer.load_tensors(tensors)
+        self.mesh.traffic.sent = sent  # of steps alone
         if self.ema:
             self.ema.load_tensors(tensors)
         load_rng_tensors(tensors)

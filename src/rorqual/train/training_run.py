@@ -141,7 +141,7 @@ def train(
 
 def micro_batches(section: TrainSection, parallel: ParallelSection) -> int:
     """Of each process in a step. Raises UserError where they cannot all be alike, as pipeline stages need them."""
-    rows = section.batch_size // parallel.data
+    rows = -(-section.batch_size // parallel.data)
     size = section.micro_batch or rows
     if parallel.pipeline > 1:
         if section.batch_ramp:
@@ -154,7 +154,7 @@ def micro_batches(section: TrainSection, parallel: ParallelSection) -> int:
                 f"{size} sequences on each of parallel.data = {parallel.data} ranks; make it a multiple of "
                 f"{max(size, 1) * parallel.data}"
             )
-    return max(1, rows // max(size, 1))
+    return -(-rows // size)
 
 
 @dataclass
@@ -290,7 +290,7 @@ def finish(recipe: PretrainRecipe | SFTRecipe, run: TrainingRun, tokenizer: Toke
     trainer, directory = run.trainer, run.run_dir / "model"
     several = run.mesh.section.processes > 1
     sent: dict[str, Any] = {}
-    if several:
+    if several and run.steps_here:  # none where the run was over, but for its release
         sent = traffic(trainer, run.tokens_a_step, run.steps_here)
         sent["bubble"] = bubble(trainer, run.run_dir / "figures" / "pipeline.png")
     with trainer.released_weights(), trainer.optimizer.whole_weights():
@@ -300,7 +300,7 @@ def finish(recipe: PretrainRecipe | SFTRecipe, run: TrainingRun, tokenizer: Toke
             save_model(trainer.model, directory, tokenizer)
     if run.mesh.rank:
         return run.run_dir
-    if several:
+    if sent:
         print(table(sent))
         write_text(run.run_dir / "parallel.json", json.dumps(sent, indent=1), then="then continue with --resume")
     predicted = predict(trainer.model.config, recipe, rows=run.loader.rows)
