@@ -7,6 +7,10 @@ shared expert is computed while tokens travel. Experts are so narrow that plain'
 cores compute; on V3's GPUs even two-hop FP8's does (§3.2.1). Bytes are counted by the ranks and must equal those that
 follow from the routing; losses and gradients must be those of one process with all experts.
 
+Hidden is the share of the travel without overlap that ranks don't wait for with it: 1 − waited with overlap / travelled
+without. Four ranks that share a core already compute while another waits, so that overlap has little to hide there.
+Therefore the contestants are also measured with one rank a node, which has a core of its own as a chip does.
+
 How few bytes two-hop FP8 can need: a token of K experts goes to M nodes, so M/K of plain's rows cross. A row to the
 experts has 1 byte a value and one for 128 of them instead of 2; a row back stays BF16. With as many rows each way:
 
@@ -109,6 +113,36 @@ def in_v3(tokens: int) -> dict[str, Any]:
     return found
 
 
+def compare(contestants: dict[str, Any]) -> None:
+    """Adds each contestant's speed, bytes and hidden travel, as ratios to plain or to itself without overlap."""
+    plain = contestants["plain"]
+    for name, values in contestants.items():
+        values["speed"] = ratio_of_rounds(plain["seconds"], values["seconds"])
+        values["share_between_nodes"] = values["between_nodes"] / plain["between_nodes"]
+        wire = values["on_the_wire"]
+        values["headers"] = wire / values["between_nodes"] - 1 if wire else None
+        if name.endswith(OVERLAP):
+            without = contestants[name.removesuffix(OVERLAP)]
+            values["gain"] = ratio_of_rounds(without["seconds"], values["seconds"])
+            values["hidden"] = 1 - values["waited_seconds"] / without["travel_seconds"]
+
+
+def said(ratio: dict[str, float] | None) -> str:
+    return f"{ratio['median']:.2f} ({ratio['least']:.2f}–{ratio['most']:.2f})" if ratio else "–"
+
+
+def rows_of(contestants: dict[str, Any]) -> list[list[Any]]:
+    return [
+        [
+            name, statistics.median(x["seconds"]), said(x["speed"]), said(x.get("gain")), x["core_seconds"],
+            x["travel_seconds"], f"{x['hidden']:.0%}" if "hidden" in x else "–", x["between_nodes"] / 1e6,
+            f"{x['share_between_nodes']:.1%}", "–" if x["headers"] is None else f"{x['headers']:+.1%}",
+            x["within_a_node"] / 1e6, f"{x['gradient_error']:.4f}",
+        ]
+        for name, x in contestants.items()
+    ]  # fmt: skip
+
+
 def main() -> None:
     args = arguments(__doc__)
     sizes: dict[str, Any] = {"micro_batches": 4, "sequences": 2, "length": 128, "rounds": 5, "model": MODEL}
@@ -118,39 +152,28 @@ def main() -> None:
         per_node, tokens = 2, 16
     v3 = in_v3(tokens)
     found, nodes = measure(sizes, per_node, args.limit)
-    contestants = found["contestants"]
+    alone, _ = measure(sizes, 1, args.limit)
+    contestants, of_one = found["contestants"], alone["contestants"]
+    compare(contestants)
+    compare(of_one)
     plain = contestants["plain"]
-    rows: list[list[Any]] = []
-    for name in CONTESTANTS:
-        values = contestants[name]
-        speed = ratio_of_rounds(plain["seconds"], values["seconds"])
-        values["speed"] = speed
-        values["share_between_nodes"] = values["between_nodes"] / plain["between_nodes"]
-        wire = values["on_the_wire"]
-        values["headers"] = wire / values["between_nodes"] - 1 if wire else None
-        rows.append([
-            name, statistics.median(values["seconds"]),
-            f"{speed['median']:.2f} ({speed['least']:.2f}–{speed['most']:.2f})", values["core_seconds"],
-            values["travel_seconds"], f"{values['hidden']:.0%}", values["between_nodes"] / 1e6,
-            f"{values['share_between_nodes']:.1%}", f"{values['headers']:+.1%}" if wire else "–",
-            values["within_a_node"] / 1e6, f"{values['gradient_error']:.4f}",
-        ])  # fmt: skip
     how = "network namespaces and tc" if nodes.real else f"no namespaces, {nodes.why}: ranks wait before they send"
     figures = {"links": {"real": nodes.real, "how": how, "rate": RATE, "measured": found["link_rate"]}, **sizes}
-    figures |= {"ranks": NODES * per_node, "contestants": contestants, "v3": v3}
+    figures |= {"ranks": NODES * per_node, "contestants": contestants, "one_rank_a_node": of_one, "v3": v3}
     ratios = {
         "bytes-two-hop-fp8/plain": plain["between_nodes"] / contestants[OURS]["between_nodes"],
         "bytes-two-hop-fp8-8-nodes/plain": 1 / v3["two-hop FP8"]["share"],
         "step-shaped-links/plain": contestants[OURS]["speed"]["median"],
         "step-shaped-links-two-hop/plain": contestants["two-hop" + OVERLAP]["speed"]["median"],
-        "overlap": contestants[OURS]["hidden"],
+        "overlap": of_one[OURS]["gain"]["median"],
     }
     title = (
         f"{NODES} nodes × {per_node} ranks, {RATE / 1e9:g} Gb/s between them ({how}; {found['link_rate'] / 1e9:.2f} "
         "measured), rows in BF16 or FP8. Bytes are a step's, of all ranks, as counted; headers: what tc counts on top"
     )
-    columns = ["dispatch", "step s", "speed", "core s", "travel s", "hidden", "between MB", "of plain", "headers",
-               "within MB", "gradients off"]  # fmt: skip
+    title_alone = f"{NODES} nodes × 1 rank, the same link and micro-batches"
+    columns = ["dispatch", "step s", "speed", "by overlap", "core s", "travel s", "hidden", "between MB", "of plain",
+               "headers", "within MB", "gradients off"]  # fmt: skip
     columns_v3 = ["dispatch", "rows", "dispatch", "combine", "and back", "and back", "kB", "of plain's dispatch",
                   "of plain", "within kB"]  # fmt: skip
     rows_v3 = [
@@ -164,8 +187,13 @@ def main() -> None:
         f"{v3['nodes_visited']:.2f} nodes. No fewer than {v3['bound']:.1%} of plain with a combine in BF16 "
         f"({v3['bound_at_4_nodes']:.1%} at 4 nodes)"
     )
-    tables = [(title, columns, rows), (title_v3, columns_v3, rows_v3)]
-    report("dispatch", args, ratios, figures, tables, ["torch"], wrong(contestants), set(CONTESTANTS))
+    tables = [
+        (title, columns, rows_of(contestants)),
+        (title_alone, columns, rows_of(of_one)),
+        (title_v3, columns_v3, rows_v3),
+    ]
+    bad = wrong(contestants) | wrong(of_one)
+    report("dispatch", args, ratios, figures, tables, ["torch"], bad, set(CONTESTANTS))
 
 
 if __name__ == "__main__":

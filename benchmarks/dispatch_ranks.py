@@ -240,7 +240,7 @@ def main() -> None:
             "seconds": seconds[name],
             "core_seconds": sum(gather(contestant.core_seconds)) / settings.rounds,
             "travel_seconds": travelled / settings.ranks / settings.rounds,
-            "hidden": max(0.0, 1 - waited / travelled),
+            "waited_seconds": waited / settings.ranks / settings.rounds,
         }
         courier.close()
     if mesh.rank == 0:

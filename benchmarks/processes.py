@@ -50,7 +50,7 @@ def speed(processes: int, threads: int, steps: int, losses: dict[int, float]) ->
 def main() -> None:
     args = arguments(__doc__)
     cores = os.cpu_count() or 1
-    steps, rounds = (8, 1) if args.quick else (40, 5)
+    steps, rounds = (8, 1) if args.quick else (40, 9)
     losses: dict[int, float] = {}
     works: dict[str, Callable[[], float]] = {
         ALONE: partial(speed, 1, cores, steps, losses),
