@@ -229,16 +229,11 @@ def quantize(found: dict[str, Any]) -> list[list[str]]:
 
 
 def dispatch(found: dict[str, Any]) -> list[list[str]]:
-    rows = []
-    for name, x in found["contestants"].items():
-        speed, headers = x["speed"], x["headers"]
-        rows.append([
-            name, median(x["seconds"]), f"{speed['median']:.2f} ({speed['least']:.2f}–{speed['most']:.2f})",
-            f"{x['hidden']:.0%}", f"{x['between_nodes'] / 1e6:.1f}", f"{x['share_between_nodes']:.1%}",
-            DASH if headers is None else f"{headers:+.1%}",
-        ])  # fmt: skip
-    links = f"2 nodes × {found['ranks'] // 2} ranks, {found['links']['how']}"
-    columns = [links, "s/step", "speed", "travel hidden", "MB between nodes", "of plain", "headers"]
+    how = found["links"]["how"]
+    measured = [
+        _dispatch(f"2 nodes × {found['ranks'] // 2} ranks, {how}", found["contestants"]),
+        _dispatch("2 nodes × 1 rank", found["one_rank_a_node"]),
+    ]
     v3 = found["v3"]
     computed = [
         [name, f"{x['rows']:.2f}", f"{x['between_nodes'] / 1e3:.1f}", f"{x['share_of_dispatch']:.1%}",
@@ -252,7 +247,24 @@ def dispatch(found: dict[str, Any]) -> list[list[str]]:
         "of plain's dispatch",
         "of plain",
     ]
-    return [table(columns, rows), table(of_v3, computed)]
+    return [*measured, table(of_v3, computed)]
+
+
+def _dispatch(title: str, contestants: dict[str, Any]) -> list[str]:
+    rows = [
+        [
+            name, median(x["seconds"]), _range(x["speed"]), _range(x.get("gain")),
+            f"{x['hidden']:.0%}" if "hidden" in x else DASH, f"{x['between_nodes'] / 1e6:.1f}",
+            f"{x['share_between_nodes']:.1%}", DASH if x["headers"] is None else f"{x['headers']:+.1%}",
+        ]
+        for name, x in contestants.items()
+    ]  # fmt: skip
+    columns = [title, "s/step", "speed", "by overlap", "travel hidden", "MB between nodes", "of plain", "headers"]
+    return table(columns, rows)
+
+
+def _range(ratio: dict[str, float] | None) -> str:
+    return f"{ratio['median']:.2f} ({ratio['least']:.2f}–{ratio['most']:.2f})" if ratio else DASH
 
 
 def pipeline(found: dict[str, Any]) -> list[list[str]]:
