@@ -110,7 +110,9 @@ def test_a_replica_that_is_killed_is_replaced_and_the_other_goes_on(handle):
             talks = [asyncio.ensure_future(talk(front, b, [9 + i] * 40)) for i, b in enumerate(begun)]
             names = [await b for b in begun]
             assert set(names) == before
-            ray.kill(ray.get_actor(f"SERVE_REPLICA::rorqual#Replica#{names[0]}", namespace="serve"))
+            actors = ray.util.list_named_actors(all_namespaces=True)
+            (actor,) = (a for a in actors if a["name"].endswith(f"#Replica#{names[0]}"))
+            ray.kill(ray.get_actor(**actor))
             lost, kept = await asyncio.gather(*talks)
             assert "send the request again" in lost[-1]["error"]["message"]
             assert kept[-1]["choices"][0]["finish_reason"] == "length"
