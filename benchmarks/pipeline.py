@@ -30,8 +30,8 @@ from rorqual.model.moe import Routing
 from rorqual.parallel.courier import Courier
 from rorqual.parallel.mesh import build_mesh
 from rorqual.parallel.pipeline import Pipeline
-from rorqual.parallel.schedule import SCHEDULES, Action, Kind
-from rorqual.parallel.simulate import Timeline, Times, simulate
+from rorqual.plan.schedule import SCHEDULES, Action, Kind
+from rorqual.plan.simulate import Timeline, Times, simulate
 from rorqual.sections import ParallelSection
 
 RANKS = 4

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from rorqual.parallel.draw import draw
-from rorqual.parallel.schedule import SCHEDULES
-from rorqual.parallel.simulate import Times, simulate
+from rorqual.plan.schedule import SCHEDULES
+from rorqual.plan.simulate import Times, simulate
 
 PICTURE = Path(__file__).parent / "figures" / "pipeline-schedules.png"
 RANKS, MICRO_BATCHES = 4, 8

@@ -5,8 +5,8 @@ import pytest
 
 from rorqual.errors import UserError
 from rorqual.parallel.draw import draw
-from rorqual.parallel.schedule import SCHEDULES
-from rorqual.parallel.simulate import Times, simulate
+from rorqual.plan.schedule import SCHEDULES
+from rorqual.plan.simulate import Times, simulate
 
 
 def test_a_picture_of_each_schedule(tmp_path):

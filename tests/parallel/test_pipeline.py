@@ -16,7 +16,7 @@ from rorqual.parallel.courier import Courier
 from rorqual.parallel.experts import spread_experts
 from rorqual.parallel.mesh import build_mesh, single
 from rorqual.parallel.pipeline import EMBEDDING, Pipeline
-from rorqual.parallel.schedule import SCHEDULES
+from rorqual.plan.schedule import SCHEDULES
 from rorqual.precision.convert import convert
 from rorqual.precision.recompute import Activations
 from rorqual.sections import ParallelSection

@@ -4,19 +4,16 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain, pairwise
 
-import torch
 from torch import Tensor
 
 from rorqual.model import ModelConfig
-from rorqual.model.moe import Router
 from rorqual.parallel.context import KEYS
 from rorqual.parallel.data import Sharding
 from rorqual.parallel.group import Group, Link
 from rorqual.parallel.mesh import Mesh
 from rorqual.parallel.parcels import EMBEDDINGS, HIDDEN, Flow
-from rorqual.plan.traffic import ExpertGroup, journey_rows, row_bytes
+from rorqual.plan.traffic import ExpertGroup, journey_rows, random_choices, row_bytes
 
-SAMPLES = 1024  # tokens that are routed at random
 Bytes = Counter[tuple[str, Link]]  # by operation and link, sent by this rank
 
 
@@ -30,7 +27,7 @@ def dispatch_bytes(config: ModelConfig, mesh: Mesh, tokens: int, itemsize: int, 
     if group.size == 1 or not layers:
         return found
     per_node = mesh.node.size
-    chosen = _random_choices(config)
+    chosen = random_choices(config)
     sharing = ExpertGroup(moe.n_routed_experts, group.size, per_node)
     rows = journey_rows([chosen] * group.size, sharing, dispatch)
     for backward in (False, True) if not again else (False, False, True):
@@ -107,12 +104,3 @@ def _shares(group: Group) -> dict[Link, int]:
         if place != group.place:
             found[group.link(place)] += 1
     return dict(found)
-
-
-@torch.no_grad()
-def _random_choices(config: ModelConfig) -> Tensor:
-    """Experts [SAMPLES, K] as the router's groups allow them, from random scores."""
-    generator = torch.Generator().manual_seed(0)
-    router = Router(config)
-    router.weight.normal_(std=config.hidden_size**-0.5, generator=generator)  # larger scores would be 1, all alike
-    return router(torch.randn(SAMPLES, config.hidden_size, generator=generator))[1]

@@ -6,8 +6,8 @@ from typing import Any
 
 from rorqual.errors import file_error
 from rorqual.extras import require
-from rorqual.parallel.schedule import Action, Kind, Schedule
-from rorqual.parallel.simulate import Timeline
+from rorqual.plan.schedule import Action, Kind, Schedule
+from rorqual.plan.simulate import Timeline
 
 COLOURS: dict[Kind, tuple[str, str]] = {  # of a rank's first stage, and of its second
     "F": ("#bcd3ef", "#86aede"),

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rorqual.parallel.group import Group
-from rorqual.parallel.schedule import Action, Schedule
+from rorqual.plan.schedule import Action, Schedule
 
 HIDDEN, EMBEDDINGS = "hidden states", "embeddings"
 

@@ -26,9 +26,10 @@ from rorqual.model.parameter_kinds import is_converted
 from rorqual.parallel.courier import Courier
 from rorqual.parallel.mesh import Mesh
 from rorqual.parallel.parcels import EMBEDDINGS, Flow, Parcel, Post
-from rorqual.parallel.schedule import SCHEDULES, Action, Schedule
-from rorqual.parallel.simulate import Timeline
-from rorqual.parallel.stages import keep, layers_of_stages, looked_up
+from rorqual.parallel.stages import keep, looked_up
+from rorqual.plan.schedule import SCHEDULES, Action, Schedule
+from rorqual.plan.simulate import Timeline
+from rorqual.plan.stage_layers import layers_of_stages
 from rorqual.shapes import Float
 
 EMBEDDING = "model.embed_tokens.weight"

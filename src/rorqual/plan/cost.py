@@ -3,7 +3,7 @@
 MTP modules are counted separately, as in the releases (V3: 671 B, plus 14 B for the module, 685 B on disk).
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from rorqual.kernels.dtype_names import COMPUTE
 from rorqual.model.config import ModelConfig
@@ -33,6 +33,26 @@ def mtp_parameters(config: ModelConfig) -> int:
     return config.num_nextn_predict_layers * (_layer(config, moe)[0] + _mtp_extra(config))
 
 
+@dataclass(frozen=True)
+class LayerParameters:
+    shared: int  # all but those of routed experts
+    routed: int
+
+
+def layer_parameters(config: ModelConfig, moe: bool) -> LayerParameters:
+    """Of a layer of the main model, or of a multi-token module's."""
+    stored, routed = _layer(config, moe)[0], 0
+    if moe:
+        routed = 3 * config.hidden_size * config.moe.moe_intermediate_size * config.moe.n_routed_experts
+    return LayerParameters(stored - routed, routed)
+
+
+def multi_token_parameters(config: ModelConfig) -> LayerParameters:
+    """Of a multi-token module, without embedding and head, which it shares."""
+    layer = layer_parameters(config, config.is_moe_layer(config.num_hidden_layers))
+    return LayerParameters(layer.shared + _mtp_extra(config), layer.routed)
+
+
 def active_by_layer(config: ModelConfig) -> list[int]:
     """Parameters of each layer of the main model that a token is multiplied with."""
     return [_layer(config, config.is_moe_layer(layer))[1] for layer in range(config.num_hidden_layers)]
@@ -43,6 +63,15 @@ def active_after_layers(config: ModelConfig) -> int:
     depth = config.num_nextn_predict_layers
     module = _layer(config, config.is_moe_layer(config.num_hidden_layers))[1] + _mtp_extra(config)
     return config.hidden_size + depth * module + (1 + depth) * config.vocab_size * config.hidden_size
+
+
+def cache_bytes_per_token(config: ModelConfig, itemsize: int = 2) -> int:
+    """Of the KV cache, for a token of context: 70 272 for V3, 327 680 for Qwen2.5-72B (HW table 1)."""
+    if config.is_mla:
+        width = config.mla.kv_lora_rank + config.mla.qk_rope_head_dim
+    else:
+        width = 2 * config.gqa.num_key_value_heads * config.gqa.head_dim
+    return config.num_hidden_layers * width * itemsize
 
 
 def flops_per_token(config: ModelConfig, sequence_length: int, training: bool = True) -> float:
@@ -103,7 +132,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        return sum(asdict(self).values())
+        return sum(vars(self).values())
 
 
 def memory(

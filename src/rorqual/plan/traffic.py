@@ -5,16 +5,20 @@ them; the two counts are asserted equal.
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from rorqual.model import ModelConfig
+from rorqual.model.moe import Router
 from rorqual.shapes import Int
 
 Link = Literal["between nodes", "within a node"]
 
 WEIGHT, EXPERT, COUNT = 4, 2, 8  # bytes: of a token's weight for an expert, an expert's number, a number of rows
+SAMPLES = 1024  # tokens that are routed at random
 TILE = 128  # values that share a one-byte scale in FP8
 
 
@@ -77,6 +81,26 @@ def _tokens(places: Int[Tensor, "N K"], count: int) -> list[int]:
 
 def _link(group: ExpertGroup, a: int, b: int) -> Link:
     return "within a node" if group.node(a) == group.node(b) else "between nodes"
+
+
+@cache
+def expected_rows(config: ModelConfig, ranks: int, per_node: int, dispatch: str) -> Counter[Link]:
+    """Rows that a token sends to experts, by link, if every expert is as likely as any other."""
+    group = ExpertGroup(config.moe.n_routed_experts, ranks, per_node)
+    chosen, none = random_choices(config), torch.zeros(0, config.moe.num_experts_per_tok, dtype=torch.int64)
+    # All ranks send as much: one of them is enough.
+    rows = journey_rows([chosen, *[none] * (ranks - 1)], group, dispatch)
+    return Counter({link: number / len(chosen) for link, number in rows.items()})
+
+
+@cache
+@torch.no_grad()
+def random_choices(config: ModelConfig) -> Int[Tensor, "N K"]:
+    """Experts as the router's groups allow them, from random scores."""
+    generator = torch.Generator().manual_seed(0)
+    router = Router(config)
+    router.weight.normal_(std=config.hidden_size**-0.5, generator=generator)  # larger scores would be 1, all alike
+    return router(torch.randn(SAMPLES, config.hidden_size, generator=generator))[1]
 
 
 def journey_bytes(

@@ -14,11 +14,11 @@ from rorqual.kernels.dtypes import compute_dtype, dtype_name
 from rorqual.model import ModelConfig
 from rorqual.parallel.cost import Bytes
 from rorqual.parallel.mesh import planned_mesh, ranks_per_node
-from rorqual.parallel.schedule import Schedule, one_f_one_b
-from rorqual.parallel.simulate import Times, simulate
 from rorqual.plan.activations import Kept, layer_bytes, mtp_bytes
 from rorqual.plan.cost import Flops, Memory, flops_after_layers, flops_by_layer, loss_bytes
 from rorqual.plan.estimate import quantity
+from rorqual.plan.schedule import Schedule, one_f_one_b
+from rorqual.plan.simulate import Times, simulate
 from rorqual.plan.traffic import Link
 from rorqual.recipe import PretrainRecipe, SFTRecipe
 from rorqual.train.optimizer import Optimizer

@@ -7,6 +7,7 @@ gradients only, W: weight gradients only), F&B an overlapped pair; PP is the num
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, cast, get_args
 
 from rorqual.errors import UserError
@@ -78,6 +79,19 @@ class Schedule:
                 stuck.append(f"rank {rank} before {action} for {need}")
         if stuck:
             raise ValueError(f"{self.name}: ranks wait for ever: {', '.join(stuck)}")
+
+    @cached_property
+    def waits(self) -> tuple[tuple[int, Step, tuple[tuple[int, bool], ...]], ...]:
+        """(rank, step, what it waits for) of all steps in an order in which they can run: the numbers of other steps in
+        this order, and whether those are on other ranks. Raises ValueError where ranks wait for ever.
+        """
+        made: dict[Action, int] = {}
+        found: list[tuple[int, Step, tuple[tuple[int, bool], ...]]] = []
+        for rank, step in self.in_order():
+            needs = (need for action in step for need in self.needs(action))
+            found.append((rank, step, tuple((made[n], self.rank_of_stage[n.stage] != rank) for n in needs)))
+            made |= {m: len(found) - 1 for action in step for m in action.made()}
+        return tuple(found)
 
     def check(self) -> None:
         """Raises ValueError unless every F, and every backward (B, or I and W), is there once, on the stage's rank,

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rorqual.parallel.schedule import Action, Schedule, Step
+from rorqual.plan.schedule import Schedule, Step
 
 Seconds = float | Sequence[float]  # for every stage, or one for each
 
@@ -57,17 +57,14 @@ def simulate(schedule: Schedule, times: Times) -> Timeline:
         value = getattr(times, name)
         if isinstance(value, Sequence) and len(value) != schedule.stages:
             raise ValueError(f"{schedule.name} has {schedule.stages} stages, and {len(value)} times {name} were given")
-    there: dict[Action, float] = {}
+    ends: list[float] = []  # of steps, in the schedule's order
     spans: list[list[tuple[float, float]]] = [[] for _ in range(schedule.ranks)]
-    for rank, step in schedule.in_order():
+    for rank, step, waits in schedule.waits:
         start = spans[rank][-1][1] if spans[rank] else 0.0
-        for action in step:
-            for need in schedule.needs(action):
-                link = 0.0 if schedule.rank_of_stage[need.stage] == rank else times.link
-                start = max(start, there[need] + link)
-        end = start + times.of(step)
-        spans[rank].append((start, end))
-        there |= {made: end for action in step for made in action.made()}
+        for number, elsewhere in waits:
+            start = max(start, ends[number] + times.link * elsewhere)
+        ends.append(start + times.of(step))
+        spans[rank].append((start, ends[-1]))
     return Timeline(tuple(map(tuple, spans)))
 
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from rorqual.parallel.schedule import SCHEDULES, dualpipe_v, one_f_one_b, zero_bubble
-from rorqual.parallel.simulate import Times, simulate
+from rorqual.plan.schedule import SCHEDULES, dualpipe_v, one_f_one_b, zero_bubble
+from rorqual.plan.simulate import Times, simulate
 
 # All with W ≤ F ≤ I; FB from no overlap to the longer of the two.
 TIMES = [Times(1, 2, 1, 1, 3), Times(2, 4, 2.5, 1.5), Times(2, 4, 2, 2, 5), Times(1, 3.5, 2.75, 0.75, 3.5)]

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rorqual.errors import UserError
-from rorqual.parallel.schedule import SCHEDULES, Action, Schedule, dualpipe_v, one_f_one_b, zero_bubble
+from rorqual.plan.schedule import SCHEDULES, Action, Schedule, dualpipe_v, one_f_one_b, zero_bubble
 
 
 def written(steps) -> str:
