@@ -52,10 +52,24 @@ RUN = {
     "rorqual quantize": "--samples 4 --sequence-length 64",
     "rorqual import model.gguf": "",
     "rorqual serve": "",
+    "rorqual plan": "",
     "curl": "",
 }
 # A command comes after those that make what it reads.
-ORDER = ["speedrun", "quantize", "import", "pretrain", "sft", "rl", "eval", "report", "generate", "chat", "serve"]
+ORDER = [
+    "plan",
+    "speedrun",
+    "quantize",
+    "import",
+    "pretrain",
+    "sft",
+    "rl",
+    "eval",
+    "report",
+    "generate",
+    "chat",
+    "serve",
+]
 NAMES = {"MODEL": "models/smollm2", "runs/NAME": "runs/mine"}
 
 

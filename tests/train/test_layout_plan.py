@@ -10,6 +10,7 @@ from rorqual.errors import UserError
 from rorqual.model import Transformer
 from rorqual.parallel.mesh import build_mesh
 from rorqual.plan.cost import flops_per_token, memory, mtp_flops_per_token
+from rorqual.plan.layout import Job, memory_by_rank, of_section
 from rorqual.recipe import PretrainRecipe, load_recipe
 from rorqual.train.dry_run import dry_run_text, recipe_config
 from rorqual.train.layout_plan import layout_text, plan_layout
@@ -166,3 +167,25 @@ def test_the_text_says_what_is_estimated(make_recipe):
     assert "Rank 0 also has the embedding, rank 2 norm, head and multi-token modules" in text
     assert "gradients, within a node" in text
     assert not recipe.run_dir.exists()
+
+
+def test_the_planner_counts_the_same(v3):
+    """plan/layout.py, which needs no ranks, against ranks of V3 and of small layouts."""
+    recipe, config, counted = v3
+    layouts = [(recipe, config, counted)]
+    for overrides in (
+        ["parallel.pipeline=2", "parallel.data=2", "parallel.experts=2", "train.micro_batch=1"],
+        ["parallel.pipeline=2", "parallel.data=1", "parallel.experts=1", "parallel.schedule=1f1b"],
+        ["parallel.pipeline=1", "parallel.data=4", "parallel.experts=2", "train.micro_batch=2"],
+        ["parallel.pipeline=1", "parallel.data=4", "parallel.experts=1", "parallel.sharding=full", "recompute=full"],
+    ):
+        small = load_recipe(RECIPES / "cluster-in-a-box.toml", PretrainRecipe, [*overrides, "model.dtype=bfloat16"])
+        layouts.append((small, recipe_config(small), plan_layout(small, recipe_config(small))))
+    for recipe, config, counted in layouts:
+        precision = "fp8" if recipe.precision else "bfloat16"
+        layout = of_section(recipe.parallel, counted.micro_batch, 8, precision, recipe.recompute)
+        job = Job(config, counted.length, recipe.train.batch_size, moments=recipe.optimizer.moments,
+                  ema=recipe.train.ema is not None)  # fmt: skip
+        for ours, rank in zip(memory_by_rank(job, layout), counted.ranks, strict=True):
+            for use, size in vars(rank.memory).items():
+                assert getattr(ours, use) == pytest.approx(size, rel=0.03, abs=0.003 * rank.memory.total), use

@@ -1,0 +1,95 @@
+"""A plan as tables for a terminal."""
+
+from collections.abc import Callable
+
+from rich import box
+from rich.console import RenderableType
+from rich.table import Table
+
+from rorqual.plan.cost import cache_bytes_per_token, mtp_parameters, parameters
+from rorqual.plan.estimate import quantity
+from rorqual.plan.stage import DAY, HOUR, Estimate, StagePlan
+from rorqual.plan.training_plan import said
+
+PARTS = {
+    "products": "products with weights",
+    "attention": "attention",
+    "memory": "memory traffic",
+    "tensor": "tensor-parallel sums",
+    "travel": "tokens on their way to experts",
+    "bubble": "bubble of the pipeline",
+    "sums": "sums over ranks",
+    "update": "update of the weights",
+}
+
+
+def tables(plan: StagePlan) -> list[RenderableType]:
+    found: list[RenderableType] = [_summary(plan), _time(plan), _memory(plan)]
+    if plan.layout is not None:
+        found.append(_layouts(plan))
+    return [*found, "\n".join(f"· {sentence}" for sentence in plan.assumptions)]
+
+
+def _summary(plan: StagePlan) -> Table:
+    total, active = parameters(plan.config)
+    more = mtp_parameters(plan.config)
+    grid = _grid("", "")
+    grid.add_row("parameters", f"{quantity(total)}, {quantity(active)} active" +
+                 (f", and {quantity(more)} for multi-token prediction" if more else ""))  # fmt: skip
+    grid.add_row("tokens", f"{quantity(plan.tokens)}, {quantity(plan.flops_per_token, 'FLOP')} each, "
+                 f"{quantity(plan.tokens * plan.flops_per_token, 'FLOP')} in all")  # fmt: skip
+    grid.add_row("chips", f"{plan.chips} × {plan.chip.name}")
+    grid.add_row("time", f"{time_said(plan.seconds)}, {_range(plan.chip_hours, quantity)} chip hours")
+    if plan.cost is not None:
+        grid.add_row("cost", f"{_range(plan.cost, money)} at ${plan.price:g} an hour of a chip")
+    else:
+        grid.add_row("cost", "give the price of an hour of a chip with --price")
+    grid.add_row("KV cache", f"{cache_bytes_per_token(plan.config):,} bytes a token of context in 16 bits")
+    return grid
+
+
+def _time(plan: StagePlan) -> Table:
+    table = _grid("time goes to", "share")
+    whole = sum(plan.parts.values())
+    for part, seconds in plan.parts.items():
+        if seconds > 5e-4 * whole:
+            table.add_row(PARTS.get(part, part), f"{seconds / whole:.1%} {'█' * round(30 * seconds / whole)}")
+    return table
+
+
+def _memory(plan: StagePlan) -> Table:
+    table = _grid("memory of a chip", "bytes")
+    for use, size in plan.memory.items():
+        if size:
+            table.add_row(use, f"{quantity(size, 'B')} {'█' * round(30 * size / plan.chip.memory)}")
+    table.add_row("in all", f"{quantity(sum(plan.memory.values()), 'B')} of {quantity(plan.chip.memory, 'B')}")
+    return table
+
+
+def _layouts(plan: StagePlan) -> Table:
+    assert plan.layout is not None
+    table = _grid("layout", "a step", "why slower")
+    table.add_row(said(plan.layout), f"{plan.figures['seconds_a_step']:.3g} s", "the fastest")
+    for other in plan.rejected:
+        table.add_row(said(other.layout), f"{other.seconds:.3g} s", other.why)
+    return table
+
+
+def _grid(*columns: str) -> Table:
+    return Table(*columns, box=box.SIMPLE if any(columns) else None, show_header=any(columns), pad_edge=False)
+
+
+def money(dollars: float) -> str:
+    return f"${dollars:,.0f}" if dollars >= 100 else f"${dollars:.2f}"
+
+
+def time_said(seconds: Estimate) -> str:
+    """Such as "55 days (48 to 63)"; 80 % of runs should lie within."""
+    for unit, size in (("days", DAY), ("hours", HOUR), ("minutes", 60.0), ("seconds", 1.0)):
+        if seconds.value >= 2 * size or unit == "seconds":
+            return f"{_range(seconds.times(1 / size), lambda x: f'{x:.3g}')} {unit}"
+    raise AssertionError
+
+
+def _range(value: Estimate, show: Callable[[float], str]) -> str:
+    return f"{show(value.value)} ({show(value.low)} to {show(value.high)})"

@@ -1,0 +1,103 @@
+"""rorqual plan, as typed."""
+
+import json
+import re
+import sys
+
+import pytest
+
+from rorqual.cli import entry
+
+
+def run(monkeypatch, capsys, *words):
+    """→ exit status, what was printed, and the error."""
+    monkeypatch.setattr(sys, "argv", ["rorqual", "plan", *words])
+    with pytest.raises(SystemExit) as end:
+        entry.main()
+    out, err = capsys.readouterr()
+    return end.value.code, out, err
+
+
+def test_v3_on_its_own_cluster(monkeypatch, capsys):
+    """2664 K hours and $5.328 M were published for pre-training (V3, table 1)."""
+    words = "deepseek-v3 --gpu h800 --gpus 2048 --tokens 14.8T --precision fp8 --moments bfloat16 --json"
+    status, out, _ = run(monkeypatch, capsys, *words.split())
+    found = json.loads(out)
+    assert status in (0, None)
+    assert found["gpu_hours"] == pytest.approx(2664e3, rel=0.1)
+    assert found["cost_usd"] == pytest.approx(5.328e6, rel=0.1)
+    assert found["gpu_hours_interval"][0] < 2664e3 < found["gpu_hours_interval"][1]
+    assert found["days"] * 24 * 2048 == pytest.approx(found["gpu_hours"])
+    assert found["params"]["total"] == 671026404352
+    assert found["params"]["active"] / 1e9 == pytest.approx(36.6, abs=0.1)
+    assert found["cache_bytes_per_token"] == 70272
+    assert found["memory_per_gpu_bytes"] < 80e9
+    assert found["layout"]["pipeline"] == 16
+    assert len(found["other_layouts"]) == 4
+    assert sum(found["seconds_by_part"].values()) / 86400 == pytest.approx(found["days"])
+    assert found["assumptions"]
+
+
+def test_as_tables(monkeypatch, capsys):
+    status, out, _ = run(monkeypatch, capsys, "smollm2-135m", "--gpu", "rtx4090", "--tokens", "2B")
+    assert status in (0, None)
+    for words in ("1 × NVIDIA RTX 4090", "chip hours", "the fastest", "activations", "KV cache"):
+        assert words in out, out
+
+
+def test_fewest_chips_that_end_in_time(monkeypatch, capsys):
+    days = []
+    for limit in ("30", "3"):
+        _, out, _ = run(monkeypatch, capsys, "qwen2.5-1.5b", "--tokens", "50B", "--days", limit, "--json")
+        found = json.loads(out)
+        assert found["days"] <= float(limit)
+        days.append(found["gpus"])
+    assert days[0] < days[1]
+
+
+def test_a_config_and_chips_of_ones_own(monkeypatch, capsys, tmp_path):
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({
+        "model_type": "llama", "vocab_size": 1000, "hidden_size": 64, "intermediate_size": 128,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+        "eos_token_id": [1, 2],
+    }))  # fmt: skip
+    chips = tmp_path / "chips.toml"
+    chips.write_text(
+        '[mine]\nname = "Mine"\nfamily = "own"\npeak = { bfloat16 = 1e12 }\nmemory = 1e9\nbandwidth = 1e11\n'
+        'source = "me"\n'
+    )
+    words = [str(config), "--gpu", "mine", "--chips", str(chips), "--tokens", "1M", "--price", "2", "--json"]
+    _, out, _ = run(monkeypatch, capsys, *words)
+    found = json.loads(out)
+    assert found["gpu"] == "Mine"
+    assert found["cost_usd"] == pytest.approx(2 * found["gpu_hours"])
+    assert "no published run of own" in found["assumptions"][0]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("deepseek-v3 --tokens 0", "--tokens 0: must be above 0"),
+        ("deepseek-v3 --tokens=-3", "--tokens -3: must be a number such as 14.8T"),
+        ("deepseek-v3 --tokens many", "--tokens many: must be a number"),
+        ("deepseek-v3", "say on how many tokens"),
+        ("deepseek-v3 --tokens 1T --gpus=-1", "--gpus -1: must be from 1"),
+        ("deepseek-v3 --tokens 1T --gpu abacus", "--gpu abacus: no such chip is known; say one of h100"),
+        ("deepseek-v3 --tokens 1T --precision int3", "--precision int3: must be one of"),
+        ("deepseek-v3 --tokens 1T --price=-1", "--price -1: must be from 0"),
+        ("deepseek-v3 --tokens 1T --gpus 8", "does not fit on 8 × NVIDIA H100 SXM: .* more than there is"),
+        (
+            "deepseek-v9 --tokens 1T",
+            "deepseek-v9 is neither a model's directory nor a known model; known are",
+        ),
+        ("smollm2-135m --tokens 1T --gpus 1 --chips nowhere.toml", "nowhere.toml"),
+        ("deepseek-v3 --tokens 100000T --days 0.001", "--days 0.001: too few even for 131072"),
+    ],
+)
+def test_nonsense_is_one_sentence(monkeypatch, capsys, words, said):
+    status, out, err = run(monkeypatch, capsys, *words.split())
+    assert (status, out) == (2, "")
+    assert re.search(said, err), err
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
