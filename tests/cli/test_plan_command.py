@@ -101,3 +101,59 @@ def test_nonsense_is_one_sentence(monkeypatch, capsys, words, said):
     assert re.search(said, err), err
     assert err.count("\n") == 1
     assert "Traceback" not in err
+
+
+def test_deepseeks_serving_day(monkeypatch, capsys):
+    """$87 072 of cost, $562 027 of income: 608 B tokens in, 56.3 % of them cached, 168 B out, 4989 tokens of context on
+    average, 21 tokens/s a user (DeepSeek's inference system, 2025-02). As many users as make 168 B tokens."""
+    users = 168e9 / 86400 / 21
+    words = f"deepseek-v3 --for serve --gpu h800 --users {users} --prompt 4384 --answer 1211 --hit 0.563 --speed 21"
+    _, out, _ = run(monkeypatch, capsys, *words.split(), "--prices", "0.14:0.55:2.19", "--json")
+    found = json.loads(out)
+    assert found["cost_usd"] == pytest.approx(87072, rel=0.1)
+    assert found["income_usd_a_day"] == pytest.approx(562027, rel=0.001)
+    assert found["margin"] + 1 == pytest.approx(6.45, rel=0.1)
+    assert found["decode"]["tokens_per_second_node"] == pytest.approx(14800, rel=0.1)
+    assert found["prefill"]["tokens_per_second_node_with_hits"] == pytest.approx(73700, rel=0.15)
+
+
+def test_r1_zeros_hours(monkeypatch, capsys):
+    """101 K H800 hours on 512: 10 400 steps of which 16 share a rollout of 8192 answers. Mean lengths are read off the
+    paper's figure: 1 to 10 thousand until the limit is raised after 8200 steps, then 10 to 14 thousand."""
+    hours = 0.0
+    for steps, lengths, limit in ((512, "1000:10000", 32768), (138, "10000:14000", 65536)):
+        words = (
+            f"deepseek-v3 --for rl --gpu h800 --gpus 512 --precision fp8 --weights fp8 --questions 512 --steps {steps}"
+        )
+        _, out, _ = run(monkeypatch, capsys, *words.split(), "--lengths", lengths, "--limit", str(limit), "--json")
+        hours += json.loads(out)["gpu_hours"]
+    assert hours == pytest.approx(101e3, rel=0.1)
+
+
+def test_serve_and_rl_as_tables(monkeypatch, capsys):
+    _, out, _ = run(monkeypatch, capsys, *["deepseek-r1", "--for", "serve", "--gpu", "h200", "--users", "100"])
+    assert "8 × NVIDIA H200" in out
+    assert "tokens/s each" in out
+    _, out, _ = run(monkeypatch, capsys, *["r1-distill-qwen-7b", "--for", "rl", "--gpus", "8", "--steps", "100"])
+    assert "rollouts, with less than half of the answers open" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("deepseek-v3 --for dance", "--for dance: must be one of pretrain, sft, rl, serve"),
+        ("deepseek-v3 --for rl", "say how many rollouts the run has"),
+        ("deepseek-v3 --for rl --steps 10 --gpus 8", "does not fit on 8 × NVIDIA H100"),
+        ("smollm2-135m --for rl --steps 10 --gpus 8 --lengths 4", "--lengths 4: must be 2 numbers with : between"),
+        ("smollm2-135m --for rl --steps 10 --gpus 8 --lengths 1:9000", "9000 tokens on average with at most 8192"),
+        ("deepseek-v3 --for serve --gpu rtx4090", "does not fit: on 128 × NVIDIA RTX 4090 its weights take"),
+        ("llama-3.1-405b --for serve --speed 900", "--speed 900: NVIDIA H100 SXM reaches .* for one user at most"),
+        ("llama-3.1-8b --for serve --hit 2", "--hit 2: must be from 0 to 0.999"),
+        ("llama-3.1-8b --for serve --prices 1", "--prices 1: must be 3 numbers"),
+    ],
+)
+def test_nonsense_about_rl_and_serving_is_one_sentence(monkeypatch, capsys, words, said):
+    status, out, err = run(monkeypatch, capsys, *words.split())
+    assert (status, out) == (2, "")
+    assert re.search(said, err), err
+    assert err.count("\n") == 1

@@ -20,12 +20,18 @@ PARTS = {
     "bubble": "bubble of the pipeline",
     "sums": "sums over ranks",
     "update": "update of the weights",
+    "rollout": "rollouts",
+    "tail": "rollouts, with less than half of the answers open",
+    "log_probabilities": "log-probabilities, old and of the reference",
+    "weights": "weights to the engine, and switching",
 }
 
 
 def tables(plan: StagePlan) -> list[RenderableType]:
     found: list[RenderableType] = [_summary(plan), _time(plan), _memory(plan)]
-    if plan.layout is not None:
+    if plan.kind == "serve":
+        found.insert(1, _service(plan))
+    elif plan.rejected:
         found.append(_layouts(plan))
     return [*found, "\n".join(f"· {sentence}" for sentence in plan.assumptions)]
 
@@ -36,16 +42,38 @@ def _summary(plan: StagePlan) -> Table:
     grid = _grid("", "")
     grid.add_row("parameters", f"{quantity(total)}, {quantity(active)} active" +
                  (f", and {quantity(more)} for multi-token prediction" if more else ""))  # fmt: skip
-    grid.add_row("tokens", f"{quantity(plan.tokens)}, {quantity(plan.flops_per_token, 'FLOP')} each, "
-                 f"{quantity(plan.tokens * plan.flops_per_token, 'FLOP')} in all")  # fmt: skip
     grid.add_row("chips", f"{plan.chips} × {plan.chip.name}")
-    grid.add_row("time", f"{time_said(plan.seconds)}, {_range(plan.chip_hours, quantity)} chip hours")
-    if plan.cost is not None:
+    if plan.kind == "serve":
+        grid.add_row("output", f"{quantity(plan.tokens)} tokens a day")
+    else:
+        what = "answers, in tokens" if plan.kind == "rl" else "tokens"
+        grid.add_row(what, f"{quantity(plan.tokens)}, {quantity(plan.flops_per_token, 'FLOP')} each in training, "
+                     f"{quantity(plan.tokens * plan.flops_per_token, 'FLOP')} in all")  # fmt: skip
+        grid.add_row("time", f"{time_said(plan.seconds)}, {_range(plan.chip_hours, quantity)} chip hours")
+    if plan.kind == "serve" and plan.cost is not None:
+        grid.add_row("cost", f"{_range(plan.cost, money)} a day at ${plan.price:g} an hour of a chip")
+    elif plan.cost is not None:
         grid.add_row("cost", f"{_range(plan.cost, money)} at ${plan.price:g} an hour of a chip")
     else:
         grid.add_row("cost", "give the price of an hour of a chip with --price")
     grid.add_row("KV cache", f"{cache_bytes_per_token(plan.config):,} bytes a token of context in 16 bits")
     return grid
+
+
+def _service(plan: StagePlan) -> Table:
+    found = plan.figures
+    table = _grid("", "prefill", "decode")
+    into, out = found["prefill"], found["decode"]
+    table.add_row("chips that it keeps busy", f"{into['chips']:.3g}", f"{out['chips']:.3g}")
+    table.add_row("tokens/s of a chip", *(f"{x['tokens_per_second_chip']:,.0f}" for x in (into, out)))
+    if plan.price is not None:
+        dollars = (found["usd_per_million_input_tokens"], found["usd_per_million_output_tokens"])
+        table.add_row("$ a million tokens", *(f"{x:.3g}" for x in dollars))
+    table.add_row("users at a time", "", f"{found['users']:,.0f}, {found['tokens_per_second_user']:.3g} tokens/s each")
+    table.add_row("an instance", "", f"{found['chips_of_an_instance']} chips, {out['batch']:.4g} sequences")
+    if "margin" in found:
+        table.add_row("income a day", "", f"{money(found['income_usd_a_day'])}, margin {found['margin']:.0%}")
+    return table
 
 
 def _time(plan: StagePlan) -> Table:
