@@ -53,6 +53,7 @@ RUN = {
     "rorqual import model.gguf": "",
     "rorqual serve": "",
     "rorqual plan": "",
+    "rorqual ledger": "",
     "curl": "",
 }
 # A command comes after those that make what it reads.
@@ -64,6 +65,7 @@ ORDER = [
     "pretrain",
     "sft",
     "rl",
+    "ledger",
     "eval",
     "report",
     "generate",

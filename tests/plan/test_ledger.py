@@ -3,8 +3,9 @@ import json
 import pytest
 import torch
 
+from rorqual.errors import UserError
 from rorqual.plan.hardware import describe_machine, matrix_peak, memory_total, memory_used
-from rorqual.plan.ledger import Ledger
+from rorqual.plan.ledger import Ledger, predicted_at_start, read_accounts
 
 
 def test_ledger_adds_up(tmp_path, monkeypatch):
@@ -36,3 +37,44 @@ def test_matrix_peak_is_measured_once():
 def test_machine():
     assert describe_machine()["cores"] >= 1
     assert 0 < memory_used() < memory_total()
+
+
+def test_a_prediction_is_that_of_the_start(tmp_path):
+    """A run that resumes keeps it; one of an earlier version has none; a new start makes a new one."""
+    assert predicted_at_start(tmp_path, lambda: {"seconds": 1.0}, begins=False) == {}
+    assert predicted_at_start(tmp_path, lambda: {"seconds": 5.0}, begins=True) == {"seconds": 5.0}
+    assert predicted_at_start(tmp_path, lambda: {"seconds": 9.0}, begins=False) == {"seconds": 5.0}
+    assert predicted_at_start(tmp_path, lambda: {"seconds": 7.0}, begins=True) == {"seconds": 7.0}
+
+
+def write(folder, seconds, predicted):
+    folder.mkdir(parents=True)
+    total = {"tokens": 1000, "flops": 2e6, "seconds": seconds, "utilisation": 0.25}
+    (folder / "ledger.json").write_text(json.dumps({"stages": {"rl": total}, "total": total, "predicted": predicted}))
+
+
+def test_accounts_of_several_runs(tmp_path):
+    write(tmp_path / "a", 10.0, {"tokens_per_second": 110.0, "tokens_per_second_interval": [90.0, 130.0]})
+    write(tmp_path / "b" / "pretrain", 20.0, {"tokens_per_second": 100.0, "tokens_per_second_interval": [80, 120]})
+    write(tmp_path / "c", 5.0, {})
+    one, two, three = read_accounts(tmp_path)
+    assert (one.run, two.run) == ("a", "b/pretrain")
+    assert (one.rate, one.inside) == (100.0, True)
+    assert one.error == pytest.approx(100 / 110 - 1)  # it took a tenth longer than predicted
+    assert (two.inside, two.error) == (False, pytest.approx(-0.5))
+    assert (three.predicted_rate, three.error, three.inside) == (None, None, None)
+    assert read_accounts(tmp_path / "a")[0].run == "a"
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", '{"total": {}}', '{"total": 1, "stages": {}}'])
+def test_a_damaged_ledger_is_named(tmp_path, damage):
+    (tmp_path / "ledger.json").write_text(damage)
+    with pytest.raises(UserError, match=r"ledger\.json"):
+        read_accounts(tmp_path)
+
+
+def test_no_ledgers(tmp_path):
+    with pytest.raises(UserError, match=r"holds no ledger\.json"):
+        read_accounts(tmp_path)
+    with pytest.raises(UserError, match="is not a folder"):
+        read_accounts(tmp_path / "nowhere")

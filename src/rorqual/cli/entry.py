@@ -10,6 +10,7 @@ import typer
 
 from rorqual.cli.eval_command import evaluate
 from rorqual.cli.inference_commands import chat, generate, serve
+from rorqual.cli.ledger_command import ledger
 from rorqual.cli.model_commands import doctor, import_
 from rorqual.cli.plan_command import plan
 from rorqual.cli.quantize_command import quantize
@@ -29,7 +30,7 @@ app = typer.Typer(
 for command, name in (
     (pretrain, "pretrain"), (sft, "sft"), (rl, "rl"), (distill, "distill"), (evaluate, "eval"), (generate, "generate"),
     (chat, "chat"), (serve, "serve"), (import_, "import"), (quantize, "quantize"), (doctor, "doctor"),
-    (plan, "plan"), (report, "report"), (speedrun, "speedrun"),
+    (plan, "plan"), (ledger, "ledger"), (report, "report"), (speedrun, "speedrun"),
 ):  # fmt: skip
     app.command(name)(command)
 

@@ -30,7 +30,9 @@ def number(option: str, text: str) -> float:
 
 
 def plan(
-    what: Annotated[str, typer.Argument(metavar="MODEL", help="a known model, a config.json or a model's directory")],
+    what: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="a known model, a config.json or a model's directory")
+    ] = None,
     kind: Annotated[str, typer.Option("--for", help="pretrain, sft, rl or serve")] = "pretrain",
     gpu: Annotated[str, typer.Option(help="the chip: h100, h800, b200, a100, rtx4090, …")] = "h100",
     gpus: Annotated[
@@ -86,6 +88,9 @@ def plan(
     prices: Annotated[
         str | None, typer.Option(metavar="HIT:MISS:OUTPUT", help="serve: $ a million tokens that users pay")
     ] = None,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="time small models on this machine, for the plans of its own runs")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Predict time, money and memory of a training, an RL run or a service before it starts."""
@@ -97,6 +102,12 @@ def plan(
     from rorqual.plan.serving_plan import Prices, Service, plan_serving
     from rorqual.plan.training_plan import Question, plan_training
 
+    if calibrate:
+        _calibrate()
+        if what is None:
+            return
+    if what is None:
+        raise UserError("say what to plan: a known model, a config.json or a model's directory; or --calibrate")
     _one_of("--for", kind, ("pretrain", "sft", "rl", "serve"))
     _one_of("--precision", precision, PRECISIONS)
     _one_of("--moments", moments, tuple(MOMENTS))
@@ -128,6 +139,16 @@ def plan(
         print(strict_json.dumps(found.to_dict()))
     else:
         show(found)
+
+
+def _calibrate() -> None:
+    from rorqual.kernels.dtypes import compute_dtype
+    from rorqual.plan.cpu_time import keep
+    from rorqual.train.calibrate import calibrate
+
+    costs = calibrate()
+    path = keep(costs, compute_dtype("auto"))
+    print(f"{path}: {costs.source}; 80 % of times within a factor of {costs.interval(1.0)[1]:.2f}")
 
 
 def numbers(option: str, text: str, count: int) -> list[float]:

@@ -3,17 +3,12 @@
 from dataclasses import asdict
 from typing import Any, TypedDict
 
-import torch
-
 from rorqual.kernels.dtypes import compute_dtype, dtype_name
 from rorqual.model.config import ModelConfig
 from rorqual.plan.cost import flops_per_token, memory, mtp_flops_per_token, mtp_parameters, parameters
+from rorqual.plan.cpu_time import Counts, costs_here, step_counts
 from rorqual.plan.hardware import describe_machine, matrix_peak, memory_total
 from rorqual.recipe import PretrainRecipe, SFTRecipe
-
-# Expected fraction of the measured matmul peak in training; one core of a busy EPYC reached 0.30–0.46 in float32 and
-# 0.17 in bfloat16 at hidden sizes 64–256.
-UTILISATION = {torch.float32: 0.4, torch.bfloat16: 0.2}
 
 
 class Plan(TypedDict):
@@ -28,8 +23,10 @@ class Plan(TypedDict):
     memory: dict[str, int]  # bytes by use (`cost.Memory`), and `total`
     memory_machine: int  # bytes
     tokens_per_second: float
+    tokens_per_second_interval: tuple[float, float]  # 80 %
     seconds: float | None
     utilisation: float  # fraction of the peak
+    calibration: str  # what the time is from
     matrix_peak_flops: float  # FLOP/s of a matmul
     machine: dict[str, Any]
 
@@ -46,8 +43,10 @@ def predict(config: ModelConfig, recipe: PretrainRecipe | SFTRecipe, rows: int |
     if recipe.mtp.weight or recipe.mtp.final_weight:
         each += mtp_flops_per_token(config, length)
     dtype = compute_dtype(recipe.model.dtype)
-    peak, share = matrix_peak(dtype), UTILISATION[dtype]
-    rate = share * peak / each
+    ahead = bool(recipe.mtp.weight or recipe.mtp.final_weight)
+    step, costs = _step(config, recipe, ahead), costs_here(dtype)
+    peak, tokens_a_step = matrix_peak(dtype), section.batch_size * length
+    rate = tokens_a_step / costs.seconds(step)
     tokens: float | None = None
     if section.seconds is not None:
         tokens = section.seconds * rate
@@ -77,11 +76,23 @@ def predict(config: ModelConfig, recipe: PretrainRecipe | SFTRecipe, rows: int |
         "memory": asdict(needed) | {"total": needed.total},
         "memory_machine": memory_total(),
         "tokens_per_second": rate,
+        "tokens_per_second_interval": costs.interval(rate),
         "seconds": None if tokens is None else tokens / rate,
-        "utilisation": share,
+        "utilisation": rate * each / peak,
+        "calibration": costs.source,
         "matrix_peak_flops": peak,
         "machine": describe_machine(),
     }
+
+
+def _step(config: ModelConfig, recipe: PretrainRecipe | SFTRecipe, ahead: bool) -> Counts:
+    """Of a step with the full batch, on one process."""
+    section, length = recipe.train, recipe.data.sequence_length
+    size = min(section.micro_batch or section.batch_size, section.batch_size)
+    whole, rest = divmod(section.batch_size, size)
+    micro_batches = [(size, length)] * whole + [(rest, length)] * (rest > 0)
+    itemsize = compute_dtype(recipe.model.dtype).itemsize
+    return step_counts(config, micro_batches, itemsize, ahead, recipe.recompute, recipe.optimizer.name == "muon")
 
 
 def plan_text(plan: Plan) -> str:
@@ -94,7 +105,10 @@ def plan_text(plan: Plan) -> str:
     if plan["seconds"] is None:
         time = f"{speed}; the length of an epoch is known once the data is packed"
     else:
-        time = f"about {_duration(plan['seconds'])}: {speed}"
+        slow, fast = plan["tokens_per_second_interval"]
+        low, high = (_duration(plan["seconds"] * plan["tokens_per_second"] / rate) for rate in (fast, slow))
+        time = f"about {_duration(plan['seconds'])} ({low} to {high}): {speed}"
+    time += f"\n{'':<13}{plan['calibration']}"
     return f"{run_text(plan)}\nmemory       {total} of {machine} ({parts})\ntime         {time}"
 
 

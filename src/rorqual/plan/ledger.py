@@ -1,13 +1,36 @@
 """The ledger of a run: measured tokens, FLOPs and seconds of each stage, beside the predicted ones."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from rorqual import strict_json
-from rorqual.files import write_text
+from rorqual.errors import UserError
+from rorqual.files import read_json, write_text
 from rorqual.plan.hardware import describe_machine, matrix_peak
+
+PREDICTION = "plan.json"
+
+
+def predicted_at_start(run_dir: Path, predict: Callable[[], Mapping[str, Any]], begins: bool) -> Mapping[str, Any]:
+    """What was predicted when the run began, kept in its folder: a prediction made later would know more.
+
+    Raises UserError where it cannot be written.
+    """
+    path = run_dir / PREDICTION
+    if not begins:
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # a run of an earlier version
+            return {}
+        return found if isinstance(found, dict) else {}
+    found = dict(predict())
+    write_text(path, strict_json.dumps(found, indent=2) + "\n", then="then start again")
+    return found
 
 
 class Ledger:
@@ -46,3 +69,70 @@ class Ledger:
         """Write ledger.json atomically. Raises UserError."""
         write_text(self.path, strict_json.dumps(self.to_dict(), indent=2) + "\n", then="then continue with --resume")
         return self.path
+
+
+@dataclass(frozen=True)
+class Account:
+    """What a run's ledger.json says, beside what was predicted."""
+
+    run: str
+    kinds: tuple[str, ...]  # stages
+    tokens: float
+    flops: float
+    seconds: float
+    utilisation: float
+    predicted_rate: float | None  # tokens/s; None: nothing was predicted
+    interval: tuple[float, float] | None
+
+    @property
+    def rate(self) -> float | None:
+        return self.tokens / self.seconds if self.seconds else None
+
+    @property
+    def error(self) -> float | None:
+        """Of the predicted time, against the measured one: +0.1 is a tenth too long."""
+        return self.rate / self.predicted_rate - 1 if self.rate and self.predicted_rate else None
+
+    @property
+    def inside(self) -> bool | None:
+        """Whether the speed lay within the stated interval."""
+        return None if self.rate is None or self.interval is None else self.interval[0] <= self.rate <= self.interval[1]
+
+
+def read_accounts(folder: Path) -> list[Account]:
+    """Of all runs in a folder and below it. Raises UserError where there is none, or a damaged one."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder; give the folder of a run, or of several")
+    found = [_account(path, folder) for path in sorted(folder.rglob("ledger.json"))]
+    if not found:
+        raise UserError(f"{folder} holds no ledger.json; runs write it when they end")
+    return found
+
+
+def _account(path: Path, folder: Path) -> Account:
+    raw = read_json(path, "remove it, or restore it")
+    try:
+        assert isinstance(raw, dict)
+        total, predicted, stages = raw["total"], raw.get("predicted") or {}, raw["stages"]
+        assert isinstance(total, dict)
+        assert isinstance(predicted, dict)
+        assert isinstance(stages, dict)
+        rate, interval = predicted.get("tokens_per_second"), predicted.get("tokens_per_second_interval")
+        return Account(
+            run=str(path.parent.relative_to(folder)) if path.parent != folder else folder.resolve().name,
+            kinds=tuple(stages),
+            tokens=_number(total["tokens"]),
+            flops=_number(total["flops"]),
+            seconds=_number(total["seconds"]),
+            utilisation=_number(total["utilisation"]),
+            predicted_rate=None if rate is None else _number(rate),
+            interval=(_number(interval[0]), _number(interval[1])) if isinstance(interval, list) else None,
+        )
+    except (KeyError, AssertionError, IndexError) as e:
+        raise UserError(f"{path} is damaged ({e or 'a field has another type'}); remove it, or restore it") from None
+
+
+def _number(value: object) -> float:
+    assert isinstance(value, int | float)
+    assert not isinstance(value, bool)
+    return float(value)

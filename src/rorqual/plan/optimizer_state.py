@@ -11,6 +11,7 @@ from rorqual.model.parameter_kinds import is_converted, is_hidden_matrix
 from rorqual.recipe import OptimizerSection
 
 FP32 = torch.float32.itemsize
+NEWTON_SCHULZ_STEPS = 5  # as train/muon.py
 
 
 @dataclass(frozen=True)
@@ -37,3 +38,17 @@ def predict_state(config: ModelConfig, dtype: str, section: OptimizerSection) ->
             scale = FP32 * scales(p.numel()) if stored is torch.uint8 else 0
             moments += 2 * (p.numel() * stored.itemsize + scale)
     return StateBytes(masters, FP32 * sum(p.numel() for p in parameters.values()), moments)
+
+
+def muon_flops(config: ModelConfig) -> float:
+    """Of Muon's update of all hidden matrices: in each Newton–Schulz step X Xᵀ, its square, and that times X."""
+    with torch.device("meta"):
+        parameters = list(Transformer(config).named_parameters())
+    found = 0.0
+    for name, p in parameters:
+        if is_hidden_matrix(name, p):
+            rows, columns = p.shape[-2:]
+            short, long = sorted((rows // 2 if name.endswith("gate_up_proj") else rows, columns))
+            matrices = p.numel() // (short * long)
+            found += NEWTON_SCHULZ_STEPS * matrices * (4.0 * short * short * long + 2.0 * short**3)
+    return found

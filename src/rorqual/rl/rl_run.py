@@ -105,6 +105,9 @@ class RLRun(RunLoop[RLRecipe, GRPOTrainer]):
     evaluations: dict[str, dict[str, float]] = field(default_factory=dict)  # step → eval_<family>
     stages: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))  # seconds
 
+    def predict(self) -> dict[str, Any]:
+        return predict_rl(self.section, self.trainer.model.config)
+
     def begin(self, telemetry: Log) -> None:
         if self.section.eval_every and not self.evaluations:
             telemetry.log(0, **self._evaluate(), seconds=self.seconds)
@@ -151,7 +154,7 @@ def _release(run: RLRun, model: Transformer, tokenizer: Tokenizer) -> None:
     save_model(model, directory, tokenizer)
     write_text(directory / "README.md", _card(run, model), then="then continue with --resume")
     trainer = run.trainer
-    ledger = Ledger(run.run_dir, predict_rl(run.section, model.config), compute_dtype(run.section.model.dtype))
+    ledger = Ledger(run.run_dir, run.predicted, compute_dtype(run.section.model.dtype))
     for stage, tokens in zip(STAGES, (trainer.tokens, trainer.trained_tokens), strict=True):
         ledger.add(stage, tokens=tokens, flops=trainer.flops[stage], seconds=run.stages[stage])
     ledger.write()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rorqual.errors import UserError
 from rorqual.parallel.mesh import Mesh, single
+from rorqual.plan.ledger import predicted_at_start
 from rorqual.train.checkpoints import Checkpoints
 from rorqual.train.interrupts import StopSignals
 from rorqual.train.telemetry import Log, Silent, Telemetry
@@ -52,6 +53,7 @@ class RunLoop(ABC, Generic[LimitsT, TrainerT]):
     mesh: Mesh = field(default_factory=single, kw_only=True)
     seconds_before: float = field(default=0.0, init=False)  # of earlier processes of this run
     saved: Checkpoints = field(init=False)  # from `fit` on
+    predicted: Mapping[str, Any] = field(default_factory=dict, init=False)  # what the run would cost, before it began
 
     def __post_init__(self) -> None:
         self.started = time.monotonic()
@@ -86,6 +88,8 @@ class RunLoop(ABC, Generic[LimitsT, TrainerT]):
         self.started = time.monotonic()
         self.saved = checkpoints = self.checkpoints()
         self._resume(checkpoints)
+        if self.mesh.rank == 0:
+            self.predicted = predicted_at_start(self.run_dir, self.predict, begins=not self.trainer.steps)
         if self.rolls_back and not self.trainer.steps:
             self._save(checkpoints)
         total, unit = (self._budget, "seconds") if self.total_steps is None else (self.total_steps, "steps")
@@ -125,6 +129,10 @@ class RunLoop(ABC, Generic[LimitsT, TrainerT]):
         self._restore(self.saved, *found)
         self.saved.discard_after(self.trainer.steps)
         telemetry.back_to(self.trainer.steps)
+
+    def predict(self) -> Mapping[str, Any]:
+        """What the run will cost, for its ledger."""
+        return {}
 
     def begin(self, telemetry: Log) -> None:
         """Called once before the first step of every process."""

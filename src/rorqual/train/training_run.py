@@ -131,6 +131,7 @@ def train(
         spikes=Spikes(recipe.spikes),
         track=recipe.track,
         mesh=mesh,
+        forecast=lambda: predict(model.config, recipe, rows=loader.rows),
     )
     if valid is not None:
         size = section.micro_batch or section.batch_size
@@ -181,6 +182,7 @@ class TrainingRun(RunLoop[TrainSection, Trainer]):
     validate: Callable[[], float] | None = None  # bits per byte on held-out text
     newest: Newest = field(default_factory=Newest)
     watch: RankWatch = field(default_factory=RankWatch)
+    forecast: Callable[[], Mapping[str, Any]] = field(default=dict)
     steps_here: int = 0  # of this process
     tokens_a_step: int = 0  # of all processes, in the newest step
 
@@ -260,6 +262,9 @@ class TrainingRun(RunLoop[TrainSection, Trainer]):
             )
         return False
 
+    def predict(self) -> Mapping[str, Any]:
+        return self.forecast()
+
     def score(self) -> float | None:
         return self.newest.valid_bpb if self.newest.valid_bpb_step == self.trainer.steps else None
 
@@ -303,8 +308,7 @@ def finish(recipe: PretrainRecipe | SFTRecipe, run: TrainingRun, tokenizer: Toke
     if sent:
         print(table(sent))
         write_text(run.run_dir / "parallel.json", json.dumps(sent, indent=1), then="then continue with --resume")
-    predicted = predict(trainer.model.config, recipe, rows=run.loader.rows)
-    ledger = Ledger(run.run_dir, predicted, trainer.dtype)
+    ledger = Ledger(run.run_dir, run.predicted, trainer.dtype)
     ledger.add(recipe.kind, tokens=trainer.tokens, flops=trainer.flops, seconds=run.seconds)
     write_text(directory / "README.md", model_card(recipe, run), then="then continue with --resume")
     ledger.write()
