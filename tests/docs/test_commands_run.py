@@ -58,10 +58,10 @@ RUN = {
 }
 # A command comes after those that make what it reads.
 ORDER = [
-    "plan",
     "speedrun",
     "quantize",
     "import",
+    "plan",
     "pretrain",
     "sft",
     "rl",
