@@ -11,8 +11,8 @@ from rorqual.errors import UserError
 from rorqual.plan.estimate import plan_text
 from rorqual.recipe import PretrainRecipe, SFTRecipe, TokenizerSection, load_recipe, parse_recipe
 from rorqual.train.build_model import tokenizer_of
-from rorqual.train.dry_run import dry_run
-from rorqual.train.training_run import pretrain, sft
+from rorqual.train.dry_run import dry_run, recipe_config
+from rorqual.train.training_run import _forecast, pretrain, sft
 
 
 @pytest.fixture
@@ -138,3 +138,14 @@ def test_the_tiny_recipes_run_on_a_users_text(tmp_path, corpus):
     words = [out, f"model.path={base}/model", f"data.path={tmp_path}/chats.jsonl", "data.valid_fraction=0.0"]
     run_dir = sft(load_recipe(recipes / "sft-tiny.toml", SFTRecipe, words))
     assert (run_dir / "model" / "model.safetensors").exists()
+
+
+def test_rounded_products_take_longer_and_processes_have_no_time(make_recipe):
+    plain, rounded = (dry_run(make_recipe(train__steps=10, precision=p)) for p in (None, "fp8"))
+    assert rounded["tokens_per_second"] == pytest.approx(plain["tokens_per_second"] / 1.4)
+    recipe = make_recipe(train__steps=10)
+    one, two = (_forecast(recipe_config(recipe), recipe, 10, processes) for processes in (1, 2))
+    assert one["tokens_per_second"] > 0
+    assert one.keys() - two.keys() == {
+        "tokens_per_second", "tokens_per_second_interval", "seconds", "utilisation", "calibration"
+    }  # fmt: skip

@@ -10,6 +10,8 @@ from rorqual.plan.cpu_time import Counts, costs_here, step_counts
 from rorqual.plan.hardware import describe_machine, matrix_peak, memory_total
 from rorqual.recipe import PretrainRecipe, SFTRecipe
 
+EMULATED = 1.4  # times as long as without that a step takes whose products are rounded here (benchmarks/fp8_memory.py)
+
 
 class Plan(TypedDict):
     """What a run is predicted to cost; the key `tokens`, `flops` or `seconds` is None where it is not known yet."""
@@ -46,7 +48,7 @@ def predict(config: ModelConfig, recipe: PretrainRecipe | SFTRecipe, rows: int |
     ahead = bool(recipe.mtp.weight or recipe.mtp.final_weight)
     step, costs = _step(config, recipe, ahead), costs_here(dtype)
     peak, tokens_a_step = matrix_peak(dtype), section.batch_size * length
-    rate = tokens_a_step / costs.seconds(step)
+    rate = tokens_a_step / costs.seconds(step) / (EMULATED if recipe.precision else 1.0)
     tokens: float | None = None
     if section.seconds is not None:
         tokens = section.seconds * rate

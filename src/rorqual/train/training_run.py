@@ -20,7 +20,7 @@ from rorqual.data.loader import Batch, Heldout, Loader
 from rorqual.data.tokenizer import load_tokenizer, save_tokenizer
 from rorqual.errors import UserError, file_error
 from rorqual.files import write_folder, write_text
-from rorqual.model import Transformer
+from rorqual.model import ModelConfig, Transformer
 from rorqual.parallel.context import check_pieces, part
 from rorqual.parallel.export import save_parts
 from rorqual.parallel.mesh import Mesh, build_mesh, single
@@ -131,13 +131,22 @@ def train(
         spikes=Spikes(recipe.spikes),
         track=recipe.track,
         mesh=mesh,
-        forecast=lambda: predict(model.config, recipe, rows=loader.rows),
+        forecast=lambda: _forecast(model.config, recipe, loader.rows, mesh.section.processes),
     )
     if valid is not None:
         size = section.micro_batch or section.batch_size
         run.validate = lambda: run.trainer.bits_per_byte(valid.batches(size, EVAL_BATCHES))
     run.fit()
     return run
+
+
+def _forecast(config: ModelConfig, recipe: PretrainRecipe | SFTRecipe, rows: int, processes: int) -> dict[str, Any]:
+    """What the run will cost; times are known for one process alone."""
+    plan: dict[str, Any] = {**predict(config, recipe, rows=rows)}
+    if processes > 1:
+        for name in ("tokens_per_second", "tokens_per_second_interval", "seconds", "utilisation", "calibration"):
+            del plan[name]
+    return plan
 
 
 def micro_batches(section: TrainSection, parallel: ParallelSection) -> int:
