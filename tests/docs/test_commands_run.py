@@ -32,6 +32,7 @@ NOT_RUN = {
     "rorqual pretrain recipes/cluster-in-a-box.toml": "trains on the pages; tests/train/test_processes.py with less",
     "rorqual pretrain RECIPE.toml --processes": "tests/train/test_processes.py",
     "rorqual rl RECIPE.toml --ray": "tests/rl/test_ray_cluster.py",
+    "rorqual serve models/deepseek-v2-lite": "needs that model; tests/engine/test_expert_parallel.py",
     "rorqual distill my-distill.toml": "needs a teacher that answers correctly; tests/rl/test_rejection_sampling.py",
 }
 SHORT_EVAL = "--problems 2 --samples 1 --max-tokens 8"
@@ -51,7 +52,8 @@ RUN = {
     "rorqual report": "",
     "rorqual quantize": "--samples 4 --sequence-length 64",
     "rorqual import model.gguf": "",
-    "rorqual serve": "",
+    "rorqual serve models/smollm2": "",
+    "rorqual serve runs/": "",
     "rorqual plan": "",
     "rorqual ledger": "",
     "curl": "",
