@@ -141,6 +141,10 @@ def test_serve_and_rl_as_tables(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        ("deepseek-v3 --for serve --tokens 5", "--tokens is for training, not for --for serve; leave it out"),
+        ("deepseek-v3 --for sft --tokens 1T --users 4", "--users is for serve, not for --for sft; leave it out"),
+        ("deepseek-v3 --for rl --context 64", "--context is for training, not for --for rl; leave it out"),
+        ("deepseek-v3 --tokens 1T --prompt 5", "--prompt is for rl and serve, not for --for pretrain; leave it out"),
         ("deepseek-v3 --for dance", "--for dance: must be one of pretrain, sft, rl, serve"),
         ("deepseek-v3 --for rl", "say how many rollouts the run has"),
         ("deepseek-v3 --for rl --steps 10 --gpus 8", "does not fit on 8 × NVIDIA H100"),

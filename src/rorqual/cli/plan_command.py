@@ -29,7 +29,15 @@ def number(option: str, text: str) -> float:
     return value
 
 
+OF_KIND = {  # options of some kinds alone
+    "training": ("gpus", "precision", "tokens", "context", "batch", "moments", "days"),
+    "rl": ("gpus", "precision", "steps", "questions", "samples", "lengths", "limit", "stale", "prompt", "weights"),
+    "serve": ("users", "speed", "prompt", "answer", "hit", "weights", "accepted", "prices"),
+}
+
+
 def plan(
+    context_of_options: typer.Context,
     what: Annotated[
         str | None, typer.Argument(metavar="MODEL", help="a known model, a config.json or a model's directory")
     ] = None,
@@ -109,6 +117,7 @@ def plan(
     if what is None:
         raise UserError("say what to plan: a known model, a config.json or a model's directory; or --calibrate")
     _one_of("--for", kind, ("pretrain", "sft", "rl", "serve"))
+    _check_kind(context_of_options, kind)
     _one_of("--precision", precision, PRECISIONS)
     _one_of("--moments", moments, tuple(MOMENTS))
     weights = weights or ("fp8" if kind == "serve" else "bfloat16")
@@ -139,6 +148,15 @@ def plan(
         print(strict_json.dumps(found.to_dict()))
     else:
         show(found)
+
+
+def _check_kind(options: typer.Context, kind: str) -> None:
+    """Raises UserError for an option that this kind does not read."""
+    own = OF_KIND["training" if kind in ("pretrain", "sft") else kind]
+    for name in {name for names in OF_KIND.values() for name in names}.difference(own):
+        if (source := options.get_parameter_source(name)) is not None and source.name == "COMMANDLINE":
+            kinds = [k for k, names in OF_KIND.items() if name in names]
+            raise UserError(f"--{name} is for {' and '.join(kinds)}, not for --for {kind}; leave it out")
 
 
 def _calibrate() -> None:

@@ -16,7 +16,8 @@ from rorqual.plan.inference import Instance
 from rorqual.plan.published_runs import Calibration, calibration
 from rorqual.plan.stage import DAY, Estimate, StagePlan
 
-# Of the peak rate that a service keeps up all day; DeepSeek's prefill made 32.2 of 62.7 K tokens/s a node.
+# Of the peak rate that a service keeps up all day; DeepSeek's prefill made 32.2 of 62.7 K tokens/s a node,
+# decode's share is assumed.
 PREFILL_LOAD, DECODE_LOAD = 0.51, 0.95
 MOST_CHIPS = 256
 FEWEST_EXPERTS = 2  # of a layer on a chip
@@ -81,7 +82,7 @@ def plan_serving(asked: Service) -> StagePlan:
         "prefill": {
             "chips": prefill_chips, "tokens_per_second_chip": into,
             "tokens_per_second_node": into * asked.chip.per_node,
-            "tokens_per_second_node_with_hits": into * asked.chip.per_node / max(1e-9, 1 - asked.hit),
+            "tokens_per_second_node_with_hits": into * asked.chip.per_node / (1 - asked.hit),
         },
         "cache_tokens_per_chip": decode.instance.cache_tokens() / decode.instance.chips,
     }  # fmt: skip
@@ -104,8 +105,8 @@ def plan_serving(asked: Service) -> StagePlan:
                 / decode.instance.chips},
         assumptions=(
             f"{fitted.utilisation:.0%} of the peak in products, {fitted.source}; 80% of the memory's bandwidth",
-            f"a service keeps up {PREFILL_LOAD:.0%} of the peak rate in prefill and {DECODE_LOAD:.0%} in decode, as "
-            "DeepSeek's did",
+            f"a service keeps up {PREFILL_LOAD:.0%} of the peak rate in prefill, as DeepSeek's did, and "
+            f"{DECODE_LOAD:.0%} in decode, which is assumed",
             f"prompts of {asked.prompt:g} tokens, {asked.hit:.0%} of them cached, answers of {asked.answer:g}",
         ),
         figures=figures,
@@ -127,7 +128,7 @@ def _busy(asked: Service, decode: Decode, users: float) -> tuple[float, float]:
     """Chips that decode and prefill keep busy, if all users read at the speed that is asked for."""
     output = users * asked.speed
     requests = output / asked.answer
-    prefill = requests * asked.prompt * (1 - asked.hit) / _prefill_rate(asked, decode) if asked.hit < 1 else 0.0
+    prefill = requests * asked.prompt * (1 - asked.hit) / _prefill_rate(asked, decode)
     return output / _decode_rate(asked, decode), prefill
 
 

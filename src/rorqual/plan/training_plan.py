@@ -1,7 +1,6 @@
 """Plan of a training: pre-training or SFT, on the fastest layout that fits, or on a given one."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from rorqual.errors import UserError
@@ -9,11 +8,11 @@ from rorqual.model.config import ModelConfig
 from rorqual.plan.chips import Chip
 from rorqual.plan.cost import flops_per_token, mtp_flops_per_token
 from rorqual.plan.estimate import quantity
-from rorqual.plan.layout import Job, Layout, check, memory_by_rank
+from rorqual.plan.layout import Job, Layout
 from rorqual.plan.published_runs import Calibration, calibration
-from rorqual.plan.search import USABLE, Found, Search, search
+from rorqual.plan.search import USABLE, Search, search
 from rorqual.plan.stage import DAY, Estimate, Rejected, StagePlan
-from rorqual.plan.step_time import IMBALANCE, StepTime, step_time
+from rorqual.plan.step_time import IMBALANCE, StepTime
 
 LENGTH = 4096
 MOST_CHIPS = 1 << 17
@@ -34,7 +33,6 @@ class Question:
     price: float | None = None
     days: float | None = None
     imbalance: float = IMBALANCE
-    layout: Layout | None = None  # None: searched
     kind: str = "pretrain"
     name: str = ""
 
@@ -44,13 +42,8 @@ def plan_training(asked: Question) -> StagePlan:
     if asked.tokens <= 0:
         raise UserError(f"--tokens {asked.tokens:g}: must be above 0")
     config, chip, fitted = asked.config, asked.chip, calibration(asked.chip.family)
-    if asked.layout is not None:
-        found = _given(asked, asked.layout, fitted)
-        others: Sequence[Found] = ()
-        chips = asked.layout.chips
-    else:
-        chips, searched = _searched(asked, fitted)
-        found, *others = searched.best
+    chips, searched = _searched(asked, fitted)
+    found, *others = searched.best
     job = _job(asked, chips)
     steps = asked.tokens / (job.batch * job.length)
     time = found.time
@@ -166,14 +159,6 @@ def _does_not_fit(asked: Question, chips: int, searched: Search) -> str:
         f"{quantity(memory.total, 'B')} a chip, {quantity(memory.total - room, 'B')} more than there is, of which "
         f"{quantity(parts[largest], 'B')} are {largest}; try {remedy}, or chips with more memory"
     )
-
-
-def _given(asked: Question, layout: Layout, fitted: Calibration) -> Found:
-    job = _job(asked, layout.chips)
-    if (why := check(layout, job)) is not None:
-        raise UserError(f"--layout {said(layout)} is not possible: {why}")
-    memory = max(memory_by_rank(job, layout), key=lambda m: m.total)
-    return Found(layout, step_time(job, layout, asked.chip, fitted.utilisation, asked.imbalance), memory)
 
 
 def _why(best: StepTime, other: StepTime) -> str:
