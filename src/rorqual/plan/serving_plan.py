@@ -13,8 +13,9 @@ from rorqual.model.config import ModelConfig
 from rorqual.plan.chips import Chip
 from rorqual.plan.estimate import quantity
 from rorqual.plan.inference import Instance
-from rorqual.plan.published_runs import Calibration, calibration
+from rorqual.plan.published_runs import Calibration
 from rorqual.plan.stage import DAY, Estimate, StagePlan
+from rorqual.plan.this_machine import calibration_of
 
 # Of the peak rate that a service keeps up all day; DeepSeek's prefill made 32.2 of 62.7 K tokens/s a node,
 # decode's share is assumed.
@@ -60,7 +61,7 @@ class Decode:
 
 def plan_serving(asked: Service) -> StagePlan:
     """Raises UserError where no instance holds the model, or none is fast enough."""
-    fitted = calibration(asked.chip.family)
+    fitted = calibration_of(asked.chip)
     decode, users = _best(asked, fitted)
     n, output = decode.instance.chips, users * asked.speed
     out, into = _decode_rate(asked, decode), _prefill_rate(asked, decode)
