@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 from rorqual.errors import UserError
-from rorqual.kernels.adamw import BLOCK
 from rorqual.model.config import ModelConfig
 from rorqual.plan.activations import Kept, layer_bytes, mtp_bytes
 from rorqual.plan.cost import (
@@ -24,6 +23,7 @@ from rorqual.plan.stage_layers import layers_of_stages
 from rorqual.sections import ParallelSection
 
 FP32 = 4
+BLOCK = 256  # numbers of an 8-bit moment that share a scale, as kernels/adamw.py
 MOMENTS = {"float32": 8.0, "bfloat16": 4.0, "8bit": 2.0 + 2 * FP32 / BLOCK}  # bytes a parameter, of two
 
 

@@ -7,7 +7,7 @@ from rich.console import RenderableType
 from rich.table import Table
 
 from rorqual.plan.cost import cache_bytes_per_token, mtp_parameters, parameters
-from rorqual.plan.estimate import quantity
+from rorqual.plan.quantity import quantity
 from rorqual.plan.stage import DAY, HOUR, Estimate, StagePlan
 from rorqual.plan.training_plan import said
 

@@ -12,9 +12,9 @@ from rorqual.model.config import ModelConfig
 from rorqual.plan.activations import Kept, layer_bytes
 from rorqual.plan.chips import Chip
 from rorqual.plan.cost import flops_after_layers, flops_by_layer, multi_token_kinds
+from rorqual.plan.expected_rows import expected_rows, row_bytes
 from rorqual.plan.layout import Job, Layout, held, schedule_of, stages, takes_turns
 from rorqual.plan.simulate import Times, simulate
-from rorqual.plan.traffic import expected_rows, row_bytes
 
 IMBALANCE = 0.2  # busiest expert over the mean, minus 1, of a batch with balancing biases (benchmarks/balance.py)
 LINK_SHARE = 0.9  # of a link's rate that large messages reach; DeepEP reaches 153–158 of 160 GB/s, 43–58 of 50

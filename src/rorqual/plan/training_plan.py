@@ -7,9 +7,9 @@ from rorqual.errors import UserError
 from rorqual.model.config import ModelConfig
 from rorqual.plan.chips import Chip
 from rorqual.plan.cost import flops_per_token, mtp_flops_per_token
-from rorqual.plan.estimate import quantity
 from rorqual.plan.layout import Job, Layout
 from rorqual.plan.published_runs import Calibration, calibration
+from rorqual.plan.quantity import quantity
 from rorqual.plan.search import USABLE, Search, search
 from rorqual.plan.stage import DAY, Estimate, Rejected, StagePlan
 from rorqual.plan.step_time import IMBALANCE, StepTime
