@@ -1,15 +1,19 @@
 """rorqual plan."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from rorqual import strict_json
 from rorqual.cli.options import AsJson, expand_path
+from rorqual.errors import UserError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
+    from rorqual.plan.pipeline_plan import PipelinePlan
+    from rorqual.plan.stage import StagePlan
 
 # Options that say what is asked: fields of the requests in plan/request.py, which has their defaults and bounds.
 ASKED = (
@@ -120,7 +124,6 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Predict time, money and memory of a training, an RL run, a service or a whole pipeline before it starts."""
-    from rorqual.cli.plan_stages import plans
     from rorqual.plan.plan_text import pipeline_tables, tables
     from rorqual.plan.stage import StagePlan
 
@@ -129,11 +132,29 @@ def plan(
         if not what:
             return
     given = {name: options.params[name] for name in ASKED if options.params[name] is not None}
-    found = plans(what or [], kind, given, expand_path(chips) if chips else None)
+    found = _planned(what or [], kind, given, expand_path(chips) if chips else None)
     if as_json:
         print(strict_json.dumps(found.to_dict()))
         return
     _show(tables(found) if isinstance(found, StagePlan) else pipeline_tables(found))
+
+
+def _planned(
+    what: list[str], kind: str | None, given: dict[str, Any], more_chips: Path | None
+) -> "StagePlan | PipelinePlan":
+    if what and what[0].endswith(".toml"):
+        from rorqual.cli.plan_stages import plan_files
+
+        if kind is not None:
+            raise UserError(f"--for {kind}: a recipe says itself what it is for; leave it out")
+        return plan_files(what, given, more_chips)
+    from rorqual.plan.plan_stage import plan_stage
+    from rorqual.plan.request import parse_request
+
+    if len(what) > 1:
+        raise UserError(f"{what[1]}: one model is planned at a time; several stages are recipes, or a pipeline's file")
+    fields = given | ({"model": what[0]} if what else {})
+    return plan_stage(parse_request(kind or "pretrain", fields, lambda name: f"--{name}"), more_chips=more_chips)
 
 
 def _calibrate() -> None:

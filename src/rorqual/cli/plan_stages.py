@@ -1,4 +1,4 @@
-"""The stages that `rorqual plan` is asked for: one of a model, or those of recipes and of a pipeline's file."""
+"""The stages of recipes and of a pipeline's file, for `rorqual plan`."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -8,6 +8,7 @@ from typing import Any
 from rorqual.cli.options import expand_path
 from rorqual.errors import UserError
 from rorqual.model import ModelConfig
+from rorqual.plan.chips import find_chip
 from rorqual.plan.estimate import predict
 from rorqual.plan.pipeline_file import COMMON, Stage, is_pipeline, read_pipeline, read_toml
 from rorqual.plan.pipeline_plan import PipelinePlan
@@ -15,31 +16,18 @@ from rorqual.plan.plan_stage import plan_stage
 from rorqual.plan.recipe_request import check_length_known, recipe_layout, recipe_request
 from rorqual.plan.request import parse_request
 from rorqual.plan.stage import StagePlan
-from rorqual.plan.this_machine import chip_named, predicted_here
+from rorqual.plan.this_machine import predicted_here
 from rorqual.recipe import DistillRecipe, PretrainRecipe, Recipe, RLRecipe, SFTRecipe, load_recipe
 from rorqual.rl.rl_run import predict_rl
 from rorqual.train.build_model import trained_path
 from rorqual.train.dry_run import recipe_config
 
-PIPELINE_KIND = "--for {kind}: a recipe says itself what it is for; leave it out"
 
-
-def plans(
-    what: list[str], kind: str | None, given: Mapping[str, Any], more_chips: Path | None
-) -> StagePlan | PipelinePlan:
-    """What the command line asks for. Raises UserError."""
-    if not what or not what[0].endswith(".toml"):
-        if len(what) > 1:
-            raise UserError(
-                f"{what[1]}: several stages are recipes, or a pipeline's file; one model is planned at a time"
-            )
-        fields = dict(given) | ({"model": what[0]} if what else {})
-        return plan_stage(parse_request(kind or "pretrain", fields, _option), more_chips=more_chips)
-    if kind is not None:
-        raise UserError(PIPELINE_KIND.format(kind=kind))
+def plan_files(words: list[str], given: Mapping[str, Any], more_chips: Path | None) -> StagePlan | PipelinePlan:
+    """Of recipes, each with overrides, and pipelines' files. Raises UserError."""
     pipeline = _Pipeline(dict(given), more_chips)
     names = []
-    for path, overrides in _files(what):
+    for path, overrides in _files(words):
         if is_pipeline(path):
             if overrides:
                 raise UserError(f"{overrides[0]}: overrides are for recipes; change {path}, or plan its recipes")
@@ -62,10 +50,6 @@ def _files(words: list[str]) -> list[tuple[Path, list[str]]]:
         else:
             found[-1][1].append(word)
     return found
-
-
-def _option(name: str) -> str:
-    return f"--{name}"
 
 
 @dataclass
@@ -102,15 +86,15 @@ class _Pipeline:
             asked.setdefault("gpus", 1)
         check_length_known(recipe, asked)
         request = parse_request(
-            _kind_of(recipe), asked, lambda name: _option(name) if name in self.given else str(stage.where)
+            _kind_of(recipe), asked, lambda name: f"--{name}" if name in self.given else str(stage.where)
         )
         layout = None
         if isinstance(recipe, PretrainRecipe | SFTRecipe):
-            layout = recipe_layout(recipe, chip_named(gpu, self.more_chips).per_node)
+            layout = recipe_layout(recipe, find_chip(gpu, self.more_chips).per_node)
         return plan_stage(request, config, self.more_chips, layout, self.written)
 
     def _said(self, stage: Stage) -> Callable[[str], str]:
-        return lambda name: _option(name) if name in self.given else f"{stage.where}: {name}"
+        return lambda name: f"--{name}" if name in self.given else f"{stage.where}: {name}"
 
     def _here(self, recipe: Recipe, config: ModelConfig, fields: dict[str, Any]) -> StagePlan:
         """On this machine, as the run itself predicts it."""

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rorqual.errors import UserError
 from rorqual.model.config import ModelConfig
-from rorqual.plan.chips import Chip
+from rorqual.plan.chips import Chip, find_chip
 from rorqual.plan.known_models import find_model
 from rorqual.plan.layout import Layout
 from rorqual.plan.optimal import largest_within, sized, tokens_within
@@ -14,7 +14,6 @@ from rorqual.plan.rl_plan import Tuning, plan_rl
 from rorqual.plan.sampling_plan import Sampling, plan_distillation, plan_sampling
 from rorqual.plan.serving_plan import Prices, Service, plan_serving
 from rorqual.plan.stage import StagePlan
-from rorqual.plan.this_machine import chip_named
 from rorqual.plan.training_plan import Question, plan_training
 
 START = 1e9  # tokens from which the search for as many as a budget pays starts
@@ -29,7 +28,7 @@ def plan_stage(
     before: the model of the stage before, which one without a model of its own goes on with; layout: of a recipe;
     written: directories of models that stages before will write.
     """
-    chip, written = chip_named(request.gpu, more_chips), written or {}
+    chip, written = find_chip(request.gpu, more_chips), written or {}
     config = _model(request.model, written) if request.model is not None else before
     if isinstance(request, TrainingRequest):
         return _training(request, config, chip, layout)

@@ -6,11 +6,11 @@ from rich import box
 from rich.console import RenderableType
 from rich.table import Table
 
+from rorqual.plan.calibrations import HERE
 from rorqual.plan.cost import cache_bytes_per_token, mtp_parameters, parameters
-from rorqual.plan.estimate import quantity
 from rorqual.plan.pipeline_plan import PipelinePlan
+from rorqual.plan.quantity import quantity
 from rorqual.plan.stage import DAY, HOUR, Estimate, StagePlan
-from rorqual.plan.this_machine import HERE
 from rorqual.plan.training_plan import said
 
 PARTS = {

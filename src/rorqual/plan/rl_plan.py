@@ -12,6 +12,7 @@ from itertools import pairwise
 
 from rorqual.errors import UserError
 from rorqual.model.config import ModelConfig
+from rorqual.plan.calibrations import calibration_of
 from rorqual.plan.chips import Chip
 from rorqual.plan.cost import flops_per_token, parameters
 from rorqual.plan.inference import SIZES, Instance
@@ -20,7 +21,6 @@ from rorqual.plan.published_runs import Calibration
 from rorqual.plan.search import Found, search
 from rorqual.plan.stage import Estimate, StagePlan
 from rorqual.plan.step_time import LINK_SHARE
-from rorqual.plan.this_machine import calibration_of
 from rorqual.plan.training_plan import said
 
 SPREAD = 0.8  # standard deviation of the logarithm of an answer's length

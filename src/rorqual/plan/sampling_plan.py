@@ -5,12 +5,12 @@ from dataclasses import dataclass, replace
 
 from rorqual.errors import UserError
 from rorqual.model.config import ModelConfig
+from rorqual.plan.calibrations import calibration_of
 from rorqual.plan.chips import Chip
 from rorqual.plan.inference import Instance
 from rorqual.plan.published_runs import Calibration
 from rorqual.plan.rl_plan import RL_SPREAD, SPREAD, rollout_seconds
 from rorqual.plan.stage import Estimate, StagePlan
-from rorqual.plan.this_machine import calibration_of
 from rorqual.plan.training_plan import Question, plan_training
 
 

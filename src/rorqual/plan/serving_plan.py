@@ -10,12 +10,12 @@ from typing import Any
 
 from rorqual.errors import UserError
 from rorqual.model.config import ModelConfig
+from rorqual.plan.calibrations import calibration_of
 from rorqual.plan.chips import Chip
-from rorqual.plan.estimate import quantity
 from rorqual.plan.inference import Instance
 from rorqual.plan.published_runs import Calibration
+from rorqual.plan.quantity import quantity
 from rorqual.plan.stage import DAY, Estimate, StagePlan
-from rorqual.plan.this_machine import calibration_of
 
 # Of the peak rate that a service keeps up all day; DeepSeek's prefill made 32.2 of 62.7 K tokens/s a node,
 # decode's share is assumed.

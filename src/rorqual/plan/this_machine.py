@@ -15,24 +15,20 @@ import torch
 from rorqual.errors import UserError
 from rorqual.kernels.dtypes import compute_dtype, dtype_name
 from rorqual.model.config import ModelConfig
-from rorqual.plan.chips import Chip, find_chip
-from rorqual.plan.cost import Memory, memory
+from rorqual.plan.calibrations import HERE
+from rorqual.plan.chips import Chip
+from rorqual.plan.cost import Memory
 from rorqual.plan.cpu_time import UNMEASURED, costs_here, step_counts
-from rorqual.plan.estimate import quantity
 from rorqual.plan.hardware import describe_machine, matrix_peak, memory_total
 from rorqual.plan.layout import Layout
-from rorqual.plan.published_runs import Calibration, calibration
+from rorqual.plan.process_memory import memory
+from rorqual.plan.published_runs import Calibration
+from rorqual.plan.quantity import quantity
 from rorqual.plan.stage import Estimate, StagePlan
 from rorqual.sections import OptimizerSection
 
-HERE = "this machine"
 MICRO_TOKENS = 8192  # of a forward pass in training, where no recipe says
 COPY_BYTES = 1 << 28
-
-
-def chip_named(name: str, more: Any = None) -> Chip:
-    """A chip of the data file, of the user's, or `cpu`: this machine. Raises UserError for an unknown one."""
-    return chip_here() if name.lower() == "cpu" else find_chip(name, more)
 
 
 @functools.cache
@@ -47,10 +43,8 @@ def chip_here() -> Chip:
     )  # fmt: skip
 
 
-def calibration_of(chip: Chip) -> Calibration:
-    """The share of the peak that products reach: of the chip's family, or as measured here."""
-    if chip.family != HERE:
-        return calibration(chip.family)
+def calibration_here(chip: Chip) -> Calibration:
+    """The share of the peak that products reach, as measured here."""
     dtype = compute_dtype("auto")
     costs = costs_here(dtype)
     share = min(1.0, 1 / (costs.products * chip.rate(dtype_name(dtype)))) if costs.products else 1.0

@@ -5,15 +5,15 @@ from dataclasses import asdict, dataclass
 
 from rorqual.errors import UserError
 from rorqual.model.config import ModelConfig
+from rorqual.plan.calibrations import HERE, calibration_of
 from rorqual.plan.chips import Chip
 from rorqual.plan.cost import flops_per_token, mtp_flops_per_token
-from rorqual.plan.estimate import quantity
 from rorqual.plan.layout import Job, Layout
 from rorqual.plan.published_runs import Calibration
+from rorqual.plan.quantity import quantity
 from rorqual.plan.search import USABLE, Search, search
 from rorqual.plan.stage import DAY, Estimate, Rejected, StagePlan
 from rorqual.plan.step_time import IMBALANCE, StepTime
-from rorqual.plan.this_machine import HERE, calibration_of, training_here
 
 LENGTH = 4096
 MOST_CHIPS = 1 << 17
@@ -86,6 +86,8 @@ def plan_training(asked: Question) -> StagePlan:
 def _here(asked: Question) -> StagePlan:
     if asked.chips not in (None, 1):
         raise UserError(f"--gpus {asked.chips}: plans for cpu are of one process; leave it out")
+    from rorqual.plan.this_machine import training_here  # needs torch, which other plans do not wait for
+
     batch = asked.batch or batch_of(asked, 1)
     found = training_here(
         asked.config, asked.kind, asked.name, asked.tokens, asked.length, batch, asked.moments, asked.price
