@@ -144,12 +144,12 @@ def test_serve_and_rl_as_tables(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("deepseek-v3 --for serve --tokens 5", "--tokens is for pretrain and sft, not for --for serve; leave it out"),
-        ("deepseek-v3 --for sft --tokens 1T --users 4", "--users is for serve, not for --for sft; leave it out"),
-        ("deepseek-v3 --for rl --context 64", "--context is for pretrain and sft, not for --for rl; leave it out"),
+        ("deepseek-v3 --for serve --tokens 5", "--tokens is for pretrain and sft, not for serve; leave it out"),
+        ("deepseek-v3 --for sft --tokens 1T --users 4", "--users is for serve, not for sft; leave it out"),
+        ("deepseek-v3 --for rl --context 64", "--context is for pretrain and sft, not for rl; leave it out"),
         (
             "deepseek-v3 --tokens 1T --prompt 5",
-            "--prompt is for rl, distill, eval and serve, not for --for",
+            "--prompt is for rl, distill, eval and serve, not for",
         ),
         ("deepseek-v3 --for dance", "--for dance: must be one of pretrain, sft, rl, distill, eval, serve"),
         ("deepseek-v3 --for rl", "say how many rollouts the run has"),
@@ -165,5 +165,137 @@ def test_serve_and_rl_as_tables(monkeypatch, capsys):
 def test_nonsense_about_rl_and_serving_is_one_sentence(monkeypatch, capsys, words, said):
     status, out, err = run(monkeypatch, capsys, *words.split())
     assert (status, out) == (2, "")
+    assert re.search(said, err), err
+    assert err.count("\n") == 1
+
+
+def test_a_budget_is_spent(monkeypatch, capsys):
+    """On more tokens of a model that is named, or on the largest model for which they are enough."""
+    _, out, _ = run(monkeypatch, capsys, *["smollm2-135m", "--budget", "100", "--json"])
+    found = json.loads(out)
+    assert found["cost_usd"] == pytest.approx(100, rel=0.005)
+    assert found["cost_usd"] <= 100
+    _, out, _ = run(monkeypatch, capsys, *["--budget", "1000", "--json"])
+    found = json.loads(out)
+    assert found["cost_usd"] == pytest.approx(1000, rel=0.005)
+    # nanochat's d32, 1.9 G parameters on 38 G tokens, is sold as "the $1000 tier".
+    assert found["params"]["total"] == pytest.approx(1.9e9, rel=0.1)
+    assert found["tokens"] == pytest.approx(38e9, rel=0.15)
+    assert found["compute_optimal_tokens"] <= found["tokens"]
+    assert found["config"]["hidden_size"] % 128 == 0
+
+
+def test_days_on_given_chips_are_spent_too(monkeypatch, capsys):
+    _, out, _ = run(monkeypatch, capsys, *["smollm2-135m", "--days", "0.5", "--gpus", "8", "--json"])
+    found = json.loads(out)
+    assert found["days"] == pytest.approx(0.5, rel=0.005)
+    assert found["gpus"] == 8
+
+
+RECIPE = """
+name = "{name}"
+{more}
+[train]
+steps = 100
+batch_size = 8
+"""
+SIZES = """
+[model.config]
+hidden_size = 64
+intermediate_size = 128
+num_hidden_layers = 2
+num_attention_heads = 4
+kv_lora_rank = 16
+qk_nope_head_dim = 16
+qk_rope_head_dim = 8
+v_head_dim = 16
+n_routed_experts = 4
+num_experts_per_tok = 2
+moe_intermediate_size = 32
+[data]
+sources = [{ path = "a.txt" }]
+sequence_length = 128
+"""
+CHATS = """
+[model]
+path = "{path}"
+[data]
+path = "chats.jsonl"
+sequence_length = 64
+"""
+
+
+@pytest.fixture
+def recipes(tmp_path, monkeypatch):
+    """A model is pre-trained, and then tuned on chats."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "first.toml").write_text(RECIPE.format(name="first", more=SIZES))
+    (tmp_path / "second.toml").write_text(RECIPE.format(name="second", more=CHATS.format(path="runs/first/model")))
+    return tmp_path
+
+
+def test_recipes_follow_each_other(recipes, monkeypatch, capsys):
+    """The second tunes the model that the first will write, on this machine, or on other chips."""
+    _, out, err = run(monkeypatch, capsys, "first.toml", "train.steps=50", "second.toml", "--price", "2", "--json")
+    found = json.loads(out)
+    first, second = found["stages"]
+    assert (first["kind"], second["kind"]) == ("pretrain", "sft")
+    assert (first["tokens"], second["tokens"]) == (50 * 8 * 128, 100 * 8 * 64)
+    assert first["params"] == second["params"]
+    for name in ("gpu_hours", "cost_usd"):
+        assert found[name] == pytest.approx(first[name] + second[name])
+        for end in (0, 1):
+            ends = [stage[f"{name}_interval"][end] for stage in (first, second)]
+            assert found[f"{name}_interval"][end] == pytest.approx(sum(ends))
+    assert found["cost_usd"] == pytest.approx(2 * found["gpu_hours"])
+    _, out, err = run(monkeypatch, capsys, "first.toml", "second.toml", "--gpu", "h100", "--json")
+    assert [stage["gpu"] for stage in json.loads(out)["stages"]] == 2 * ["NVIDIA H100 SXM"], err
+
+
+def test_a_pipelines_file(recipes, monkeypatch, capsys):
+    (recipes / "all.toml").write_text(
+        'name = "all"\ngpu = "h100"\nprice = 2.0\n[[stage]]\nrecipe = "first.toml"\n'
+        '[[stage]]\nfor = "eval"\nname = "graded"\nproblems = 100\nanswer = 50\n[[stage]]\nfor = "serve"\nusers = 3\n'
+    )
+    _, out, _ = run(monkeypatch, capsys, "all.toml", "--json")
+    found = json.loads(out)
+    first, graded, served = found["stages"]
+    assert graded["params"] == served["params"] == first["params"]
+    assert graded["tokens"] == 100 * 16 * 50
+    # A service goes on for ever, and is not in the sum.
+    assert found["gpu_hours"] == pytest.approx(first["gpu_hours"] + graded["gpu_hours"])
+    _, out, _ = run(monkeypatch, capsys, "all.toml")
+    assert "before serving" in out
+    assert "first" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--tokens 1B", "say which model is trained"),
+        ("--budget 1 --tokens 5B smollm2-135m", "give either --tokens or --budget"),
+        ("--budget 0.00001", "--budget 1e-05: too little for a model of 128 wide"),
+        ("smollm2-135m --shape mixture --tokens 1B", "--shape is for a model that is sought"),
+        ("smollm2-135m --budget 5 --gpu cpu", "no price; say it with --price"),
+        ("smollm2-135m --for distill", "say whose answers the model learns from"),
+        ("smollm2-135m deepseek-v3 --tokens 5", "deepseek-v3: one model is planned at a time"),
+        ("nowhere.toml", "nowhere.toml does not exist"),
+        ("first.toml --for sft", "--for sft: a recipe says itself what it is for"),
+        ("first.toml --tokens 5B", "--tokens: a recipe on this machine is planned as it is; change it by key=value"),
+        ("first.toml train.steps=x", "first.toml: train.steps = 'x'"),
+        ("second.toml", "runs/first/model"),
+        ("broken.toml", "broken.toml: stage 2: say either its recipe, or what it is for"),
+        ("unknown.toml", "unknown.toml: stage 1: length is unknown; known are batch, budget, context"),
+        ("other.toml", "other.toml: field colour is unknown; known are name, gpu"),
+    ],
+)
+def test_nonsense_about_pipelines_is_one_sentence(recipes, monkeypatch, capsys, words, said):
+    (recipes / "broken.toml").write_text(
+        '[[stage]]\nfor = "serve"\nmodel = "smollm2-135m"\n[[stage]]\nmodel = "smollm2-135m"\n'
+    )
+    (recipes / "unknown.toml").write_text('[[stage]]\nfor = "pretrain"\nmodel = "smollm2-135m"\nlength = 5\n')
+    (recipes / "other.toml").write_text('colour = "red"\n[[stage]]\nfor = "serve"\nmodel = "smollm2-135m"\n')
+    status, out, err = run(monkeypatch, capsys, *words.split())
+    assert (status, out) == (2, ""), err
     assert re.search(said, err), err
     assert err.count("\n") == 1

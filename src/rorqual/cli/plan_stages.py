@@ -18,7 +18,6 @@ from rorqual.plan.request import parse_request
 from rorqual.plan.stage import StagePlan
 from rorqual.plan.this_machine import predicted_here
 from rorqual.recipe import DistillRecipe, PretrainRecipe, Recipe, RLRecipe, SFTRecipe, load_recipe
-from rorqual.rl.rl_run import predict_rl
 from rorqual.train.build_model import trained_path
 from rorqual.train.dry_run import recipe_config
 
@@ -105,6 +104,8 @@ class _Pipeline:
                 f"--{name}: a recipe on this machine is planned as it is; change it by key=value, or say another --gpu"
             )
         if isinstance(recipe, RLRecipe):
+            from rorqual.rl.rl_run import predict_rl  # slow to import
+
             return predicted_here(config, "rl", recipe.name, predict_rl(recipe, config), price)
         assert isinstance(recipe, PretrainRecipe | SFTRecipe)
         return predicted_here(config, _kind_of(recipe), recipe.name, dict(predict(config, recipe)), price)
@@ -123,7 +124,11 @@ def _kind_of(recipe: Recipe) -> str:
 
 
 def _kind(path: Path) -> str:
-    """Of a recipe; without a word of it, it is for pre-training."""
-
-    kind = read_toml(path).get("kind", "pretrain")
-    return kind if isinstance(kind, str) else "pretrain"
+    """Of a recipe, which may leave it to the command that runs it."""
+    raw = read_toml(path)
+    if isinstance(raw.get("kind"), str):
+        return raw["kind"]
+    data = raw.get("data")
+    of_field = {"teacher": "distill", "environments": "rl"}
+    found = [kind for name, kind in of_field.items() if name in raw]
+    return found[0] if found else "sft" if isinstance(data, dict) and "path" in data else "pretrain"

@@ -45,23 +45,37 @@ def tables(plan: StagePlan) -> list[RenderableType]:
 
 
 def pipeline_tables(plan: PipelinePlan) -> list[RenderableType]:
-    table = _grid("stage", "for", "chips", "tokens", "time", "chip hours", "cost")
+    chips = list(dict.fromkeys(stage.chip.name for stage in plan.stages))
+    table = _grid("stage", "chips", "tokens", "time", "chip hours", "cost")
     for number, stage in enumerate(plan.stages, 1):
-        tokens, time, cost = quantity(stage.tokens), time_said(stage.seconds), stage.cost
-        if stage.kind == "serve":
-            tokens, time = f"{tokens} a day", "a day"
+        service = stage.kind == "serve"
+        count = f"{stage.chips:,}" if len(chips) == 1 else f"{stage.chips:,} × {stage.chip.name}"
         table.add_row(
-            stage.name or f"stage {number}", stage.kind, f"{stage.chips} × {stage.chip.name}", tokens, time,
-            _range(stage.chip_hours, quantity), _range(cost, money) if cost else "no price",
+            stage.name or f"stage {number}, {stage.kind}", count, quantity(stage.tokens) + " a day" * service,
+            "a day" if service else time_said(stage.seconds, False), quantity(stage.chip_hours.value),
+            _dollars(stage.cost),
         )  # fmt: skip
-    cost = plan.cost
     table.add_section()
+    name = "in all" if len(plan.trained) == len(plan.stages) else "before serving"
     table.add_row(
-        "in all" + (", without serving" if len(plan.trained) < len(plan.stages) else ""), "", "", "",
-        time_said(plan.seconds), _range(plan.chip_hours, quantity), _range(cost, money) if cost else "no price",
+        name, "", "", time_said(plan.seconds, False), quantity(plan.chip_hours.value), _dollars(plan.cost)
     )  # fmt: skip
-    of_stages = [f"· {stage.name or stage.kind}: {'; '.join(stage.assumptions)}" for stage in plan.stages]
-    return [table, "\n".join(of_stages)]
+    low, high = quantity(plan.chip_hours.low), quantity(plan.chip_hours.high)
+    ends = f"80 %: {low} to {high} chip hours"
+    if plan.cost is not None:
+        ends += f", ${quantity(plan.cost.low)} to ${quantity(plan.cost.high)}"
+    # What several stages assume is said once.
+    said_by: dict[str, list[str]] = {}
+    for stage in plan.stages:
+        for sentence in stage.assumptions:
+            said_by.setdefault(sentence, []).append(stage.name or stage.kind)
+    every = [f"· {sentence}" if len(names) > 2 else f"· {', '.join(names)}: {sentence}"
+             for sentence, names in said_by.items()]  # fmt: skip
+    return [f"{plan.name}, on {', '.join(chips)}", table, ends, "", "\n".join(every)]
+
+
+def _dollars(cost: Estimate | None) -> str:
+    return "no price" if cost is None else f"${quantity(cost.value)}"
 
 
 def _summary(plan: StagePlan) -> Table:
@@ -140,11 +154,12 @@ def money(dollars: float) -> str:
     return f"${dollars:,.0f}" if dollars >= 100 else f"${dollars:.2f}"
 
 
-def time_said(seconds: Estimate) -> str:
-    """Such as "55 days (48 to 63)"; 80 % of runs should lie within."""
+def time_said(seconds: Estimate, interval: bool = True) -> str:
+    """Such as "55 (48 to 63) days"; 80 % of runs should lie within."""
     for unit, size in (("days", DAY), ("hours", HOUR), ("minutes", 60.0), ("seconds", 1.0)):
         if seconds.value >= 2 * size or unit == "seconds":
-            return f"{_range(seconds.times(1 / size), lambda x: f'{x:.3g}')} {unit}"
+            found = seconds.times(1 / size)
+            return f"{_range(found, lambda x: f'{x:.3g}') if interval else f'{found.value:.3g}'} {unit}"
     raise AssertionError
 
 

@@ -170,4 +170,4 @@ def _of_others(kind: str, name: str, said: Callable[[str], str]) -> str:
         known = sorted(REQUESTS[kind].model_fields.keys() - {"kind"})
         return f"{said(name)} is unknown; known are {', '.join(known)}"
     others = " and ".join([", ".join(kinds[:-1]), kinds[-1]]) if len(kinds) > 1 else kinds[0]
-    return f"{said(name)} is for {others}, not for {said('for')} {kind}; leave it out"
+    return f"{said(name)} is for {others}, not for {kind}; leave it out"

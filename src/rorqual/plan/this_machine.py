@@ -28,7 +28,7 @@ from rorqual.plan.stage import Estimate, StagePlan
 from rorqual.sections import OptimizerSection
 
 MICRO_TOKENS = 8192  # of a forward pass in training, where no recipe says
-COPY_BYTES = 1 << 28
+COPY_BYTES = 1 << 26
 
 
 @functools.cache
