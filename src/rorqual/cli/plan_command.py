@@ -1,6 +1,7 @@
 """rorqual plan."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -99,6 +100,7 @@ def plan(
     calibrate: Annotated[
         bool, typer.Option("--calibrate", help="time small models on this machine, for the plans of its own runs")
     ] = False,
+    page: Annotated[Path | None, typer.Option(metavar="FILE", help="also write an HTML page with pictures")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Predict time, money and memory of a training, an RL run or a service before it starts."""
@@ -148,6 +150,8 @@ def plan(
         print(strict_json.dumps(found.to_dict()))
     else:
         show(found)
+    if page is not None:
+        write_page(expand_path(page), f"Plan: {what}", [found], quiet=as_json)
 
 
 def _check_kind(options: typer.Context, kind: str) -> None:
@@ -180,6 +184,16 @@ def numbers(option: str, text: str, count: int) -> list[float]:
 def _one_of(option: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
         raise UserError(f"{option} {value}: must be one of {', '.join(known)}")
+
+
+def write_page(path: Path, title: str, stages: "Sequence[StagePlan]", quiet: bool) -> None:
+    """Prints its path unless `quiet`. Raises UserError where it cannot be written."""
+    from rorqual.files import write_text
+    from rorqual.report.plan_page import plan_page
+
+    write_text(path, plan_page(title, stages))
+    if not quiet:
+        print(path)
 
 
 def show(plan: "StagePlan") -> None:

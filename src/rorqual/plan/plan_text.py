@@ -112,11 +112,15 @@ def money(dollars: float) -> str:
 
 
 def time_said(seconds: Estimate) -> str:
-    """Such as "55 days (48 to 63)"; 80 % of runs should lie within."""
-    for unit, size in (("days", DAY), ("hours", HOUR), ("minutes", 60.0), ("seconds", 1.0)):
-        if seconds.value >= 2 * size or unit == "seconds":
-            return f"{_range(seconds.times(1 / size), lambda x: f'{x:.3g}')} {unit}"
-    raise AssertionError
+    """Such as "55 (48 to 63) days"; 80 % of runs should lie within."""
+    unit, size = unit_of(seconds.value)
+    return f"{_range(seconds.times(1 / size), lambda x: f'{x:.3g}')} {unit}"
+
+
+def unit_of(seconds: float) -> tuple[str, float]:
+    """The unit to say a time in, and its seconds."""
+    units = ("days", DAY), ("hours", HOUR), ("minutes", 60.0)
+    return next((found for found in units if seconds >= 2 * found[1]), ("seconds", 1.0))
 
 
 def _range(value: Estimate, show: Callable[[float], str]) -> str:

@@ -30,8 +30,14 @@ def tiles(found: Iterable[tuple[str, str]]) -> str:
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
     head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
-    body = "".join("<tr>" + "".join(f"<td>{_cell(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    body = "".join(f"<tr>{_row(header, row)}</tr>" for row in rows)
     return f"<div class=scroll><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+
+
+def _row(header: Sequence[str], row: Sequence[Cell]) -> str:
+    """Cells that know their column, for pages that show them below each other on a phone."""
+    pairs = zip(header, row, strict=True)
+    return "".join(f'<td data-label="{escape(column)}">{_cell(cell)}</td>' for column, cell in pairs)
 
 
 def _cell(cell: Cell) -> str:
