@@ -200,7 +200,7 @@ def _layouts(plan: StagePlan) -> str:
     if not plan.rejected:
         return f"<h3>Layout</h3><p>{escape(said(plan.layout))}</p>"
     best = f"{plan.figures['seconds_a_step']:.3g} s"
-    rows: list[list[Cell]] = [[said(plan.layout), best, "the fastest"]]
+    rows: list[Sequence[Cell]] = [[said(plan.layout), best, "the fastest"]]
     rows += [[said(other.layout), f"{other.seconds:.3g} s", other.why] for other in plan.rejected]
     return f"<h3>Layout</h3><div class=wrapped>{table(['layout', 'a step', 'why slower'], rows)}</div>"
 

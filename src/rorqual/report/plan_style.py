@@ -62,8 +62,7 @@ dd { margin: 0; overflow-wrap: anywhere; }
 .overview td:first-child { min-width: 110px; overflow-wrap: anywhere; }
 .overview small { display: block; white-space: nowrap; }
 .wrapped td { white-space: normal; vertical-align: top; text-align: left; }
-.wrapped th { text-align: left; }
-.wrapped td:nth-child(2) { white-space: nowrap; }
+.wrapped th, .wrapped td:nth-child(2) { text-align: left; white-space: nowrap; }
 ul { padding-left: 20px; margin: 8px 0 0; }
 li { overflow-wrap: anywhere; }
 .schedule { width: 100%; min-width: 860px; font-size: 11px; margin-top: 12px; }
@@ -94,7 +93,8 @@ li { overflow-wrap: anywhere; }
 @page { margin: 14mm; }
 @media print {
   :root {
-    --page: #fff; --card: #fff; --text: #1d2733; --soft: #4a5663; --line: #ccd3da; --track: #e9edf1; --over: #c3181b;
+    --page: #fff; --card: #fff; --text: #1d2733; --soft: #4a5663; --line: #ccd3da; --accent: #2767c9;
+    --wrong: #c43d2b; --track: #e9edf1; --over: #c3181b;
   }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
   main { padding: 0; max-width: none; }
@@ -103,6 +103,6 @@ li { overflow-wrap: anywhere; }
   .schedule { min-width: 0; }
   th, td { white-space: normal; }
   h2, h3 { break-after: avoid; }
-  tr, li, .row, .bar, .schedule, .tiles div { break-inside: avoid; }
+  tr, li, .row, .bar, .schedule, .facts div, .tiles div, .note { break-inside: avoid; }
 }
 """
