@@ -74,7 +74,7 @@ def _overview(stages: Sequence[StagePlan]) -> str:
         cost = _dollars(_total(costs)) if costs else "–"
         hours = _total([plan.chip_hours for plan in ending])
         rows.append(["in all", "", "", "", "", _time(_total([s.seconds for s in ending])), _counted(hours), cost])
-        note = "Stages follow one another. Ends of their intervals are added, since errors of calibration are common."
+        note = "Stages follow one another. Ends of their intervals are added, since they share errors of calibration."
         if 0 < len(costs) < len(ending):
             note += " The sum of the cost leaves out stages without a price."
     rows += [_row(plan) for plan in services]
