@@ -34,7 +34,8 @@ from dispatch_ranks import CONTESTANTS, KINDS, OVERLAP, Settings
 from nodes import Nodes
 from rorqual.model import ModelConfig
 from rorqual.model.moe import Router
-from rorqual.plan.traffic import ExpertGroup, journey_rows, row_bytes
+from rorqual.plan.expected_rows import row_bytes
+from rorqual.plan.traffic import ExpertGroup, journey_rows
 from rorqual.train import set_seed
 
 NODES, PER_NODE, RATE = 2, 4, 1e9

@@ -97,10 +97,13 @@ def test_a_config_and_chips_of_ones_own(monkeypatch, capsys, tmp_path):
         ("deepseek-v3 --tokens=-3", "--tokens -3: must be a number such as 14.8T"),
         ("deepseek-v3 --tokens many", "--tokens many: must be a number"),
         ("deepseek-v3", "say on how many tokens"),
-        ("deepseek-v3 --tokens 1T --gpus=-1", "--gpus -1: must be from 1"),
+        ("deepseek-v3 --tokens 1T --gpus=-1", "--gpus -1: input should be greater than or equal to 1"),
         ("deepseek-v3 --tokens 1T --gpu abacus", "--gpu abacus: no such chip is known; say one of h100"),
-        ("deepseek-v3 --tokens 1T --precision int3", "--precision int3: must be one of"),
-        ("deepseek-v3 --tokens 1T --price=-1", "--price -1: must be from 0"),
+        (
+            "deepseek-v3 --tokens 1T --precision int3",
+            "--precision int3: input should be 'fp8', 'bfloat16' or",
+        ),
+        ("deepseek-v3 --tokens 1T --price=-1", "--price -1.0: input should be greater than or equal to 0"),
         ("deepseek-v3 --tokens 1T --gpus 8", "does not fit on 8 × NVIDIA H100 SXM: .* more than there is"),
         (
             "deepseek-v9 --tokens 1T",
@@ -156,18 +159,21 @@ def test_serve_and_rl_as_tables(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("deepseek-v3 --for serve --tokens 5", "--tokens is for training, not for --for serve; leave it out"),
+        ("deepseek-v3 --for serve --tokens 5", "--tokens is for pretrain and sft, not for --for serve; leave it out"),
         ("deepseek-v3 --for sft --tokens 1T --users 4", "--users is for serve, not for --for sft; leave it out"),
-        ("deepseek-v3 --for rl --context 64", "--context is for training, not for --for rl; leave it out"),
-        ("deepseek-v3 --tokens 1T --prompt 5", "--prompt is for rl and serve, not for --for pretrain; leave it out"),
-        ("deepseek-v3 --for dance", "--for dance: must be one of pretrain, sft, rl, serve"),
+        ("deepseek-v3 --for rl --context 64", "--context is for pretrain and sft, not for --for rl; leave it out"),
+        (
+            "deepseek-v3 --tokens 1T --prompt 5",
+            "--prompt is for rl, distill, eval and serve, not for --for",
+        ),
+        ("deepseek-v3 --for dance", "--for dance: must be one of pretrain, sft, rl, distill, eval, serve"),
         ("deepseek-v3 --for rl", "say how many rollouts the run has"),
         ("deepseek-v3 --for rl --steps 10 --gpus 8", "does not fit on 8 × NVIDIA H100"),
         ("smollm2-135m --for rl --steps 10 --gpus 8 --lengths 4", "--lengths 4: must be 2 numbers with : between"),
         ("smollm2-135m --for rl --steps 10 --gpus 8 --lengths 1:9000", "9000 tokens on average with at most 8192"),
         ("deepseek-v3 --for serve --gpu rtx4090", "does not fit: on 128 × NVIDIA RTX 4090 its weights take"),
         ("llama-3.1-405b --for serve --speed 900", "--speed 900: NVIDIA H100 SXM reaches .* for one user at most"),
-        ("llama-3.1-8b --for serve --hit 2", "--hit 2: must be from 0 to 0.999"),
+        ("llama-3.1-8b --for serve --hit 2", "--hit 2.0: input should be less than or equal to 0.999"),
         ("llama-3.1-8b --for serve --prices 1", "--prices 1: must be 3 numbers"),
     ],
 )

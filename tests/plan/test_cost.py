@@ -8,11 +8,11 @@ from rorqual.plan.cost import (
     active_after_layers,
     active_by_layer,
     flops_per_token,
-    memory,
     mtp_flops_per_token,
     mtp_parameters,
     parameters,
 )
+from rorqual.plan.process_memory import memory
 from rorqual.recipe import OptimizerSection
 
 MLA = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}

@@ -9,8 +9,9 @@ from helpers.processes import run
 from rorqual.errors import UserError
 from rorqual.model import Transformer
 from rorqual.parallel.mesh import build_mesh
-from rorqual.plan.cost import flops_per_token, memory, mtp_flops_per_token
+from rorqual.plan.cost import flops_per_token, mtp_flops_per_token
 from rorqual.plan.layout import Job, memory_by_rank, of_section
+from rorqual.plan.process_memory import memory
 from rorqual.recipe import PretrainRecipe, load_recipe
 from rorqual.train.dry_run import dry_run_text, recipe_config
 from rorqual.train.layout_plan import layout_text, plan_layout

@@ -34,7 +34,7 @@ def ledger(
     from rich.console import Console
     from rich.table import Table
 
-    from rorqual.plan.estimate import quantity
+    from rorqual.plan.quantity import quantity
 
     table = Table("run", "stages", "tokens", "FLOP", "time", "of peak", "predicted", "error", "within", box=None)
     for a in accounts:

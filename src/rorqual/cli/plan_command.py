@@ -1,99 +1,120 @@
 """rorqual plan."""
 
-import re
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from rorqual import strict_json
-from rorqual.cli.options import AsJson, expand_path, within
+from rorqual.cli.options import AsJson, expand_path
 from rorqual.errors import UserError
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from rorqual.plan.pipeline_plan import PipelinePlan
     from rorqual.plan.stage import StagePlan
 
-PREFIXES = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}
-
-
-def number(option: str, text: str) -> float:
-    """14.8T → 14.8e12. Raises UserError."""
-    found = re.fullmatch(r"([0-9.]+(?:[eE][+-]?[0-9]+)?)\s*([KMBGT]?)", text.strip(), re.IGNORECASE)
-    try:
-        assert found
-        value = float(found[1]) * PREFIXES[found[2].upper()]
-    except (AssertionError, ValueError):
-        raise UserError(f"{option} {text}: must be a number such as 14.8T, 300B or 1e9") from None
-    if not 0 < value <= 1e18:
-        raise UserError(f"{option} {text}: must be above 0 and at most 1e18")
-    return value
-
-
-OF_KIND = {  # options of some kinds alone
-    "training": ("gpus", "precision", "tokens", "context", "batch", "moments", "days"),
-    "rl": ("gpus", "precision", "steps", "questions", "samples", "lengths", "limit", "stale", "prompt", "weights"),
-    "serve": ("users", "speed", "prompt", "answer", "hit", "weights", "accepted", "prices"),
-}
+# Options that say what is asked: fields of the requests in plan/request.py, which has their defaults and bounds.
+ASKED = (
+    "gpu", "gpus", "price", "precision", "tokens", "budget", "days", "shape", "context", "batch", "moments", "steps",
+    "questions", "samples", "lengths", "limit", "stale", "problems", "teacher", "keep", "correct", "epochs", "users",
+    "speed", "prompt", "answer", "hit", "weights", "accepted", "prices",
+)  # fmt: skip
 
 
 def plan(
-    context_of_options: typer.Context,
+    options: typer.Context,
     what: Annotated[
-        str | None, typer.Argument(metavar="MODEL", help="a known model, a config.json or a model's directory")
+        list[str] | None,
+        typer.Argument(
+            metavar="[MODEL | RECIPE.toml [key=value …] …]",
+            help="a known model, a config.json or a model's directory; or recipes, or the stages of a pipeline's file",
+        ),
     ] = None,
-    kind: Annotated[str, typer.Option("--for", help="pretrain, sft, rl or serve")] = "pretrain",
-    gpu: Annotated[str, typer.Option(help="the chip: h100, h800, b200, a100, rtx4090, …")] = "h100",
-    gpus: Annotated[
-        int | None, typer.Option(callback=within(1, 1 << 17), help="how many; default: the fewest that it fits on")
+    kind: Annotated[
+        str | None, typer.Option("--for", help="pretrain (default), sft, rl, distill, eval or serve")
     ] = None,
-    price: Annotated[
-        float | None, typer.Option(callback=within(0, 10**6), help="$ an hour of a chip; default: the chip's own")
+    gpu: Annotated[
+        str | None, typer.Option(help="the chip: h100, h800, b200, a100, …, or cpu: this machine; default: h100")
     ] = None,
-    precision: Annotated[str, typer.Option(help="of products in training: fp8, bfloat16 or float32")] = "bfloat16",
+    gpus: Annotated[int | None, typer.Option(help="how many; default: the fewest that it fits on")] = None,
+    price: Annotated[float | None, typer.Option(help="$ an hour of a chip; default: the chip's own")] = None,
     chips: Annotated[
         Path | None, typer.Option(metavar="FILE", help="more chips, as in src/rorqual/plan/chips.toml")
     ] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="of products in training: fp8, bfloat16 (default) or float32")
+    ] = None,
     tokens: Annotated[str | None, typer.Option(metavar="N", help="training: tokens, such as 14.8T")] = None,
-    context: Annotated[int, typer.Option(callback=within(2, 1 << 20), help="training: tokens of a sequence")] = 4096,
-    batch: Annotated[
-        int | None,
-        typer.Option(callback=within(1, 1 << 24), help="training: sequences of a step; default: by the run's compute"),
+    budget: Annotated[
+        float | None,
+        typer.Option(metavar="$", help="training: as many tokens as it pays; without MODEL, also which one"),
     ] = None,
-    moments: Annotated[str, typer.Option(help="training: AdamW's, in float32, bfloat16 or 8bit")] = "float32",
     days: Annotated[
-        float | None,
-        typer.Option(callback=within(0, 10**5, above=True), help="training: the fewest chips that end within these"),
+        float | None, typer.Option(help="training: the fewest chips that end within these; or as --budget")
     ] = None,
-    steps: Annotated[int | None, typer.Option(callback=within(1, 10**7), help="rl: rollouts of the run")] = None,
-    questions: Annotated[int, typer.Option(callback=within(1, 10**6), help="rl: questions of a rollout")] = 32,
-    samples: Annotated[int, typer.Option(callback=within(1, 10**6), help="rl: answers of a question")] = 16,
+    shape: Annotated[
+        str | None, typer.Option(help="training without MODEL: dense (default) or mixture, of the one to find")
+    ] = None,
+    context: Annotated[int | None, typer.Option(help="training: tokens of a sequence; default: 4096")] = None,
+    batch: Annotated[
+        int | None, typer.Option(help="training: sequences of a step; default: by the run's compute")
+    ] = None,
+    moments: Annotated[
+        str | None, typer.Option(help="training: AdamW's, in float32 (default), bfloat16 or 8bit")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="rl: rollouts of the run")] = None,
+    questions: Annotated[int | None, typer.Option(help="rl: questions of a rollout; default: 32")] = None,
+    samples: Annotated[int | None, typer.Option(help="rl, distill, eval: answers of a question; default: 16")] = None,
     lengths: Annotated[
-        str, typer.Option(metavar="START:END", help="rl: mean tokens of an answer at the run's start and end")
-    ] = "1000:4000",
-    limit: Annotated[int, typer.Option(callback=within(1, 1 << 20), help="rl: most tokens of an answer")] = 8192,
-    stale: Annotated[
-        bool, typer.Option("--stale", help="rl: rollouts and training at the same time, on half of the chips each")
-    ] = False,
-    users: Annotated[
-        float | None,
-        typer.Option(callback=within(0, 10**9, above=True), help="serve: who read at the same time; default: who fit"),
+        str | None,
+        typer.Option(
+            metavar="START:END", help="rl: mean tokens of an answer at the run's start and end; default: 1000:4000"
+        ),
     ] = None,
-    speed: Annotated[
-        float, typer.Option(callback=within(0, 10**4, above=True), help="serve: tokens/s that a user gets at least")
-    ] = 20.0,
-    prompt: Annotated[float, typer.Option(callback=within(1, 1 << 20), help="rl, serve: tokens of a prompt")] = 500.0,
-    answer: Annotated[float, typer.Option(callback=within(1, 1 << 20), help="serve: tokens of an answer")] = 500.0,
+    limit: Annotated[
+        int | None, typer.Option(help="rl, distill, eval: most tokens of an answer; default: 8192")
+    ] = None,
+    stale: Annotated[
+        bool | None,
+        typer.Option("--stale", help="rl: rollouts and training at once, on half of the chips each"),
+    ] = None,
+    problems: Annotated[
+        str | None, typer.Option(metavar="N", help="distill, eval: problems that are answered; default: 1000")
+    ] = None,
+    teacher: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="distill: whose answers MODEL learns from")
+    ] = None,
+    keep: Annotated[
+        int | None, typer.Option(help="distill: answers of a problem that are trained on, at most; default: 1")
+    ] = None,
+    correct: Annotated[
+        float | None, typer.Option(help="distill: share of the problems with a correct answer; default: 1")
+    ] = None,
+    epochs: Annotated[float | None, typer.Option(help="distill: over the answers; default: 2")] = None,
+    users: Annotated[
+        float | None, typer.Option(help="serve: who read at the same time; default: as many as fit")
+    ] = None,
+    speed: Annotated[float | None, typer.Option(help="serve: tokens/s that a user gets at least; default: 20")] = None,
+    prompt: Annotated[
+        float | None, typer.Option(help="rl, distill, eval, serve: tokens of a prompt; default: 500")
+    ] = None,
+    answer: Annotated[
+        float | None, typer.Option(help="distill, eval, serve: tokens of an answer, on average; default: 500")
+    ] = None,
     hit: Annotated[
-        float, typer.Option(callback=within(0, 0.999), help="serve: share of a prompt that the prefix cache has")
-    ] = 0.0,
+        float | None, typer.Option(help="serve: share of a prompt that the prefix cache has; default: 0")
+    ] = None,
     weights: Annotated[
         str | None,
-        typer.Option(help="rl, serve: the engine's, in fp8, bfloat16 or int4; default: bfloat16 in rl, fp8 in serve"),
+        typer.Option(
+            help="rl, distill, eval, serve: the engine's, in fp8, bfloat16 or int4; default: bfloat16, serve: fp8"
+        ),
     ] = None,
     accepted: Annotated[
-        float, typer.Option(callback=within(1, 100), help="serve: tokens a step, by speculative decoding")
-    ] = 1.0,
+        float | None, typer.Option(help="serve: tokens a step, by speculative decoding; default: 1")
+    ] = None,
     prices: Annotated[
         str | None, typer.Option(metavar="HIT:MISS:OUTPUT", help="serve: $ a million tokens that users pay")
     ] = None,
@@ -103,64 +124,42 @@ def plan(
     page: Annotated[Path | None, typer.Option(metavar="FILE", help="also write an HTML page with pictures")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Predict time, money and memory of a training, an RL run or a service before it starts."""
-    from rorqual.plan.chips import PRECISIONS, find_chip
-    from rorqual.plan.inference import SIZES
-    from rorqual.plan.known_models import find_model
-    from rorqual.plan.layout import MOMENTS
-    from rorqual.plan.rl_plan import Tuning, plan_rl
-    from rorqual.plan.serving_plan import Prices, Service, plan_serving
-    from rorqual.plan.training_plan import Question, plan_training
+    """Predict time, money and memory of a training, an RL run, a service or a whole pipeline before it starts."""
+    from rorqual.plan.plan_text import pipeline_tables, tables
+    from rorqual.plan.stage import StagePlan
 
     if calibrate:
         _calibrate()
-        if what is None:
+        if not what:
             return
-    if what is None:
-        raise UserError("say what to plan: a known model, a config.json or a model's directory; or --calibrate")
-    _one_of("--for", kind, ("pretrain", "sft", "rl", "serve"))
-    _check_kind(context_of_options, kind)
-    _one_of("--precision", precision, PRECISIONS)
-    _one_of("--moments", moments, tuple(MOMENTS))
-    weights = weights or ("fp8" if kind == "serve" else "bfloat16")
-    _one_of("--weights", weights, tuple(SIZES))
-    config, chip = find_model(what), find_chip(gpu, expand_path(chips) if chips else None)
-    if kind == "serve":
-        paid = numbers("--prices", prices, 3) if prices is not None else None
-        found = plan_serving(Service(
-            config, chip, users, prompt, answer, hit, speed, weights, accepted=accepted, price=price,
-            prices=Prices(*paid) if paid else None, name=what,
-        ))  # fmt: skip
-    elif kind == "rl":
-        if steps is None or gpus is None:
-            raise UserError("say how many rollouts the run has, and on how many chips, such as --steps 500 --gpus 8")
-        start, end = numbers("--lengths", lengths, 2)
-        found = plan_rl(Tuning(
-            config, chip, gpus, steps, questions, samples, prompt, (start, end), limit, stale=stale,
-            precision=precision, weights=weights, price=price, name=what,
-        ))  # fmt: skip
-    else:
-        if tokens is None:
-            raise UserError("say on how many tokens it is trained, such as --tokens 14.8T")
-        found = plan_training(Question(
-            config, chip, number("--tokens", tokens), gpus, context, batch, precision, moments, price, days, kind=kind,
-            name=what,
-        ))  # fmt: skip
+    given = {name: options.params[name] for name in ASKED if options.params[name] is not None}
+    found = _planned(what or [], kind, given, expand_path(chips) if chips else None)
+    if page is not None:
+        _write_page(expand_path(page), found)
     if as_json:
         print(strict_json.dumps(found.to_dict()))
-    else:
-        show(found)
+        return
+    _show(tables(found) if isinstance(found, StagePlan) else pipeline_tables(found))
     if page is not None:
-        write_page(expand_path(page), f"Plan: {what}", [found], quiet=as_json)
+        print(page)
 
 
-def _check_kind(options: typer.Context, kind: str) -> None:
-    """Raises UserError for an option that this kind does not read."""
-    own = OF_KIND["training" if kind in ("pretrain", "sft") else kind]
-    for name in {name for names in OF_KIND.values() for name in names}.difference(own):
-        if (source := options.get_parameter_source(name)) is not None and source.name == "COMMANDLINE":
-            kinds = [k for k, names in OF_KIND.items() if name in names]
-            raise UserError(f"--{name} is for {' and '.join(kinds)}, not for --for {kind}; leave it out")
+def _planned(
+    what: list[str], kind: str | None, given: dict[str, Any], more_chips: Path | None
+) -> "StagePlan | PipelinePlan":
+    if what and what[0].endswith(".toml"):
+        from rorqual.cli.plan_stages import plan_files
+
+        if kind is not None:
+            raise UserError(f"--for {kind}: a recipe says itself what it is for; leave it out")
+        return plan_files(what, given, more_chips)
+    from rorqual.plan.plan_stage import plan_stage
+    from rorqual.plan.request import parse_request
+
+    if len(what) > 1:
+        raise UserError(f"{what[1]}: one model is planned at a time; several stages are recipes, or a pipeline's file")
+    fields = given | ({"model": what[0]} if what else {})
+    return plan_stage(parse_request(kind or "pretrain", fields, lambda name: f"--{name}"), more_chips=more_chips)
 
 
 def _calibrate() -> None:
@@ -173,35 +172,19 @@ def _calibrate() -> None:
     print(f"{path}: {costs.source}; 80 % of times within a factor of {costs.interval(1.0)[1]:.2f}")
 
 
-def numbers(option: str, text: str, count: int) -> list[float]:
-    """1000:4000 → [1000.0, 4000.0]. Raises UserError."""
-    parts = text.split(":")
-    if len(parts) != count:
-        raise UserError(f"{option} {text}: must be {count} numbers with : between")
-    return [number(option, part) for part in parts]
-
-
-def _one_of(option: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise UserError(f"{option} {value}: must be one of {', '.join(known)}")
-
-
-def write_page(path: Path, title: str, stages: "Sequence[StagePlan]", quiet: bool) -> None:
-    """Prints its path unless `quiet`. Raises UserError where it cannot be written."""
+def _write_page(path: Path, plan: "StagePlan | PipelinePlan") -> None:
+    """Raises UserError where it cannot be written."""
     from rorqual.files import write_text
+    from rorqual.plan.pipeline_plan import PipelinePlan
     from rorqual.report.plan_page import plan_page
 
-    write_text(path, plan_page(title, stages))
-    if not quiet:
-        print(path)
+    stages = plan.stages if isinstance(plan, PipelinePlan) else [plan]
+    write_text(path, plan_page(f"Plan: {plan.name or 'a model'}", stages))
 
 
-def show(plan: "StagePlan") -> None:
-    """As tables on the terminal."""
+def _show(parts: "list[RenderableType]") -> None:
     from rich.console import Console
 
-    from rorqual.plan.plan_text import tables
-
     console = Console(soft_wrap=False, highlight=False)
-    for part in tables(plan):
+    for part in parts:
         console.print(part)

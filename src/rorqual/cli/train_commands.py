@@ -76,7 +76,8 @@ def rl(
     """RL-tune a model on verifiable problems (GRPO)."""
     from rorqual.kernels.dtypes import compute_dtype, dtype_name
     from rorqual.model import ModelConfig
-    from rorqual.plan.cost import memory, parameters
+    from rorqual.plan.cost import parameters
+    from rorqual.plan.process_memory import memory
     from rorqual.precision.fp8_twin import twin_bytes
     from rorqual.recipe import RLRecipe, load_recipe
     from rorqual.rl.envs.registry import open_environment

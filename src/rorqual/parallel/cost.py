@@ -12,7 +12,8 @@ from rorqual.parallel.data import Sharding
 from rorqual.parallel.group import Group, Link
 from rorqual.parallel.mesh import Mesh
 from rorqual.parallel.parcels import EMBEDDINGS, HIDDEN, Flow
-from rorqual.plan.traffic import ExpertGroup, journey_rows, random_choices, row_bytes
+from rorqual.plan.expected_rows import row_bytes
+from rorqual.plan.traffic import ExpertGroup, journey_rows, random_choices
 
 Bytes = Counter[tuple[str, Link]]  # by operation and link, sent by this rank
 

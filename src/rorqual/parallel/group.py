@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rorqual.errors import UserError
-from rorqual.plan.traffic import Link
+from rorqual.plan.expected_rows import Link
 
 
 @dataclass

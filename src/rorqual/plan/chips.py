@@ -50,7 +50,11 @@ def known_chips(more: Path | None = None) -> dict[str, Chip]:
 
 
 def find_chip(name: str, more: Path | None = None) -> Chip:
-    """Raises UserError for an unknown one."""
+    """`cpu` is this machine's processor. Raises UserError for an unknown one."""
+    if name.lower() == "cpu":
+        from rorqual.plan.this_machine import chip_here  # needs torch, which other plans do not wait for
+
+        return chip_here()
     chips = known_chips(more)
     if name.lower() not in chips:
         raise UserError(

@@ -1,15 +1,11 @@
-"""Parameters, FLOPs per token and training memory of a model, computed from its sizes.
+"""Parameters and FLOPs per token of a model, computed from its sizes.
 
 MTP modules are counted separately, as in the releases (V3: 671 B, plus 14 B for the module, 685 B on disk).
 """
 
 from dataclasses import dataclass
 
-from rorqual.kernels.dtype_names import COMPUTE
 from rorqual.model.config import ModelConfig
-from rorqual.plan.activations import Kept, layer_bytes, mtp_bytes
-from rorqual.plan.optimizer_state import predict_state
-from rorqual.recipe import OptimizerSection
 
 
 def parameters(config: ModelConfig) -> tuple[int, int]:
@@ -27,10 +23,36 @@ def parameters(config: ModelConfig) -> tuple[int, int]:
     return total, active
 
 
+def parameters_by_component(config: ModelConfig) -> dict[str, int]:
+    """Parameters by what they are of; they add up to all of the model, multi-token modules included, which are one
+    component. A norm's are norms, also within attention; a tied head has none of its own.
+    """
+    D, table = config.hidden_size, config.vocab_size * config.hidden_size
+    kinds = [config.is_moe_layer(layer) for layer in range(config.num_hidden_layers)]
+    layers, mixtures = len(kinds), sum(kinds)
+    inner = (config.mla.q_lora_rank or 0) + config.mla.kv_lora_rank if config.is_mla else 0  # norms within attention
+    found = {
+        "embedding": table,
+        "attention": layers * (_attention(config) - inner),
+        "dense_feed_forward": (layers - mixtures) * _feed_forward(config, False)[0],
+        "shared_experts": 0,
+        "routed_experts": 0,
+        "router": 0,
+        "norms": layers * (2 * D + inner) + D,
+        "head": 0 if config.tie_word_embeddings else table,
+        "multi_token": mtp_parameters(config),
+    }
+    if mixtures:
+        expert = 3 * D * config.moe.moe_intermediate_size
+        found["shared_experts"] = mixtures * config.moe.n_shared_experts * expert
+        found["routed_experts"] = mixtures * config.moe.n_routed_experts * expert
+        found["router"] = mixtures * config.moe.n_routed_experts * D
+    return found
+
+
 def mtp_parameters(config: ModelConfig) -> int:
     """Additional parameters of the MTP modules; embedding and head are shared (V3 §2.2)."""
-    moe = config.is_moe_layer(config.num_hidden_layers)
-    return config.num_nextn_predict_layers * (_layer(config, moe)[0] + _mtp_extra(config))
+    return sum(module.shared + module.routed for module in multi_token_parameters(config))
 
 
 @dataclass(frozen=True)
@@ -47,10 +69,16 @@ def layer_parameters(config: ModelConfig, moe: bool) -> LayerParameters:
     return LayerParameters(stored - routed, routed)
 
 
-def multi_token_parameters(config: ModelConfig) -> LayerParameters:
-    """Of a multi-token module, without embedding and head, which it shares."""
-    layer = layer_parameters(config, config.is_moe_layer(config.num_hidden_layers))
-    return LayerParameters(layer.shared + _mtp_extra(config), layer.routed)
+def multi_token_kinds(config: ModelConfig) -> list[bool]:
+    """Whether the layer of each multi-token module has experts."""
+    layers = config.num_hidden_layers
+    return [config.is_moe_layer(layers + k) for k in range(config.num_nextn_predict_layers)]
+
+
+def multi_token_parameters(config: ModelConfig) -> list[LayerParameters]:
+    """Of each multi-token module, without embedding and head, which it shares."""
+    layers = [layer_parameters(config, moe) for moe in multi_token_kinds(config)]
+    return [LayerParameters(layer.shared + _mtp_extra(config), layer.routed) for layer in layers]
 
 
 def active_by_layer(config: ModelConfig) -> list[int]:
@@ -60,9 +88,9 @@ def active_by_layer(config: ModelConfig) -> list[int]:
 
 def active_after_layers(config: ModelConfig) -> int:
     """Parameters that a token is multiplied with after the layers: norm, MTP modules, and the head once for each."""
-    depth = config.num_nextn_predict_layers
-    module = _layer(config, config.is_moe_layer(config.num_hidden_layers))[1] + _mtp_extra(config)
-    return config.hidden_size + depth * module + (1 + depth) * config.vocab_size * config.hidden_size
+    head = config.vocab_size * config.hidden_size
+    modules = sum(_layer(config, moe)[1] + _mtp_extra(config) + head for moe in multi_token_kinds(config))
+    return config.hidden_size + modules + head
 
 
 def cache_bytes_per_token(config: ModelConfig, itemsize: int = 2) -> int:
@@ -112,10 +140,10 @@ def flops_by_layer(config: ModelConfig, sequence_length: int) -> list[Flops]:
 
 def flops_after_layers(config: ModelConfig, sequence_length: int, ahead: bool = True) -> Flops:
     """Of the head, and with `ahead` of the MTP modules, each with the head again."""
-    D, depth = config.hidden_size, config.num_nextn_predict_layers * ahead
-    layer = _layer_flops(config, config.is_moe_layer(config.num_hidden_layers), sequence_length)
-    products = 2.0 * (1 + depth) * config.vocab_size * D + depth * (layer.products + 4.0 * D * D)
-    return Flops(products, depth * layer.attention)
+    D, head = config.hidden_size, 2.0 * config.vocab_size * config.hidden_size
+    layers = [_layer_flops(config, moe, sequence_length) for moe in multi_token_kinds(config)] if ahead else []
+    products = head + sum(layer.products + 4.0 * D * D + head for layer in layers)
+    return Flops(products, sum(layer.attention for layer in layers))
 
 
 @dataclass(frozen=True)
@@ -133,38 +161,6 @@ class Memory:
     @property
     def total(self) -> int:
         return sum(vars(self).values())
-
-
-def memory(
-    config: ModelConfig,
-    tokens: int,
-    *,
-    dtype: str = "float32",
-    optimizer: OptimizerSection | None = None,
-    ema: bool = False,
-    fp8: bool = False,
-    recompute: str = "none",
-) -> Memory:
-    """Memory of training with `tokens` per forward pass, with activations kept for the backward pass.
-
-    optimizer: None: AdamW with FP32 moments; fp8: linears keep their inputs in 8 bits; recompute: as in a recipe.
-    """
-    state = predict_state(config, dtype, optimizer or OptimizerSection())
-    count = parameters(config)[0] + mtp_parameters(config)
-    size = COMPUTE[dtype].itemsize
-    depth = config.num_hidden_layers + config.num_nextn_predict_layers
-    how = Kept(size, fp8, recompute)
-    kept = sum(layer_bytes(config, config.is_moe_layer(layer), how) for layer in range(depth))
-    kept += config.num_nextn_predict_layers * mtp_bytes(config, how)
-    return Memory(
-        weights=4 * count - (4 - size) * state.masters // 4,  # those without a master of their own are FP32
-        masters=state.masters,
-        gradients=state.gradients,
-        moments=state.moments,
-        ema=4 * count if ema else 0,
-        activations=round(tokens * kept),
-        loss=loss_bytes(config, tokens, size),
-    )
 
 
 def loss_bytes(config: ModelConfig, tokens: int, size: int) -> int:

@@ -5,9 +5,11 @@ from typing import Any, TypedDict
 
 from rorqual.kernels.dtypes import compute_dtype, dtype_name
 from rorqual.model.config import ModelConfig
-from rorqual.plan.cost import flops_per_token, memory, mtp_flops_per_token, mtp_parameters, parameters
+from rorqual.plan.cost import flops_per_token, mtp_flops_per_token, mtp_parameters, parameters
 from rorqual.plan.cpu_time import Counts, costs_here, step_counts
 from rorqual.plan.hardware import describe_machine, matrix_peak, memory_total
+from rorqual.plan.process_memory import memory
+from rorqual.plan.quantity import quantity
 from rorqual.recipe import PretrainRecipe, SFTRecipe
 
 EMULATED = 1.4  # times as long as without that a step takes whose products are rounded here (benchmarks/fp8_memory.py)
@@ -125,14 +127,6 @@ def run_text(plan: Plan) -> str:
     if plan["tokens"] is not None and plan["flops"] is not None:
         lines.append(f"run          {quantity(plan['tokens'])} tokens, {quantity(plan['flops'], 'FLOP')}")
     return "\n".join(lines)
-
-
-def quantity(value: float, unit: str = "") -> str:
-    """1234567 → "1.23 M"."""
-    for prefix, size in (("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("K", 1e3)):
-        if value >= size:
-            return f"{value / size:.3g} {prefix}{unit}"
-    return f"{value:.3g} {unit}".rstrip()
 
 
 def _duration(seconds: float) -> str:

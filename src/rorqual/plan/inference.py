@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from rorqual.model.config import ModelConfig
 from rorqual.plan.chips import Chip
 from rorqual.plan.cost import cache_bytes_per_token, flops_by_layer, layer_parameters, parameters
+from rorqual.plan.expected_rows import expected_rows, row_bytes
 from rorqual.plan.step_time import GROUPED, IMBALANCE, LINK_SHARE
-from rorqual.plan.traffic import expected_rows, row_bytes
 
 BANDWIDTH_SHARE = 0.8  # of the memory's bandwidth that decoding reaches
 LAYER_SECONDS = 20e-6  # a decode step's launches and gaps, for each layer

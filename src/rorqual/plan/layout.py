@@ -8,15 +8,22 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 from rorqual.errors import UserError
-from rorqual.kernels.adamw import BLOCK
 from rorqual.model.config import ModelConfig
 from rorqual.plan.activations import Kept, layer_bytes, mtp_bytes
-from rorqual.plan.cost import LayerParameters, Memory, layer_parameters, loss_bytes, multi_token_parameters
+from rorqual.plan.cost import (
+    LayerParameters,
+    Memory,
+    layer_parameters,
+    loss_bytes,
+    multi_token_kinds,
+    multi_token_parameters,
+)
 from rorqual.plan.schedule import SCHEDULES, Schedule, one_f_one_b
 from rorqual.plan.stage_layers import layers_of_stages
 from rorqual.sections import ParallelSection
 
 FP32 = 4
+BLOCK = 256  # numbers of an 8-bit moment that share a scale, as kernels/adamw.py
 MOMENTS = {"float32": 8.0, "bfloat16": 4.0, "8bit": 2.0 + 2 * FP32 / BLOCK}  # bytes a parameter, of two
 
 
@@ -135,8 +142,7 @@ def held(config: ModelConfig, schedule: str, pipeline: int) -> tuple[Held, ...]:
     kinds = {moe: layer_parameters(config, moe) for moe in {False, bool(config.n_routed_experts)}}
     for part, rank in zip(layers, ranks, strict=True):
         of_rank[rank] += [kinds[config.is_moe_layer(layer)] for layer in part]
-    if config.num_nextn_predict_layers:
-        of_rank[ranks[-1]] += config.num_nextn_predict_layers * [multi_token_parameters(config)]
+    of_rank[ranks[-1]] += multi_token_parameters(config)
     outside, table = [0] * pipeline, config.vocab_size * config.hidden_size
     outside[ranks[0]] += table
     outside[ranks[-1]] += config.hidden_size
@@ -193,8 +199,7 @@ def _kept(config: ModelConfig, how: Kept, schedule: str, pipeline: int, micro_ba
     by_kind = {moe: layer_bytes(config, moe, how) for moe in {False, bool(config.n_routed_experts)}}
     each = [sum(by_kind[config.is_moe_layer(layer)] for layer in part) for part in parts]
     depth = config.num_nextn_predict_layers
-    if depth:
-        each[-1] += depth * (by_kind[config.is_moe_layer(config.num_hidden_layers)] + mtp_bytes(config, how))
+    each[-1] += sum(by_kind[moe] + mtp_bytes(config, how) for moe in multi_token_kinds(config))
     if pipeline > 1:
         hidden = config.hidden_size * how.size
         each = [part + hidden for part in each]

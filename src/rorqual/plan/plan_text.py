@@ -6,8 +6,10 @@ from rich import box
 from rich.console import RenderableType
 from rich.table import Table
 
+from rorqual.plan.calibrations import HERE
 from rorqual.plan.cost import cache_bytes_per_token, mtp_parameters, parameters
-from rorqual.plan.estimate import quantity
+from rorqual.plan.pipeline_plan import PipelinePlan
+from rorqual.plan.quantity import quantity
 from rorqual.plan.stage import DAY, HOUR, Estimate, StagePlan
 from rorqual.plan.training_plan import said
 
@@ -24,6 +26,12 @@ PARTS = {
     "tail": "rollouts, with less than half of the answers open",
     "log_probabilities": "log-probabilities, old and of the reference",
     "weights": "weights to the engine, and switching",
+    "sampling": "the teacher's answers",
+    "kept": "activations, kept for the backward pass",
+    "logits": "logits and their loss",
+    "parameters": "update of the weights",
+    "layers": "launches of layers",
+    "experts": "launches of experts",
 }
 
 
@@ -31,9 +39,29 @@ def tables(plan: StagePlan) -> list[RenderableType]:
     found: list[RenderableType] = [_summary(plan), _time(plan), _memory(plan)]
     if plan.kind == "serve":
         found.insert(1, _service(plan))
-    elif plan.rejected:
+    elif plan.layout is not None and plan.rejected:
         found.append(_layouts(plan))
     return [*found, "\n".join(f"· {sentence}" for sentence in plan.assumptions)]
+
+
+def pipeline_tables(plan: PipelinePlan) -> list[RenderableType]:
+    table = _grid("stage", "for", "chips", "tokens", "time", "chip hours", "cost")
+    for number, stage in enumerate(plan.stages, 1):
+        tokens, time, cost = quantity(stage.tokens), time_said(stage.seconds), stage.cost
+        if stage.kind == "serve":
+            tokens, time = f"{tokens} a day", "a day"
+        table.add_row(
+            stage.name or f"stage {number}", stage.kind, f"{stage.chips} × {stage.chip.name}", tokens, time,
+            _range(stage.chip_hours, quantity), _range(cost, money) if cost else "no price",
+        )  # fmt: skip
+    cost = plan.cost
+    table.add_section()
+    table.add_row(
+        "in all" + (", without serving" if len(plan.trained) < len(plan.stages) else ""), "", "", "",
+        time_said(plan.seconds), _range(plan.chip_hours, quantity), _range(cost, money) if cost else "no price",
+    )  # fmt: skip
+    of_stages = [f"· {stage.name or stage.kind}: {'; '.join(stage.assumptions)}" for stage in plan.stages]
+    return [table, "\n".join(of_stages)]
 
 
 def _summary(plan: StagePlan) -> Table:
@@ -42,13 +70,14 @@ def _summary(plan: StagePlan) -> Table:
     grid = _grid("", "")
     grid.add_row("parameters", f"{quantity(total)}, {quantity(active)} active" +
                  (f", and {quantity(more)} for multi-token prediction" if more else ""))  # fmt: skip
-    grid.add_row("chips", f"{plan.chips} × {plan.chip.name}")
+    grid.add_row("chips", f"{plan.chips} × {plan.chip.name}" if plan.chip.family != HERE else plan.chip.name)
     if plan.kind == "serve":
         grid.add_row("output", f"{quantity(plan.tokens)} tokens a day")
     else:
-        what = "answers, in tokens" if plan.kind == "rl" else "tokens"
-        grid.add_row(what, f"{quantity(plan.tokens)}, {quantity(plan.flops_per_token, 'FLOP')} each in training, "
-                     f"{quantity(plan.tokens * plan.flops_per_token, 'FLOP')} in all")  # fmt: skip
+        what = "answers, in tokens" if plan.kind in ("rl", "eval") else "tokens"
+        each = plan.flops_per_token
+        grid.add_row(what, quantity(plan.tokens) + (f", {quantity(each, 'FLOP')} each in training, "
+                     f"{quantity(plan.tokens * each, 'FLOP')} in all" if each else ""))  # fmt: skip
         grid.add_row("time", f"{time_said(plan.seconds)}, {_range(plan.chip_hours, quantity)} chip hours")
     if plan.kind == "serve" and plan.cost is not None:
         grid.add_row("cost", f"{_range(plan.cost, money)} a day at ${plan.price:g} an hour of a chip")
@@ -112,15 +141,11 @@ def money(dollars: float) -> str:
 
 
 def time_said(seconds: Estimate) -> str:
-    """Such as "55 (48 to 63) days"; 80 % of runs should lie within."""
-    unit, size = unit_of(seconds.value)
-    return f"{_range(seconds.times(1 / size), lambda x: f'{x:.3g}')} {unit}"
-
-
-def unit_of(seconds: float) -> tuple[str, float]:
-    """The unit to say a time in, and its seconds."""
-    units = ("days", DAY), ("hours", HOUR), ("minutes", 60.0)
-    return next((found for found in units if seconds >= 2 * found[1]), ("seconds", 1.0))
+    """Such as "55 days (48 to 63)"; 80 % of runs should lie within."""
+    for unit, size in (("days", DAY), ("hours", HOUR), ("minutes", 60.0), ("seconds", 1.0)):
+        if seconds.value >= 2 * size or unit == "seconds":
+            return f"{_range(seconds.times(1 / size), lambda x: f'{x:.3g}')} {unit}"
+    raise AssertionError
 
 
 def _range(value: Estimate, show: Callable[[float], str]) -> str:

@@ -12,11 +12,12 @@ from itertools import pairwise
 
 from rorqual.errors import UserError
 from rorqual.model.config import ModelConfig
+from rorqual.plan.calibrations import calibration_of
 from rorqual.plan.chips import Chip
 from rorqual.plan.cost import flops_per_token, parameters
 from rorqual.plan.inference import SIZES, Instance
 from rorqual.plan.layout import Job
-from rorqual.plan.published_runs import Calibration, calibration
+from rorqual.plan.published_runs import Calibration
 from rorqual.plan.search import Found, search
 from rorqual.plan.stage import Estimate, StagePlan
 from rorqual.plan.step_time import LINK_SHARE, pipeline_times
@@ -76,7 +77,7 @@ class StepParts:
 
 def plan_rl(asked: Tuning) -> StagePlan:
     """Raises UserError where the training or the engine does not fit."""
-    fitted = calibration(asked.chip.family)
+    fitted = calibration_of(asked.chip)
     trained = _layout(asked, fitted)
     engine = _engine(asked, fitted)
     along = [0.0, 0.5, 1.0]

@@ -36,14 +36,14 @@ class Search:
 
 def search(
     job: Job, chip: Chip, chips: int, utilisation: float, *, precisions: tuple[str, ...] = ("bfloat16",),
-    count: int = 5, imbalance: float = IMBALANCE,
+    count: int = 5, imbalance: float = IMBALANCE, only: Layout | None = None,
 ) -> Search:  # fmt: skip
-    """The `count` fastest layouts on so many chips."""
+    """The `count` fastest layouts on so many chips; `only`: this one, if it fits."""
     room = USABLE * chip.memory
     bounds: list[tuple[float, Layout, Memory]] = []
     nearest: tuple[Layout, Memory] | None = None
     tried = 0
-    for layout in layouts(job, chips, chip.per_node, precisions):
+    for layout in [only] if only else layouts(job, chips, chip.per_node, precisions):
         if check(layout, job) is not None:
             continue
         tried += 1

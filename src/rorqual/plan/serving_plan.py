@@ -10,10 +10,11 @@ from typing import Any
 
 from rorqual.errors import UserError
 from rorqual.model.config import ModelConfig
+from rorqual.plan.calibrations import calibration_of
 from rorqual.plan.chips import Chip
-from rorqual.plan.estimate import quantity
 from rorqual.plan.inference import Instance
-from rorqual.plan.published_runs import Calibration, calibration
+from rorqual.plan.published_runs import Calibration
+from rorqual.plan.quantity import quantity
 from rorqual.plan.stage import DAY, Estimate, StagePlan
 
 # Of the peak rate that a service keeps up all day; DeepSeek's prefill made 32.2 of 62.7 K tokens/s a node,
@@ -60,7 +61,7 @@ class Decode:
 
 def plan_serving(asked: Service) -> StagePlan:
     """Raises UserError where no instance holds the model, or none is fast enough."""
-    fitted = calibration(asked.chip.family)
+    fitted = calibration_of(asked.chip)
     decode, users = _best(asked, fitted)
     n, output = decode.instance.chips, users * asked.speed
     out, into = _decode_rate(asked, decode), _prefill_rate(asked, decode)

@@ -5,7 +5,7 @@ from typing import Any
 
 from rorqual.model.config import ModelConfig
 from rorqual.plan.chips import Chip
-from rorqual.plan.cost import cache_bytes_per_token, mtp_parameters, parameters
+from rorqual.plan.cost import cache_bytes_per_token, mtp_parameters, parameters, parameters_by_component
 from rorqual.plan.layout import Layout
 from rorqual.plan.simulate import Times
 
@@ -68,7 +68,12 @@ class StagePlan:
         return {
             "kind": self.kind,
             "name": self.name,
-            "params": {"total": total, "active": active, "multi_token": mtp_parameters(self.config)},
+            "params": {
+                "total": total,
+                "active": active,
+                "multi_token": mtp_parameters(self.config),
+                "by_component": parameters_by_component(self.config),
+            },
             "tokens": self.tokens,
             "flops_per_token": self.flops_per_token,
             "flops": self.tokens * self.flops_per_token,

@@ -11,10 +11,10 @@ from functools import cache
 from rorqual.model.config import ModelConfig
 from rorqual.plan.activations import Kept, layer_bytes
 from rorqual.plan.chips import Chip
-from rorqual.plan.cost import flops_after_layers, flops_by_layer
+from rorqual.plan.cost import flops_after_layers, flops_by_layer, multi_token_kinds
+from rorqual.plan.expected_rows import expected_rows, row_bytes
 from rorqual.plan.layout import Job, Layout, held, schedule_of, stages, takes_turns
 from rorqual.plan.simulate import Times, simulate
-from rorqual.plan.traffic import expected_rows, row_bytes
 
 IMBALANCE = 0.2  # busiest expert over the mean, minus 1, of a batch with balancing biases (benchmarks/balance.py)
 LINK_SHARE = 0.9  # of a link's rate that large messages reach; DeepEP reaches 153–158 of 160 GB/s, 43–58 of 50
@@ -115,10 +115,8 @@ def forward_work(job: Job, layout: Layout, chip: Chip, utilisation: float, imbal
             depth = config.num_nextn_predict_layers * job.ahead
             head = 2.0 * (1 + depth) * config.vocab_size * config.hidden_size
             products, attention = products + after.products - head, attention + after.attention
-            if config.is_moe_layer(config.num_hidden_layers):
-                mixtures += depth
-            else:
-                dense += depth
+            ahead = multi_token_kinds(config)[:depth]
+            mixtures, dense = mixtures + sum(ahead), dense + depth - sum(ahead)
         crossing = PASSES * (mixtures * kept.get(True, 0.0) + dense * kept.get(False, 0.0))
         found.append(
             Work(

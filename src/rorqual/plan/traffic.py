@@ -6,20 +6,16 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from rorqual.model import ModelConfig
 from rorqual.model.moe import Router
+from rorqual.plan.expected_rows import SAMPLES, Link, row_bytes
 from rorqual.shapes import Int
 
-Link = Literal["between nodes", "within a node"]
-
-WEIGHT, EXPERT, COUNT = 4, 2, 8  # bytes: of a token's weight for an expert, an expert's number, a number of rows
-SAMPLES = 1024  # tokens that are routed at random
-TILE = 128  # values that share a one-byte scale in FP8
+COUNT = 8  # bytes of a number of rows
 
 
 @dataclass(frozen=True)
@@ -35,21 +31,6 @@ class ExpertGroup:
 
     def node(self, rank: int) -> int:
         return rank // self.per_node
-
-
-def row_bytes(dispatch: str, hidden: int, k: int, itemsize: int, backward: bool = False) -> tuple[float, float]:
-    """Of one row to the experts and one back, in the forward pass or in the backward pass.
-
-    `itemsize`: of the compute dtype. To the experts a token takes its weights along in the forward pass; in the
-    backward pass their gradients come back.
-    """
-    copies = 1 if dispatch == "all-to-all" else k
-    fp8 = dispatch == "two-hop-fp8"
-    there = hidden - (-hidden // TILE) if fp8 else hidden * itemsize
-    back = hidden * (2 if fp8 else itemsize)
-    if backward:
-        return there, back + copies * WEIGHT
-    return there + copies * (WEIGHT + EXPERT), back
 
 
 def journey_rows(chosen: Sequence[Int[Tensor, "N K"]], group: ExpertGroup, dispatch: str) -> Counter[Link]:
@@ -81,16 +62,6 @@ def _tokens(places: Int[Tensor, "N K"], count: int) -> list[int]:
 
 def _link(group: ExpertGroup, a: int, b: int) -> Link:
     return "within a node" if group.node(a) == group.node(b) else "between nodes"
-
-
-@cache
-def expected_rows(config: ModelConfig, ranks: int, per_node: int, dispatch: str) -> Counter[Link]:
-    """Rows that a token sends to experts, by link, if every expert is as likely as any other."""
-    group = ExpertGroup(config.moe.n_routed_experts, ranks, per_node)
-    chosen, none = random_choices(config), torch.zeros(0, config.moe.num_experts_per_tok, dtype=torch.int64)
-    # All ranks send as much: one of them is enough.
-    rows = journey_rows([chosen, *[none] * (ranks - 1)], group, dispatch)
-    return Counter({link: number / len(chosen) for link, number in rows.items()})
 
 
 @cache

@@ -5,11 +5,12 @@ from dataclasses import asdict, dataclass
 
 from rorqual.errors import UserError
 from rorqual.model.config import ModelConfig
+from rorqual.plan.calibrations import HERE, calibration_of
 from rorqual.plan.chips import Chip
 from rorqual.plan.cost import flops_per_token, mtp_flops_per_token
-from rorqual.plan.estimate import quantity
 from rorqual.plan.layout import Job, Layout
-from rorqual.plan.published_runs import Calibration, calibration
+from rorqual.plan.published_runs import Calibration
+from rorqual.plan.quantity import quantity
 from rorqual.plan.search import USABLE, Search, search
 from rorqual.plan.stage import DAY, Estimate, Rejected, StagePlan
 from rorqual.plan.step_time import IMBALANCE, StepTime, pipeline_times
@@ -35,13 +36,16 @@ class Question:
     imbalance: float = IMBALANCE
     kind: str = "pretrain"
     name: str = ""
+    layout: Layout | None = None  # None: the fastest that fits
 
 
 def plan_training(asked: Question) -> StagePlan:
     """Raises UserError where nothing fits, with what is missing."""
     if asked.tokens <= 0:
         raise UserError(f"--tokens {asked.tokens:g}: must be above 0")
-    config, chip, fitted = asked.config, asked.chip, calibration(asked.chip.family)
+    config, chip, fitted = asked.config, asked.chip, calibration_of(asked.chip)
+    if chip.family == HERE:
+        return _here(asked)
     chips, searched = _searched(asked, fitted)
     found, *others = searched.best
     job = _job(asked, chips)
@@ -81,6 +85,23 @@ def plan_training(asked: Question) -> StagePlan:
     )
 
 
+def _here(asked: Question) -> StagePlan:
+    if asked.chips not in (None, 1):
+        raise UserError(f"--gpus {asked.chips}: plans for cpu are of one process; leave it out")
+    from rorqual.plan.this_machine import training_here  # needs torch, which other plans do not wait for
+
+    batch = asked.batch or batch_of(asked, 1)
+    found = training_here(
+        asked.config, asked.kind, asked.name, asked.tokens, asked.length, batch, asked.moments, asked.price
+    )
+    if asked.days is not None and found.seconds.value > asked.days * DAY:
+        raise UserError(
+            f"--days {asked.days:g}: this machine needs {found.seconds.value / DAY:.3g}; allow more days, or train on "
+            "fewer tokens"
+        )
+    return found
+
+
 def _flops(config: ModelConfig, length: int) -> float:
     return flops_per_token(config, length) + mtp_flops_per_token(config, length)
 
@@ -108,7 +129,9 @@ def _searched(asked: Question, fitted: Calibration) -> tuple[int, Search]:
         if chips < counts[-1] and not _could_be(asked, fitted, chips):
             continue
         job = _job(asked, chips)
-        searched = search(job, chip, chips, fitted.utilisation, precisions=precisions, imbalance=asked.imbalance)
+        searched = search(
+            job, chip, chips, fitted.utilisation, precisions=precisions, imbalance=asked.imbalance, only=asked.layout
+        )
         if searched.best and (asked.chips is not None or _fast_enough(asked, job, searched)):
             return chips, searched
     assert searched is not None

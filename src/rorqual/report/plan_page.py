@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from html import escape
 
 from rorqual.plan.cost import cache_bytes_per_token, mtp_parameters, parameters
-from rorqual.plan.estimate import quantity
-from rorqual.plan.plan_text import PARTS, unit_of
-from rorqual.plan.stage import Estimate, StagePlan
+from rorqual.plan.pipeline_plan import added
+from rorqual.plan.plan_text import PARTS
+from rorqual.plan.quantity import quantity
+from rorqual.plan.stage import DAY, HOUR, Estimate, StagePlan
 from rorqual.plan.training_plan import said
 from rorqual.report.formatting import count, percent
 from rorqual.report.markup import Cell, document, section, table, tiles
@@ -30,11 +31,6 @@ def plan_page(title: str, stages: Sequence[StagePlan]) -> str:
     return document(title, body, PLAN_STYLE)
 
 
-def _total(estimates: Sequence[Estimate]) -> Estimate:
-    """Ends of intervals are added: the errors of calibration are common to the stages, and do not cancel."""
-    return Estimate(*(sum(getattr(e, end) for e in estimates) for end in ("value", "low", "high")))
-
-
 def _split(stages: Sequence[StagePlan]) -> tuple[list[StagePlan], list[StagePlan]]:
     """Stages with an end, and services."""
     return [s for s in stages if s.kind != "serve"], [s for s in stages if s.kind == "serve"]
@@ -44,12 +40,12 @@ def _headline(stages: Sequence[StagePlan]) -> str:
     ending, services = _split(stages)
     found: list[tuple[str, str]] = []
     if ending:
-        seconds = _total([s.seconds for s in ending])
-        found += [_tile("time", _time(seconds)), _tile("chip hours", _counted(_total([s.chip_hours for s in ending])))]
+        seconds = added([s.seconds for s in ending])
+        found += [_tile("time", _time(seconds)), _tile("chip hours", _counted(added([s.chip_hours for s in ending])))]
         priced = [s.cost for s in ending if s.cost is not None]
         if priced:
             some = "" if len(priced) == len(ending) else f"cost of {len(priced)} of {len(ending)} stages"
-            found.append(_tile(some or "cost", _dollars(_total(priced))))
+            found.append(_tile(some or "cost", _dollars(added(priced))))
         else:
             found.append(("no price", "cost: give that of an hour of a chip with --price"))
     for plan in services:
@@ -71,9 +67,9 @@ def _overview(stages: Sequence[StagePlan]) -> str:
     note = ""
     if len(ending) > 1:
         costs = [plan.cost for plan in ending if plan.cost is not None]
-        cost = _dollars(_total(costs)) if costs else "–"
-        hours = _total([plan.chip_hours for plan in ending])
-        rows.append(["in all", "", "", "", "", _time(_total([s.seconds for s in ending])), _counted(hours), cost])
+        cost = _dollars(added(costs)) if costs else "–"
+        hours = added([plan.chip_hours for plan in ending])
+        rows.append(["in all", "", "", "", "", _time(added([s.seconds for s in ending])), _counted(hours), cost])
         note = "Stages follow one another. Ends of their intervals are added, since they share errors of calibration."
         if 0 < len(costs) < len(ending):
             note += " The sum of the cost leaves out stages without a price."
@@ -149,7 +145,7 @@ def _facts(plan: StagePlan) -> str:
         "chips": f"{plan.chips:,} × {plan.chip.name}",
         "parameters": f"{count(whole)}, {count(active)} active"
         + (f", {count(more)} for multi-token prediction" if more else ""),
-        "tokens a day" if plan.kind == "serve" else "tokens of answers" if plan.kind == "rl" else "tokens":
+        "tokens a day" if plan.kind == "serve" else "tokens of answers" if plan.kind in ("rl", "eval") else "tokens":
         count(plan.tokens),
     }  # fmt: skip
     if plan.flops_per_token:
@@ -228,13 +224,19 @@ def _kind(plan: StagePlan) -> str:
 
 def _time(seconds: Estimate) -> tuple[str, str]:
     """Such as ("55.1 days", "48.5 to 62.6")."""
-    unit, size = unit_of(seconds.value)
+    unit, size = _unit(seconds.value)
     value, low, high = (_figure(x / size) for x in (seconds.value, seconds.low, seconds.high))
     return f"{value} {unit}", f"{low} to {high}"
 
 
+def _unit(seconds: float) -> tuple[str, float]:
+    """The unit to say a time in, and its seconds."""
+    units = ("days", DAY), ("hours", HOUR), ("minutes", 60.0)
+    return next((found for found in units if seconds >= 2 * found[1]), ("seconds", 1.0))
+
+
 def _seconds(seconds: float) -> str:
-    unit, size = unit_of(seconds)
+    unit, size = _unit(seconds)
     return f"{_figure(seconds / size)} {unit}"
 
 

@@ -10,6 +10,8 @@ PART_COLOURS = {  # by part of StagePlan.parts; a part has the same colour in ev
     "rollout": "c1", "tail": "c0", "rewards": "c3", "log_probabilities": "c2", "training": "c4", "weights": "c5",
     "idle": "c7",
     "decode": "c0", "prefill": "c3",
+    "sampling": "c6",
+    "kept": "c2", "logits": "c3", "parameters": "c5", "layers": "c4", "experts": "c6",
 }  # fmt: skip
 MEMORY_COLOURS = {
     "weights": "c0", "masters": "c1", "gradients": "c2", "moments": "c3", "ema": "c6", "activations": "c5",

@@ -16,10 +16,10 @@ from rorqual.parallel.cost import Bytes
 from rorqual.parallel.mesh import planned_mesh, ranks_per_node
 from rorqual.plan.activations import Kept, layer_bytes, mtp_bytes
 from rorqual.plan.cost import Flops, Memory, flops_after_layers, flops_by_layer, loss_bytes
-from rorqual.plan.estimate import quantity
+from rorqual.plan.expected_rows import Link
+from rorqual.plan.quantity import quantity
 from rorqual.plan.schedule import Schedule, one_f_one_b
 from rorqual.plan.simulate import Times, simulate
-from rorqual.plan.traffic import Link
 from rorqual.recipe import PretrainRecipe, SFTRecipe
 from rorqual.train.optimizer import Optimizer
 from rorqual.train.traffic_report import LINKS, SHOWN, computed

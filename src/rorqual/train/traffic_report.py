@@ -16,8 +16,8 @@ from rorqual.parallel.cost import Bytes, context_bytes, dispatch_bytes, sharding
 from rorqual.parallel.draw import draw
 from rorqual.parallel.mesh import Mesh
 from rorqual.parallel.parcels import EMBEDDINGS, HIDDEN
+from rorqual.plan.expected_rows import Link
 from rorqual.plan.simulate import Timeline, Times, simulate
-from rorqual.plan.traffic import Link
 from rorqual.train.trainer import Trainer
 
 PIPELINE = (HIDDEN, EMBEDDINGS, f"gradients of {HIDDEN}", f"gradients of {EMBEDDINGS}")

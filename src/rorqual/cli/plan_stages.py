@@ -1,0 +1,129 @@
+"""The stages of recipes and of a pipeline's file, for `rorqual plan`."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rorqual.cli.options import expand_path
+from rorqual.errors import UserError
+from rorqual.model import ModelConfig
+from rorqual.plan.chips import find_chip
+from rorqual.plan.estimate import predict
+from rorqual.plan.pipeline_file import COMMON, Stage, is_pipeline, read_pipeline, read_toml
+from rorqual.plan.pipeline_plan import PipelinePlan
+from rorqual.plan.plan_stage import plan_stage
+from rorqual.plan.recipe_request import check_length_known, recipe_layout, recipe_request
+from rorqual.plan.request import parse_request
+from rorqual.plan.stage import StagePlan
+from rorqual.plan.this_machine import predicted_here
+from rorqual.recipe import DistillRecipe, PretrainRecipe, Recipe, RLRecipe, SFTRecipe, load_recipe
+from rorqual.rl.rl_run import predict_rl
+from rorqual.train.build_model import trained_path
+from rorqual.train.dry_run import recipe_config
+
+
+def plan_files(words: list[str], given: Mapping[str, Any], more_chips: Path | None) -> StagePlan | PipelinePlan:
+    """Of recipes, each with overrides, and pipelines' files. Raises UserError."""
+    pipeline = _Pipeline(dict(given), more_chips)
+    names = []
+    for path, overrides in _files(words):
+        if is_pipeline(path):
+            if overrides:
+                raise UserError(f"{overrides[0]}: overrides are for recipes; change {path}, or plan its recipes")
+            found = read_pipeline(path)
+            names.append(found.name)
+            for stage in found.stages:
+                pipeline.add(stage)
+        else:
+            pipeline.add(Stage(str(path), {}, recipe=path), overrides)
+    stages = tuple(pipeline.stages)
+    return stages[0] if len(stages) == 1 else PipelinePlan(", ".join(names) or "pipeline", stages)
+
+
+def _files(words: list[str]) -> list[tuple[Path, list[str]]]:
+    """Each file with the overrides after it."""
+    found: list[tuple[Path, list[str]]] = []
+    for word in words:
+        if word.endswith(".toml") and "=" not in word:
+            found.append((expand_path(Path(word)), []))
+        else:
+            found[-1][1].append(word)
+    return found
+
+
+@dataclass
+class _Pipeline:
+    """Stages that follow each other."""
+
+    given: dict[str, Any]  # on the command line, for all stages
+    more_chips: Path | None
+    stages: list[StagePlan] = field(default_factory=list)
+    written: dict[Path, ModelConfig] = field(default_factory=dict)  # by stages before
+
+    def add(self, stage: Stage, overrides: list[str] | None = None) -> None:
+        fields = stage.fields | self.given
+        if stage.recipe is not None:
+            self.stages.append(self._recipe(stage, load_recipe(stage.recipe, _kind(stage.recipe), overrides), fields))
+            return
+        assert stage.kind is not None
+        # Options are for the stages that read them; what no stage reads was refused as an option of the command.
+        if unknown := self.given.keys() - set(COMMON):
+            raise UserError(f"--{min(unknown)}: stages of a pipeline say their own; change {stage.where}")
+        request = parse_request(stage.kind, fields, self._said(stage))
+        before = self.stages[-1].config if self.stages else None
+        self.stages.append(plan_stage(request, before, self.more_chips, written=self.written))
+
+    def _recipe(self, stage: Stage, recipe: Recipe, fields: dict[str, Any]) -> StagePlan:
+        config = self._config(recipe)
+        folder = recipe.run_dir / "student" if isinstance(recipe, DistillRecipe) else recipe.run_dir
+        self.written[folder / "model"] = config
+        gpu = fields.pop("gpu", "cpu")
+        if gpu.lower() == "cpu" and not isinstance(recipe, DistillRecipe):
+            return self._here(recipe, config, fields)
+        asked = recipe_request(recipe) | {"name": recipe.name, "gpu": gpu} | fields
+        if isinstance(recipe, RLRecipe):
+            asked.setdefault("gpus", 1)
+        check_length_known(recipe, asked)
+        request = parse_request(
+            _kind_of(recipe), asked, lambda name: f"--{name}" if name in self.given else str(stage.where)
+        )
+        layout = None
+        if isinstance(recipe, PretrainRecipe | SFTRecipe):
+            layout = recipe_layout(recipe, find_chip(gpu, self.more_chips).per_node)
+        return plan_stage(request, config, self.more_chips, layout, self.written)
+
+    def _said(self, stage: Stage) -> Callable[[str], str]:
+        return lambda name: f"--{name}" if name in self.given else f"{stage.where}: {name}"
+
+    def _here(self, recipe: Recipe, config: ModelConfig, fields: dict[str, Any]) -> StagePlan:
+        """On this machine, as the run itself predicts it."""
+        price = fields.pop("price", None)
+        if fields:
+            name = min(fields)
+            raise UserError(
+                f"--{name}: a recipe on this machine is planned as it is; change it by key=value, or say another --gpu"
+            )
+        if isinstance(recipe, RLRecipe):
+            return predicted_here(config, "rl", recipe.name, predict_rl(recipe, config), price)
+        assert isinstance(recipe, PretrainRecipe | SFTRecipe)
+        return predicted_here(config, _kind_of(recipe), recipe.name, dict(predict(config, recipe)), price)
+
+    def _config(self, recipe: Recipe) -> ModelConfig:
+        path = recipe.model.path
+        if path is not None and Path(path) in self.written:
+            return self.written[Path(path)]
+        if isinstance(recipe, PretrainRecipe | SFTRecipe):
+            return recipe_config(recipe)
+        return ModelConfig.load(trained_path(recipe.model))
+
+
+def _kind_of(recipe: Recipe) -> str:
+    return type(recipe).model_fields["kind"].default
+
+
+def _kind(path: Path) -> str:
+    """Of a recipe; without a word of it, it is for pre-training."""
+
+    kind = read_toml(path).get("kind", "pretrain")
+    return kind if isinstance(kind, str) else "pretrain"

@@ -1,0 +1,115 @@
+"""This machine's processor as a chip, and the plan of a training on it.
+
+A training step is a sum of measured costs (cpu_time.py). Sampling and serving are bounded as on any chip, by products
+and memory traffic, with a wide interval.
+"""
+
+import functools
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from rorqual.errors import UserError
+from rorqual.kernels.dtypes import compute_dtype, dtype_name
+from rorqual.model.config import ModelConfig
+from rorqual.plan.calibrations import HERE
+from rorqual.plan.chips import Chip
+from rorqual.plan.cost import Memory
+from rorqual.plan.cpu_time import UNMEASURED, costs_here, step_counts
+from rorqual.plan.hardware import describe_machine, matrix_peak, memory_total
+from rorqual.plan.layout import Layout
+from rorqual.plan.process_memory import memory
+from rorqual.plan.published_runs import Calibration
+from rorqual.plan.quantity import quantity
+from rorqual.plan.stage import Estimate, StagePlan
+from rorqual.sections import OptimizerSection
+
+MICRO_TOKENS = 8192  # of a forward pass in training, where no recipe says
+COPY_BYTES = 1 << 28
+
+
+@functools.cache
+def chip_here() -> Chip:
+    dtype = compute_dtype("auto")
+    peaks = {"float32": matrix_peak(torch.float32)}
+    peaks["bfloat16"] = matrix_peak(dtype) if dtype is torch.bfloat16 else peaks["float32"]
+    machine = describe_machine()
+    return Chip(
+        name=f"{machine['processor']}, {machine['threads']} threads", family=HERE, peak=peaks,
+        memory=float(memory_total()), bandwidth=_bandwidth(), per_node=1, source="measured",
+    )  # fmt: skip
+
+
+def calibration_here(chip: Chip) -> Calibration:
+    """The share of the peak that products reach, as measured here."""
+    dtype = compute_dtype("auto")
+    costs = costs_here(dtype)
+    share = min(1.0, 1 / (costs.products * chip.rate(dtype_name(dtype)))) if costs.products else 1.0
+    return Calibration(share, UNMEASURED, costs.source)
+
+
+def training_here(
+    config: ModelConfig, kind: str, name: str, tokens: float, length: int, batch: int, moments: str, price: float | None
+) -> StagePlan:
+    """On one process. Raises UserError where it does not fit in memory."""
+    chip, dtype = chip_here(), compute_dtype("auto")
+    rows = max(1, min(batch, MICRO_TOKENS // length))
+    optimizer = OptimizerSection.model_validate({"moments": moments})
+    needed = memory(config, rows * length, dtype=dtype_name(dtype), optimizer=optimizer)
+    _check_room(needed, chip)
+    costs, ahead = costs_here(dtype), config.num_nextn_predict_layers > 0
+    counts = step_counts(config, [(rows, length)] * max(1, batch // rows), dtype.itemsize, ahead)
+    steps = tokens / (batch * length)
+    seconds = costs.seconds(counts) * steps
+    return StagePlan(
+        kind=kind, name=name, config=config, chip=chip, chips=1, price=price, tokens=tokens,
+        flops_per_token=(counts.products + counts.attention) / (batch * length),
+        seconds=Estimate(seconds, *costs.interval(seconds)),
+        parts={part: getattr(costs, part) * value * steps for part, value in vars(counts).items()},
+        memory=asdict(needed), layout=Layout(per_node=1, micro_batch=rows, precision=dtype_name(dtype)),
+        assumptions=(costs.source, f"{batch} sequences of {length} tokens a step, {rows} a forward pass"),
+        figures={"steps": steps, "seconds_a_step": seconds / steps, "tokens_per_second": tokens / seconds},
+    )  # fmt: skip
+
+
+def predicted_here(
+    config: ModelConfig, kind: str, name: str, predicted: Mapping[str, Any], price: float | None
+) -> StagePlan:
+    """Of a recipe, from what its dry run predicts (estimate.Plan, or of RL). Raises UserError where the length of the
+    run is not known.
+    """
+    tokens, seconds = predicted["tokens"], predicted["seconds"]
+    if tokens is None or seconds is None:
+        raise UserError(f"{name}: how long it runs is known once its data is packed; give it steps, or seconds")
+    rate, (slow, fast) = predicted["tokens_per_second"], predicted["tokens_per_second_interval"]
+    whole = Estimate(seconds, seconds * rate / fast, seconds * rate / slow)
+    used = {use: size for use, size in predicted["memory"].items() if use != "total"}
+    return StagePlan(
+        kind=kind, name=name, config=config, chip=chip_here(), chips=1, price=price, tokens=tokens,
+        flops_per_token=predicted["flops_per_token"], seconds=whole,
+        parts=dict(predicted.get("parts") or {"training": seconds}), memory=used,
+        assumptions=tuple(predicted.get("assumptions") or (predicted["calibration"],)),
+        figures={"tokens_per_second": rate},
+    )  # fmt: skip
+
+
+def _check_room(needed: Memory, chip: Chip) -> None:
+    if needed.total > chip.memory:
+        raise UserError(
+            f"the model does not fit on this machine: training needs {quantity(needed.total, 'B')}, "
+            f"{quantity(needed.total - chip.memory, 'B')} more than it has; try --moments 8bit, or a --gpu"
+        )
+
+
+def _bandwidth() -> float:
+    """Bytes/s of memory that a copy reads and writes; the best of several."""
+    source = torch.ones(COPY_BYTES // 4)
+    target, best = torch.empty_like(source), float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        target.copy_(source)
+        best = min(best, time.perf_counter() - start)
+    return 2 * COPY_BYTES / best
