@@ -63,7 +63,7 @@ def test_headline_and_table():
     assert "first Pre-training 1.54 B 8 (NVIDIA H800 SXM) 3 B 10 days (8 to 15) 1.92 K" in text
     assert "DeepSeek-V3's assumption" in text  # where the price is from
     assert "4 s +1 s of bubble a step" in text
-    assert "1,000 of 3 s" in text
+    assert "1,000 of 3 seconds" in text
     assert "a & b" in text
 
 

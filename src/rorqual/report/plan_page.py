@@ -156,9 +156,9 @@ def _facts(plan: StagePlan) -> str:
     if steps:
         found["steps"] = f"{steps:,.0f}"
         if isinstance(each, dict):
-            found["steps"] += ", " + ", ".join(f"{seconds:.3g} s at the {when}" for when, seconds in each.items())
+            found["steps"] += ", " + ", ".join(f"{_seconds(seconds)} at the {when}" for when, seconds in each.items())
         elif each:
-            found["steps"] += f" of {each:.3g} s"
+            found["steps"] += f" of {_seconds(each)}"
     if rate := plan.figures.get("tokens_per_second"):
         found["speed"] = f"{count(rate)} tokens/s, {count(rate / plan.chips)} a chip"
     found["KV cache"] = f"{cache_bytes_per_token(plan.config):,} bytes a token of context in 16 bits"
