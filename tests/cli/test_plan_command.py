@@ -45,6 +45,21 @@ def test_as_tables(monkeypatch, capsys):
         assert words in out, out
 
 
+def test_as_a_page(monkeypatch, capsys, tmp_path):
+    words = ("smollm2-135m", "--gpu", "rtx4090", "--tokens", "2B", "--page")
+    status, out, _ = run(monkeypatch, capsys, *words, str(tmp_path / "plan.html"))
+    assert status in (0, None)
+    assert "the fastest" in out
+    assert out.splitlines()[-1].endswith("plan.html")
+    assert "<title>Plan: smollm2-135m" in (tmp_path / "plan.html").read_text(encoding="utf-8")
+    _, out, _ = run(monkeypatch, capsys, *words, str(tmp_path / "other.html"), "--json")
+    assert json.loads(out)["gpus"] == 1
+    assert (tmp_path / "other.html").exists()
+    status, _, error = run(monkeypatch, capsys, *words, str(tmp_path / "nowhere" / "plan.html"))
+    assert status == 2
+    assert re.search(r"plan\.html cannot be written", error)
+
+
 def test_fewest_chips_that_end_in_time(monkeypatch, capsys):
     days = []
     for limit in ("30", "3"):

@@ -121,6 +121,7 @@ def plan(
     calibrate: Annotated[
         bool, typer.Option("--calibrate", help="time small models on this machine, for the plans of its own runs")
     ] = False,
+    page: Annotated[Path | None, typer.Option(metavar="FILE", help="also write an HTML page with pictures")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Predict time, money and memory of a training, an RL run, a service or a whole pipeline before it starts."""
@@ -133,10 +134,14 @@ def plan(
             return
     given = {name: options.params[name] for name in ASKED if options.params[name] is not None}
     found = _planned(what or [], kind, given, expand_path(chips) if chips else None)
+    if page is not None:
+        _write_page(expand_path(page), found)
     if as_json:
         print(strict_json.dumps(found.to_dict()))
         return
     _show(tables(found) if isinstance(found, StagePlan) else pipeline_tables(found))
+    if page is not None:
+        print(page)
 
 
 def _planned(
@@ -165,6 +170,16 @@ def _calibrate() -> None:
     costs = calibrate()
     path = keep(costs, compute_dtype("auto"))
     print(f"{path}: {costs.source}; 80 % of times within a factor of {costs.interval(1.0)[1]:.2f}")
+
+
+def _write_page(path: Path, plan: "StagePlan | PipelinePlan") -> None:
+    """Raises UserError where it cannot be written."""
+    from rorqual.files import write_text
+    from rorqual.plan.pipeline_plan import PipelinePlan
+    from rorqual.report.plan_page import plan_page
+
+    stages = plan.stages if isinstance(plan, PipelinePlan) else [plan]
+    write_text(path, plan_page(f"Plan: {plan.name or 'a model'}", stages))
 
 
 def _show(parts: "list[RenderableType]") -> None:

@@ -20,7 +20,7 @@ from rorqual.plan.layout import Job
 from rorqual.plan.published_runs import Calibration
 from rorqual.plan.search import Found, search
 from rorqual.plan.stage import Estimate, StagePlan
-from rorqual.plan.step_time import LINK_SHARE
+from rorqual.plan.step_time import LINK_SHARE, pipeline_times
 from rorqual.plan.training_plan import said
 
 SPREAD = 0.8  # standard deviation of the logarithm of an answer's length
@@ -105,6 +105,8 @@ def plan_rl(asked: Tuning) -> StagePlan:
         parts=whole,
         memory={name: size for name, size in vars(trained.memory).items() if size},
         layout=trained.layout,
+        times=pipeline_times(_job(asked), trained.layout, asked.chip, fitted.utilisation),
+        micro_batches=trained.layout.micro_batches(_job(asked).batch),
         assumptions=(
             f"answers of {asked.mean[0]:g} tokens on average at the start and {asked.mean[1]:g} at the end, at most "
             f"{asked.limit:g}, log-normal with σ = {asked.spread:g}",
@@ -125,9 +127,8 @@ def plan_rl(asked: Tuning) -> StagePlan:
 
 def _layout(asked: Tuning, fitted: Calibration) -> Found:
     """The fastest for sequences of the run's middle."""
-    chips, (length, batch) = _half(asked), _shape(asked)
-    job = Job(asked.config, length, batch, ahead=False)
-    found = search(job, asked.chip, chips, fitted.utilisation, precisions=(asked.precision,), count=1)
+    chips = _half(asked)
+    found = search(_job(asked), asked.chip, chips, fitted.utilisation, precisions=(asked.precision,), count=1)
     if not found.best:
         raise UserError(
             f"the training does not fit on {chips} × {asked.chip.name}; give more --gpus, or chips with more memory"
@@ -167,6 +168,11 @@ def _step(asked: Tuning, trained: Found, engine: Instance, mean: float) -> StepP
     # Each half of the chips waits for the other; half of the step is the work of each.
     idle = abs(there - here) / 2
     return StepParts(body / 2, tail / 2, rewards / 2, passes / 2, training / 2, weights / 2, idle)
+
+
+def _job(asked: Tuning) -> Job:
+    length, batch = _shape(asked)
+    return Job(asked.config, length, batch, ahead=False)
 
 
 def _job_tokens(asked: Tuning) -> float:

@@ -7,6 +7,7 @@ from rorqual.model.config import ModelConfig
 from rorqual.plan.chips import Chip
 from rorqual.plan.cost import cache_bytes_per_token, mtp_parameters, parameters, parameters_by_component
 from rorqual.plan.layout import Layout
+from rorqual.plan.simulate import Times
 
 HOUR, DAY = 3600.0, 86400.0
 
@@ -46,6 +47,8 @@ class StagePlan:
     parts: dict[str, float]  # seconds, which add up to the whole
     memory: dict[str, float]  # bytes of the chip that holds the most, by use
     layout: Layout | None = None
+    times: Times | None = None  # of a micro-batch in the layout's pipeline
+    micro_batches: int = 1  # of a rank in a step
     rejected: tuple[Rejected, ...] = ()
     assumptions: tuple[str, ...] = ()
     figures: dict[str, Any] = field(default_factory=dict)  # more of one kind

@@ -61,12 +61,12 @@ def step_time(job: Job, layout: Layout, chip: Chip, utilisation: float, imbalanc
     """With the pipeline simulated. The layout must have passed `check`."""
     works, ranks = forward_work(job, layout, chip, utilisation, imbalance), _ranks(job, layout)
     number = layout.micro_batches(job.batch)
-    again = 1 if layout.recompute == "full" else 0
+    again = _again(layout)
     busy = [0.0] * layout.pipeline
     for work, rank in zip(works, ranks, strict=True):
         busy[rank] += number * _both(work, layout, again)
     worst = max(range(layout.pipeline), key=busy.__getitem__)
-    length = _pipeline_seconds(works, layout, number, again) if layout.pipeline > 1 else busy[worst]
+    length = _pipeline_seconds(works, layout, number) if layout.pipeline > 1 else busy[worst]
     mine = [work for work, rank in zip(works, ranks, strict=True) if rank == worst]
     times = number * (3 + again)
     parts = ("products", "attention", "memory", "tensor")
@@ -83,7 +83,7 @@ def step_time(job: Job, layout: Layout, chip: Chip, utilisation: float, imbalanc
 def least_seconds(job: Job, layout: Layout, chip: Chip, utilisation: float, imbalance: float = IMBALANCE) -> float:
     """No more than `step_time(…).total`, without a simulation."""
     works, ranks = forward_work(job, layout, chip, utilisation, imbalance), _ranks(job, layout)
-    number, again = layout.micro_batches(job.batch), 1 if layout.recompute == "full" else 0
+    number, again = layout.micro_batches(job.batch), _again(layout)
     busy = [0.0] * layout.pipeline
     for work, rank in zip(works, ranks, strict=True):
         busy[rank] += number * _both(work, layout, again)
@@ -149,9 +149,32 @@ def _hides(layout: Layout) -> bool:
     return layout.schedule == "dualpipev" if layout.pipeline > 1 else takes_turns(layout)
 
 
-def _pipeline_seconds(works: Sequence[Work], layout: Layout, number: int, again: int) -> float:
-    """From the first forward to the last backward pass. Steps in the middle are alike, so not all are simulated."""
-    few = min(number, FEW * layout.pipeline + 2)
+def pipeline_times(
+    job: Job, layout: Layout, chip: Chip, utilisation: float, imbalance: float = IMBALANCE
+) -> Times | None:
+    """Of a micro-batch in each stage, which `step_time` simulates the pipeline with; None without one."""
+    if layout.pipeline == 1:
+        return None
+    return _times(forward_work(job, layout, chip, utilisation, imbalance), layout)
+
+
+def few_micro_batches(pipeline: int, number: int) -> int:
+    """Of a step's, those that are simulated: in the middle all are alike."""
+    return min(number, FEW * pipeline + 2)
+
+
+def _pipeline_seconds(works: Sequence[Work], layout: Layout, number: int) -> float:
+    """From the first forward to the last backward pass."""
+    few, times = few_micro_batches(layout.pipeline, number), _times(works, layout)
+    length = simulate(schedule_of(layout.schedule, layout.pipeline, few), times).length
+    if few == number:
+        return length
+    fewer = simulate(schedule_of(layout.schedule, layout.pipeline, few - 1), times).length
+    return length + (number - few) * (length - fewer)
+
+
+def _times(works: Sequence[Work], layout: Layout) -> Times:
+    again = _again(layout)
     forward = [w.computed + w.travel for w in works]
     inputs = [
         w.products + 2 * w.attention + w.memory + w.tensor + w.travel + again * f
@@ -167,12 +190,12 @@ def _pipeline_seconds(works: Sequence[Work], layout: Layout, number: int, again:
             max(works[s].computed + (2 + again) * works[o].computed, works[s].travel + (1 + again) * works[o].travel)
             for s, o in enumerate(other)
         ]
-    times = Times(forward, both, inputs, weights, pair)
-    length = simulate(schedule_of(layout.schedule, layout.pipeline, few), times).length
-    if few == number:
-        return length
-    fewer = simulate(schedule_of(layout.schedule, layout.pipeline, few - 1), times).length
-    return length + (number - few) * (length - fewer)
+    return Times(forward, both, inputs, weights, pair)
+
+
+def _again(layout: Layout) -> int:
+    """Forward passes that a backward pass does again."""
+    return 1 if layout.recompute == "full" else 0
 
 
 @cache

@@ -13,7 +13,7 @@ from rorqual.plan.published_runs import Calibration
 from rorqual.plan.quantity import quantity
 from rorqual.plan.search import USABLE, Search, search
 from rorqual.plan.stage import DAY, Estimate, Rejected, StagePlan
-from rorqual.plan.step_time import IMBALANCE, StepTime
+from rorqual.plan.step_time import IMBALANCE, StepTime, pipeline_times
 
 LENGTH = 4096
 MOST_CHIPS = 1 << 17
@@ -73,6 +73,8 @@ def plan_training(asked: Question) -> StagePlan:
         parts={part: seconds * steps for part, seconds in vars(time).items()},
         memory=asdict(found.memory),
         layout=found.layout,
+        times=pipeline_times(job, found.layout, chip, fitted.utilisation, asked.imbalance),
+        micro_batches=found.layout.micro_batches(job.batch),
         rejected=tuple(Rejected(o.layout, o.time.total, _why(time, o.time)) for o in others),
         assumptions=tuple(assumptions),
         figures={

@@ -8,11 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from rorqual.report.formatting import count, duration, flops, opening, percent, with_interval
+from rorqual.report.markup import Cell, document, section, table, tiles
 from rorqual.report.plots import Picture
 from rorqual.report.run_record import Part, Run, is_number, stage_name
-from rorqual.report.style import STYLE
-
-Cell = str | tuple[str, str]  # of a table; the second text is shown in grey brackets
 
 
 def render(run: Run, pictures: Sequence[Picture]) -> str:
@@ -21,43 +19,34 @@ def render(run: Run, pictures: Sequence[Picture]) -> str:
     body = [
         f"<header><h1>{name}</h1><p class=lead>{escape(opening(run))}</p>",
         f"{_warnings(run)}{_tiles(run)}{_chat(run)}</header>",
-        _section("Results", _stage_tables(run) + _figures(pictures, None)),
-        _section("Samples before and after", _samples(run)),
+        section("Results", _stage_tables(run) + _figures(pictures, None)),
+        section("Samples before and after", _samples(run)),
         *(
-            _section(part.title, _figures(pictures, part.name) + _logged_sample(part) + _notes(part))
+            section(part.title, _figures(pictures, part.name) + _logged_sample(part) + _notes(part))
             for part in run.parts
         ),
-        _section("Cost", _ledger(run)),
-        _section("Reproduction", _recipes(run)),
+        section("Cost", _ledger(run)),
+        section("Reproduction", _recipes(run)),
     ]
-    return (
-        f'<!doctype html>\n<html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width">\n'
-        f'<meta name=color-scheme content="light dark"><title>{name} · Rorqual</title>\n<style>{STYLE}</style>\n'
-        f"<main>{''.join(body)}</main></html>\n"
-    )
-
-
-def _section(title: str, content: str) -> str:
-    return f"<section><h2>{escape(title)}</h2>{content}</section>\n" if content else ""
+    return document(run.path.resolve().name, "".join(body))
 
 
 def _tiles(run: Run) -> str:
     """The headline numbers."""
-    model, tiles = run.summary.get("model") or {}, []
+    model, found = run.summary.get("model") or {}, []
     if is_number(seconds := run.summary.get("total_seconds")):
-        tiles.append((duration(seconds), "total time"))
+        found.append((duration(seconds), "total time"))
     if is_number(total := model.get("total", model.get("parameters_total"))):
         active = model.get("active", model.get("parameters_active"))
-        tiles.append((count(total), f"parameters, {count(active)} active per token" if active else "parameters"))
+        found.append((count(total), f"parameters, {count(active)} active per token" if active else "parameters"))
     if tokens := sum(s["tokens"] for s in run.stages if is_number(s.get("tokens"))):
-        tiles.append((count(tokens), "tokens in all stages"))
+        found.append((count(tokens), "tokens in all stages"))
     for family in run.families[:2]:
         results = run.results(family)
         first, last = results[0][1]["pass_at_1"], results[-1][1]["pass_at_1"]
         since = f", from {percent(first)}" if len(results) > 1 else ""
-        tiles.append((percent(last), f"pass@1 on {family}{since}"))
-    cells = "".join(f"<div><b>{escape(value)}</b><span>{escape(label)}</span></div>" for value, label in tiles)
-    return f"<div class=tiles>{cells}</div>" if cells else ""
+        found.append((percent(last), f"pass@1 on {family}{since}"))
+    return tiles(found)
 
 
 def _warnings(run: Run) -> str:
@@ -89,7 +78,7 @@ def _stage_tables(run: Run) -> str:
         k = last.get("k", "k")
         header = ["stage", "pass@1", f"cons@{k}", f"pass@{k}", "self-verified", "verifier precision"]
         problems = f" on {last['problems']} held-out problems" if "problems" in last else ""
-        tables.append(f"<h3>{escape(family)}{escape(problems)}</h3>{_table(header, rows)}{_gains(run, family)}")
+        tables.append(f"<h3>{escape(family)}{escape(problems)}</h3>{table(header, rows)}{_gains(run, family)}")
     if not tables:
         return ""
     legend = (
@@ -111,18 +100,6 @@ def _gains(run: Run, family: str) -> str:
             points = f"{100 * found['gain']:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]"
             texts.append(f"{stage_name({'name': stage})} {points}")
     return f"<p>Gain in pass@1, paired by problem: {escape('; '.join(texts))}.</p>" if texts else ""
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
-    body = "".join("<tr>" + "".join(f"<td>{_cell(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<div class=scroll><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
-
-
-def _cell(cell: Cell) -> str:
-    if isinstance(cell, str):
-        return escape(cell)
-    return f"{escape(cell[0])} <small>({escape(cell[1])})</small>"
 
 
 def _figures(pictures: Sequence[Picture], part: str | None) -> str:
@@ -203,7 +180,7 @@ def _ledger(run: Run) -> str:
         facts.append(f"measured peak {flops(peak)}/s")
     where = f"<p class=note>Machine: {escape(', '.join(facts))}.</p>" if facts else ""
     header = ["stage", "time", "tokens", "FLOPs", "utilisation"]
-    return _table(header, rows) + caption + where
+    return table(header, rows) + caption + where
 
 
 def _account(account: dict[str, Any], forecast: dict[str, Any]) -> list[Cell]:
