@@ -281,6 +281,9 @@ def test_a_pipelines_file(recipes, monkeypatch, capsys):
     assert found["gpu_hours"] == pytest.approx(first["gpu_hours"] + graded["gpu_hours"])
     _, out, _ = run(monkeypatch, capsys, "all.toml")
     assert "before serving" in out
+    # The file's price is of its own chip.
+    _, out, _ = run(monkeypatch, capsys, "all.toml", "--gpu", "b200", "--json")
+    assert {stage["price_per_gpu_hour"] for stage in json.loads(out)["stages"]} == {6.25}
     assert "first" in out
 
 

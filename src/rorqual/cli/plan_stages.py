@@ -62,6 +62,8 @@ class _Pipeline:
 
     def add(self, stage: Stage, overrides: list[str] | None = None) -> None:
         fields = stage.fields | self.given
+        if "gpu" in self.given and "price" not in self.given:
+            fields.pop("price", None)  # the file's is of another chip
         if stage.recipe is not None:
             self.stages.append(self._recipe(stage, load_recipe(stage.recipe, _kind(stage.recipe), overrides), fields))
             return
