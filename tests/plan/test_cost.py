@@ -12,6 +12,7 @@ from rorqual.plan.cost import (
     mtp_parameters,
     parameters,
 )
+from rorqual.plan.known_models import find_model
 from rorqual.plan.process_memory import memory
 from rorqual.recipe import OptimizerSection
 
@@ -81,6 +82,16 @@ def test_counts_equal_the_built_network(sizes):
 @pytest.mark.parametrize(("sizes", "gflop"), [(V3, 250), (V2, 155), (LLAMA_405B, 2448)])
 def test_training_flops_of_hw_table_2(sizes, gflop):
     assert flops_per_token(ModelConfig(**sizes), 4096) / 1e9 == pytest.approx(gflop, rel=0.015)
+
+
+def test_qwens_published_flops_leave_something_out():
+    """394 GFLOP are fewer than 6 for each of the 70.2 B weights of its layers (HW table 2); attention is 25 more."""
+    config = find_model("qwen2.5-72b")
+    layers = parameters(config)[0] - 2 * config.vocab_size * config.hidden_size
+    assert 6 * layers > 394e9
+    attention = 3 * 4 * 128 * 64 * 2048 * 80
+    head = 6 * config.vocab_size * config.hidden_size
+    assert flops_per_token(config, 4096) == pytest.approx(6 * layers + attention + head, rel=1e-3)
 
 
 def test_flops_are_those_torch_counts():

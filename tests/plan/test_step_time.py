@@ -83,3 +83,38 @@ def test_interleaving_and_tensor_parallelism():
     layers = max(len(part) for part in stages(job.config, "1f1b", 4)[0])
     once = 4 * 3 / 4 * 4096 * 4096 * 2 / (0.9 * 450e9)
     assert split.tensor == pytest.approx(64 * layers * 3 * once, rel=0.1)
+
+
+def test_without_overlap_nothing_is_hidden():
+    layout = Layout(data=8, experts=8)
+    hides, waits = (step_time(V2_LITE, replace(layout, overlap=how), CHIP, 0.5) for how in (True, False))
+    assert hides.travel == pytest.approx(0, abs=1e-9)
+    assert waits.travel > 0
+    assert waits.sums == pytest.approx(2 * hides.sums)
+
+
+def test_stages_of_as_many_layers():
+    """Of Llama 3.1 70B cut to 12: a balanced last stage has fewer, since the head is in it."""
+    config = find_model("llama-3.1-70b").replace(num_hidden_layers=12)
+    assert [len(part) for part in stages(config, "1f1b", 2, balanced=False)[0]] == [6, 6]
+    assert [len(part) for part in stages(config, "1f1b", 2)[0]] == [7, 5]
+
+
+def test_ranks_that_share_a_sequence():
+    """Tokens are shared, attention too; by hand, what three of four ranks send of 2 · 8 · 128 values in BF16, in a
+    forward and a backward pass of 32 layers."""
+    job = Job(DENSE.config, 131072, 8)
+    alone, shared = (step_time(job, Layout(data=1, context=n), CHIP, 0.5) for n in (1, 4))
+    assert shared.products == pytest.approx(alone.products / 4)
+    assert shared.attention == pytest.approx(alone.attention / 4)
+    once = 3 / 4 * 131072 * 2 * 8 * 128 * 2 / (0.9 * 450e9)
+    assert shared.tensor == pytest.approx(8 * 32 * 2 * once)
+
+
+def test_each_rank_computes_keys_of_latents_that_it_sees():
+    """By hand: of a quarter of a sequence, in two pieces, it sees 4.5 quarters together."""
+    config = replace(V2_LITE.config, n_routed_experts=None, first_k_dense_replace=99)
+    job = Job(config, 32768, 8)
+    alone, shared = (step_time(job, Layout(data=1, context=n), CHIP, 0.5) for n in (1, 4))
+    keys = 2 * 512 * 16 * (128 + 128) * 32768 * 8 * 27 * 3 / (0.5 * 989.4e12)
+    assert shared.products == pytest.approx(alone.products / 4 + 3.5 * keys / 4, rel=1e-3)

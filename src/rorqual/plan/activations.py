@@ -20,6 +20,13 @@ class Kept:
     size: int
     fp8: bool = False
     recompute: str = "none"  # or v3, full
+    context: int = 1  # ranks that share a sequence
+
+    @property
+    def seen(self) -> float:
+        """Tokens whose keys and values a rank has, for each of its own (parallel/context.py): a rank of two pieces of a
+        sequence of 2·context sees all up to each, 2·context + 1 pieces in all."""
+        return self.context + 0.5 if self.context > 1 else 1.0
 
     def input(self, width: int) -> float:
         """Of a linear whose input nothing else keeps."""
@@ -57,14 +64,18 @@ def _latent(config: ModelConfig, kept: Kept) -> float:
         keys_and_values = H * (mla.qk_nope_head_dim + mla.v_head_dim)
         if mla.v_head_dim < W:  # values as wide as queries (model/attention.py)
             keys_and_values = H * W
-        found += (2 * H * W + keys_and_values) * kept.size
+        found += (H * W + kept.seen * (H * W + keys_and_values)) * kept.size
+        if kept.context > 1:
+            found += kept.context * (C + mla.qk_rope_head_dim) * kept.size  # gathered
     return found
 
 
 def _grouped(config: ModelConfig, kept: Kept) -> float:
     gqa, H = config.gqa, config.num_attention_heads
     W, G = gqa.head_dim, gqa.num_key_value_heads
-    heads = H + 2 * (H if kept.size == FP32 else G)  # torch's fused kernel has keys and values for every head
+    heads = H + 2 * kept.seen * (
+        H if kept.size == FP32 else G
+    )  # torch's fused kernel has keys and values for every head
     inputs = 3 * kept.input(config.hidden_size) if kept.fp8 else 0
     return heads * W * kept.size + inputs + _output(H, W, W, kept)
 

@@ -163,11 +163,11 @@ class Memory:
         return sum(vars(self).values())
 
 
-def loss_bytes(config: ModelConfig, tokens: int, size: int) -> int:
+def loss_bytes(config: ModelConfig, tokens: int, size: int, tensor: int = 1) -> int:
     """One chunk of logits with its softmax, the head's FP32 gradient, and that of the hidden states, of `size` bytes a
-    value (kernels/cross_entropy.py).
+    value (kernels/cross_entropy.py). tensor: ranks that share the head.
     """
-    head = config.vocab_size * config.hidden_size
+    head = config.vocab_size * config.hidden_size // tensor
     return 3 * min(64 << 20, 4 * tokens * config.vocab_size) + 4 * head + tokens * config.hidden_size * size
 
 

@@ -19,7 +19,7 @@ from rorqual.plan.cost import (
     multi_token_parameters,
 )
 from rorqual.plan.schedule import SCHEDULES, Schedule, one_f_one_b
-from rorqual.plan.stage_layers import layers_of_stages
+from rorqual.plan.stage_layers import layers_of_stages, split
 from rorqual.sections import ParallelSection
 
 FP32 = 4
@@ -59,6 +59,10 @@ class Layout:
     experts: int = 1
     tensor: int = 1  # ranks that share each product; other engines have it, ours has not
     interleave: int = 1  # runs of layers a rank has in 1f1b, which divide its bubble; as `tensor`
+    # Other engines can do without: travel and sums behind computing, outside of dualpipev; stages of as much work, the
+    # head included, instead of as many layers.
+    overlap: bool = True
+    balanced: bool = True
     per_node: int = 8
     micro_batch: int = 1  # sequences
     schedule: str = "dualpipev"
@@ -92,7 +96,7 @@ def check(layout: Layout, job: Job) -> str | None:
     if layout.pipeline == 1:
         return None
     try:
-        stages(config, layout.schedule, layout.pipeline)
+        stages(config, layout.schedule, layout.pipeline, layout.balanced)
         # The error is for too few micro-batches, and few are soon written.
         number = min(layout.micro_batches(job.batch), 2 * layout.pipeline)
         schedule_of(layout.schedule, layout.pipeline, number)
@@ -108,12 +112,16 @@ def schedule_of(name: str, ranks: int, micro_batches: int) -> Schedule:
 
 
 @cache
-def stages(config: ModelConfig, schedule: str, ranks: int) -> tuple[tuple[range, ...], tuple[int, ...]]:
+def stages(
+    config: ModelConfig, schedule: str, ranks: int, balanced: bool = True
+) -> tuple[tuple[range, ...], tuple[int, ...]]:
     """Layers of each stage, and its rank."""
     if ranks == 1:
         return (range(config.num_hidden_layers),), (0,)
     found = schedule_of(schedule, ranks, 2 * ranks)
-    return layers_of_stages(config, found), found.rank_of_stage
+    if balanced:
+        return layers_of_stages(config, found), found.rank_of_stage
+    return split([1] * config.num_hidden_layers, found.stages), found.rank_of_stage
 
 
 @dataclass(frozen=True)
@@ -135,9 +143,9 @@ class Held:
 
 
 @cache
-def held(config: ModelConfig, schedule: str, pipeline: int) -> tuple[Held, ...]:
+def held(config: ModelConfig, schedule: str, pipeline: int, balanced: bool = True) -> tuple[Held, ...]:
     """By pipeline rank."""
-    layers, ranks = stages(config, schedule, pipeline)
+    layers, ranks = stages(config, schedule, pipeline, balanced)
     of_rank: list[list[LayerParameters]] = [[] for _ in range(pipeline)]
     kinds = {moe: layer_parameters(config, moe) for moe in {False, bool(config.n_routed_experts)}}
     for part, rank in zip(layers, ranks, strict=True):
@@ -158,7 +166,7 @@ def memory_by_rank(job: Job, layout: Layout) -> list[Memory]:
     copies = owners // layout.experts
     kept = activations(job, layout)
     found = []
-    for rank, own in enumerate(held(job.config, layout.schedule, layout.pipeline)):
+    for rank, own in enumerate(held(job.config, layout.schedule, layout.pipeline, layout.balanced)):
         shared, routed = own.shared / tensor, own.routed / layout.experts / tensor
         resident, owned = shared + routed, shared / owners + routed / copies
         if layout.sharding == "full":  # of one layer at a time all rows
@@ -174,7 +182,7 @@ def memory_by_rank(job: Job, layout: Layout) -> list[Memory]:
                 moments=round(MOMENTS[job.moments] * owned),
                 ema=round(FP32 * owned) if job.ema else 0,
                 activations=round(kept[rank]),
-                loss=loss_bytes(job.config, _tokens(job, layout), size) if last else 0,
+                loss=loss_bytes(job.config, _tokens(job, layout), size, tensor) if last else 0,
             )
         )
     return found
@@ -184,18 +192,21 @@ def activations(job: Job, layout: Layout) -> list[float]:
     """Bytes that each pipeline rank keeps for backward passes, at most."""
     number = layout.micro_batches(job.batch)
     together = 2 if takes_turns(layout) and number > 1 else 1
-    how = Kept(job.itemsize, layout.precision == "fp8", layout.recompute)
+    how = Kept(job.itemsize, layout.precision == "fp8", layout.recompute, layout.context)
     if layout.pipeline == 1:
         return [together * _tokens(job, layout) * _kept(job.config, how, "1f1b", 1, 1)[0]]
     # No more are in flight with more micro-batches than this.
     number = min(number, 4 * layout.pipeline)
-    return [_tokens(job, layout) * n for n in _kept(job.config, how, layout.schedule, layout.pipeline, number)]
+    kept = _kept(job.config, how, layout.schedule, layout.pipeline, number, layout.balanced)
+    return [_tokens(job, layout) * n for n in kept]
 
 
 @cache
-def _kept(config: ModelConfig, how: Kept, schedule: str, pipeline: int, micro_batches: int) -> tuple[float, ...]:
+def _kept(
+    config: ModelConfig, how: Kept, schedule: str, pipeline: int, micro_batches: int, balanced: bool = True
+) -> tuple[float, ...]:
     """Bytes a token of a micro-batch, by rank."""
-    parts, _ = stages(config, schedule, pipeline)
+    parts, _ = stages(config, schedule, pipeline, balanced)
     by_kind = {moe: layer_bytes(config, moe, how) for moe in {False, bool(config.n_routed_experts)}}
     each = [sum(by_kind[config.is_moe_layer(layer)] for layer in part) for part in parts]
     depth = config.num_nextn_predict_layers
@@ -210,7 +221,7 @@ def _kept(config: ModelConfig, how: Kept, schedule: str, pipeline: int, micro_ba
 
 def takes_turns(layout: Layout) -> bool:
     """Whether two micro-batches take turns without a pipeline, one computing while the other's tokens travel."""
-    return layout.experts > 1 and layout.sharding == "zero-1"
+    return layout.overlap and layout.experts > 1 and layout.sharding == "zero-1"
 
 
 def _tokens(job: Job, layout: Layout) -> int:
@@ -219,7 +230,7 @@ def _tokens(job: Job, layout: Layout) -> int:
 
 
 def _rank_of_last(job: Job, layout: Layout) -> int:
-    return stages(job.config, layout.schedule, layout.pipeline)[1][-1]
+    return stages(job.config, layout.schedule, layout.pipeline, layout.balanced)[1][-1]
 
 
 def of_section(section: ParallelSection, micro_batch: int, per_node: int, precision: str, recompute: str) -> Layout:

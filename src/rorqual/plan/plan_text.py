@@ -17,7 +17,7 @@ PARTS = {
     "products": "products with weights",
     "attention": "attention",
     "memory": "memory traffic",
-    "tensor": "tensor-parallel sums",
+    "tensor": "tensor- or context-parallel sums",
     "travel": "tokens on their way to experts",
     "bubble": "bubble of the pipeline",
     "sums": "sums over ranks",

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 
+from rorqual.model.config import ModelConfig
 from rorqual.plan.chips import Chip, find_chip
 from rorqual.plan.known_models import find_model
 from rorqual.plan.layout import Job, Layout
@@ -60,8 +61,9 @@ class Calibration:
 def published_runs() -> tuple[PublishedRun, ...]:
     found = []
     for raw in tomllib.loads(files("rorqual.plan").joinpath("runs.toml").read_text())["run"]:
-        chip = find_chip(raw["chip"])
-        job = Job(find_model(raw["model"]), raw["length"], raw["batch"], moments=raw.get("moments", "float32"))
+        chip, model = find_chip(raw["chip"]), raw["model"]
+        config = find_model(model) if isinstance(model, str) else ModelConfig(**model)
+        job = Job(config, raw["length"], raw["batch"], moments=raw.get("moments", "float32"))
         layout = Layout(**({"per_node": chip.per_node} | raw["layout"]))
         rate, imbalance = raw["tokens_a_second"], raw.get("imbalance", IMBALANCE)
         found.append(PublishedRun(raw["name"], raw["use"] == "fit", job, layout, chip, rate, imbalance, raw["source"]))
@@ -70,13 +72,14 @@ def published_runs() -> tuple[PublishedRun, ...]:
 
 @cache
 def calibration(family: str) -> Calibration:
-    """Of a chip family: the geometric mean of the runs to fit, and the spread of all."""
+    """Of a chip family: the geometric mean of the runs to fit, and the spread of all, of which 80 % lie within."""
     runs = [run for run in published_runs() if run.chip.family == family]
     fitted = [run for run in runs if run.fitted]
     if not fitted:
         other = calibration(RUN_FAMILY)
         return Calibration(other.utilisation, UNKNOWN, f"no published run of {family}; as {RUN_FAMILY}")
     utilisation = math.exp(statistics.mean(math.log(run.fit()) for run in fitted))
-    errors = [math.log(run.predicted(utilisation) / run.tokens_a_second) for run in runs]
-    spread = max(LEAST, math.sqrt(statistics.mean(e * e for e in errors)))
+    errors = sorted(abs(math.log(run.predicted(utilisation) / run.tokens_a_second)) for run in runs)
+    most = errors[math.ceil(0.8 * len(errors)) - 1]
+    spread = max(LEAST, math.sqrt(statistics.mean(e * e for e in errors)), 1.001 * most / Z80)
     return Calibration(utilisation, spread, "fitted to " + " and ".join(run.name for run in fitted))

@@ -15,6 +15,7 @@ from rorqual.plan.step_time import IMBALANCE, StepTime, least_seconds, step_time
 
 USABLE = 0.92  # of a chip's memory; the rest is for libraries, messages and fragmentation
 PIPELINES = (1, 2, 4, 8, 16, 32)
+CONTEXTS = (1, 2, 4, 8)  # ranks that share a sequence, in one node
 MICRO_BATCHES = (1, 2, 4, 8, 16)
 RECOMPUTE = ("none", "v3", "full")
 
@@ -66,7 +67,7 @@ def search(
 def layouts(job: Job, chips: int, per_node: int, precisions: tuple[str, ...]) -> Iterator[Layout]:
     """Those worth trying; not all of them are possible."""
     experts = job.config.moe.n_routed_experts if job.config.n_routed_experts else 1
-    contexts = (1,) if job.length <= 8192 else (1, 2, 4, 8)
+    contexts = (1,) if job.length <= 8192 else CONTEXTS
     for pipeline, context in product(PIPELINES, contexts):
         if chips % (pipeline * context) or pipeline > job.config.num_hidden_layers:
             continue

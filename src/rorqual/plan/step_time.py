@@ -11,7 +11,7 @@ from functools import cache
 from rorqual.model.config import ModelConfig
 from rorqual.plan.activations import Kept, layer_bytes
 from rorqual.plan.chips import Chip
-from rorqual.plan.cost import flops_after_layers, flops_by_layer, multi_token_kinds
+from rorqual.plan.cost import cache_bytes_per_token, flops_after_layers, flops_by_layer, multi_token_kinds
 from rorqual.plan.expected_rows import expected_rows, row_bytes
 from rorqual.plan.layout import Job, Layout, held, schedule_of, stages, takes_turns
 from rorqual.plan.simulate import Times, simulate
@@ -21,7 +21,9 @@ LINK_SHARE = 0.9  # of a link's rate that large messages reach; DeepEP reaches 1
 GROUPED = 0.6  # of the utilisation of other products that those of experts reach: 0.30 of 0.49 on B200 (SimuMax)
 FEW = 2  # micro-batches of a simulated pipeline, for each rank
 PASSES = 3.0  # times that kept activations cross the memory's bus in a forward pass; twice as often in a backward pass
-UPDATE_BYTES = 28.0  # that an update reads and writes for a parameter: gradient, master, two moments, weight
+# That an update reads and writes for a parameter: the gradient, once for the norm of all, once for itself, and to zero
+# it; master and two moments, there and back; the weight.
+UPDATE_BYTES = 38.0
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class StepTime:
     products: float  # of the busiest rank
     attention: float
     memory: float
-    tensor: float  # gathers and sums between ranks that share products
+    tensor: float  # gathers and sums between ranks that share products, or a sequence
     travel: float  # of tokens to experts, that nothing hides
     bubble: float  # without work, in a pipeline: waiting for others, and for slower ranks
     sums: float  # of gradients and weights over ranks, that nothing hides
@@ -49,7 +51,7 @@ class Work:
     products: float
     attention: float
     memory: float
-    tensor: float  # of gathers and sums between ranks that share products
+    tensor: float  # of gathers and sums between ranks that share products, or a sequence
     travel: float
 
     @property
@@ -93,7 +95,7 @@ def least_seconds(job: Job, layout: Layout, chip: Chip, utilisation: float, imba
 def forward_work(job: Job, layout: Layout, chip: Chip, utilisation: float, imbalance: float) -> list[Work]:
     """Of each stage."""
     config, tokens = job.config, layout.micro_batch * job.length / (layout.context * layout.tensor)
-    parts, _ = stages(config, layout.schedule, layout.pipeline)
+    parts, _ = stages(config, layout.schedule, layout.pipeline, layout.balanced)
     low, high = chip.rate(layout.precision) * utilisation, chip.rate(job.dtype) * utilisation
     # Products of the routed experts are smaller, and the busiest rank's are the ones that count.
     routed = _routed_flops(config) * ((1 + imbalance * (layout.experts > 1)) / GROUPED - 1)
@@ -103,6 +105,8 @@ def forward_work(job: Job, layout: Layout, chip: Chip, utilisation: float, imbal
     travel = tokens * _travel(config, layout, chip, job.itemsize) * (1 + imbalance)
     # A layer gathers its tokens before attention and before the feed-forward part, and scatters sums after each.
     split = 4 * tokens * (layout.tensor - 1) * config.hidden_size * job.itemsize / (LINK_SHARE * chip.within)
+    split += tokens * _context_seconds(config, layout, chip, job.itemsize)
+    expanded = _expanded_flops(config) * (Kept(job.itemsize, context=layout.context).seen - 1)
     found: list[Work] = []
     for stage, part in enumerate(parts):
         flops = [every[layer] for layer in part]
@@ -120,7 +124,7 @@ def forward_work(job: Job, layout: Layout, chip: Chip, utilisation: float, imbal
         crossing = PASSES * (mixtures * kept.get(True, 0.0) + dense * kept.get(False, 0.0))
         found.append(
             Work(
-                products=tokens * ((products + mixtures * routed) / low + head / high),
+                products=tokens * ((products + mixtures * routed + (dense + mixtures) * expanded) / low + head / high),
                 attention=tokens * attention / high,
                 tensor=(dense + mixtures) * split,
                 memory=tokens * crossing / chip.bandwidth,
@@ -135,7 +139,7 @@ def _kinds(config: ModelConfig) -> tuple[bool, ...]:
 
 
 def _ranks(job: Job, layout: Layout) -> tuple[int, ...]:
-    return stages(job.config, layout.schedule, layout.pipeline)[1]
+    return stages(job.config, layout.schedule, layout.pipeline, layout.balanced)[1]
 
 
 def _both(work: Work, layout: Layout, again: int) -> float:
@@ -207,6 +211,23 @@ def _routed_flops(config: ModelConfig) -> float:
     return 6.0 * config.hidden_size * moe.moe_intermediate_size * moe.num_experts_per_tok
 
 
+def _expanded_flops(config: ModelConfig) -> float:
+    """Of a token's keys and values of all heads, from its latent; ranks that share a sequence compute those of all
+    tokens that they see."""
+    if not config.is_mla:
+        return 0.0
+    mla = config.mla
+    return 2.0 * mla.kv_lora_rank * config.num_attention_heads * (mla.qk_nope_head_dim + mla.v_head_dim)
+
+
+def _context_seconds(config: ModelConfig, layout: Layout, chip: Chip, itemsize: int) -> float:
+    """Of a token's part in a layer's gather of keys and values, in a pass. They are gathered in the forward pass, and
+    their gradients go back in the backward pass, which counts as two."""
+    width = cache_bytes_per_token(config, itemsize) / config.num_hidden_layers
+    rate = chip.within if layout.context <= layout.per_node else chip.between
+    return 2 / 3 * (layout.context - 1) * width / (LINK_SHARE * rate)
+
+
 def _travel(config: ModelConfig, layout: Layout, chip: Chip, itemsize: int) -> float:
     """Seconds of a token's way to the experts of a layer and back; a backward pass takes as long."""
     if layout.experts == 1 or not config.n_routed_experts:
@@ -226,7 +247,7 @@ def _sums(job: Job, layout: Layout, chip: Chip, busy: float) -> float:
     owners = layout.data * layout.context
     copies = owners // layout.experts
     number, seconds = layout.micro_batches(job.batch), []
-    for own in held(job.config, layout.schedule, layout.pipeline):
+    for own in held(job.config, layout.schedule, layout.pipeline, layout.balanced):
         shared, routed = own.shared / layout.tensor, own.routed / layout.experts / layout.tensor
         gathers = 2 * number if layout.sharding == "full" else 1
         a_rank = shared * (1 - 1 / owners) * (4 + gathers * job.itemsize)
@@ -234,7 +255,9 @@ def _sums(job: Job, layout: Layout, chip: Chip, busy: float) -> float:
         rate = chip.between if owners > layout.per_node else chip.within
         seconds.append(a_rank / (LINK_SHARE * rate))
     most = max(seconds)
-    return max(0.0, most - busy) if layout.sharding == "full" else most / 2
+    if layout.sharding == "full":
+        return max(0.0, most - busy)
+    return most / 2 if layout.overlap else most
 
 
 def _update(job: Job, layout: Layout, chip: Chip) -> float:
@@ -242,6 +265,6 @@ def _update(job: Job, layout: Layout, chip: Chip) -> float:
     copies = owners // layout.experts
     owned = max(
         own.shared / owners + own.routed / layout.experts / copies
-        for own in held(job.config, layout.schedule, layout.pipeline)
+        for own in held(job.config, layout.schedule, layout.pipeline, layout.balanced)
     )
     return owned / layout.tensor * UPDATE_BYTES / chip.bandwidth

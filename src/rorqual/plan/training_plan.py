@@ -191,7 +191,7 @@ def _why(best: StepTime, other: StepTime) -> str:
     more = {part: seconds - vars(best)[part] for part, seconds in vars(other).items()}
     part = max(more, key=more.__getitem__)
     names = {
-        "products": "products", "attention": "attention", "memory": "memory traffic", "tensor": "tensor-parallel sums",
+        "products": "products", "attention": "attention", "memory": "memory traffic", "tensor": "sums in a layer",
         "travel": "tokens on their way to experts", "bubble": "bubble", "sums": "sums over ranks", "update": "update",
     }  # fmt: skip
     return f"{more[part]:+.2g} s of {names[part]} a step"

@@ -125,7 +125,8 @@ def _memory(
 ) -> Memory:  # fmt: skip
     """flying: micro-batches for each that the schedule has in flight. tokens: of a micro-batch."""
     config, optimizer, size = trainer.model.config, trainer.optimizer, trainer.dtype.itemsize
-    how, place = Kept(size, recipe.precision is not None, recipe.recompute), trainer.mesh.pipeline.place
+    how = Kept(size, recipe.precision is not None, recipe.recompute, recipe.parallel.context)
+    place = trainer.mesh.pipeline.place
     each = [sum(layer_bytes(config, config.is_moe_layer(layer), how) for layer in stage) for stage in layers]
     depth = config.num_nextn_predict_layers
     after = layer_bytes(config, config.is_moe_layer(config.num_hidden_layers), how) + mtp_bytes(config, how)
