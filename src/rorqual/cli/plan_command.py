@@ -160,13 +160,21 @@ def _check_kind(options: typer.Context, kind: str) -> None:
 
 
 def _calibrate() -> None:
+    from rorqual.engine.calibrate import calibrate_engine
     from rorqual.kernels.dtypes import compute_dtype
     from rorqual.plan.cpu_time import keep
+    from rorqual.plan.engine_time import keep_engine_costs
     from rorqual.train.calibrate import calibrate
 
-    costs = calibrate()
-    path = keep(costs, compute_dtype("auto"))
-    print(f"{path}: {costs.source}; 80 % of times within a factor of {costs.interval(1.0)[1]:.2f}")
+    dtype, costs = compute_dtype("auto"), calibrate()
+    keep(costs, dtype)
+    factors = {"training": costs.interval(1.0)[1]}
+    for name, fp8 in (("the engine", False), ("the engine with FP8 weights", True)):
+        found = calibrate_engine(fp8=fp8)
+        path = keep_engine_costs(found, dtype, fp8)
+        factors[name] = found.interval(1.0)[1]
+    said = ", ".join(f"{factor:.2f} ({name})" for name, factor in factors.items())
+    print(f"{path}: {costs.source}; 80 % of times within a factor of {said}")
 
 
 def numbers(option: str, text: str, count: int) -> list[float]:

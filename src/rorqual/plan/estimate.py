@@ -108,8 +108,8 @@ def plan_text(plan: Plan) -> str:
         time = f"{speed}; the length of an epoch is known once the data is packed"
     else:
         slow, fast = plan["tokens_per_second_interval"]
-        low, high = (_duration(plan["seconds"] * plan["tokens_per_second"] / rate) for rate in (fast, slow))
-        time = f"about {_duration(plan['seconds'])} ({low} to {high}): {speed}"
+        low, high = (duration(plan["seconds"] * plan["tokens_per_second"] / rate) for rate in (fast, slow))
+        time = f"about {duration(plan['seconds'])} ({low} to {high}): {speed}"
     time += f"\n{'':<13}{plan['calibration']}"
     return f"{run_text(plan)}\nmemory       {total} of {machine} ({parts})\ntime         {time}"
 
@@ -135,7 +135,8 @@ def quantity(value: float, unit: str = "") -> str:
     return f"{value:.3g} {unit}".rstrip()
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """100 → "100 seconds", 600 → "10 minutes"."""
     if seconds < 120:
         return f"{seconds:.0f} seconds"
     return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
