@@ -58,6 +58,16 @@ def test_costs_are_found_again():
         assert getattr(found, name) == pytest.approx(getattr(TRUE, name), rel=1e-6)
 
 
+def test_what_is_not_measured_stays_as_expected():
+    """Costs of two counts that always come together, and of one that is always 0."""
+    pairs = [(Counts(n, n, 0, 0, 0, 0, 0), 3e-11 * n) for n in (1e9, 2e9, 4e9)]
+    expected = {name: getattr(TRUE, name) for name in NAMES}
+    found = fit(pairs, "", Costs, expected)
+    assert (found.products, found.attention) == (pytest.approx(1e-11), pytest.approx(2e-11))
+    assert found.kept == pytest.approx(TRUE.kept)
+    assert fit(pairs, "", Costs, expected | {"attention": 1e-11}).products < 2e-11
+
+
 def test_no_cost_is_negative_and_the_spread_is_the_noises():
     found = fit(measured(0.2, 200), "", Costs)
     assert all(getattr(found, name) >= 0 for name in NAMES)

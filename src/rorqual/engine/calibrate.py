@@ -13,8 +13,14 @@ from rorqual.engine.engine import Engine
 from rorqual.engine.sampling_params import SamplingParams
 from rorqual.kernels.dtypes import compute_dtype
 from rorqual.model import ModelConfig, Transformer
-from rorqual.plan.cost import parameters
-from rorqual.plan.engine_time import EngineCosts, EngineCounts, decode_counts, prefill_counts
+from rorqual.plan.engine_time import (
+    EngineCosts,
+    EngineCounts,
+    decode_counts,
+    expected_engine_costs,
+    prefill_counts,
+    refresh_counts,
+)
 from rorqual.plan.fitting import fit
 from rorqual.plan.measured_here import calibrated_on
 from rorqual.precision.fp8_twin import FP8Twin
@@ -54,7 +60,8 @@ def calibrate_engine(dtype: str = "auto", fp8: bool = False, say: Callable[[str]
             probe.time()
         weights = "FP8 weights" if fp8 else "weights as they are trained"
         say(f"round {turn + 1} of {ROUNDS}: the engine with {len(probes)} models, {weights}")
-    costs = fit([pair for probe in probes for pair in probe.measured], calibrated_on(), EngineCosts)
+    expected = expected_engine_costs(compute_dtype(dtype), fp8)
+    costs = fit([pair for probe in probes for pair in probe.measured], calibrated_on(), EngineCosts, expected)
     return replace(costs, spread=math.hypot(costs.spread, statistics.mean(probe.noise for probe in probes)))
 
 
@@ -72,7 +79,7 @@ class EngineProbe:
         ]
         self.counts = [work_counts(config, *work) for work in WORKS]
         if fp8:
-            self.counts.append(EngineCounts(rounded=parameters(config)[0] - config.vocab_size * config.hidden_size))
+            self.counts.append(refresh_counts(config))
         self.times: list[list[float]] = [[] for _ in self.counts]
         for i in (3, 5):  # allocate, and warm up
             self._generate(i)

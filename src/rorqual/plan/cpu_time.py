@@ -87,9 +87,13 @@ def costs_here(dtype: torch.dtype) -> Costs:
         return TypeAdapter(Costs).validate_python(read_entry(dtype))
     except ValidationError:
         pass
+    return Costs(**expected_costs(dtype), spread=UNMEASURED, source=NOT_CALIBRATED)
+
+
+def expected_costs(dtype: torch.dtype) -> dict[str, float]:
+    """The defaults, scaled by the speed of a large product."""
     scale = DEFAULT_PEAK / matrix_peak(dtype)
-    costs = {name: value * scale for name, value in DEFAULT.items()}
-    return Costs(**costs, spread=UNMEASURED, source=NOT_CALIBRATED)
+    return {name: value * scale for name, value in DEFAULT.items()}
 
 
 def keep(costs: Costs, dtype: torch.dtype) -> Path:

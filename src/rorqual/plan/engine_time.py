@@ -89,6 +89,17 @@ def prefill_counts(config: ModelConfig, prompts: float, length: float, answers: 
     )
 
 
+def refresh_counts(config: ModelConfig) -> EngineCounts:
+    """Of rounding a model's weights to FP8 for the engine: those of all layers, one matrix after another."""
+    mixtures = sum(config.is_moe_layer(i) for i in range(config.num_hidden_layers))
+    head = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
+    return EngineCounts(
+        layers=config.num_hidden_layers,
+        experts=mixtures * (config.n_routed_experts or 0),
+        rounded=parameters(config)[0] - head,
+    )
+
+
 def _pass(config: ModelConfig, tokens: float, sampled: float) -> EngineCounts:
     """Of a forward pass without attention; logits of so many tokens are computed."""
     depth, head = config.num_hidden_layers, config.vocab_size * config.hidden_size
@@ -120,11 +131,14 @@ def engine_costs_here(dtype: torch.dtype, fp8: bool = False) -> EngineCosts:
         return TypeAdapter(EngineCosts).validate_python(read_entry(dtype, _entry(fp8)))
     except ValidationError:
         pass
+    return EngineCosts(**expected_engine_costs(dtype, fp8), spread=UNMEASURED, source=NOT_CALIBRATED)
+
+
+def expected_engine_costs(dtype: torch.dtype, fp8: bool = False) -> dict[str, float]:
+    """The defaults, scaled by the speed of a large product."""
+    costs = DEFAULT | ({"weights": DEFAULT_FP8_WEIGHTS} if fp8 else {})
     scale = DEFAULT_PEAK / matrix_peak(dtype)
-    costs = {name: value * scale for name, value in DEFAULT.items()}
-    if fp8:
-        costs["weights"] = DEFAULT_FP8_WEIGHTS * scale
-    return EngineCosts(**costs, spread=UNMEASURED, source=NOT_CALIBRATED)
+    return {name: value * scale for name, value in costs.items()}
 
 
 def keep_engine_costs(costs: EngineCosts, dtype: torch.dtype, fp8: bool = False) -> Path:

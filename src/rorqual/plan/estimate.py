@@ -7,7 +7,9 @@ from rorqual.kernels.dtypes import compute_dtype, dtype_name
 from rorqual.model.config import ModelConfig
 from rorqual.plan.cost import flops_per_token, memory, mtp_flops_per_token, mtp_parameters, parameters
 from rorqual.plan.cpu_time import Counts, costs_here, step_counts
+from rorqual.plan.fitting import interval
 from rorqual.plan.hardware import describe_machine, matrix_peak, memory_total
+from rorqual.plan.rehearsal import kept_training
 from rorqual.recipe import PretrainRecipe, SFTRecipe
 
 EMULATED = 1.4  # times as long as without that a step takes whose products are rounded here (benchmarks/fp8_memory.py)
@@ -48,7 +50,13 @@ def predict(config: ModelConfig, recipe: PretrainRecipe | SFTRecipe, rows: int |
     ahead = bool(recipe.mtp.weight or recipe.mtp.final_weight)
     step, costs = _step(config, recipe, ahead), costs_here(dtype)
     peak, tokens_a_step = matrix_peak(dtype), section.batch_size * length
-    rate = tokens_a_step / costs.seconds(step) / (EMULATED if recipe.precision else 1.0)
+    rehearsed = kept_training(recipe)
+    if rehearsed is not None:
+        rate, spread = rehearsed.tokens_per_second, rehearsed.noise
+        source = f"rehearsed in {len(rehearsed.seconds)} steps on this machine"
+    else:
+        rate = tokens_a_step / costs.seconds(step) / (EMULATED if recipe.precision else 1.0)
+        spread, source = costs.spread, costs.source
     tokens: float | None = None
     if section.seconds is not None:
         tokens = section.seconds * rate
@@ -78,10 +86,10 @@ def predict(config: ModelConfig, recipe: PretrainRecipe | SFTRecipe, rows: int |
         "memory": asdict(needed) | {"total": needed.total},
         "memory_machine": memory_total(),
         "tokens_per_second": rate,
-        "tokens_per_second_interval": costs.interval(rate),
+        "tokens_per_second_interval": interval(rate, spread),
         "seconds": None if tokens is None else tokens / rate,
         "utilisation": rate * each / peak,
-        "calibration": costs.source,
+        "calibration": source,
         "matrix_peak_flops": peak,
         "machine": describe_machine(),
     }

@@ -1,7 +1,7 @@
 """Costs of counted work, fitted to measured times by least squares with coefficients ≥ 0."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -10,6 +10,7 @@ import torch
 from rorqual.plan.published_runs import Z80
 
 LEAST_SPREAD = 0.05
+EXPECTED_WEIGHT = 0.1
 
 
 @dataclass(frozen=True)
@@ -37,18 +38,29 @@ def interval(value: float, spread: float) -> tuple[float, float]:
     return value / factor, value * factor
 
 
-def fit(measured: Sequence[tuple[Any, float]], source: str, kind: type[FittedT]) -> FittedT:
-    """The costs with the least squared relative errors, from pairs of counts and seconds."""
+def fit(
+    measured: Sequence[tuple[Any, float]], source: str, kind: type[FittedT], expected: Mapping[str, float] | None = None
+) -> FittedT:
+    """The costs with the least squared relative errors, from pairs of counts and seconds.
+
+    expected: costs to stay near to where the measurements do not tell one cost from another: larger models than those
+    measured are predicted, in which another part counts. A cost of twice what is expected weighs as much as an error
+    of `EXPECTED_WEIGHT`.
+    """
     names = list(vars(measured[0][0]))
     # A relative error of each: rows are divided by the time.
     rows = torch.tensor([[getattr(c, n) / t for n in names] for c, t in measured], dtype=torch.float64)
-    scale = rows.max(0).values.clamp(min=1e-300)
-    rows = rows / scale
-    found = _not_negative(rows, torch.ones(len(measured), dtype=torch.float64))
+    ones = torch.ones(len(measured), dtype=torch.float64)
+    unit = 1 / rows.max(0).values.clamp(min=1e-300)
+    if expected is not None:
+        unit = torch.tensor([expected[n] for n in names], dtype=torch.float64)
+    rows = rows * unit
+    near = torch.eye(len(names), dtype=torch.float64)[: 0 if expected is None else None] * EXPECTED_WEIGHT
+    found = _not_negative(torch.cat([rows, near]), torch.cat([ones, near.sum(1)]))
     errors = (rows @ found).clamp(min=1e-9).log()
     free = max(1, len(measured) - int((found > 0).sum()))
     spread = max(LEAST_SPREAD, math.sqrt(float((errors**2).sum()) / free))
-    return kind(**dict(zip(names, (found / scale).tolist(), strict=True)), spread=spread, source=source)
+    return kind(**dict(zip(names, (found * unit).tolist(), strict=True)), spread=spread, source=source)
 
 
 def _not_negative(rows: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

@@ -10,9 +10,9 @@ from typing import Any, TypedDict
 
 from rorqual.kernels.dtypes import compute_dtype
 from rorqual.model.config import ModelConfig
-from rorqual.plan.cost import flops_per_token, parameters
+from rorqual.plan.cost import flops_per_token
 from rorqual.plan.cpu_time import Costs, Counts, costs_here, step_counts
-from rorqual.plan.engine_time import EngineCosts, EngineCounts, decode_counts, engine_costs_here, prefill_counts
+from rorqual.plan.engine_time import EngineCosts, decode_counts, engine_costs_here, prefill_counts, refresh_counts
 from rorqual.plan.estimate import EMULATED, duration, quantity
 from rorqual.plan.fitting import interval
 from rorqual.plan.hardware import describe_machine, matrix_peak
@@ -116,14 +116,14 @@ def step_parts(recipe: RLRecipe, config: ModelConfig, costs: RLCosts, lengths: L
     train, forward = training_counts(recipe, config, lengths)
     slower = EMULATED if recipe.precision else 1.0
     passes = (section.kl > 0) + (section.mini_batches > 1 and (recipe.rounds or bool(recipe.rollouts.staleness)))
-    rounded = EngineCounts(rounded=rounded_weights(config)) if section.rollout_weights == "fp8" else EngineCounts()
+    refresh = sampler.seconds(refresh_counts(config)) if section.rollout_weights == "fp8" else 0.0
     return StepParts(
         rollout=prefill + body,
         tail=tail,
         rewards=0.0,
         log_probabilities=passes * costs.training.seconds(forward),
         training=slower * costs.training.seconds(train),
-        weights=sampler.seconds(rounded),
+        weights=refresh,
         idle=0.0,
     )
 
@@ -192,12 +192,6 @@ def rehearsed_parts(computed: StepParts, rehearsal: RLRehearsal) -> StepParts:
         training * computed.training, 0.0, 0.0,
     )  # fmt: skip
     return replace(parts, weights=max(0.0, rehearsal.median("seconds") - parts.total))
-
-
-def rounded_weights(config: ModelConfig) -> float:
-    """Weights that rollouts in FP8 round: of all layers, without the router's."""
-    head = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
-    return float(parameters(config)[0] - head)
 
 
 def evaluation_seconds(recipe: RLRecipe, config: ModelConfig, engine: EngineCosts, lengths: Lengths) -> float:

@@ -12,7 +12,7 @@ import torch
 from rorqual.data.loader import Batch
 from rorqual.kernels.dtypes import compute_dtype, dtype_name
 from rorqual.model import ModelConfig, Transformer
-from rorqual.plan.cpu_time import Costs, step_counts
+from rorqual.plan.cpu_time import Costs, expected_costs, step_counts
 from rorqual.plan.fitting import fit
 from rorqual.plan.measured_here import calibrated_on
 from rorqual.recipe import BalanceSection, MTPSection, OptimizerSection, ScheduleSection
@@ -66,7 +66,8 @@ def calibrate(dtype: str = "auto", say: Callable[[str], None] = print) -> Costs:
             probe.time()
         say(f"round {turn + 1} of {ROUNDS}: steps of {len(every)} models")
     noise = statistics.mean(probe.noise for probe in every)
-    costs = fit([(p.counts, p.seconds) for p in every], calibrated_on(), Costs)
+    expected = expected_costs(compute_dtype(dtype))
+    costs = fit([(p.counts, p.seconds) for p in every], calibrated_on(), Costs, expected)
     return replace(costs, spread=math.hypot(costs.spread, noise))
 
 
