@@ -103,7 +103,7 @@ def draw(found: PipelinePlan) -> None:
     v3 = PRICE * sum(hours for name, (hours, _) in PUBLISHED.items() if name.startswith("V3")) / 1e6
     r1 = PRICE * sum(hours for name, (hours, _) in PUBLISHED.items() if name.startswith("R1")) / 1e6
     bars = {
-        f"V3's final run\n(“5.6 million”)": v3, "R1 on top of it": r1, f"{CHIPS} H800 for a year\nat the same $2": (
+        "V3's final run\n(“5.6 million”)": v3, "R1 on top of it": r1, f"{CHIPS} H800 for a year\nat the same $2": (
             PRICE * CHIPS * YEAR / 1e6)
     }  # fmt: skip
     for y, (name, millions) in enumerate(reversed(bars.items())):

@@ -9,7 +9,8 @@ import torch
 from helpers.small_configs import LATENT
 from rorqual.model import ModelConfig
 from rorqual.plan.cost import flops_per_token, mtp_parameters, parameters
-from rorqual.plan.cpu_time import Costs, Counts, costs_here, fit, keep, step_counts
+from rorqual.plan.cpu_time import Costs, Counts, costs_here, keep, step_counts
+from rorqual.plan.fitting import fit
 
 NAMES = list(Counts.__dataclass_fields__)
 TRUE = Costs(1e-11, 2e-11, 3e-10, 1e-9, 5e-9, 1e-4, 2e-5, spread=0.1, source="")
@@ -52,13 +53,23 @@ def measured(noise, count=30):
 
 
 def test_costs_are_found_again():
-    found = fit(measured(0.0), "")
+    found = fit(measured(0.0), "", Costs)
     for name in NAMES:
         assert getattr(found, name) == pytest.approx(getattr(TRUE, name), rel=1e-6)
 
 
+def test_what_is_not_measured_stays_as_expected():
+    """Costs of two counts that always come together, and of one that is always 0."""
+    pairs = [(Counts(n, n, 0, 0, 0, 0, 0), 3e-11 * n) for n in (1e9, 2e9, 4e9)]
+    expected = {name: getattr(TRUE, name) for name in NAMES}
+    found = fit(pairs, "", Costs, expected)
+    assert (found.products, found.attention) == (pytest.approx(1e-11), pytest.approx(2e-11))
+    assert found.kept == pytest.approx(TRUE.kept)
+    assert fit(pairs, "", Costs, expected | {"attention": 1e-11}).products < 2e-11
+
+
 def test_no_cost_is_negative_and_the_spread_is_the_noises():
-    found = fit(measured(0.2, 200), "")
+    found = fit(measured(0.2, 200), "", Costs)
     assert all(getattr(found, name) >= 0 for name in NAMES)
     assert found.spread == pytest.approx(0.2, rel=0.2)
     inside = [low <= t <= high for c, t in measured(0.2, 200) for low, high in [found.interval(found.seconds(c))]]
@@ -76,7 +87,7 @@ def test_costs_are_kept_for_a_machine_and_a_dtype(tmp_path):
 
 def test_costs_of_another_machine_are_left_alone(monkeypatch):
     keep(TRUE, torch.float32)
-    monkeypatch.setattr("rorqual.plan.cpu_time.describe_machine", lambda: dict.fromkeys(
+    monkeypatch.setattr("rorqual.plan.measured_here.describe_machine", lambda: dict.fromkeys(
         ("processor", "threads", "compiled_functions", "torch"), "another"))  # fmt: skip
     assert "not calibrated" in costs_here(torch.float32).source
 

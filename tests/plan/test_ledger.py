@@ -59,11 +59,24 @@ def test_accounts_of_several_runs(tmp_path):
     write(tmp_path / "c", 5.0, {})
     one, two, three = read_accounts(tmp_path)
     assert (one.run, two.run) == ("a", "b/pretrain")
-    assert (one.rate, one.inside) == (100.0, True)
+    assert (one.measured, one.inside) == (100.0, True)
     assert one.error == pytest.approx(100 / 110 - 1)  # it took a tenth longer than predicted
     assert (two.inside, two.error) == (False, pytest.approx(-0.5))
-    assert (three.predicted_rate, three.error, three.inside) == (None, None, None)
+    assert (three.predicted, three.error, three.inside) == (None, None, None)
     assert read_accounts(tmp_path / "a")[0].run == "a"
+
+
+def test_steps_are_scored_by_their_time(tmp_path, monkeypatch):
+    """A longer time than predicted is a negative error, as with speeds."""
+    monkeypatch.setattr("rorqual.plan.ledger.matrix_peak", lambda dtype: 100.0)
+    predicted = {"tokens_per_second": 1.0, "seconds_a_step": 3.0, "seconds_a_step_interval": [2.0, 5.0]}
+    ledger = Ledger(tmp_path, predicted)
+    ledger.add("rollout", tokens=100, flops=1, seconds=40.0)
+    ledger.measured["seconds_a_step"] = 4.0
+    ledger.write()
+    (account,) = read_accounts(tmp_path)
+    assert (account.unit, account.measured, account.predicted) == ("s a step", 4.0, 3.0)
+    assert (account.error, account.inside) == (-0.25, True)
 
 
 @pytest.mark.parametrize("damage", ["{", "[]", '{"total": {}}', '{"total": 1, "stages": {}}'])

@@ -12,6 +12,7 @@ from rorqual.plan.hardware import memory_total
 from rorqual.plan.known_models import find_model
 from rorqual.plan.process_memory import memory
 from rorqual.plan.training_plan import Question, plan_training
+from rorqual.recipe import parse_recipe
 
 MODEL = find_model("smollm2-135m")
 
@@ -48,13 +49,17 @@ def test_what_does_not_fit_is_said(monkeypatch):
 
 
 def test_what_a_run_predicts_of_itself():
+    recipe = parse_recipe(
+        {"name": "run", "model": {"config": {}}, "data": {"sources": [{"path": "a.txt"}]}, "train": {"epochs": 2.0}},
+        "pretrain",
+    )
     predicted = {
         "tokens": 1000.0, "seconds": 10.0, "tokens_per_second": 100.0, "tokens_per_second_interval": (50.0, 200.0),
         "memory": {"weights": 5, "total": 5}, "flops_per_token": 7.0, "calibration": "as measured",
     }  # fmt: skip
-    plan = this_machine.predicted_here(MODEL, "pretrain", "run", predicted, 3600.0)
+    plan = this_machine.predicted_here(recipe, MODEL, predicted, 3600.0)
     assert vars(plan.seconds) == {"value": 10.0, "low": 5.0, "high": 20.0}
     assert plan.cost.value == pytest.approx(10)
     assert plan.memory == {"weights": 5}
-    with pytest.raises(UserError, match="run: how long it runs is known once its data is packed"):
-        this_machine.predicted_here(MODEL, "pretrain", "run", predicted | {"seconds": None}, None)
+    with pytest.raises(UserError, match=r"run: train.epochs = 2: how many steps those are is known once"):
+        this_machine.predicted_here(recipe, MODEL, predicted | {"seconds": None}, None)

@@ -72,8 +72,12 @@ def lines(folder):
     """What metrics.jsonl has of each step, but for times and memory; and the notes."""
     path = folder / "run" / "metrics.jsonl"
     found = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    own = ("seconds", "memory_gb", "rollout_wait_seconds", "rollout_tokens_per_second", "train_tokens_per_second")
-    steps = [{name: v for name, v in line.items() if name not in own} for line in found if "note" not in line]
+    own = ("memory_gb", "rollout_tokens_per_second", "train_tokens_per_second")
+    steps = [
+        {name: v for name, v in line.items() if name not in own and not name.endswith("seconds")}
+        for line in found
+        if "note" not in line
+    ]
     return steps, [line["note"] for line in found if "note" in line]
 
 

@@ -12,9 +12,12 @@ from helpers.killed_runs import KILLS, run_whole_and_killed
 from rorqual.checkpoint.huggingface import load_model, save_model
 from rorqual.data.tokenizer import load_tokenizer
 from rorqual.errors import UserError
+from rorqual.plan.ledger import read_accounts
+from rorqual.plan.rehearsal import keep_rehearsal
 from rorqual.recipe import RLRecipe, load_recipe, parse_recipe
 from rorqual.rl.envs.registry import open_environment
 from rorqual.rl.grpo_trainer import GRPOTrainer
+from rorqual.rl.rehearse import rehearse
 from rorqual.rl.rl_run import predict_rl, rl
 from rorqual.train.interrupts import Stopped
 
@@ -98,7 +101,7 @@ def test_a_run_leaves_a_model_metrics_and_a_ledger(tmp_path, model_dir):
     assert {step for step in found if "sample" in found[step]} == {1, 3, 5}
     assert {"reward", "reward_length", "seconds", "tokens", "lr", "kl"} <= found[4].keys()
     ledger = json.loads((run_dir / "ledger.json").read_text())
-    assert ledger["stages"].keys() == {"rollout", "train"}
+    assert ledger["stages"].keys() == {"rollout", "train", "evaluate"}
     assert ledger["stages"]["train"]["flops"] > 0
     assert ledger["stages"]["rollout"]["tokens"] == found[6]["tokens"]
     assert ledger["stages"]["train"]["tokens"] > 0
@@ -192,12 +195,24 @@ def test_what_would_end_a_run_ends_it_before_it_starts(tmp_path, model_dir):
                 rl(recipe(tmp_path, model_dir, f"environments=[{{name='mine', path='{path}'}}]", override), resume)
 
 
-def test_predicts_the_most_it_can_take(tmp_path, model_dir):
-    checked = recipe(tmp_path, model_dir)
-    plan = predict_rl(checked, load_model(model_dir).config)
-    assert plan["tokens"] == 2 * (6 * 2 * 4 * 6)  # sampled, and learnt from
-    assert plan["flops"] > plan["tokens"]
-    assert plan["seconds"] > 0
+def test_the_prediction_counts_as_the_ledger_does(tmp_path, model_dir, monkeypatch):
+    """With the lengths that come out: a rehearsal of all steps. Answers that the limit cuts are all as long."""
+    monkeypatch.setenv("RORQUAL_CALIBRATION", str(tmp_path / "calibration.json"))
+    given = recipe(tmp_path, model_dir, "grpo.max_tokens=1", "grpo.drop_zero_std_groups=false", "reward.length=0.0")
+    before = predict_rl(given, load_model(model_dir).config, 4.0)
+    assert before["calibration"].startswith("not calibrated")
+    assert before["tokens"] > 6 * 2 * 4 * 1 + 3 * 4
+    keep_rehearsal(given, rehearse(given, 6, say=lambda _: None))
+    run_dir = rl(given)
+    ledger = json.loads((run_dir / "ledger.json").read_text())
+    predicted = ledger["predicted"]
+    assert predicted == json.loads((run_dir / "plan.json").read_text())
+    assert predicted["calibration"].startswith("rehearsed in 6 steps")
+    assert predicted["tokens"] == pytest.approx(ledger["total"]["tokens"], rel=0.1)
+    assert predicted["flops"] == pytest.approx(ledger["total"]["flops"], rel=0.1)
+    (account,) = read_accounts(run_dir)
+    assert (account.unit, account.predicted) == ("s a step", predicted["seconds_a_step"])
+    assert account.measured == pytest.approx(ledger["measured"]["seconds_a_step"])
 
 
 @pytest.mark.parametrize("kills", KILLS)

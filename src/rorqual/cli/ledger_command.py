@@ -38,18 +38,18 @@ def ledger(
 
     table = Table("run", "stages", "tokens", "FLOP", "time", "of peak", "predicted", "error", "within", box=None)
     for a in accounts:
-        speed = "–" if a.predicted_rate is None else f"{quantity(a.predicted_rate)} tokens/s"
+        said = "–" if a.predicted is None else f"{quantity(a.predicted)} {a.unit}"
         error = "–" if a.error is None else f"{a.error:+.0%}"
         within_it = {None: "–", True: "yes", False: "no"}[a.inside]
         table.add_row(
             a.run, ", ".join(a.kinds), quantity(a.tokens), quantity(a.flops), _time(a.seconds), f"{a.utilisation:.0%}",
-            speed, error, within_it,
+            said, error, within_it,
         )  # fmt: skip
     table.add_row("in all", "", quantity(total["tokens"]), quantity(total["flops"]), _time(total["seconds"]))
     console = Console(highlight=False)
     console.print(table)
     if scored:
-        console.print(f"{sum(scored)} of {len(scored)} predictions held: the speed lay within their 80 % interval.")
+        console.print(f"{sum(scored)} of {len(scored)} predictions held: the run lay within their 80 % interval.")
     if price is not None:
         console.print(f"${total['cost_usd']:.2f} at ${price:g} an hour.")
 

@@ -118,6 +118,9 @@ def plan(
     prices: Annotated[
         str | None, typer.Option(metavar="HIT:MISS:OUTPUT", help="serve: $ a million tokens that users pay")
     ] = None,
+    rehearse: Annotated[
+        int | None, typer.Option(metavar="STEPS", help="a recipe on this machine: run its first steps, to measure them")
+    ] = None,
     calibrate: Annotated[
         bool, typer.Option("--calibrate", help="time small models on this machine, for the plans of its own runs")
     ] = False,
@@ -133,7 +136,7 @@ def plan(
         if not what:
             return
     given = {name: options.params[name] for name in ASKED if options.params[name] is not None}
-    found = _planned(what or [], kind, given, expand_path(chips) if chips else None)
+    found = _planned(what or [], kind, given, expand_path(chips) if chips else None, rehearse)
     if page is not None:
         _write_page(expand_path(page), found)
     if as_json:
@@ -145,14 +148,16 @@ def plan(
 
 
 def _planned(
-    what: list[str], kind: str | None, given: dict[str, Any], more_chips: Path | None
+    what: list[str], kind: str | None, given: dict[str, Any], more_chips: Path | None, rehearse: int | None
 ) -> "StagePlan | PipelinePlan":
     if what and what[0].endswith(".toml"):
         from rorqual.cli.plan_stages import plan_files
 
         if kind is not None:
             raise UserError(f"--for {kind}: a recipe says itself what it is for; leave it out")
-        return plan_files(what, given, more_chips)
+        return plan_files(what, given, more_chips, rehearse)
+    if rehearse is not None:
+        raise UserError(f"--rehearse {rehearse}: a recipe's steps are rehearsed; give a recipe")
     from rorqual.plan.plan_stage import plan_stage
     from rorqual.plan.request import parse_request
 
@@ -163,13 +168,21 @@ def _planned(
 
 
 def _calibrate() -> None:
+    from rorqual.engine.calibrate import calibrate_engine
     from rorqual.kernels.dtypes import compute_dtype
     from rorqual.plan.cpu_time import keep
+    from rorqual.plan.engine_time import keep_engine_costs
     from rorqual.train.calibrate import calibrate
 
-    costs = calibrate()
-    path = keep(costs, compute_dtype("auto"))
-    print(f"{path}: {costs.source}; 80 % of times within a factor of {costs.interval(1.0)[1]:.2f}")
+    dtype, costs = compute_dtype("auto"), calibrate()
+    keep(costs, dtype)
+    factors = {"training": costs.interval(1.0)[1]}
+    for name, fp8 in (("the engine", False), ("the engine with FP8 weights", True)):
+        found = calibrate_engine(fp8=fp8)
+        path = keep_engine_costs(found, dtype, fp8)
+        factors[name] = found.interval(1.0)[1]
+    said = ", ".join(f"{factor:.2f} ({name})" for name, factor in factors.items())
+    print(f"{path}: {costs.source}; 80 % of times within a factor of {said}")
 
 
 def _write_page(path: Path, plan: "StagePlan | PipelinePlan") -> None:

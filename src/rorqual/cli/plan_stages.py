@@ -1,5 +1,6 @@
 """The stages of recipes and of a pipeline's file, for `rorqual plan`."""
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,15 +17,20 @@ from rorqual.plan.plan_stage import plan_stage
 from rorqual.plan.recipe_request import check_length_known, recipe_layout, recipe_request
 from rorqual.plan.request import parse_request
 from rorqual.plan.stage import StagePlan
-from rorqual.plan.this_machine import predicted_here
+from rorqual.plan.this_machine import predicted_here, rl_predicted_here
 from rorqual.recipe import DistillRecipe, PretrainRecipe, Recipe, RLRecipe, SFTRecipe, load_recipe
-from rorqual.train.build_model import trained_path
+from rorqual.train.build_model import tokenizer_of, trained_path
 from rorqual.train.dry_run import recipe_config
 
 
-def plan_files(words: list[str], given: Mapping[str, Any], more_chips: Path | None) -> StagePlan | PipelinePlan:
-    """Of recipes, each with overrides, and pipelines' files. Raises UserError."""
-    pipeline = _Pipeline(dict(given), more_chips)
+def plan_files(
+    words: list[str], given: Mapping[str, Any], more_chips: Path | None, rehearse: int | None = None
+) -> StagePlan | PipelinePlan:
+    """Of recipes, each with overrides, and pipelines' files; rehearse: steps of each recipe to run before.
+
+    Raises UserError.
+    """
+    pipeline = _Pipeline(dict(given), more_chips, rehearse)
     names = []
     for path, overrides in _files(words):
         if is_pipeline(path):
@@ -51,12 +57,16 @@ def _files(words: list[str]) -> list[tuple[Path, list[str]]]:
     return found
 
 
+WRITTEN_PROMPT = 100.0  # tokens of an RL problem, where the tokenizer is not written yet
+
+
 @dataclass
 class _Pipeline:
     """Stages that follow each other."""
 
     given: dict[str, Any]  # on the command line, for all stages
     more_chips: Path | None
+    rehearse: int | None = None  # steps
     stages: list[StagePlan] = field(default_factory=list)
     written: dict[Path, ModelConfig] = field(default_factory=dict)  # by stages before
 
@@ -105,12 +115,19 @@ class _Pipeline:
             raise UserError(
                 f"--{name}: a recipe on this machine is planned as it is; change it by key=value, or say another --gpu"
             )
+        if self.rehearse is not None:
+            _rehearse(recipe, self.rehearse)
         if isinstance(recipe, RLRecipe):
-            from rorqual.rl.rl_run import predict_rl  # slow to import
+            from rorqual.rl.envs.registry import open_environment
+            from rorqual.rl.rl_run import predict_rl, prompt_tokens
 
-            return predicted_here(config, "rl", recipe.name, predict_rl(recipe, config), price)
+            prompt = WRITTEN_PROMPT
+            if Path(trained_path(recipe.model)) not in self.written:
+                environments = [open_environment(section) for section in recipe.environments]
+                prompt = prompt_tokens(recipe, tokenizer_of(recipe.model), environments)
+            return rl_predicted_here(recipe, config, predict_rl(recipe, config, prompt), price)
         assert isinstance(recipe, PretrainRecipe | SFTRecipe)
-        return predicted_here(config, _kind_of(recipe), recipe.name, dict(predict(config, recipe)), price)
+        return predicted_here(recipe, config, predict(config, recipe), price)
 
     def _config(self, recipe: Recipe) -> ModelConfig:
         path = recipe.model.path
@@ -119,6 +136,23 @@ class _Pipeline:
         if isinstance(recipe, PretrainRecipe | SFTRecipe):
             return recipe_config(recipe)
         return ModelConfig.load(trained_path(recipe.model))
+
+
+def _rehearse(recipe: Recipe, steps: int) -> None:
+    """Keeps what was measured, for this plan and later ones."""
+    from rorqual.plan.rehearsal import keep_rehearsal
+
+    def say(sentence: str) -> None:
+        print(f"{recipe.name}, {sentence}", file=sys.stderr)
+
+    if isinstance(recipe, RLRecipe):
+        from rorqual.rl.rehearse import rehearse as rehearse_rl
+
+        keep_rehearsal(recipe, rehearse_rl(recipe, steps, say))
+    elif isinstance(recipe, PretrainRecipe | SFTRecipe):
+        from rorqual.train.rehearse import rehearse
+
+        keep_rehearsal(recipe, rehearse(recipe, steps, say))
 
 
 def _kind_of(recipe: Recipe) -> str:

@@ -78,10 +78,11 @@ def rl(
     from rorqual.model import ModelConfig
     from rorqual.plan.cost import parameters
     from rorqual.plan.process_memory import memory
+    from rorqual.plan.rl_here import rl_time_text
     from rorqual.precision.fp8_twin import twin_bytes
     from rorqual.recipe import RLRecipe, load_recipe
     from rorqual.rl.envs.registry import open_environment
-    from rorqual.rl.rl_run import check_problems, in_process, on_ray, predict_rl
+    from rorqual.rl.rl_run import check_problems, in_process, on_ray, predict_rl, prompt_tokens
     from rorqual.rl.rl_run import rl as run
     from rorqual.train.build_model import check_model, tokenizer_of, trained_path
 
@@ -91,7 +92,8 @@ def rl(
         checked = on_ray(checked) if ray else in_process(checked)
         tokenizer = tokenizer_of(checked.model)
         check_model(checked.model)
-        check_problems(checked, tokenizer, [open_environment(section) for section in checked.environments])
+        environments = [open_environment(section) for section in checked.environments]
+        check_problems(checked, tokenizer, environments)
         config = ModelConfig.load(trained_path(checked.model))
         total, active = parameters(config)
         dtype = dtype_name(compute_dtype(checked.model.dtype))
@@ -114,8 +116,7 @@ def rl(
             print(f"{'':<12} {twin / 1e9:.3g} GB of it for the FP8 weights that rollouts are sampled from")
         if ray:
             _print_workers(checked, config)
-        for name, value in predict_rl(checked, config).items():
-            print(f"{name:<12} {'until the time limit' if value is None else f'at most {value:.3g}'}")
+        print(rl_time_text(predict_rl(checked, config, prompt_tokens(checked, tokenizer, environments)), checked))
         _print_precision(checked, config)
         return
     _finished(run(checked, resume=resume, ray=ray))

@@ -7,9 +7,11 @@ from rorqual.kernels.dtypes import compute_dtype, dtype_name
 from rorqual.model.config import ModelConfig
 from rorqual.plan.cost import flops_per_token, mtp_flops_per_token, mtp_parameters, parameters
 from rorqual.plan.cpu_time import Counts, costs_here, step_counts
+from rorqual.plan.fitting import interval
 from rorqual.plan.hardware import describe_machine, matrix_peak, memory_total
 from rorqual.plan.process_memory import memory
 from rorqual.plan.quantity import quantity
+from rorqual.plan.rehearsal import kept_training
 from rorqual.recipe import PretrainRecipe, SFTRecipe
 
 EMULATED = 1.4  # times as long as without that a step takes whose products are rounded here (benchmarks/fp8_memory.py)
@@ -50,7 +52,13 @@ def predict(config: ModelConfig, recipe: PretrainRecipe | SFTRecipe, rows: int |
     ahead = bool(recipe.mtp.weight or recipe.mtp.final_weight)
     step, costs = _step(config, recipe, ahead), costs_here(dtype)
     peak, tokens_a_step = matrix_peak(dtype), section.batch_size * length
-    rate = tokens_a_step / costs.seconds(step) / (EMULATED if recipe.precision else 1.0)
+    rehearsed = kept_training(recipe)
+    if rehearsed is not None:
+        rate, spread = rehearsed.tokens_per_second, rehearsed.noise
+        source = f"rehearsed in {len(rehearsed.seconds)} steps on this machine"
+    else:
+        rate = tokens_a_step / costs.seconds(step) / (EMULATED if recipe.precision else 1.0)
+        spread, source = costs.spread, costs.source
     tokens: float | None = None
     if section.seconds is not None:
         tokens = section.seconds * rate
@@ -80,10 +88,10 @@ def predict(config: ModelConfig, recipe: PretrainRecipe | SFTRecipe, rows: int |
         "memory": asdict(needed) | {"total": needed.total},
         "memory_machine": memory_total(),
         "tokens_per_second": rate,
-        "tokens_per_second_interval": costs.interval(rate),
+        "tokens_per_second_interval": interval(rate, spread),
         "seconds": None if tokens is None else tokens / rate,
         "utilisation": rate * each / peak,
-        "calibration": costs.source,
+        "calibration": source,
         "matrix_peak_flops": peak,
         "machine": describe_machine(),
     }
@@ -110,8 +118,8 @@ def plan_text(plan: Plan) -> str:
         time = f"{speed}; the length of an epoch is known once the data is packed"
     else:
         slow, fast = plan["tokens_per_second_interval"]
-        low, high = (_duration(plan["seconds"] * plan["tokens_per_second"] / rate) for rate in (fast, slow))
-        time = f"about {_duration(plan['seconds'])} ({low} to {high}): {speed}"
+        low, high = (duration(plan["seconds"] * plan["tokens_per_second"] / rate) for rate in (fast, slow))
+        time = f"about {duration(plan['seconds'])} ({low} to {high}): {speed}"
     time += f"\n{'':<13}{plan['calibration']}"
     return f"{run_text(plan)}\nmemory       {total} of {machine} ({parts})\ntime         {time}"
 
@@ -129,7 +137,8 @@ def run_text(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """100 → "100 seconds", 600 → "10 minutes"."""
     if seconds < 120:
         return f"{seconds:.0f} seconds"
     return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"

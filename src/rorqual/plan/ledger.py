@@ -1,6 +1,7 @@
 """The ledger of a run: measured tokens, FLOPs and seconds of each stage, beside the predicted ones."""
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,7 @@ class Ledger:
         """
         self.path, self.predicted, self.dtype = Path(run_dir) / "ledger.json", predicted, dtype
         self.stages: dict[str, dict[str, float]] = {}
+        self.measured: dict[str, float] = {}  # what a prediction is about, by its name there; see `SCORED`
 
     def add(self, stage: str, *, tokens: float, flops: float, seconds: float) -> None:
         """Add to a stage's account; may be called many times."""
@@ -61,6 +63,7 @@ class Ledger:
         return {
             "stages": {name: a for name, a in accounts.items() if name != "total"},
             "total": accounts["total"],
+            "measured": self.measured,
             "predicted": self.predicted,
             "machine": describe_machine() | {"matrix_peak_flops": peak},
         }
@@ -69,6 +72,11 @@ class Ledger:
         """Write ledger.json atomically. Raises UserError."""
         write_text(self.path, strict_json.dumps(self.to_dict(), indent=2) + "\n", then="then continue with --resume")
         return self.path
+
+
+# What a prediction is scored by, the first that ledger and prediction have, with its unit: a whole run's time where it
+# is to end by itself, a step's where steps are of one kind, else speed. Each has an interval, NAME_interval.
+SCORED = {"run_seconds": "s", "seconds_a_step": "s a step", "tokens_per_second": "tokens/s"}
 
 
 @dataclass(frozen=True)
@@ -81,22 +89,24 @@ class Account:
     flops: float
     seconds: float
     utilisation: float
-    predicted_rate: float | None  # tokens/s; None: nothing was predicted
-    interval: tuple[float, float] | None
-
-    @property
-    def rate(self) -> float | None:
-        return self.tokens / self.seconds if self.seconds else None
+    unit: str  # of the next three
+    measured: float | None
+    predicted: float | None  # None: nothing was
+    interval: tuple[float, float] | None  # 80 %
 
     @property
     def error(self) -> float | None:
         """Of the predicted time, against the measured one: +0.1 is a tenth too long."""
-        return self.rate / self.predicted_rate - 1 if self.rate and self.predicted_rate else None
+        if not self.measured or not self.predicted:
+            return None
+        return (self.measured / self.predicted if self.unit == "tokens/s" else self.predicted / self.measured) - 1
 
     @property
     def inside(self) -> bool | None:
-        """Whether the speed lay within the stated interval."""
-        return None if self.rate is None or self.interval is None else self.interval[0] <= self.rate <= self.interval[1]
+        """Whether the measured value lay within the stated interval."""
+        if self.measured is None or self.interval is None:
+            return None
+        return self.interval[0] <= self.measured <= self.interval[1]
 
 
 def read_accounts(folder: Path) -> list[Account]:
@@ -114,18 +124,25 @@ def _account(path: Path, folder: Path) -> Account:
     try:
         assert isinstance(raw, dict)
         total, predicted, stages = raw["total"], raw.get("predicted") or {}, raw["stages"]
+        own = raw.get("measured") or {}
+        assert isinstance(own, dict)
         assert isinstance(total, dict)
         assert isinstance(predicted, dict)
         assert isinstance(stages, dict)
-        rate, interval = predicted.get("tokens_per_second"), predicted.get("tokens_per_second_interval")
+        seconds = _number(total["seconds"])
+        measured: dict[str, Any] = {"tokens_per_second": _number(total["tokens"]) / (seconds or math.inf)} | own
+        name = next((name for name in SCORED if name in measured and name in predicted), "tokens_per_second")
+        value, interval = predicted.get(name), predicted.get(f"{name}_interval")
         return Account(
             run=str(path.parent.relative_to(folder)) if path.parent != folder else folder.resolve().name,
             kinds=tuple(stages),
             tokens=_number(total["tokens"]),
             flops=_number(total["flops"]),
-            seconds=_number(total["seconds"]),
+            seconds=seconds,
             utilisation=_number(total["utilisation"]),
-            predicted_rate=None if rate is None else _number(rate),
+            unit=SCORED[name],
+            measured=_number(measured[name]) or None,
+            predicted=None if value is None else _number(value),
             interval=(_number(interval[0]), _number(interval[1])) if isinstance(interval, list) else None,
         )
     except (KeyError, AssertionError, IndexError) as e:

@@ -7,6 +7,7 @@ sequences as for many. Lengths are log-normal, cut at a limit, and their mean gr
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -201,25 +202,46 @@ def rollout_seconds(
 
     Where the caches do not hold all, answers wait for a place, and all but the last places are full all the time.
     """
-    survival = survivors(mean, limit, spread)
     # Answers that are open at the same time need their prompt and, on average, half of what they will have.
     own = answers / instances
     places = min(own, max(1.0, engine.cache_tokens() / (prompt + mean)))
-    seconds = own * engine.prefill_seconds(prompt)
-    if places < own:
-        seconds += (own - places) / places * mean * engine.decode_seconds(places, prompt + mean / 2)
+    lengths = Lengths(prompt, mean, limit, spread)
+    body, tail = writing_seconds(engine.decode_seconds, answers, own, places, lengths)
+    return own * engine.prefill_seconds(prompt) + body, tail
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of prompts and answers: log-normal with this spread of the logarithm, cut at the limit."""
+
+    prompt: float
+    mean: float  # after the cut
+    limit: float
+    spread: float = SPREAD
+
+
+def writing_seconds(
+    decode: Callable[[float, float], float], answers: float, own: float, places: float, lengths: Lengths
+) -> tuple[float, float]:
+    """As `rollout_seconds`, without prefill, of an engine that writes `own` of all answers, so many at once.
+
+    decode: seconds of a step for a batch with so many tokens of context on average.
+    """
+    prompt, mean = lengths.prompt, lengths.mean
+    survival = survivors(mean, lengths.limit, lengths.spread)
     body = tail = 0.0
+    if places < own:
+        body = (own - places) / places * mean * decode(places, prompt + mean / 2)
     for (start, alive), (end, next_alive) in pairwise(survival):
         middle = (alive + next_alive) / 2
         if answers * alive < 0.5:
             break
-        batch = max(places * middle, 1.0)
-        part = (end - start) * engine.decode_seconds(batch, prompt + (start + end) / 2)
+        part = (end - start) * decode(max(places * middle, 1.0), prompt + (start + end) / 2)
         if middle > 0.5:
             body += part
         else:
             tail += part
-    return seconds + body, tail
+    return body, tail
 
 
 def survivors(mean: float, limit: float, spread: float) -> list[tuple[float, float]]:

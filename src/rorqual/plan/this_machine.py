@@ -19,13 +19,15 @@ from rorqual.plan.calibrations import HERE
 from rorqual.plan.chips import Chip
 from rorqual.plan.cost import Memory
 from rorqual.plan.cpu_time import UNMEASURED, costs_here, step_counts
+from rorqual.plan.estimate import Plan
 from rorqual.plan.hardware import describe_machine, matrix_peak, memory_total
 from rorqual.plan.layout import Layout
 from rorqual.plan.process_memory import memory
 from rorqual.plan.published_runs import Calibration
 from rorqual.plan.quantity import quantity
+from rorqual.plan.rl_here import RLPlan
 from rorqual.plan.stage import Estimate, StagePlan
-from rorqual.sections import OptimizerSection
+from rorqual.recipe import OptimizerSection, PretrainRecipe, Recipe, RLRecipe, SFTRecipe
 
 MICRO_TOKENS = 8192  # of a forward pass in training, where no recipe says
 COPY_BYTES = 1 << 26
@@ -76,23 +78,50 @@ def training_here(
 
 
 def predicted_here(
-    config: ModelConfig, kind: str, name: str, predicted: Mapping[str, Any], price: float | None
+    recipe: PretrainRecipe | SFTRecipe, config: ModelConfig, predicted: Plan, price: float | None
 ) -> StagePlan:
-    """Of a recipe, from what its dry run predicts (estimate.Plan, or of RL). Raises UserError where the length of the
-    run is not known.
-    """
+    """Of a recipe's run, from what its dry run says. Raises UserError where the length of the run is not known."""
     tokens, seconds = predicted["tokens"], predicted["seconds"]
     if tokens is None or seconds is None:
-        raise UserError(f"{name}: how long it runs is known once its data is packed; give it steps, or seconds")
+        raise UserError(
+            f"{recipe.name}: train.epochs = {recipe.train.epochs:g}: how many steps those are is known once the data is "
+            "packed; say train.steps instead"
+        )
     rate, (slow, fast) = predicted["tokens_per_second"], predicted["tokens_per_second_interval"]
-    whole = Estimate(seconds, seconds * rate / fast, seconds * rate / slow)
-    used = {use: size for use, size in predicted["memory"].items() if use != "total"}
+    ends = (seconds, seconds) if recipe.train.seconds is not None else (seconds * rate / fast, seconds * rate / slow)
+    return _of_run(
+        recipe, recipe.kind, config, price, tokens, Estimate(seconds, *ends),
+        flops_per_token=predicted["flops_per_token"], parts={"training": seconds}, memory=predicted["memory"],
+        assumptions=(predicted["calibration"],), figures={"tokens_per_second": rate},
+    )  # fmt: skip
+
+
+def rl_predicted_here(recipe: RLRecipe, config: ModelConfig, predicted: RLPlan, price: float | None) -> StagePlan:
+    needed = memory(
+        config, recipe.grpo.micro_tokens, dtype=dtype_name(compute_dtype(recipe.model.dtype)),
+        optimizer=recipe.optimizer, fp8=recipe.precision is not None, recompute=recipe.recompute,
+    )  # fmt: skip
+    steps = predicted["steps"]
+    parts = {part: steps * seconds for part, seconds in predicted["parts"].items() if seconds}
+    if predicted["evaluation_seconds"]:
+        parts["evaluation"] = predicted["evaluation_seconds"]
+    return _of_run(
+        recipe, recipe.kind, config, price, predicted["tokens"],
+        Estimate(predicted["seconds"], *predicted["seconds_interval"]),
+        flops_per_token=predicted["flops"] / predicted["tokens"], parts=parts, memory=asdict(needed),
+        assumptions=(predicted["calibration"], *predicted["assumptions"]),
+        figures={name: predicted[name] for name in ("steps", "seconds_a_step", "tokens_per_second", "mean_length")},
+    )  # fmt: skip
+
+
+def _of_run(
+    recipe: Recipe, kind: str, config: ModelConfig, price: float | None, tokens: float, seconds: Estimate,
+    memory: Mapping[str, int], **more: Any,
+) -> StagePlan:  # fmt: skip
+    used = {use: float(size) for use, size in memory.items() if use != "total"}
     return StagePlan(
-        kind=kind, name=name, config=config, chip=chip_here(), chips=1, price=price, tokens=tokens,
-        flops_per_token=predicted["flops_per_token"], seconds=whole,
-        parts=dict(predicted.get("parts") or {"training": seconds}), memory=used,
-        assumptions=tuple(predicted.get("assumptions") or (predicted["calibration"],)),
-        figures={"tokens_per_second": rate},
+        kind=kind, name=recipe.name, config=config, chip=chip_here(), chips=1, price=price, tokens=tokens,
+        seconds=seconds, memory=used, **more,
     )  # fmt: skip
 
 

@@ -37,7 +37,8 @@ from rorqual.train.optimizer import Optimizer
 from rorqual.train.schedule import bias_speed
 
 MAX_SKIPPED = 3  # non-finite updates in a row before the run stops
-COUNTERS = ("steps", "tokens", "trained_tokens", "skipped_in_a_row", "flops")  # saved in checkpoints
+# Saved in checkpoints; earlier versions did not save the last.
+COUNTERS = ("steps", "tokens", "trained_tokens", "skipped_in_a_row", "flops", "evaluated_tokens")
 OLD_COUNTERS = {"trained_tokens": "learnt"}  # keys of checkpoints written before they were renamed
 
 
@@ -83,7 +84,8 @@ class GRPOTrainer:
         self.steps = self.skipped_in_a_row = 0
         self.tokens = 0  # sampled
         self.trained_tokens = 0  # in forward and backward passes, prompts and padding included
-        self.flops = {"rollout": 0.0, "train": 0.0}
+        self.evaluated_tokens = 0  # sampled in evaluations
+        self.flops = {"rollout": 0.0, "train": 0.0, "evaluate": 0.0}
 
     def step(self, progress: float = 0.0) -> RLMetrics:
         """Sample groups, score them, update the policy.
@@ -97,17 +99,21 @@ class GRPOTrainer:
             self.twin.refresh()
         served = self.rollouts.next(self.steps)
         rollout = served.rollout
+        began = time.monotonic()
         rewards = score(rollout.samples, self.environments, self.recipe.reward, section.max_tokens, self.verdict)
         start = time.monotonic()
         sums = self._update(rollout, rewards, progress)
+        update_seconds = time.monotonic() - start
         self._count(rollout, sums)
         metrics = RLMetrics(
             tokens=self.tokens,
             lr=self.recipe.optimizer.lr * self._lr_factor(progress),
             rollout=describe_rollout(rollout, rewards),
-            update=describe_update(sums, time.monotonic() - start),
+            update=describe_update(sums, update_seconds),
             sample=None if self.steps % self.recipe.sample_every else readable_sample(rollout, rewards, self.steps),
             rollout_seconds=rollout.seconds,
+            reward_seconds=start - began,
+            update_seconds=update_seconds,
             wait_seconds=served.wait_seconds,
             skipped=self.skipped_in_a_row > skipped,
             notes=self.rollouts.take_notes(),
@@ -132,6 +138,8 @@ class GRPOTrainer:
             problems = environment.problems("dev", n, self.recipe.seed)
             rollout = sample_groups(self.engine, problems, self.recipe.template, params)
             correct = score(rollout.samples, self.environments, self.recipe.reward, params.max_tokens).correct
+            self.evaluated_tokens += rollout.tokens
+            self.flops["evaluate"] += self._sampling_flops(rollout)
             shares[f"eval_{family}"] = float(correct.float().mean())
         return shares
 
@@ -156,7 +164,9 @@ class GRPOTrainer:
             )
         self.rollouts.load(tensors, state)
         for name in COUNTERS:
-            setattr(self, name, state[name] if name in state else state[OLD_COUNTERS[name]])
+            if name in state or name in OLD_COUNTERS:
+                setattr(self, name, state[name] if name in state else state[OLD_COUNTERS[name]])
+        self.flops = {"evaluate": 0.0} | self.flops
 
     def _lr_factor(self, progress: float) -> float:
         """Factor on the learning rate: linear warm-up, then linear decay at the end of the run."""
@@ -331,14 +341,19 @@ class GRPOTrainer:
         return copy.deepcopy(self.model).requires_grad_(False)
 
     def _count(self, rollout: Rollout, sums: UpdateSums) -> None:
-        config = self.model.config
-        length = sum(map(len, rollout.prompts)) // len(rollout.prompts) + rollout.tokens // len(rollout.completions)
-        rollout_tokens = rollout.tokens + sum(map(len, rollout.prompts))
         passes = 3 + (self.reference is not None)
         self.tokens += rollout.tokens
         self.trained_tokens += sums.computed
-        self.flops["rollout"] += rollout_tokens * flops_per_token(config, length, training=False)
-        self.flops["train"] += sums.computed * passes * flops_per_token(config, length, training=False)
+        self.flops["rollout"] += self._sampling_flops(rollout)
+        self.flops["train"] += sums.computed * passes * self._flops_per_token(rollout)
+
+    def _sampling_flops(self, rollout: Rollout) -> float:
+        return (rollout.tokens + sum(map(len, rollout.prompts))) * self._flops_per_token(rollout)
+
+    def _flops_per_token(self, rollout: Rollout) -> float:
+        """Of a forward pass."""
+        length = sum(map(len, rollout.prompts)) // len(rollout.prompts) + rollout.tokens // len(rollout.completions)
+        return flops_per_token(self.model.config, length, training=False)
 
 
 def _flat(logprobs: list[list[float]], members: list[int], device: torch.device) -> Tensor:

@@ -4,7 +4,9 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from rorqual.checkpoint.huggingface import load_model, save_model, stored_dtype
@@ -13,13 +15,15 @@ from rorqual.files import write_text
 from rorqual.kernels.dtypes import compute_dtype
 from rorqual.model import Transformer
 from rorqual.model.config import ModelConfig
-from rorqual.plan.cost import flops_per_token
-from rorqual.plan.hardware import matrix_peak, memory_used
+from rorqual.plan.hardware import memory_used
 from rorqual.plan.ledger import Ledger
+from rorqual.plan.rehearsal import kept_rehearsal
+from rorqual.plan.rl_here import RLPlan, plan_rl_here
 from rorqual.recipe import RLRecipe
 from rorqual.rl.context_limits import check_context
 from rorqual.rl.envs.registry import Environment, open_environment
 from rorqual.rl.grpo_trainer import GRPOTrainer
+from rorqual.rl.prompts import render
 from rorqual.rl.ray_rollouts import ray_fleet
 from rorqual.rl.rollout import derived_seed
 from rorqual.tokenizer_protocol import Tokenizer
@@ -29,7 +33,8 @@ from rorqual.train.run_folder import open_run
 from rorqual.train.run_loop import RunLoop
 from rorqual.train.telemetry import Log
 
-STAGES = ("rollout", "train")  # parts of a step in the ledger
+STAGES = ("rollout", "train", "evaluate")  # in the ledger; the first two are parts of a step
+PROMPTS = 32  # whose mean length a plan takes
 
 
 def rl(recipe: RLRecipe, resume: bool = False, ray: str | None = None) -> Path:
@@ -85,19 +90,21 @@ def check_problems(recipe: RLRecipe, tokenizer: Tokenizer, environments: Sequenc
             environment.problems("dev", recipe.eval_problems, recipe.seed)
 
 
-def predict_rl(recipe: RLRecipe, config: ModelConfig) -> dict[str, Any]:
-    """Upper bound on the cost of a run: all completions at max_tokens, all groups trained on.
+def predict_rl(recipe: RLRecipe, config: ModelConfig, prompt: float) -> RLPlan:
+    """What a run costs on this machine, with what a rehearsal of such a recipe has measured, if there was one.
 
-    Returns tokens (sampled + trained on), flops, and seconds at the measured matrix peak; tokens and flops are None for
-    a run with a time budget.
+    prompt: `prompt_tokens`.
     """
-    section = recipe.grpo
-    if recipe.steps is None:
-        return {"tokens": None, "flops": None, "seconds": recipe.seconds}
-    tokens = recipe.steps * section.questions_per_step * section.group_size * section.max_tokens
-    passes = 4 + (section.kl > 0)  # one to sample, three to train, one of the reference
-    flops = tokens * passes * flops_per_token(config, section.max_tokens, training=False)
-    return {"tokens": 2 * tokens, "flops": flops, "seconds": flops / matrix_peak(compute_dtype(recipe.model.dtype))}
+    return plan_rl_here(recipe, config, prompt, kept_rehearsal(recipe))
+
+
+def prompt_tokens(recipe: RLRecipe, tokenizer: Tokenizer, environments: Sequence[Environment]) -> float:
+    """Mean tokens of the prompts, of a few problems."""
+    means: list[float] = []
+    for environment in environments:
+        problems = islice(environment.stream("train", derived_seed(recipe.seed, environment.family)), PROMPTS)
+        means.append(fmean(len(render(p.question, recipe.template, tokenizer)) for p in problems))
+    return fmean(means, weights=[environment.weight for environment in environments])
 
 
 @dataclass
@@ -105,8 +112,12 @@ class RLRun(RunLoop[RLRecipe, GRPOTrainer]):
     evaluations: dict[str, dict[str, float]] = field(default_factory=dict)  # step → eval_<family>
     stages: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))  # seconds
 
-    def predict(self) -> dict[str, Any]:
-        return predict_rl(self.section, self.trainer.model.config)
+    step_seconds: float = 0.0  # of all steps, without evaluations
+
+    def predict(self) -> RLPlan:
+        trainer = self.trainer
+        prompt = prompt_tokens(self.section, trainer.engine.require_tokenizer(), list(trainer.environments.values()))
+        return predict_rl(self.section, trainer.model.config, prompt)
 
     def begin(self, telemetry: Log) -> None:
         if self.section.eval_every and not self.evaluations:
@@ -116,7 +127,9 @@ class RLRun(RunLoop[RLRecipe, GRPOTrainer]):
         start = time.monotonic()
         metrics = self.trainer.step(self.progress())
         self.stages["rollout"] += metrics.rollout_seconds  # of a fleet, at the same time as training
-        self.stages["train"] += time.monotonic() - start - metrics.wait_seconds
+        seconds = time.monotonic() - start
+        self.stages["train"] += seconds - metrics.wait_seconds
+        self.step_seconds += seconds
         step = self.trainer.steps
         for note in metrics.notes:
             telemetry.note(note)
@@ -133,10 +146,12 @@ class RLRun(RunLoop[RLRecipe, GRPOTrainer]):
         return None if shares is None else -sum(shares.values()) / len(shares)
 
     def state(self) -> dict[str, Any]:
-        return {"evaluations": self.evaluations, "stages": self.stages}
+        return {"evaluations": self.evaluations, "stages": self.stages, "step_seconds": self.step_seconds}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        self.evaluations, self.stages = state["evaluations"], state["stages"]
+        self.evaluations = state["evaluations"]
+        self.stages = dict.fromkeys(STAGES, 0.0) | state["stages"]  # earlier versions did not have all
+        self.step_seconds = state.get("step_seconds", self.stages["rollout"] + self.stages["train"])
 
     def got_worse(self) -> bool:
         """Whether pass@1 of the last evaluation is below the first."""
@@ -144,7 +159,9 @@ class RLRun(RunLoop[RLRecipe, GRPOTrainer]):
         return bool(means) and means[max(means)] < means[min(means)]
 
     def _evaluate(self) -> dict[str, float]:
+        start = time.monotonic()
         shares = self.trainer.evaluate(self.section.eval_problems)
+        self.stages["evaluate"] += time.monotonic() - start
         self.evaluations[str(self.trainer.steps)] = shares
         return shares
 
@@ -155,8 +172,10 @@ def _release(run: RLRun, model: Transformer, tokenizer: Tokenizer) -> None:
     write_text(directory / "README.md", _card(run, model), then="then continue with --resume")
     trainer = run.trainer
     ledger = Ledger(run.run_dir, run.predicted, compute_dtype(run.section.model.dtype))
-    for stage, tokens in zip(STAGES, (trainer.tokens, trainer.trained_tokens), strict=True):
-        ledger.add(stage, tokens=tokens, flops=trainer.flops[stage], seconds=run.stages[stage])
+    for stage, tokens in zip(STAGES, (trainer.tokens, trainer.trained_tokens, trainer.evaluated_tokens), strict=True):
+        if run.stages[stage]:
+            ledger.add(stage, tokens=tokens, flops=trainer.flops[stage], seconds=run.stages[stage])
+    ledger.measured["seconds_a_step"] = run.step_seconds / trainer.steps
     ledger.write()
 
 

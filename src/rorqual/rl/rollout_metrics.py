@@ -1,5 +1,7 @@
 """Metrics and the sample text that one RL step logs."""
 
+import math
+import statistics
 from dataclasses import asdict, dataclass, field
 
 import torch
@@ -12,6 +14,8 @@ from rorqual.rl.rewards import Rewards, self_verified
 from rorqual.rl.rollout import Rollout
 from rorqual.train.balance import max_violations
 from rorqual.train.telemetry import Metric, mean
+
+TIMES = ("rollout_seconds", "reward_seconds", "update_seconds")
 
 
 @dataclass
@@ -36,6 +40,7 @@ class RolloutMetrics:
     reward: float  # mean, as the parts
     reward_parts: dict[str, float]
     length: float  # mean tokens of a completion
+    length_spread: float  # standard deviation of the logarithm of a completion's tokens
     truncated: float  # fraction of the completions
     zero_std_groups: float  # fraction of the groups
     pass_at_g: float  # pass@G: fraction of the groups with at least one correct completion
@@ -85,6 +90,8 @@ class RLMetrics:
     update: UpdateMetrics
     sample: str | None  # a completion to read, every `sample_every` steps
     rollout_seconds: float  # that sampling took
+    reward_seconds: float
+    update_seconds: float
     wait_seconds: float  # in which the trainer did nothing else; the same without a fleet
     skipped: bool  # the last update had no finite gradient
     notes: list[str] = field(default_factory=list[str])  # what happened to rollout workers
@@ -98,7 +105,8 @@ class RLMetrics:
         fleet: dict[str, Metric] = {"staleness": self.staleness, "pushed_bytes": self.pushed_bytes}
         if self.staleness is not None:
             fleet["rollout_wait_seconds"] = self.wait_seconds
-        return head | self.rollout.to_dict() | fleet | update | {"sample": self.sample}
+        times: dict[str, Metric] = {name: getattr(self, name) for name in TIMES}
+        return head | times | self.rollout.to_dict() | fleet | update | {"sample": self.sample}
 
 
 def describe_rollout(rollout: Rollout, rewards: Rewards) -> RolloutMetrics:
@@ -109,6 +117,7 @@ def describe_rollout(rollout: Rollout, rewards: Rewards) -> RolloutMetrics:
         reward=float(rewards.total.mean()),
         reward_parts={name: float(part.mean()) for name, part in rewards.parts.items()},
         length=rollout.tokens / len(rollout.completions),
+        length_spread=statistics.pstdev(math.log(len(tokens)) for tokens in rollout.completions),
         truncated=sum(s.truncated for s in rollout.samples) / len(rollout.samples),
         zero_std_groups=float(zero_std_groups(rewards.total.view(groups)).float().mean()),
         pass_at_g=float(rewards.correct.view(groups).any(1).float().mean()),

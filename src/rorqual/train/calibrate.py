@@ -12,8 +12,9 @@ import torch
 from rorqual.data.loader import Batch
 from rorqual.kernels.dtypes import compute_dtype, dtype_name
 from rorqual.model import ModelConfig, Transformer
-from rorqual.plan.cpu_time import Costs, fit, step_counts
-from rorqual.plan.hardware import describe_machine
+from rorqual.plan.cpu_time import Costs, expected_costs, step_counts
+from rorqual.plan.fitting import fit
+from rorqual.plan.measured_here import calibrated_on
 from rorqual.recipe import BalanceSection, MTPSection, OptimizerSection, ScheduleSection
 from rorqual.train.trainer import Trainer
 
@@ -64,11 +65,9 @@ def calibrate(dtype: str = "auto", say: Callable[[str], None] = print) -> Costs:
         for probe in every:
             probe.time()
         say(f"round {turn + 1} of {ROUNDS}: steps of {len(every)} models")
-    machine = describe_machine()
     noise = statistics.mean(probe.noise for probe in every)
-    costs = fit(
-        [(p.counts, p.seconds) for p in every], f"calibrated on {machine['processor']}, {machine['threads']} threads"
-    )
+    expected = expected_costs(compute_dtype(dtype))
+    costs = fit([(p.counts, p.seconds) for p in every], calibrated_on(), Costs, expected)
     return replace(costs, spread=math.hypot(costs.spread, noise))
 
 
