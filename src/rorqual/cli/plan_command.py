@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 # Options that say what is asked: fields of the requests in plan/request.py, which has their defaults and bounds.
 ASKED = (
-    "gpu", "gpus", "price", "precision", "tokens", "budget", "days", "shape", "context", "batch", "moments", "steps",
-    "questions", "samples", "lengths", "limit", "stale", "problems", "teacher", "keep", "correct", "epochs", "users",
-    "speed", "prompt", "answer", "hit", "weights", "accepted", "prices",
+    "gpu", "gpus", "price", "precision", "tokens", "budget", "days", "shape", "context", "batch", "moments",
+    "imbalance", "steps", "questions", "samples", "lengths", "limit", "stale", "problems", "teacher", "keep",
+    "correct", "epochs", "users", "speed", "prompt", "answer", "hit", "weights", "accepted", "prices",
 )  # fmt: skip
 
 
@@ -63,6 +63,9 @@ def plan(
     ] = None,
     moments: Annotated[
         str | None, typer.Option(help="training: AdamW's, in float32 (default), bfloat16 or 8bit")
+    ] = None,
+    imbalance: Annotated[
+        float | None, typer.Option(help="training: by how much the busiest expert is above the mean; default: 0.2")
     ] = None,
     steps: Annotated[int | None, typer.Option(help="rl: rollouts of the run")] = None,
     questions: Annotated[int | None, typer.Option(help="rl: questions of a rollout; default: 32")] = None,

@@ -44,6 +44,7 @@ class Ledger:
         """
         self.path, self.predicted, self.dtype = Path(run_dir) / "ledger.json", predicted, dtype
         self.stages: dict[str, dict[str, float]] = {}
+        self.joules: float | None = None  # None: the machine does not tell
         self.measured: dict[str, float] = {}  # what a prediction is about, by its name there; see `SCORED`
 
     def add(self, stage: str, *, tokens: float, flops: float, seconds: float) -> None:
@@ -63,6 +64,7 @@ class Ledger:
         return {
             "stages": {name: a for name, a in accounts.items() if name != "total"},
             "total": accounts["total"],
+            "joules": self.joules,
             "measured": self.measured,
             "predicted": self.predicted,
             "machine": describe_machine() | {"matrix_peak_flops": peak},
@@ -89,6 +91,7 @@ class Account:
     flops: float
     seconds: float
     utilisation: float
+    joules: float | None  # None: the machine did not tell
     unit: str  # of the next three
     measured: float | None
     predicted: float | None  # None: nothing was
@@ -140,6 +143,7 @@ def _account(path: Path, folder: Path) -> Account:
             flops=_number(total["flops"]),
             seconds=seconds,
             utilisation=_number(total["utilisation"]),
+            joules=None if raw.get("joules") is None else _number(raw["joules"]),
             unit=SCORED[name],
             measured=_number(measured[name]) or None,
             predicted=None if value is None else _number(value),

@@ -54,8 +54,8 @@ def _name(request: Request) -> str:
 def _training(request: TrainingRequest, config: ModelConfig | None, chip: Chip, layout: Layout | None) -> StagePlan:
     asked = Question(
         config or sized(request.shape, 1), chip, request.tokens or START, request.gpus, request.context, request.batch,
-        request.precision, request.moments, request.price, request.days, kind=request.kind, name=_name(request),
-        layout=layout,
+        request.precision, request.moments, request.price, request.days, request.imbalance, request.kind,
+        _name(request), layout,
     )  # fmt: skip
     if config is None:
         if request.tokens is not None:

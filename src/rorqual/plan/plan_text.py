@@ -99,6 +99,9 @@ def _summary(plan: StagePlan) -> Table:
         grid.add_row("cost", f"{_range(plan.cost, money)} at ${plan.price:g} an hour of a chip")
     else:
         grid.add_row("cost", "give the price of an hour of a chip with --price")
+    if plan.energy_kwh is not None:
+        grid.add_row("energy", f"{quantity(1000 * plan.energy_kwh, 'Wh')}{' a day' * (plan.kind == 'serve')}, "
+                     f"with chips at their {plan.chip.watts:g} W")  # fmt: skip
     grid.add_row("KV cache", f"{cache_bytes_per_token(plan.config):,} bytes a token of context in 16 bits")
     return grid
 

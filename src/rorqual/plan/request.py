@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from rorqual.errors import UserError
+from rorqual.plan.step_time import IMBALANCE
 from rorqual.sections import Count, Length, NotNegative, Positive, Section, Share
 
 PREFIXES = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}
@@ -64,6 +65,7 @@ class TrainingRequest(Request):
     batch: Annotated[int, Field(ge=1, le=1 << 24)] | None = None  # sequences of a step; None: by the run's compute
     precision: Precision = "bfloat16"
     moments: Literal["float32", "bfloat16", "8bit"] = "float32"
+    imbalance: NotNegative = IMBALANCE  # of the busiest expert, above the mean
     days: Positive | None = None
     budget: Positive | None = None  # $
     shape: Literal["dense", "mixture"] = "dense"  # of the model that is sought where none is named

@@ -61,6 +61,11 @@ class StagePlan:
     def cost(self) -> Estimate | None:
         return None if self.price is None else self.chip_hours.times(self.price)
 
+    @property
+    def energy_kwh(self) -> float | None:
+        """With all chips at full power; None where it is not known."""
+        return self.chip_hours.value * self.chip.watts / 1000 if self.chip.watts else None
+
     def to_dict(self) -> dict[str, Any]:
         """The object of --json."""
         total, active = parameters(self.config)
@@ -85,6 +90,7 @@ class StagePlan:
             "days_interval": [self.seconds.low / DAY, self.seconds.high / DAY],
             "cost_usd": cost and cost.value,
             "cost_usd_interval": cost and [cost.low, cost.high],
+            "energy_kwh_at_full_power": self.energy_kwh,
             "price_per_gpu_hour": self.price,
             "seconds_by_part": self.parts,
             "memory_per_gpu_bytes": sum(self.memory.values()),

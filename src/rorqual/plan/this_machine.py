@@ -84,8 +84,8 @@ def predicted_here(
     tokens, seconds = predicted["tokens"], predicted["seconds"]
     if tokens is None or seconds is None:
         raise UserError(
-            f"{recipe.name}: train.epochs = {recipe.train.epochs:g}: how many steps those are is known once the data is "
-            "packed; say train.steps instead"
+            f"{recipe.name}: train.epochs = {recipe.train.epochs:g}: how many steps those are is known once the data "
+            "is packed; say train.steps instead"
         )
     rate, (slow, fast) = predicted["tokens_per_second"], predicted["tokens_per_second_interval"]
     ends = (seconds, seconds) if recipe.train.seconds is not None else (seconds * rate / fast, seconds * rate / slow)

@@ -172,6 +172,7 @@ def _release(run: RLRun, model: Transformer, tokenizer: Tokenizer) -> None:
     write_text(directory / "README.md", _card(run, model), then="then continue with --resume")
     trainer = run.trainer
     ledger = Ledger(run.run_dir, run.predicted, compute_dtype(run.section.model.dtype))
+    ledger.joules = run.joules
     for stage, tokens in zip(STAGES, (trainer.tokens, trainer.trained_tokens, trainer.evaluated_tokens), strict=True):
         if run.stages[stage]:
             ledger.add(stage, tokens=tokens, flops=trainer.flops[stage], seconds=run.stages[stage])

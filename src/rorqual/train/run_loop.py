@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rorqual.errors import UserError
 from rorqual.parallel.mesh import Mesh, single
+from rorqual.plan.energy import EnergyMeter
 from rorqual.plan.ledger import predicted_at_start
 from rorqual.train.checkpoints import Checkpoints
 from rorqual.train.interrupts import StopSignals
@@ -52,11 +53,19 @@ class RunLoop(ABC, Generic[LimitsT, TrainerT]):
     track: bool = False
     mesh: Mesh = field(default_factory=single, kw_only=True)
     seconds_before: float = field(default=0.0, init=False)  # of earlier processes of this run
+    joules_before: float = field(default=0.0, init=False)
     saved: Checkpoints = field(init=False)  # from `fit` on
     predicted: Mapping[str, Any] = field(default_factory=dict, init=False)  # what the run would cost, before it began
 
     def __post_init__(self) -> None:
         self.started = time.monotonic()
+        self.meter = EnergyMeter()
+
+    @property
+    def joules(self) -> float | None:
+        """Of this machine's processors, over all resumptions; None where it does not tell."""
+        found = self.meter.joules()
+        return None if found is None else self.joules_before + found
 
     @property
     def seconds(self) -> float:
@@ -172,7 +181,7 @@ class RunLoop(ABC, Generic[LimitsT, TrainerT]):
         return stop.number > 0
 
     def _save(self, checkpoints: Checkpoints) -> None:
-        state = {"trainer": self.trainer.state(), "seconds": self.seconds} | self.state()
+        state = {"trainer": self.trainer.state(), "seconds": self.seconds, "joules": self.joules} | self.state()
         # A roll-back must not depend on when the run was stopped.
         due = self.trainer.steps % self.section.save_every == 0 or not self.rolls_back
         good = due and not self.trainer.skipped_in_a_row
@@ -185,6 +194,7 @@ class RunLoop(ABC, Generic[LimitsT, TrainerT]):
         self._restore(checkpoints, *found)
         with checkpoints.reject_other_version(found[0]):
             self.seconds_before = 0.0 + found[2]["seconds"]  # a TypeError for what is not a number
+            self.joules_before = 0.0 + (found[2].get("joules") or 0)
 
     def _restore(
         self, checkpoints: Checkpoints, step: int, tensors: dict[str, Tensor], state: Mapping[str, Any]

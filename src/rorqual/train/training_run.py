@@ -319,6 +319,7 @@ def finish(recipe: PretrainRecipe | SFTRecipe, run: TrainingRun, tokenizer: Toke
         write_text(run.run_dir / "parallel.json", json.dumps(sent, indent=1), then="then continue with --resume")
     ledger = Ledger(run.run_dir, run.predicted, trainer.dtype)
     ledger.add(recipe.kind, tokens=trainer.tokens, flops=trainer.flops, seconds=run.seconds)
+    ledger.joules = run.joules
     write_text(directory / "README.md", model_card(recipe, run), then="then continue with --resume")
     ledger.write()
     return run.run_dir
