@@ -23,7 +23,8 @@ def ledger(
 
     accounts = read_accounts(expand_path(runs))
     scored = [a.inside for a in accounts if a.inside is not None]
-    total: dict[str, float] = {name: sum(getattr(a, name) for a in accounts) for name in ("tokens", "flops", "seconds")}
+    outer = [a for a in accounts if not a.counted]
+    total: dict[str, float] = {name: sum(getattr(a, name) for a in outer) for name in ("tokens", "flops", "seconds")}
     if price is not None:
         total["cost_usd"] = total["seconds"] / 3600 * price
     if as_json:
