@@ -78,7 +78,7 @@ def planned(tmp_path, monkeypatch, minutes, speed=11_000.0, sampled=8_700.0):
 def test_ten_minutes_end_by_the_clock(tmp_path, monkeypatch):
     """As those of docs/training.md: 594 s, of which 253 for pre-training with its check, 207 and 109."""
     found = planned(tmp_path, monkeypatch, 10.0, 13_457.0)
-    assert list(found.stages) == ["documents", "pretrain", "rl", "distill", "evaluate"]
+    assert list(found.stages) == ["documents", "pretrain", "rl", "distill", "evaluate", "report"]
     assert found.run_seconds == pytest.approx(594, rel=0.02)
     assert found.problems == pytest.approx(257, rel=0.15)
     for name, seconds in {"documents": 7, "pretrain": 253, "rl": 207, "distill": 7, "evaluate": 109}.items():
@@ -92,7 +92,7 @@ def test_a_slow_engine_answers_fewer_problems_and_makes_short_runs_longer(tmp_pa
     fast, slow = (planned(tmp_path, monkeypatch, 10.0, sampled=s) for s in (8_000, 2_000))
     assert fast.problems == pytest.approx(4 * slow.problems, rel=0.3)
     short = planned(tmp_path, monkeypatch, 0.5, sampled=1_000)
-    assert list(short.stages) == ["documents", "pretrain", "evaluate"]  # too little for RL
+    assert list(short.stages) == ["documents", "pretrain", "evaluate", "report"]  # too little for RL
     low, high = short.run_seconds_interval
     assert short.run_seconds > 30
     assert high / low > 1.2

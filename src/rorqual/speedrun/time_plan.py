@@ -79,9 +79,9 @@ def forecast(state: SpeedrunState) -> Forecast:
     first, all_of_them = (models * answers_seconds(state, count, samples) for count in (FIRST, MOST))
     time = max(END * budget - before - report, first)  # of a round at least, and until all problems are answered
     time = min(time, max(first, all_of_them / (1 - CURVE)))
-    stages["evaluate"] = time + report
+    stages |= {"evaluate": time, "report": report}
     problems = MOST * (1 - CURVE) * time / all_of_them
-    whole = before + stages["evaluate"]
+    whole = before + time + report
     # What does not end by the clock: checks, report, and the first round of a short run.
     open_ended = min(1.0, ((models > 1) * checked + report + (first if time == first else 0.0)) / whole)
     return Forecast(
