@@ -41,6 +41,12 @@ BENCHMARKS = {
         "The speedrun's RL steps (256 completions a step) with the current engine and with the one before the "
         "paged KV cache; 30 steps in turn. Ratios are old time over new time."
     ),
+    "planner_rl": (
+        "Seconds of RL steps, predicted (`rorqual plan --calibrate`, and a rehearsal of three steps) and measured in "
+        "the next eight: SmolLM2-135M with 64 answers a step, the speedrun's mixture of experts with a reference model "
+        "and two updates, a dense model of 5 M parameters whose rollouts are in FP8. Ratios are rehearsed over "
+        "measured."
+    ),
     "balance": (
         "Expert balancing on 1.2 M tokens of English, 16 experts of which 4 are active: DeepSeek-V3's correction "
         "bias against the auxiliary loss, no balancing, and a dense model of equal FLOPs. `max-vio` and "

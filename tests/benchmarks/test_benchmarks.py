@@ -175,6 +175,7 @@ def quick(name, *options, **environment):
         ("kv_drift", "same-top-token/latent-fp8"),
         ("quantize", "perplexity-int8-rtn/trained-here-bf16"),
         ("pipeline", "dualpipev/1f1b"),
+        ("planner_rl", "predicted/dense, FP8 rollouts"),
         ("pipeline --mode compute", "bubble-measured/simulated"),
     ],
 )

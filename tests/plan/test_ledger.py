@@ -79,6 +79,14 @@ def test_steps_are_scored_by_their_time(tmp_path, monkeypatch):
     assert (account.error, account.inside) == (-0.25, True)
 
 
+def test_a_part_of_a_run_counts_once(tmp_path):
+    for folder in ("whole", "whole/pretrain", "other/pretrain"):
+        write(tmp_path / folder, 10.0, {})
+    assert {a.run: a.counted for a in read_accounts(tmp_path)} == {
+        "other/pretrain": False, "whole": False, "whole/pretrain": True
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("damage", ["{", "[]", '{"total": {}}', '{"total": 1, "stages": {}}'])
 def test_a_damaged_ledger_is_named(tmp_path, damage):
     (tmp_path / "ledger.json").write_text(damage)

@@ -1,18 +1,23 @@
 """The main job: fitted to the machine and the time, and honest where the time is too short."""
 
 import json
+from dataclasses import fields
 
 import pytest
 
 from rorqual import speedrun as speedrun_module
 from rorqual.errors import UserError
+from rorqual.plan.engine_time import EngineCosts
+from rorqual.plan.ledger import read_accounts
 from rorqual.rl.envs.registry import open_environment
 from rorqual.speedrun import outcome as outcome_module
-from rorqual.speedrun import speedrun
+from rorqual.speedrun import speedrun, time_plan
 from rorqual.speedrun import stages as stages_module
+from rorqual.speedrun.documents import LARGEST
 from rorqual.speedrun.level import LEVELS, choose_level, machine_line, training_speed
 from rorqual.speedrun.outcome import FEW_SAMPLES, FIRST, difficulty_table, table
 from rorqual.speedrun.stages import Budget, Check, SpeedrunState, needed
+from rorqual.speedrun.time_plan import forecast
 
 TINY = {
     "hidden_size": 48,
@@ -61,6 +66,38 @@ def test_the_minutes_that_are_named_would_do(tmp_path, minutes, speed):
     assert 60 * asked * stages_module.PRETRAIN_SHARE * speed > stages_module.MIN_RL_TOKENS
 
 
+def planned(tmp_path, monkeypatch, minutes, speed=11_000.0, sampled=8_700.0):
+    """The forecast, where the engine samples so many tokens a second whatever the batch."""
+    vocabulary = LARGEST + 300
+    names = [f.name for f in fields(EngineCosts) if f.name not in ("spread", "source")]
+    costs = EngineCosts(**dict.fromkeys(names, 0.0) | {"logits": 1 / sampled / vocabulary}, spread=0.1, source="")
+    monkeypatch.setattr(time_plan, "engine_costs_here", lambda dtype: costs)
+    return forecast(state(tmp_path, minutes, speed))
+
+
+def test_ten_minutes_end_by_the_clock(tmp_path, monkeypatch):
+    """As those of docs/training.md: 594 s, of which 253 for pre-training with its check, 207 and 109."""
+    found = planned(tmp_path, monkeypatch, 10.0, 13_457.0)
+    assert list(found.stages) == ["documents", "pretrain", "rl", "distill", "evaluate", "report"]
+    assert found.run_seconds == pytest.approx(594, rel=0.02)
+    assert found.problems == pytest.approx(257, rel=0.15)
+    for name, seconds in {"documents": 7, "pretrain": 253, "rl": 207, "distill": 7, "evaluate": 109}.items():
+        assert found.stages[name] == pytest.approx(seconds, rel=0.1)
+    low, high = found.run_seconds_interval
+    assert 550 < low < 594 < high < 650
+    assert found.pretrain_tokens == pytest.approx(13_457 * (0.42 * 600 - found.stages["documents"]), rel=0.01)
+
+
+def test_a_slow_engine_answers_fewer_problems_and_makes_short_runs_longer(tmp_path, monkeypatch):
+    fast, slow = (planned(tmp_path, monkeypatch, 10.0, sampled=s) for s in (8_000, 2_000))
+    assert fast.problems == pytest.approx(4 * slow.problems, rel=0.3)
+    short = planned(tmp_path, monkeypatch, 0.5, sampled=1_000)
+    assert list(short.stages) == ["documents", "pretrain", "evaluate", "report"]  # too little for RL
+    low, high = short.run_seconds_interval
+    assert short.run_seconds > 30
+    assert high / low > 1.2
+
+
 @pytest.mark.parametrize(("last", "kept"), [(0.4, True), (0.5, False), (0.6, False)])
 def test_a_start_that_rl_kept_is_noticed(tmp_path, last, kept):
     lines = [
@@ -90,6 +127,12 @@ def test_half_a_minute_learns_something_and_says_that_it_is_too_short(tmp_path, 
     assert summary.stages[0].name == "pretrain"
     assert any("--minutes" in note for note in summary.notes)
     assert all(word in said for word in ("tokens/s", "held-out problems", "--minutes", "report:"))
+    planned = json.loads((tmp_path / "run" / "plan.json").read_text())
+    assert planned["run_seconds"] == pytest.approx(sum(planned["stages"].values()))
+    account = read_accounts(tmp_path)[0]
+    assert (account.run, account.unit, account.predicted) == ("run", "s", planned["run_seconds"])
+    assert account.measured == pytest.approx(summary.total_seconds, rel=0.2)
+    assert account.kinds == tuple(summary.seconds)
     page = (tmp_path / "run" / "report.html").read_text()
     assert "--minutes" in page
     assert (tmp_path / "run" / "model" / "config.json").exists()

@@ -23,8 +23,9 @@ def ledger(
 
     accounts = read_accounts(expand_path(runs))
     scored = [a.inside for a in accounts if a.inside is not None]
-    total: dict[str, float] = {name: sum(getattr(a, name) for a in accounts) for name in ("tokens", "flops", "seconds")}
-    if known := [a.joules for a in accounts if a.joules is not None]:
+    outer = [a for a in accounts if not a.counted]
+    total: dict[str, float] = {name: sum(getattr(a, name) for a in outer) for name in ("tokens", "flops", "seconds")}
+    if known := [a.joules for a in outer if a.joules is not None]:
         total["joules"] = sum(known)
     if price is not None:
         total["cost_usd"] = total["seconds"] / 3600 * price
@@ -53,7 +54,7 @@ def ledger(
     if scored:
         console.print(f"{sum(scored)} of {len(scored)} predictions held: the run lay within their 80 % interval.")
     if known:
-        console.print(f"{total['joules'] / 3.6e6:.3g} kWh of the processors in {len(known)} of {len(accounts)} runs.")
+        console.print(f"{total['joules'] / 3.6e6:.3g} kWh of the processors in {len(known)} of {len(outer)} runs.")
     if price is not None:
         console.print(f"${total['cost_usd']:.2f} at ${price:g} an hour.")
 

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +96,7 @@ class Account:
     measured: float | None
     predicted: float | None  # None: nothing was
     interval: tuple[float, float] | None  # 80 %
+    counted: bool = False  # in the ledger of a run that it is part of
 
     @property
     def error(self) -> float | None:
@@ -116,7 +117,9 @@ def read_accounts(folder: Path) -> list[Account]:
     """Of all runs in a folder and below it. Raises UserError where there is none, or a damaged one."""
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; give the folder of a run, or of several")
-    found = [_account(path, folder) for path in sorted(folder.rglob("ledger.json"))]
+    paths = sorted(folder.rglob("ledger.json"))
+    wholes = {path.parent for path in paths}
+    found = [replace(_account(path, folder), counted=not wholes.isdisjoint(path.parent.parents)) for path in paths]
     if not found:
         raise UserError(f"{folder} holds no ledger.json; runs write it when they end")
     return found

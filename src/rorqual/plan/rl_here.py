@@ -108,13 +108,15 @@ def plan_rl_here(recipe: RLRecipe, config: ModelConfig, prompt: float, rehearsal
     )
 
 
-def step_parts(recipe: RLRecipe, config: ModelConfig, costs: RLCosts, lengths: Lengths) -> StepParts:
-    """Computed seconds of a step."""
+def step_parts(
+    recipe: RLRecipe, config: ModelConfig, costs: RLCosts, lengths: Lengths, trained: float | None = None
+) -> StepParts:
+    """Computed seconds of a step. trained: tokens, where groups without a signal are left out; None: all."""
     section, sampler = recipe.grpo, costs.sampler
     answers = float(section.questions_per_step * section.group_size)
     prefill, body, tail = sampling_seconds(config, sampler, section.questions_per_step, answers, section.
                                            rollout_max_num_seqs, lengths)  # fmt: skip
-    train, forward = training_counts(recipe, config, lengths)
+    train, forward = training_counts(recipe, config, lengths, trained)
     slower = EMULATED if recipe.precision else 1.0
     passes = (section.kl > 0) + (section.mini_batches > 1 and (recipe.rounds or bool(recipe.rollouts.staleness)))
     refresh = sampler.seconds(refresh_counts(config)) if section.rollout_weights == "fp8" else 0.0
@@ -142,16 +144,19 @@ def sampling_seconds(
     return prefill, body, tail
 
 
-def training_counts(recipe: RLRecipe, config: ModelConfig, lengths: Lengths) -> tuple[Counts, Counts]:
-    """Of a step's updates, and of a forward pass alone, on all answers."""
+def training_counts(
+    recipe: RLRecipe, config: ModelConfig, lengths: Lengths, trained: float | None = None
+) -> tuple[Counts, Counts]:
+    """Of a step's updates, and of a forward pass alone. trained: tokens; None: all."""
     section = recipe.grpo
-    tokens, block = packed_tokens(recipe, config, lengths)
+    every, block = packed_tokens(recipe, config, lengths)
+    tokens = every if trained is None else trained
     updates = section.mini_batches
-    micro_batches = updates * math.ceil(tokens / updates / section.micro_tokens)
+    micro_batches = updates * max(1, math.ceil(tokens / updates / section.micro_tokens))
     itemsize = compute_dtype(recipe.model.dtype).itemsize
     rows = tokens / block / micro_batches
     found = step_counts(config, [(rows, block)] * micro_batches, itemsize, False, recipe.recompute)
-    targets = section.questions_per_step * section.group_size * lengths.mean
+    targets = section.questions_per_step * section.group_size * lengths.mean * tokens / every
     head = 2.0 * config.vocab_size * config.hidden_size * (4 if recipe.recompute == "full" else 3)
     # Blocks are computed with a mask, the half above the diagonal too; the head only for the answers' tokens.
     found = replace(

@@ -28,22 +28,26 @@ def rehearse(recipe: RLRecipe, steps: int = 3, say: Callable[[str], None] = prin
     found: list[RehearsedStep] = []
     began = time.monotonic()
     for i in range(steps):
-        start, before = time.monotonic(), trainer.trained_tokens
-        metrics = trainer.step(_progress(recipe, i, start - began))
-        seconds = time.monotonic() - start
-        found.append(RehearsedStep(
-            length=metrics.rollout.length,
-            spread=metrics.rollout.length_spread,
-            truncated=metrics.rollout.truncated,
-            trained_tokens=trainer.trained_tokens - before,
-            rollout=metrics.rollout_seconds,
-            rewards=metrics.reward_seconds,
-            training=metrics.update_seconds,
-            seconds=seconds,
-        ))  # fmt: skip
+        found.append(measured_step(trainer, _progress(recipe, i, time.monotonic() - began)))
         step = found[-1]
         say(f"step {i + 1} of {steps}: {step.seconds:.3g} s, answers of {step.length:.0f} tokens on average")
     return RLRehearsal(prompt_tokens(recipe, tokenizer, environments), tuple(found))
+
+
+def measured_step(trainer: GRPOTrainer, progress: float) -> RehearsedStep:
+    """Take a step, and say what it took."""
+    start, before = time.monotonic(), trainer.trained_tokens
+    metrics = trainer.step(progress)
+    return RehearsedStep(
+        length=metrics.rollout.length,
+        spread=metrics.rollout.length_spread,
+        truncated=metrics.rollout.truncated,
+        trained_tokens=trainer.trained_tokens - before,
+        rollout=metrics.rollout_seconds,
+        rewards=metrics.reward_seconds,
+        training=metrics.update_seconds,
+        seconds=time.monotonic() - start,
+    )
 
 
 def _progress(recipe: RLRecipe, step: int, seconds: float) -> float:

@@ -22,7 +22,6 @@ from rorqual.speedrun.level import choose_level, machine_line, training_speed
 from rorqual.speedrun.outcome import Summary, difficulty_table, evaluate_stages, table
 from rorqual.speedrun.stages import (
     MIN_RL_TOKENS,
-    PRETRAIN_END,
     PRETRAIN_SHARE,
     RL_END,
     Budget,
@@ -34,6 +33,7 @@ from rorqual.speedrun.stages import (
     reinforce,
     write_corpus,
 )
+from rorqual.speedrun.time_plan import Forecast, forecast, forecast_table, keep_forecast, write_account
 from rorqual.train.rng import set_seed
 
 SHORTEST, LONGEST = 0.5, 60 * 24 * 30  # minutes
@@ -58,6 +58,9 @@ def speedrun(out: Path | None, seed: int, minutes: float) -> Summary:
     except OSError as e:
         raise file_error(run_dir, e, "made") from e
     state = _begin(run_dir, seed, Budget(minutes))
+    planned = forecast(state)
+    keep_forecast(state, planned)
+    state.console.print(forecast_table(planned))
 
     _run_stage(state, "1. documents and tokenizer", "documents", write_corpus)
     _run_stage(state, "2. pre-training", "pretrain", pretrain_small)
@@ -73,7 +76,7 @@ def speedrun(out: Path | None, seed: int, minutes: float) -> Summary:
     state.timed("evaluate", start)
     shutil.copytree(run_dir / folders(state)[-1][1] / "model", run_dir / "model")
     _recommend_sampling(run_dir / "model" / "generation_config.json", state.level.max_tokens)
-    _finish(state, summary)
+    _finish(state, summary, planned)
     return summary
 
 
@@ -90,8 +93,6 @@ def _begin(run_dir: Path, seed: int, budget: Budget) -> SpeedrunState:
         machine_line(),
         f"pre-training speed: {speed:,.0f} tokens/s, so about {tokens / 1e6:.1f} M tokens in this run",
         f"problems: {level.describe}",
-        f"time: pre-training until {PRETRAIN_END * budget.seconds:.0f} s, reinforcement learning until "
-        f"{RL_END * budget.seconds:.0f} s, all stages until {budget.seconds:.0f} s",
     ]
     state.console.print("\n".join(plan), soft_wrap=True)
     if tokens < MIN_RL_TOKENS:
@@ -124,13 +125,15 @@ def _recommend_sampling(path: Path, max_tokens: int) -> None:
     write_text(path, json.dumps(own, indent=2) + "\n")
 
 
-def _finish(state: SpeedrunState, summary: Summary) -> None:
+def _finish(state: SpeedrunState, summary: Summary, planned: Forecast) -> None:
     summary.total_seconds = state.budget.spent
     path = state.run_dir / "summary.json"
     write_text(path, strict_json.dumps(summary.to_dict(), indent=1, ensure_ascii=False))
+    write_account(state, planned)
     page = write_report(state.run_dir)
     summary.total_seconds = state.budget.spent  # the page, which takes seconds to make, has the time before it
     write_text(path, strict_json.dumps(summary.to_dict(), indent=1, ensure_ascii=False))
+    write_account(state, planned)
     state.console.print(table(summary), difficulty_table(summary))
     for family, gain in summary.gains.get("rl", {}).items():
         low, high = gain.interval
@@ -140,5 +143,7 @@ def _finish(state: SpeedrunState, summary: Summary) -> None:
     for sentence in state.notes:
         state.console.print(f"[yellow]{sentence}[/yellow]", soft_wrap=True)
     spent = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in state.seconds.items())
-    state.console.print(f"{summary.total_seconds:.0f} s in total: {spent}")
+    state.console.print(
+        f"{summary.total_seconds:.0f} s in total ({planned.run_seconds:.0f} s were planned): {spent}", soft_wrap=True
+    )
     state.console.print(f"report: {page}\nchat:   {summary.chat_command}", soft_wrap=True)

@@ -37,6 +37,7 @@ MIN_RL_TOKENS = (
 # Below this accuracy nearly every ✓ is false, and a verdict reward collapses training: 6 % became 0 in 40 steps.
 VERDICT_ACCURACY = 0.2
 MAX_NUM_SEQS = 1024  # sequences decoded at once
+CHECK_SAMPLES = 4  # answers to a development problem
 
 
 @dataclass
@@ -115,8 +116,7 @@ def open_engine(folder: Path) -> Engine:
 
 def write_corpus(state: SpeedrunState) -> None:
     """Write the documents (fewer in runs below ten minutes) and train the tokenizer."""
-    level, path = state.level, state.run_dir / "documents.jsonl"
-    counts = [int(count * min(1.0, state.budget.minutes / 10)) for count in level.documents]
+    path, counts = state.run_dir / "documents.jsonl", document_counts(state)
     problems = [max(500, count // 4) for count in counts]
     count = write_documents(path, state.environments, counts, problems, state.seed)
     with path.open(encoding="utf-8") as lines:
@@ -128,6 +128,11 @@ def write_corpus(state: SpeedrunState) -> None:
     tokenizer.chat_template = CHAT_TEMPLATE
     save_tokenizer(tokenizer, state.run_dir / "tokenizer")
     state.console.print(f"   {count:,} documents, vocabulary of {len(tokenizer)} tokens")
+
+
+def document_counts(state: SpeedrunState) -> list[int]:
+    """Of each environment."""
+    return [int(count * min(1.0, state.budget.minutes / 10)) for count in state.level.documents]
 
 
 def pretrain_small(state: SpeedrunState) -> None:
@@ -252,7 +257,7 @@ def distill_best(state: SpeedrunState) -> None:
 def check(state: SpeedrunState, stage: str) -> None:
     """Evaluate the newest model on a few development problems and print the accuracy."""
     engine = open_engine(state.run_dir / folders(state)[-1][1])
-    problems, samples = max(8, min(48, int(5 * state.budget.minutes))), 4
+    problems, samples = check_problems(state), CHECK_SAMPLES
     start = time.monotonic()
     found = evaluate(
         engine, state.environments, samples, problems, split="dev", quiet=True, **sampling(state)
@@ -263,6 +268,11 @@ def check(state: SpeedrunState, stage: str) -> None:
     state.checks[stage] = Check(accuracy, length, tokens / (time.monotonic() - start))
     shares = ", ".join(f"{family} {share:.0%}" for family, share in accuracy.items())
     state.console.print(f"   accuracy on development problems: {shares}")
+
+
+def check_problems(state: SpeedrunState) -> int:
+    """Of each family."""
+    return max(8, min(48, int(5 * state.budget.minutes)))
 
 
 def sampling(state: SpeedrunState) -> dict[str, Any]:
