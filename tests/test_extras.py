@@ -74,6 +74,7 @@ sys.meta_path.insert(0, Blocked())
 from rorqual.engine import Engine, SamplingParams
 params = SamplingParams(temperature=0, max_tokens=4)
 print(Engine({str(smollm2)!r}).generate(["The capital of France is"], params)[0].text)
+assert "torch._dynamo" not in sys.modules, "it takes seconds to import, and is for torch.compile"
 """
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert found.returncode == 0, found.stderr

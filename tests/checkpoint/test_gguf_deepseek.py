@@ -116,8 +116,17 @@ TYPES = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K"]
 BIG = {"llama": LLAMA_OF_256, "v3": V3_AHEAD.replace(**LATENT_OF_256)}
 
 
-@pytest.mark.parametrize("kind", TYPES)
-@pytest.mark.parametrize("config", BIG.values(), ids=BIG)
+@pytest.mark.parametrize(
+    ("config", "kind"),
+    [
+        pytest.param(
+            config, kind, marks=pytest.mark.slow if name == "llama" and kind not in ("Q8_0", "Q4_K") else (),
+            id=f"{name}-{kind}",
+        )
+        for name, config in BIG.items()
+        for kind in TYPES
+    ],
+)  # fmt: skip
 def test_types(tmp_path, config, kind):
     """Expanded or packed, the numbers are those that the gguf library reads."""
     file = write(tmp_path / "a.gguf", network(config), KINDS[kind])

@@ -65,6 +65,19 @@ def model(request):
     return Transformer(CONFIGS[config]).eval().to(device)
 
 
+# Of the wide latent's rounding, in tiles of 128, the tests of values tell.
+TWO = pytest.mark.parametrize(
+    "model",
+    [
+        pytest.param(f"{config} {device}", marks=pytest.mark.slow if config == "wide latent" else ())
+        for config in CONFIGS
+        for device in DEVICES
+    ],
+    indirect=True,
+    scope="module",
+)
+
+
 @pytest.fixture(scope="module")
 def expected(model):
     return [reference(model, prompt, 30) for prompt in PROMPTS]
@@ -86,6 +99,7 @@ def test_answers_are_those_of_a_model_that_reads_the_same_values(model, expected
     assert torch.tensor(own).median() > 3e-4, "FP8 shows"
 
 
+@TWO
 def test_prefix_cache(model):
     engine = Engine(model, kv_cache_dtype=FP8, prefix_cache=True)
     first = engine.generate(PROMPTS, GREEDY)
@@ -94,6 +108,7 @@ def test_prefix_cache(model):
     assert sum(c.cached_tokens for c in again) > sum(len(p) // 16 * 16 for p in PROMPTS) // 2
 
 
+@TWO
 def test_copies_of_a_prompts_last_block(model):
     """Samples of one prompt share its blocks, and each continues in a copy of the last."""
     params = SamplingParams(seed=5, n=3, max_tokens=20, ignore_eos=True)
@@ -102,6 +117,7 @@ def test_copies_of_a_prompts_last_block(model):
     assert agree([c.tokens for c in together], [c.tokens for c in one_by_one], model)
 
 
+@TWO
 def test_preemption(model):
     plain = Engine(model, kv_cache_dtype=FP8).generate(PROMPTS, GREEDY)
     few = 12 * block_bytes(model.config, FP8)
@@ -112,6 +128,7 @@ def test_preemption(model):
     assert engine.status().blocks_used == 0
 
 
+@TWO
 @pytest.mark.parametrize("method", ["mtp", "ngram"])
 def test_speculative_decoding(model, method):
     if method == "mtp" and not model.config.num_nextn_predict_layers:

@@ -80,12 +80,18 @@ def random_tokens(count, seed):
     return torch.randint(0, 60, (count,), generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize(  # varies fastest, so that a network is made once
-    ("rows", "dtype"),
-    [(1, torch.float32), (2, torch.float32), (5, torch.float32), (70, torch.float32), (70, torch.bfloat16)],
-    ids=str,
-)
-@pytest.mark.parametrize("bits", ["int4", "int8"])
+# Every shape has each of both in what is not slow, if not with one another.
+PACKINGS = [
+    pytest.param(bits, rows, dtype, marks=() if (rows, dtype) in quick else pytest.mark.slow)
+    for bits, quick in (
+        ("int4", {(1, torch.float32), (5, torch.float32), (70, torch.bfloat16)}),
+        ("int8", {(2, torch.float32), (70, torch.float32)}),
+    )
+    for rows, dtype in [*((rows, torch.float32) for rows in (1, 2, 5, 70)), (70, torch.bfloat16)]
+]
+
+
+@pytest.mark.parametrize(("bits", "rows", "dtype"), PACKINGS, ids=str)  # fastest, so that a network is made once
 @pytest.mark.parametrize("shape", SHAPES)
 @torch.no_grad()
 def test_logits_are_the_networks(shape, bits, rows, dtype):

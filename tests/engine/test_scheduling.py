@@ -71,9 +71,15 @@ def all_free(engine):
     return engine.status().blocks_used == 0
 
 
-@pytest.mark.parametrize("prefix_cache", [False, True])
-@pytest.mark.parametrize("max_prefill_tokens", [7, 4096])
-@pytest.mark.parametrize("room", [None, 16, 9])
+# Of these, those that are not slow have every pair of values.
+COMPANIES = [(room, count, cache) for room in (None, 16, 9) for count in (7, 4096) for cache in (False, True)]
+PAIRS = {(None, 7, True), (None, 4096, False), (16, 7, False), (16, 4096, True), (9, 7, True), (9, 4096, False)}
+
+
+@pytest.mark.parametrize(
+    ("room", "max_prefill_tokens", "prefix_cache"),
+    [pytest.param(*case, marks=() if case in PAIRS else pytest.mark.slow) for case in COMPANIES],
+)
 def test_greedy_equals_full_passes_in_any_company(model, prompts, endless, prefix_cache, max_prefill_tokens, room):
     memory = None if room is None else bytes_for(model, room)
     engine = Engine(

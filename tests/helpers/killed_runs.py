@@ -12,9 +12,11 @@ import pytest
 HARNESS = """
 import importlib, os, random, signal, sys, time
 from rorqual.recipe import PretrainRecipe, RLRecipe, load_recipe
-import reasoning_gym, transformers, tokenizers
+import transformers, tokenizers
 
 verb, module = sys.argv[1:3]
+if verb == "rl":
+    import reasoning_gym
 kills = int(sys.argv[5])
 run = getattr(importlib.import_module(module), verb)
 whole, killed = (load_recipe(path, {"pretrain": PretrainRecipe, "rl": RLRecipe}[verb]) for path in sys.argv[3:5])

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 # Its server imports torch once, in one thread; each process is then a fork of it.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch", "rorqual.train.trainer", "rorqual.parallel.experts"])
+CONTEXT.set_forkserver_preload(["pytest", "rorqual.engine", "rorqual.train.training_run", "rorqual.parallel.experts"])
 LIMIT = 120  # seconds
 
 

@@ -8,16 +8,18 @@ import functools
 import inspect
 import sys
 import threading
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from types import ModuleType
 from typing import Any, get_args
 
-import torch
 from beartype import beartype
 from jaxtyping import AbstractArray, jaxtyped
+from torch import Tensor
+from torch.compiler import is_compiling
+from torch.nn import Parameter
 
 CHECKED = (  # packages, or modules
     "rorqual.model",
@@ -26,7 +28,6 @@ CHECKED = (  # packages, or modules
     "rorqual.rl.rollout_packing",
     "rorqual.parallel.balance",
 )
-TENSORS = (torch.Tensor, torch.nn.Parameter)
 _enabled = True
 
 
@@ -56,21 +57,20 @@ def checked(function: Callable[..., Any]) -> Callable[..., Any]:
     signature = _only_shapes(inspect.signature(function))
     check_arguments = _check(function, signature.replace(return_annotation=signature.empty))
     check_all = _check(function, signature)
-    passed: set[Hashable] = set()
+    passed: dict[Hashable, set[Hashable]] = {}  # by arguments: the results
 
     @functools.wraps(function)
     def call(*args, **kwargs):
-        if torch.compiler.is_compiling() or not _enabled:
+        if is_compiling() or not _enabled:
             return function(*args, **kwargs)
-        given = _kind(args), _kind(tuple(kwargs.items()))
-        if given not in passed:
+        given = (_kinds(args), _kinds(kwargs.values()), *kwargs) if kwargs else _kinds(args)
+        if (results := passed.get(given)) is None:
             check_arguments(None, args, kwargs)
-            passed.add(given)
+            results = passed[given] = set()
         result = function(*args, **kwargs)
-        both = given, _kind(result)
-        if both not in passed:
+        if (found := _kinds((result,))) not in results:
             check_all(result, args, kwargs)
-            passed.add(both)
+            results.add(found)
         return result
 
     return call
@@ -97,12 +97,21 @@ def _check(function: Callable[..., Any], signature: inspect.Signature) -> Callab
     return check
 
 
-def _kind(value: Any) -> Hashable:
-    if type(value) in TENSORS:
-        return value.shape, value.dtype
-    if type(value) in (tuple, list):
-        return tuple([_kind(v) for v in value])
-    return value if isinstance(value, str) else type(value)
+def _kinds(values: Iterable[Any]) -> Hashable:
+    """Shapes and dtypes of tensors, also in tuples and lists; strings; types of others.
+
+    Made for speed: it runs twice at every call.
+    """
+    kinds: list[Hashable] = []
+    for value in values:
+        kind = type(value)
+        if kind is Tensor or kind is Parameter:
+            kinds += (value.shape, value.dtype)
+        elif kind is tuple or kind is list:
+            kinds.append(_kinds(value))
+        else:
+            kinds.append(value if kind is str else kind)
+    return tuple(kinds)
 
 
 def _only_shapes(signature: inspect.Signature) -> inspect.Signature:

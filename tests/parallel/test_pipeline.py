@@ -185,10 +185,17 @@ def test_a_tied_embedding_is_on_two_ranks():
         assert (first[5], second[5]) == ([], [EMBEDDING] * (schedule != "dualpipev"))
 
 
-def test_with_expert_parallelism():
+@pytest.mark.parametrize(
+    "cases",
+    [
+        [("zb1p", "full", {}), ("dualpipev", "none", {})],
+        pytest.param([("zb1p", "none", {}), ("dualpipev", "full", {})], marks=pytest.mark.slow),
+    ],
+    ids=["mixed", "others"],
+)
+def test_with_expert_parallelism(cases):
     """Two stages on two ranks each, which have tokens of their own and half of the experts each."""
     section = ParallelSection(pipeline=2, data=2, experts=2)
-    cases = [(schedule, recompute, {}) for schedule in ("zb1p", "dualpipev") for recompute in ("none", "full")]
     results = run(4, on_ranks, cases, section)
     grads, *_ = one_process(model_of(), batches() + batches(seed=1))
     for number in range(len(cases)):

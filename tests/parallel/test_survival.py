@@ -15,27 +15,28 @@ from rorqual.train.ranks import far_off
 ROWS = 4
 
 
-def left_alone(rank, dies):
-    """Rank 1 stops after two steps: what rank 0 is told in the third."""
+def left_alone(rank, dies, told):
+    """Rank 1 stops after two steps: what rank 0 is told in the third, after which the file `told` is there."""
     mesh = build_mesh(ParallelSection(data=2, experts=2, timeout=3.0))
     trainer = trainer_of(mesh)
     for step in range(3):
         if rank and step == 2:
             if dies:
                 torch.distributed.destroy_process_group()
-            else:
-                time.sleep(10)
+            while not (dies or told.exists()):
+                time.sleep(0.05)
             return None
         try:
             trainer.step([part(rows_of(step, ROWS), slice(2 * rank, 2 * rank + 2))], 0.5)
         except CommunicationError as e:
+            told.touch()
             return str(e)
     return "no error"
 
 
 @pytest.mark.parametrize("dies", [True, False], ids=["dead", "hung"])
-def test_what_hangs_is_named(dies):
-    said, _ = run(2, left_alone, dies)
+def test_what_hangs_is_named(dies, tmp_path):
+    said, _ = run(2, left_alone, dies, tmp_path / "told")
     assert "rank 0, step 3: " in said
     assert "among ranks 0, 1" in said
 

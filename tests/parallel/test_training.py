@@ -11,21 +11,22 @@ from rorqual.sections import ParallelSection
 from rorqual.train.ranks import far_off
 from rorqual.train.traffic_report import traffic
 
-STEPS, ROWS = 20, 8  # rows of a step
+ROWS = 8  # of a step
+FEW, MANY = 6, 20  # steps
 
 
-def train(trainer, micro_batches_of, steps=STEPS):
+def train(trainer, micro_batches_of, steps):
     return [trainer.step(micro_batches_of(rows_of(step, ROWS)), step / steps) for step in range(steps)]
 
 
-def on_ranks(rank, layout, options, micro):
+def on_ranks(rank, layout, options, micro, count):
     mesh = build_mesh(ParallelSection(**layout))
     size = ROWS // mesh.data.size
     trainer = trainer_of(mesh, size // micro, **options)
     own = [slice(i, i + micro) for i in range(size * mesh.data.place, size * (mesh.data.place + 1), micro)]
-    steps = train(trainer, lambda batch: [context.part(part(batch, rows), mesh.context) for rows in own])
+    steps = train(trainer, lambda batch: [context.part(part(batch, rows), mesh.context) for rows in own], count)
     assert not any(far_off(step.ranks) for step in steps)
-    sent = traffic(trainer, ROWS * T, STEPS)["bytes_a_step"]
+    sent = traffic(trainer, ROWS * T, count)["bytes_a_step"]
     with trainer.optimizer.whole_weights():
         weights = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
     biases = {n: b.clone() for n, b in trainer.model.named_buffers()}
@@ -61,14 +62,18 @@ MORE = [
 
 
 @pytest.mark.parametrize(
-    ("layout", "micro", "options"), [*LAYOUTS, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE)]
+    ("layout", "micro", "options", "steps"),
+    [
+        *((*case, FEW) for case in LAYOUTS),
+        *(pytest.param(*case, MANY, marks=pytest.mark.slow) for case in (*LAYOUTS, *MORE)),
+    ],
 )
-def test_losses_and_weights_equal_one_process(layout, micro, options):
+def test_losses_and_weights_equal_one_process(layout, micro, options, steps):
     data, contexts, experts, stages = (layout.get(name, 1) for name in ("data", "context", "experts", "pipeline"))
     places = data * contexts
-    found = run(places * stages, on_ranks, layout, options, micro)
+    found = run(places * stages, on_ranks, layout, options, micro, steps)
     alone = trainer_of(**options)
-    expected = train(alone, lambda batch: [part(batch, slice(i, i + micro)) for i in range(0, ROWS, micro)])
+    expected = train(alone, lambda batch: [part(batch, slice(i, i + micro)) for i in range(0, ROWS, micro)], steps)
     stride = (1, stages) if layout.get("stages_together") else (places, 1)  # of a stage, of a place
     ours = whole([found[stage * stride[0] + p * stride[1]] for stage in range(stages) for p in range(experts)], 1)
     theirs = dict(alone.model.named_parameters())

@@ -43,8 +43,15 @@ def allocated(fields, layers, tokens, dtype, precision, recompute):
 
 @pytest.mark.usefixtures("compiled_functions")
 @pytest.mark.parametrize("recompute", ["none", "v3", "full"])
-@pytest.mark.parametrize("precision", [None, "fp8"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("precision", "dtype"),
+    [
+        (None, torch.float32),
+        pytest.param("fp8", torch.float32, marks=pytest.mark.slow),
+        pytest.param(None, torch.bfloat16, marks=pytest.mark.slow),
+        ("fp8", torch.bfloat16),
+    ],
+)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_layer_keeps_what_is_computed(name, dtype, precision, recompute):
     if recompute == "full" and (name, precision) != ("experts", "fp8"):

@@ -10,12 +10,6 @@ from rorqual.recipe import TokenizerSection
 TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """More threads make models of this size no faster, and wait for one another on a busy machine."""
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="session")
 def tokenizer():
     section = TokenizerSection(vocab_size=300, special_tokens=TAGS, whole_numbers=20)

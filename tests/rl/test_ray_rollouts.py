@@ -55,7 +55,7 @@ def recipe(rollouts=None, **fields):
 
 def trainer(model, tokenizer, ray=None, rollouts=None, **fields):
     """With `ray`, its rollouts are a fleet's."""
-    checked = recipe(rollouts, **fields)
+    checked = recipe(rollouts if ray is None else {"threads": 1} | (rollouts or {}), **fields)
     fleet = None
     if ray is not None:
         checked = on_ray(checked)
@@ -186,12 +186,14 @@ def test_a_rollout_of_other_weights_is_refused(dense, tokenizer):
         toy.step()
 
 
-@pytest.mark.parametrize("staleness", [1, 3])
-def test_rollouts_in_flight_are_resumed(staleness, moe, tokenizer, tmp_path):
+@pytest.mark.parametrize(
+    ("staleness", "steps"), [(1, (3,)), (3, (1, 6)), pytest.param(1, (1, 6), marks=pytest.mark.slow)]
+)
+def test_rollouts_in_flight_are_resumed(staleness, steps, moe, tokenizer, tmp_path):
     rollouts = {"staleness": staleness, "replay_routing": True}
     whole = trainer(copy.deepcopy(moe), tokenizer, FakeRay(), rollouts)
     expected = run(whole)
-    for step in (1, 3, 6):
+    for step in steps:
         first = trainer(copy.deepcopy(moe), tokenizer, FakeRay(), rollouts)
         assert run(first, step) == expected[:step]
         checkpoints = Checkpoints(tmp_path / str(step), keep=1)

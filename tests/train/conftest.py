@@ -1,5 +1,6 @@
 """Small models, batches, a corpus and a recipe for training tests."""
 
+import functools
 import os
 import random
 
@@ -28,12 +29,6 @@ SIZES = {
     "num_nextn_predict_layers": 1,
     "initializer_range": 0.05,
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """More threads make models of this size no faster, and wait for one another on a busy machine."""
-    torch.set_num_threads(1)
 
 
 @pytest.fixture
@@ -76,34 +71,41 @@ def corpus(tmp_path_factory):
     return path
 
 
+def recipe_in(folder, corpus, name="run", **changes):
+    """A pre-training recipe that runs in about a second; `changes` are 'section__field' → value."""
+    raw = {
+        "name": name,
+        "out": str(folder),
+        "model": {"config": SIZES},
+        "tokenizer": {"vocab_size": 300},
+        "data": {
+            "sources": [{"path": str(corpus)}],
+            "valid_fraction": 0.2,
+            "sequence_length": 32,
+            "workers": 1,
+        },
+        "optimizer": {"name": "muon", "lr": 3e-3, "muon_lr": 3e-3},
+        "train": {"steps": 12, "batch_size": 4, "eval_every": 4, "save_every": 4, "threads": 1},
+    }
+    for key, value in changes.items():
+        *parents, last = key.split("__")
+        here = raw
+        for parent in parents:
+            here = here.setdefault(parent, {})
+        here[last] = value
+    return parse_recipe(raw, PretrainRecipe)
+
+
 @pytest.fixture
 def make_recipe(tmp_path, corpus):
-    """A pre-training recipe that runs in about a second; `changes` are 'section.field' → value."""
+    """`recipe_in` of this test's folder."""
+    return functools.partial(recipe_in, tmp_path / "runs", corpus)
 
-    def make(name: str = "run", **changes):
-        raw = {
-            "name": name,
-            "out": str(tmp_path / "runs"),
-            "model": {"config": SIZES},
-            "tokenizer": {"vocab_size": 300},
-            "data": {
-                "sources": [{"path": str(corpus)}],
-                "valid_fraction": 0.2,
-                "sequence_length": 32,
-                "workers": 1,
-            },
-            "optimizer": {"name": "muon", "lr": 3e-3, "muon_lr": 3e-3},
-            "train": {"steps": 12, "batch_size": 4, "eval_every": 4, "save_every": 4, "threads": 1},
-        }
-        for key, value in changes.items():
-            *parents, last = key.split("__")
-            here = raw
-            for parent in parents:
-                here = here.setdefault(parent, {})
-            here[last] = value
-        return parse_recipe(raw, PretrainRecipe)
 
-    return make
+@pytest.fixture(scope="module")
+def make_recipe_of_module(tmp_path_factory, corpus):
+    """The same for runs that several tests compare with."""
+    return functools.partial(recipe_in, tmp_path_factory.mktemp("runs"), corpus)
 
 
 @pytest.fixture

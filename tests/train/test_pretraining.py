@@ -90,6 +90,15 @@ def crash_at(monkeypatch, owner, name, calls, late=False):
     monkeypatch.setattr(owner, name, crashing)
 
 
+TO_RESUME = {"train__batch_ramp": [2, 0.6], "train__micro_batch": 2, "train__ema": 0.9, "train__keep": 1}
+
+
+@pytest.fixture(scope="module")
+def straight(make_recipe_of_module):
+    """A run that nothing disturbs."""
+    return pretrain(make_recipe_of_module("straight", **TO_RESUME))
+
+
 @pytest.mark.parametrize(
     ("owner", "name", "calls", "late"),
     [
@@ -102,12 +111,10 @@ def crash_at(monkeypatch, owner, name, calls, late=False):
         ("rorqual.train.training_run", "save_model", 1, True),
     ],
 )
-def test_crash_and_resume_end_with_the_same_weights(make_recipe, monkeypatch, owner, name, calls, late):
-    changes = {"train__batch_ramp": [2, 0.6], "train__micro_batch": 2, "train__ema": 0.9, "train__keep": 1}
-    straight = pretrain(make_recipe("straight", **changes))
+def test_crash_and_resume_end_with_the_same_weights(make_recipe, straight, monkeypatch, owner, name, calls, late):
     if isinstance(owner, str):
         owner = sys.modules[owner]
-    recipe = make_recipe("crashed", **changes)
+    recipe = make_recipe("crashed", **TO_RESUME)
     with monkeypatch.context() as patch:
         crash_at(patch, owner, name, calls, late)
         with pytest.raises(Crash):

@@ -1,5 +1,7 @@
 """Parts of torch with the types that its own stubs lack."""
 
+import functools
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar, cast
 
@@ -41,5 +43,19 @@ def once_differentiable(backward: F) -> F:
 
 
 def not_compiled(f: F) -> F:
-    """torch.compiler.disable: torch.compile calls the function as it is."""
-    return cast(F, torch.compiler.disable(f))  # pyright: ignore[reportUnknownMemberType] -- torch gives it no types
+    """torch.compiler.disable: torch.compile calls the function as it is.
+
+    Until something is compiled it stays as it is: to disable it imports torch._dynamo, which takes seconds.
+    """
+    disabled: F | None = None
+
+    @functools.wraps(f)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        nonlocal disabled
+        if "torch._dynamo" not in sys.modules:
+            return f(*args, **kwargs)
+        if disabled is None:
+            disabled = cast(F, torch.compiler.disable(f))  # pyright: ignore[reportUnknownMemberType] -- untyped
+        return disabled(*args, **kwargs)
+
+    return cast(F, call)

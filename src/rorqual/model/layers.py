@@ -24,8 +24,21 @@ class RMSNorm(nn.Module):
 class Linear(nn.Linear):
     """x·Wᵀ + b."""
 
+    def reset_parameters(self) -> None:
+        # On the meta device torch would draw nothing, but import torch._dynamo for it, which takes seconds.
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
     def forward(self, input: Float[Tensor, "*batch K"]) -> Float[Tensor, "*batch N"]:
         return linear(input, self.weight, self.bias)
+
+
+class Embedding(nn.Embedding):
+    """Rows of a table, by token."""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:  # as above
+            super().reset_parameters()
 
 
 class SwiGLU(nn.Module):

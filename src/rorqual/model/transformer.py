@@ -14,7 +14,7 @@ from rorqual.kernels.rotary import Table
 from rorqual.model.attention import GroupedQueryAttention, MultiHeadLatentAttention
 from rorqual.model.config import ModelConfig
 from rorqual.model.kv_cache import KVCache
-from rorqual.model.layers import Linear, RMSNorm, SwiGLU
+from rorqual.model.layers import Embedding, Linear, RMSNorm, SwiGLU
 from rorqual.model.moe import MixtureOfExperts, Routing
 from rorqual.model.release_settings import ReleaseSettings
 from rorqual.model.rope import rope_frequencies, rope_table
@@ -93,7 +93,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         depth, mtp_depth = config.num_hidden_layers, config.num_nextn_predict_layers
         self.layers = nn.ModuleList(
             [Layer(config, i) for i in range(depth)] + [MultiTokenModule(config, depth + k) for k in range(mtp_depth)]

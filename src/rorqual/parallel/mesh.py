@@ -16,7 +16,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.distributed_c10d import PrefixStore, Store, _set_pg_timeout
 from torch.distributed.rendezvous import rendezvous
 
 from rorqual.errors import UserError
@@ -163,6 +163,8 @@ def build_mesh(section: ParallelSection, device: str = "cpu") -> Mesh:
     def group(mesh: DeviceMesh, name: str) -> Group:
         ranks = ranks_of[name]
         process_group = mesh.get_group(name) if len(ranks) > 1 else None
+        if process_group is not None:  # a mesh gives its groups torch's time-out, which is half an hour
+            _set_pg_timeout(timeout, process_group)
         return Group(process_group, ranks, ranks.index(rank), per_node, traffic, timeout)
 
     return Mesh(
