@@ -5,7 +5,7 @@ scale for 128 of them; the linear after attention in 1.5 bytes (V3 §3.3.3). tes
 what PyTorch allocates.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rorqual.model import ModelConfig
 
@@ -43,6 +43,15 @@ def layer_bytes(config: ModelConfig, moe: bool, kept: Kept) -> float:
         norms += 2 * D * kept.size if not kept.fp8 else D * kept.size if moe else 0  # in FP8 the router's input
     attention = _latent(config, kept) if config.is_mla else _grouped(config, kept)
     return norms + attention + _feed_forward(config, moe, kept)
+
+
+def backward_bytes(config: ModelConfig, moe: bool, kept: Kept) -> float:
+    """What one layer's backward pass has beside what the forward pass kept: the gradients of gate, up and their
+    product, and what is computed again.
+    """
+    width = config.moe.num_experts_per_tok * config.moe.moe_intermediate_size if moe else config.intermediate_size
+    again = layer_bytes(config, moe, replace(kept, recompute="none")) - layer_bytes(config, moe, kept)
+    return 3 * width * kept.size + again
 
 
 def mtp_bytes(config: ModelConfig, kept: Kept) -> float:
