@@ -5,7 +5,7 @@ scale for 128 of them; the linear after attention in 1.5 bytes (V3 §3.3.3). tes
 what PyTorch allocates.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from rorqual.model import ModelConfig
 
@@ -45,13 +45,17 @@ def layer_bytes(config: ModelConfig, moe: bool, kept: Kept) -> float:
     return norms + attention + _feed_forward(config, moe, kept)
 
 
+def freed_bytes(config: ModelConfig, moe: bool, kept: Kept) -> float:
+    """What a layer's forward pass makes and does not keep, since it is computed again or kept in FP8."""
+    return layer_bytes(config, moe, Kept(kept.size, context=kept.context)) - layer_bytes(config, moe, kept)
+
+
 def backward_bytes(config: ModelConfig, moe: bool, kept: Kept) -> float:
     """What one layer's backward pass has beside what the forward pass kept: the gradients of gate, up and their
     product, and what is computed again.
     """
     width = config.moe.num_experts_per_tok * config.moe.moe_intermediate_size if moe else config.intermediate_size
-    again = layer_bytes(config, moe, replace(kept, recompute="none")) - layer_bytes(config, moe, kept)
-    return 3 * width * kept.size + again
+    return 3 * width * kept.size + freed_bytes(config, moe, kept)
 
 
 def mtp_bytes(config: ModelConfig, kept: Kept) -> float:

@@ -8,7 +8,7 @@ there.
 from rorqual.kernels import cpu
 from rorqual.kernels.dtype_names import COMPUTE
 from rorqual.model import ModelConfig
-from rorqual.plan.activations import Kept, backward_bytes, layer_bytes, mtp_bytes
+from rorqual.plan.activations import Kept, backward_bytes, freed_bytes, layer_bytes, mtp_bytes
 from rorqual.plan.cost import Memory, logits_bytes, loss_bytes, mtp_parameters, parameters
 from rorqual.plan.optimizer_state import predict_state, update_bytes
 from rorqual.recipe import OptimizerSection
@@ -39,8 +39,10 @@ def memory(
     layers = [layer_bytes(config, config.is_moe_layer(layer), how) for layer in range(depth)]
     kept = sum(layers) + config.num_nextn_predict_layers * mtp_bytes(config, how)
     weights = 4 * count - (4 - size) * state.masters // 4  # those without a master of their own are FP32
+    kinds = {config.is_moe_layer(layer) for layer in range(depth)}
+    kept += max(freed_bytes(config, moe, how) for moe in kinds)
     # Logits are gone before the first layer's backward pass.
-    within = tokens * max(backward_bytes(config, config.is_moe_layer(layer), how) for layer in range(depth))
+    within = tokens * max(backward_bytes(config, moe, how) for moe in kinds)
     compiled = cpu.capability() is not None
     loss, logits = loss_bytes(config, tokens, size, compiled=compiled), logits_bytes(config, tokens, size, compiled)
     activations = round(tokens * kept + max(0.0, within - logits))
