@@ -168,6 +168,15 @@ def fp8_loss(found: dict[str, Any]) -> list[list[str]]:
     ]
 
 
+def planner_memory(found: dict[str, Any]) -> list[list[str]]:
+    rows: list[list[str]] = []
+    for name, each in found["bytes"].items():
+        predicted, measured = each["predicted"]["total"], each["measured"]
+        error = f"{predicted / measured - 1:+.1%}"
+        rows.append([name, f"{measured / 1e6:,.0f}", f"{predicted / 1e6:,.0f}", error])
+    return [table(["recipe", "measured, MB", "predicted, MB", "error"], rows)]
+
+
 def fp8_memory(found: dict[str, Any]) -> list[list[str]]:
     parts, state = [], ("weights", "masters", "gradients", "moments")
     columns = [*state, "a layer", "network", "of baseline", "peak, MB", "process, MB"]
@@ -312,6 +321,7 @@ FIGURES = {
         serving,
         fp8_loss,
         fp8_memory,
+        planner_memory,
         moments,
         fp8_rollouts,
         kv_drift,

@@ -24,7 +24,7 @@ CLASSES = {
     "nvidia-h200": "NVIDIA H200",
 }
 
-UNCOMPARED = ("fp8_loss", "fp8_memory", "fp8_rollouts", "kv_drift", "revision")  # without a peer
+UNCOMPARED = ("fp8_loss", "fp8_memory", "fp8_rollouts", "kv_drift", "planner_memory", "revision")  # without a peer
 
 # Benchmark → what it compares.
 BENCHMARKS = {
@@ -82,6 +82,11 @@ BENCHMARKS = {
         "Memory and time of a training step of fp8_loss's model, measured: bytes a parameter of weights, masters, "
         "gradients and moments; bytes a token that a forward pass leaves allocated in one more layer and in the whole "
         "network; the most that a step has allocated; the process's peak above what it had before."
+    ),
+    "planner_memory": (
+        "Peak memory of training recipes, as a dry run predicts it and as the operating system counted it: the most "
+        "that a process had resident in two steps, above what it had before the model was built. Models of 14 to 69 M "
+        "parameters in FP32."
     ),
     "moments": (
         "The forms of AdamW's moments, on train's model with random tokens. *optimizer*: clipping, update and freeing "

@@ -45,6 +45,19 @@ def layer_bytes(config: ModelConfig, moe: bool, kept: Kept) -> float:
     return norms + attention + _feed_forward(config, moe, kept)
 
 
+def freed_bytes(config: ModelConfig, moe: bool, kept: Kept) -> float:
+    """What a layer's forward pass makes and does not keep, since it is computed again or kept in FP8."""
+    return layer_bytes(config, moe, Kept(kept.size, context=kept.context)) - layer_bytes(config, moe, kept)
+
+
+def backward_bytes(config: ModelConfig, moe: bool, kept: Kept) -> float:
+    """What one layer's backward pass has beside what the forward pass kept: the gradients of gate, up and their
+    product, and what is computed again.
+    """
+    width = config.moe.num_experts_per_tok * config.moe.moe_intermediate_size if moe else config.intermediate_size
+    return 3 * width * kept.size + freed_bytes(config, moe, kept)
+
+
 def mtp_bytes(config: ModelConfig, kept: Kept) -> float:
     """What a multi-token module keeps beside its layer: three norms, and the input of its projection."""
     D = config.hidden_size

@@ -148,7 +148,7 @@ def flops_after_layers(config: ModelConfig, sequence_length: int, ahead: bool = 
 
 @dataclass(frozen=True)
 class Memory:
-    """Training memory in bytes, by use."""
+    """Training memory in bytes, by use; they add up to the most at one time."""
 
     weights: int
     masters: int
@@ -157,18 +157,32 @@ class Memory:
     ema: int
     activations: int
     loss: int
+    update: int = 0  # what the optimizer's step needs beside its state
+    apart: int = 0  # at most 0: what of all this is not there at the same time
 
     @property
     def total(self) -> int:
         return sum(vars(self).values())
 
 
-def loss_bytes(config: ModelConfig, tokens: int, size: int, tensor: int = 1) -> int:
-    """One chunk of logits with its softmax, the head's FP32 gradient, and that of the hidden states, of `size` bytes a
-    value (kernels/cross_entropy.py). tensor: ranks that share the head.
+def loss_bytes(config: ModelConfig, tokens: int, size: int, tensor: int = 1, compiled: bool = False) -> int:
+    """Of the loss and, for each multi-token module, another: the head's FP32 gradient, and in 16 bits a copy, and the
+    gradient of the hidden states, of `size` bytes a value, beside the last norm's input and output; and logits
+    (kernels/cross_entropy.py). tensor: ranks that share the head.
     """
-    head = config.vocab_size * config.hidden_size // tensor
-    return 3 * min(64 << 20, 4 * tokens * config.vocab_size) + 4 * head + tokens * config.hidden_size * size
+    V, D = config.vocab_size, config.hidden_size
+    head = V * D // tensor * (4 if size == 4 else 4 + size)
+    return logits_bytes(config, tokens, size, compiled) + (1 + config.num_nextn_predict_layers) * (
+        head + 3 * tokens * D * size
+    )
+
+
+def logits_bytes(config: ModelConfig, tokens: int, size: int, compiled: bool = False) -> int:
+    """One chunk of logits. compiled: whether the softmax is computed in place; its reference has them three times."""
+    if not compiled:
+        return 3 * min(64 << 20, 4 * tokens * config.vocab_size)
+    rows = max(1, min(tokens, 1024, (64 << 20) // (size * config.vocab_size)))
+    return rows * config.vocab_size * size
 
 
 def _embedding(config: ModelConfig) -> int:

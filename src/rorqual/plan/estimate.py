@@ -77,6 +77,7 @@ def predict(config: ModelConfig, recipe: PretrainRecipe | SFTRecipe, rows: int |
         ema=section.ema is not None,
         fp8=recipe.precision is not None,
         recompute=recipe.recompute,
+        accumulated=sequences < section.batch_size,
     )
     return {
         "parameters_total": total,
@@ -109,8 +110,10 @@ def _step(config: ModelConfig, recipe: PretrainRecipe | SFTRecipe, ahead: bool) 
 
 def plan_text(plan: Plan) -> str:
     """The plan of one process on this machine as text."""
-    needed = {name: size for name, size in plan["memory"].items() if size and name != "total"}
+    needed = {name: size for name, size in plan["memory"].items() if size and name not in ("total", "apart")}
     parts = ", ".join(f"{name} {quantity(size, 'B')}" for name, size in needed.items())
+    if plan["memory"]["apart"]:
+        parts += f"; {quantity(-plan['memory']['apart'], 'B')} of this not at the same time"
     total, machine = quantity(plan["memory"]["total"], "B"), quantity(plan["memory_machine"], "B")
     peak = quantity(plan["matrix_peak_flops"], "FLOP/s")
     speed = f"{quantity(plan['tokens_per_second'])} tokens/s at {plan['utilisation']:.0%} of {peak}"
