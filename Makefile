@@ -4,6 +4,8 @@ PYTHON ?= python3
 # Pinned because anything looser may bring gigabytes of CUDA; put another build here for a GPU.
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
+# Python keeps what it compiles: commands that start anew compile torch and transformers for 10 s otherwise.
+unexport PYTHONDONTWRITEBYTECODE
 SOURCES := pyproject.toml setup.py $(wildcard $(addprefix src/rorqual/kernels/cpu/,build.py csrc/*.cpp csrc/*.h csrc/*/*.h))
 
 .PHONY: speedrun test test-all lint bench clean
