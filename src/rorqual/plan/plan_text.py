@@ -18,6 +18,7 @@ PARTS = {
     "attention": "attention",
     "memory": "memory traffic",
     "tensor": "tensor- or context-parallel sums",
+    "launches": "launching kernels, longer than they compute",
     "travel": "tokens on their way to experts",
     "bubble": "bubble of the pipeline",
     "sums": "sums over ranks",

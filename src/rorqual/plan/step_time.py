@@ -24,6 +24,7 @@ PASSES = 3.0  # times that kept activations cross the memory's bus in a forward 
 # That an update reads and writes for a parameter: the gradient, once for the norm of all, once for itself, and to zero
 # it; master and two moments, there and back; the weight.
 UPDATE_BYTES = 38.0
+LAUNCH_SECONDS = 1e-4  # of a layer's kernels in a forward pass, some 20 of 5 µs; the chip waits where it is faster
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class StepTime:
     attention: float
     memory: float
     tensor: float  # gathers and sums between ranks that share products, or a sequence
+    launches: float  # of kernels, longer than they compute
     travel: float  # of tokens to experts, that nothing hides
     bubble: float  # without work, in a pipeline: waiting for others, and for slower ranks
     sums: float  # of gradients and weights over ranks, that nothing hides
@@ -53,10 +55,16 @@ class Work:
     memory: float
     tensor: float  # of gathers and sums between ranks that share products, or a sequence
     travel: float
+    launched: float  # of the processor that launches all of it
+
+    @property
+    def launches(self) -> float:
+        """What the processor takes longer than the chip."""
+        return max(0.0, self.launched - self.products - self.attention - self.memory - self.tensor)
 
     @property
     def computed(self) -> float:
-        return self.products + self.attention + self.memory + self.tensor
+        return self.products + self.attention + self.memory + self.tensor + self.launches
 
 
 def step_time(job: Job, layout: Layout, chip: Chip, utilisation: float, imbalance: float = IMBALANCE) -> StepTime:
@@ -71,7 +79,7 @@ def step_time(job: Job, layout: Layout, chip: Chip, utilisation: float, imbalanc
     length = _pipeline_seconds(works, layout, number) if layout.pipeline > 1 else busy[worst]
     mine = [work for work, rank in zip(works, ranks, strict=True) if rank == worst]
     times = number * (3 + again)
-    parts = ("products", "attention", "memory", "tensor")
+    parts = ("products", "attention", "memory", "tensor", "launches")
     computed = {part: times * sum(getattr(work, part) for work in mine) for part in parts}
     return StepTime(
         **computed,
@@ -129,6 +137,7 @@ def forward_work(job: Job, layout: Layout, chip: Chip, utilisation: float, imbal
                 tensor=(dense + mixtures) * split,
                 memory=tokens * crossing / chip.bandwidth,
                 travel=mixtures * travel,
+                launched=(dense + mixtures) * LAUNCH_SECONDS,
             )
         )
     return found
@@ -181,10 +190,10 @@ def _times(works: Sequence[Work], layout: Layout) -> Times:
     again = _again(layout)
     forward = [w.computed + w.travel for w in works]
     inputs = [
-        w.products + 2 * w.attention + w.memory + w.tensor + w.travel + again * f
+        w.products + 2 * w.attention + w.memory + w.tensor + w.launches + w.travel + again * f
         for w, f in zip(works, forward, strict=True)
     ]
-    weights = [w.products + w.memory + w.tensor for w in works]
+    weights = [w.products + w.memory + w.tensor + w.launches for w in works]
     both = [i + w for i, w in zip(inputs, weights, strict=True)]
     pair = None
     if _hides(layout):

@@ -192,7 +192,8 @@ def _why(best: StepTime, other: StepTime) -> str:
     part = max(more, key=more.__getitem__)
     names = {
         "products": "products", "attention": "attention", "memory": "memory traffic", "tensor": "sums in a layer",
-        "travel": "tokens on their way to experts", "bubble": "bubble", "sums": "sums over ranks", "update": "update",
+        "launches": "launching kernels", "travel": "tokens on their way to experts", "bubble": "bubble",
+        "sums": "sums over ranks", "update": "update",
     }  # fmt: skip
     return f"{more[part]:+.2g} s of {names[part]} a step"
 
