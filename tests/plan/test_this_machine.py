@@ -60,6 +60,6 @@ def test_what_a_run_predicts_of_itself():
     plan = this_machine.predicted_here(recipe, MODEL, predicted, 3600.0)
     assert vars(plan.seconds) == {"value": 10.0, "low": 5.0, "high": 20.0}
     assert plan.cost.value == pytest.approx(10)
-    assert plan.memory == {"weights": 5}
+    assert plan.memory == {"weights": 5, "update": 0}
     with pytest.raises(UserError, match=r"run: train.epochs = 2: how many steps those are is known once"):
         this_machine.predicted_here(recipe, MODEL, predicted | {"seconds": None}, None)

@@ -104,6 +104,7 @@ def rl(
             optimizer=checked.optimizer,
             fp8=checked.precision is not None,
             recompute=checked.recompute,
+            accumulated=True,
         )
         print(f"{'parameters':<12} {total:.4g}, {active:.4g} active per token")
         reference = needed.weights if checked.grpo.kl else 0

@@ -60,7 +60,7 @@ def training_here(
     chip, dtype = chip_here(), compute_dtype("auto")
     rows = max(1, min(batch, MICRO_TOKENS // length))
     optimizer = OptimizerSection.model_validate({"moments": moments})
-    needed = memory(config, rows * length, dtype=dtype_name(dtype), optimizer=optimizer)
+    needed = memory(config, rows * length, dtype=dtype_name(dtype), optimizer=optimizer, accumulated=batch > rows)
     _check_room(needed, chip)
     costs, ahead = costs_here(dtype), config.num_nextn_predict_layers > 0
     counts = step_counts(config, [(rows, length)] * max(1, batch // rows), dtype.itemsize, ahead)
@@ -71,7 +71,7 @@ def training_here(
         flops_per_token=(counts.products + counts.attention) / (batch * length),
         seconds=Estimate(seconds, *costs.interval(seconds)),
         parts={part: getattr(costs, part) * value * steps for part, value in vars(counts).items()},
-        memory=asdict(needed), layout=Layout(per_node=1, micro_batch=rows, precision=dtype_name(dtype)),
+        memory=_uses(asdict(needed)), layout=Layout(per_node=1, micro_batch=rows, precision=dtype_name(dtype)),
         assumptions=(costs.source, f"{batch} sequences of {length} tokens a step, {rows} a forward pass"),
         figures={"steps": steps, "seconds_a_step": seconds / steps, "tokens_per_second": tokens / seconds},
     )  # fmt: skip
@@ -99,7 +99,7 @@ def predicted_here(
 def rl_predicted_here(recipe: RLRecipe, config: ModelConfig, predicted: RLPlan, price: float | None) -> StagePlan:
     needed = memory(
         config, recipe.grpo.micro_tokens, dtype=dtype_name(compute_dtype(recipe.model.dtype)),
-        optimizer=recipe.optimizer, fp8=recipe.precision is not None, recompute=recipe.recompute,
+        optimizer=recipe.optimizer, fp8=recipe.precision is not None, recompute=recipe.recompute, accumulated=True,
     )  # fmt: skip
     steps = predicted["steps"]
     parts = {part: steps * seconds for part, seconds in predicted["parts"].items() if seconds}
@@ -118,11 +118,16 @@ def _of_run(
     recipe: Recipe, kind: str, config: ModelConfig, price: float | None, tokens: float, seconds: Estimate,
     memory: Mapping[str, int], **more: Any,
 ) -> StagePlan:  # fmt: skip
-    used = {use: float(size) for use, size in memory.items() if use != "total"}
     return StagePlan(
         kind=kind, name=recipe.name, config=config, chip=chip_here(), chips=1, price=price, tokens=tokens,
-        seconds=seconds, memory=used, **more,
+        seconds=seconds, memory=_uses(memory), **more,
     )  # fmt: skip
+
+
+def _uses(memory: Mapping[str, int]) -> dict[str, float]:
+    """Without what is not there at the same time: it is of the update, which finds room where activations were."""
+    used = {use: float(size) for use, size in memory.items() if use not in ("total", "apart")}
+    return used | {"update": used.get("update", 0.0) + memory.get("apart", 0)}
 
 
 def _check_room(needed: Memory, chip: Chip) -> None:
