@@ -3,7 +3,7 @@
 Three recipes: SmolLM2-135M as recipes/r1-zero-smollm2.toml trains it, with fewer answers; a mixture of experts of the
 speedrun's size from random weights, with a reference model and two updates a step; and a small dense model whose
 rollouts are sampled from FP8 weights. Each is predicted from the calibration alone, from it with the lengths that come
-out (what the costs are worth without guessing lengths), and from a rehearsal of three steps; then it runs on.
+out (what the costs are worth without guessing lengths), and from a rehearsal of six steps; then it runs on.
 """
 
 import statistics
@@ -35,7 +35,7 @@ from rorqual.speedrun.level import LEVELS, MODEL
 from rorqual.train.build_model import build_model, tokenizer_of
 from rorqual.train.calibrate import calibrate
 
-REHEARSED = 3
+REHEARSED = 6
 TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
 DENSE: dict[str, Any] = {
     "model_type": "llama", "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6,
