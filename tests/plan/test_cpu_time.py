@@ -13,7 +13,7 @@ from rorqual.plan.cpu_time import Costs, Counts, costs_here, keep, step_counts
 from rorqual.plan.fitting import fit
 
 NAMES = list(Counts.__dataclass_fields__)
-TRUE = Costs(1e-11, 2e-11, 3e-10, 1e-9, 5e-9, 1e-4, 2e-5, spread=0.1, source="")
+TRUE = Costs(1e-11, 2e-11, 3e-10, 1e-9, 5e-9, 1e-4, 2e-5, 4e-8, spread=0.1, source="")
 
 
 @pytest.fixture(autouse=True)
@@ -33,6 +33,10 @@ def test_counts_of_a_step():
     assert (counts.layers, counts.experts) == (2 * 3, 0)
     again = step_counts(config, [(4, 16), (2, 16)], 4, ahead=False, recompute="full")
     assert again.products == pytest.approx(counts.products * 4 / 3)
+    # Muon updates the four matrices of attention and the three of the feed-forward part, of each layer.
+    muon = step_counts(config, [(4, 16), (2, 16)], 4, ahead=False, muon=True)
+    assert (counts.orthogonalised, muon.orthogonalised) == (0, 3 * (4 * 32 * 32 + 3 * 32 * 64))
+    assert muon.products > counts.products
 
 
 def test_counts_of_experts_and_multi_token_modules():
@@ -60,7 +64,7 @@ def test_costs_are_found_again():
 
 def test_what_is_not_measured_stays_as_expected():
     """Costs of two counts that always come together, and of one that is always 0."""
-    pairs = [(Counts(n, n, 0, 0, 0, 0, 0), 3e-11 * n) for n in (1e9, 2e9, 4e9)]
+    pairs = [(Counts(n, n, 0, 0, 0, 0, 0, 0), 3e-11 * n) for n in (1e9, 2e9, 4e9)]
     expected = {name: getattr(TRUE, name) for name in NAMES}
     found = fit(pairs, "", Costs, expected)
     assert (found.products, found.attention) == (pytest.approx(1e-11), pytest.approx(2e-11))

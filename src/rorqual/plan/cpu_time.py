@@ -18,12 +18,12 @@ from rorqual.plan.cost import flops_after_layers, flops_by_layer, mtp_parameters
 from rorqual.plan.fitting import Fitted
 from rorqual.plan.hardware import matrix_peak
 from rorqual.plan.measured_here import keep_entry, read_entry
-from rorqual.plan.optimizer_state import muon_flops
+from rorqual.plan.optimizer_state import muon_flops, muon_numbers
 
 # Measured on two cores of an AMD EPYC (Zen 3, AVX2) in FP32, whose product of two 1024² matrices reaches 163 GFLOP/s.
 DEFAULT = {
     "products": 5.0e-12, "attention": 1.7e-11, "kept": 8.8e-10, "logits": 4.0e-9, "parameters": 4.8e-9,
-    "layers": 3.3e-3, "experts": 2.4e-4,
+    "layers": 3.3e-3, "experts": 2.4e-4, "orthogonalised": 4.0e-8,
 }  # fmt: skip
 DEFAULT_PEAK = 163e9
 UNMEASURED = 0.4  # spread of the logarithm of a time, on a machine that has not been calibrated
@@ -41,6 +41,7 @@ class Counts:
     parameters: float  # updated
     layers: float  # that run, over all micro-batches
     experts: float  # that run
+    orthogonalised: float  # numbers in matrices that Muon updates, whose products are small
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class Costs(Fitted):
     parameters: float
     layers: float
     experts: float
+    orthogonalised: float
 
 
 def step_counts(
@@ -78,6 +80,7 @@ def step_counts(
         parameters=parameters(config)[0] + mtp_parameters(config),
         layers=len(micro_batches) * len(kinds),
         experts=len(micro_batches) * sum(kinds) * (config.n_routed_experts or 0),
+        orthogonalised=muon_numbers(config) if muon else 0.0,
     )
 
 

@@ -75,6 +75,11 @@ def muon_flops(config: ModelConfig) -> float:
     return found
 
 
+def muon_numbers(config: ModelConfig) -> float:
+    """In all matrices that Muon updates."""
+    return float(sum(short * long * matrices for short, long, matrices in _hidden_matrices(config)))
+
+
 def _hidden_matrices(config: ModelConfig) -> Iterator[tuple[int, int, int]]:
     """(short side, long side, number) of each parameter that Muon updates."""
     with torch.device("meta"):

@@ -166,9 +166,14 @@ def training_counts(
         logits=targets * config.vocab_size,
     )
     forward = replace(Counts(**{name: value / 3 for name, value in vars(found).items()}), parameters=0.0)
-    muon = step_counts(config, [(0, block)], itemsize, False, muon=True).products
-    update = muon if recipe.optimizer.name == "muon" else 0.0
-    return replace(found, products=found.products + updates * update, parameters=updates * found.parameters), forward
+    update = step_counts(config, [(0, block)], itemsize, False, muon=recipe.optimizer.name == "muon")
+    found = replace(
+        found,
+        products=found.products + updates * update.products,
+        parameters=updates * update.parameters,
+        orthogonalised=updates * update.orthogonalised,
+    )
+    return found, forward
 
 
 def packed_tokens(recipe: RLRecipe, config: ModelConfig, lengths: Lengths) -> tuple[float, int]:

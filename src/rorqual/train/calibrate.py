@@ -25,18 +25,22 @@ LATENT = {
 }  # fmt: skip
 
 
-def models() -> Iterator[tuple[ModelConfig, int, int, int]]:
-    """(sizes, sequences, tokens of each, micro-batches): small and larger, dense and mixtures, few and many tokens."""
+def models() -> Iterator[tuple[ModelConfig, int, int, int, str]]:
+    """(sizes, sequences, tokens of each, micro-batches, optimizer): small and larger, dense and mixtures, few and many
+    tokens.
+    """
     for width, layers, vocabulary, rows, length, pieces in (
         (64, 2, 512, 4, 64, 1), (64, 8, 512, 4, 64, 2), (128, 4, 1000, 16, 128, 1), (256, 4, 4096, 4, 256, 1),
         (512, 2, 8192, 2, 512, 1), (256, 2, 16384, 8, 128, 1),
     ):  # fmt: skip
-        yield _dense(width, layers, vocabulary), rows, length, pieces
+        yield _dense(width, layers, vocabulary), rows, length, pieces, "adamw"
     for width, layers, experts, chosen, inner, rows, length, pieces in (
         (64, 4, 8, 2, 64, 4, 64, 1), (128, 4, 16, 3, 64, 16, 192, 1), (256, 3, 28, 3, 128, 4, 256, 1),
         (128, 6, 32, 4, 32, 8, 128, 2), (384, 2, 8, 2, 512, 4, 256, 1),
     ):  # fmt: skip
-        yield _mixture(width, layers, experts, chosen, inner), rows, length, pieces
+        yield _mixture(width, layers, experts, chosen, inner), rows, length, pieces, "adamw"
+    yield _dense(256, 6, 1000), 4, 64, 1, "muon"
+    yield _mixture(128, 6, 16, 2, 96), 4, 128, 1, "muon"
 
 
 def _dense(width: int, layers: int, vocabulary: int) -> ModelConfig:
@@ -74,11 +78,15 @@ def calibrate(dtype: str = "auto", say: Callable[[str], None] = print) -> Costs:
 class Probe:
     """A model whose training steps are timed."""
 
-    def __init__(self, config: ModelConfig, rows: int, length: int, pieces: int, dtype: str = "auto") -> None:
+    def __init__(
+        self, config: ModelConfig, rows: int, length: int, pieces: int, optimizer: str, dtype: str = "auto"
+    ) -> None:
         """pieces: micro-batches of `rows` sequences."""
-        self.counts = step_counts(config, [(rows, length)] * pieces, compute_dtype(dtype).itemsize, ahead=True)
+        itemsize = compute_dtype(dtype).itemsize
+        self.counts = step_counts(config, [(rows, length)] * pieces, itemsize, ahead=True, muon=optimizer == "muon")
+        section = OptimizerSection.model_validate({"name": optimizer})
         self.trainer = Trainer(
-            Transformer(config), OptimizerSection(), ScheduleSection(), MTPSection(), BalanceSection(),
+            Transformer(config), section, ScheduleSection(), MTPSection(), BalanceSection(),
             dtype=dtype_name(compute_dtype(dtype)), notify=lambda _: None,
         )  # fmt: skip
         generator = torch.Generator().manual_seed(0)
