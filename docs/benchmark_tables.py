@@ -177,6 +177,17 @@ def planner_memory(found: dict[str, Any]) -> list[list[str]]:
     return [table(["recipe", "measured, MB", "predicted, MB", "error"], rows)]
 
 
+def planner_rl(found: dict[str, Any]) -> list[list[str]]:
+    rows: list[list[str]] = []
+    for name, each in found["recipes"].items():
+        row = [name, f"{each['mean_length']:.0f}", f"{each['seconds']:.3g}"]
+        for kind in ("calibrated", "lengths_known", "rehearsed"):
+            row.append(f"{each[kind]:.3g} ({each[f'{kind}_error']:+.0%})")
+        rows.append(row)
+    columns = ["recipe", "tokens an answer", "s a step", "calibrated alone", "with its lengths", "rehearsed"]
+    return [table(columns, rows)]
+
+
 def fp8_memory(found: dict[str, Any]) -> list[list[str]]:
     parts, state = [], ("weights", "masters", "gradients", "moments")
     columns = [*state, "a layer", "network", "of baseline", "peak, MB", "process, MB"]
@@ -322,6 +333,7 @@ FIGURES = {
         fp8_loss,
         fp8_memory,
         planner_memory,
+        planner_rl,
         moments,
         fp8_rollouts,
         kv_drift,

@@ -42,7 +42,7 @@ BENCHMARKS = {
         "paged KV cache; 30 steps in turn. Ratios are old time over new time."
     ),
     "planner_rl": (
-        "Seconds of RL steps, predicted (`rorqual plan --calibrate`, and a rehearsal of three steps) and measured in "
+        "Seconds of RL steps, predicted (`rorqual plan --calibrate`, and a rehearsal of six steps) and measured in "
         "the next eight: SmolLM2-135M with 64 answers a step, the speedrun's mixture of experts with a reference model "
         "and two updates, a dense model of 5 M parameters whose rollouts are in FP8. Ratios are rehearsed over "
         "measured."
