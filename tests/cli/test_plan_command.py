@@ -107,7 +107,7 @@ def test_a_config_and_chips_of_ones_own(monkeypatch, capsys, tmp_path):
         ("deepseek-v3 --tokens 1T --gpus 8", "does not fit on 8 × NVIDIA H100 SXM: .* more than there is"),
         (
             "deepseek-v9 --tokens 1T",
-            "deepseek-v9 is neither a model's directory nor a known model; known are",
+            "deepseek-v9 is neither a model's directory nor a known model; did you mean deepseek-v",
         ),
         ("smollm2-135m --tokens 1T --gpus 1 --chips nowhere.toml", "nowhere.toml"),
         ("deepseek-v3 --tokens 100000T --days 0.001", "--days 0.001: too few even for 131072"),
@@ -267,6 +267,29 @@ def test_recipes_follow_each_other(recipes, monkeypatch, capsys):
     assert [stage["gpu"] for stage in json.loads(out)["stages"]] == 2 * ["NVIDIA H100 SXM"], err
 
 
+def test_a_recipes_own_layout(recipes, monkeypatch, capsys):
+    layout = ["parallel.pipeline=2", "parallel.data=2", "train.micro_batch=1"]
+    _, _, err = run(monkeypatch, capsys, "first.toml", *layout, "--gpu", "h100")
+    assert "the layout is not possible: " in err  # DualPipeV has four stages on two ranks, the model two layers
+    words = ["first.toml", *layout, "parallel.schedule=1f1b", "--gpu", "h100", "--json"]
+    _, out, _ = run(monkeypatch, capsys, *words)
+    found = json.loads(out)
+    assert (found["gpus"], found["layout"]["pipeline"], found["layout"]["data"]) == (4, 2, 2)
+    assert found["layout"]["precision"] == "bfloat16"
+    assert found["other_layouts"] == []
+    _, out, _ = run(monkeypatch, capsys, *words, "--precision", "fp8")
+    assert json.loads(out)["layout"]["precision"] == "fp8"
+
+
+def test_a_recipe_is_rehearsed(recipes, monkeypatch, capsys):
+    monkeypatch.setenv("RORQUAL_CALIBRATION", str(recipes / "calibration.json"))
+    _, out, err = run(monkeypatch, capsys, "first.toml", "--rehearse", "2", "--json")
+    assert "rehearsed in 2 steps" in json.loads(out)["assumptions"][0]
+    assert "first, step 2 of 2" in err
+    _, out, _ = run(monkeypatch, capsys, "first.toml", "train.steps=7", "--json")
+    assert "rehearsed in 2 steps" in json.loads(out)["assumptions"][0]
+
+
 def test_a_pipelines_file(recipes, monkeypatch, capsys):
     (recipes / "all.toml").write_text(
         'name = "all"\ngpu = "h100"\nprice = 2.0\n[[stage]]\nrecipe = "first.toml"\n'
@@ -300,6 +323,10 @@ def test_a_pipelines_file(recipes, monkeypatch, capsys):
         ("nowhere.toml", "nowhere.toml does not exist"),
         ("first.toml --for sft", "--for sft: a recipe says itself what it is for"),
         ("first.toml --tokens 5B", "--tokens: a recipe on this machine is planned as it is; change it by key=value"),
+        ("first.toml --gpu h100 --rehearse 2", "--rehearse 2: first is not run as it is on this machine"),
+        ("first.toml parallel.data=2", "first is for 2 processes, and plans on this machine are of one"),
+        ("first.toml parallel.data=2 --gpu h100 --gpus 4", "--gpus 4: the recipe's .parallel. is for 2 processes"),
+        ("smollm2-135m --rehearse 2 --tokens 1B", "--rehearse 2: a recipe's steps are rehearsed"),
         ("first.toml train.steps=x", "first.toml: train.steps = 'x'"),
         ("second.toml", "runs/first/model"),
         ("broken.toml", "broken.toml: stage 2: say either its recipe, or what it is for"),

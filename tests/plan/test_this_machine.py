@@ -8,9 +8,12 @@ from rorqual.kernels.dtypes import compute_dtype
 from rorqual.plan import this_machine
 from rorqual.plan.chips import find_chip
 from rorqual.plan.cpu_time import costs_here, step_counts
+from rorqual.plan.estimate import predict
 from rorqual.plan.hardware import memory_total
 from rorqual.plan.known_models import find_model
+from rorqual.plan.plan_stage import plan_stage
 from rorqual.plan.process_memory import memory
+from rorqual.plan.request import parse_request
 from rorqual.plan.training_plan import Question, plan_training
 from rorqual.recipe import parse_recipe
 
@@ -44,8 +47,20 @@ def test_what_does_not_fit_is_said(monkeypatch):
         plan_training(Question(find_model("deepseek-v3"), find_chip("cpu"), 1e6))
     with pytest.raises(UserError, match=r"--days 0\.001: this machine needs"):
         plan_training(Question(MODEL, find_chip("cpu"), 1e9, days=0.001))
-    with pytest.raises(UserError, match="--gpus 2: plans for cpu are of one process"):
-        plan_training(Question(MODEL, find_chip("cpu"), 1e9, chips=2))
+    for kind, more in (("pretrain", {"tokens": 1e6}), ("rl", {"steps": 2}), ("eval", {})):
+        request = parse_request(kind, {"model": "smollm2-135m", "gpu": "cpu", "gpus": 2, **more}, str)
+        with pytest.raises(UserError, match="--gpus 2: cpu is one machine"):
+            plan_stage(request)
+
+
+def test_a_recipe_that_does_not_fit_is_said():
+    recipe = parse_recipe(
+        {"name": "large", "model": {"config": {}}, "data": {"sources": [{"path": "a.txt"}]}, "train": {"steps": 2}},
+        "pretrain",
+    )
+    config = find_model("deepseek-v3")
+    with pytest.raises(UserError, match=r"large does not fit on this machine: training needs .* more than it has"):
+        this_machine.predicted_here(recipe, config, predict(config, recipe), None)
 
 
 def test_what_a_run_predicts_of_itself():

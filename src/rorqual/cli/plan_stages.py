@@ -78,7 +78,7 @@ class _Pipeline:
             self.stages.append(self._recipe(stage, load_recipe(stage.recipe, _kind(stage.recipe), overrides), fields))
             return
         assert stage.kind is not None
-        # Options are for the stages that read them; what no stage reads was refused as an option of the command.
+        # What only one of several stages could mean.
         if unknown := self.given.keys() - set(COMMON):
             raise UserError(f"--{min(unknown)}: stages of a pipeline say their own; change {stage.where}")
         request = parse_request(stage.kind, fields, self._said(stage))
@@ -92,13 +92,16 @@ class _Pipeline:
         gpu = fields.pop("gpu", "cpu")
         if gpu.lower() == "cpu" and not isinstance(recipe, DistillRecipe):
             return self._here(recipe, config, fields)
+        if self.rehearse is not None:
+            raise UserError(
+                f"--rehearse {self.rehearse}: {recipe.name} is not run as it is on this machine; leave it out"
+                + ("" if isinstance(recipe, DistillRecipe) else ", or leave out --gpu")
+            )
         asked = recipe_request(recipe) | {"name": recipe.name, "gpu": gpu} | fields
         if isinstance(recipe, RLRecipe):
             asked.setdefault("gpus", 1)
         check_length_known(recipe, asked)
-        request = parse_request(
-            _kind_of(recipe), asked, lambda name: f"--{name}" if name in self.given else str(stage.where)
-        )
+        request = parse_request(_kind_of(recipe), asked, self._said(stage))
         layout = None
         if isinstance(recipe, PretrainRecipe | SFTRecipe):
             layout = recipe_layout(recipe, find_chip(gpu, self.more_chips).per_node)
@@ -114,6 +117,11 @@ class _Pipeline:
             name = min(fields)
             raise UserError(
                 f"--{name}: a recipe on this machine is planned as it is; change it by key=value, or say another --gpu"
+            )
+        if isinstance(recipe, PretrainRecipe | SFTRecipe) and recipe.parallel.processes > 1:
+            raise UserError(
+                f"{recipe.name} is for {recipe.parallel.processes} processes, and plans on this machine are of one; "
+                "say their chips with --gpu"
             )
         if self.rehearse is not None:
             _rehearse(recipe, self.rehearse)

@@ -23,6 +23,18 @@ RESERVED = 0.1  # share of the memory that is for neither weights nor cache
 SIZES = {"float32": 4.0, "bfloat16": 2.0, "fp8": 1.0, "int4": 0.5}  # bytes of a weight
 
 
+def smallest_instance(
+    config: ModelConfig, chip: Chip, most: int, weights: str, utilisation: float, tokens: float
+) -> "Instance | None":
+    """The fewest chips, a power of two, whose caches hold so many tokens; a dense model's share a node. None: no."""
+    most = most if config.n_routed_experts else min(most, chip.per_node)
+    for power in range(most.bit_length()):
+        found = Instance(config, chip, 1 << power, weights, utilisation=utilisation)
+        if found.cache_tokens() >= tokens:
+            return found
+    return None
+
+
 @dataclass(frozen=True)
 class Instance:
     """A copy of a model on `chips` chips. weights: a key of SIZES; products are computed in FP8 where weights are."""

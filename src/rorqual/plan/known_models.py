@@ -1,6 +1,7 @@
 """The models that plans are made for: known names, a config.json, or a model's directory."""
 
 import tomllib
+from difflib import get_close_matches
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -43,4 +44,6 @@ def find_model(what: str) -> ModelConfig:
         return ModelConfig.load(path)
     if path.is_file():
         return ModelConfig.from_dict(read_json(path), str(path))
-    raise UserError(f"{what} is neither a model's directory nor a known model; known are {', '.join(known_models())}")
+    near = get_close_matches(what.lower(), known_models(), 1)
+    meant = f"did you mean {near[0]}?" if near else f"known are {', '.join(known_models())}"
+    raise UserError(f"{what} is neither a model's directory nor a known model; {meant}")

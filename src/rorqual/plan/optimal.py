@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from rorqual.errors import UserError
 from rorqual.model.config import ModelConfig
+from rorqual.plan.calibrations import HERE
 from rorqual.plan.cost import flops_by_layer
 from rorqual.plan.stage import DAY, HOUR, StagePlan
 from rorqual.plan.training_plan import Question, plan_training
@@ -114,8 +115,8 @@ def share_used(plan: StagePlan, budget: float | None, days: float | None) -> flo
 
 def chips_within(asked: Question, budget: float | None) -> int | None:
     """As asked; with both limits enough to spend the one within the other; else one node. Raises UserError."""
-    if asked.chips is not None:
-        return asked.chips
+    if asked.chips is not None or asked.chip.family == HERE:
+        return asked.chips or 1
     price = asked.price if asked.price is not None else asked.chip.price
     if budget is not None and asked.days is not None and price:
         needed = budget / (price * asked.days * DAY / HOUR)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rorqual.plan.stage import DAY, Estimate, StagePlan
+from rorqual.plan.stage import Estimate, StagePlan, totals
 
 
 @dataclass(frozen=True)
@@ -35,17 +35,8 @@ class PipelinePlan:
 
     def to_dict(self) -> dict[str, Any]:
         """The object of --json."""
-        hours, cost = self.chip_hours, self.cost
-        return {
-            "name": self.name,
-            "gpu_hours": hours.value,
-            "gpu_hours_interval": [hours.low, hours.high],
-            "days": self.seconds.value / DAY,
-            "days_interval": [self.seconds.low / DAY, self.seconds.high / DAY],
-            "cost_usd": cost and cost.value,
-            "cost_usd_interval": cost and [cost.low, cost.high],
-            "stages": [stage.to_dict() for stage in self.stages],
-        }
+        sums = totals(self.seconds, self.chip_hours, self.cost)
+        return {"name": self.name, **sums, "stages": [stage.to_dict() for stage in self.stages]}
 
 
 def added(estimates: Sequence[Estimate]) -> Estimate:

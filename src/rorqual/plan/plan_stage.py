@@ -1,10 +1,12 @@
 """The plan of a stage as it is asked for."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from rorqual.errors import UserError
 from rorqual.model.config import ModelConfig
+from rorqual.plan.calibrations import HERE
 from rorqual.plan.chips import Chip, find_chip
 from rorqual.plan.known_models import find_model
 from rorqual.plan.layout import Layout
@@ -29,6 +31,8 @@ def plan_stage(
     written: directories of models that stages before will write.
     """
     chip, written = find_chip(request.gpu, more_chips), written or {}
+    if chip.family == HERE and request.gpus not in (None, 1):
+        raise UserError(f"--gpus {request.gpus}: cpu is one machine, this one; leave it out")
     config = _model(request.model, written) if request.model is not None else before
     if isinstance(request, TrainingRequest):
         return _training(request, config, chip, layout)
@@ -52,6 +56,13 @@ def _name(request: Request) -> str:
 
 
 def _training(request: TrainingRequest, config: ModelConfig | None, chip: Chip, layout: Layout | None) -> StagePlan:
+    if layout is not None:
+        if request.gpus != layout.chips:
+            raise UserError(
+                f"--gpus {request.gpus}: the recipe's [parallel] is for {layout.chips} processes; change it by "
+                "parallel.data=…, or leave --gpus out"
+            )
+        layout = replace(layout, precision=request.precision)
     asked = Question(
         config or sized(request.shape, 1), chip, request.tokens or START, request.gpus, request.context, request.batch,
         request.precision, request.moments, request.price, request.days, request.imbalance, request.kind,
@@ -66,11 +77,10 @@ def _training(request: TrainingRequest, config: ModelConfig | None, chip: Chip, 
 
 def _rl(request: RLRequest, config: ModelConfig, chip: Chip) -> StagePlan:
     assert request.steps is not None
-    assert request.gpus is not None
     return plan_rl(Tuning(
-        config, chip, request.gpus, request.steps, request.questions, request.samples, request.prompt, request.lengths,
-        request.limit, stale=request.stale, precision=request.precision, weights=request.weights, price=request.price,
-        name=_name(request),
+        config, chip, request.gpus or 1, request.steps, request.questions, request.samples, request.prompt,
+        request.lengths, request.limit, stale=request.stale, precision=request.precision, weights=request.weights,
+        price=request.price, name=_name(request),
     ))  # fmt: skip
 
 

@@ -99,7 +99,7 @@ class RLRequest(Request):
 
     @model_validator(mode="after")
     def _an_end(self) -> Self:
-        if self.steps is None or self.gpus is None:
+        if self.steps is None or (self.gpus is None and self.gpu.lower() != "cpu"):
             raise ValueError("say how many rollouts the run has, and on how many chips, such as --steps 500 --gpus 8")
         return self
 

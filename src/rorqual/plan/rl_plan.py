@@ -16,7 +16,7 @@ from rorqual.model.config import ModelConfig
 from rorqual.plan.calibrations import calibration_of
 from rorqual.plan.chips import Chip
 from rorqual.plan.cost import flops_per_token, parameters
-from rorqual.plan.inference import SIZES, Instance
+from rorqual.plan.inference import SIZES, Instance, smallest_instance
 from rorqual.plan.layout import Job
 from rorqual.plan.published_runs import Calibration
 from rorqual.plan.search import Found, search
@@ -138,16 +138,15 @@ def _layout(asked: Tuning, fitted: Calibration) -> Found:
 
 
 def _engine(asked: Tuning, fitted: Calibration) -> Instance:
-    """The fewest chips that hold the model and an answer of full length; dense models share a node at most."""
-    most, n = _half(asked), 1
-    while n <= most:
-        instance = Instance(asked.config, asked.chip, n, asked.weights, utilisation=fitted.utilisation)
-        if instance.cache_tokens() >= 2 * (asked.prompt + asked.limit):
-            return instance
-        n *= 2
-    raise UserError(
-        f"the engine does not fit on {most} × {asked.chip.name}; give more --gpus, or sample from --rollout-weights fp8"
-    )
+    """The fewest chips that hold the model and two answers of full length."""
+    most, tokens = _half(asked), 2 * (asked.prompt + asked.limit)
+    found = smallest_instance(asked.config, asked.chip, most, asked.weights, fitted.utilisation, tokens)
+    if found is None:
+        raise UserError(
+            f"the engine does not fit on {most} × {asked.chip.name}; give more --gpus, smaller --weights or chips with "
+            "more memory"
+        )
+    return found
 
 
 def _step(asked: Tuning, trained: Found, engine: Instance, mean: float) -> StepParts:

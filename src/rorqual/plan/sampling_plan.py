@@ -7,11 +7,13 @@ from rorqual.errors import UserError
 from rorqual.model.config import ModelConfig
 from rorqual.plan.calibrations import calibration_of
 from rorqual.plan.chips import Chip
-from rorqual.plan.inference import Instance
+from rorqual.plan.inference import Instance, smallest_instance
 from rorqual.plan.published_runs import Calibration
 from rorqual.plan.rl_plan import RL_SPREAD, SPREAD, rollout_seconds
 from rorqual.plan.stage import Estimate, StagePlan
 from rorqual.plan.training_plan import Question, plan_training
+
+MOST_CHIPS = 512  # of an engine, where nobody says how many
 
 
 @dataclass(frozen=True)
@@ -101,13 +103,11 @@ def plan_distillation(teacher: Sampling, student: Question, keep: int, correct: 
 
 
 def _engine(asked: Sampling, calibrated: Calibration) -> Instance:
-    most = asked.chips or 512
-    sizes = [1 << i for i in range(most.bit_length()) if 1 << i <= most]
-    for n in sizes:
-        engine = Instance(asked.config, asked.chip, n, asked.weights, utilisation=calibrated.utilisation)
-        if engine.cache_tokens() >= asked.prompt + asked.limit and most >= n:
-            return engine
-    raise UserError(
-        f"the model does not fit on {most} × {asked.chip.name} with an answer of {asked.limit:g} tokens; give more "
-        "--gpus, smaller --weights or chips with more memory"
-    )
+    most, tokens = asked.chips or MOST_CHIPS, asked.prompt + asked.limit
+    found = smallest_instance(asked.config, asked.chip, most, asked.weights, calibrated.utilisation, tokens)
+    if found is None:
+        raise UserError(
+            f"the model does not fit on {most} × {asked.chip.name} with an answer of {asked.limit:g} tokens; give more "
+            "--gpus, smaller --weights or chips with more memory"
+        )
+    return found

@@ -24,6 +24,18 @@ class Estimate:
         return Estimate(self.value * factor, self.low * factor, self.high * factor)
 
 
+def totals(seconds: Estimate, hours: Estimate, cost: Estimate | None) -> dict[str, Any]:
+    """Chip hours, time and money of --json."""
+    return {
+        "gpu_hours": hours.value,
+        "gpu_hours_interval": [hours.low, hours.high],
+        "days": seconds.value / DAY,
+        "days_interval": [seconds.low / DAY, seconds.high / DAY],
+        "cost_usd": cost and cost.value,
+        "cost_usd_interval": cost and [cost.low, cost.high],
+    }
+
+
 @dataclass(frozen=True)
 class Rejected:
     """A layout that fits, and why it is slower than the best."""
@@ -69,7 +81,6 @@ class StagePlan:
     def to_dict(self) -> dict[str, Any]:
         """The object of --json."""
         total, active = parameters(self.config)
-        hours, cost = self.chip_hours, self.cost
         return {
             "kind": self.kind,
             "name": self.name,
@@ -84,12 +95,7 @@ class StagePlan:
             "flops": self.tokens * self.flops_per_token,
             "gpu": self.chip.name,
             "gpus": self.chips,
-            "gpu_hours": hours.value,
-            "gpu_hours_interval": [hours.low, hours.high],
-            "days": self.seconds.value / DAY,
-            "days_interval": [self.seconds.low / DAY, self.seconds.high / DAY],
-            "cost_usd": cost and cost.value,
-            "cost_usd_interval": cost and [cost.low, cost.high],
+            **totals(self.seconds, self.chip_hours, self.cost),
             "energy_kwh_at_full_power": self.energy_kwh,
             "price_per_gpu_hour": self.price,
             "seconds_by_part": self.parts,

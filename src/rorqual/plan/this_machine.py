@@ -17,7 +17,6 @@ from rorqual.kernels.dtypes import compute_dtype, dtype_name
 from rorqual.model.config import ModelConfig
 from rorqual.plan.calibrations import HERE
 from rorqual.plan.chips import Chip
-from rorqual.plan.cost import Memory
 from rorqual.plan.cpu_time import UNMEASURED, costs_here, step_counts
 from rorqual.plan.estimate import Plan
 from rorqual.plan.hardware import describe_machine, matrix_peak, memory_total
@@ -61,7 +60,7 @@ def training_here(
     rows = max(1, min(batch, MICRO_TOKENS // length))
     optimizer = OptimizerSection.model_validate({"moments": moments})
     needed = memory(config, rows * length, dtype=dtype_name(dtype), optimizer=optimizer, accumulated=batch > rows)
-    _check_room(needed, chip)
+    _check_room(name, needed.total, "--moments 8bit, or a --gpu")
     costs, ahead = costs_here(dtype), config.num_nextn_predict_layers > 0
     counts = step_counts(config, [(rows, length)] * max(1, batch // rows), dtype.itemsize, ahead)
     steps = tokens / (batch * length)
@@ -118,9 +117,11 @@ def _of_run(
     recipe: Recipe, kind: str, config: ModelConfig, price: float | None, tokens: float, seconds: Estimate,
     memory: Mapping[str, int], **more: Any,
 ) -> StagePlan:  # fmt: skip
+    used = _uses(memory)
+    _check_room(recipe.name, sum(used.values()), "smaller micro-batches, or a --gpu")
     return StagePlan(
         kind=kind, name=recipe.name, config=config, chip=chip_here(), chips=1, price=price, tokens=tokens,
-        seconds=seconds, memory=_uses(memory), **more,
+        seconds=seconds, memory=used, **more,
     )  # fmt: skip
 
 
@@ -130,11 +131,12 @@ def _uses(memory: Mapping[str, int]) -> dict[str, float]:
     return used | {"update": used.get("update", 0.0) + memory.get("apart", 0)}
 
 
-def _check_room(needed: Memory, chip: Chip) -> None:
-    if needed.total > chip.memory:
+def _check_room(name: str, needed: float, remedy: str) -> None:
+    room = chip_here().memory
+    if needed > room:
         raise UserError(
-            f"the model does not fit on this machine: training needs {quantity(needed.total, 'B')}, "
-            f"{quantity(needed.total - chip.memory, 'B')} more than it has; try --moments 8bit, or a --gpu"
+            f"{name or 'the model'} does not fit on this machine: training needs {quantity(needed, 'B')}, "
+            f"{quantity(needed - room, 'B')} more than it has; try {remedy}"
         )
 
 

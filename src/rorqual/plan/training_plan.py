@@ -8,7 +8,7 @@ from rorqual.model.config import ModelConfig
 from rorqual.plan.calibrations import HERE, calibration_of
 from rorqual.plan.chips import Chip
 from rorqual.plan.cost import flops_per_token, mtp_flops_per_token
-from rorqual.plan.layout import Job, Layout
+from rorqual.plan.layout import Job, Layout, check
 from rorqual.plan.published_runs import Calibration
 from rorqual.plan.quantity import quantity
 from rorqual.plan.search import USABLE, Search, search
@@ -86,8 +86,6 @@ def plan_training(asked: Question) -> StagePlan:
 
 
 def _here(asked: Question) -> StagePlan:
-    if asked.chips not in (None, 1):
-        raise UserError(f"--gpus {asked.chips}: plans for cpu are of one process; leave it out")
     from rorqual.plan.this_machine import training_here  # needs torch, which other plans do not wait for
 
     batch = asked.batch or batch_of(asked, 1)
@@ -164,6 +162,8 @@ def _counts() -> list[int]:
 
 def _does_not_fit(asked: Question, chips: int, searched: Search) -> str:
     chip, room = asked.chip, USABLE * asked.chip.memory
+    if asked.layout is not None and (why := check(asked.layout, _job(asked, chips))):
+        return f"the layout is not possible: {why}; change the recipe's [parallel]"
     if searched.nearest is None:
         return (
             f"no layout of {chips} chips suits {asked.length} tokens a sequence and the batch; choose another number "
