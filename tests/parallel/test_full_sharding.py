@@ -1,10 +1,13 @@
+import tempfile
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
 
 from helpers.processes import run
 from helpers.training import CONFIG, T, part, rows_of
+from rorqual.checkpoint.safetensors_io import write_shard
 from rorqual.model import Transformer
 from rorqual.model.transformer import Block
 from rorqual.parallel.mesh import build_mesh
@@ -29,7 +32,8 @@ def on_ranks(rank, sharding):
     layers = [module for module in trainer.model.modules() if isinstance(module, Block)]
     kept = sum(p.untyped_storage().nbytes() for layer in layers for p in layer.parameters())
     sent = traffic(trainer, 8 * T, 2)["bytes_a_step"]
-    with trainer.optimizer.whole_weights():
+    with trainer.optimizer.whole_weights(), tempfile.TemporaryDirectory() as folder:
+        write_shard(Path(folder) / "weights.safetensors", trainer.model.state_dict())  # must let them be freed
         weights = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
     return losses, bits, kept, weights, asdict(trainer.optimizer.state_bytes()), sent
 

@@ -105,4 +105,5 @@ def write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
         for t in tensors.values():
             rows = max(1, CHUNK_BYTES * t.shape[0] // max(1, t.nbytes))
             for chunk in t.detach().split(rows):
-                file.write(chunk.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+                # A copy: NumPy fixes the size of the memory it shares, and fully sharded layers free theirs.
+                file.write(chunk.to("cpu", copy=True).contiguous().flatten().view(torch.uint8).numpy().data)
