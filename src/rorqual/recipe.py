@@ -19,6 +19,7 @@ from rorqual.sections import (
     ChatDataSection,
     Count,
     DataSection,
+    DeviceName,
     Environments,
     EnvironmentSection,
     FineTuningOptimizer,
@@ -84,6 +85,7 @@ class Recipe(Section):
     out: LocalPath = "runs"  # the run's folder is out/name
     seed: int = Field(default=0, ge=0, lt=1 << 63)
     track: bool = False  # also log to trackio (local, wandb-compatible)
+    device: DeviceName = "auto"  # a GPU where PyTorch finds one for each process of a machine, else the CPU
     model: ModelSection  # the student in a distillation
     precision: PrecisionName | None = None  # of the products of linears in training; None: model.dtype's
     recompute: RecomputeName = "none"  # activations computed again in the backward pass (V3 §3.2.3), or whole layers

@@ -63,6 +63,7 @@ class ModelSection(Section):
         return self
 
 
+DeviceName = Literal["auto", "cpu", "cuda"]
 # As in precision/formats.py and precision/recompute.py.
 PrecisionName = Literal["fp8", "fp8-ue8m0", "fp8-tensor", "mxfp8", "fp8-mxfp4", "fp8-nvfp4"]
 RecomputeName = Literal["none", "v3", "full"]

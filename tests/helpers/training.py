@@ -30,13 +30,14 @@ def part(batch, rows):
     return Batch(*(t[rows] for t in (batch.inputs, batch.targets, batch.weights, batch.positions, batch.documents)))
 
 
-def trainer_of(mesh=None, micro_batches=1, recompute="none", **options):
+def trainer_of(mesh=None, micro_batches=1, recompute="none", trainer=None, **options):
+    """trainer: more arguments of Trainer; options: fields of its optimizer."""
     torch.manual_seed(0)
     options = {"clip": 0.5} | options
     section = OptimizerSection(lr=3e-3, eps=1e-4, **options)
     return Trainer(
         Transformer(CONFIG), section, ScheduleSection(name="constant", warmup=0), MTPSection(), BalanceSection(),
-        dtype="float32", recompute=recompute, mesh=mesh, micro_batches=micro_batches,
+        recompute=recompute, mesh=mesh, micro_batches=micro_batches, **{"dtype": "float32"} | (trainer or {}),
     )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from rorqual.cli.options import expand_path
 from rorqual.errors import UserError
+from rorqual.kernels.devices import find_device
 from rorqual.model import ModelConfig
 from rorqual.plan.chips import find_chip
 from rorqual.plan.estimate import predict
@@ -122,6 +123,11 @@ class _Pipeline:
             raise UserError(
                 f"{recipe.name} is for {recipe.parallel.processes} processes, and plans on this machine are of one; "
                 "say their chips with --gpu"
+            )
+        if find_device(recipe.device).type != "cpu":
+            raise UserError(
+                f"{recipe.name} runs on this machine's GPU, and plans here are of its CPU; add device=cpu, or say the "
+                "chip with --gpu"
             )
         if self.rehearse is not None:
             _rehearse(recipe, self.rehearse)

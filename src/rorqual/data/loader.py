@@ -4,8 +4,9 @@ Shapes: B rows of a batch, T sequence length, V vocabulary size.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from hashlib import blake2b
+from typing import Self
 
 import numpy as np
 import torch
@@ -30,6 +31,10 @@ class Batch:
     weights: Tensor  # [B, T] float32
     positions: Tensor  # [B, T] int64; restart at each document where documents are isolated
     documents: Tensor | None  # [B, T] int64, index of the document within its row; None: not isolated
+
+    def to(self, device: torch.device) -> Self:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: value if value is None else value.to(device) for name, value in values.items()})
 
     @property
     def attention_mask(self) -> Tensor | None:

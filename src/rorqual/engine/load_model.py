@@ -8,6 +8,7 @@ import torch
 from rorqual.checkpoint.huggingface import load_model
 from rorqual.data.tokenizer import load_tokenizer
 from rorqual.errors import UserError
+from rorqual.kernels.devices import check_device
 from rorqual.kernels.dtypes import fastest_dtype
 from rorqual.model import Transformer
 from rorqual.model.model_directory import is_gguf, model_directory
@@ -32,10 +33,9 @@ def open_model(
     `device`: of weights that are not quantised, and so of the KV cache. Raises UserError for what cannot be read, for a
     missing device, and for quantised weights on a GPU.
     """
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise UserError("device cuda: PyTorch finds no GPU here; leave it out to compute on the CPU")
+    check_device(device)
     if is_gguf(path):
-        _check_device(device)
+        _check_on_cpu(device)
         from rorqual.precision.gguf_weights import load_gguf
 
         return load_gguf(path, dtype)
@@ -43,10 +43,10 @@ def open_model(
     tokenizer = load_tokenizer(path)
     release_memory()
     if is_quantized(path):
-        _check_device(device)
+        _check_on_cpu(device)
         return load_packed(path, dtype), tokenizer
     if weights is not None:
-        _check_device(device)
+        _check_on_cpu(device)
     if weights is None or weights == "fp8":
         try:
             return load_model(path, dtype or fastest_dtype(device), device, weights), tokenizer
@@ -55,7 +55,7 @@ def open_model(
     return load_converted(path, weights, dtype or fastest_dtype()), tokenizer
 
 
-def _check_device(device: torch.device | str) -> None:
+def _check_on_cpu(device: torch.device | str) -> None:
     if torch.device(device).type != "cpu":
         raise UserError(
             f"device {device}: quantised weights are for a CPU; leave out --weights, and give a model not quantised"

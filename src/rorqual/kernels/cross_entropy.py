@@ -18,7 +18,7 @@ from rorqual.kernels.typed_torch import Context, Function
 from rorqual.shapes import Float, Float32, Int
 
 CHUNK_BYTES = 64 << 20  # of logits in memory
-CHUNK_ROWS = 1024  # more rows make the product no faster, but evict a small vocabulary's logits from the CPU's cache
+CHUNK_ROWS = 1024  # on a CPU: more make the product no faster, but evict a small vocabulary's logits from the cache
 
 
 def linear_cross_entropy(
@@ -229,7 +229,8 @@ def _chunks(rows: Tensor, hidden: Tensor, weight: Tensor) -> Iterator[tuple[Tens
 
     Logits in new memory would cost a page fault for each page, more than the product itself.
     """
-    size = max(1, min(CHUNK_ROWS, CHUNK_BYTES // (weight.itemsize * len(weight)), len(rows)))
+    most = CHUNK_ROWS if weight.is_cpu else len(rows)
+    size = max(1, min(most, CHUNK_BYTES // (weight.itemsize * len(weight)), len(rows)))
     logits = torch.empty(size, len(weight), dtype=weight.dtype, device=weight.device)
     for chunk in torch.split(rows, size):
         if len(chunk):

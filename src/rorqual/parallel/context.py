@@ -54,7 +54,7 @@ class Part(Batch):
         documents = self.whole.documents
         if documents is None:
             return None
-        causal = self.index[:, None] >= torch.arange(documents.shape[1])
+        causal = self.index[:, None] >= torch.arange(documents.shape[1], device=documents.device)
         return ((documents[:, self.index, None] == documents[:, None, :]) & causal)[:, None]
 
     def following(self, depth: int) -> Tensor:

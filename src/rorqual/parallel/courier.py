@@ -54,7 +54,7 @@ class Courier:
             return Trip(self, done)
         if self._threads is None:
             self._threads = ThreadPoolExecutor(1, "courier")
-        event = _recorded() if torch.cuda.is_available() else None
+        event = _recorded() if torch.cuda.is_initialized() else None  # it is where anything is on a GPU
         return Trip(self, self._threads.submit(self._travel, event, torch.is_grad_enabled(), work, *arguments))
 
     def wait(self, trip: Trip[T]) -> T:

@@ -3,6 +3,8 @@
 from dataclasses import asdict
 from typing import Any, TypedDict
 
+import torch
+
 from rorqual.kernels.dtypes import compute_dtype, dtype_name
 from rorqual.model.config import ModelConfig
 from rorqual.plan.cost import flops_per_token, mtp_flops_per_token, mtp_parameters, parameters
@@ -37,8 +39,11 @@ class Plan(TypedDict):
     machine: dict[str, Any]
 
 
-def predict(config: ModelConfig, recipe: PretrainRecipe | SFTRecipe, rows: int | None = None) -> Plan:
-    """Parameters, FLOPs, bytes and seconds of a run.
+def predict(
+    config: ModelConfig, recipe: PretrainRecipe | SFTRecipe, rows: int | None = None,
+    device: torch.device | str = "cpu",
+) -> Plan:  # fmt: skip
+    """Parameters, FLOPs, bytes and seconds of a run. On a GPU, seconds are not known: those given are of the CPU.
 
     rows: in an epoch of packed data; None (not packed yet): tokens, flops and seconds are None where the run's length
     is given in epochs.
@@ -48,7 +53,7 @@ def predict(config: ModelConfig, recipe: PretrainRecipe | SFTRecipe, rows: int |
     each = flops_per_token(config, length)
     if recipe.mtp.weight or recipe.mtp.final_weight:
         each += mtp_flops_per_token(config, length)
-    dtype = compute_dtype(recipe.model.dtype)
+    dtype = compute_dtype(recipe.model.dtype, device)
     ahead = bool(recipe.mtp.weight or recipe.mtp.final_weight)
     step, costs = _step(config, recipe, ahead), costs_here(dtype)
     peak, tokens_a_step = matrix_peak(dtype), section.batch_size * length
@@ -87,7 +92,7 @@ def predict(config: ModelConfig, recipe: PretrainRecipe | SFTRecipe, rows: int |
         "flops_per_token": each,
         "flops": None if tokens is None else tokens * each,
         "memory": asdict(needed) | {"total": needed.total},
-        "memory_machine": memory_total(),
+        "memory_machine": memory_total(str(device)),
         "tokens_per_second": rate,
         "tokens_per_second_interval": interval(rate, spread),
         "seconds": None if tokens is None else tokens / rate,
@@ -108,13 +113,16 @@ def _step(config: ModelConfig, recipe: PretrainRecipe | SFTRecipe, ahead: bool) 
     return step_counts(config, micro_batches, itemsize, ahead, recipe.recompute, recipe.optimizer.name == "muon")
 
 
-def plan_text(plan: Plan) -> str:
-    """The plan of one process on this machine as text."""
+def plan_text(plan: Plan, timed: bool = True) -> str:
+    """The plan of one process on this machine as text; `timed`: on its CPU."""
     needed = {name: size for name, size in plan["memory"].items() if size and name not in ("total", "apart")}
     parts = ", ".join(f"{name} {quantity(size, 'B')}" for name, size in needed.items())
     if plan["memory"]["apart"]:
         parts += f"; {quantity(-plan['memory']['apart'], 'B')} of this not at the same time"
     total, machine = quantity(plan["memory"]["total"], "B"), quantity(plan["memory_machine"], "B")
+    fits = f"{run_text(plan)}\nmemory       {total} of {machine} ({parts})"
+    if not timed:
+        return f"{fits}\ntime         not predicted on this GPU; rorqual plan RECIPE --gpu NAME predicts known ones"
     peak = quantity(plan["matrix_peak_flops"], "FLOP/s")
     speed = f"{quantity(plan['tokens_per_second'])} tokens/s at {plan['utilisation']:.0%} of {peak}"
     if plan["seconds"] is None:
@@ -124,7 +132,7 @@ def plan_text(plan: Plan) -> str:
         low, high = (duration(plan["seconds"] * plan["tokens_per_second"] / rate) for rate in (fast, slow))
         time = f"about {duration(plan['seconds'])} ({low} to {high}): {speed}"
     time += f"\n{'':<13}{plan['calibration']}"
-    return f"{run_text(plan)}\nmemory       {total} of {machine} ({parts})\ntime         {time}"
+    return f"{fits}\ntime         {time}"
 
 
 def run_text(plan: Plan) -> str:

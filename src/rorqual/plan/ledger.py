@@ -37,12 +37,14 @@ def predicted_at_start(run_dir: Path, predict: Callable[[], Mapping[str, Any]], 
 class Ledger:
     """Collects the stages' costs and writes run_dir/ledger.json."""
 
-    def __init__(self, run_dir: Path, predicted: Mapping[str, object], dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, run_dir: Path, predicted: Mapping[str, object], dtype: torch.dtype = torch.float32, device: str = "cpu"
+    ) -> None:
         """`predicted`: the planner's tokens, flops, seconds … before the run.
 
-        `dtype`: compute dtype of the run, whose measured peak the utilisation is relative to.
+        The utilisation is relative to the measured peak of `device` in `dtype`, the run's compute dtype.
         """
-        self.path, self.predicted, self.dtype = Path(run_dir) / "ledger.json", predicted, dtype
+        self.path, self.predicted, self.dtype, self.device = Path(run_dir) / "ledger.json", predicted, dtype, device
         self.stages: dict[str, dict[str, float]] = {}
         self.joules: float | None = None  # None: the machine does not tell
         self.measured: dict[str, float] = {}  # what a prediction is about, by its name there; see `SCORED`
@@ -55,7 +57,7 @@ class Ledger:
 
     def to_dict(self) -> dict[str, object]:
         """Stages and total: tokens, FLOPs, seconds, and utilisation (FLOP/s over the measured matmul peak)."""
-        peak = matrix_peak(self.dtype)
+        peak = matrix_peak(self.dtype, self.device)
         total = {key: sum(s[key] for s in self.stages.values()) for key in ("tokens", "flops", "seconds")}
         accounts = {
             name: account | {"utilisation": account["flops"] / (peak * account["seconds"]) if account["seconds"] else 0}

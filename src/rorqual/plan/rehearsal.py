@@ -18,7 +18,9 @@ from rorqual.recipe import PretrainRecipe, Recipe, RLRecipe, SFTRecipe
 
 # What neither the work of a step nor the answers' lengths at the start depend on. The dtype is part of an entry's key.
 FREE: dict[str, Any] = {
-    **dict.fromkeys(("name", "out", "seed", "track", "steps", "seconds", "warmup_steps", "decay", "save_every"), True),
+    **dict.fromkeys(
+        ("name", "out", "seed", "track", "device", "steps", "seconds", "warmup_steps", "decay", "save_every"), True
+    ),
     **dict.fromkeys(("keep", "sample_every", "eval_every", "eval_problems", "keep_start", "schedule", "spikes"), True),
     "model": {"dtype"},
     "rollouts": {"workers", "staleness", "threads"},

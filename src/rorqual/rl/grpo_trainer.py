@@ -70,8 +70,9 @@ class GRPOTrainer:
             for line in convert(model, recipe.precision).lines():
                 print(line)
         self.activations = Activations(model, recipe.recompute)
-        dtype = compute_dtype(recipe.model.dtype, model.head_weight.device)
-        self.optimizer = Optimizer(model, recipe.optimizer, dtype)
+        self.device = model.head_weight.device
+        self.dtype = compute_dtype(recipe.model.dtype, self.device)
+        self.optimizer = Optimizer(model, recipe.optimizer, self.dtype)
         rows, records = self.section.rollout_max_num_seqs, recipe.rollouts.replay_routing
         self.engine = self.sampler = Engine(model, tokenizer, max_num_seqs=rows, record_routing=records)
         self.twin = FP8Twin(model) if self.section.rollout_weights == "fp8" else None
@@ -218,7 +219,7 @@ class GRPOTrainer:
         Raises UserError when three updates in a row are not finite.
         """
         batches = self._packed(rollout, members)
-        device = self.model.head_weight.device
+        device = self.device
         advantages, weights = advantages[members].to(device), weights[members].to(device)
         old = None if old_logprobs is None else _flat(old_logprobs, members, device)
         sampled = _flat(rollout.logprobs, members, device)
@@ -302,7 +303,7 @@ class GRPOTrainer:
     @torch.no_grad()
     def _logprobs_before(self, rollout: Rollout, members: list[int]) -> list[list[float]]:
         """By completion, of `members` under the policy that is trained, before it is; of others there are none."""
-        device = self.model.head_weight.device
+        device = self.device
         sizes = [len(rollout.completions[i]) for i in members]
         found = torch.empty(sum(sizes), device=device)
         for packed in self._packed(rollout, members):

@@ -8,9 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
+import torch
+
 from rorqual.engine import Engine, SamplingParams
 from rorqual.errors import UserError, file_error
 from rorqual.files import write_text
+from rorqual.kernels.devices import find_device
 from rorqual.recipe import ChatDataSection, DistillRecipe, RewardSection, SFTRecipe
 from rorqual.rl.context_limits import check_context
 from rorqual.rl.envs.environment import Problem
@@ -89,15 +92,17 @@ def distill(recipe: DistillRecipe, resume: bool = False) -> Path:
     check_model(recipe.model)
     check_length(recipe.model, recipe, "sequence_length")
     environments = [open_environment(section) for section in recipe.environments]
-    with open_run(recipe, resume) as run_dir:
+    device = find_device(recipe.device)
+    with open_run(recipe, resume, device) as run_dir:
         samples = run_dir / "samples.jsonl"
         if not samples.exists():
-            _sample_teacher(recipe, environments, samples)
+            _sample_teacher(recipe, environments, samples, device)
         student = SFTRecipe(
             name="student",
             out=str(run_dir),
             seed=recipe.seed,
             track=recipe.track,
+            device=recipe.device,
             model=recipe.model,
             precision=recipe.precision,
             recompute=recipe.recompute,
@@ -111,12 +116,14 @@ def distill(recipe: DistillRecipe, resume: bool = False) -> Path:
     return run_dir
 
 
-def _sample_teacher(recipe: DistillRecipe, environments: Sequence[Environment], samples: Path) -> None:
+def _sample_teacher(
+    recipe: DistillRecipe, environments: Sequence[Environment], samples: Path, device: torch.device
+) -> None:
     """Write samples.jsonl. Each batch is appended to samples.partial.jsonl as soon as it is scored."""
     from rich.console import Console
     from rich.progress import Progress
 
-    engine = Engine(recipe.teacher)
+    engine = Engine(recipe.teacher, device=device)
     context = engine.model.config.max_position_embeddings
     check_context(environments, recipe.template, engine.require_tokenizer(), context, recipe.max_tokens, "max_tokens")
     partial = samples.with_name("samples.partial.jsonl")

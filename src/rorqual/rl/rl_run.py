@@ -12,7 +12,7 @@ from typing import Any
 from rorqual.checkpoint.huggingface import load_model, save_model, stored_dtype
 from rorqual.errors import UserError
 from rorqual.files import write_text
-from rorqual.kernels.dtypes import compute_dtype
+from rorqual.kernels.devices import find_device
 from rorqual.model import Transformer
 from rorqual.model.config import ModelConfig
 from rorqual.plan.hardware import memory_used
@@ -47,8 +47,11 @@ def rl(recipe: RLRecipe, resume: bool = False, ray: str | None = None) -> Path:
     tokenizer, start = tokenizer_of(recipe.model), trained_path(recipe.model)
     environments = [open_environment(section) for section in recipe.environments]
     check_problems(recipe, tokenizer, environments)
-    with open_run(recipe, resume) as run_dir:
-        model = build_model(recipe.model, tokenizer, recipe.seed)
+    device = find_device(recipe.device)
+    if ray and device.type != "cpu":
+        raise UserError("device = 'cuda' with --ray: workers sample on CPUs; add device=cpu, or leave out --ray")
+    with open_run(recipe, resume, device) as run_dir:
+        model = build_model(recipe.model, tokenizer, recipe.seed).to(device)
         with nullcontext() if ray is None else ray_fleet(recipe, model.config, ray) as fleet:
             trainer = GRPOTrainer(model, tokenizer, environments, recipe, fleet=fleet)
             run = RLRun(run_dir, recipe, trainer, recipe.track)
@@ -114,8 +117,10 @@ class RLRun(RunLoop[RLRecipe, GRPOTrainer]):
 
     step_seconds: float = 0.0  # of all steps, without evaluations
 
-    def predict(self) -> RLPlan:
+    def predict(self) -> Mapping[str, Any]:
         trainer = self.trainer
+        if trainer.device.type != "cpu":
+            return {}
         prompt = prompt_tokens(self.section, trainer.engine.require_tokenizer(), list(trainer.environments.values()))
         return predict_rl(self.section, trainer.model.config, prompt)
 
@@ -171,7 +176,7 @@ def _release(run: RLRun, model: Transformer, tokenizer: Tokenizer) -> None:
     save_model(model, directory, tokenizer)
     write_text(directory / "README.md", _card(run, model), then="then continue with --resume")
     trainer = run.trainer
-    ledger = Ledger(run.run_dir, run.predicted, compute_dtype(run.section.model.dtype))
+    ledger = Ledger(run.run_dir, run.predicted, run.trainer.dtype, run.trainer.device.type)
     ledger.joules = run.joules
     for stage, tokens in zip(STAGES, (trainer.tokens, trainer.trained_tokens, trainer.evaluated_tokens), strict=True):
         if run.stages[stage]:

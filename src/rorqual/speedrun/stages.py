@@ -163,6 +163,7 @@ def needed(state: SpeedrunState) -> int:
 def _pretrain(state: SpeedrunState, start: Path, out: Path, name: str, until: float) -> None:
     recipe = {
         "name": name,
+        "device": "cpu",
         "out": str(out),
         "seed": state.seed,
         "model": {"path": str(start)},
@@ -185,6 +186,7 @@ def reinforce(state: SpeedrunState) -> None:
     best = max(state.checks["pretrain"].accuracy.values())
     recipe = {
         "name": "rl",
+        "device": "cpu",
         "out": str(state.run_dir),
         "seed": state.seed,
         "model": {"path": str(state.run_dir / folders(state)[-1][1] / "model")},
@@ -234,6 +236,7 @@ def distill_best(state: SpeedrunState) -> None:
     problems = 0.6 * state.budget.left(DISTILL_END) * checked.tokens_per_second / (8 * length)
     recipe = {
         "name": "distill",
+        "device": "cpu",
         "out": str(state.run_dir),
         "seed": state.seed,
         "teacher": teacher,

@@ -23,4 +23,5 @@ def update_correction_bias(model: Transformer, loads: list[Tensor], speed: float
 def max_violations(loads: list[Tensor]) -> list[float]:
     """MaxVio = max(load) / mean(load) − 1 of each layer's expert load [E] (LB §4.1)."""
     floats = [load.float() for load in loads]
-    return [float(load.max() / load.mean().clamp(min=1e-9) - 1) for load in floats]
+    found = [load.max() / load.mean().clamp(min=1e-9) - 1 for load in floats]
+    return torch.stack(found).tolist() if found else []  # one wait for a GPU

@@ -65,7 +65,7 @@ class Checkpoints:
         self._check_finite(step, tensors)
         try:
             with write_folder(final) as folder:
-                save_file({name: t.detach().contiguous() for name, t in tensors.items()}, folder / TENSORS)
+                save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, folder / TENSORS)
                 described = {
                     "step": step, "score": score if is_score(score) else None, "good": good,
                     "crc32": crc32(folder / TENSORS), "state": state,

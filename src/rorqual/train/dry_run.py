@@ -1,6 +1,7 @@
 """`--dry-run`: the plan of a recipe; nothing is trained or written."""
 
 from rorqual.data.tokenizer import load_tokenizer
+from rorqual.kernels.devices import find_device
 from rorqual.model import ModelConfig
 from rorqual.parallel.context import check_pieces
 from rorqual.plan.estimate import Plan, plan_text, predict, run_text
@@ -11,9 +12,9 @@ from rorqual.train.layout_plan import layout_text, plan_layout
 
 def dry_run_text(recipe: PretrainRecipe | SFTRecipe) -> str:
     """What `--dry-run` prints. Raises UserError as the run would."""
-    plan = dry_run(recipe)
+    device, plan = find_device(recipe.device), dry_run(recipe)
     if recipe.parallel.processes == 1:
-        return plan_text(plan)
+        return plan_text(plan, timed=device.type == "cpu")
     return f"{run_text(plan)}\n{layout_text(plan_layout(recipe, recipe_config(recipe)))}"
 
 
@@ -23,7 +24,7 @@ def dry_run(recipe: PretrainRecipe | SFTRecipe) -> Plan:
     check_model(recipe.model)
     check_length(recipe.model, recipe.data)
     check_pieces(recipe.data.sequence_length, recipe.parallel.context)
-    return predict(recipe_config(recipe), recipe)
+    return predict(recipe_config(recipe), recipe, device=find_device(recipe.device))
 
 
 def recipe_config(recipe: PretrainRecipe | SFTRecipe) -> ModelConfig:

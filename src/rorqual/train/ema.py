@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -24,10 +24,13 @@ class EMA:
         self.optimizer, self.decay = optimizer, decay
         masters = {name: w.detach() for name, w in optimizer.masters.items()}
         self.average = {name: w.to("cpu", copy=True) for name, w in masters.items()}
-        self._gpu = next((w.device for w in masters.values() if w.is_cuda), None)
-        # Where the thread finds the masters; page-locked, so that the copy from the GPU is asynchronous.
-        self._masters = masters if self._gpu is None else {n: t.pin_memory() for n, t in self.average.items()}
-        self._stream = None if self._gpu is None else torch.cuda.Stream(self._gpu)
+        device = next(iter(masters.values())).device if masters else torch.device("cpu")
+        self._copies, self._stream = device.type != "cpu", None
+        # Where the thread finds the masters; page-locked, so that the copy from a GPU is asynchronous.
+        self._masters = {n: t.clone() for n, t in self.average.items()} if self._copies else masters
+        if device.type == "cuda":
+            self._masters = {n: t.pin_memory() for n, t in self._masters.items()}
+            self._stream = torch.cuda.Stream(device)
         self._pieces = _pieces(self.average), _pieces(self._masters)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ema")
         self._pending: Future[None] | None = None
@@ -67,15 +70,16 @@ class EMA:
             t.copy_(tensors[f"ema.{name}"])
 
     def _copy_to_cpu(self) -> torch.cuda.Event | None:
-        """Begin the copy from the GPU, on a stream of its own; the event is its end. None: the masters are here."""
+        """Begin the copy from a GPU, on a stream of its own; the event is its end. None: the copies are whole."""
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+            for name, copy in self._masters.items() if self._copies else ():
+                copy.copy_(self.optimizer.masters[name].detach(), non_blocking=True)
         if self._stream is None:
             return None
         copied = torch.cuda.Event()
-        self._stream.wait_stream(torch.cuda.current_stream(self._gpu))
-        with torch.cuda.stream(self._stream):
-            for name, copy in self._masters.items():
-                copy.copy_(self.optimizer.masters[name].detach(), non_blocking=True)
-            copied.record(self._stream)
+        copied.record(self._stream)
         return copied
 
     @torch.no_grad()

@@ -17,12 +17,12 @@ def set_seed(seed: int) -> None:
 def rng_tensors() -> dict[str, Tensor]:
     """The state of torch's generators. All other code uses its own generators, seeded by step."""
     out = {"rng.torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():  # asking a GPU that the run does not use would take memory there
         out["rng.cuda"] = torch.cuda.get_rng_state()
     return out
 
 
 def load_rng_tensors(tensors: dict[str, Tensor]) -> None:
     torch.set_rng_state(tensors["rng.torch"])
-    if "rng.cuda" in tensors and torch.cuda.is_available():
+    if "rng.cuda" in tensors and torch.cuda.is_initialized():
         torch.cuda.set_rng_state(tensors["rng.cuda"])

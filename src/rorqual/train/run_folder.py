@@ -21,9 +21,9 @@ from rorqual.renamed import current_fields
 from rorqual.sections import Section
 from rorqual.train.input_fingerprints import keep_inputs
 
-# Fields that a resumed run may change, since they do not affect the final weights.
-FREE = {"out", "track", "train.eval_every", "train.save_every", "train.keep", "save_every", "eval_every", "keep",
-        "sample_every", "eval_problems", "data.workers"}  # fmt: skip
+# Fields that a resumed run may change, since they do not affect the final weights, or by rounding alone (device).
+FREE = {"out", "track", "device", "train.eval_every", "train.save_every", "train.keep", "save_every", "eval_every",
+        "keep", "sample_every", "eval_problems", "data.workers"}  # fmt: skip
 # What to do about spikes is decided when there is one; any layout goes on from what another wrote.
 FREE_SECTIONS = ("spikes.", "parallel.")
 ROUNDING = "parallel.dispatch"  # but this: it may round what travels
@@ -37,11 +37,11 @@ DTYPES = ("auto", *COMPUTE)
 
 
 @contextmanager
-def open_run(recipe: Recipe, resume: bool) -> Iterator[Path]:
+def open_run(recipe: Recipe, resume: bool, device: torch.device | str = "cpu") -> Iterator[Path]:
     """Create and lock the run's folder and save the resolved recipe; with `resume`, check that the recipe is the same.
 
-    A `recipe.model.dtype` of "auto" becomes the dtype the run began with, else the fastest on this machine. A start
-    that failed before it trained does not count as a run: the next one replaces it, whatever its recipe.
+    A `recipe.model.dtype` of "auto" becomes the dtype the run began with, else the fastest on `device`, which is saved
+    too. A start that failed before it trained does not count as a run: the next one replaces it, whatever its recipe.
 
     Raises UserError when the folder holds a run and `resume` is false, when the recipe or its data have changed, when
     another process trains in the folder, when it holds other files, or when the checkpoints are missing.
@@ -69,7 +69,8 @@ def open_run(recipe: Recipe, resume: bool) -> Iterator[Path]:
         elif saved.exists():
             same_text = _tokenizer_fields(_read(saved)) == _tokenizer_fields(_resolved(recipe))
         if recipe.model.dtype == "auto":
-            recipe.model.dtype = "bfloat16" if fastest_dtype() is torch.bfloat16 else "float32"
+            recipe.model.dtype = "bfloat16" if fastest_dtype(device) is torch.bfloat16 else "float32"
+        recipe.device = "cuda" if torch.device(device).type == "cuda" else "cpu"
         write_text(saved, to_toml(recipe.model_dump()), then="or set out to a writable place")
         if not (keep_inputs(run_dir, recipe, begun, moved_from) and same_text):
             shutil.rmtree(run_dir / "tokenizer", ignore_errors=True)
@@ -77,12 +78,12 @@ def open_run(recipe: Recipe, resume: bool) -> Iterator[Path]:
 
 
 @contextmanager
-def join_run(recipe: Recipe, resume: bool, mesh: Mesh) -> Iterator[Path]:
+def join_run(recipe: Recipe, resume: bool, mesh: Mesh, device: torch.device | str = "cpu") -> Iterator[Path]:
     """`open_run` by the first process of the mesh; the others come in behind it, and take the dtype it has found."""
     # torchrun does not tell the processes of every machine that they are started anew.
     resume = any(map(bool, mesh.world.gather(torch.tensor([resume]), "opening the run")))
     if mesh.rank == 0:
-        with open_run(recipe, resume) as run_dir:
+        with open_run(recipe, resume, device) as run_dir:
             mesh.world.barrier("opening the run")
             yield run_dir
         return

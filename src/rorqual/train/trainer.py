@@ -85,9 +85,10 @@ class Trainer:
         offload: bool = False,
         mesh: Mesh | None = None,
         micro_batches: int = 1,
+        device: torch.device | None = None,
         notify: Callable[[str], None] = print,
     ) -> None:
-        """Convert `model` to `dtype` ("auto": the fastest on its device) in place.
+        """Convert `model` to `dtype` ("auto": the fastest on its device) in place, on `device` (None: where it is).
 
         Without `mtp` or `balance` the MTP loss or the load balancing is off. `precision` (a key of PRECISIONS) is that
         of products; `recompute` and `offload`: see precision/recompute.py. `mesh`: the processes that train together;
@@ -106,8 +107,9 @@ class Trainer:
         if self.mesh.pipeline.size > 1:
             order = self.mesh.section.schedule
             self.pipeline = Pipeline(model, self.mesh, self.courier, order, micro_batches, self.activations.kept)
-        device = next(model.parameters()).device
-        self.model, self.schedule, self.dtype = model, schedule, compute_dtype(dtype, device)
+        self.device = device or next(model.parameters()).device
+        model.to(self.device)  # of what this process holds
+        self.model, self.schedule, self.dtype = model, schedule, compute_dtype(dtype, self.device)
         self.mtp = mtp or MTPSection(weight=0.0, final_weight=0.0)
         self.balance = balance or BalanceSection(bias_speed=0.0, sequence_loss=0.0)
         self.optimizer = Optimizer(model, optimizer, self.dtype, self.mesh)
@@ -135,10 +137,11 @@ class Trainer:
         totals, sequences = self._totals(micro_batches, ahead=λ > 0)
         objective = Objective(self.model, totals, λ, self.balance.sequence_loss, sequences)
         self.model.train()
+        batches = [batch.to(self.device) for batch in micro_batches]
         if self.pipeline is None:
-            loads = self._accumulate(micro_batches, objective)
+            loads = self._accumulate(batches, objective)
         else:
-            self.pipeline.run(micro_batches, objective, self.optimizer.accumulate)
+            self.pipeline.run(batches, objective, self.optimizer.accumulate)
             self.pipeline.sum_copies(self.optimizer.grads)
             loads = self.pipeline.loads
         ranks, losses = gather_reports(self.mesh, micro_batches, objective, self.optimizer)
@@ -173,7 +176,7 @@ class Trainer:
         nats, length = 0.0, 0
         with self.released_weights():
             for whole, size in _turns(batches, self.mesh.data):
-                batch = part(whole, self.mesh.context)
+                batch = part(whole, self.mesh.context).to(self.device)
                 hidden = self._hidden(batch)
                 if hidden is None:
                     continue

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from rorqual.checkpoint.huggingface import save_model
@@ -20,6 +21,7 @@ from rorqual.data.loader import Batch, Heldout, Loader
 from rorqual.data.tokenizer import load_tokenizer, save_tokenizer
 from rorqual.errors import UserError, file_error
 from rorqual.files import write_folder, write_text
+from rorqual.kernels.devices import find_device
 from rorqual.model import ModelConfig, Transformer
 from rorqual.parallel.context import check_pieces, part
 from rorqual.parallel.export import save_parts
@@ -54,13 +56,14 @@ def pretrain(recipe: PretrainRecipe, resume: bool = False) -> Path:
     set_threads(recipe.train)
     check_length(recipe.model, recipe.data)
     check_pieces(recipe.data.sequence_length, recipe.parallel.context)
-    mesh = build_mesh(recipe.parallel)
-    with join_run(recipe, resume, mesh) as run_dir:
+    device = find_device(recipe.device)
+    mesh = build_mesh(recipe.parallel, device.type)
+    with join_run(recipe, resume, mesh, device) as run_dir:
         with first_alone(mesh):
             tokenizer = _tokenizer(recipe, run_dir)
             loader, valid = open_pretrain_data(recipe.data, tokenizer, run_dir / "data", recipe.seed)
         model = build_model(recipe.model, tokenizer, recipe.seed, recipe.data.sequence_length)
-        run = train(recipe, run_dir, model, loader, valid, mesh)
+        run = train(recipe, run_dir, model, loader, valid, mesh, device)
         return finish(recipe, run, tokenizer)
 
 
@@ -73,8 +76,9 @@ def sft(recipe: SFTRecipe, resume: bool = False) -> Path:
     tokenizer = tokenizer_of(recipe.model)
     check_length(recipe.model, recipe.data)
     check_pieces(recipe.data.sequence_length, recipe.parallel.context)
-    mesh = build_mesh(recipe.parallel)
-    with join_run(recipe, resume, mesh) as run_dir:
+    device = find_device(recipe.device)
+    mesh = build_mesh(recipe.parallel, device.type)
+    with join_run(recipe, resume, mesh, device) as run_dir:
         loader, valid, samples = open_chat_data(recipe.data, tokenizer, recipe.seed)
         if mesh.rank == 0 and (samples.shortened or samples.dropped):
             print(
@@ -83,7 +87,7 @@ def sft(recipe: SFTRecipe, resume: bool = False) -> Path:
                 file=sys.stderr,
             )
         model = build_model(recipe.model, tokenizer, recipe.seed)
-        run = train(recipe, run_dir, model, loader, valid, mesh)
+        run = train(recipe, run_dir, model, loader, valid, mesh, device)
         return finish(recipe, run, tokenizer)
 
 
@@ -105,9 +109,12 @@ def _tokenizer(recipe: PretrainRecipe, run_dir: Path) -> Tokenizer:
 
 def train(
     recipe: PretrainRecipe | SFTRecipe, run_dir: Path, model: Transformer, loader: Loader, valid: Heldout | None,
-    mesh: Mesh | None = None,
+    mesh: Mesh | None = None, device: torch.device | None = None,
 ) -> "TrainingRun":  # fmt: skip
-    """Train the recipe to its end, resuming from the newest checkpoint. Raises as `TrainingRun.fit`."""
+    """Train the recipe to its end, resuming from the newest checkpoint. Raises as `TrainingRun.fit`.
+
+    device: None: where the model is.
+    """
     section, mesh = recipe.train, mesh or single()
     run = TrainingRun(
         run_dir=run_dir,
@@ -125,13 +132,14 @@ def train(
             recompute=recipe.recompute,
             mesh=mesh,
             micro_batches=micro_batches(section, mesh.section),
+            device=device,
             notify=print if mesh.rank == 0 else lambda _: None,
         ),
         loader=loader,
         spikes=Spikes(recipe.spikes),
         track=recipe.track,
         mesh=mesh,
-        forecast=lambda: _forecast(model.config, recipe, loader.rows, mesh.section.processes),
+        forecast=lambda: _forecast(model.config, recipe, loader.rows, mesh.section.processes, run.trainer.device),
     )
     if valid is not None:
         size = section.micro_batch or section.batch_size
@@ -140,10 +148,13 @@ def train(
     return run
 
 
-def _forecast(config: ModelConfig, recipe: PretrainRecipe | SFTRecipe, rows: int, processes: int) -> dict[str, Any]:
-    """What the run will cost; times are known for one process alone."""
-    plan: dict[str, Any] = {**predict(config, recipe, rows=rows)}
-    if processes > 1:
+def _forecast(
+    config: ModelConfig, recipe: PretrainRecipe | SFTRecipe, rows: int, processes: int,
+    device: torch.device | str = "cpu",
+) -> dict[str, Any]:  # fmt: skip
+    """What the run will cost; times are known for one process on a CPU alone."""
+    plan: dict[str, Any] = {**predict(config, recipe, rows, device)}
+    if processes > 1 or torch.device(device).type != "cpu":
         for name in ("tokens_per_second", "tokens_per_second_interval", "seconds", "utilisation", "calibration"):
             del plan[name]
     return plan
@@ -216,7 +227,7 @@ class TrainingRun(RunLoop[TrainSection, Trainer]):
         self.steps_here, self.tokens_a_step = self.steps_here + 1, trainer.tokens - tokens
         elapsed, ended = time.monotonic() - start, self.done()
         tokens_per_second = (trainer.tokens - tokens) / elapsed
-        peak = matrix_peak(trainer.dtype) * self.mesh.section.processes
+        peak = matrix_peak(trainer.dtype, trainer.device.type) * self.mesh.section.processes
         utilisation = (trainer.flops - flops) / elapsed / peak
         memory_gb = memory_used() / 1e9
         self.newest.loss = metrics.loss
@@ -317,7 +328,7 @@ def finish(recipe: PretrainRecipe | SFTRecipe, run: TrainingRun, tokenizer: Toke
     if sent:
         print(table(sent))
         write_text(run.run_dir / "parallel.json", json.dumps(sent, indent=1), then="then continue with --resume")
-    ledger = Ledger(run.run_dir, run.predicted, trainer.dtype)
+    ledger = Ledger(run.run_dir, run.predicted, trainer.dtype, trainer.device.type)
     ledger.add(recipe.kind, tokens=trainer.tokens, flops=trainer.flops, seconds=run.seconds)
     ledger.joules = run.joules
     write_text(directory / "README.md", model_card(recipe, run), then="then continue with --resume")
