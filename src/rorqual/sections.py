@@ -229,7 +229,8 @@ class ParallelSection(Section):
     stages_together: bool = False  # all stages of a place on neighbouring ranks, so that nodes share the experts
     ranks_per_node: Size | None = None  # links within a node are fast; None: those of one machine
     schedule: Literal["1f1b", "zb1p", "dualpipev"] = "dualpipev"  # of the pipeline
-    dispatch: Literal["all-to-all", "two-hop", "two-hop-fp8"] = "two-hop"  # how tokens travel to experts
+    # How tokens travel to experts.
+    dispatch: Literal["all-to-all", "two-hop", "two-hop-fp8", "deepep", "deepep-fp8"] = "two-hop"
     overlap: bool = True  # tokens travel while other work is computed
     timeout: Positive = 600.0  # seconds until a collective that hangs ends the run
     restarts: int = Field(default=3, ge=0, lt=1 << 20)  # from the newest checkpoint, after a process has died

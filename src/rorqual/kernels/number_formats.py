@@ -77,3 +77,6 @@ NVFP4 = NumberFormat("NVFP4", E2M1, (1, 16), "e4m3")
 def with_powers_of_two(format: NumberFormat) -> NumberFormat:
     """The same with scales that are powers of two (UE8M0: V3.1's releases)."""
     return replace(format, name=f"{format.name} UE8M0", scale="power of two")
+
+
+FP8_TRAVEL = with_powers_of_two(FP8_TILE)  # of tokens on their way to experts (V3 §3.3.3)

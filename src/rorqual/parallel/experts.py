@@ -5,6 +5,7 @@
 | all-to-all | once for each of its experts, in the compute dtype |
 | two-hop | once to each node that has one of its experts, and there once to each rank that has one |
 | two-hop-fp8 | the same way, to the experts in FP8 with a power-of-two scale for 128 values, and back in BF16 |
+| deepep, deepep-fp8 | the same ways by DeepEP's kernels, where they are installed (parallel/deep_ep.py) |
 
 With two hops (V3 §3.2.2) a token crosses to the rank of its own place in the other node, which passes it on. Outputs
 are summed within each rank, then within the node, before they cross back.
@@ -15,108 +16,22 @@ N tokens here, D hidden, K experts a token, M rows at the experts.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from rorqual.errors import UserError
-from rorqual.kernels.block_scaled import decode, quantize
 from rorqual.kernels.linear import row_multiple
-from rorqual.kernels.moe_permute import Permutation, permute, permute_weights, sort_by_expert, sum_of_rows, unpermute
-from rorqual.kernels.number_formats import FP8_TILE, with_powers_of_two
+from rorqual.kernels.moe_permute import permute, permute_weights, sort_by_expert, unpermute
 from rorqual.kernels.typed_torch import Context, Function, not_compiled, once_differentiable
 from rorqual.model import Transformer
 from rorqual.model.moe import Dispatched, Experts
-from rorqual.parallel.courier import Courier, Trip
+from rorqual.parallel.courier import Courier
+from rorqual.parallel.deep_ep import DeepEP, DeepEPJourney
 from rorqual.parallel.group import Group
+from rorqual.parallel.journey import Hop, Journey
 from rorqual.parallel.mesh import Mesh
-from rorqual.shapes import Float, Int, Int64
-
-TRAVEL_FORMAT = with_powers_of_two(FP8_TILE)
-DISPATCH, COMBINE, COUNTS = "dispatch", "combine", "dispatch counts"
-
-
-@dataclass(frozen=True)
-class Hop:
-    """The way of N tokens to places of a group: a row for every (token, destination)."""
-
-    group: Group
-    permutation: Permutation  # rows in order of their destinations
-    destinations: int  # at most, of a token
-    send: list[int]  # rows to each place
-    receive: list[int]  # rows from each place
-
-    @classmethod
-    def plan(cls, group: Group, to: Int[Tensor, "N destinations"]) -> "Hop":
-        """`to`: places of the group, -1 for none."""
-        permutation = sort_by_expert(to, group.size, partial=True)
-        receive = group.exchange_counts(permutation.load, COUNTS)
-        return cls(group, permutation, to.shape[1], permutation.load.tolist(), receive.tolist())
-
-    def there(self, columns: list[Tensor], what: str = DISPATCH) -> list[Tensor]:
-        """Tensors [N, …] by token → by row received."""
-        token = self.permutation.slot // self.destinations
-        return self._travel([c.index_select(0, token) for c in columns], self.send, self.receive, what)
-
-    def back(self, columns: list[Tensor], what: str = COMBINE) -> list[Tensor]:
-        """Tensors [M, width] by row received → the sums [N, width] over each token's rows."""
-        returned = self._travel(columns, self.receive, self.send, what)
-        return [sum_of_rows(c, self.permutation.row, self.destinations) for c in returned]
-
-    def _travel(self, columns: list[Tensor], send: list[int], receive: list[int], what: str) -> list[Tensor]:
-        if len(columns) == 1:
-            return [self.group.all_to_all(columns[0], send, receive, what)]
-        bytes_of = [c.contiguous().view(torch.uint8).flatten(1) for c in columns]
-        widths = [b.shape[1] for b in bytes_of]
-        rows = self.group.all_to_all(torch.cat(bytes_of, dim=1), send, receive, what)
-        parts = rows.split(widths, dim=1)
-        copies = [p.clone(memory_format=torch.contiguous_format) for p in parts]
-        return [p.view(c.dtype).view(-1, *c.shape[1:]) for p, c in zip(copies, columns, strict=True)]
-
-
-@dataclass
-class Journey:
-    """The way of one micro-batch's tokens to the experts of a layer, and how they are written on it."""
-
-    courier: Courier
-    fp8: bool
-    dtype: torch.dtype
-    copies: int = 1  # of a token that set out
-    hops: list[Hop] = field(default_factory=list[Hop])
-    chosen: Int64[Tensor, "M _"] = field(default_factory=lambda: torch.empty(0, 1, dtype=torch.int64))  # of each row
-    trip: Trip[list[Tensor]] | None = None  # the newest
-
-    def encode(self, x: Float[Tensor, "N D"]) -> list[Tensor]:
-        x = x.repeat_interleave(self.copies, dim=0) if self.copies > 1 else x.contiguous()
-        if not self.fp8:
-            return [x]
-        codes, scales = quantize(x, TRAVEL_FORMAT).kept
-        return [codes, (scales.view(torch.int32) >> 23).to(torch.uint8)]  # the exponents of powers of two
-
-    def decode(self, columns: list[Tensor]) -> Float[Tensor, "M D"]:
-        if not self.fp8:
-            return columns[0]
-        codes, exponents = columns
-        scales = (exponents.to(torch.int32) << 23).view(torch.float32)
-        return decode(codes, scales, TRAVEL_FORMAT, codes.shape[1]).to(self.dtype)
-
-    def there(self, x: Float[Tensor, "N D"]) -> list[Tensor]:
-        """→ [M, D], one tensor."""
-        columns = self.encode(x)
-        for hop in self.hops:
-            columns = hop.there(columns)
-        return [self.decode(columns)]
-
-    def back(self, y: Float[Tensor, "M D"], *weights: Float[Tensor, "M _"]) -> list[Tensor]:
-        """Sums over each token's rows: [N, D], and [N, K] of what belongs to its weights."""
-        columns = [y.to(torch.bfloat16) if self.fp8 else y, *weights]
-        for hop in reversed(self.hops):
-            columns = hop.back(columns)
-        out, *others = columns
-        if self.copies > 1:
-            out = sum_of_rows(out, torch.arange(len(out), device=out.device), self.copies)
-        return [out.to(self.dtype), *(w.reshape(len(out), -1) for w in others)]
+from rorqual.shapes import Float, Int
 
 
 class _Context(Context):
@@ -191,9 +106,9 @@ class _ArriveBack(Function):
 class ExpertParallel:
     """A TokenDispatcher for experts that are spread over the mesh's `experts` group."""
 
-    def __init__(self, mesh: Mesh, experts: int, courier: Courier) -> None:
-        """experts: routed ones of a layer. `courier` is shared by all layers."""
-        self.mesh, self.group, self.courier, self.experts = mesh, mesh.experts, courier, experts
+    def __init__(self, mesh: Mesh, experts: int, courier: Courier, deep_ep: DeepEP | None = None) -> None:
+        """experts: routed ones of a layer. `courier`, and `deep_ep` where tokens travel by it, are of all layers."""
+        self.mesh, self.group, self.courier, self.experts, self.deep_ep = mesh, mesh.experts, courier, experts, deep_ep
         self.own = experts // self.group.size  # here
         self.kind = mesh.section.dispatch
 
@@ -208,7 +123,10 @@ class ExpertParallel:
     ) -> Dispatched:
         """→ output, and the load of all experts by the tokens of this rank."""
         copies = chosen.shape[1] if self.kind == "all-to-all" else 1
-        journey = Journey(self.courier, self.kind == "two-hop-fp8", x.dtype, copies)
+        if self.deep_ep is None:
+            journey = Journey(self.courier, self.kind == "two-hop-fp8", x.dtype, copies)
+        else:
+            journey = DeepEPJourney(self.courier, self.kind == "deepep-fp8", x.dtype, library=self.deep_ep)
         ticket = _Depart.apply(x, weights, chosen, journey, self._travel)
         beside = shared(x) if shared is not None else None
         rows, row_weights = _Arrive.apply(ticket, journey)
@@ -230,6 +148,8 @@ class ExpertParallel:
 
     def _travel(self, journey: Journey, x: Tensor, weights: Tensor, chosen: Tensor) -> list[Tensor]:
         """Plan the journey on the way → rows, and the weights of their experts."""
+        if isinstance(journey, DeepEPJourney):
+            return journey.depart(x, weights, chosen)
         if self.kind == "all-to-all":
             columns = [*journey.encode(x), weights.reshape(-1, 1), chosen.reshape(-1, 1).to(torch.int16)]
             columns = self._go(journey, self.group, chosen.reshape(-1, 1) // self.own, columns)
@@ -280,8 +200,9 @@ def spread_experts(model: Transformer, mesh: Mesh, courier: Courier) -> None:
             f"evenly; make it a divisor of {count}"
         )
     own = count // group.size
+    deep_ep = DeepEP(mesh, count) if mesh.section.dispatch.startswith("deepep") else None
     for layer in model.moe_layers():
         for name, parameter in layer.experts.named_parameters():
             part = parameter.detach()[own * group.place : own * (group.place + 1)].clone()
             setattr(layer.experts, name, nn.Parameter(part, parameter.requires_grad))
-        layer.dispatcher = ExpertParallel(mesh, count, courier)
+        layer.dispatcher = ExpertParallel(mesh, count, courier, deep_ep)

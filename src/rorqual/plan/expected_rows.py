@@ -25,7 +25,7 @@ def row_bytes(dispatch: str, hidden: int, k: int, itemsize: int, backward: bool 
     backward pass their gradients come back.
     """
     copies = 1 if dispatch == "all-to-all" else k
-    fp8 = dispatch == "two-hop-fp8"
+    fp8 = dispatch.endswith("-fp8")
     there = hidden - (-hidden // TILE) if fp8 else hidden * itemsize
     back = hidden * (2 if fp8 else itemsize)
     if backward:

@@ -22,6 +22,7 @@ from rorqual.model.moe import MixtureOfExperts, Routing
 from rorqual.parallel.context import part, share_sequences
 from rorqual.parallel.courier import Courier
 from rorqual.parallel.data import Slice
+from rorqual.parallel.deep_ep import check_deep_ep
 from rorqual.parallel.experts import spread_experts
 from rorqual.parallel.group import Group
 from rorqual.parallel.mesh import Mesh, single
@@ -110,6 +111,7 @@ class Trainer:
         self.device = device or next(model.parameters()).device
         model.to(self.device)  # of what this process holds
         self.model, self.schedule, self.dtype = model, schedule, compute_dtype(dtype, self.device)
+        check_deep_ep(self.mesh.section.dispatch, self.dtype, self.device)
         self.mtp = mtp or MTPSection(weight=0.0, final_weight=0.0)
         self.balance = balance or BalanceSection(bias_speed=0.0, sequence_loss=0.0)
         self.optimizer = Optimizer(model, optimizer, self.dtype, self.mesh)

@@ -1,0 +1,103 @@
+"""DeepEP, where it is installed: its kernels take tokens to experts and back over NVLink and RDMA (V3 §3.2.2).
+
+A token crosses to each node once and to each rank there once, as with two hops; the kernels count no bytes. Written for
+DeepEP 2's `ElasticBuffer`.
+"""
+
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rorqual.errors import UserError
+from rorqual.kernels.block_scaled import decode, quantize
+from rorqual.kernels.number_formats import FP8_TRAVEL
+from rorqual.parallel.journey import Journey
+from rorqual.parallel.mesh import Mesh
+from rorqual.shapes import Float, Int64
+
+
+def check_deep_ep(dispatch: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Raises UserError where the kernels do not take this device or dtype."""
+    if not dispatch.startswith("deepep"):
+        return
+    if device.type == "cpu":
+        raise UserError(f'parallel.dispatch = "{dispatch}": DeepEP sends between GPUs; choose two-hop on a CPU')
+    if dtype is not torch.bfloat16:
+        raise UserError(f'parallel.dispatch = "{dispatch}": DeepEP sums in BF16; set model.dtype = "bfloat16"')
+
+
+class DeepEP:
+    """The buffers and kernels that all layers of a process share."""
+
+    def __init__(self, mesh: Mesh, experts: int) -> None:
+        """experts: routed ones of a layer. Raises UserError where DeepEP is not installed."""
+        self.group, self.experts, self.fp8 = mesh.experts, experts, mesh.section.dispatch == "deepep-fp8"
+        try:
+            self._library: Any = import_module("deep_ep")
+        except ImportError as e:
+            raise UserError(
+                f'parallel.dispatch = "{mesh.section.dispatch}": DeepEP is not installed here ({e}); install it from '
+                "github.com/deepseek-ai/DeepEP, or choose two-hop"
+            ) from None
+        self._buffer: Any = None
+        self._tokens = 0
+
+    def buffer(self, x: Float[Tensor, "N D"], k: int) -> Any:
+        """For as many tokens; every rank has as many, and makes the buffer in the same step."""
+        if self._buffer is None or len(x) > self._tokens:
+            self._tokens = len(x)
+            self._buffer = self._library.ElasticBuffer(
+                self.group.process_group, num_max_tokens_per_rank=len(x), hidden=x.shape[1], num_topk=k,
+                use_fp8_dispatch=self.fp8, deterministic=True,
+            )  # fmt: skip
+        return self._buffer
+
+    def numbers(self, chosen: Int64[Tensor, "N K"]) -> Tensor:
+        return chosen.to(self._library.topk_idx_t).contiguous()
+
+
+@dataclass
+class DeepEPJourney(Journey):
+    """A journey by DeepEP's kernels; gradients go the ways of the tokens."""
+
+    library: DeepEP = field(kw_only=True)
+    buffer: Any = None
+    handle: Any = None  # of the way there
+
+    def depart(
+        self, x: Float[Tensor, "N D"], weights: Float[Tensor, "N K"], chosen: Int64[Tensor, "N K"]
+    ) -> list[Tensor]:
+        """→ rows at the experts here, and the weights of their experts."""
+        library = self.library
+        self.buffer = library.buffer(x, chosen.shape[1])
+        rows, experts, weights, self.handle, _ = self.buffer.dispatch(
+            self._packed(x), topk_idx=library.numbers(chosen), topk_weights=weights.float().contiguous(),
+            num_experts=library.experts,
+        )  # fmt: skip
+        first = library.group.place * (library.experts // library.group.size)
+        experts = experts.to(torch.int64)
+        self.chosen = torch.where(experts >= 0, experts + first, -1)
+        return [self._unpacked(rows), weights]
+
+    def there(self, x: Float[Tensor, "N D"]) -> list[Tensor]:
+        return [self._unpacked(self.buffer.dispatch(self._packed(x), handle=self.handle)[0])]
+
+    def back(self, y: Float[Tensor, "M D"], *weights: Float[Tensor, "M K"]) -> list[Tensor]:
+        sent = weights[0].float().contiguous() if weights else None
+        out, sums, _ = self.buffer.combine(y.to(torch.bfloat16).contiguous(), handle=self.handle, topk_weights=sent)
+        return [out.to(self.dtype), *([] if sums is None else [sums])]
+
+    def _packed(self, x: Float[Tensor, "N D"]) -> Any:
+        if not self.fp8:
+            return x.to(torch.bfloat16).contiguous()
+        codes, scales = quantize(x.contiguous(), FP8_TRAVEL).kept
+        return codes.view(torch.float8_e4m3fn), scales
+
+    def _unpacked(self, rows: Any) -> Float[Tensor, "M D"]:
+        if not self.fp8:
+            return rows.to(self.dtype)
+        codes, scales = rows[0].view(torch.uint8), rows[1]
+        return decode(codes, scales, FP8_TRAVEL, codes.shape[1]).to(self.dtype)

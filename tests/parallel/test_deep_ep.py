@@ -1,0 +1,49 @@
+"""Expert parallelism by DeepEP, of which a stand-in computes what it documents (helpers/fake_deep_ep.py)."""
+
+import pytest
+import torch
+
+from helpers import fake_deep_ep, simulated_gpu
+from helpers.processes import run
+from helpers.training import part, rows_of, trainer_of
+from rorqual.errors import UserError
+from rorqual.parallel.deep_ep import DeepEP, check_deep_ep
+from rorqual.parallel.mesh import build_mesh, planned_mesh
+from rorqual.sections import ParallelSection
+
+
+def on_ranks(rank, kind):
+    """Two steps of two micro-batches, the second of more tokens → losses, weights and buffers."""
+    device = simulated_gpu.install()
+    fake_deep_ep.install()
+    mesh = build_mesh(ParallelSection(data=2, experts=2, dispatch=kind))
+    found = trainer_of(mesh, trainer={"device": device, "dtype": "bfloat16"})
+    losses = []
+    for step, rows in enumerate((1, 2)):
+        batch = rows_of(step, 4 * rows)
+        halves = [slice((2 * rank + k) * rows, (2 * rank + k + 1) * rows) for k in range(2)]
+        losses.append(found.step([part(batch, half) for half in halves], 0.1).loss)
+    weights = {n: p.detach().float().cpu().clone() for n, p in found.model.named_parameters()}
+    return losses, weights, [b.tokens for b in fake_deep_ep.buffers]
+
+
+@pytest.mark.parametrize("kind", ["deepep", pytest.param("deepep-fp8", marks=pytest.mark.slow)])
+def test_steps_are_those_of_our_own_hops(kind):
+    ours = run(2, on_ranks, kind.replace("deepep", "two-hop"))
+    theirs = run(2, on_ranks, kind)
+    for (losses, weights, _), (found, moved, buffers) in zip(ours, theirs, strict=True):
+        assert found == pytest.approx(losses, rel=2e-3)
+        for name, w in weights.items():
+            assert (moved[name] - w).norm() <= 0.01 * w.norm(), name
+        assert buffers == [12, 24]  # tokens of a micro-batch: one buffer for all layers, a larger one when needed
+
+
+def test_what_it_does_not_take_is_refused():
+    mesh = planned_mesh(ParallelSection(data=2, experts=2, dispatch="deepep"), 0)
+    with pytest.raises(UserError, match=r"deepep.*not installed here .*choose two-hop"):
+        DeepEP(mesh, 8)
+    with pytest.raises(UserError, match="choose two-hop on a CPU"):
+        check_deep_ep("deepep-fp8", torch.bfloat16, torch.device("cpu"))
+    with pytest.raises(UserError, match='set model.dtype = "bfloat16"'):
+        check_deep_ep("deepep", torch.float32, torch.device("cuda"))
+    check_deep_ep("two-hop", torch.float32, torch.device("cpu"))
