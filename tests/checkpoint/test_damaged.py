@@ -8,7 +8,7 @@ import pytest
 TESTS = Path(__file__).with_name("damaged.py")
 
 
-@pytest.mark.parametrize("share", [0.08, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("share", [0.04, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_damaged_files_load_or_are_refused(share):
     """In a process of their own: what fails for want of memory there leaves nothing broken for other tests."""

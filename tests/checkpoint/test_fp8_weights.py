@@ -197,7 +197,8 @@ def refuses(path, *words):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("stored", ["fp8", pytest.param("plain", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stored", ["fp8", "plain"])
+@pytest.mark.slow
 def test_loading_takes_a_byte_a_parameter(tmp_path, stored):
     config = ModelConfig(**(V3 | {"hidden_size": 1024, "moe_intermediate_size": 2048, "num_hidden_layers": 3}))
     for name, network in (("small", ModelConfig(**V3)), ("large", config)):

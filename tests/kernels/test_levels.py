@@ -31,8 +31,6 @@ CHOSEN = [
     "tests/engine/test_sampling.py",
     "tests/engine/test_fused_cpu.py::test_logits_are_the_networks",
     "tests/engine/test_fused_cpu.py::test_several_tokens_of_a_sequence_at_once",
-    "tests/engine/test_fused_cpu.py::test_a_cache_of_8_bits_keeps_and_says_what_the_reference_does",
-    "tests/engine/test_fused_cpu.py::test_an_fp8_cache_keeps_and_says_what_the_reference_does",
 ]
 # Of decode steps two networks of ten, in FP32, which are most of the code; of products a large and an odd shape.
 LEFT_OUT = (

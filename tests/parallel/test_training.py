@@ -39,9 +39,9 @@ LAYOUTS = [
     ({"pipeline": 2}, 2, {}),
     ({"pipeline": 2, "data": 2, "experts": 2}, 1, {}),
     ({"context": 2, "data": 2, "experts": 4}, 2, {}),
-    ({"data": 2, "sharding": "full"}, 2, {"recompute": "v3"}),
 ]
 MORE = [
+    ({"data": 2, "sharding": "full"}, 2, {"recompute": "v3"}),
     ({"data": 4}, 2, MUON),
     ({"data": 4, "experts": 4, "ranks_per_node": 2}, 2, {}),
     ({"data": 2}, 4, {}),

@@ -1,4 +1,5 @@
 import gc
+import itertools
 
 import pytest
 import torch
@@ -41,18 +42,21 @@ def allocated(fields, layers, tokens, dtype, precision, recompute):
     return sum(event.self_cpu_memory_usage for event in profile.events())
 
 
+# Every value of each.
+QUICK = {
+    *((name, None, torch.float32, "none") for name in CONFIGS), ("experts", "fp8", torch.bfloat16, "v3"),
+    ("experts", "fp8", torch.bfloat16, "full"), ("dense", "fp8", torch.bfloat16, "none"),
+}  # fmt: skip
+
+
 @pytest.mark.usefixtures("compiled_functions")
-@pytest.mark.parametrize("recompute", ["none", "v3", "full"])
 @pytest.mark.parametrize(
-    ("precision", "dtype"),
+    ("name", "precision", "dtype", "recompute"),
     [
-        (None, torch.float32),
-        pytest.param("fp8", torch.float32, marks=pytest.mark.slow),
-        pytest.param(None, torch.bfloat16, marks=pytest.mark.slow),
-        ("fp8", torch.bfloat16),
+        pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
+        for case in itertools.product(CONFIGS, (None, "fp8"), (torch.float32, torch.bfloat16), ("none", "v3", "full"))
     ],
 )
-@pytest.mark.parametrize("name", CONFIGS)
 def test_a_layer_keeps_what_is_computed(name, dtype, precision, recompute):
     if recompute == "full" and (name, precision) != ("experts", "fp8"):
         pytest.skip("only a layer's input, whatever the layer")

@@ -90,11 +90,12 @@ def sizes(tmp_path_factory):
     ("bits", "stored"),
     [
         ("int4", "packed"),
-        pytest.param("int8", "packed", marks=pytest.mark.slow),
-        pytest.param("int4", "whole", marks=pytest.mark.slow),
-        pytest.param("int8", "whole", marks=pytest.mark.slow),
+        ("int8", "packed"),
+        ("int4", "whole"),
+        ("int8", "whole"),
     ],
 )
+@pytest.mark.slow
 def test_loading_peaks_under_size_plus_a_fifth(sizes, tmp_path, bits, stored):
     if stored == "packed":
         for name in ("large", "small"):

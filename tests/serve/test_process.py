@@ -71,7 +71,7 @@ def many(url, count, seed, counts):
     asyncio.run(all_of_them())
 
 
-@pytest.mark.parametrize("share", [0.15, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("share", [0.08, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_thousand_requests_and_an_end_in_their_midst(serve, share):
     """Or a share of them."""
     server = serve("--port", "0", "--max-num-seqs", "8", "--max-queue", "2000", "--cache-gb", "0.001")
