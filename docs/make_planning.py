@@ -31,8 +31,9 @@ of Blackwell, {share:.0%}, which is fitted to runs of later software in FP8. So 
 same factor for dense models, more where products are small (tensor 8) or experts' (SimuMax's own sheet has grouped
 products at 0.30 of the peak). Memory is the largest of all ranks, with as many layers on each, as there; both have
 BF16 weights, FP32 gradients, and FP32 masters and moments on their owners only. Megatron's fused loss keeps all
-logits, Rorqual's a part, which is what is missing most: 4 GiB of 405B's. Its buffers for messages are not counted. SimuMax's
-A100 rows are not compared: they are published as a picture and as errors, without times, layers and links."""
+logits, Rorqual's a part, which is what is missing most: 4 GiB of 405B's. Its buffers for messages are not counted.
+SimuMax's A100 rows are not compared: they are published as a picture and as errors, without times, layers and
+links."""
 
 
 def table() -> str:

@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import dataclass
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 import torch
@@ -16,16 +17,27 @@ class Handle:
     topk_idx: Tensor
     rows: list[tuple[int, int]]  # (rank, token) of each row received
     num_experts: int
+    num_sms: int = 6
 
 
 class ElasticBuffer:
-    def __init__(self, group, num_max_tokens_per_rank, hidden, num_topk, use_fp8_dispatch=False, deterministic=False):
+    def __init__(
+        self, group, num_max_tokens_per_rank, hidden, num_topk, use_fp8_dispatch=False, deterministic=False,
+        explicitly_destroy=False,
+    ):  # fmt: skip
+        assert explicitly_destroy  # else a barrier of all ranks comes with garbage collection
+        self.destroyed = False
         self.group, self.tokens, self.hidden, self.fp8 = group, num_max_tokens_per_rank, hidden, use_fp8_dispatch
         self.num_topk = num_topk
         buffers.append(self)
 
-    def dispatch(self, x, topk_idx=None, topk_weights=None, num_experts=None, handle=None):
+    def destroy(self):
+        self.destroyed = True
+
+    def dispatch(self, x, topk_idx=None, topk_weights=None, num_experts=None, num_sms=0, handle=None):
         """Each token once to each rank with one of its experts; rows in order of ranks and tokens."""
+        assert not self.destroyed
+        assert num_sms == (0 if handle is None else handle.num_sms)  # a cached dispatch has the first one's channels
         assert (handle is None) == (topk_idx is not None)
         assert isinstance(x, tuple) == self.fp8
         parts = x if self.fp8 else (x,)
@@ -86,5 +98,6 @@ class ElasticBuffer:
 
 def install():
     module = ModuleType("deep_ep")
+    module.__spec__ = ModuleSpec("deep_ep", None)
     module.ElasticBuffer, module.topk_idx_t = ElasticBuffer, torch.int64
     sys.modules["deep_ep"] = module

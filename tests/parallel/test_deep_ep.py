@@ -7,8 +7,8 @@ from helpers import fake_deep_ep, simulated_gpu
 from helpers.processes import run
 from helpers.training import part, rows_of, trainer_of
 from rorqual.errors import UserError
-from rorqual.parallel.deep_ep import DeepEP, check_deep_ep
-from rorqual.parallel.mesh import build_mesh, planned_mesh
+from rorqual.parallel.deep_ep import check_deep_ep
+from rorqual.parallel.mesh import build_mesh
 from rorqual.sections import ParallelSection
 
 
@@ -24,7 +24,7 @@ def on_ranks(rank, kind):
         halves = [slice((2 * rank + k) * rows, (2 * rank + k + 1) * rows) for k in range(2)]
         losses.append(found.step([part(batch, half) for half in halves], 0.1).loss)
     weights = {n: p.detach().float().cpu().clone() for n, p in found.model.named_parameters()}
-    return losses, weights, [b.tokens for b in fake_deep_ep.buffers]
+    return losses, weights, [(b.tokens, b.destroyed) for b in fake_deep_ep.buffers]
 
 
 @pytest.mark.parametrize("kind", ["deepep", pytest.param("deepep-fp8", marks=pytest.mark.slow)])
@@ -35,15 +35,22 @@ def test_steps_are_those_of_our_own_hops(kind):
         assert found == pytest.approx(losses, rel=2e-3)
         for name, w in weights.items():
             assert (moved[name] - w).norm() <= 0.01 * w.norm(), name
-        assert buffers == [12, 24]  # tokens of a micro-batch: one buffer for all layers, a larger one when needed
+        # One for all layers, with the tokens of a micro-batch; a larger one when needed.
+        assert buffers == [(12, True), (24, False)]
 
 
-def test_what_it_does_not_take_is_refused():
-    mesh = planned_mesh(ParallelSection(data=2, experts=2, dispatch="deepep"), 0)
-    with pytest.raises(UserError, match=r"deepep.*not installed here .*choose two-hop"):
-        DeepEP(mesh, 8)
-    with pytest.raises(UserError, match="choose two-hop on a CPU"):
-        check_deep_ep("deepep-fp8", torch.bfloat16, torch.device("cpu"))
-    with pytest.raises(UserError, match="DeepEP sums in BF16"):
-        check_deep_ep("deepep", torch.float32, torch.device("cuda"))
-    check_deep_ep("two-hop", torch.float32, torch.device("cpu"))
+@pytest.mark.parametrize(
+    ("dtype", "device", "capability", "said"),
+    [
+        (torch.bfloat16, "cpu", (9, 0), "choose two-hop on a CPU"),
+        (torch.bfloat16, "cuda", (8, 0), "needs Hopper or later"),
+        (torch.float32, "cuda", (9, 0), "DeepEP sums in BF16"),
+        (torch.bfloat16, "cuda", (9, 0), "not installed here; .* or choose two-hop"),
+    ],
+)
+def test_what_it_does_not_take_is_refused(monkeypatch, dtype, device, capability, said):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    with pytest.raises(UserError, match=said):
+        check_deep_ep("deepep-fp8", dtype, torch.device(device))
+    check_deep_ep("two-hop-fp8", dtype, torch.device(device))
+    check_deep_ep("deepep-fp8", dtype, torch.device("meta"))

@@ -49,10 +49,9 @@ def test_a_step_is_that_of_the_cpu(tmp_path, moe, tokenizer, grpo, changes):
 def on_ray(_rank, raw):
     simulated_gpu.install()
     with pytest.raises(UserError, match="workers sample on CPUs; add device=cpu"):
-        rl(parse_recipe(raw, RLRecipe), ray="local")
+        rl(parse_recipe(raw | {"device": "cuda"}, RLRecipe), ray="local")
     return True
 
 
-def test_workers_on_ray_are_on_cpus(tmp_path, moe, tokenizer):
-    save_model(moe, tmp_path / "start", tokenizer)
+def test_workers_on_ray_are_on_cpus(tmp_path):
     assert run(1, on_ray, recipe_of(tmp_path, "ray")) == [True]

@@ -110,7 +110,7 @@ def distill_recipe(tmp_path, **changes):
 
 def test_distill_teaches_a_student(tokenizer, dense, tmp_path, monkeypatch):
     save_model(dense, tmp_path / "student", tokenizer)
-    monkeypatch.setattr(rejection_sampling, "Engine", lambda path: Teacher(tokenizer, [GOOD, LONG]))
+    monkeypatch.setattr(rejection_sampling, "Engine", lambda path, device: Teacher(tokenizer, [GOOD, LONG]))
     run_dir = distill(distill_recipe(tmp_path))
     rows = [json.loads(line) for line in (run_dir / "samples.jsonl").read_text().splitlines()]
     assert len(rows) == 24
@@ -139,7 +139,7 @@ def test_a_killed_distillation_keeps_its_samples(tokenizer, dense, tmp_path, mon
                 raise Killed
             return super().generate(prompts, params)
 
-    def engine(path):
+    def engine(path, device):
         teachers.append(Mortal(tokenizer, [GOOD, LONG]))
         return teachers[-1]
 
@@ -172,7 +172,7 @@ def test_a_student_that_cannot_start_costs_no_samples(tokenizer, dense, tmp_path
     """What the student alone reads may change until it has begun; then its own run holds to it."""
     save_model(dense, tmp_path / "student", tokenizer)
     teacher = Teacher(tokenizer, [GOOD, LONG])
-    monkeypatch.setattr(rejection_sampling, "Engine", lambda path: teacher)
+    monkeypatch.setattr(rejection_sampling, "Engine", lambda path, device: teacher)
     few = {"problems": 4, "train": {"steps": 1, "batch_size": 2}}
     with pytest.raises(UserError, match="no sample with an assistant turn within"):
         distill(distill_recipe(tmp_path, **few, sequence_length=2))
@@ -189,17 +189,17 @@ def test_a_student_that_cannot_start_costs_no_samples(tokenizer, dense, tmp_path
 def test_nothing_right_leaves_the_name_free(tokenizer, dense, tmp_path, monkeypatch):
     save_model(dense, tmp_path / "student", tokenizer)
     monkeypatch.setattr(rejection_sampling, "sft", lambda recipe, resume: None)
-    monkeypatch.setattr(rejection_sampling, "Engine", lambda path: Teacher(tokenizer, [WRONG, WRONG]))
+    monkeypatch.setattr(rejection_sampling, "Engine", lambda path, device: Teacher(tokenizer, [WRONG, WRONG]))
     with pytest.raises(UserError, match="none of 2 completions of each of 24 problems is correct"):
         distill(distill_recipe(tmp_path))
-    monkeypatch.setattr(rejection_sampling, "Engine", lambda path: Teacher(tokenizer, [GOOD, WRONG]))
+    monkeypatch.setattr(rejection_sampling, "Engine", lambda path, device: Teacher(tokenizer, [GOOD, WRONG]))
     assert (distill(distill_recipe(tmp_path, teacher="stronger")) / "samples.jsonl").exists()
 
 
 def test_distill_checks_the_student_and_the_questions_first(tokenizer, dense, tmp_path, monkeypatch):
     save_model(dense, tmp_path / "student", tokenizer)
     teacher = Teacher(tokenizer, [GOOD])
-    monkeypatch.setattr(rejection_sampling, "Engine", lambda path: teacher)
+    monkeypatch.setattr(rejection_sampling, "Engine", lambda path, device: teacher)
     rows = [{"question": f"{i}+1", "answer": str(i + 1)} for i in range(40)] + [{"question": "1+" * 300, "answer": "1"}]
     (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     raw = {

@@ -74,6 +74,7 @@ def rl(
     recipe: RecipeFile, overrides: Overrides = None, resume: Resume = False, dry_run: DryRun = False, ray: Ray = None
 ) -> None:
     """RL-tune a model on verifiable problems (GRPO)."""
+    from rorqual.kernels.devices import find_device
     from rorqual.kernels.dtypes import compute_dtype, dtype_name
     from rorqual.model import ModelConfig
     from rorqual.plan.cost import parameters
@@ -96,7 +97,8 @@ def rl(
         check_problems(checked, tokenizer, environments)
         config = ModelConfig.load(trained_path(checked.model))
         total, active = parameters(config)
-        dtype = dtype_name(compute_dtype(checked.model.dtype))
+        device = find_device("cpu" if ray else checked.device)
+        dtype = dtype_name(compute_dtype(checked.model.dtype, device))
         needed = memory(
             config,
             checked.grpo.micro_tokens,
@@ -117,7 +119,8 @@ def rl(
             print(f"{'':<12} {twin / 1e9:.3g} GB of it for the FP8 weights that rollouts are sampled from")
         if ray:
             _print_workers(checked, config)
-        print(rl_time_text(predict_rl(checked, config, prompt_tokens(checked, tokenizer, environments)), checked))
+        if device.type == "cpu":
+            print(rl_time_text(predict_rl(checked, config, prompt_tokens(checked, tokenizer, environments)), checked))
         _print_precision(checked, config)
         return
     _finished(run(checked, resume=resume, ray=ray))

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rorqual.engine.paged_kv_cache import KVCacheView, PagedKVCache
+from rorqual.kernels.fp8_weight import FP8Weight
 from rorqual.kernels.linear import linear
 from rorqual.model import Transformer
 from rorqual.parallel.experts import shares_experts
@@ -25,14 +26,14 @@ def can_capture(model: Transformer) -> bool:
     """Whether a step can be captured: it must not synchronise with the CPU.
 
     PyTorch's grouped matmul does, to read each expert's number of rows, except for BF16 on GPUs of compute capability 9
-    and 10; and so does a token's way to experts of other processes.
+    and 10; so does the product of experts whose weights stay in FP8, and a token's way to experts of other processes.
     """
     weight, config = model.head_weight, model.config
     if not isinstance(weight, Tensor) or not weight.is_cuda:
         return False
     if config.n_routed_experts is None:
         return True
-    if shares_experts(model):
+    if shares_experts(model) or any(isinstance(layer.experts.gate_up_proj, FP8Weight) for layer in model.moe_layers()):
         return False
     fits = config.hidden_size % 8 == config.moe.moe_intermediate_size % 8 == 0
     return fits and weight.dtype is torch.bfloat16 and torch.cuda.get_device_capability(weight.device)[0] in (9, 10)

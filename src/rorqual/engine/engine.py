@@ -276,6 +276,7 @@ class Engine:
         if scheduler is None or (scheduler.idle and scheduler.blocks.count < count):
             weight = self.model.head_weight
             more = int(self.speculative == "mtp")
+            self._scheduler = scheduler = None  # with its cache, or a GPU would hold two at once
             try:
                 cache = PagedKVCache(
                     self.model.config, count, self.kv_cache_dtype, weight.device, more, self.record_routing

@@ -15,16 +15,19 @@ def check_device(device: torch.device | str) -> None:
         raise UserError("device cuda: PyTorch finds no GPU here; leave it out to compute on the CPU")
 
 
-def find_device(name: str = AUTO) -> torch.device:
+def find_device(name: str = AUTO, processes: int | None = None) -> torch.device:
     """The device that a recipe or an option names, for this process; "auto": a GPU where PyTorch finds one for each
     process of this machine, else the CPU.
+
+    processes: of this machine; None: those that torchrun has started.
 
     Processes started by torchrun take the GPU of their own number on the machine. Raises UserError where there are too
     few GPUs.
     """
     if name == "cpu":
         return torch.device("cpu")
-    here, needed = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    here = int(os.environ.get("LOCAL_RANK", "0"))
+    needed = processes or int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if found < needed:
         if name == AUTO:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import torch
+from torch import Tensor
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -41,7 +42,7 @@ class Courier:
         self._turns: _Turns | None = None
         self._threads: ThreadPoolExecutor | None = None
         # Kept, since OpenMP makes threads of its own for every thread that computes.
-        self._second = ThreadPoolExecutor(1, "second micro-batch")
+        self._second = ThreadPoolExecutor(1, "second micro-batch", initializer=_take_gpu, initargs=_gpu())
         self._stream: Any = None
 
     def submit(self, work: Callable[..., T], *arguments: Any) -> Trip[T]:
@@ -53,7 +54,7 @@ class Courier:
             self.waited += passed
             return Trip(self, done)
         if self._threads is None:
-            self._threads = ThreadPoolExecutor(1, "courier")
+            self._threads = ThreadPoolExecutor(1, "courier", initializer=_take_gpu, initargs=_gpu())
         event = _recorded() if torch.cuda.is_initialized() else None  # it is where anything is on a GPU
         return Trip(self, self._threads.submit(self._travel, event, torch.is_grad_enabled(), work, *arguments))
 
@@ -64,7 +65,7 @@ class Courier:
             return trip.future.result()
         start = time.perf_counter()
         try:
-            return trip.future.result()
+            return _used_here(trip.future.result())
         finally:
             self.waited += time.perf_counter() - start
 
@@ -108,6 +109,25 @@ class Courier:
             out = work(*arguments)
             self._stream.synchronize()  # of this thread alone: the caller's stream goes on computing
         return out
+
+
+def _gpu() -> tuple[int, ...]:
+    """The GPU of this thread; empty where none is used."""
+    return (torch.cuda.current_device(),) if torch.cuda.is_initialized() else ()
+
+
+def _take_gpu(*gpu: int) -> None:
+    """Of a new thread, which would have the machine's first."""
+    for index in gpu:
+        torch.cuda.set_device(index)
+
+
+def _used_here(found: T) -> T:
+    """Keep the memory of tensors that were made on the courier's stream until this one has read them."""
+    for tensor in found if isinstance(found, list) else ():
+        if isinstance(tensor, Tensor) and tensor.is_cuda:
+            tensor.record_stream(torch.cuda.current_stream())
+    return found
 
 
 def _recorded() -> Any:

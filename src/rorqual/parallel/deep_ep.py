@@ -6,9 +6,11 @@ DeepEP 2's `ElasticBuffer`.
 
 from dataclasses import dataclass, field
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from rorqual.errors import UserError
@@ -20,43 +22,48 @@ from rorqual.shapes import Float, Int64
 
 
 def check_deep_ep(dispatch: str, dtype: torch.dtype, device: torch.device) -> None:
-    """Raises UserError where the kernels do not take this device or dtype."""
-    if not dispatch.startswith("deepep"):
+    """Raises UserError where the kernels do not take this device or dtype. A plan's device is "meta"."""
+    if not dispatch.startswith("deepep") or device.type == "meta":
         return
     if device.type == "cpu":
         raise UserError(f'parallel.dispatch = "{dispatch}": DeepEP sends between GPUs; choose two-hop on a CPU')
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0):
+        raise UserError(f'parallel.dispatch = "{dispatch}": DeepEP needs Hopper or later; choose two-hop')
     if dtype is not torch.bfloat16:
         raise UserError(f'parallel.dispatch = "{dispatch}": DeepEP sums in BF16; set model.dtype = "bfloat16"')
+    if find_spec("deep_ep") is None:
+        raise UserError(
+            f'parallel.dispatch = "{dispatch}": DeepEP is not installed here; install it from '
+            "github.com/deepseek-ai/DeepEP, or choose two-hop"
+        )
 
 
 class DeepEP:
     """The buffers and kernels that all layers of a process share."""
 
     def __init__(self, mesh: Mesh, experts: int) -> None:
-        """experts: routed ones of a layer. Raises UserError where DeepEP is not installed."""
+        """experts: routed ones of a layer."""
         self.group, self.experts, self.fp8 = mesh.experts, experts, mesh.section.dispatch == "deepep-fp8"
-        try:
-            self._library: Any = import_module("deep_ep")
-        except ImportError as e:
-            raise UserError(
-                f'parallel.dispatch = "{mesh.section.dispatch}": DeepEP is not installed here ({e}); install it from '
-                "github.com/deepseek-ai/DeepEP, or choose two-hop"
-            ) from None
         self._buffer: Any = None
         self._tokens = 0
 
     def buffer(self, x: Float[Tensor, "N D"], k: int) -> Any:
         """For as many tokens; every rank has as many, and makes the buffer in the same step."""
         if self._buffer is None or len(x) > self._tokens:
+            if self._buffer is not None:
+                self._buffer.destroy()
+            # DeepEP takes over NCCL's communicator, which exists once it has been used.
+            dist.all_reduce(torch.zeros(1, device=x.device), group=self.group.process_group)
             self._tokens = len(x)
-            self._buffer = self._library.ElasticBuffer(
+            self._buffer = import_module("deep_ep").ElasticBuffer(
                 self.group.process_group, num_max_tokens_per_rank=len(x), hidden=x.shape[1], num_topk=k,
-                use_fp8_dispatch=self.fp8, deterministic=True,
+                use_fp8_dispatch=self.fp8, deterministic=True, explicitly_destroy=True,
             )  # fmt: skip
         return self._buffer
 
     def numbers(self, chosen: Int64[Tensor, "N K"]) -> Tensor:
-        return chosen.to(self._library.topk_idx_t).contiguous()
+        """Of experts, in the library's dtype."""
+        return chosen.to(import_module("deep_ep").topk_idx_t).contiguous()
 
 
 @dataclass
@@ -83,7 +90,8 @@ class DeepEPJourney(Journey):
         return [self._unpacked(rows), weights]
 
     def there(self, x: Float[Tensor, "N D"]) -> list[Tensor]:
-        return [self._unpacked(self.buffer.dispatch(self._packed(x), handle=self.handle)[0])]
+        rows = self.buffer.dispatch(self._packed(x), handle=self.handle, num_sms=self.handle.num_sms)[0]
+        return [self._unpacked(rows)]
 
     def back(self, y: Float[Tensor, "M D"], *weights: Float[Tensor, "M K"]) -> list[Tensor]:
         sent = weights[0].float().contiguous() if weights else None

@@ -130,6 +130,8 @@ class ExpertParallel:
         ticket = _Depart.apply(x, weights, chosen, journey, self._travel)
         beside = shared(x) if shared is not None else None
         rows, row_weights = _Arrive.apply(ticket, journey)
+        if journey.chosen.is_cuda:
+            journey.chosen.record_stream(torch.cuda.current_stream())  # it was made on the courier's
         y = self._compute(experts, rows, row_weights, journey.chosen)
         out = _ArriveBack.apply(_DepartBack.apply(y, journey), journey)
         slots = chosen.flatten()

@@ -65,8 +65,9 @@ def predict(
         rate = tokens_a_step / costs.seconds(step) / (EMULATED if recipe.precision else 1.0)
         spread, source = costs.spread, costs.source
     tokens: float | None = None
+    on_cpu = torch.device(device).type == "cpu"
     if section.seconds is not None:
-        tokens = section.seconds * rate
+        tokens = section.seconds * rate if on_cpu else None
     elif section.steps is not None:
         first, until = section.batch_ramp or (section.batch_size, 0.0)
         average = section.batch_size + (first - section.batch_size) * min(until, 1.0) / 2
@@ -79,7 +80,7 @@ def predict(
         sequences * length,
         dtype=dtype_name(dtype),
         optimizer=recipe.optimizer,
-        ema=section.ema is not None,
+        ema=section.ema is not None and on_cpu,  # the average is on the CPU
         fp8=recipe.precision is not None,
         recompute=recipe.recompute,
         accumulated=sequences < section.batch_size,

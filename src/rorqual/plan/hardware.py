@@ -41,9 +41,9 @@ def _measured_peak(dtype: torch.dtype, device: str, threads: int) -> float:
     return 2 * size**3 / best
 
 
-def memory_used() -> int:
-    """Resident bytes of this process; with an accelerator, its peak allocation there."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+def memory_used(device: str = "cpu") -> int:
+    """Resident bytes of this process; on a GPU, its peak allocation there."""
+    if device == "cuda":
         return torch.cuda.max_memory_allocated()
     return psutil.Process().memory_info().rss
 

@@ -14,6 +14,8 @@ from rorqual.engine import Engine, SamplingParams
 from rorqual.errors import UserError, file_error
 from rorqual.files import write_text
 from rorqual.kernels.devices import find_device
+from rorqual.model.model_directory import is_gguf, model_directory
+from rorqual.precision.packed_checkpoint import is_quantized
 from rorqual.recipe import ChatDataSection, DistillRecipe, RewardSection, SFTRecipe
 from rorqual.rl.context_limits import check_context
 from rorqual.rl.envs.environment import Problem
@@ -93,10 +95,11 @@ def distill(recipe: DistillRecipe, resume: bool = False) -> Path:
     check_length(recipe.model, recipe, "sequence_length")
     environments = [open_environment(section) for section in recipe.environments]
     device = find_device(recipe.device)
+    for_teacher = recipe.device  # which open_run changes to what it has found
     with open_run(recipe, resume, device) as run_dir:
         samples = run_dir / "samples.jsonl"
         if not samples.exists():
-            _sample_teacher(recipe, environments, samples, device)
+            _sample_teacher(recipe, environments, samples, for_teacher)
         student = SFTRecipe(
             name="student",
             out=str(run_dir),
@@ -116,14 +119,12 @@ def distill(recipe: DistillRecipe, resume: bool = False) -> Path:
     return run_dir
 
 
-def _sample_teacher(
-    recipe: DistillRecipe, environments: Sequence[Environment], samples: Path, device: torch.device
-) -> None:
+def _sample_teacher(recipe: DistillRecipe, environments: Sequence[Environment], samples: Path, device: str) -> None:
     """Write samples.jsonl. Each batch is appended to samples.partial.jsonl as soon as it is scored."""
     from rich.console import Console
     from rich.progress import Progress
 
-    engine = Engine(recipe.teacher, device=device)
+    engine = Engine(recipe.teacher, device=_teacher_device(recipe.teacher, device))
     context = engine.model.config.max_position_embeddings
     check_context(environments, recipe.template, engine.require_tokenizer(), context, recipe.max_tokens, "max_tokens")
     partial = samples.with_name("samples.partial.jsonl")
@@ -152,6 +153,12 @@ def _sample_teacher(
             f"none of {recipe.samples} completions of each of {recipe.problems} problems is correct; use a stronger "
             "teacher, easier environments or more samples"
         )
+
+
+def _teacher_device(teacher: str, name: str) -> torch.device:
+    """As in the recipe; "auto" is the CPU for quantised weights, which are for one."""
+    packed = is_gguf(teacher) or is_quantized(model_directory(teacher))
+    return find_device("cpu" if packed and name == "auto" else name)
 
 
 def _read_partial(path: Path) -> tuple[int, list[dict[str, Any]]]:

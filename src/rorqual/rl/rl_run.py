@@ -43,13 +43,13 @@ def rl(recipe: RLRecipe, resume: bool = False, ray: str | None = None) -> Path:
     ray: where rollouts are sampled on Ray, see `ray_fleet`; None: in this process. Raises UserError for what the user
     can fix, Stopped after SIGINT or SIGTERM.
     """
+    if ray and recipe.device == "cuda":
+        raise UserError("device = 'cuda' with --ray: workers sample on CPUs; add device=cpu, or leave out --ray")
     recipe = on_ray(recipe) if ray else in_process(recipe)
     tokenizer, start = tokenizer_of(recipe.model), trained_path(recipe.model)
     environments = [open_environment(section) for section in recipe.environments]
     check_problems(recipe, tokenizer, environments)
-    device = find_device(recipe.device)
-    if ray and device.type != "cpu":
-        raise UserError("device = 'cuda' with --ray: workers sample on CPUs; add device=cpu, or leave out --ray")
+    device = find_device("cpu" if ray else recipe.device)
     with open_run(recipe, resume, device) as run_dir:
         model = build_model(recipe.model, tokenizer, recipe.seed).to(device)
         with nullcontext() if ray is None else ray_fleet(recipe, model.config, ray) as fleet:
@@ -143,7 +143,13 @@ class RLRun(RunLoop[RLRecipe, GRPOTrainer]):
         ended = self.done()
         due = self.section.eval_every and (ended or step % self.section.eval_every == 0)
         shares = self._evaluate() if due else {}
-        telemetry.log(step, seconds=self.seconds, memory_gb=memory_used() / 1e9, **metrics.to_dict(), **shares)
+        telemetry.log(
+            step,
+            seconds=self.seconds,
+            memory_gb=memory_used(self.trainer.device.type) / 1e9,
+            **metrics.to_dict(),
+            **shares,
+        )
         return ended
 
     def score(self) -> float | None:

@@ -1,9 +1,12 @@
 """`--dry-run`: the plan of a recipe; nothing is trained or written."""
 
+import torch
+
 from rorqual.data.tokenizer import load_tokenizer
 from rorqual.kernels.devices import find_device
 from rorqual.model import ModelConfig
 from rorqual.parallel.context import check_pieces
+from rorqual.parallel.mesh import ranks_per_node
 from rorqual.plan.estimate import Plan, plan_text, predict, run_text
 from rorqual.recipe import PretrainRecipe, SFTRecipe
 from rorqual.train.build_model import check_length, check_model, model_config, set_threads, tokenizer_of
@@ -12,10 +15,10 @@ from rorqual.train.layout_plan import layout_text, plan_layout
 
 def dry_run_text(recipe: PretrainRecipe | SFTRecipe) -> str:
     """What `--dry-run` prints. Raises UserError as the run would."""
-    device, plan = find_device(recipe.device), dry_run(recipe)
+    device, plan = _device(recipe), dry_run(recipe)
     if recipe.parallel.processes == 1:
         return plan_text(plan, timed=device.type == "cpu")
-    return f"{run_text(plan)}\n{layout_text(plan_layout(recipe, recipe_config(recipe)))}"
+    return f"{run_text(plan)}\n{layout_text(plan_layout(recipe, recipe_config(recipe), device))}"
 
 
 def dry_run(recipe: PretrainRecipe | SFTRecipe) -> Plan:
@@ -24,7 +27,12 @@ def dry_run(recipe: PretrainRecipe | SFTRecipe) -> Plan:
     check_model(recipe.model)
     check_length(recipe.model, recipe.data)
     check_pieces(recipe.data.sequence_length, recipe.parallel.context)
-    return predict(recipe_config(recipe), recipe, device=find_device(recipe.device))
+    return predict(recipe_config(recipe), recipe, device=_device(recipe))
+
+
+def _device(recipe: PretrainRecipe | SFTRecipe) -> torch.device:
+    section = recipe.parallel
+    return find_device(recipe.device, min(section.processes, ranks_per_node(section)))
 
 
 def recipe_config(recipe: PretrainRecipe | SFTRecipe) -> ModelConfig:

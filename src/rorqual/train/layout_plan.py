@@ -7,6 +7,7 @@ as in a run.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from rorqual.checkpoint.release_tensors import meta_model
@@ -57,13 +58,19 @@ class LayoutPlan:
     sent: dict[tuple[str, Link], tuple[int, int, int]]  # bytes of a step: least and most of a rank, and all processes
 
 
-def plan_layout(recipe: PretrainRecipe | SFTRecipe, config: ModelConfig) -> LayoutPlan:
-    """The plan of a recipe's `[parallel]`, at its full batch size. Raises UserError as the run would."""
+def plan_layout(
+    recipe: PretrainRecipe | SFTRecipe, config: ModelConfig, device: torch.device | str = "cpu"
+) -> LayoutPlan:
+    """The plan of a recipe's `[parallel]`, at its full batch size, in the dtype of `device`.
+
+    Raises UserError as the run would.
+    """
     section, train, length = recipe.parallel, recipe.train, recipe.data.sequence_length
     number, rows = micro_batches(train, section), -(-train.batch_size // section.data)
     size = min(train.micro_batch or rows, rows)
     tokens = rows * length // section.context  # of a rank
-    trainers = [_trainer(recipe, config, rank, number) for rank in planned_mesh(section, 0).pipeline.ranks]
+    dtype = dtype_name(compute_dtype(recipe.model.dtype, device))
+    trainers = [_trainer(recipe, config, rank, number, dtype) for rank in planned_mesh(section, 0).pipeline.ranks]
     schedule, layers = one_f_one_b(1, number), (range(config.num_hidden_layers),)
     if pipeline := trainers[0].pipeline:
         schedule, layers = pipeline.schedule, pipeline.layers
@@ -103,14 +110,14 @@ def plan_layout(recipe: PretrainRecipe | SFTRecipe, config: ModelConfig) -> Layo
     )
 
 
-def _trainer(recipe: PretrainRecipe | SFTRecipe, config: ModelConfig, rank: int, number: int) -> Trainer:
+def _trainer(recipe: PretrainRecipe | SFTRecipe, config: ModelConfig, rank: int, number: int, dtype: str) -> Trainer:
     return Trainer(
         meta_model(config),
         recipe.optimizer,
         recipe.schedule,
         recipe.mtp,
         recipe.balance,
-        dtype=dtype_name(compute_dtype(recipe.model.dtype)),
+        dtype=dtype,
         precision=recipe.precision,
         recompute=recipe.recompute,
         mesh=planned_mesh(recipe.parallel, rank),

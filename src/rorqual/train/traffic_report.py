@@ -51,7 +51,7 @@ def traffic(trainer: Trainer, tokens: int, steps: int) -> dict[str, Any]:
 
     tokens: of all ranks in a step; steps: of this process, over which bytes were counted.
     """
-    mesh = trainer.mesh
+    mesh, uncounted = trainer.mesh, trainer.mesh.section.dispatch.startswith("deepep")
     (expected,) = computed(trainer, tokens // (mesh.data.size * mesh.context.size), [mesh])
     keys: list[tuple[str, Link]] = [(what, link) for what in SHOWN for link in LINKS]
     rows = torch.tensor([[mesh.traffic.sent[key] / max(steps, 1), expected[key]] for key in keys], dtype=torch.float64)
@@ -61,7 +61,7 @@ def traffic(trainer: Trainer, tokens: int, steps: int) -> dict[str, Any]:
         "bytes_a_step": {
             f"{what}, {link}": {"counted": counted, "computed": computed}
             for (what, link), (counted, computed) in zip(keys, total, strict=True)
-            if counted or computed
+            if counted or (computed and not (what in ("dispatch", "combine") and uncounted))
         },
         "travel_hidden": float(hidden),
     }

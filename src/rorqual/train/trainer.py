@@ -99,6 +99,9 @@ class Trainer:
             for line in convert(model, precision).lines():
                 notify(line)
         self.mesh = mesh or single()
+        self.device = device or next(model.parameters()).device
+        self.dtype = compute_dtype(dtype, self.device)
+        check_deep_ep(self.mesh.section.dispatch, self.dtype, self.device)
         self.courier = Courier(self.mesh.section.overlap)
         spread_experts(model, self.mesh, self.courier)
         share_sequences(model, self.mesh.context)
@@ -108,10 +111,8 @@ class Trainer:
         if self.mesh.pipeline.size > 1:
             order = self.mesh.section.schedule
             self.pipeline = Pipeline(model, self.mesh, self.courier, order, micro_batches, self.activations.kept)
-        self.device = device or next(model.parameters()).device
         model.to(self.device)  # of what this process holds
-        self.model, self.schedule, self.dtype = model, schedule, compute_dtype(dtype, self.device)
-        check_deep_ep(self.mesh.section.dispatch, self.dtype, self.device)
+        self.model, self.schedule = model, schedule
         self.mtp = mtp or MTPSection(weight=0.0, final_weight=0.0)
         self.balance = balance or BalanceSection(bias_speed=0.0, sequence_loss=0.0)
         self.optimizer = Optimizer(model, optimizer, self.dtype, self.mesh)

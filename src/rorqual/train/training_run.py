@@ -229,7 +229,7 @@ class TrainingRun(RunLoop[TrainSection, Trainer]):
         tokens_per_second = (trainer.tokens - tokens) / elapsed
         peak = matrix_peak(trainer.dtype, trainer.device.type) * self.mesh.section.processes
         utilisation = (trainer.flops - flops) / elapsed / peak
-        memory_gb = memory_used() / 1e9
+        memory_gb = memory_used(trainer.device.type) / 1e9
         self.newest.loss = metrics.loss
         if not metrics.skipped and self.validate and (ended or trainer.steps % self.section.eval_every == 0):
             self.newest.valid_bpb, self.newest.valid_bpb_step = self.validate(), trainer.steps
@@ -317,7 +317,8 @@ def finish(recipe: PretrainRecipe | SFTRecipe, run: TrainingRun, tokenizer: Toke
     sent: dict[str, Any] = {}
     if several and run.steps_here:  # none where the run was over, but for its release
         sent = traffic(trainer, run.tokens_a_step, run.steps_here)
-        sent["bubble"] = bubble(trainer, run.run_dir / "figures" / "pipeline.png")
+        on_cpu = trainer.device.type == "cpu"  # a GPU computes after its step is said to be over
+        sent["bubble"] = bubble(trainer, run.run_dir / "figures" / "pipeline.png") if on_cpu else {}
     with trainer.released_weights(), trainer.optimizer.whole_weights():
         if several:
             save_parts(trainer.model, directory, tokenizer, run.mesh)
