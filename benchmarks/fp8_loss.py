@@ -10,7 +10,7 @@ difference stands out of the control's.
 "Smoothed" is the mean of the last 200 training steps; the interval is Student's t over the seeds. Each finished run is
 kept in results/fp8_loss-CLASS/ and not run again, an interrupted one goes on from its last checkpoint; --quick trains
 150 steps with one seed and keeps nothing. --only trains one run, such as fp8-1, and ends; two of them can run beside
-each other with --threads 1.
+each other with --threads 1. --arms: what is compared with the baseline, by default all.
 """
 
 import json
@@ -193,7 +193,7 @@ def draw(runs: dict[tuple[str, int], dict[str, Any]], dest: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), dpi=160, layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), dpi=160, layout="constrained")
     colours = dict(zip((BASE, *ARMS), ("#333333", "#9aa3ad", "#2767c9", "#d95f1e", "#14866a"), strict=True))
 
     def smooth(values: torch.Tensor) -> tuple[range, torch.Tensor]:
@@ -213,7 +213,7 @@ def draw(runs: dict[tuple[str, int], dict[str, Any]], dest: Path) -> None:
                 right.plot(*smooth(row), color=colour, linewidth=0.6, alpha=0.45)
             right.plot(*smooth((losses - base).mean(0)), color=colour, linewidth=1.6, label=precision)
     left.set(xlabel="step", ylabel="training loss (nats), smoothed")
-    right.set(xlabel="step", ylabel="above the baseline of the same seed (nats)")
+    right.set(xlabel="step", ylabel="above the same seed's baseline (nats)")
     right.axhline(0, color="#333333", linewidth=0.8)
     right.axhspan(-0.004, 0.004, color="#dfe4ea", zorder=0, label="±0.0040")
     for axes in (left, right):
@@ -241,7 +241,10 @@ def run_of(task: Task, precision: str, seed: int, steps: int, kept: Path | None)
 
 
 def main() -> None:
-    args = arguments(__doc__, threads="0 (all)", only="all runs")
+    args = arguments(__doc__, threads="0 (all)", only="all runs", arms=",".join(ARMS))
+    arms = tuple(args.arms.split(","))
+    if unknown := set(arms) - set(ARMS):
+        raise UserError(f"--arms {args.arms}: there is no {min(unknown)}; choose among {', '.join(ARMS)}")
     if args.threads.isdecimal():
         torch.set_num_threads(int(args.threads))
     steps, seeds = (150, 1) if args.quick else (STEPS, SEEDS)
@@ -249,7 +252,7 @@ def main() -> None:
     kept = args.out.with_suffix("") if args.out else None
     with tempfile.TemporaryDirectory() as folder:
         task = Task(Path(folder))
-        all_runs = {f"{name}-{seed}": (name, seed) for seed in range(seeds) for name in (BASE, *ARMS)}
+        all_runs = {f"{name}-{seed}": (name, seed) for seed in range(seeds) for name in (BASE, *arms)}
         if args.only != "all runs":
             if args.only not in all_runs:
                 raise UserError(f"--only {args.only}: there is no such run; say one of {', '.join(all_runs)}")
@@ -267,7 +270,7 @@ def main() -> None:
         "gradient_cosines": runs[BASE, 0]["gradient_cosines"],
     }  # fmt: skip
     rows: list[list[Any]] = []
-    for name in (BASE, *ARMS):
+    for name in (BASE, *arms):
         found = [runs[name, seed] for seed in range(seeds)]
         nats = interval([smoothed(run, last) - b for run, b in zip(found, base, strict=True)])
         relative = interval([n / b for n, b in zip(nats["seeds"], base, strict=True)])
