@@ -4,6 +4,8 @@ PYTHON ?= python3
 # Pinned because anything looser may bring gigabytes of CUDA; put another build here for a GPU.
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
+# Of make test: one more than cores, since some tests wait for servers and clocks.
+WORKERS ?= $(shell $(PYTHON) -c "import os; print(min(9, (os.cpu_count() or 2) + 1))")
 # Python keeps what it compiles: commands that start anew compile torch and transformers for 10 s otherwise.
 unexport PYTHONDONTWRITEBYTECODE
 SOURCES := pyproject.toml setup.py $(wildcard $(addprefix src/rorqual/kernels/cpu/,build.py csrc/*.cpp csrc/*.h csrc/*/*.h))
@@ -14,7 +16,7 @@ speedrun: $(VENV)/ready
 	$(BIN)/rorqual speedrun $(ARGS)
 
 test: $(VENV)/ready-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)  # two processes of two threads took six times as long
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)  # two processes of two threads took six times as long
 
 test-all: $(VENV)/ready-dev
 	$(BIN)/python -m pytest -m "slow or not slow" -o faulthandler_timeout=3600 $(ARGS)

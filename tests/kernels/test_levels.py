@@ -47,9 +47,9 @@ def in_use() -> str:
 
 
 @pytest.mark.skipif(bool(os.environ.get(VARIABLE)), reason=f"{VARIABLE} is set: all tests run in one class")
-# CI runs all tests of kernels on class none.
+# CI runs all tests of kernels and engine on classes avx2 and none.
 @pytest.mark.parametrize(
-    "name", [pytest.param("none", marks=pytest.mark.slow), "portable", "avx2", "avx512", "avx512-bf16"]
+    "name", ["portable", *(pytest.param(n, marks=pytest.mark.slow) for n in ("none", "avx2", "avx512", "avx512-bf16"))]
 )
 def test_a_lower_class_agrees(name):
     if CLASSES.index(name) >= CLASSES.index(in_use()):

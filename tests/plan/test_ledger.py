@@ -9,7 +9,7 @@ from rorqual.plan.ledger import Ledger, predicted_at_start, read_accounts
 
 
 def test_ledger_adds_up(tmp_path, monkeypatch):
-    monkeypatch.setattr("rorqual.plan.ledger.matrix_peak", lambda dtype: 100.0)
+    monkeypatch.setattr("rorqual.plan.ledger.matrix_peak", lambda dtype, device: 100.0)
     ledger = Ledger(tmp_path, {"seconds": 5.0})
     ledger.add("pretrain", tokens=10, flops=300, seconds=4.0)
     ledger.add("rl", tokens=1, flops=50, seconds=1.0)
@@ -68,7 +68,7 @@ def test_accounts_of_several_runs(tmp_path):
 
 def test_steps_are_scored_by_their_time(tmp_path, monkeypatch):
     """A longer time than predicted is a negative error, as with speeds."""
-    monkeypatch.setattr("rorqual.plan.ledger.matrix_peak", lambda dtype: 100.0)
+    monkeypatch.setattr("rorqual.plan.ledger.matrix_peak", lambda dtype, device: 100.0)
     predicted = {"tokens_per_second": 1.0, "seconds_a_step": 3.0, "seconds_a_step_interval": [2.0, 5.0]}
     ledger = Ledger(tmp_path, predicted)
     ledger.add("rollout", tokens=100, flops=1, seconds=40.0)

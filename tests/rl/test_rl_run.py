@@ -252,11 +252,11 @@ def test_keeping_the_start_needs_evaluations(tmp_path, model_dir):
 
 
 def test_a_run_keeps_the_dtype_it_began_with(tmp_path, model_dir, monkeypatch):
-    monkeypatch.setattr("rorqual.train.run_folder.fastest_dtype", lambda: torch.float32)
+    monkeypatch.setattr("rorqual.train.run_folder.fastest_dtype", lambda device: torch.float32)
     rl(recipe(tmp_path, model_dir))
     before = final_weights(tmp_path)
     assert 'dtype = "float32"' in (tmp_path / "run" / "recipe.toml").read_text()
-    monkeypatch.setattr("rorqual.train.run_folder.fastest_dtype", lambda: torch.bfloat16)
+    monkeypatch.setattr("rorqual.train.run_folder.fastest_dtype", lambda device: torch.bfloat16)
     rl(recipe(tmp_path, model_dir), resume=True)  # auto is what the run began with
     assert final_weights(tmp_path) == before
     with pytest.raises(UserError, match=r"model\.dtype was \"float32\" and is \"bfloat16\" now"):

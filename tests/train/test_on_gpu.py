@@ -47,7 +47,12 @@ def assert_alike(here, there, tolerance=1e-5):
     ("recompute", "trainer", "options"),
     [
         ("full", {"ema": 0.9}, MUON),
-        ("v3", {"precision": "fp8-ue8m0", "offload": True}, {"moments": "bfloat16", "stochastic_rounding": True}),
+        pytest.param(
+            "v3",
+            {"precision": "fp8-ue8m0", "offload": True},
+            {"moments": "bfloat16", "stochastic_rounding": True},
+            marks=pytest.mark.slow,
+        ),
         pytest.param("none", {"precision": "mxfp8"}, {"moments": "8bit"}, marks=pytest.mark.slow),
         pytest.param("v3", {"precision": "fp8-nvfp4"}, MUON, marks=pytest.mark.slow),
     ],
