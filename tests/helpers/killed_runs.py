@@ -36,7 +36,7 @@ generator = random.Random(0)
 while_writing = 0
 for number in range(kills):
     pid = start(killed)
-    time.sleep(generator.uniform(0.0, took / (0.8 * kills)))  # so that all of them do not get to the end
+    time.sleep(generator.uniform(0.0, 0.8 * took / kills))  # so that all of them do not get to the end
     if number % 2:
         while not list(checkpoints.glob(".writing-*")):
             assert os.waitpid(pid, os.WNOHANG) == (0, 0), "the run ended"
