@@ -45,7 +45,7 @@ def batches():
         yield tokens
 
 
-@pytest.mark.parametrize("micro_batch", [None, 2])
+@pytest.mark.parametrize("micro_batch", [pytest.param(None, marks=pytest.mark.slow), 2])
 def test_losses_equal_those_of_transformers(tmp_path, micro_batch):
     from transformers import DeepseekV3ForCausalLM
 

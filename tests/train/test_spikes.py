@@ -142,7 +142,7 @@ slow = pytest.mark.slow
 @pytest.mark.parametrize(
     ("way", "call"),
     [
-        ("killed", 16),
+        pytest.param("killed", 16, marks=slow),
         ("stopped", 16),
         *(pytest.param("killed", call, marks=slow) for call in (14, 15, 17, 18, 20)),
         *(pytest.param("stopped", call, marks=slow) for call in (14, 15, 17, 18, 20)),
