@@ -48,7 +48,7 @@ print(while_writing)
 """
 
 
-KILLS = [2, pytest.param(20, marks=pytest.mark.slow)]
+KILLS = [4, pytest.param(20, marks=pytest.mark.slow)]
 
 
 def run_whole_and_killed(verb: str, module: str, whole: Path, killed: Path, kills: int) -> None:

@@ -32,6 +32,10 @@ CHOSEN = [
     "tests/engine/test_fused_cpu.py::test_logits_are_the_networks",
     "tests/engine/test_fused_cpu.py::test_several_tokens_of_a_sequence_at_once",
 ]
+LONGER = [
+    "tests/engine/test_fused_cpu.py::test_a_cache_of_8_bits_keeps_and_says_what_the_reference_does",
+    "tests/engine/test_fused_cpu.py::test_an_fp8_cache_keeps_and_says_what_the_reference_does",
+]
 # Of decode steps two networks of ten, in FP32, which are most of the code; of products a large and an odd shape.
 LEFT_OUT = (
     "not (logits_are and not (grouped or experts)) and not (logits_are and bfloat16) and not (products and bfloat16)"
@@ -49,9 +53,17 @@ def in_use() -> str:
 @pytest.mark.skipif(bool(os.environ.get(VARIABLE)), reason=f"{VARIABLE} is set: all tests run in one class")
 # CI runs all tests of kernels and engine on classes avx2 and none.
 @pytest.mark.parametrize(
-    "name", ["portable", *(pytest.param(n, marks=pytest.mark.slow) for n in ("none", "avx2", "avx512", "avx512-bf16"))]
+    ("name", "chosen"),
+    [
+        ("portable", CHOSEN),
+        pytest.param("portable", LONGER, marks=pytest.mark.slow),
+        *(
+            pytest.param(name, CHOSEN + LONGER, marks=pytest.mark.slow)
+            for name in ("none", "avx2", "avx512", "avx512-bf16")
+        ),
+    ],
 )
-def test_a_lower_class_agrees(name):
+def test_a_lower_class_agrees(name, chosen):
     if CLASSES.index(name) >= CLASSES.index(in_use()):
         pytest.skip("not lower than what the other tests run in")
     level = name.partition("-")[0]
@@ -65,6 +77,6 @@ import pytest
 from rorqual.kernels import cpu
 assert cpu.capability() == {None if level == "none" else level!r}, cpu.capability()
 sys.exit(pytest.main(sys.argv[1:]))"""
-    command = [sys.executable, "-c", run, "-p", "no:cacheprovider", "--tb=short", "-k", LEFT_OUT, *CHOSEN]
+    command = [sys.executable, "-c", run, "-p", "no:cacheprovider", "--tb=short", "-k", LEFT_OUT, *chosen]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]

@@ -27,10 +27,12 @@ class EMA:
         device = next(iter(masters.values())).device if masters else torch.device("cpu")
         self._copies, self._stream = device.type != "cpu", None
         # Where the thread finds the masters; page-locked, so that the copy from a GPU is asynchronous.
-        self._masters = {n: t.clone() for n, t in self.average.items()} if self._copies else masters
+        self._masters = masters
         if device.type == "cuda":
-            self._masters = {n: t.pin_memory() for n, t in self._masters.items()}
+            self._masters = {n: t.pin_memory() for n, t in self.average.items()}
             self._stream = torch.cuda.Stream(device)
+        elif self._copies:
+            self._masters = {n: t.clone() for n, t in self.average.items()}
         self._pieces = _pieces(self.average), _pieces(self._masters)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ema")
         self._pending: Future[None] | None = None
