@@ -158,7 +158,7 @@ def test_the_log_probabilities_before_the_updates_are_those_of_the_policy(dense,
     toy = trainer(dense, tokenizer, rollout_weights="fp8", mini_batches=2, questions_per_step=3)
     params = SamplingParams(max_tokens=9, n=4, seed=1)
     exact = sample_groups(toy.engine, toy.rollouts.draw(toy.steps), "plain", params)  # by the policy itself
-    found = toy._logprobs_before(exact, [0, 5, 11])
+    found = toy.update.logprobs_before(exact, [0, 5, 11])
     for i, own in enumerate(found):
         assert own == (pytest.approx(exact.logprobs[i], abs=1e-4) if i in (0, 5, 11) else [])
 
