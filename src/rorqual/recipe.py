@@ -22,11 +22,13 @@ from rorqual.sections import (
     DeviceName,
     Environments,
     EnvironmentSection,
+    FilterSection,
     FineTuningOptimizer,
     FineTuningSchedule,
     GRPOSection,
     Length,
     LocalPath,
+    MixSection,
     ModelSection,
     MTPSection,
     NoBalance,
@@ -57,8 +59,10 @@ __all__ = [
     "DataSection",
     "DistillRecipe",
     "EnvironmentSection",
+    "FilterSection",
     "GRPOSection",
     "MTPSection",
+    "MixSection",
     "ModelSection",
     "OptimizerSection",
     "ParallelSection",
@@ -186,17 +190,22 @@ class RLRecipe(Recipe):
         return self
 
 
+WORKED_SOLUTIONS = "worked-solutions"  # a teacher: solutions that rl/worked writes
+
+
 class DistillRecipe(Recipe):
     """Rejection sampling from a teacher, then SFT of a student (R1 §2.3.3, §2.4)."""
 
     kind: Literal["distill"] = "distill"
-    teacher: LocalPath
+    teacher: LocalPath  # a model, or "worked-solutions" (rl/worked)
     environments: Environments
     template: Literal["chat", "r1-zero", "plain"] = "chat"
     reward: RewardSection = RewardSection()
     problems: Count = 1000
     samples: Size = 8
     keep_per_problem: Count = 1
+    filter: FilterSection = FilterSection()
+    mix: list[MixSection] = Field(default=[])
     temperature: Temperature = 1.0
     max_tokens: Size = 256
     sequence_length: Length = 512

@@ -289,6 +289,21 @@ class RewardSection(Section):
     ] = "en"  # fmt: skip
 
 
+class FilterSection(Section):
+    """Which correct completions a distillation keeps (R1 §2.3.3)."""
+
+    max_tokens: Count | None = None  # of a completion
+    language: Share = 0.0  # of the thinking's words, at least, in the script of reward.target_language
+    readable: bool = False  # no paragraph over 1000 characters, code block or line four times in the thinking
+
+
+class MixSection(Section):
+    """Conversations that a distillation's samples are mixed with, such as general ones (R1 §2.3.3)."""
+
+    path: LocalPath  # as ChatDataSection's
+    samples: Count | None = None  # drawn from them; None: all
+
+
 class GRPOSection(Section):
     """Group relative policy optimisation (R1 §2.1); the defaults are R1-Zero's (R1 supplement)."""
 

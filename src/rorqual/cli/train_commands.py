@@ -148,7 +148,7 @@ def _print_precision(recipe: "Recipe", config: "ModelConfig") -> None:
 def distill(recipe: RecipeFile, overrides: Overrides = None, resume: Resume = False) -> None:
     """Distill: sample a teacher, keep the best answers (rejection sampling), fine-tune a student on them."""
     from rorqual.recipe import DistillRecipe, load_recipe
-    from rorqual.rl.rejection_sampling import distill as run
+    from rorqual.rl.distillation import distill as run
 
     _finished(run(load_recipe(recipe, DistillRecipe, overrides), resume=resume))
 

@@ -56,6 +56,7 @@ def files_of(recipe: Recipe) -> list[Path]:
         data = [section.path for section in recipe.environments if section.path is not None]
         if isinstance(recipe, DistillRecipe):
             models = [recipe.teacher]  # the student's own run fingerprints the student
+            data += [section.path for section in recipe.mix]
     found = {file for model in models if model is not None for file in _of_model(Path(model))}
     return sorted(found | {file for path in data for file in _of_data(path)})
 
