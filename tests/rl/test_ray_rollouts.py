@@ -212,8 +212,8 @@ def test_a_replay_makes_the_trainer_choose_what_the_sampler_chose(moe, tokenizer
     toy.step()
     served = toy.rollouts.next(1).rollout
     members = [0, 1, 5, 14]
-    (packed, *_) = toy._packed(served, members)
-    with toy._replayed(packed, counts := Replay()), choices_of(moe) as chosen, torch.no_grad():
+    (packed, *_) = toy.update._packed(served, members)
+    with toy.update._replayed(packed, counts := Replay()), choices_of(moe) as chosen, torch.no_grad():
         moe(packed.tokens, packed.positions, packed.mask)
     trained = torch.stack(chosen, 1)[packed.source]  # by target
     flat = torch.cat([served.routing[i][len(served.prompts[i // 4]) - 1 :] for i in members])

@@ -183,6 +183,25 @@ def speedrun(
     run(out and expand_path(out), seed, minutes)
 
 
+def r1(
+    pipeline: Annotated[Path, typer.Argument(metavar="PIPELINE", help="a TOML file of stages; see recipes/")],
+    out: Annotated[Path | None, typer.Option(help="folder of the whole; default: the file's, or runs/NAME")] = None,
+    seed: Annotated[int | None, typer.Option(callback=within(0, 2**32 - 1), help="of all stages")] = None,
+    resume: Resume = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Run a pipeline: cold start, RL, rejection sampling, RL for all scenarios, a student; with evaluations."""
+    if dry_run:
+        from rorqual.cli.plan_command import show_plan
+
+        show_plan(expand_path(pipeline))
+        return
+    from rorqual.pipeline import run_pipeline
+
+    folder = run_pipeline(expand_path(pipeline), out and expand_path(out), seed, resume)
+    print(f"{folder}: done; the model is in {folder / 'model'}, its card and report.html beside it")
+
+
 def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="a run's folder, e.g. runs/NAME")]) -> None:
     """Write RUN/report.html and RUN/figures/."""
     from rorqual.report import write_report

@@ -10,6 +10,7 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from random import Random
+from statistics import fmean
 from typing import Any, TextIO
 
 import torch
@@ -29,6 +30,7 @@ from rorqual.rl.rejection_sampling import BATCH, KEPT, Batch, Counts, draw_probl
 from rorqual.rl.rollout import derived_seed
 from rorqual.rl.sample_filter import refused
 from rorqual.rl.worked import WRITERS, write
+from rorqual.tokenizer_protocol import Tokenizer
 from rorqual.train.build_model import check_length, check_model, tokenizer_of
 from rorqual.train.run_folder import open_run
 from rorqual.train.training_run import sft
@@ -61,23 +63,36 @@ def distill(recipe: DistillRecipe, resume: bool = False) -> Path:
         samples = run_dir / "samples.jsonl"
         if not samples.exists():
             _sample(recipe, environments, samples, for_teacher)
-        student = SFTRecipe(
-            name="student",
-            out=str(run_dir),
-            seed=recipe.seed,
-            track=recipe.track,
-            device=recipe.device,
-            model=recipe.model,
-            precision=recipe.precision,
-            recompute=recipe.recompute,
-            data=ChatDataSection(path=str(samples), sequence_length=recipe.sequence_length),
-            optimizer=recipe.optimizer,
-            schedule=recipe.schedule,
-            balance=recipe.balance,
-            train=recipe.train,
-        )
+        student = student_recipe(recipe, run_dir, samples)
         sft(student, resume=True)
     return run_dir
+
+
+def student_recipe(recipe: DistillRecipe, run_dir: Path, samples: Path) -> SFTRecipe:
+    """Of the fine-tuning on the samples."""
+    return SFTRecipe(
+        name="student",
+        out=str(run_dir),
+        seed=recipe.seed,
+        track=recipe.track,
+        device=recipe.device,
+        model=recipe.model,
+        precision=recipe.precision,
+        recompute=recipe.recompute,
+        data=ChatDataSection(path=str(samples), sequence_length=recipe.sequence_length),
+        optimizer=recipe.optimizer,
+        schedule=recipe.schedule,
+        balance=recipe.balance,
+        train=recipe.train,
+    )
+
+
+def worked_tokens(recipe: DistillRecipe, tokenizer: Tokenizer) -> float:
+    """Mean tokens of a sample of written solutions, prompts included, of a few problems."""
+    environments = [open_environment(section) for section in recipe.environments]
+    few = recipe.model_copy(update={"problems": 8 * len(environments)})
+    rows = [row for batch in _worked_batches(few, environments, 0, tokenizer) for row in batch.rows]
+    return fmean(len(tokenizer(row["prompt"] + row["completion"]).input_ids) for row in rows)
 
 
 def _sample(recipe: DistillRecipe, environments: Sequence[Environment], samples: Path, device: str) -> None:
@@ -132,7 +147,7 @@ def _add(counts: Counts, more: Counts) -> None:
 
 def _batches(recipe: DistillRecipe, environments: Sequence[Environment], start: int, device: str) -> Iterator[Batch]:
     if recipe.teacher == WORKED_SOLUTIONS:
-        return _worked_batches(recipe, environments, start)
+        return _worked_batches(recipe, environments, start, tokenizer_of(recipe.model))
     engine = Engine(recipe.teacher, device=_teacher_device(recipe.teacher, device))
     context = engine.model.config.max_position_embeddings
     check_context(environments, recipe.template, engine.require_tokenizer(), context, recipe.max_tokens, "max_tokens")
@@ -143,9 +158,10 @@ def _batches(recipe: DistillRecipe, environments: Sequence[Environment], start: 
     )  # fmt: skip
 
 
-def _worked_batches(recipe: DistillRecipe, environments: Sequence[Environment], start: int) -> Iterator[Batch]:
+def _worked_batches(
+    recipe: DistillRecipe, environments: Sequence[Environment], start: int, tokenizer: Tokenizer
+) -> Iterator[Batch]:
     """`keep_per_problem` written solutions of each problem, as the judge of rewards and the filter accept them."""
-    tokenizer = tokenizer_of(recipe.model)
     by_family = {environment.family: environment for environment in environments}
     drawn = draw_problems(environments, recipe.problems, recipe.seed)
     for first in range(start, len(drawn), BATCH):
