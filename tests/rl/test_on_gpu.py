@@ -1,12 +1,14 @@
 """RL on a GPU, as far as a device that computes on the CPU shows it (helpers/simulated_gpu.py)."""
 
 import importlib
+import os
+import sys
 from contextlib import nullcontext
 
 import pytest
 import torch
 
-from helpers import simulated_gpu
+from helpers import processes, simulated_gpu
 from helpers.fake_ray import FakeRay, plain
 from helpers.processes import run
 from rorqual.checkpoint.huggingface import load_model, save_model
@@ -94,7 +96,8 @@ def test_workers_have_gpus_of_their_own(tmp_path, moe, tokenizer, fp8):
 def on_ray(_rank, raw):
     ray = importlib.import_module("ray")
     simulated_gpu.install()
-    environment = {"worker_process_setup_hook": simulated_gpu.install}
+    paths = {"PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = {"env_vars": paths, "worker_process_setup_hook": "helpers.simulated_gpu.install"}
     ray.init(
         num_cpus=2, num_gpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=128 << 20,
         runtime_env=environment,
@@ -109,9 +112,10 @@ def on_ray(_rank, raw):
 
 
 @pytest.mark.slow
-def test_on_a_ray_with_gpus(tmp_path, moe, tokenizer):
+def test_on_a_ray_with_gpus(tmp_path, moe, tokenizer, monkeypatch):
     """Ray gives the trainer and the worker a GPU each, and has both back at the end."""
     pytest.importorskip("ray", reason="rollouts on Ray need the extra `cluster`")
+    monkeypatch.setattr(processes, "LIMIT", 600)  # Ray takes its time on a busy machine
     save_model(moe, tmp_path / "start", tokenizer)
     sizes = {"group_size": 4, "questions_per_step": 2, "max_tokens": 10}
     assert run(1, on_ray, recipe_of(tmp_path, "ray", grpo=sizes, steps=2)) == [2.0]

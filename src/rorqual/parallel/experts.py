@@ -182,6 +182,11 @@ def present(place: Int[Tensor, "N K"], places: int) -> Int[Tensor, "N places"]:
     return numbers.where(found[:, :places], -1)
 
 
+def first_expert(model: Transformer, mesh: Mesh) -> int:
+    """The number of the first routed expert of every layer that this rank holds."""
+    return mesh.experts.place * (model.config.n_routed_experts or 0) // mesh.experts.size
+
+
 def shares_experts(model: Transformer) -> bool:
     """Whether other processes hold experts of this model, so that its forward passes are collectives."""
     return any(isinstance(layer.dispatcher, ExpertParallel) for layer in model.moe_layers())

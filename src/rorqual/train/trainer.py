@@ -23,7 +23,7 @@ from rorqual.parallel.context import part, share_sequences
 from rorqual.parallel.courier import Courier
 from rorqual.parallel.data import Slice
 from rorqual.parallel.deep_ep import check_deep_ep
-from rorqual.parallel.experts import spread_experts
+from rorqual.parallel.experts import first_expert, spread_experts
 from rorqual.parallel.group import Group
 from rorqual.parallel.mesh import Mesh, single
 from rorqual.parallel.pipeline import Pipeline
@@ -32,6 +32,7 @@ from rorqual.precision.convert import convert
 from rorqual.precision.recompute import Activations, Recompute
 from rorqual.recipe import BalanceSection, MTPSection, OptimizerSection, ScheduleSection
 from rorqual.train.balance import max_violations, update_correction_bias
+from rorqual.train.build_model import Fill
 from rorqual.train.compile import compiled
 from rorqual.train.ema import EMA
 from rorqual.train.objective import Objective
@@ -87,13 +88,15 @@ class Trainer:
         mesh: Mesh | None = None,
         micro_batches: int = 1,
         device: torch.device | None = None,
+        fill: Fill | None = None,
         notify: Callable[[str], None] = print,
     ) -> None:
         """Convert `model` to `dtype` ("auto": the fastest on its device) in place, on `device` (None: where it is).
 
         Without `mtp` or `balance` the MTP loss or the load balancing is off. `precision` (a key of PRECISIONS) is that
         of products; `recompute` and `offload`: see precision/recompute.py. `mesh`: the processes that train together;
-        with pipeline stages, every step has as many `micro_batches`.
+        with pipeline stages, every step has as many `micro_batches`. `fill`: of a model on the meta device, what gives
+        the part that stays here its weights.
         """
         if precision is not None:
             for line in convert(model, precision).lines():
@@ -111,6 +114,8 @@ class Trainer:
         if self.mesh.pipeline.size > 1:
             order = self.mesh.section.schedule
             self.pipeline = Pipeline(model, self.mesh, self.courier, order, micro_batches, self.activations.kept)
+        if fill is not None:
+            fill(model, first_expert(model, self.mesh), self.device)
         model.to(self.device)  # of what this process holds
         self.model, self.schedule = model, schedule
         self.mtp = mtp or MTPSection(weight=0.0, final_weight=0.0)

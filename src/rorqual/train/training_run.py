@@ -31,7 +31,7 @@ from rorqual.plan.hardware import matrix_peak, memory_used
 from rorqual.plan.ledger import Ledger
 from rorqual.recipe import ParallelSection, PretrainRecipe, SFTRecipe, SpikesSection, TrainSection
 from rorqual.tokenizer_protocol import Tokenizer
-from rorqual.train.build_model import build_model, check_length, set_threads, tokenizer_of
+from rorqual.train.build_model import Fill, build_model, build_part, check_length, set_threads, tokenizer_of
 from rorqual.train.checkpoints import Checkpoints
 from rorqual.train.model_card import model_card
 from rorqual.train.ranks import RankWatch
@@ -62,8 +62,8 @@ def pretrain(recipe: PretrainRecipe, resume: bool = False) -> Path:
         with first_alone(mesh):
             tokenizer = _tokenizer(recipe, run_dir)
             loader, valid = open_pretrain_data(recipe.data, tokenizer, run_dir / "data", recipe.seed)
-        model = build_model(recipe.model, tokenizer, recipe.seed, recipe.data.sequence_length)
-        run = train(recipe, run_dir, model, loader, valid, mesh, device)
+        model, fill = _built(recipe, tokenizer, mesh, recipe.data.sequence_length)
+        run = train(recipe, run_dir, model, loader, valid, mesh, device, fill)
         return finish(recipe, run, tokenizer)
 
 
@@ -86,9 +86,18 @@ def sft(recipe: SFTRecipe, resume: bool = False) -> Path:
                 f"{recipe.data.sequence_length}, {samples.dropped} were dropped (no assistant token within it)",
                 file=sys.stderr,
             )
-        model = build_model(recipe.model, tokenizer, recipe.seed)
-        run = train(recipe, run_dir, model, loader, valid, mesh, device)
+        model, fill = _built(recipe, tokenizer, mesh)
+        run = train(recipe, run_dir, model, loader, valid, mesh, device, fill)
         return finish(recipe, run, tokenizer)
+
+
+def _built(
+    recipe: PretrainRecipe | SFTRecipe, tokenizer: Tokenizer, mesh: Mesh, length: int = 0
+) -> tuple[Transformer, Fill | None]:
+    """The model; of several processes, its outline, and what fills each one's part."""
+    if mesh.section.processes == 1:
+        return build_model(recipe.model, tokenizer, recipe.seed, length), None
+    return build_part(recipe.model, tokenizer, recipe.seed, length)
 
 
 def _tokenizer(recipe: PretrainRecipe, run_dir: Path) -> Tokenizer:
@@ -109,11 +118,11 @@ def _tokenizer(recipe: PretrainRecipe, run_dir: Path) -> Tokenizer:
 
 def train(
     recipe: PretrainRecipe | SFTRecipe, run_dir: Path, model: Transformer, loader: Loader, valid: Heldout | None,
-    mesh: Mesh | None = None, device: torch.device | None = None,
+    mesh: Mesh | None = None, device: torch.device | None = None, fill: Fill | None = None,
 ) -> "TrainingRun":  # fmt: skip
     """Train the recipe to its end, resuming from the newest checkpoint. Raises as `TrainingRun.fit`.
 
-    device: None: where the model is.
+    device: None: where the model is. fill: see Trainer.
     """
     section, mesh = recipe.train, mesh or single()
     run = TrainingRun(
@@ -133,6 +142,7 @@ def train(
             mesh=mesh,
             micro_batches=micro_batches(section, mesh.section),
             device=device,
+            fill=fill,
             notify=print if mesh.rank == 0 else lambda _: None,
         ),
         loader=loader,
