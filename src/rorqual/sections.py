@@ -248,6 +248,11 @@ class ParallelSection(Section):
     def processes(self) -> int:
         return self.pipeline * self.data * self.context
 
+    @property
+    def by_deep_ep(self) -> bool:
+        """Whether tokens travel by DeepEP's kernels."""
+        return self.dispatch in ("deepep", "deepep-fp8")
+
 
 class ChatDataSection(Section):
     path: LocalPath  # .jsonl(.gz) or .parquet with `messages`, or `prompt` and `completion`

@@ -35,7 +35,7 @@ class FakeRay:
         """
         self.faults, self.cpus, self.gpus = faults or {}, cpus, gpus or [0] * len(cpus)
         self.needs = []  # of each worker
-        self.calls = self.started = self.killed = 0
+        self.calls = self.sampled = self.started = self.killed = 0
         self.crossed = []  # what is sent to workers and comes back
 
     def nodes(self):
@@ -94,6 +94,7 @@ class FakeRay:
                 found = worker.sample(*(arg.value() if isinstance(arg, Ref) else arg for arg in args))
             except Exception as e:
                 raise RayTaskError(e) from e
+            self.sampled += 1
             self.crossed += [*(arg for arg in args if not isinstance(arg, Ref)), found]
             return found
 

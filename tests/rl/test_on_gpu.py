@@ -3,6 +3,7 @@
 import importlib
 import os
 import sys
+import time
 from contextlib import nullcontext
 
 import pytest
@@ -106,7 +107,9 @@ def on_ray(_rank, raw):
         with pytest.raises(UserError, match=r"rollouts.workers = 2, .*: 2 GPUs have room for 1 workers; lower"):
             rl(parse_recipe(raw | {"device": "cuda", "rollouts": {"workers": 2}}, RLRecipe), ray="auto")
         rl(parse_recipe(raw | {"device": "cuda", "rollouts": {"workers": 1, "threads": 1}}, RLRecipe), ray="auto")
-        return ray.available_resources()["GPU"]
+        while ray.available_resources().get("GPU") != 2.0:  # Ray hears of the end of an actor a little later
+            time.sleep(0.1)
+        return True
     finally:
         ray.shutdown()
 
@@ -118,7 +121,7 @@ def test_on_a_ray_with_gpus(tmp_path, moe, tokenizer, monkeypatch):
     monkeypatch.setattr(processes, "LIMIT", 600)  # Ray takes its time on a busy machine
     save_model(moe, tmp_path / "start", tokenizer)
     sizes = {"group_size": 4, "questions_per_step": 2, "max_tokens": 10}
-    assert run(1, on_ray, recipe_of(tmp_path, "ray", grpo=sizes, steps=2)) == [2.0]
+    assert run(1, on_ray, recipe_of(tmp_path, "ray", grpo=sizes, steps=2)) == [True]
     lines = (tmp_path / "ray" / "metrics.jsonl").read_text()
     assert '"staleness": 1' in lines
     assert "replaced" not in lines

@@ -192,6 +192,13 @@ def shares_experts(model: Transformer) -> bool:
     return any(isinstance(layer.dispatcher, ExpertParallel) for layer in model.moe_layers())
 
 
+def close_experts(model: Transformer) -> None:
+    """Give back what DeepEP holds, on all ranks, while their process groups are there."""
+    for layer in model.moe_layers():
+        if isinstance(layer.dispatcher, ExpertParallel) and layer.dispatcher.deep_ep is not None:
+            layer.dispatcher.deep_ep.close()  # all layers have the same
+
+
 def spread_experts(model: Transformer, mesh: Mesh, courier: Courier) -> None:
     """Keep this rank's part of every layer's routed experts and dispatch tokens to all of them.
 
@@ -207,7 +214,7 @@ def spread_experts(model: Transformer, mesh: Mesh, courier: Courier) -> None:
             f"evenly; make it a divisor of {count}"
         )
     own = count // group.size
-    deep_ep = DeepEP(mesh, count) if mesh.section.dispatch.startswith("deepep") else None
+    deep_ep = DeepEP(mesh, count) if mesh.section.by_deep_ep else None
     for layer in model.moe_layers():
         for name, parameter in layer.experts.named_parameters():
             part = parameter.detach()[own * group.place : own * (group.place + 1)].clone()

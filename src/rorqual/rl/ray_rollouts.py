@@ -167,9 +167,11 @@ class RayFleet:
         return [task.results[k] for k in range(len(self._workers))]
 
     def close(self) -> None:
-        """End the workers."""
+        """See `Fleet`."""
         for worker in self._workers:
             self._kill(worker)
+        self._workers.clear()
+        self._tasks.clear()
         self._weights.clear()
 
     def _put(self, weights: Any) -> Any:

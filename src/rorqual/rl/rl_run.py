@@ -143,6 +143,8 @@ class RLRun(RunLoop[RLRecipe, GRPOTrainer]):
         if metrics.skipped:
             telemetry.note(f"step {step}: the gradient is not finite; update skipped")
         ended = self.done()
+        if ended:  # a checkpoint would wait for what workers have begun
+            self.trainer.rollouts.close()
         due = self.section.eval_every and (ended or step % self.section.eval_every == 0)
         shares = self._evaluate() if due else {}
         telemetry.log(

@@ -23,7 +23,7 @@ from rorqual.parallel.context import part, share_sequences
 from rorqual.parallel.courier import Courier
 from rorqual.parallel.data import Slice
 from rorqual.parallel.deep_ep import check_deep_ep
-from rorqual.parallel.experts import first_expert, spread_experts
+from rorqual.parallel.experts import close_experts, first_expert, spread_experts
 from rorqual.parallel.group import Group
 from rorqual.parallel.mesh import Mesh, single
 from rorqual.parallel.pipeline import Pipeline
@@ -104,7 +104,7 @@ class Trainer:
         self.mesh = mesh or single()
         self.device = device or next(model.parameters()).device
         self.dtype = compute_dtype(dtype, self.device)
-        check_deep_ep(self.mesh.section.dispatch, self.dtype, self.device)
+        check_deep_ep(self.mesh.section, self.dtype, self.device)
         self.courier = Courier(self.mesh.section.overlap)
         spread_experts(model, self.mesh, self.courier)
         share_sequences(model, self.mesh.context)
@@ -172,6 +172,11 @@ class Trainer:
             ranks_not_finite=not_finite(ranks),
             ranks=tuple(ranks),
         )
+
+    def close(self) -> None:
+        """End threads, and free what DeepEP holds; all processes call it together, before they part."""
+        self.courier.close()
+        close_experts(self.model)
 
     @torch.no_grad()
     def bits_per_byte(self, batches: Iterable[tuple[Batch, int]]) -> float:

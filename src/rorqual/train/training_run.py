@@ -19,13 +19,13 @@ from rorqual.checkpoint.huggingface import save_model
 from rorqual.data.datasets import open_chat_data, open_pretrain_data, open_tokenizer
 from rorqual.data.loader import Batch, Heldout, Loader
 from rorqual.data.tokenizer import load_tokenizer, save_tokenizer
-from rorqual.errors import UserError, file_error
+from rorqual.errors import Stopped, UserError, file_error
 from rorqual.files import write_folder, write_text
 from rorqual.kernels.devices import find_device
 from rorqual.model import ModelConfig, Transformer
 from rorqual.parallel.context import check_pieces, part
 from rorqual.parallel.export import save_parts
-from rorqual.parallel.mesh import Mesh, build_mesh, single
+from rorqual.parallel.mesh import Mesh, joined, single
 from rorqual.plan.estimate import predict
 from rorqual.plan.hardware import matrix_peak, memory_used
 from rorqual.plan.ledger import Ledger
@@ -57,8 +57,7 @@ def pretrain(recipe: PretrainRecipe, resume: bool = False) -> Path:
     check_length(recipe.model, recipe.data)
     check_pieces(recipe.data.sequence_length, recipe.parallel.context)
     device = find_device(recipe.device)
-    mesh = build_mesh(recipe.parallel, device.type)
-    with join_run(recipe, resume, mesh, device) as run_dir:
+    with joined(recipe.parallel, device.type) as mesh, join_run(recipe, resume, mesh, device) as run_dir:
         with first_alone(mesh):
             tokenizer = _tokenizer(recipe, run_dir)
             loader, valid = open_pretrain_data(recipe.data, tokenizer, run_dir / "data", recipe.seed)
@@ -77,8 +76,7 @@ def sft(recipe: SFTRecipe, resume: bool = False) -> Path:
     check_length(recipe.model, recipe.data)
     check_pieces(recipe.data.sequence_length, recipe.parallel.context)
     device = find_device(recipe.device)
-    mesh = build_mesh(recipe.parallel, device.type)
-    with join_run(recipe, resume, mesh, device) as run_dir:
+    with joined(recipe.parallel, device.type) as mesh, join_run(recipe, resume, mesh, device) as run_dir:
         loader, valid, samples = open_chat_data(recipe.data, tokenizer, recipe.seed)
         if mesh.rank == 0 and (samples.shortened or samples.dropped):
             print(
@@ -154,7 +152,11 @@ def train(
     if valid is not None:
         size = section.micro_batch or section.batch_size
         run.validate = lambda: run.trainer.bits_per_byte(valid.batches(size, EVAL_BATCHES))
-    run.fit()
+    try:
+        run.fit()
+    except Stopped:  # by all processes
+        run.trainer.close()
+        raise
     return run
 
 
@@ -334,6 +336,7 @@ def finish(recipe: PretrainRecipe | SFTRecipe, run: TrainingRun, tokenizer: Toke
             save_parts(trainer.model, directory, tokenizer, run.mesh)
         else:
             save_model(trainer.model, directory, tokenizer)
+    trainer.close()
     if run.mesh.rank:
         return run.run_dir
     if sent:
