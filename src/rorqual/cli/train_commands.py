@@ -84,8 +84,8 @@ def rl(
     from rorqual.plan.rl_here import rl_time_text
     from rorqual.precision.fp8_twin import twin_bytes
     from rorqual.recipe import RLRecipe, load_recipe
-    from rorqual.rl.ray_gpus import device_here
     from rorqual.rl.envs.registry import open_environment
+    from rorqual.rl.ray_gpus import device_here
     from rorqual.rl.rl_run import check_problems, in_process, on_ray, predict_rl, prompt_tokens
     from rorqual.rl.rl_run import rl as run
     from rorqual.train.build_model import check_model, tokenizer_of, trained_path

@@ -55,6 +55,11 @@ def memory_total(device: str = "cpu") -> int:
     return psutil.virtual_memory().total
 
 
+def gpu_name(device: torch.device | str) -> str:
+    """What its driver calls a GPU."""
+    return torch.cuda.get_device_name(device)
+
+
 @functools.cache
 def describe_machine() -> dict[str, Any]:
     """Processor, cores in use, memory and versions, for ledgers and benchmarks."""

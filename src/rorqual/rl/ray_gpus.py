@@ -105,8 +105,8 @@ def _hold(ray: Any, share: float) -> tuple[torch.device, Any]:
         name = ray.get(holder.name.remote(), timeout=HOLD_SECONDS)
     except ray.exceptions.RayError as e:
         raise UserError(
-            f"device cuda: Ray has no GPU of this machine for the trainer ({reason(e)}); end what else uses them, start "
-            "the run on another machine of the cluster, or add device=cpu"
+            f"device cuda: Ray has no GPU of this machine for the trainer ({reason(e)}); end what else uses them, "
+            "start the run on another machine of the cluster, or add device=cpu"
         ) from e
     index = visible_index(name)
     if index is None:

@@ -97,9 +97,7 @@ class _Task:
 class RayFleet:
     """A `Fleet` (rollout_source.py) of Ray actors."""
 
-    def __init__(
-        self, ray: Any, recipe: RLRecipe, config: ModelConfig, device: torch.device | str = "cpu"
-    ) -> None:
+    def __init__(self, ray: Any, recipe: RLRecipe, config: ModelConfig, device: torch.device | str = "cpu") -> None:
         section, kind = recipe.rollouts, torch.device(device).type
         assert section.workers is not None
         assert section.staleness is not None

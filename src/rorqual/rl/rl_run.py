@@ -66,7 +66,9 @@ def on_ray(recipe: RLRecipe) -> RLRecipe:
     """The recipe with the defaults of rollouts on Ray. Raises UserError for GPUs of a run on CPUs."""
     given = recipe.rollouts
     if given.gpus is not None and recipe.device == "cpu":
-        raise UserError(f"rollouts.gpus = {given.gpus:g} with device = cpu: workers compute as the trainer; leave one out")
+        raise UserError(
+            f"rollouts.gpus = {given.gpus:g} with device = cpu: workers compute as the trainer; leave one out"
+        )
     defaults = {"workers": min(2, recipe.grpo.questions_per_step), "staleness": 1}
     chosen = {name: value for name, value in defaults.items() if getattr(given, name) is None}
     return recipe.model_copy(update={"rollouts": given.model_copy(update=chosen)})

@@ -20,7 +20,8 @@ from rorqual.recipe import ChatDataSection, DataSection, DistillRecipe, ModelSec
 from rorqual.tokenizer_protocol import Tokenizer
 from rorqual.train.rng import set_seed
 
-# Gives what a process keeps of a model on the meta device its weights: (model, number of its first routed expert, where).
+# Gives what a process keeps of a model on the meta device its weights: (model, number of its first routed expert,
+# device).
 Fill = Callable[[Transformer, int, torch.device], None]
 
 
