@@ -62,9 +62,7 @@ def test_a_run_takes_gpus_where_all_of_it_fits(gpus):
 
 def test_too_few_gpus_are_refused(gpus):
     gpus(2)
-    said = (
-        r"rollouts.workers = 2, each with rollouts.gpus = {}, .* {} GPUs have room for {} workers; lower one"
-    )
+    said = r"rollouts.workers = 2, each with rollouts.gpus = {}, .* {} GPUs have room for {} workers; lower one"
     with pytest.raises(UserError, match=said.format(1, 2, 1)):
         trainer_device(FakeRay(gpus=(2,)), recipe("cuda"))
     with pytest.raises(UserError, match=said.format(0.5, 1, 1)):

@@ -97,10 +97,12 @@ class _Pipeline:
         if gpu.lower() == "cpu" and not isinstance(recipe, DistillRecipe):
             return self._here(recipe, config, fields)
         if self.rehearse is not None:
-            other = ", or leave out --gpu" if said else ", or add --gpu cpu"
+            other = (
+                "" if isinstance(recipe, DistillRecipe) else ", or leave out --gpu" if said else ", or add --gpu cpu"
+            )
             raise UserError(
-                f"--rehearse {self.rehearse}: {recipe.name} is planned for a chip, not run on this machine; leave it out"
-                + ("" if isinstance(recipe, DistillRecipe) else other)
+                f"--rehearse {self.rehearse}: {recipe.name} is planned for a chip, not run on this machine; "
+                f"leave it out{other}"
             )
         asked = recipe_request(recipe) | {"name": recipe.name, "gpu": gpu} | fields
         if isinstance(recipe, RLRecipe) or (said is None and gpu != "cpu"):

@@ -48,7 +48,7 @@ def memory_used(device: str = "cpu") -> int:
     return psutil.Process().memory_info().rss
 
 
-def memory_total(device: str = "cpu") -> int:
+def memory_total(device: torch.device | str = "cpu") -> int:
     """Memory of the device in bytes."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
