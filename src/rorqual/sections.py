@@ -248,6 +248,11 @@ class ParallelSection(Section):
     def processes(self) -> int:
         return self.pipeline * self.data * self.context
 
+    @property
+    def by_deep_ep(self) -> bool:
+        """Whether tokens travel by DeepEP's kernels."""
+        return self.dispatch in ("deepep", "deepep-fp8")
+
 
 class ChatDataSection(Section):
     path: LocalPath  # .jsonl(.gz) or .parquet with `messages`, or `prompt` and `completion`
@@ -336,10 +341,11 @@ class GRPOSection(Section):
 
 
 class RolloutsSection(Section):
-    """Rollouts on Ray (`--ray`); the first three need it."""
+    """Rollouts on Ray (`--ray`); the first four need it."""
 
     workers: int | None = Field(default=None, ge=1, le=4096)  # None: 2
     # Optimizer steps by which a rollout's weights may be older than those it trains; 0: synchronous. None: 1
     staleness: int | None = Field(default=None, ge=0, le=64)
     threads: int | None = Field(default=None, ge=1, le=1024)  # of a worker; None: the CPUs shared among the workers
+    gpus: float | None = Field(default=None, gt=0, le=1)  # of a worker, and of the trainer; None: 1 where on GPUs
     replay_routing: bool = False  # updates take the experts that rollouts chose (V3.2 §3.1); also without Ray

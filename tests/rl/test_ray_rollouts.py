@@ -207,6 +207,24 @@ def test_rollouts_in_flight_are_resumed(staleness, steps, moe, tokenizer, tmp_pa
         assert resumed.state()["streams"] == whole.state()["streams"]
 
 
+def test_a_run_that_is_over_waits_for_no_rollout(moe, tokenizer):
+    """It has a time budget, or it would have sampled none ahead."""
+    ray = FakeRay()
+    toy = trainer(moe, tokenizer, ray, {"staleness": 2})
+    run(toy, 2)
+    assert toy.rollouts.state()["in_flight"] == [2, 3]
+    toy.rollouts.close()
+    assert not [name for name in toy.tensors() if name.startswith("rollouts.")]
+    assert "in_flight" not in toy.state()
+    assert (ray.sampled, ray.calls, ray.killed) == (4, 8, 2)  # two workers' parts of two steps, and of those ahead
+    alone = trainer(moe, tokenizer)
+    for step in range(2):
+        alone.rollouts.draw(step)
+    assert toy.state()["streams"] == alone.state()["streams"]
+    toy.rollouts.close()
+    assert ray.killed == 2
+
+
 def test_a_replay_makes_the_trainer_choose_what_the_sampler_chose(moe, tokenizer):
     toy = trainer(moe, tokenizer, FakeRay(), {"staleness": 1, "replay_routing": True})
     toy.step()

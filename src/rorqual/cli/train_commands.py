@@ -11,6 +11,8 @@ import typer
 from rorqual.cli.options import DryRun, Overrides, Ray, RecipeFile, Resume, check_ray, expand_path, within
 
 if TYPE_CHECKING:
+    import torch
+
     from rorqual.model import ModelConfig
     from rorqual.recipe import PretrainRecipe, Recipe, RLRecipe, SFTRecipe
 
@@ -83,6 +85,7 @@ def rl(
     from rorqual.precision.fp8_twin import twin_bytes
     from rorqual.recipe import RLRecipe, load_recipe
     from rorqual.rl.envs.registry import open_environment
+    from rorqual.rl.ray_gpus import device_here
     from rorqual.rl.rl_run import check_problems, in_process, on_ray, predict_rl, prompt_tokens
     from rorqual.rl.rl_run import rl as run
     from rorqual.train.build_model import check_model, tokenizer_of, trained_path
@@ -97,7 +100,7 @@ def rl(
         check_problems(checked, tokenizer, environments)
         config = ModelConfig.load(trained_path(checked.model))
         total, active = parameters(config)
-        device = find_device("cpu" if ray else checked.device)
+        device = device_here(checked, ray) if ray else find_device(checked.device)
         dtype = dtype_name(compute_dtype(checked.model.dtype, device))
         needed = memory(
             config,
@@ -118,7 +121,7 @@ def rl(
         if twin:
             print(f"{'':<12} {twin / 1e9:.3g} GB of it for the FP8 weights that rollouts are sampled from")
         if ray:
-            _print_workers(checked, config)
+            _print_workers(checked, config, device)
         if device.type == "cpu":
             print(rl_time_text(predict_rl(checked, config, prompt_tokens(checked, tokenizer, environments)), checked))
         _print_precision(checked, config)
@@ -126,14 +129,16 @@ def rl(
     _finished(run(checked, resume=resume, ray=ray))
 
 
-def _print_workers(recipe: "RLRecipe", config: "ModelConfig") -> None:
+def _print_workers(recipe: "RLRecipe", config: "ModelConfig", device: "torch.device") -> None:
     from rorqual.kernels.dtypes import compute_dtype
+    from rorqual.rl.ray_gpus import share
     from rorqual.rl.weight_push import push_bytes
 
-    pushed = push_bytes(config, compute_dtype(recipe.model.dtype), recipe.grpo.rollout_weights == "fp8")
+    pushed = push_bytes(config, compute_dtype(recipe.model.dtype, device), recipe.grpo.rollout_weights == "fp8")
     section = recipe.rollouts
     versions = (section.staleness or 0) + 1
-    print(f"{'workers':<12} {section.workers} on Ray, rollouts up to {section.staleness} steps stale")
+    gpus = "" if device.type == "cpu" else f", with {share(recipe):g} GPU each, as the trainer"
+    print(f"{'workers':<12} {section.workers} on Ray{gpus}, rollouts up to {section.staleness} steps stale")
     print(f"{'':<12} {pushed / 1e9:.3g} GB of weights each, without their KV cache")
     print(f"{'pushed':<12} {pushed / 1e9:.3g} GB a step; Ray's object store holds up to {versions} versions")
 

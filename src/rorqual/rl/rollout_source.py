@@ -42,6 +42,10 @@ class Fleet(Protocol):
         """Wait for a step's rollout, in the order of its prompts; once only."""
         ...
 
+    def close(self) -> None:
+        """End the workers, whatever they are at; once is enough."""
+        ...
+
 
 @dataclass(frozen=True)
 class Served:
@@ -93,6 +97,16 @@ class RolloutSource:
         rollout = assemble(self.engine, flight.problems, flight.prompts, shards)
         return Served(rollout, time.monotonic() - start, step - version, self.fleet.pushed_bytes - pushed)
 
+    def close(self) -> None:
+        """End the fleet: no rollout is needed any more. The problems in flight are as if they had not been drawn."""
+        if self.fleet is None:
+            return
+        for family, index in self._first_positions().items():
+            self.streams[family].index = index
+        self._flights.clear()
+        self._landed.clear()
+        self.fleet.close()
+
     def take_notes(self) -> list[str]:
         """What happened to the fleet's workers since the last call."""
         notes = [] if self.fleet is None else list(self.fleet.notes)
@@ -112,8 +126,7 @@ class RolloutSource:
     def state(self) -> dict[str, Any]:
         """The JSON part of a checkpoint: the streams' positions before the problems in flight, and their steps."""
         steps = sorted(self._flights)
-        streams = self._flights[steps[0]].streams if steps else self._positions()
-        return {"streams": streams} | ({"in_flight": steps} if steps else {})
+        return {"streams": self._first_positions()} | ({"in_flight": steps} if steps else {})
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors of a checkpoint: the rollouts in flight, from weights that are gone; waits until they are
@@ -160,6 +173,10 @@ class RolloutSource:
         if step not in self._landed:
             self._landed[step] = fleet.collect(step)
         return self._landed[step]
+
+    def _first_positions(self) -> dict[str, int]:
+        """Of the streams, before the problems in flight."""
+        return self._flights[min(self._flights)].streams if self._flights else self._positions()
 
     def _positions(self) -> dict[str, int]:
         return {family: stream.index for family, stream in self.streams.items()}
