@@ -68,7 +68,7 @@ ALGORITHMS = ["grpo", "dr_grpo", "dapo", "gspo", "cispo"]
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_loss_is_the_papers(algorithm, seed):
     s = section(algorithm)
-    assert float(loss_of(s, *numbers(seed)).loss) == pytest.approx(by_hand(algorithm, *numbers(seed), s), rel=1e-5)
+    assert float(loss_of(s, *numbers(seed)).loss) == pytest.approx(by_hand(algorithm, *numbers(seed), s), rel=1e-5, abs=1e-7)
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -111,11 +111,9 @@ def test_cispo_counts_weights_that_are_cut_whatever_the_advantage():
     assert (int(found.clipped_low), int(found.clipped_high)) == (0, 2)
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", ["grpo", "dr_grpo", "dapo"])
 def test_gradient_passes_gradcheck_where_it_is_smooth(algorithm):
-    """Ratios near 1, within every clip; the weighted surrogate and GSPO-token hold back gradients, so not those."""
-    if algorithm in ("gspo", "cispo"):
-        pytest.skip("gradients are held back by design; see the differences above")
+    """Ratios near 1, within every clip. CISPO and GSPO-token hold back gradients; see the differences above."""
     s, (logp, old, ref) = section(algorithm, kl=0.1), numbers()
     near = torch.tensor(old + 0.01 * (logp - old), requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: loss_of(s, x, old, ref).loss, near)

@@ -82,13 +82,15 @@ class PolicyUpdate:
         truncated completions do neither. Raises UserError when three updates in a row are not finite.
         """
         section, G = self.section, self.section.group_size
+        sums = UpdateSums(mismatch=self._mismatch(), distilled=0.0 if self.teachers else None)
+        if not rollout.problems:
+            return sums
         grouped = rewards.total.view(-1, G)
         advantages = group_advantages(grouped, section.normalise_std).flatten()
         zero_std = zero_std_groups(grouped)
         counted = (~zero_std if section.drop_zero_std_groups else torch.ones_like(zero_std)).nonzero().flatten()
         truncated = torch.tensor([s.truncated for s in rollout.samples], dtype=torch.bool)
         lengths = rollout.lengths
-        sums = UpdateSums(mismatch=self._mismatch(), distilled=0.0 if self.teachers else None)
         self.model.train()
         weights = torch.zeros(len(lengths))
         updates: list[list[int]] = []
