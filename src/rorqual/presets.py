@@ -6,7 +6,7 @@
 | dr_grpo | Liu et al. 2025, 2503.20783, §3.2: no std, a constant in place of the length; no KL term |
 | dapo | Yu et al. 2025, 2503.14476, §3: clip-higher, dynamic sampling, token average, overlong shaping; no KL term |
 | gspo | Zheng et al. 2025, 2507.18071, §4.1, §5.1: length-normalised sequence ratio and its clip |
-| cispo | MiniMax-M1, 2506.13585, §3.1: no lower bound. Weights of at most 5, as ScaleRL (2510.13786) found; M1 has no number |
+| cispo | MiniMax-M1, 2506.13585, §3.1: no lower bound; M1 gives no upper one, 5 is ScaleRL's (2510.13786) |
 | opd | Agarwal et al. 2024 (GKD), 2306.13649, with student samples only: no reward |
 """
 
@@ -19,7 +19,16 @@ GRPO_PRESETS: dict[str, dict[str, Any]] = {
     "cispo": {"surrogate": "weighted", "clip_low": 1.0, "clip_high": 4.0, "average": "token", "kl": 0.0},
     "opd": {"average": "token", "kl": 0.0},
 }
-REWARD_PRESETS: dict[str, dict[str, float]] = {
+REWARD_PRESETS: dict[str, dict[str, Any]] = {
     "dapo": {"length": 1.0},
     "opd": {"accuracy": 0.0, "format": 0.0},
 }
+
+
+def with_preset(presets: dict[str, dict[str, Any]], grpo: Any, given: Any) -> Any:
+    """The fields `given`, after those that the algorithm of the section `grpo` sets. What is no section stays."""
+    if not (isinstance(grpo, dict) and isinstance(given, dict)):
+        return given
+    section: dict[str, Any] = grpo
+    own: dict[str, Any] = given
+    return presets.get(str(section.get("algorithm")), {}) | own

@@ -6,14 +6,14 @@ with the run.
 
 import tomllib
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar, overload
+from typing import Any, Literal, Self, TypeVar, cast, overload
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from rorqual.errors import UserError
 from rorqual.files import read_text
 from rorqual.local_paths import local_path
-from rorqual.presets import REWARD_PRESETS
+from rorqual.presets import REWARD_PRESETS, with_preset
 from rorqual.renamed import current_fields
 from rorqual.rl_checks import check_rl
 from rorqual.sections import (
@@ -184,11 +184,10 @@ class RLRecipe(Recipe):
     @model_validator(mode="before")
     @classmethod
     def _preset(cls, given: Any) -> Any:
-        grpo, reward = (given.get(name, {}) for name in ("grpo", "reward")) if isinstance(given, dict) else (None, None)
-        if not (isinstance(grpo, dict) and isinstance(reward, dict)):
+        if not isinstance(given, dict):
             return given
-        preset = REWARD_PRESETS.get(str(grpo.get("algorithm")), {})
-        return given | {"reward": preset | reward}
+        fields = cast(dict[str, Any], given)
+        return fields | {"reward": with_preset(REWARD_PRESETS, fields.get("grpo"), fields.get("reward", {}))}
 
     @model_validator(mode="after")
     def _together(self) -> "RLRecipe":

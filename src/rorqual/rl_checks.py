@@ -25,19 +25,18 @@ def _check_correction(grpo: GRPOSection, differs: bool) -> None:
         )
     if grpo.off_policy_mask is not None and grpo.mini_batches == 1 and not differs:
         raise ValueError(
-            f"grpo.off_policy_mask = {grpo.off_policy_mask:g}: with mini_batches = 1 and nothing rounded or stale every "
-            "output is on-policy, so none is masked; raise grpo.mini_batches, set rollouts.staleness, or leave it "
-            "out"
+            f"grpo.off_policy_mask = {grpo.off_policy_mask:g}: with mini_batches = 1 and nothing rounded or stale "
+            "every output is on-policy, so none is masked; raise grpo.mini_batches, set rollouts.staleness, or leave "
+            "it out"
         )
 
 
-def _check_distillation(
-    grpo: GRPOSection, opd: OPDSection | None, environments: Sequence[str], rewarded: bool
-) -> None:
+def _check_distillation(grpo: GRPOSection, opd: OPDSection | None, environments: Sequence[str], rewarded: bool) -> None:
     if opd is None:
         if grpo.algorithm == "opd":
             raise ValueError(
-                "grpo.algorithm = 'opd' needs a teacher; set opd.teacher to a model's directory, or take another algorithm"
+                "grpo.algorithm = 'opd' needs a teacher; set opd.teacher to a model's directory, or take another "
+                "algorithm"
             )
         if not rewarded:
             parts = [name for name in RewardSection.model_fields if name != "target_language"]
@@ -58,6 +57,6 @@ def _check_distillation(
     for name, value in (("drop_zero_std_groups", grpo.drop_zero_std_groups), ("max_draws", grpo.max_draws > 1)):
         if value:
             raise ValueError(
-                f"grpo.{name} = {str(getattr(grpo, name)).lower()}: without a reward no group's rewards differ, so none "
-                "would be trained on; leave it out, or give the reward a weight"
+                f"grpo.{name} = {str(getattr(grpo, name)).lower()}: without a reward no group's rewards differ, so "
+                "none would be trained on; leave it out, or give the reward a weight"
             )

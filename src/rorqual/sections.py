@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 from rorqual.errors import UserError
 from rorqual.local_paths import local_path
-from rorqual.presets import GRPO_PRESETS
+from rorqual.presets import GRPO_PRESETS, with_preset
 
 TomlValue: TypeAlias = str | int | float | bool | date | time | list["TomlValue"] | dict[str, "TomlValue"] | None
 
@@ -327,7 +327,7 @@ class GRPOSection(Section):
     @model_validator(mode="before")
     @classmethod
     def _preset(cls, given: Any) -> Any:
-        return GRPO_PRESETS.get(str(given.get("algorithm")), {}) | given if isinstance(given, dict) else given
+        return with_preset(GRPO_PRESETS, given, given)
 
     @model_validator(mode="after")
     def _enough_questions(self) -> "GRPOSection":

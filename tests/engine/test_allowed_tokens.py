@@ -41,7 +41,9 @@ def test_log_probabilities_are_among_the_allowed_tokens(model):
         assert allowed.sum(1).max() <= 60
         assert 1 < allowed.float().sum(1).mean() < 60
         logp = logits.masked_fill(~allowed, float("-inf")).log_softmax(-1)
-        assert completion.logprobs == pytest.approx(logp.gather(1, torch.tensor(tokens)[:, None])[:, 0].tolist(), abs=1e-4)
+        assert completion.logprobs == pytest.approx(
+            logp.gather(1, torch.tensor(tokens)[:, None])[:, 0].tolist(), abs=1e-4
+        )
         # Each set is that of the whole filter: no token that is dropped is more probable than one that is kept, and one
         # more token would break top_p, top_k or min_p.
         p = logits.softmax(-1)
@@ -53,7 +55,9 @@ def test_log_probabilities_are_among_the_allowed_tokens(model):
         assert ((mass > 0.699) | (allowed.sum(1) == 60) | (following < 0.01 * best * 1.001)).all()
 
 
-@pytest.mark.parametrize("options", [{"max_num_seqs": 2}, {"kv_cache_bytes": 1 << 18, "max_num_seqs": 3}, {"speculative": "ngram"}])
+@pytest.mark.parametrize(
+    "options", [{"max_num_seqs": 2}, {"kv_cache_bytes": 1 << 18, "max_num_seqs": 3}, {"speculative": "ngram"}]
+)
 def test_the_record_does_not_depend_on_the_company(model, options):
     for a, b in zip(recorded(model), recorded(model, **options), strict=True):
         assert a.tokens == b.tokens

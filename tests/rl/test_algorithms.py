@@ -120,6 +120,7 @@ def test_draws_that_follow_each_other_are_not_for_a_fleet():
 
 # -- updates
 
+
 @pytest.mark.parametrize("algorithm", ["grpo", "dr_grpo", "dapo", "gspo", "cispo"])
 @pytest.mark.parametrize("mini_batches", [1, 2])
 def test_one_step(algorithm, mini_batches, dense, tokenizer):
@@ -331,6 +332,7 @@ def test_parts_of_rollouts(dense, tokenizer):
 
 # -- balance
 
+
 @pytest.mark.parametrize(("speed", "moves"), [(0.0, False), (0.01, True)])
 def test_the_balancing_bias_is_frozen_or_live(speed, moves, moe, tokenizer):
     balance = {"bias_speed": speed} if speed else {}  # frozen by default
@@ -339,6 +341,6 @@ def test_the_balancing_bias_is_frozen_or_live(speed, moves, moe, tokenizer):
     before = bias.clone()
     metrics = toy.step()
     assert torch.equal(bias, before) != moves
-    assert (metrics.update.max_vio_per_layer is not None) == moves
+    assert metrics.update.max_vio_per_layer[0] >= 0
     if moves:
         assert (bias - before).abs().max().item() == pytest.approx(speed)

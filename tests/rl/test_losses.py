@@ -68,7 +68,9 @@ ALGORITHMS = ["grpo", "dr_grpo", "dapo", "gspo", "cispo"]
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_loss_is_the_papers(algorithm, seed):
     s = section(algorithm)
-    assert float(loss_of(s, *numbers(seed)).loss) == pytest.approx(by_hand(algorithm, *numbers(seed), s), rel=1e-5, abs=1e-7)
+    assert float(loss_of(s, *numbers(seed)).loss) == pytest.approx(
+        by_hand(algorithm, *numbers(seed), s), rel=1e-5, abs=1e-7
+    )
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -174,8 +176,12 @@ def test_importance_weights_by_hand():
         weights, which = importance_weights(old, sampled, sequence, how, 2.9)
         assert weights.tolist() == pytest.approx(wanted), how
         assert int(which.sum()) == cut
-    assert importance_weights(old, sampled, sequence, "token-mask", 1.5)[0].tolist() == pytest.approx([0, 0, 0, 1, 0.8, 1])
-    assert importance_weights(old, sampled, sequence, "sequence-mask", 1.1)[0].tolist() == pytest.approx([0] * 4 + [0.8] * 2)
+    assert importance_weights(old, sampled, sequence, "token-mask", 1.5)[0].tolist() == pytest.approx(
+        [0, 0, 0, 1, 0.8, 1]
+    )
+    assert importance_weights(old, sampled, sequence, "sequence-mask", 1.1)[0].tolist() == pytest.approx(
+        [0] * 4 + [0.8] * 2
+    )
 
 
 def test_weights_beyond_the_range_of_numbers_are_cut_too():

@@ -14,8 +14,8 @@ from rorqual.rl import ray_rollouts
 from rorqual.rl.envs.environment import Environment, Problem
 from rorqual.rl.grpo_trainer import GRPOTrainer
 from rorqual.rl.ray_rollouts import RayFleet
-from rorqual.rl.rollout_logprobs import pack_members, replaying
 from rorqual.rl.rl_run import check_problems, in_process, on_ray
+from rorqual.rl.rollout_logprobs import pack_members, replaying
 from rorqual.rl.weight_push import copy_bytes, push_bytes, sampling_model, to_bytes
 from rorqual.train.checkpoints import Checkpoints
 

@@ -78,7 +78,7 @@ class AllowedTokens:
     @classmethod
     def of(cls, rows: Sequence[Words], vocab: int) -> "AllowedTokens":
         words = np.concatenate(rows) if rows else np.zeros(0, dtype=np.int32)
-        return cls(torch.from_numpy(words), torch.tensor([len(row) for row in rows], dtype=torch.int32), vocab)
+        return cls(torch.as_tensor(words), torch.tensor([len(row) for row in rows], dtype=torch.int32), vocab)
 
     @classmethod
     def joined(cls, parts: Sequence["AllowedTokens"]) -> "AllowedTokens":
@@ -87,14 +87,14 @@ class AllowedTokens:
 
     def split(self, sizes: Sequence[int]) -> list["AllowedTokens"]:
         """Parts of so many tokens each."""
-        lengths = self.lengths.split(list(sizes))
-        words = self.words.split([int(part.sum()) for part in lengths])
+        lengths = self.lengths.split_with_sizes(list(sizes))
+        words = self.words.split_with_sizes([int(part.sum()) for part in lengths])
         return [AllowedTokens(w, n, self.vocab) for w, n in zip(words, lengths, strict=True)]
 
     def mask(self, at: Int[Tensor, " n"]) -> Bool[Tensor, "n V"]:
         """Which tokens are allowed, of the sampled tokens `at`; on the CPU."""
         at, words = at.cpu(), self.words.numpy()
-        ends, lengths = self.lengths.cumsum(0)[at].tolist(), self.lengths[at].tolist()
+        ends, lengths = self.lengths.cumsum(0)[at].numpy(), self.lengths[at].numpy()
         bits = np.zeros((len(at), self.vocab), dtype=np.bool_)
         for row, end, length in zip(bits, ends, lengths, strict=True):
             own = words[end - length : end]
@@ -102,7 +102,7 @@ class AllowedTokens:
                 row[own] = True
             else:
                 row[:] = np.unpackbits(own.astype("<i4").view(np.uint8), bitorder="little")[: self.vocab]
-        return torch.from_numpy(bits)
+        return torch.as_tensor(bits)
 
 
 def drop_others_(

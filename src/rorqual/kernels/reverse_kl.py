@@ -1,7 +1,7 @@
 """Reverse KL divergence of two linear heads' distributions over the vocabulary, a chunk of tokens at a time.
 
-For p = softmax(h·Wᵀ/T) of the student and q of the teacher: KL(p‖q) = Σ_v p_v (log p_v − log q_v), and its derivative by
-the student's logit v is p_v (log p_v − log q_v − KL)/T. N tokens, vocabulary V, widths D and E.
+For p = softmax(h·Wᵀ/T) of the student and q of the teacher: KL(p‖q) = Σ_v p_v (log p_v − log q_v), and its derivative
+by the student's logit v is p_v (log p_v − log q_v − KL)/T. N tokens, vocabulary V, widths D and E.
 """
 
 from collections.abc import Iterator

@@ -65,7 +65,7 @@ def zero_std_groups(rewards: Float[Tensor, "Q G"]) -> Bool[Tensor, " Q"]:
 
 def groups_with_spread(rewards: Float[Tensor, "Q G"], most: int) -> list[int]:
     """The first `most` groups whose rewards differ: what dynamic sampling trains on (DAPO, 2503.14476, §3.2)."""
-    return (~zero_std_groups(rewards)).nonzero().flatten()[:most].tolist()
+    return [int(q) for q in (~zero_std_groups(rewards)).nonzero().flatten()[:most]]
 
 
 def token_weights(
@@ -158,8 +158,8 @@ def off_policy_masked(
 def on_policy_grad(
     advantages: Float[Tensor, " S"], weights: Float[Tensor, " S"], sequence: Int[Tensor, " N"]
 ) -> Float[Tensor, " N"]:
-    """dL/d log π of each token when π_old = π and there is no KL term: ρ = 1 and nothing is clipped, whichever the ratio
-    and the surrogate.
+    """dL/d log π of each token when π_old = π and there is no KL term: ρ = 1 and nothing is clipped, whichever the
+    ratio and the surrogate.
     """
     return -(advantages * weights)[sequence]
 

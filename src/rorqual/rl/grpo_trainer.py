@@ -141,9 +141,7 @@ class GRPOTrainer:
             served = self.rollouts.next(self.steps, len(rollouts))
             began = time.monotonic()
             samples = served.rollout.samples
-            rewards.append(
-                score(samples, self.environments, self.recipe.reward, section.max_tokens, self.verdict)
-            )
+            rewards.append(score(samples, self.environments, self.recipe.reward, section.max_tokens, self.verdict))
             rollouts.append(served.rollout)
             waited, scoring = waited + served.wait_seconds, scoring + time.monotonic() - began
             whole = Rewards.joined(rewards)
@@ -219,11 +217,14 @@ class GRPOTrainer:
         self.trained_tokens += sums.computed
         self.flops["rollout"] += self._sampling_flops(rollout)
         self.flops["train"] += sums.computed * passes * self._flops_per_token(rollout)
+        for path, tokens in sums.taught.items():
+            assert self.update.teachers is not None
+            self.flops["train"] += tokens * self._flops_per_token(rollout, self.update.teachers.models[path])
 
     def _sampling_flops(self, rollout: Rollout) -> float:
         return (rollout.tokens + sum(map(len, rollout.prompts))) * self._flops_per_token(rollout)
 
-    def _flops_per_token(self, rollout: Rollout) -> float:
-        """Of a forward pass."""
+    def _flops_per_token(self, rollout: Rollout, model: Transformer | None = None) -> float:
+        """Of a forward pass, of the policy or another model."""
         length = sum(map(len, rollout.prompts)) // len(rollout.prompts) + rollout.tokens // len(rollout.completions)
-        return flops_per_token(self.model.config, length, training=False)
+        return flops_per_token((model or self.model).config, length, training=False)

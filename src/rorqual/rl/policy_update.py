@@ -70,6 +70,7 @@ class PolicyUpdate:
         self.model, self.sampling, self.recipe, self.section = model, sampling, recipe, recipe.grpo
         self.optimizer, self.stale, self.teachers = optimizer, stale, teachers
         self.activations = Activations(model, recipe.recompute)
+        self.has_experts = bool(model.config.n_routed_experts)
         self.device = model.head_weight.device
         self.reference = copy.deepcopy(model).requires_grad_(False) if recipe.grpo.kl else None
         self.skipped_in_a_row = 0
@@ -101,7 +102,7 @@ class PolicyUpdate:
             weights[members] = token_weights(lengths[members], section.average, section.max_tokens)
             everyone = section.kl or self.teachers is not None
             computed = members if everyone else members[~zero_std.repeat_interleave(G)[members]]
-            updates += [computed.tolist()] if len(computed) else []
+            updates += [[int(i) for i in computed]] if len(computed) else []
         old: list[list[float]] | None = None
         if section.mini_batches > 1:
             trained = [i for members in updates for i in members]
@@ -136,12 +137,13 @@ class PolicyUpdate:
         for packed, teacher in batches:
             packed = packed.to(self.device)
             with replaying(self.model, packed, sums.replay):
-                routing: list[Routing] | None = [] if self._balances else None
+                routing: list[Routing] | None = [] if self.has_experts else None
                 total = self._loss(packed, update, teacher, routing, sums)
-                if routing:
+                if routing and self.recipe.balance.sequence_loss:
                     # A micro-batch is one sequence of V3 eq. 17–20, weighted by its tokens.
                     share = self.recipe.balance.sequence_loss * packed.tokens.numel() / total_tokens
                     total = total + share * sum((r.sequence_loss for r in routing), total.new_zeros(()))
+                if routing:
                     found = [r.load.detach() for r in routing]
                     loads = [a + b for a, b in zip(loads, found, strict=True)] if loads else found
                 torch.autograd.backward(total)
@@ -186,7 +188,9 @@ class PolicyUpdate:
                 sums.mismatch.routers_differ = routers_differ(self.sampling.eval(), packed, choices)
                 self.model.train()
         if section.off_policy_mask is not None:
-            masked = off_policy_masked(logprobs, sampled, update.advantages, sequence, section.off_policy_mask)[sequence]
+            masked = off_policy_masked(logprobs, sampled, update.advantages, sequence, section.off_policy_mask)[
+                sequence
+            ]
             importance = (torch.ones_like(before) if importance is None else importance).masked_fill(masked, 0.0)
             sums.masked = (sums.masked or 0) + int(masked.sum())
         token_advantages, divergence = None, None
@@ -200,6 +204,7 @@ class PolicyUpdate:
                 token_advantages = self.teachers.section.weight * (theirs - before)
                 apart = logprobs.detach() - theirs
             sums.distilled = (sums.distilled or 0.0) + float(apart.sum())
+            sums.taught[teacher] = sums.taught.get(teacher, 0) + packed.tokens.numel()
         loss = grpo_loss(
             logprobs, old, reference, update.advantages, update.weights, sequence, section, importance,
             sampled if sums.mismatch is not None else None, token_advantages,
@@ -235,10 +240,6 @@ class PolicyUpdate:
         if not self._measures:
             return None
         return Mismatch(self.section.importance_cap or CAP, self.section.correction or "token-truncate")
-
-    @property
-    def _balances(self) -> bool:
-        return self.recipe.balance.sequence_loss > 0 or self.recipe.balance.bias_speed > 0
 
 
 def _flat(logprobs: list[list[float]], members: list[int], device: torch.device) -> Tensor:

@@ -68,8 +68,8 @@ def on_ray(recipe: RLRecipe) -> RLRecipe:
     given = recipe.rollouts
     if recipe.grpo.max_draws > 1:
         raise UserError(
-            f"grpo.max_draws = {recipe.grpo.max_draws} with --ray: rollouts are sampled ahead, before it is known how many "
-            "are needed; add grpo.max_draws=1, or leave out --ray"
+            f"grpo.max_draws = {recipe.grpo.max_draws} with --ray: rollouts are sampled ahead, before it is known how "
+            "many are needed; add grpo.max_draws=1, or leave out --ray"
         )
     defaults = {"workers": min(2, recipe.grpo.questions_per_step), "staleness": 1}
     chosen = {name: value for name, value in defaults.items() if getattr(given, name) is None}

@@ -45,10 +45,11 @@ class Rollout:
         """The part of some of the problems."""
         group = len(self.completions) // max(len(self.problems), 1)
         members = members_of(groups, group)
-        by_problem = {name: [getattr(self, name)[q] for q in groups] for name in BY_PROBLEM}
-        lists = {name: getattr(self, name) for name in BY_COMPLETION}
-        by_completion = {name: None if own is None else [own[i] for i in members] for name, own in lists.items()}
-        return Rollout(**by_problem, **by_completion, seconds=self.seconds)
+        lists: dict[str, Any] = {name: [getattr(self, name)[q] for q in groups] for name in BY_PROBLEM}
+        for name in BY_COMPLETION:
+            own = getattr(self, name)
+            lists[name] = None if own is None else [own[i] for i in members]
+        return Rollout(**lists, seconds=self.seconds)
 
     @classmethod
     def joined(cls, rollouts: Sequence["Rollout"]) -> "Rollout":
@@ -107,7 +108,7 @@ class Shard:
         if self.allowed_words is None or self.allowed_lengths is None:
             return []
         whole = AllowedTokens(self.allowed_words, self.allowed_lengths, vocab)
-        return whole.split(self.lengths.tolist())
+        return whole.split([int(n) for n in self.lengths])
 
     def tensors(self) -> dict[str, Tensor]:
         return {name: tensor for name, tensor in vars(self).items() if tensor is not None}

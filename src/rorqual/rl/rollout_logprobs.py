@@ -20,7 +20,11 @@ from rorqual.shapes import Float
 
 
 def pack_members(
-    rollout: Rollout, members: Sequence[int], section: GRPOSection, config: ModelConfig, only: Sequence[bool] | None = None
+    rollout: Rollout,
+    members: Sequence[int],
+    section: GRPOSection,
+    config: ModelConfig,
+    only: Sequence[bool] | None = None,
 ) -> list[PackedRollout]:
     """Micro-batches of the completions `members`, whose indices are those into `members`. only: which to pack."""
     prompt_of = [i // section.group_size for i in members]
@@ -77,7 +81,7 @@ def rollout_logprobs(
     """By completion, of `members` under the model, with the experts that the rollout recorded; of others there are
     none.
     """
-    sizes = rollout.lengths[list(members)].tolist()
+    sizes = [int(n) for n in rollout.lengths[list(members)]]
     device = model.head_weight.device
     found = torch.empty(sum(sizes), device=device)
     for packed in pack_members(rollout, members, section, model.config):

@@ -27,6 +27,7 @@ class UpdateSums:
     entropy: float = 0.0
     kl: float | None = None  # None: no reference
     distilled: float | None = None  # reverse KL to the teachers; None: there are none
+    taught: dict[str, int] = field(default_factory=dict[str, int])  # tokens that each has read, by its path
     clipped_low: int = 0  # tokens, as the next two
     clipped_high: int = 0
     masked: int | None = None  # off-policy; None: not masked
@@ -90,8 +91,8 @@ class UpdateMetrics:
     off_policy_masked: float | None = None  # fraction of the tokens (grpo.off_policy_mask); None also without it
     max_vio_per_layer: list[float] | None = None  # MaxVio of each MoE layer
     # Where rollouts or updates round or rollouts are stale (mismatch.py): mean over the tokens of |log π_old − log π_s|
-    # and of the estimate of KL(π_s‖π_old), fraction of the tokens with a truncated or masked weight, and of those whose routers
-    # chose otherwise (with a replay: would have chosen).
+    # and of the estimate of KL(π_s‖π_old), fraction of the tokens whose weight was cut or masked, and of those whose
+    # routers chose otherwise (with a replay: would have chosen).
     mismatch_logprob: float | None = None
     mismatch_kl: float | None = None
     importance_truncated: float | None = None

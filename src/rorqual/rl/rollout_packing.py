@@ -69,9 +69,9 @@ def pack_rollout(
 ) -> list[PackedRollout]:
     """Micro-batches of at most `micro_tokens` tokens (or one block) that hold every completion once, each whole.
 
-    prompts, completions: token ids; prompt_of[i] is the index of completion i's prompt, None: leave it out. Longer blocks share a prompt
-    among more completions but compute attention over the whole block: the blocks with the lowest total cost are taken,
-    where `cost(t)` is the cost of one token in a block of t tokens.
+    prompts, completions: token ids; prompt_of[i] is the index of completion i's prompt, None: leave it out. Longer
+    blocks share a prompt among more completions but compute attention over the whole block: the blocks with the lowest
+    total cost are taken, where `cost(t)` is the cost of one token in a block of t tokens.
     """
     groups: dict[int, list[int]] = {}
     for i, p in enumerate(prompt_of):

@@ -1,8 +1,8 @@
 """On-policy distillation: what teachers say of the tokens that the student sampled.
 
 The student samples, and for each of its tokens learns the reverse KL to the teacher's distribution, so that it is
-taught where it goes itself: GKD with student samples (Agarwal et al. 2024, 2306.13649, §3.2), with one teacher for every
-environment, or one for each (as DeepSeek-V4 merges specialists). The loss is one of
+taught where it goes itself: GKD with student samples (Agarwal et al. 2024, 2306.13649, §3.2), with one teacher for all
+environments, or one for each (as DeepSeek-V4 merges specialists). The loss is one of
 
     sampled   a token's advantage gains w·(log π_T(o_t) − log π_old(o_t)), an estimate of −KL(π‖π_T) (Thinking Machines
               2025, "On-Policy Distillation"; no token is blamed for later ones)
@@ -102,8 +102,8 @@ def check_teachers(
         if own != other:
             token = min(own.items() ^ other.items(), key=lambda item: item[1])[0]
             raise UserError(
-                f"opd teacher {path}: its vocabulary is not the student's ({token!r} has another id, or is missing in one "
-                "of them); on-policy distillation needs the same tokenizer, 'rorqual distill' does not"
+                f"opd teacher {path}: its vocabulary is not the student's ({token!r} has another id, or is missing in "
+                "one of them); on-policy distillation needs the same tokenizer, 'rorqual distill' does not"
             )
 
 
@@ -111,5 +111,6 @@ def _check_size(path: str, teacher: ModelConfig, student: ModelConfig, section: 
     sizes = teacher.vocab_size, student.vocab_size
     if sizes[0] < sizes[1] or (section.loss == "full" and sizes[0] != sizes[1]):
         raise UserError(
-            f"opd teacher {path}: its head has {sizes[0]} tokens and the student's {sizes[1]}; use a teacher with the same"
+            f"opd teacher {path}: its head has {sizes[0]} tokens and the student's {sizes[1]}; use a teacher with the "
+            "same"
         )
