@@ -188,9 +188,8 @@ class PolicyUpdate:
                 sums.mismatch.routers_differ = routers_differ(self.sampling.eval(), packed, choices)
                 self.model.train()
         if section.off_policy_mask is not None:
-            masked = off_policy_masked(logprobs, sampled, update.advantages, sequence, section.off_policy_mask)[
-                sequence
-            ]
+            delta = section.off_policy_mask
+            masked = off_policy_masked(logprobs, sampled, update.advantages, sequence, delta)[sequence]
             importance = (torch.ones_like(before) if importance is None else importance).masked_fill(masked, 0.0)
             sums.masked = (sums.masked or 0) + int(masked.sum())
         token_advantages, divergence = None, None
@@ -198,13 +197,11 @@ class PolicyUpdate:
             theirs = self.teachers.states(teacher, packed)
             if self.teachers.section.loss == "full":
                 divergence = self.teachers.divergence(teacher, theirs, packed, self.model, states)
-                apart = divergence.detach()
+                sums.add_taught(teacher, packed.tokens.numel(), divergence.detach())
             else:
                 theirs = self.teachers.logprobs(teacher, theirs, packed)
                 token_advantages = self.teachers.section.weight * (theirs - before)
-                apart = logprobs.detach() - theirs
-            sums.distilled = (sums.distilled or 0.0) + float(apart.sum())
-            sums.taught[teacher] = sums.taught.get(teacher, 0) + packed.tokens.numel()
+                sums.add_taught(teacher, packed.tokens.numel(), logprobs.detach() - theirs)
         loss = grpo_loss(
             logprobs, old, reference, update.advantages, update.weights, sequence, section, importance,
             sampled if sums.mismatch is not None else None, token_advantages,

@@ -50,6 +50,11 @@ class UpdateSums:
         self.ratio += float(loss.ratio)
         self.largest_ratio = max(self.largest_ratio, float(loss.largest_ratio))
 
+    def add_taught(self, teacher: str, computed: int, divergence: Tensor) -> None:
+        """A micro-batch's reverse KL to its teacher, by token."""
+        self.distilled = (self.distilled or 0.0) + float(divergence.sum())
+        self.taught[teacher] = self.taught.get(teacher, 0) + computed
+
 
 @dataclass(frozen=True)
 class RolloutMetrics:
