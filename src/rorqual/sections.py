@@ -300,7 +300,7 @@ class GRPOSection(Section):
     mini_batches: Count = 1  # optimizer steps per rollout; 1: on-policy
     ratio: Literal["token", "sequence"] = "token"  # sequence: one length-normalised ratio of an output (GSPO)
     surrogate: Literal["clipped", "weighted"] = "clipped"  # weighted: the clipped ratio weights log π (CISPO)
-    clip_low: float = Field(default=0.2, gt=0, le=1)  # 1: no lower bound
+    clip_low: float = Field(default=0.2, gt=0, le=1)  # 1, with "weighted": no lower bound
     clip_high: Positive = 0.2
     kl: NotNegative = 0.001  # β; 0: no reference model
     kl_estimate: Literal["k3", "unbiased"] = "k3"  # unbiased: k3 weighted by π/π_old (V3.2 §3.1)
@@ -335,6 +335,14 @@ class GRPOSection(Section):
             raise ValueError(
                 f"mini_batches = {self.mini_batches}: a step has only questions_per_step = "
                 f"{self.questions_per_step}; lower it"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _with_a_bound(self) -> "GRPOSection":
+        if self.surrogate == "clipped" and self.clip_low == 1:
+            raise ValueError(
+                "clip_low = 1: the clipped surrogate needs a lower bound; lower it, or set surrogate = 'weighted'"
             )
         return self
 

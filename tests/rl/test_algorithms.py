@@ -102,6 +102,7 @@ def test_given_fields_come_first():
         ({"off_policy_mask": 0.1}, "grpo.off_policy_mask = 0.1: with mini_batches = 1 and nothing rounded"),
         ({"correction": "none", "importance_cap": 3.0}, "grpo.importance_cap: with grpo.correction = 'none'"),
         ({"importance_cap": 3.0}, "grpo.importance_cap: nothing is rounded or stale"),
+        ({"clip_low": 1.0}, "clip_low = 1: the clipped surrogate needs a lower bound"),
         ({"algorithm": "opd"}, "grpo.algorithm = 'opd' needs a teacher; set opd.teacher"),
         ({"top_p": 0.0}, "grpo.top_p = 0.0: input should be greater than 0"),
     ],
