@@ -84,7 +84,7 @@ def equal(a, b):
     return all(torch.equal(a[name], b[name]) for name in a)
 
 
-NETWORKS = [("dense", {}), ("moe", {"grpo": {"rollout_weights": "fp8", "mini_batches": 2}})]
+NETWORKS = [("dense", {"grpo": {"top_p": 0.9}}), ("moe", {"grpo": {"rollout_weights": "fp8", "mini_batches": 2}})]
 
 
 @pytest.mark.parametrize(("network", "fields"), NETWORKS)
