@@ -15,6 +15,7 @@ from rorqual.rl.envs.environment import Environment, Problem
 from rorqual.rl.grpo_trainer import GRPOTrainer
 from rorqual.rl.ray_rollouts import RayFleet
 from rorqual.rl.rl_run import check_problems, in_process, on_ray
+from rorqual.rl.rollout_logprobs import pack_members, replaying
 from rorqual.rl.weight_push import copy_bytes, push_bytes, sampling_model, to_bytes
 from rorqual.train.checkpoints import Checkpoints
 
@@ -83,7 +84,7 @@ def equal(a, b):
     return all(torch.equal(a[name], b[name]) for name in a)
 
 
-NETWORKS = [("dense", {}), ("moe", {"grpo": {"rollout_weights": "fp8", "mini_batches": 2}})]
+NETWORKS = [("dense", {"grpo": {"top_p": 0.9}}), ("moe", {"grpo": {"rollout_weights": "fp8", "mini_batches": 2}})]
 
 
 @pytest.mark.parametrize(("network", "fields"), NETWORKS)
@@ -230,8 +231,8 @@ def test_a_replay_makes_the_trainer_choose_what_the_sampler_chose(moe, tokenizer
     toy.step()
     served = toy.rollouts.next(1).rollout
     members = [0, 1, 5, 14]
-    (packed, *_) = toy.update._packed(served, members)
-    with toy.update._replayed(packed, counts := Replay()), choices_of(moe) as chosen, torch.no_grad():
+    (packed, *_) = pack_members(served, members, toy.section, moe.config)
+    with replaying(moe, packed, counts := Replay()), choices_of(moe) as chosen, torch.no_grad():
         moe(packed.tokens, packed.positions, packed.mask)
     trained = torch.stack(chosen, 1)[packed.source]  # by target
     flat = torch.cat([served.routing[i][len(served.prompts[i // 4]) - 1 :] for i in members])

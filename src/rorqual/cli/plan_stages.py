@@ -143,6 +143,7 @@ class _Pipeline:
         asked = recipe_request(student) | {"name": recipe.name, "gpu": gpu} | fields
         asked.setdefault("tokens", tokens * (recipe.train.epochs or 1.0))
         return plan_stage(parse_request("sft", asked, self._said(stage)), config, self.more_chips, None, self.written)
+
     def _found_chip(self, recipe: Recipe) -> str:
         """The chip that the recipe would run on here. Raises UserError for a GPU that the data does not know."""
         section = recipe.parallel if isinstance(recipe, PretrainRecipe | SFTRecipe) else ParallelSection()

@@ -88,6 +88,7 @@ def rl(
     from rorqual.rl.ray_gpus import device_here
     from rorqual.rl.rl_run import check_problems, in_process, on_ray, predict_rl, prompt_tokens
     from rorqual.rl.rl_run import rl as run
+    from rorqual.rl.teachers import teacher_paths
     from rorqual.train.build_model import check_model, tokenizer_of, trained_path
 
     check_ray(ray)
@@ -114,10 +115,17 @@ def rl(
         print(f"{'parameters':<12} {total:.4g}, {active:.4g} active per token")
         reference = needed.weights if checked.grpo.kl else 0
         twin = twin_bytes(config) if checked.grpo.rollout_weights else 0
-        total_bytes = needed.total + reference + twin
+        teachers = 0
+        if checked.opd is not None:
+            paths = teacher_paths(checked.opd, [section.name for section in checked.environments])
+            itemsize = compute_dtype(checked.model.dtype, device).itemsize
+            teachers = sum(itemsize * parameters(ModelConfig.load(path))[0] for path in paths)
+        total_bytes = needed.total + reference + twin + teachers
         print(f"{'memory':<12} about {total_bytes / 1e9:.3g} GB in training, without the rollouts' KV cache")
         if reference:
             print(f"{'':<12} {reference / 1e9:.3g} GB of it for the reference model (grpo.kl)")
+        if teachers:
+            print(f"{'':<12} {teachers / 1e9:.3g} GB of it for the teachers (opd)")
         if twin:
             print(f"{'':<12} {twin / 1e9:.3g} GB of it for the FP8 weights that rollouts are sampled from")
         if ray:

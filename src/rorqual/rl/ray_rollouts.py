@@ -131,6 +131,8 @@ class RayFleet:
             self._weights[version] = self._put(weights)
         # Workers have no tokenizer, which may add end tokens.
         base = {"temperature": params.temperature, "max_tokens": params.max_tokens, "n": params.n}
+        base |= {"top_p": params.top_p, "top_k": params.top_k, "min_p": params.min_p}
+        base |= {"record_allowed": params.record_allowed}
         base |= {"stop_token_ids": params.stop_token_ids, "ignore_eos": True}
         count = len(self._workers)
         bounds = [len(prompts) * k // count for k in range(count + 1)]

@@ -26,6 +26,7 @@ from rorqual.rl.grpo_trainer import GRPOTrainer
 from rorqual.rl.prompts import render
 from rorqual.rl.ray_rollouts import ray_cluster
 from rorqual.rl.rollout import derived_seed
+from rorqual.rl.teachers import check_teachers, teacher_paths
 from rorqual.tokenizer_protocol import Tokenizer
 from rorqual.train.build_model import build_model, tokenizer_of, trained_path
 from rorqual.train.model_card import card
@@ -63,11 +64,16 @@ def rl(recipe: RLRecipe, resume: bool = False, ray: str | None = None) -> Path:
 
 
 def on_ray(recipe: RLRecipe) -> RLRecipe:
-    """The recipe with the defaults of rollouts on Ray. Raises UserError for GPUs of a run on CPUs."""
+    """The recipe with the defaults of rollouts on Ray. Raises UserError for settings that do not go with it."""
     given = recipe.rollouts
     if given.gpus is not None and recipe.device == "cpu":
         raise UserError(
             f"rollouts.gpus = {given.gpus:g} with device = cpu: workers compute as the trainer; leave one out"
+        )
+    if recipe.grpo.max_draws > 1:
+        raise UserError(
+            f"grpo.max_draws = {recipe.grpo.max_draws} with --ray: rollouts are sampled ahead, before it is known how "
+            "many are needed; add grpo.max_draws=1, or leave out --ray"
         )
     defaults = {"workers": min(2, recipe.grpo.questions_per_step), "staleness": 1}
     chosen = {name: value for name, value in defaults.items() if getattr(given, name) is None}
@@ -89,7 +95,11 @@ def check_problems(recipe: RLRecipe, tokenizer: Tokenizer, environments: Sequenc
     config = ModelConfig.load(trained_path(recipe.model))
     if recipe.rollouts.replay_routing and not config.n_routed_experts:
         raise UserError("rollouts.replay_routing = true: the model has no experts whose choice to replay; leave it out")
-    context = config.max_position_embeddings
+    context, families = config.max_position_embeddings, [environment.family for environment in environments]
+    if recipe.opd is not None:
+        check_teachers(recipe.opd, families, tokenizer, config)
+        for path in teacher_paths(recipe.opd, families):
+            context = min(context, ModelConfig.load(path).max_position_embeddings)
     check_context(environments, recipe.template, tokenizer, context, recipe.grpo.max_tokens, "grpo.max_tokens")
     for environment in environments:
         next(environment.stream("train", derived_seed(recipe.seed, environment.family)))

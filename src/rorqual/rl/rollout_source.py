@@ -77,11 +77,15 @@ class RolloutSource:
         self._flights: dict[int, _Flight] = {}
         self._landed: dict[int, list[Shard]] = {}  # collected before their step, for a checkpoint
 
-    def next(self, step: int) -> Served:
-        """The rollout that step `step` trains on; a fleet first gets those of the next steps to sample meanwhile."""
+    def next(self, step: int, draw: int = 0) -> Served:
+        """The rollout that step `step` trains on; a fleet first gets those of the next steps to sample meanwhile.
+
+        draw: how many rollouts were drawn for this step before (dynamic sampling); a fleet draws once.
+        """
         start = time.monotonic()
         if self.fleet is None:
-            rollout = sample_groups(self.engine, self.draw(step), self.recipe.template, self._params(step))
+            params = self._params(step, draw)
+            rollout = sample_groups(self.engine, self.draw(step, draw), self.recipe.template, params)
             return Served(rollout, time.monotonic() - start)
         pushed = self.fleet.pushed_bytes
         self._submit_until(step, self.fleet)
@@ -114,11 +118,11 @@ class RolloutSource:
             self.fleet.notes.clear()
         return notes
 
-    def draw(self, step: int) -> list[Problem]:
-        """The problems of a step; steps are drawn in order."""
+    def draw(self, step: int, draw: int = 0) -> list[Problem]:
+        """The problems of a step's draw; steps and draws are drawn in order."""
         families = list(self.environments)
         weights = [self.environments[family].weight for family in families]
-        chosen = Random(derived_seed(self.recipe.seed, "families", step)).choices(
+        chosen = Random(derived_seed(self.recipe.seed, "families", *_times(step, draw))).choices(
             families, weights, k=self.recipe.grpo.questions_per_step
         )
         return [next(self.streams[family]) for family in chosen]
@@ -181,11 +185,19 @@ class RolloutSource:
     def _positions(self) -> dict[str, int]:
         return {family: stream.index for family, stream in self.streams.items()}
 
-    def _params(self, step: int) -> SamplingParams:
+    def _params(self, step: int, draw: int = 0) -> SamplingParams:
         section = self.recipe.grpo
         return SamplingParams(
             temperature=section.temperature,
+            top_p=section.top_p,
+            top_k=section.top_k,
+            min_p=section.min_p,
             max_tokens=section.max_tokens,
             n=section.group_size,
-            seed=derived_seed(self.recipe.seed, "rollout", step),
+            seed=derived_seed(self.recipe.seed, "rollout", *_times(step, draw)),
+            record_allowed=section.filters,
         )
+
+
+def _times(step: int, draw: int) -> tuple[int, ...]:
+    return (step, draw) if draw else (step,)

@@ -54,6 +54,8 @@ def files_of(recipe: Recipe) -> list[Path]:
         data = [recipe.data.path]
     elif isinstance(recipe, RLRecipe | DistillRecipe):
         data = [section.path for section in recipe.environments if section.path is not None]
+        if isinstance(recipe, RLRecipe) and recipe.opd is not None:
+            models += [recipe.opd.of(section.name) for section in recipe.environments]
         if isinstance(recipe, DistillRecipe):
             models = [recipe.teacher]  # the student's own run fingerprints the student
             data += [section.path for section in recipe.mix]
