@@ -43,7 +43,7 @@ class OutFolder:
         if not isinstance(kept, dict) or not isinstance(before := kept.get("settings"), dict):
             raise UserError(f"{self._file} is not of rorqual eval; give another --out")
         self.began = float(str(kept.get("began", 0)))
-        for name in sorted({*before, *given}):
+        for name in dict.fromkeys([*given, *before]):
             if before.get(name) != given.get(name):
                 raise UserError(
                     f"{path} was begun with {name} = {_shown(before.get(name))}, not {_shown(given.get(name))}; "
