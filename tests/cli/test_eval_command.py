@@ -58,6 +58,19 @@ def test_a_table_and_the_audit(model, data, monkeypatch):
         assert part in " ".join(said.split()), part
 
 
+def test_questions_that_the_context_does_not_hold_count_as_unfinished(model, tmp_path):
+    rows = [{"problem": "x" * (9 if i % 2 else 900), "answer": "7"} for i in range(4)]
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ("--tasks", "aime24", "--data", tmp_path / "m.jsonl", "--out", tmp_path / "out")
+    found = json.loads(run(model, *words, "--json"))["tasks"]["aime24"]
+    assert (found["problems"], found["unasked"], found["scores"]) == (4, 2, [0.0, 1.0, 0.0, 1.0])
+    assert (found["pass_at_1"], found["truncated_share"]) == (0.5, 0.5)
+    assert "2 questions of aime24 exceed the context" in " ".join(run(model, *words).split())
+    (tmp_path / "m.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    with pytest.raises(UserError, match=r"m\.jsonl, line 1: .*context"):
+        run(model, "--tasks", "aime24", "--data", tmp_path / "m.jsonl")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

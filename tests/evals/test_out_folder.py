@@ -150,6 +150,7 @@ def test_names_of_files():
     assert len({file_name(name) for name in ("a/b.jsonl", "a_b.jsonl", "a:b.jsonl")}) == 3
 
 
+@pytest.mark.slow  # starts a process
 def test_a_killed_command_goes_on(model, data, tmp_path):
     words = ["eval", str(model), "--tasks", "gsm8k", "--data", str(data), "--samples", str(SAMPLES), "--problems", "16",
              "--max-tokens", "20", "--json", "--out"]  # fmt: skip

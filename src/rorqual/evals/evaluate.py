@@ -60,8 +60,8 @@ def evaluate(
     answer. audited: judge the answers a second time (`audit`). out: a folder (`OutFolder`) that keeps every finished
     batch of answers, goes on where it was left, and gets the results in three formats (`write_results`). model: what
     identifies it there, its name as `model`. Raises UserError, before anything is sampled, for an unknown task, too few
-    problems, a question longer than the context, invalid sampling parameters, model code that cannot be isolated, or a
-    folder of other settings.
+    problems, a question longer than the context (a benchmark's counts as unfinished), invalid sampling parameters,
+    model code that cannot be isolated, or a folder of other settings.
     """
     params = sampling_params(
         samples, problems, seed=seed, template=template, temperature=temperature, top_p=top_p, max_tokens=max_tokens,
@@ -75,27 +75,28 @@ def evaluate(
         raise UserError(f"task {duplicates[0]} is given twice; remove one")
     started = time.monotonic()
     drawn = [task.problems(problems, seed) for task in opened]
-    asked = [
-        _checked_prompts(engine, task, chosen, params, template) for task, chosen in zip(opened, drawn, strict=True)
-    ]
+    fitting = [_fitting(engine, t, chosen, params, template) for t, chosen in zip(opened, drawn, strict=True)]
     result = Evaluation(
         tasks={}, samples=samples, k=k or samples, seed=seed, split=split, template=template, temperature=temperature,
         top_p=top_p, max_tokens=max_tokens, thinking_budget=thinking_budget, seconds=0.0,
     )  # fmt: skip
-    folder = None if out is None else OutFolder(out, _settings(result, names, asked, model or {}))
+    settings = _settings(result, names, [list(prompts.values()) for prompts in fitting], model or {})
+    folder = None if out is None else OutFolder(out, settings)
     with nullcontext() if folder is None else folder.held(), _progress(quiet) as bar:
         every = dict[str, Collected]()
-        for task, chosen, prompts in zip(opened, drawn, asked, strict=True):
-            line = bar.add_task(task.name, total=len(chosen) * samples)
+        for task, chosen, prompts in zip(opened, drawn, fitting, strict=True):
+            asked = [chosen[i] for i in prompts]
+            line = bar.add_task(task.name, total=len(asked) * samples)
             advance = functools.partial(bar.advance, line)
-            sample = functools.partial(_part, engine, task, chosen, params, template, advance)
+            sample = functools.partial(_part, engine, task, asked, params, template, advance)
             if folder is None:
-                found = sample(0, len(chosen))
+                found = sample(0, len(asked))
             else:
-                found = folder.collect(task.name, chosen, prompts, samples, sample, advance)
-            every[task.name] = found
+                found = folder.collect(task.name, asked, list(prompts.values()), samples, sample, advance)
+            every[task.name] = found = _with_unasked(found, chosen, list(prompts))
             attempts = task.attempts if isinstance(task, Benchmark) else 1
-            result.tasks[task.name] = summarise(found, k, seed, check_line, task.split, task.judge, attempts)
+            figures = summarise(found, k, seed, check_line, task.split, task.judge, attempts)
+            result.tasks[task.name] = replace(figures, unasked=len(chosen) - len(asked))
             if audited and (second := audit(task, found, seed)) is not None:
                 result.audits[task.name] = second
         result = replace(result, seconds=time.monotonic() - started)
@@ -104,19 +105,39 @@ def evaluate(
     return result
 
 
-def _checked_prompts(
+def _fitting(
     engine: Engine, task: Task, problems: list[Problem], params: SamplingParams, template: Template
-) -> list[str]:
-    """The prompts of a task. Raises UserError for one that the context does not hold."""
+) -> dict[int, str]:
+    """{index of a problem: its prompt}, of those that the context holds. Raises UserError where one does not, but for
+    benchmarks: of those only where none does."""
     tokenizer = engine.require_tokenizer()
-    prompts: list[str] = []
-    for problem in problems:
+    prompts: dict[int, str] = {}
+    refused: UserError | None = None
+    for i, problem in enumerate(problems):
         try:
-            prompts.append(task.prompt(problem, tokenizer, template))
-            engine.check([tokens_of(engine, prompts[-1], template)], params)
+            prompt = task.prompt(problem, tokenizer, template)
+            engine.check([tokens_of(engine, prompt, template)], params)
         except UserError as e:
-            raise UserError(f"{problem.where or f'task {task.name}'}: {e}") from None
+            refused = refused or UserError(f"{problem.where or f'task {task.name}'}: {e}")
+            if not isinstance(task, Benchmark):
+                raise refused from None
+        else:
+            prompts[i] = prompt
+    if refused is not None and not prompts:
+        raise refused
     return prompts
+
+
+def _with_unasked(found: Collected, problems: list[Problem], asked: list[int]) -> Collected:
+    """Answers to the problems `asked`, and unfinished ones to the others, in the order of the problems."""
+    each, places = found.per_problem, {problem: i for i, problem in enumerate(asked)}
+    whole = Collected(problems, [], [])
+    for i in range(len(problems)):
+        at = places.get(i)
+        whole.prompts.append("" if at is None else found.prompts[at])
+        nothing = [Sample("", "", 0, "length", None, False, {})] * each
+        whole.samples += nothing if at is None else found.samples[at * each : (at + 1) * each]
+    return whole
 
 
 def _part(

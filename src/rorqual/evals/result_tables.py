@@ -67,9 +67,14 @@ def _settings(result: Evaluation) -> str:
     for name, found in result.tasks.items():
         tasks.setdefault(found.judge, []).append(name)
     judges = "; ".join(judge if len(tasks) == 1 else f"{', '.join(names)}: {judge}" for judge, names in tasks.items())
+    long = "".join(
+        f"; {found.unasked} questions of {name} exceed the context"
+        for name, found in result.tasks.items()
+        if found.unasked
+    )
     return (
         f"{result.samples} samples per problem at temperature {result.temperature:g}, top-p {result.top_p:g}, at most "
-        f"{result.max_tokens} tokens{budget}, seed {result.seed}; 95 % intervals; truncated: unfinished answers; "
+        f"{result.max_tokens} tokens{budget}, seed {result.seed}; 95 % intervals; truncated: unfinished answers{long}; "
         f"judged by {escape(judges)}"
     )
 

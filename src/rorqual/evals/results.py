@@ -49,6 +49,7 @@ class TaskResult(Scores):
     scores: list[float]  # [P] pass@1 of each problem
     split: str | None = None  # "all": a whole file or benchmark
     judge: str = ""  # what decides whether an answer is right
+    unasked: int = 0  # problems of a benchmark that the context does not hold; they count as unfinished
 
     def to_dict(self) -> dict[str, Any]:
         found = asdict(self)
