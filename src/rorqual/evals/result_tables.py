@@ -40,7 +40,8 @@ def audit_tables(audits: Mapping[str, Audit]) -> list[Table]:
     for name in ("task", "question", "right", "answer", "end of the reply", "judge", "second"):
         drawn.add_column(name, overflow="fold")
     for task, found in audits.items():
-        counts = (str(found.answers), _percent(found.share), str(found.only_first), str(found.only_second))
+        of_all = _percent(found.share if found.answers else None)
+        counts = map(str, (found.answers, of_all, found.only_first, found.only_second))
         share.add_row(task, found.judge, found.second_judge, *counts)
         for one in found.drawn:
             marks = ("right", "wrong") if one.correct else ("wrong", "right")
