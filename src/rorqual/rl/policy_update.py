@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from rorqual.adapters.lora import AdapterReference
 from rorqual.errors import UserError
 from rorqual.kernels.cross_entropy import token_logprobs
 from rorqual.model import Transformer
@@ -18,6 +19,7 @@ from rorqual.precision.recompute import Activations
 from rorqual.recipe import RLRecipe
 from rorqual.rl.grpo import group_advantages, grpo_loss, on_policy_grad, token_weights, zero_std_groups
 from rorqual.rl.mismatch import CAP, Mismatch, routers_differ
+from rorqual.rl.mtp_update import MTPUpdate
 from rorqual.rl.rewards import Rewards
 from rorqual.rl.rollout import Rollout
 from rorqual.rl.rollout_metrics import UpdateSums
@@ -43,7 +45,8 @@ class PolicyUpdate:
         self.optimizer, self.stale = optimizer, stale
         self.activations = Activations(model, recipe.recompute)
         self.device = model.head_weight.device
-        self.reference = copy.deepcopy(model).requires_grad_(False) if recipe.grpo.kl else None
+        self.reference = reference_of(model, recipe) if recipe.grpo.kl else None
+        self.mtp = MTPUpdate(model, recipe) if recipe.mtp.weight else None
         self.skipped_in_a_row = 0
 
     def __call__(self, rollout: Rollout, rewards: Rewards, lr_factor: float, progress: float, step: int) -> UpdateSums:
@@ -61,6 +64,8 @@ class PolicyUpdate:
         lengths = torch.tensor([len(c) for c in rollout.completions])
         sums = UpdateSums(mismatch=Mismatch(section.importance_cap or CAP) if self._corrects else None)
         self.model.train()
+        if self.mtp is not None:
+            self.mtp.begin()
         weights = torch.zeros(len(lengths))
         updates: list[list[int]] = []
         for groups in counted.chunk(section.mini_batches):
@@ -80,6 +85,7 @@ class PolicyUpdate:
                     f"optimizer.lr = {self.recipe.optimizer.lr}: three updates in a row had no finite gradient, the "
                     f"last at step {step + 1}; the last checkpoint is intact, lower the learning rate"
                 )
+        sums.mtp_loss = None if self.mtp is None else self.mtp.loss
         return sums
 
     def _optimize(
@@ -113,8 +119,9 @@ class PolicyUpdate:
                 here = sums.mismatch is not None and not self.stale and packed.recorded is None
                 unmeasured = here and sums.mismatch is not None and sums.mismatch.routers_differ is None
                 gathered = choices_of(self.model) if unmeasured else nullcontext([])
+                states: list[Tensor] = []
                 with self.activations.kept(), gathered as choices:
-                    logprobs, entropy = self._logprobs(self.model, packed, routing, grad)
+                    logprobs, entropy = self._logprobs(self.model, packed, routing, grad, states)
                 reference = None
                 if self.reference is not None:
                     with torch.no_grad():
@@ -137,6 +144,8 @@ class PolicyUpdate:
                     found = [r.load.detach() for r in routing]
                     loads = [a + b for a, b in zip(loads, found, strict=True)] if loads else found
                 torch.autograd.backward(total)
+                if self.mtp is not None:
+                    self.mtp.backward(states[0], packed, batches)
                 self.optimizer.accumulate()
                 sums.tokens += len(packed.targets)
                 sums.computed += packed.tokens.numel()
@@ -200,17 +209,26 @@ class PolicyUpdate:
 
     def _logprobs(
         self,
-        model: Transformer,
+        model: Transformer | AdapterReference,
         packed: PackedRollout,
         routing: list[Routing] | None = None,
         grad: Float[Tensor, " N"] | None = None,
+        states: list[Tensor] | None = None,
     ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
         """Log-probabilities and entropies of the targets under `model` at the sampling temperature.
 
-        grad: dL/d log π where it is known before the backward pass.
+        grad: dL/d log π where it is known before the backward pass. states: takes the last hidden states [1, T, D].
         """
-        hidden = model(packed.tokens, packed.positions, packed.mask, routing=routing)[0].index_select(0, packed.source)
+        every = model(packed.tokens, packed.positions, packed.mask, routing=routing)
+        if states is not None:
+            states.append(every)
+        hidden = every[0].index_select(0, packed.source)
         return token_logprobs(hidden, model.head_weight, packed.targets, self.section.temperature, grad)
+
+
+def reference_of(model: Transformer, recipe: RLRecipe) -> Transformer | AdapterReference:
+    """π_ref as π is now: a copy of the model, with LoRA of its updates alone."""
+    return AdapterReference(model) if recipe.lora is not None else copy.deepcopy(model).requires_grad_(False)
 
 
 def _flat(logprobs: list[list[float]], members: list[int], device: torch.device) -> Tensor:
