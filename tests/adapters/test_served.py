@@ -3,34 +3,18 @@
 import pytest
 import torch
 
+from helpers.adapters import save_random_adapter
 from helpers.small_configs import GROUPED, LATENT, greedy_by_full_passes
-from rorqual.adapters.lora import add_lora, lora_parameters, merge
-from rorqual.adapters.peft_files import read_adapter, save_adapter
+from rorqual.adapters.lora import merge
+from rorqual.adapters.peft_files import read_adapter
 from rorqual.checkpoint.huggingface import load_model, save_model
 from rorqual.engine import Engine, SamplingParams
 from rorqual.errors import UserError
 from rorqual.model import Transformer
 from rorqual.precision.quantize import convert
-from rorqual.sections import LoRASection
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21], [1, 2, 3], [9, 9, 4, 1, 7]]
 ATTENTION = ["q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "k_proj", "v_proj", "o_proj"]
-
-
-def save_random_adapter(base, path, seed, targets="all"):
-    """An adapter of the model in `base` that changes its answers."""
-    model = load_model(base)
-    known = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-    if targets != "all":
-        targets = [name for name in targets if name in known]
-    section = LoRASection(rank=3, alpha=6.0, targets=targets)
-    add_lora(model, section, seed)
-    generator = torch.Generator().manual_seed(seed)
-    for name, p in lora_parameters(model).items():
-        if name.endswith("lora_B"):
-            p.data = 0.2 * torch.randn(p.shape, generator=generator)
-    save_adapter(model, path, section, str(base))
-    return path
 
 
 @pytest.fixture(params=["grouped", "latent", "latent attention by rows"])

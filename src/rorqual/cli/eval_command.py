@@ -9,6 +9,7 @@ from rorqual import strict_json
 from rorqual.cli.options import (
     NO_LIMIT,
     SEEDS,
+    Adapter,
     AsJson,
     Device,
     Dtype,
@@ -16,7 +17,7 @@ from rorqual.cli.options import (
     ThinkingBudget,
     check_choice,
     check_dtype,
-    find_model,
+    find_adapted,
     within,
 )
 from rorqual.errors import UserError
@@ -45,6 +46,7 @@ def evaluate(
     thinking_budget: ThinkingBudget = None,
     seed: Annotated[int, typer.Option(callback=within(*SEEDS), help="seed of problems and sampling")] = 0,
     against: Annotated[str | None, typer.Option(help="a second model: report the paired gain over it")] = None,
+    adapter: Adapter = None,
     dtype: Dtype = "auto",
     device: Device = "cpu",
     as_json: AsJson = False,
@@ -70,12 +72,13 @@ def evaluate(
     sampling_params(samples, problems, **settings)
     opened = [open_task(task) for task in split_tasks(tasks)]
     computed = check_dtype(dtype, device)
-    directories = [find_model(model), *([] if against is None else [find_model(against)])]
+    directories = [find_adapted(model, adapter), *([] if against is None else [find_adapted(against, None)])]
     results: list[Evaluation] = []
     shown: list[dict[str, Any]] = []
-    for directory in directories:
+    for base, merged in directories:
+        directory = merged or base
         try:
-            engine = Engine(directory, dtype=computed, device=device)
+            engine = Engine(base, dtype=computed, device=device, adapter=merged)
             result = run(engine, opened, samples, problems, **settings)
         except UserError:
             if shown and as_json:  # the first model's results are not lost with the second
