@@ -133,7 +133,7 @@ ATTENTION = ["q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"
 
 
 def test_ours_in_peft_and_pefts_here_give_the_same_logits(base, tmp_path):
-    """Of latent attention only that is adapted: peft takes feed-forward names of such a model for its routed experts."""
+    """Of the latent model attention alone is adapted: peft takes its feed-forwards' names for routed experts."""
     peft = pytest.importorskip("peft")
     from transformers import AutoModelForCausalLM
 

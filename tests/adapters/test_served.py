@@ -24,7 +24,9 @@ def served(request, tmp_path):
     save_model(Transformer(GROUPED if request.param == "grouped" else LATENT), tmp_path / "base")
     targets = ATTENTION if request.param == "latent attention by rows" else "all"
     names = {"a": 1, "b": 2}
-    return tmp_path / "base", {n: save_random_adapter(tmp_path / "base", tmp_path / n, s, targets) for n, s in names.items()}
+    return tmp_path / "base", {
+        n: save_random_adapter(tmp_path / "base", tmp_path / n, s, targets) for n, s in names.items()
+    }
 
 
 def merged(base, path=None):
@@ -41,7 +43,8 @@ def test_mixed_in_a_batch_each_answers_as_if_merged(served, speculative):
     assert engine.adapters.by_rows is not updates_up_projections(paths)
     asked = [(name, prompt) for prompt in PROMPTS for name in (None, "a", "b")]
     requests = [
-        engine.submit(p, SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, adapter=name)) for name, p in asked
+        engine.submit(p, SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, adapter=name))
+        for name, p in asked
     ]
     together = 0
     while not engine.idle:

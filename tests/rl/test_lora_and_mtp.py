@@ -212,5 +212,3 @@ def test_speculation_goes_on_with_adapters(moe, tokenizer):
     engine = Engine(moe, tokenizer, speculative="mtp")
     assert engine.generate(["1+2="], params)[0].tokens == plain
     assert engine.status().counters.draft_tokens > 0
-
-

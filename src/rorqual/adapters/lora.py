@@ -113,7 +113,9 @@ def check_shapes(found: Mapping[str, LowRank], weights: Mapping[str, Tensor]) ->
     for path, update in found.items():
         weight = weights.get(f"{path}.weight")
         if weight is None:
-            raise UserError(f"the adapter updates {path}, which the model does not have; give the model it was made for")
+            raise UserError(
+                f"the adapter updates {path}, which the model does not have; give the model it was made for"
+            )
         if weight.shape != (len(update.B), update.A.shape[1]):
             raise UserError(
                 f"the adapter updates {path} as {len(update.B)} × {update.A.shape[1]}, but the model's is "
@@ -154,5 +156,5 @@ def _targets(model: Transformer, section: LoRASection) -> Iterator[tuple[str, Li
     wanted = known if section.targets == "all" else set(section.targets)
     for name in sorted(wanted - known):
         what = "routed experts are stacked and take no adapter" if "expert" in name else "the model has no such linear"
-        raise UserError(f"lora.targets: {name!r}: {what}; choose among {', '.join(sorted(known))}, or \"all\"")
+        raise UserError(f'lora.targets: {name!r}: {what}; choose among {", ".join(sorted(known))}, or "all"')
     return ((path, module) for path, module in found if path.rpartition(".")[2] in wanted)

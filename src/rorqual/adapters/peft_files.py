@@ -96,7 +96,9 @@ def read_adapter(path: str | Path) -> Adapter:
     made: dict[str, LowRank] = {}
     for linear, (A, B) in pairs.items():
         if A is None or B is None or B.shape[1] != len(A) or not len(A):
-            raise UserError(f"{folder / WEIGHTS}: {linear} lacks an A [r, in] and a B [out, r] that fit; fetch it again")
+            raise UserError(
+                f"{folder / WEIGHTS}: {linear} lacks an A [r, in] and a B [out, r] that fit; fetch it again"
+            )
         made[linear] = LowRank(A, B, alpha / (math.sqrt(len(A)) if root else len(A)))
     base = config.get("base_model_name_or_path")
     return Adapter(base if isinstance(base, str) else None, made)
@@ -145,7 +147,9 @@ def import_adapter(path: str | Path, dest: str | Path, base: str | Path) -> None
     source = model_directory(base)
     check_destination(Path(dest), source if source.exists() else None)
     if is_gguf(base):
-        raise UserError(f"{base}: an adapter is merged into a model directory; make one: rorqual import {base} DIRECTORY")
+        raise UserError(
+            f"{base}: an adapter is merged into a model directory; make one: rorqual import {base} DIRECTORY"
+        )
     model = load_model(source, stored_dtype(source))
     merge(model, read_adapter(path).updates)
     save_model(model, dest)

@@ -142,7 +142,8 @@ def serve(
     adapters: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME=DIR,…", help="LoRA adapters, unmerged: a request whose model is NAME is answered with that one"
+            metavar="NAME=DIR,…",
+            help="LoRA adapters, unmerged; a request whose model is NAME gets that one's answer",
         ),
     ] = None,
     dtype: Dtype = "auto",

@@ -11,7 +11,9 @@ from rorqual.local_paths import local_path
 
 
 def import_(
-    source: Annotated[str, typer.Argument(help="smollm2, a .gguf file, a Hugging Face directory, or a LoRA adapter's (merged)")],
+    source: Annotated[
+        str, typer.Argument(help="smollm2, a .gguf file, a Hugging Face directory, or a LoRA adapter's, to merge it")
+    ],
     destination: Annotated[Path, typer.Argument(metavar="DEST", help="the directory to write")],
 ) -> None:
     """Import a model as a Hugging Face directory."""

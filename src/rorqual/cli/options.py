@@ -61,7 +61,7 @@ Weights = Annotated[
 ]
 Adapter = Annotated[
     Path | None,
-    typer.Option(metavar="DIR", help="merge a LoRA adapter (peft's layout, or a run's folder) into the model on loading"),
+    typer.Option(metavar="DIR", help="merge a LoRA adapter (peft's layout, or a run's) into the model on loading"),
 ]
 Speculative = Annotated[
     str,

@@ -54,7 +54,8 @@ class Engine:
         kv_cache_bytes: int | None = None, prefix_cache: bool = False, max_prefill_tokens: int = MAX_PREFILL_TOKENS,
         speculative: SpeculativeMethod | Literal["auto"] | None = None, kv_cache_dtype: torch.dtype | None = None,
         dtype: torch.dtype | None = None, device: torch.device | str = "cpu", weights: Weights | None = None,
-        record_routing: bool = False, adapter: str | Path | None = None, adapters: Mapping[str, str | Path] | None = None,
+        record_routing: bool = False, adapter: str | Path | None = None,
+        adapters: Mapping[str, str | Path] | None = None,
     ) -> None:  # fmt: skip
         for name, value, least in (
             ("max_num_seqs", max_num_seqs, 1),
@@ -268,7 +269,9 @@ class Engine:
     def _check_adapter(self, name: str | None) -> None:
         known = frozenset[str]() if self.adapters is None else self.adapters.names
         if name is not None and name not in known:
-            raise UserError(f"adapter = {name!r}: this engine serves {', '.join(sorted(known)) or 'none'}; leave it out")
+            raise UserError(
+                f"adapter = {name!r}: this engine serves {', '.join(sorted(known)) or 'none'}; leave it out"
+            )
 
     # -- KV cache
 

@@ -32,10 +32,11 @@ def open_model(
     """Load a Hugging Face directory, a run's folder or a .gguf file.
 
     `weights`: quantise on loading; ignored where weights are quantised already, but an FP8 release can be had as int4
-    or int8 too, and stays FP8 with "fp8" only. `dtype`, by default the fastest on
-    `device`: of weights that are not quantised, and so of the KV cache. `adapter`: a directory in peft's layout, to merge
-    before weights are quantised; a directory that holds only an adapter stands for its base with it. Raises UserError for what cannot be read, for a
-    missing device, and for quantised weights on a GPU.
+    or int8 too, and stays FP8 with "fp8" only. `dtype`, by default the fastest on `device`: of weights that are not
+    quantised, and so of the KV cache. `adapter`: a directory in peft's layout, merged before weights are quantised; a
+    directory that holds only an adapter stands for its base with it.
+
+    Raises UserError for what cannot be read, for a missing device, and for quantised weights on a GPU.
     """
     check_device(device)
     if adapter is None and is_adapter(path):
@@ -64,7 +65,11 @@ def open_model(
 
 
 def _open_adapted(
-    path: str | Path, adapter: str | Path, dtype: torch.dtype | None, device: torch.device | str, weights: Weights | None
+    path: str | Path,
+    adapter: str | Path,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+    weights: Weights | None,
 ) -> tuple[Transformer, Tokenizer]:
     found = read_adapter(adapter)
     if is_gguf(path) or is_quantized(path := model_directory(path)) or weights == "fp8":

@@ -102,9 +102,7 @@ def cache_bytes_per_token(config: ModelConfig, itemsize: int = 2) -> int:
     return config.num_hidden_layers * width * itemsize
 
 
-def flops_per_token(
-    config: ModelConfig, sequence_length: int, training: bool = True, frozen: bool = False
-) -> float:
+def flops_per_token(config: ModelConfig, sequence_length: int, training: bool = True, frozen: bool = False) -> float:
     """FLOPs per token of a sequence of this length, without MTP modules.
 
     2 per active weight, plus causal attention over half the sequence on average; training costs three forward passes,

@@ -88,8 +88,8 @@ def check_problems(recipe: RLRecipe, tokenizer: Tokenizer, environments: Sequenc
     config = ModelConfig.load(trained_path(recipe.model))
     if recipe.mtp.weight and not config.num_nextn_predict_layers:
         raise UserError(
-            f"mtp.weight = {recipe.mtp.weight:g}: the model has no multi-token module (num_nextn_predict_layers); leave "
-            "it out"
+            f"mtp.weight = {recipe.mtp.weight:g}: the model has no multi-token module (num_nextn_predict_layers); "
+            "leave it out"
         )
     if recipe.rollouts.replay_routing and not config.n_routed_experts:
         raise UserError("rollouts.replay_routing = true: the model has no experts whose choice to replay; leave it out")

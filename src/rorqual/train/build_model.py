@@ -70,7 +70,8 @@ def build_model(
 ) -> Transformer:
     """The model to train, in FP32 (the optimizer converts it); `seed` determines random weights.
 
-    length: as in `model_config`. lora: updates of a frozen model, at their start. Raises UserError where the model's vocabulary is smaller than the tokenizer's.
+    length: as in `model_config`. lora: updates of a frozen model, at their start. Raises UserError where the model's
+    vocabulary is smaller than the tokenizer's.
     """
     set_seed(seed)
     size = len(tokenizer)

@@ -47,8 +47,8 @@ class Optimizer:
     ) -> None:
         """`section.name` is 'adamw', or 'muon': Muon on hidden matrices, AdamW on embedding, head, router and norms.
 
-        Convert the model's matrices (and the biases of its linears) to `compute_dtype` in place. Parameters that require
-        no gradient have no state, and are no part of checkpoints.
+        Convert the model's matrices (and the biases of its linears) to `compute_dtype` in place. Parameters without
+        gradients have no state, and are no part of checkpoints.
         """
         self.section = section
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
