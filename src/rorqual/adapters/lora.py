@@ -7,6 +7,7 @@ and ten times the learning rate are what matched full fine-tuning in "LoRA Witho
 
 import math
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -133,7 +134,7 @@ class AdapterReference:
         self.model = model
         self.kept = {name: p.detach().clone() for name, p in lora_parameters(model).items()}
 
-    def __call__(self, *inputs: Tensor, **more: object) -> Tensor:
+    def __call__(self, *inputs: Any, **more: Any) -> Tensor:
         return torch.func.functional_call(self.model, self.kept, inputs, more)
 
     @property

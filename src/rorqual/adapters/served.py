@@ -63,8 +63,9 @@ class ServedAdapters:
             self.active = [(name, None) for name in distinct if name is not None]
         else:
             assert self.by_rows, "a pass with several adapters cannot update up-projections"
-            rows = {name: [i for i, other in enumerate(names) if other == name] for name in sorted(distinct - {None})}
-            self.active = [(name, torch.tensor(own)) for name, own in rows.items()]
+            for name in sorted(name for name in distinct if name is not None):
+                rows = torch.tensor([i for i, other in enumerate(names) if other == name])
+                self.active.append((name, rows))
         try:
             yield
         finally:

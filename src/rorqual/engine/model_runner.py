@@ -50,8 +50,8 @@ class DecodeTokens:
     def of(self, name: Name) -> tuple[Tensor, "DecodeTokens"]:
         """The rows of an adapter, and their tokens."""
         rows = torch.tensor([i for i, other in enumerate(self.adapters or []) if other == name], dtype=torch.long)
-        parts = (t[rows] for t in (self.tokens, self.positions, self.block_tables))
-        return rows, DecodeTokens(*parts, [name] * len(rows))
+        tokens, positions, tables = (t[rows] for t in (self.tokens, self.positions, self.block_tables))
+        return rows, DecodeTokens(tokens, positions, tables, [name] * len(rows))
 
 
 @dataclass

@@ -168,10 +168,11 @@ class Scheduler:
         used = np.concatenate([np.ones((n, 1), dtype=bool), kept], axis=1)
         positions = position[:, None] + np.arange(tokens.shape[1])
         tokens_per_row = used.sum(1)
-        parts = tokens[used], positions[used], tables.repeat(tokens_per_row, 0)
+        tables = tables.repeat(tokens_per_row, 0)
         if names is not None:
             names = [name for name, count in zip(names, tokens_per_row.tolist(), strict=True) for _ in range(count)]
-        return DecodeTokens(*(from_numpy(part) for part in parts), names), tokens_per_row
+        decode = DecodeTokens(from_numpy(tokens[used]), from_numpy(positions[used]), from_numpy(tables), names)
+        return decode, tokens_per_row
 
     def _start_decode(self) -> list[PrefillJob]:
         """Give free rows to sequences whose prompt is prefilled → the job of each.
