@@ -49,15 +49,14 @@ def share_of_sevens(sample: Sample, _correct: bool) -> float:
 def pretrained(tokenizer: Tokenizer, quick: bool) -> Transformer:
     torch.manual_seed(0)
     size = 64 if quick else 192
-    model = Transformer(
-        ModelConfig(
-            model_type="deepseek_v3", vocab_size=len(tokenizer), hidden_size=size, intermediate_size=3 * size,
-            num_hidden_layers=3, num_attention_heads=4, kv_lora_rank=size // 4, qk_nope_head_dim=16,
-            qk_rope_head_dim=16, v_head_dim=16, n_routed_experts=8, n_shared_experts=1, num_experts_per_tok=2,
-            moe_intermediate_size=size, first_k_dense_replace=1, num_nextn_predict_layers=1,
-            max_position_embeddings=256, eos_token_id=tokenizer.eos_token_id,
-        )  # fmt: skip
-    )
+    config = ModelConfig(
+        model_type="deepseek_v3", vocab_size=len(tokenizer), hidden_size=size, intermediate_size=3 * size,
+        num_hidden_layers=3, num_attention_heads=4, kv_lora_rank=size // 4, qk_nope_head_dim=16, qk_rope_head_dim=16,
+        v_head_dim=16, n_routed_experts=8, n_shared_experts=1, num_experts_per_tok=2, moe_intermediate_size=size,
+        first_k_dense_replace=1, num_nextn_predict_layers=1, max_position_embeddings=256,
+        eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    model = Transformer(config)
     trainer = Trainer(
         model, OptimizerSection(lr=2e-3), ScheduleSection(), MTPSection(), BalanceSection(), dtype="float32"
     )
