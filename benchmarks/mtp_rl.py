@@ -10,6 +10,7 @@ import torch
 
 from common import arguments, program, report
 from rorqual.data.loader import Batch
+from rorqual.data.special_tokens import encode
 from rorqual.data.tokenizer import train_tokenizer
 from rorqual.engine import Engine, SamplingParams
 from rorqual.model import ModelConfig, Transformer
@@ -66,7 +67,7 @@ def pretrained(tokenizer: Tokenizer, quick: bool) -> Transformer:
         rows: list[list[int]] = []
         for a, b in torch.randint(0, 50, (ROWS, 2), generator=generator).tolist():
             text = "".join(f"{a + i}+{b}={a + b + i}\n" for i in range(LENGTH))
-            rows.append(tokenizer.encode(text)[: LENGTH + 1])
+            rows.append(encode(text, tokenizer)[: LENGTH + 1])
         tokens = torch.tensor(rows)
         places = torch.arange(LENGTH).expand(ROWS, LENGTH)
         batch = Batch(tokens[:, :-1], tokens[:, 1:], torch.ones(ROWS, LENGTH), places, None)
