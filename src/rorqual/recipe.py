@@ -30,6 +30,7 @@ from rorqual.sections import (
     GRPOSection,
     Length,
     LocalPath,
+    LoRASection,
     MixSection,
     ModelSection,
     MTPSection,
@@ -37,6 +38,7 @@ from rorqual.sections import (
     OPDSection,
     OptimizerSection,
     ParallelSection,
+    PolicyMTPSection,
     Positive,
     PrecisionName,
     RecomputeName,
@@ -63,13 +65,16 @@ __all__ = [
     "DistillRecipe",
     "EnvironmentSection",
     "FilterSection",
+    "FineTuningRecipe",
     "GRPOSection",
+    "LoRASection",
     "MTPSection",
     "MixSection",
     "ModelSection",
     "OPDSection",
     "OptimizerSection",
     "ParallelSection",
+    "PolicyMTPSection",
     "PretrainRecipe",
     "RLRecipe",
     "Recipe",
@@ -132,7 +137,32 @@ class PretrainRecipe(Recipe):
     parallel: ParallelSection = ParallelSection()
 
 
-class SFTRecipe(Recipe):
+class FineTuningRecipe(Recipe):
+    """Fields of recipes that start from a trained model."""
+
+    lora: LoRASection | None = None  # None: all weights are trained
+
+    @model_validator(mode="after")
+    def _adapters(self) -> Self:
+        if self.lora is None:
+            return self
+        train: TrainSection | None = getattr(self, "train", None)
+        parallel: ParallelSection | None = getattr(self, "parallel", None)
+        optimizer: OptimizerSection = vars(self)["optimizer"]
+        for what, given in (
+            (f"precision = {self.precision!r}", self.precision is not None),
+            ("train.compile", train is not None and train.compile),
+            ("parallel of several processes", parallel is not None and parallel.processes > 1),
+            ('optimizer.name = "muon"', optimizer.name == "muon"),
+        ):
+            if given:
+                raise ValueError(f"lora with {what}: adapters are not trained so; leave one of them out")
+        if "lr" not in optimizer.model_fields_set:  # what fits full fine-tuning is a tenth of what fits LoRA
+            vars(self)["optimizer"] = optimizer.model_copy(update={"lr": 10 * optimizer.lr})
+        return self
+
+
+class SFTRecipe(FineTuningRecipe):
     kind: Literal["sft"] = "sft"
     data: ChatDataSection
     optimizer: FineTuningOptimizer = FineTuningOptimizer()
@@ -144,7 +174,7 @@ class SFTRecipe(Recipe):
     parallel: ParallelSection = ParallelSection()
 
 
-class RLRecipe(Recipe):
+class RLRecipe(FineTuningRecipe):
     kind: Literal["rl"] = "rl"
     environments: Environments
     template: Literal["chat", "r1-zero", "plain"] = "chat"
@@ -153,6 +183,7 @@ class RLRecipe(Recipe):
     opd: OPDSection | None = None
     rollouts: RolloutsSection = RolloutsSection()
     optimizer: RLOptimizer = RLOptimizer()
+    mtp: PolicyMTPSection = PolicyMTPSection()
     balance: NoBalance = NoBalance()
     steps: Count | None = None
     seconds: Positive | None = None
@@ -215,7 +246,7 @@ class RLRecipe(Recipe):
 WORKED_SOLUTIONS = "worked-solutions"  # a teacher: solutions that rl/worked writes
 
 
-class DistillRecipe(Recipe):
+class DistillRecipe(FineTuningRecipe):
     """Rejection sampling from a teacher, then SFT of a student (R1 §2.3.3, §2.4)."""
 
     kind: Literal["distill"] = "distill"

@@ -172,6 +172,12 @@ class MTPSection(Section):
     switch_at: Share = 0.68  # fraction of the run: 10 T of 14.8 T tokens in V3
 
 
+class PolicyMTPSection(Section):
+    """The multi-token module trained along with a policy; its loss changes nothing else."""
+
+    weight: NotNegative = 0.0  # λ; 0: it stays as it is
+
+
 class BalanceSection(Section):
     bias_speed: NotNegative = 0.001  # γ (V3 §2.1.2); 0: no bias balancing
     bias_stop_at: Share = 0.97  # fraction of the run after which γ = 0 (14.3 T of 14.8 T)
@@ -208,6 +214,16 @@ class TrainSection(Section):
                 "start with fewer"
             )
         return self
+
+
+class LoRASection(Section):
+    """Low-rank updates of a frozen model are trained (docs/training.md, "LoRA"): weight + alpha/rank · B·A."""
+
+    rank: int = Field(default=16, ge=1, le=4096)
+    alpha: Positive = 32.0
+    # Linears by the last part of their name, such as q_proj; all: those of attention, feed-forwards, shared experts and
+    # multi-token modules.
+    targets: Literal["all"] | Annotated[list[str], Field(min_length=1)] = "all"
 
 
 class SpikesSection(Section):

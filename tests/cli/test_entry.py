@@ -396,3 +396,35 @@ def test_quantize_reports_what_it_costs(rorqual, recipe, tmp_path):
     one_sentence(rorqual("quantize", model, tmp_path / "x", "--method=best"), "--method", "rtn, gptq, awq")
     one_sentence(rorqual("quantize", model, tmp_path / "x", "--sequence-length=3"), "--sequence-length 3")
     assert not (tmp_path / "x").exists()
+
+
+def test_adapters_from_the_command_line(rorqual, recipe, tmp_path):
+    from helpers.adapters import save_random_adapter
+
+    assert rorqual("pretrain", recipe())[0] == 0
+    model = tmp_path / "tiny" / "model"
+    adapter = save_random_adapter(model, tmp_path / "lora", seed=1)
+    asked = ("generate", "x", "--raw", "--max-tokens", "12", "--temperature", "0", "--dtype", "float32")
+
+    def answer(*words):
+        status, out, err = rorqual(asked[0], *words, *asked[1:])
+        assert status == 0, err
+        return out
+
+    merged = answer(model, "--adapter", adapter)
+    assert merged != answer(model)
+    assert answer(adapter) == merged  # its configuration names the model
+    assert rorqual("import", adapter, tmp_path / "whole")[0] == 0
+    assert answer(tmp_path / "whole") == merged
+    assert answer(adapter, "--weights", "int8")
+    for words, sentence in (
+        (("generate", model, "x", "--adapter", tmp_path), "is not an adapter: no adapter_config.json in it"),
+        (("generate", model, "x", "--adapter", adapter, "--weights", "fp8"), "weights that are not quantised"),
+        (("serve", model, "--adapters", "a"), "--adapters 'a': must be NAME=DIR"),
+        (("serve", model, "--adapters", f"tiny={adapter}"), "the name tiny is taken"),
+        (("serve", model, "--adapters", f"a={adapter}", "--replicas", "2"), "--adapters with --replicas 2"),
+    ):
+        status, _, err = rorqual(*words)
+        assert status != 0
+        assert sentence in err
+        assert len(err.strip().splitlines()) == 1

@@ -31,9 +31,14 @@ class Server:
     """A running service: `url`, `service`, and `stop`, which ends it as SIGTERM does."""
 
     def __init__(
-        self, directory, max_num_seqs=8, kv_cache_bytes=1 << 20, page=None, recommended=SamplingParams(), **options
+        self, directory, max_num_seqs=8, kv_cache_bytes=1 << 20, page=None, recommended=SamplingParams(), engine=None,
+        **options,
     ):  # fmt: skip
-        engine = OneThread(directory, max_num_seqs=max_num_seqs, kv_cache_bytes=kv_cache_bytes, prefix_cache=True)
+        """engine: more arguments of the engine; options: of the service."""
+        more = engine or {}
+        engine = OneThread(
+            directory, max_num_seqs=max_num_seqs, kv_cache_bytes=kv_cache_bytes, prefix_cache=True, **more
+        )
         self.service = ModelService(engine, recommended, Options("tiny", **options))
         app = build_app(self.service)
         if page is not None:

@@ -3,15 +3,19 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
+from rorqual.adapters.lora import merge
+from rorqual.adapters.peft_files import read_adapter
 from rorqual.checkpoint.huggingface import load_model, save_model
 from rorqual.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from rorqual.engine import Engine
 from rorqual.errors import UserError
 from rorqual.plan.estimate import plan_text
-from rorqual.recipe import PretrainRecipe, SFTRecipe, TokenizerSection, load_recipe, parse_recipe
+from rorqual.recipe import LoRASection, PretrainRecipe, SFTRecipe, TokenizerSection, load_recipe, parse_recipe
 from rorqual.train.build_model import tokenizer_of
 from rorqual.train.dry_run import dry_run, recipe_config
+from rorqual.train.trainer import Trainer
 from rorqual.train.training_run import _forecast, pretrain, sft
 
 
@@ -45,6 +49,40 @@ def test_fine_tuning_learns_the_answers(chat_recipe):
     assert lines[-1]["loss"] < 0.2 * lines[0]["loss"]
     assert load_model(run_dir / "model").config.vocab_size == 262
     assert "loss on the assistant's turns" in (run_dir / "model" / "README.md").read_text()
+
+
+def test_an_adapter_learns_the_answers_and_a_stopped_run_ends_the_same(chat_recipe, tmp_path, monkeypatch):
+    def recipe(name):
+        made = chat_recipe(save_every=5, steps=15)
+        return made.model_copy(update={"name": name, "lora": LoRASection(rank=8)})
+
+    plan, whole = dry_run(recipe("a")), dry_run(chat_recipe(steps=15))
+    assert plan["memory"]["moments"] < whole["memory"]["moments"]
+    assert 0.6 < plan["flops_per_token"] / whole["flops_per_token"] < 0.8  # no gradients of weights
+    run_dir = sft(recipe("a"))
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["loss"] < 0.8 * lines[0]["loss"]
+    merged, base = load_model(run_dir / "model"), load_model(tmp_path / "base")
+    adapter = read_adapter(run_dir / "adapter")
+    assert adapter.base == str(tmp_path / "base")
+    merge(base, adapter.updates)
+    assert all(torch.equal(t, merged.state_dict()[name]) for name, t in base.state_dict().items())
+
+    step = Trainer.step
+
+    def stop_at_eight(self, batches, progress):
+        if self.steps == 8:
+            raise RuntimeError("stopped here")
+        return step(self, batches, progress)
+
+    monkeypatch.setattr(Trainer, "step", stop_at_eight)
+    with pytest.raises(RuntimeError, match="stopped here"):
+        sft(recipe("b"))
+    monkeypatch.setattr(Trainer, "step", step)
+    resumed = load_model(sft(recipe("b"), resume=True) / "model")
+    assert all(torch.equal(t, merged.state_dict()[name]) for name, t in resumed.state_dict().items())
+    with pytest.raises(UserError, match=r"lora.targets: 'nothing'"):
+        dry_run(recipe("c").model_copy(update={"lora": LoRASection(targets=["nothing"])}))
 
 
 def test_what_the_release_says_is_kept_from_run_to_run(chat_recipe, tmp_path):

@@ -10,6 +10,7 @@ from rorqual import strict_json
 from rorqual.cli.options import (
     NO_LIMIT,
     SEEDS,
+    Adapter,
     AsJson,
     Device,
     Dtype,
@@ -18,7 +19,7 @@ from rorqual.cli.options import (
     check_choice,
     check_dtype,
     expand_path,
-    find_model,
+    find_adapted,
     within,
 )
 from rorqual.errors import UserError
@@ -66,6 +67,7 @@ def evaluate(
     audit: Annotated[
         bool, typer.Option("--audit", help="judge again with a second judge, and show disagreements")
     ] = False,
+    adapter: Adapter = None,
     dtype: Dtype = "auto",
     device: Device = "cpu",
     as_json: AsJson = False,
@@ -98,15 +100,17 @@ def evaluate(
         for task in names
     ]
     computed = check_dtype(dtype, device)
-    directories = [find_model(model), *([] if against is None else [find_model(against)])]
+    directories = [find_adapted(model, adapter), *([] if against is None else [find_adapted(against, None)])]
     folders = [None, None] if out is None else [expand_path(out), expand_path(out) / "against"]
     results: list[Evaluation] = []
     shown: list[dict[str, Any]] = []
-    for directory, folder in zip(directories, folders, strict=False):
+    for (base, merged), folder in zip(directories, folders, strict=False):
+        directory = merged or base
         try:
-            engine = Engine(directory, dtype=computed, device=device)
+            engine = Engine(base, dtype=computed, device=device, adapter=merged)
+            fingerprints = weights_fingerprint(base) + ("" if merged is None else "+" + weights_fingerprint(merged))
             identity = {
-                "model": str(directory), "weights": weights_fingerprint(directory), "dtype": dtype, "device": device,
+                "model": str(directory), "weights": fingerprints, "dtype": dtype, "device": device,
             }  # fmt: skip
             result = run(engine, opened, samples, problems, out=folder, model=identity, audited=audit, **settings)
         except UserError:

@@ -10,6 +10,7 @@ import typer
 from rorqual import strict_json
 from rorqual.cli.options import (
     SEEDS,
+    Adapter,
     AsJson,
     Device,
     Dtype,
@@ -20,12 +21,13 @@ from rorqual.cli.options import (
     ThinkingBudget,
     TopP,
     Weights,
+    check_adapters,
     check_dtype,
     check_kv_cache_dtype,
     check_speculative,
     check_weights,
     expand_path,
-    find_model,
+    find_adapted,
     served_name,
     within,
 )
@@ -41,6 +43,7 @@ def generate(
     max_tokens: MaxTokens = None,
     thinking_budget: ThinkingBudget = None,
     seed: Annotated[int | None, typer.Option(callback=within(*SEEDS), help="the same seed gives the same text")] = None,
+    adapter: Adapter = None,
     weights: Weights = None,
     dtype: Dtype = "auto",
     speculative: Speculative = "auto",
@@ -53,7 +56,7 @@ def generate(
     from rorqual.engine.generation_defaults import default_sampling
 
     bits, method, computed = check_weights(weights), check_speculative(speculative), check_dtype(dtype, device)
-    directory = find_model(model)
+    directory, merged = find_adapted(model, adapter)
     params = default_sampling(
         directory, temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=seed,
         thinking_budget=thinking_budget,
@@ -61,7 +64,7 @@ def generate(
     text = read_prompt(prompt)
     started = time.monotonic()
     with loading(directory):
-        engine = Engine(directory, weights=bits, dtype=computed, speculative=method, device=device)
+        engine = Engine(directory, weights=bits, dtype=computed, speculative=method, device=device, adapter=merged)
     loaded = time.monotonic()
     if raw:
         tokens = engine.encode(text)
@@ -84,6 +87,7 @@ def chat(
     top_p: TopP = None,
     max_tokens: MaxTokens = None,
     thinking_budget: ThinkingBudget = None,
+    adapter: Adapter = None,
     weights: Weights = None,
     dtype: Dtype = "auto",
     speculative: Speculative = "auto",
@@ -95,7 +99,7 @@ def chat(
     from rorqual.engine.generation_defaults import default_sampling
 
     bits, method, computed = check_weights(weights), check_speculative(speculative), check_dtype(dtype, device)
-    directory = find_model(model)
+    directory, merged = find_adapted(model, adapter)
     params = default_sampling(
         directory, temperature=temperature, top_p=top_p, max_tokens=max_tokens, thinking_budget=thinking_budget
     )
@@ -108,6 +112,7 @@ def chat(
             dtype=computed,
             speculative=method,
             device=device,
+            adapter=merged,
         )
     talk(engine, params, system)
 
@@ -133,6 +138,14 @@ def serve(
     timeout: Annotated[
         float, typer.Option(callback=within(0, 10**6, above=True), help="time-out of a request, in seconds")
     ] = 600.0,
+    adapter: Adapter = None,
+    adapters: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME=DIR,…",
+            help="LoRA adapters, unmerged; a request whose model is NAME gets that one's answer",
+        ),
+    ] = None,
     dtype: Dtype = "auto",
     weights: Weights = None,
     kv_cache_dtype: Annotated[
@@ -180,7 +193,13 @@ def serve(
     check_address(host, keys, anonymous)
     origins = check_origins(allow_origin or ())
     bits, method, computed = check_weights(weights), check_speculative(speculative), check_dtype(dtype, device)
-    directory = find_model(model)
+    directory, merged = find_adapted(model, adapter)
+    served = check_adapters(adapters, name or served_name(Path(model)))
+    for option, several in (("experts", experts), ("replicas", replicas)):
+        if several > 1 and served:
+            raise UserError(f"--adapters with --{option} {several}: one process alone serves adapters; leave one out")
+    if experts > 1 and merged:
+        raise UserError(f"--experts {experts} with --adapter: merge it first, with rorqual import; leave one out")
     if experts > 1 and replicas > 1:
         raise UserError(f"--experts {experts} with --replicas {replicas}: give one of the two")
     if experts == 1 and redundant_experts:
@@ -192,6 +211,8 @@ def serve(
         "weights": bits, "max_prefill_tokens": 512, "speculative": method, "device": device,
         "kv_cache_dtype": cache_dtype,
     }  # fmt: skip
+    if merged or served:
+        arguments |= {"adapter": merged, "adapters": served}
     options = Options(name or served_name(Path(model)), keys, max_queue, timeout, host=host, origins=origins)
     if replicas > 1:
         serve_replicas(directory, replicas, arguments, sampling, options, listening)

@@ -59,6 +59,10 @@ ThinkingBudget = Annotated[
 Weights = Annotated[
     str | None, typer.Option(help="quantise the weights to int4, int8 or fp8 while loading; fp8 keeps an FP8 release")
 ]
+Adapter = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="merge a LoRA adapter (peft's layout, or a run's) into the model on loading"),
+]
 Speculative = Annotated[
     str,
     typer.Option(
@@ -72,6 +76,30 @@ DEVICES = ("cpu", "cuda")
 ModelDir = Annotated[
     str, typer.Argument(metavar="MODEL", help="a Hugging Face directory, a run's folder or a .gguf file")
 ]
+
+
+def find_adapted(model: str, adapter: Path | None) -> tuple[Path, Path | None]:
+    """A model as `find_model` finds it, and the directory of an adapter for it, if any: `adapter`, or `model` itself
+    where it holds an adapter alone, whose base then is the model.
+
+    Raises UserError if there is no such model or adapter.
+    """
+    from rorqual.adapters.peft_files import base_of, is_adapter
+    from rorqual.model.model_directory import is_gguf
+
+    given = expand_path(Path(model))
+    if adapter is None and not is_gguf(given) and is_adapter(given):
+        return find_model(base_of(given)), given
+    return find_model(model), adapter and find_adapter(adapter)
+
+
+def find_adapter(path: Path) -> Path:
+    """An adapter's directory, for a run's folder that of the run. Raises UserError if it holds none."""
+    path = expand_path(path)
+    for found in (path, path / "adapter"):
+        if (found / "adapter_config.json").exists():
+            return found
+    raise UserError(f"{path} is not an adapter: no adapter_config.json in it; give a directory that peft wrote")
 
 
 def find_model(model: str) -> Path:
@@ -117,6 +145,19 @@ def served_name(model: Path) -> str:
     path = model.resolve()
     path = path.parent if path.name == "model" else path
     return path.stem if is_gguf(path) else path.name
+
+
+def check_adapters(given: str | None, served: str) -> dict[str, Path]:
+    """The directories of --adapters, by name. served: the model's own name. Raises UserError for an invalid one."""
+    found: dict[str, Path] = {}
+    for part in [] if given is None else given.split(","):
+        name, sign, path = (piece.strip() for piece in part.partition("="))
+        if not (sign and name and path and name.isprintable()):
+            raise UserError(f"--adapters {part!r}: must be NAME=DIR, with commas between several")
+        if name in found or name == served:
+            raise UserError(f"--adapters {part!r}: the name {name} is taken; choose another, or --name for the model")
+        found[name] = find_adapter(Path(path))
+    return found
 
 
 def check_weights(weights: str | None) -> Any:

@@ -80,6 +80,7 @@ def rl(
     from rorqual.kernels.dtypes import compute_dtype, dtype_name
     from rorqual.model import ModelConfig
     from rorqual.plan.cost import parameters
+    from rorqual.plan.optimizer_state import adapter_bytes
     from rorqual.plan.process_memory import memory
     from rorqual.plan.rl_here import rl_time_text
     from rorqual.precision.fp8_twin import twin_bytes
@@ -96,7 +97,7 @@ def rl(
     if dry_run:
         checked = on_ray(checked) if ray else in_process(checked)
         tokenizer = tokenizer_of(checked.model)
-        check_model(checked.model)
+        check_model(checked.model, checked.lora)
         environments = [open_environment(section) for section in checked.environments]
         check_problems(checked, tokenizer, environments)
         config = ModelConfig.load(trained_path(checked.model))
@@ -111,9 +112,11 @@ def rl(
             fp8=checked.precision is not None,
             recompute=checked.recompute,
             accumulated=True,
+            lora=checked.lora,
         )
         print(f"{'parameters':<12} {total:.4g}, {active:.4g} active per token")
-        reference = needed.weights if checked.grpo.kl else 0
+        kept = needed.weights if checked.lora is None else adapter_bytes(config, dtype, checked.lora)
+        reference = kept if checked.grpo.kl else 0
         twin = twin_bytes(config) if checked.grpo.rollout_weights else 0
         teachers = 0
         if checked.opd is not None:

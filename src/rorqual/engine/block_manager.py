@@ -21,6 +21,11 @@ def block_key(previous: bytes, tokens: Sequence[int]) -> bytes:
     return hashlib.blake2b(previous + array("q", tokens).tobytes(), digest_size=16).digest()
 
 
+def first_key(adapter: str | None) -> bytes:
+    """What stands for the blocks before the first: an adapter's prefixes are its own."""
+    return b"" if adapter is None else hashlib.blake2b(adapter.encode(), digest_size=16).digest()
+
+
 class BlockManager:
     """Allocates `count` blocks, NULL_BLOCK among them. prefix_cache: keep full blocks for prompts with their prefix."""
 
@@ -70,10 +75,13 @@ class BlockManager:
                 else:
                     self._free.append(block)
 
-    def match_prefix(self, tokens: tuple[int, ...]) -> list[int]:
-        """The longest run of full blocks in the prefix cache with which these tokens begin, each with a reference."""
+    def match_prefix(self, tokens: tuple[int, ...], adapter: str | None = None) -> list[int]:
+        """The longest run of full blocks in the prefix cache with which these tokens begin, each with a reference.
+
+        adapter: whose keys and values they are.
+        """
         found: list[int] = []
-        key = b""
+        key = first_key(adapter)
         for start in range(0, len(tokens) - BLOCK + 1, BLOCK) if self.prefix_cache else ():
             key = block_key(key, tokens[start : start + BLOCK])
             block = self.lookup(key)
@@ -83,9 +91,9 @@ class BlockManager:
             found.append(block)
         return found
 
-    def cache_blocks(self, tokens: tuple[int, ...], blocks: list[int]) -> None:
+    def cache_blocks(self, tokens: tuple[int, ...], blocks: list[int], adapter: str | None = None) -> None:
         """Add the full ones among a sequence's blocks, which hold its `tokens`, to the prefix cache."""
-        key = b""
+        key = first_key(adapter)
         for block, start in zip(blocks, range(0, len(tokens) - BLOCK + 1, BLOCK), strict=False):
             key = block_key(key, tokens[start : start + BLOCK])
             self.insert(block, key)

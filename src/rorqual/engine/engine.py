@@ -1,13 +1,15 @@
 """The engine's interface: generate a batch of completions, or submit requests and step."""
 
 from collections import abc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 import torch
 
+from rorqual.adapters.peft_files import read_adapter
+from rorqual.adapters.served import ServedAdapters
 from rorqual.engine.argument_checks import prompt_list
 from rorqual.engine.block_manager import BLOCK, BlockManager
 from rorqual.engine.detokenizer import IncrementalDetokenizer
@@ -42,7 +44,8 @@ class Engine:
     ("ngram"; "auto": "ngram" where weights are quantised); it changes the time an answer takes, never the answer.
     `kv_cache_dtype`: by default the dtype that the model computes in; torch.int8 (fast where weights are quantised) and
     torch.float8_e4m3fn about halve BF16's memory. `record_routing`: completions have the experts that each token was
-    sent to. `dtype`, `device`, `weights`: see `open_model`; for a model that is not in memory.
+    sent to. `dtype`, `device`, `weights`, `adapter`: see `open_model`; for a model that is not in memory. `adapters`:
+    directories in peft's layout by name, any of which a request may ask for (SamplingParams.adapter).
 
     Raises UserError for invalid arguments, and for a model that cannot be read.
     """
@@ -52,7 +55,8 @@ class Engine:
         kv_cache_bytes: int | None = None, prefix_cache: bool = False, max_prefill_tokens: int = MAX_PREFILL_TOKENS,
         speculative: SpeculativeMethod | Literal["auto"] | None = None, kv_cache_dtype: torch.dtype | None = None,
         dtype: torch.dtype | None = None, device: torch.device | str = "cpu", weights: Weights | None = None,
-        record_routing: bool = False,
+        record_routing: bool = False, adapter: str | Path | None = None,
+        adapters: Mapping[str, str | Path] | None = None,
     ) -> None:  # fmt: skip
         for name, value, least in (
             ("max_num_seqs", max_num_seqs, 1),
@@ -64,7 +68,7 @@ class Engine:
         if speculative not in (None, "auto", "mtp", "ngram"):
             raise UserError(f'speculative = {speculative!r}: must be "mtp", "ngram" or "auto", or None')
         if not isinstance(model, Transformer):
-            model, own = open_model(model, dtype, device, weights)
+            model, own = open_model(model, dtype, device, weights, adapter)
             tokenizer = tokenizer or own
         self.model, self.tokenizer, self.max_num_seqs = model, tokenizer, max_num_seqs
         self.kv_cache_bytes, self.prefix_cache = kv_cache_bytes, prefix_cache
@@ -86,6 +90,12 @@ class Engine:
             raise UserError("record_routing = True: this model has no experts; leave it out")
         if record_routing and isinstance(model.head_weight, QuantizedWeight):
             raise UserError("record_routing = True: quantised weights run without these routers; leave it out")
+        if adapters and (record_routing or isinstance(model.head_weight, QuantizedWeight)):
+            what = "recorded routing" if record_routing else "quantised weights"
+            raise UserError(f"adapters = {', '.join(adapters)}: {what} and adapters do not go together; leave one out")
+        self.adapters = None
+        if adapters:
+            self.adapters = ServedAdapters(model, {name: read_adapter(path) for name, path in adapters.items()})
         self.block_bytes = block_bytes(model.config, self.kv_cache_dtype, int(speculative == "mtp"))
         self.end_tokens = tuple(sorted(model.released.ends_with(tokenizer, model.config)))
         self.inputs = InputProcessor(model.config, tokenizer, self.end_tokens)
@@ -99,16 +109,19 @@ class Engine:
 
         Raises UserError for an invalid prompt, and one that context or KV cache do not hold.
         """
+        self._check_adapter(params.adapter)
         seed = torch.seed() if params.seed is None else params.seed
         request = self.inputs.request(prompt, params, seed, "the prompt", self._kv_cache_tokens(), streaming)
         self._scheduler_for([request], at_least=DEFAULT_KV_CACHE_BYTES).add(request)
         return request
 
-    def score(self, tokens: abc.Sequence[int], top: int) -> Request:
+    def score(self, tokens: abc.Sequence[int], top: int, adapter: str | None = None) -> Request:
         """Queue a text to be scored, with the `top` most probable tokens at every position; `step` works on it, a chunk
         at a time, until the request is done. Raises UserError for a text that context or KV cache do not hold.
         """
-        request = self.inputs.request(tokens, SamplingParams(max_tokens=1), 0, "the text", self._kv_cache_tokens())
+        self._check_adapter(adapter)
+        params = SamplingParams(max_tokens=1, adapter=adapter)
+        request = self.inputs.request(tokens, params, 0, "the text", self._kv_cache_tokens())
         request.sequences, request.prompt_logprobs = [], PromptLogprobs(request.prompt, self.model.head_weight, top)
         self._scheduler_for([request], at_least=DEFAULT_KV_CACHE_BYTES).add(request)
         return request
@@ -190,6 +203,7 @@ class Engine:
         cache do not hold.
         """
         params = params or SamplingParams()
+        self._check_adapter(params.adapter)
         seed = torch.seed() if params.seed is None else params.seed
         most = self._kv_cache_tokens()
         requests = [
@@ -219,6 +233,7 @@ class Engine:
         self, prompts: abc.Sequence[str] | abc.Sequence[abc.Sequence[int]], params: SamplingParams | None = None
     ) -> None:
         """Raise what `generate` would raise for these prompts, UserError, before anything is computed."""
+        self._check_adapter(None if params is None else params.adapter)
         for i, prompt in enumerate(prompt_list(prompts)):
             self.inputs.request(prompt, params or SamplingParams(), 0, f"prompt {i + 1}", self._kv_cache_tokens())
 
@@ -252,6 +267,13 @@ class Engine:
     def opening(self, prompt: abc.Sequence[int]) -> str:
         """The end of a prompt that belongs to the answer's thinking, from its mark on; "" for none."""
         return self.inputs.opening(prompt)
+
+    def _check_adapter(self, name: str | None) -> None:
+        known = frozenset[str]() if self.adapters is None else self.adapters.names
+        if name is not None and name not in known:
+            raise UserError(
+                f"adapter = {name!r}: this engine serves {', '.join(sorted(known)) or 'none'}; leave it out"
+            )
 
     # -- KV cache
 
@@ -291,7 +313,7 @@ class Engine:
 
     def _new_scheduler(self, cache: PagedKVCache, blocks: BlockManager) -> Scheduler:
         return Scheduler(
-            self.model, self.max_num_seqs, cache, blocks, self.max_prefill_tokens, self.speculative
+            self.model, self.max_num_seqs, cache, blocks, self.max_prefill_tokens, self.speculative, self.adapters
         )  # fmt: skip
 
     def _count(self, cache_bytes: int) -> int:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rorqual.adapters.served import Name, ServedAdapters
 from rorqual.engine.cuda_graphs import CUDAGraphRunner, can_capture
 from rorqual.engine.fused_cpu import fused_decode_step
 from rorqual.engine.paged_kv_cache import KVCacheView, PagedKVCache, PrefillSlice
@@ -32,6 +33,7 @@ class DecodeTokens:
     tokens: Tensor  # int64 [N]
     positions: Tensor  # int64 [N]
     block_tables: Tensor  # int32 [N, ·]
+    adapters: list[Name] | None = None  # of each; None: the model serves none
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
@@ -42,11 +44,14 @@ class DecodeTokens:
         if more == 0:
             return self
         tokens, positions = (torch.cat([x, x.new_zeros(more)]) for x in (self.tokens, self.positions))
-        return DecodeTokens(
-            tokens,
-            positions,
-            torch.cat([self.block_tables, self.block_tables.new_zeros(more, self.block_tables.shape[1])]),
-        )
+        tables = torch.cat([self.block_tables, self.block_tables.new_zeros(more, self.block_tables.shape[1])])
+        return DecodeTokens(tokens, positions, tables, self.adapters and self.adapters + self.adapters[-1:] * more)
+
+    def of(self, name: Name) -> tuple[Tensor, "DecodeTokens"]:
+        """The rows of an adapter, and their tokens."""
+        rows = torch.tensor([i for i, other in enumerate(self.adapters or []) if other == name], dtype=torch.long)
+        tokens, positions, tables = (t[rows] for t in (self.tokens, self.positions, self.block_tables))
+        return rows, DecodeTokens(tokens, positions, tables, [name] * len(rows))
 
 
 @dataclass
@@ -60,6 +65,7 @@ class PrefillChunk:
     following: Tensor
     start: int
     blocks: list[int]
+    adapter: Name = None
 
     @property
     def ends(self) -> bool:
@@ -74,11 +80,12 @@ class ModelRunner:
     processes share the experts, each call is a collective: also one without tokens passes through the experts.
     """
 
-    def __init__(self, model: Transformer, cache: PagedKVCache) -> None:
-        self.model, self.cache = model, cache
+    def __init__(self, model: Transformer, cache: PagedKVCache, adapters: ServedAdapters | None = None) -> None:
+        self.model, self.cache, self.adapters = model, cache, adapters
         self.fused = fused_decode_step(model, cache)
-        # A captured step runs no hooks, by which routing is recorded.
-        self.graphs = CUDAGraphRunner(model, cache) if can_capture(model) and cache.choices is None else None
+        # A captured step runs no hooks, by which routing is recorded, and the adapters of one batch.
+        captures = can_capture(model) and cache.choices is None and adapters is None
+        self.graphs = CUDAGraphRunner(model, cache) if captures else None
         self.collective = shares_experts(model)
 
     def __call__(self, decode: DecodeTokens, chunks: list[PrefillChunk]) -> tuple[Tensor, Tensor, Tensor]:
@@ -90,7 +97,8 @@ class ModelRunner:
             logits, states = self.graphs(*self._inputs(decode.padded(self.graphs.size(n)), []))
             return logits[:n], states[:n], states[:0]
         if self.fused is None:
-            states = self._run_model(decode.padded(self._padded_size(n)), chunks)
+            padded = decode.padded(self._padded_size(n))
+            states = self._run_model(padded, chunks) if self.adapters is None else self._run_adapted(padded, chunks)
             num_prefill = sum(len(chunk.tokens) for chunk in chunks)
             states, prefill_states = states[:n], states[len(states) - num_prefill :]
             sampled = torch.cat([states, prefill_states[_last_tokens(chunks)]]) if chunks else states
@@ -146,6 +154,35 @@ class ModelRunner:
         self.cache.choices.flatten(0, 1)[view.slot_mapping] = torch.stack(chosen, 1).to(torch.int16)
         return states
 
+    def _run_adapted(self, decode: DecodeTokens, chunks: list[PrefillChunk]) -> Tensor:
+        """`_run_model` in passes: one for all decode tokens, where the adapters allow it, and one for each adapter
+        among the chunks. A batch of one adapter is one pass.
+        """
+        assert self.adapters is not None
+        names = set(decode.adapters or []) | {chunk.adapter for chunk in chunks}
+        if len(names) == 1:
+            with self.adapters.applied(list(names)):
+                return self._run_model(decode, chunks)
+        parts: dict[int, Tensor] = {}  # hidden states by place: decode tokens, then a chunk each
+        none = _empty(decode)
+        if len(decode) and self.adapters.by_rows:
+            with self.adapters.applied(decode.adapters or []):
+                parts[-1] = self._run_model(decode, [])
+        elif len(decode):
+            weight = self.model.head_weight
+            found = torch.empty(len(decode), self.model.config.hidden_size, dtype=weight.dtype, device=weight.device)
+            for name in sorted(set(decode.adapters or []), key=str):
+                rows, own = decode.of(name)
+                with self.adapters.applied([name]):
+                    found[rows.to(found.device)] = self._run_model(own, [])
+            parts[-1] = found
+        for name in sorted({chunk.adapter for chunk in chunks}, key=str):
+            at = [i for i, chunk in enumerate(chunks) if chunk.adapter == name]
+            with self.adapters.applied([name]):
+                states = self._run_model(none, [chunks[i] for i in at])
+            parts |= dict(zip(at, states.split([len(chunks[i].tokens) for i in at]), strict=True))
+        return torch.cat([parts[i] for i in sorted(parts)])
+
     def _serve_others(self) -> None:
         """Compute what other processes' tokens need of the experts here, without tokens of one's own."""
         weight = self.model.head_weight
@@ -182,7 +219,7 @@ def _last_tokens(chunks: list[PrefillChunk]) -> Tensor:
 
 
 def _empty(decode: DecodeTokens) -> DecodeTokens:
-    return DecodeTokens(decode.tokens[:0], decode.positions[:0], decode.block_tables[:0])
+    return DecodeTokens(decode.tokens[:0], decode.positions[:0], decode.block_tables[:0], decode.adapters and [])
 
 
 def _concatenate(decode: DecodeTokens, chunks: list[PrefillChunk]) -> DecodeTokens:

@@ -31,7 +31,7 @@ class PrefillJob:
         """The next `length` tokens."""
         end = self.num_computed + length
         tokens = torch.tensor(self.tokens[self.num_computed : end + 1])
-        return PrefillChunk(tokens[:length], tokens[1:], self.num_computed, self.blocks)
+        return PrefillChunk(tokens[:length], tokens[1:], self.num_computed, self.blocks, self.request.adapter)
 
 
 class PrefillQueue:
@@ -86,7 +86,7 @@ class PrefillQueue:
 
     def _match_prefix(self, job: PrefillJob) -> None:
         """Start a job from its longest prefix in the prefix cache; the last token is always computed."""
-        job.blocks = self.blocks.match_prefix(job.tokens[:-1])
+        job.blocks = self.blocks.match_prefix(job.tokens[:-1], job.request.adapter)
         job.num_computed = len(job.blocks) * BLOCK
         self.counters.cached_tokens += job.num_computed
         if job.tokens is job.request.prompt:
@@ -132,7 +132,7 @@ class PrefillQueue:
                 job.request.prompt_logprobs.append(part, job.num_computed)
             job.num_computed += length
             if self.blocks.prefix_cache:
-                self.blocks.cache_blocks(job.tokens[: job.num_computed], job.blocks)
+                self.blocks.cache_blocks(job.tokens[: job.num_computed], job.blocks, job.request.adapter)
             if job.num_computed == len(job.tokens):
                 e = len(prefilled)
                 job.logits, job.state = logits[e : e + 1].clone(), part[-1:].clone()

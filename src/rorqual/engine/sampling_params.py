@@ -30,6 +30,7 @@ class SamplingParams:
     `</think>` the engine inserts it. `logprobs`: how many of the most probable tokens to report at every position.
     `ignore_eos`: the end token does not end the answer. `record_allowed`: keep the set of tokens that top_k, top_p and
     min_p allow at every position (Completion.allowed); log-probabilities then are those among the allowed tokens.
+    `adapter`: whose answer it is, of those that the engine serves.
 
     None means the default; `stop` may be one string, `logit_bias` a dictionary. Raises UserError for invalid values.
     """
@@ -53,6 +54,7 @@ class SamplingParams:
     grammar: Grammar | None = None
     logprobs: int = 0
     record_allowed: bool = False
+    adapter: str | None = None
 
     def __post_init__(self) -> None:
         for f in fields(self):

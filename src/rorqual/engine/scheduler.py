@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, from_numpy
 
+from rorqual.adapters.served import ServedAdapters
 from rorqual.engine.batch import DecodeBatch
 from rorqual.engine.block_manager import BLOCK, BlockManager
 from rorqual.engine.model_runner import DecodeTokens, ModelRunner
@@ -27,18 +28,20 @@ from rorqual.model import Transformer
 class Scheduler:
     """Decodes at most `max_num_seqs` sequences and prefills at most `max_prefill_tokens` tokens a step.
 
-    speculative: where draft tokens come from.
+    speculative: where draft tokens come from. adapters: those that requests may name.
     """
 
     def __init__(
         self, model: Transformer, max_num_seqs: int, kv_cache: PagedKVCache, blocks: BlockManager,
         max_prefill_tokens: int, speculative: SpeculativeMethod | None = None,
+        adapters: ServedAdapters | None = None,
     ) -> None:  # fmt: skip
         self.kv_cache, self.blocks = kv_cache, blocks
         self.counters = Counters()
         self.prefill = PrefillQueue(blocks, max_prefill_tokens, self.counters)
         self.batch = DecodeBatch(max_num_seqs)
-        self.model_runner = ModelRunner(model, kv_cache)
+        self.model_runner = ModelRunner(model, kv_cache, adapters)
+        self.adapters = adapters
         self.mtp_drafter = MTPDrafter(model, kv_cache) if speculative == "mtp" else None
         self.speculative = speculative
         self._num_requests = 0
@@ -138,7 +141,8 @@ class Scheduler:
         sequence = self.batch.save(row)
         if self.blocks.prefix_cache:
             # The newest token is not in the KV cache yet.
-            self.blocks.cache_blocks((sequence.request.prompt + tuple(sequence.tokens))[:-1], sequence.blocks)
+            known = (sequence.request.prompt + tuple(sequence.tokens))[:-1]
+            self.blocks.cache_blocks(known, sequence.blocks, sequence.request.adapter)
         sequence.routing = self.kv_cache.routing(
             sequence.blocks, len(sequence.request.prompt) + len(sequence.tokens) - 1
         )
@@ -153,9 +157,10 @@ class Scheduler:
         batch, n = self.batch, self.batch.n
         last, tables, drafts = batch.last_token[:n], batch.block_tables[:n], batch.drafts[:n]
         position = batch.position[:n]
+        names = None if self.adapters is None else [sequence.request.adapter for sequence in batch.sequences[:n]]
         if self.speculative is None or not (drafts >= 0).any():
             ones = None if self.mtp_drafter is None else np.ones(n, dtype=np.int64)
-            return DecodeTokens(from_numpy(last), from_numpy(position), from_numpy(tables)), ones
+            return DecodeTokens(from_numpy(last), from_numpy(position), from_numpy(tables), names), ones
         kept = trim_drafts(batch, self.blocks)
         tables = batch.block_tables[:n]  # trim_drafts may have widened it
         self.counters.draft_tokens += int(kept.sum())
@@ -163,8 +168,11 @@ class Scheduler:
         used = np.concatenate([np.ones((n, 1), dtype=bool), kept], axis=1)
         positions = position[:, None] + np.arange(tokens.shape[1])
         tokens_per_row = used.sum(1)
-        parts = tokens[used], positions[used], tables.repeat(tokens_per_row, 0)
-        return DecodeTokens(*(from_numpy(part) for part in parts)), tokens_per_row
+        tables = tables.repeat(tokens_per_row, 0)
+        if names is not None:
+            names = [name for name, count in zip(names, tokens_per_row.tolist(), strict=True) for _ in range(count)]
+        decode = DecodeTokens(from_numpy(tokens[used]), from_numpy(positions[used]), from_numpy(tables), names)
+        return decode, tokens_per_row
 
     def _start_decode(self) -> list[PrefillJob]:
         """Give free rows to sequences whose prompt is prefilled → the job of each.

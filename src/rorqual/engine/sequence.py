@@ -100,6 +100,10 @@ class Request:
         ]
 
     @property
+    def adapter(self) -> str | None:
+        return self.params.adapter
+
+    @property
     def done(self) -> bool:
         if self.prompt_logprobs is not None:
             return self.prompt_logprobs.done

@@ -47,7 +47,10 @@ def concatenate(parts: list[Tensor]) -> Tensor:
 
 
 class UpProjection(Linear):
-    """From latents to keys and values; the absorbed form multiplies with its weight directly."""
+    """From latents to keys and values; the absorbed form multiplies with its matrix directly."""
+
+    def matrix(self, dtype: torch.dtype) -> Float[Tensor, "N K"]:
+        return dense(self.weight, dtype)
 
 
 class MultiHeadLatentAttention(nn.Module):
@@ -130,7 +133,7 @@ class MultiHeadLatentAttention(nn.Module):
 
         One token of each of n sequences.
         """
-        w_kv = dense(self.kv_b_proj.weight, q_nope.dtype).view(self.H, self.N + self.V, self.C)
+        w_kv = self.kv_b_proj.matrix(q_nope.dtype).view(self.H, self.N + self.V, self.C)
         w_k, w_v = torch.split(w_kv, [self.N, self.V], dim=1)
         q_latent = torch.einsum("nhd,hdc->nhc", q_nope, w_k)
         o_latent = latent_attention(q_latent, q_rope, view.a, view.b, view.tables, view.lengths, self.scale)

@@ -102,21 +102,26 @@ def cache_bytes_per_token(config: ModelConfig, itemsize: int = 2) -> int:
     return config.num_hidden_layers * width * itemsize
 
 
-def flops_per_token(config: ModelConfig, sequence_length: int, training: bool = True) -> float:
+def flops_per_token(config: ModelConfig, sequence_length: int, training: bool = True, frozen: bool = False) -> float:
     """FLOPs per token of a sequence of this length, without MTP modules.
 
-    2 per active weight, plus causal attention over half the sequence on average; training costs three forward passes.
+    2 per active weight, plus causal attention over half the sequence on average; training costs three forward passes,
+    less the gradients of weights where they are `frozen` (LoRA, whose low-rank products are not counted).
     GFLOP at 4096 tokens (and HW table 2): V3 250.5 (250), V2 155.3 (155), LLaMA-3.1-405B 2473 (2448), Qwen2.5-72B 445
     (394, which is below 6 FLOPs per parameter).
     """
     forward = sum(flops.forward for flops in flops_by_layer(config, sequence_length))
     forward += 2.0 * config.vocab_size * config.hidden_size
-    return forward * (3 if training else 1)
+    if not training:
+        return forward
+    weights = sum(flops.products for flops in flops_by_layer(config, sequence_length))
+    return 3 * forward - (weights + 2.0 * config.vocab_size * config.hidden_size if frozen else 0.0)
 
 
-def mtp_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
+def mtp_flops_per_token(config: ModelConfig, sequence_length: int, frozen: bool = False) -> float:
     """Additional training FLOPs per token of the MTP modules: a layer, a projection and the head at each depth."""
-    return 3 * (flops_after_layers(config, sequence_length).forward - 2.0 * config.vocab_size * config.hidden_size)
+    after, head = flops_after_layers(config, sequence_length), 2.0 * config.vocab_size * config.hidden_size
+    return 3 * (after.forward - head) - (after.products - head if frozen else 0.0)
 
 
 @dataclass(frozen=True)

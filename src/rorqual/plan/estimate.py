@@ -50,9 +50,10 @@ def predict(
     """
     section, length = recipe.train, recipe.data.sequence_length
     total, active = parameters(config)
-    each = flops_per_token(config, length)
+    lora = recipe.lora if isinstance(recipe, SFTRecipe) else None
+    each = flops_per_token(config, length, frozen=lora is not None)
     if recipe.mtp.weight or recipe.mtp.final_weight:
-        each += mtp_flops_per_token(config, length)
+        each += mtp_flops_per_token(config, length, lora is not None)
     dtype = compute_dtype(recipe.model.dtype, device)
     ahead = bool(recipe.mtp.weight or recipe.mtp.final_weight)
     step, costs = _step(config, recipe, ahead), costs_here(dtype)
@@ -84,6 +85,7 @@ def predict(
         fp8=recipe.precision is not None,
         recompute=recipe.recompute,
         accumulated=sequences < section.batch_size,
+        lora=lora,
     )
     return {
         "parameters_total": total,

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 
 import torch
 
+from rorqual.adapters.lora import add_lora
 from rorqual.kernels.adamw import moment_dtype, scales
 from rorqual.kernels.dtype_names import COMPUTE
 from rorqual.kernels.dtypes import fastest_dtype
 from rorqual.model import ModelConfig, Transformer
 from rorqual.model.parameter_kinds import is_converted, is_hidden_matrix
 from rorqual.process_tuning import LARGEST
-from rorqual.recipe import OptimizerSection
+from rorqual.recipe import LoRASection, OptimizerSection
 
 FP32 = torch.float32.itemsize
 NEWTON_SCHULZ_STEPS = 5  # as train/muon.py
@@ -27,10 +28,15 @@ class StateBytes:
     moments: int
 
 
-def predict_state(config: ModelConfig, dtype: str, section: OptimizerSection) -> StateBytes:
+def predict_state(
+    config: ModelConfig, dtype: str, section: OptimizerSection, lora: LoRASection | None = None
+) -> StateBytes:
     """What `Optimizer.state_bytes` (train/optimizer.py) will measure for a model that computes in `dtype`."""
     with torch.device("meta"):
-        parameters = dict(Transformer(config).named_parameters())
+        model = Transformer(config)
+        if lora is not None:
+            add_lora(model, lora, 0)
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     masters = moments = 0
     for name, p in parameters.items():
         if COMPUTE[dtype] is not torch.float32 and is_converted(name, p):
@@ -42,6 +48,11 @@ def predict_state(config: ModelConfig, dtype: str, section: OptimizerSection) ->
             scale = FP32 * scales(p.numel()) if stored is torch.uint8 else 0
             moments += 2 * (p.numel() * stored.itemsize + scale)
     return StateBytes(masters, FP32 * sum(p.numel() for p in parameters.values()), moments)
+
+
+def adapter_bytes(config: ModelConfig, dtype: str, lora: LoRASection) -> int:
+    """Of one copy of what LoRA trains."""
+    return COMPUTE[dtype].itemsize * predict_state(config, dtype, OptimizerSection(), lora).gradients // FP32
 
 
 def update_bytes(config: ModelConfig, section: OptimizerSection) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from typing import Any, TypedDict
 
 from rorqual.kernels.dtypes import compute_dtype
 from rorqual.model.config import ModelConfig
-from rorqual.plan.cost import flops_per_token
+from rorqual.plan.cost import flops_per_token, mtp_flops_per_token
 from rorqual.plan.cpu_time import Costs, Counts, costs_here, step_counts
 from rorqual.plan.engine_time import EngineCosts, decode_counts, engine_costs_here, prefill_counts, refresh_counts
 from rorqual.plan.estimate import EMULATED, duration
@@ -253,12 +253,13 @@ def _work(
     evaluated = evaluations * len(recipe.environments) * recipe.eval_problems
     prompts = steps * section.questions_per_step + evaluated
     length = round(lengths.prompt + lengths.mean)
-    a_token = flops_per_token(config, length, training=False)
-    taught = sum(share * flops_per_token(own, length, training=False) for own, share in teacher_shares(recipe))
-    passes = 3 + (section.kl > 0)
+    a_token, frozen = flops_per_token(config, length, training=False), recipe.lora is not None
+    trains = flops_per_token(config, length, frozen=frozen) + (section.kl > 0) * a_token
+    trains += mtp_flops_per_token(config, length, frozen) if recipe.mtp.weight else 0.0
+    trains += sum(share * flops_per_token(own, length, training=False) for own, share in teacher_shares(recipe))
     tokens = sampled + steps * trained + evaluated * lengths.mean
     read = sampled + evaluated * lengths.mean + prompts * lengths.prompt
-    return tokens, a_token * (read + passes * steps * trained) + taught * steps * trained
+    return tokens, a_token * read + trains * steps * trained
 
 
 def _length_spread(

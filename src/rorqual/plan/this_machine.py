@@ -99,6 +99,7 @@ def rl_predicted_here(recipe: RLRecipe, config: ModelConfig, predicted: RLPlan, 
     needed = memory(
         config, recipe.grpo.micro_tokens, dtype=dtype_name(compute_dtype(recipe.model.dtype)),
         optimizer=recipe.optimizer, fp8=recipe.precision is not None, recompute=recipe.recompute, accumulated=True,
+        lora=recipe.lora,
     )  # fmt: skip
     steps = predicted["steps"]
     parts = {part: steps * seconds for part, seconds in predicted["parts"].items() if seconds}

@@ -49,7 +49,7 @@ def distill(recipe: DistillRecipe, resume: bool = False) -> Path:
     Raises UserError for what the user can fix, Stopped after SIGINT or SIGTERM.
     """
     tokenizer_of(recipe.model)
-    check_model(recipe.model)
+    check_model(recipe.model, recipe.lora)
     check_length(recipe.model, recipe, "sequence_length")
     environments = [open_environment(section) for section in recipe.environments]
     if recipe.teacher == WORKED_SOLUTIONS and (unknown := {e.family for e in environments} - WRITERS.keys()):
@@ -79,6 +79,7 @@ def student_recipe(recipe: DistillRecipe, run_dir: Path, samples: Path) -> SFTRe
         model=recipe.model,
         precision=recipe.precision,
         recompute=recipe.recompute,
+        lora=recipe.lora,
         data=ChatDataSection(path=str(samples), sequence_length=recipe.sequence_length),
         optimizer=recipe.optimizer,
         schedule=recipe.schedule,

@@ -7,11 +7,12 @@ from typing import Any
 
 from torch import Tensor
 
+from rorqual.adapters.lora import AdapterReference
 from rorqual.engine import Engine, SamplingParams
 from rorqual.errors import UserError
 from rorqual.kernels.dtypes import compute_dtype
 from rorqual.model import Transformer
-from rorqual.plan.cost import flops_per_token
+from rorqual.plan.cost import flops_per_token, mtp_flops_per_token
 from rorqual.precision.convert import convert
 from rorqual.precision.fp8_twin import FP8Twin
 from rorqual.recipe import RLRecipe
@@ -193,7 +194,7 @@ class GRPOTrainer:
         self.flops = {"evaluate": 0.0} | self.flops
 
     @property
-    def reference(self) -> Transformer | None:
+    def reference(self) -> Transformer | AdapterReference | None:
         """π_ref; None without a KL term."""
         return self.update.reference
 
@@ -212,11 +213,16 @@ class GRPOTrainer:
         return min(1.0, (self.steps + 1) / max(self.recipe.warmup_steps, 1), max(left, 0.0))
 
     def _count(self, rollout: Rollout, sums: UpdateSums) -> None:
-        passes = 3 + (self.reference is not None)
+        frozen = self.recipe.lora is not None
+        length = self._length(rollout)
+        each = flops_per_token(self.model.config, length, frozen=frozen)
+        each += (self.reference is not None) * self._flops_per_token(rollout)
+        if self.recipe.mtp.weight:
+            each += mtp_flops_per_token(self.model.config, length, frozen)
         self.tokens += rollout.tokens
         self.trained_tokens += sums.computed
         self.flops["rollout"] += self._sampling_flops(rollout)
-        self.flops["train"] += sums.computed * passes * self._flops_per_token(rollout)
+        self.flops["train"] += sums.computed * each
         for path, tokens in sums.taught.items():
             assert self.update.teachers is not None
             self.flops["train"] += tokens * self._flops_per_token(rollout, self.update.teachers.models[path])
@@ -226,5 +232,8 @@ class GRPOTrainer:
 
     def _flops_per_token(self, rollout: Rollout, model: Transformer | None = None) -> float:
         """Of a forward pass, of the policy or another model."""
-        length = sum(map(len, rollout.prompts)) // len(rollout.prompts) + rollout.tokens // len(rollout.completions)
-        return flops_per_token((model or self.model).config, length, training=False)
+        return flops_per_token((model or self.model).config, self._length(rollout), training=False)
+
+    def _length(self, rollout: Rollout) -> int:
+        """Mean tokens of a prompt and a completion."""
+        return sum(map(len, rollout.prompts)) // len(rollout.prompts) + rollout.tokens // len(rollout.completions)

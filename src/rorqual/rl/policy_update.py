@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rorqual.adapters.lora import AdapterReference
 from rorqual.errors import UserError
 from rorqual.model import Transformer
 from rorqual.model.moe import Routing
@@ -23,18 +24,20 @@ from rorqual.rl.grpo import (
     zero_std_groups,
 )
 from rorqual.rl.mismatch import CAP, Mismatch, routers_differ
+from rorqual.rl.mtp_update import MTPUpdate
 from rorqual.rl.rewards import Rewards
 from rorqual.rl.rollout import Rollout
 from rorqual.rl.rollout_logprobs import (
+    hidden_states,
     pack_members,
     replaying,
     rollout_logprobs,
     target_logprobs,
-    target_states,
 )
 from rorqual.rl.rollout_metrics import UpdateSums
 from rorqual.rl.rollout_packing import PackedRollout
 from rorqual.rl.teachers import Teachers
+from rorqual.shapes import Float
 from rorqual.train.balance import update_correction_bias
 from rorqual.train.optimizer import Optimizer
 from rorqual.train.schedule import bias_speed
@@ -72,7 +75,8 @@ class PolicyUpdate:
         self.activations = Activations(model, recipe.recompute)
         self.has_experts = bool(model.config.n_routed_experts)
         self.device = model.head_weight.device
-        self.reference = copy.deepcopy(model).requires_grad_(False) if recipe.grpo.kl else None
+        self.reference = reference_of(model, recipe) if recipe.grpo.kl else None
+        self.mtp = MTPUpdate(model, recipe) if recipe.mtp.weight else None
         self.skipped_in_a_row = 0
 
     def __call__(self, rollout: Rollout, rewards: Rewards, lr_factor: float, progress: float, step: int) -> UpdateSums:
@@ -93,6 +97,8 @@ class PolicyUpdate:
         truncated = torch.tensor([s.truncated for s in rollout.samples], dtype=torch.bool)
         lengths = rollout.lengths
         self.model.train()
+        if self.mtp is not None:
+            self.mtp.begin()
         weights = torch.zeros(len(lengths))
         updates: list[list[int]] = []
         for groups in counted.chunk(section.mini_batches):
@@ -121,6 +127,7 @@ class PolicyUpdate:
                     f"optimizer.lr = {self.recipe.optimizer.lr}: three updates in a row had no finite gradient, the "
                     f"last at step {step + 1}; the last checkpoint is intact, lower the learning rate"
                 )
+        sums.mtp_loss = None if self.mtp is None else self.mtp.loss
         return sums
 
     def logprobs_before(self, rollout: Rollout, members: Sequence[int]) -> list[list[float]]:
@@ -138,7 +145,7 @@ class PolicyUpdate:
             packed = packed.to(self.device)
             with replaying(self.model, packed, sums.replay):
                 routing: list[Routing] | None = [] if self.has_experts else None
-                total = self._loss(packed, update, teacher, routing, sums)
+                total, hidden = self._loss(packed, update, teacher, routing, sums)
                 if routing and self.recipe.balance.sequence_loss:
                     # A micro-batch is one sequence of V3 eq. 17–20, weighted by its tokens.
                     share = self.recipe.balance.sequence_loss * packed.tokens.numel() / total_tokens
@@ -147,6 +154,8 @@ class PolicyUpdate:
                     found = [r.load.detach() for r in routing]
                     loads = [a + b for a, b in zip(loads, found, strict=True)] if loads else found
                 torch.autograd.backward(total)
+                if self.mtp is not None:
+                    self.mtp.backward(hidden, packed, [each for each, _ in batches])
                 self.optimizer.accumulate()
         result = self.optimizer.step(lr_factor)
         sums.grad_norms.append(result.grad_norm)
@@ -160,8 +169,8 @@ class PolicyUpdate:
         teacher: str | None,
         routing: list[Routing] | None,
         sums: UpdateSums,
-    ) -> Tensor:
-        """A micro-batch's part of the loss, without balancing; adds to the sums."""
+    ) -> tuple[Tensor, Float[Tensor, "1 T D"]]:
+        """A micro-batch's part of the loss, without balancing, and the last hidden states; adds to the sums."""
         section, sequence = self.section, packed.sequence
         plain = self.reference is None and teacher is None and section.off_policy_mask is None
         grad = None
@@ -172,12 +181,13 @@ class PolicyUpdate:
         unmeasured = here and sums.mismatch is not None and sums.mismatch.routers_differ is None
         gathered = choices_of(self.model) if unmeasured else nullcontext([])
         with self.activations.kept(), gathered as choices:
-            states = target_states(self.model, packed, routing)
+            hidden = hidden_states(self.model, packed, routing)
+            states = hidden[0].index_select(0, packed.source)
             logprobs, entropy = target_logprobs(self.model, states, packed, section.temperature, grad)
         reference = None
         if self.reference is not None:
             with torch.no_grad():
-                their = target_states(self.reference, packed)
+                their = hidden_states(self.reference, packed)[0].index_select(0, packed.source)
                 reference, _ = target_logprobs(self.reference, their, packed, section.temperature)
         old = None if update.old is None else update.old[packed.offset]
         before = logprobs.detach() if old is None else old
@@ -208,8 +218,9 @@ class PolicyUpdate:
         )  # fmt: skip
         sums.add(loss, len(packed.targets), packed.tokens.numel(), float(entropy.sum()), reference is not None)
         if divergence is None or self.teachers is None:
-            return loss.loss
-        return loss.loss + self.teachers.section.weight * (divergence * update.weights[sequence]).sum()
+            return loss.loss, hidden
+        taught = (divergence * update.weights[sequence]).sum()
+        return loss.loss + self.teachers.section.weight * taught, hidden
 
     def _micro_batches(self, rollout: Rollout, members: list[int]) -> list[tuple[PackedRollout, str | None]]:
         """With the path of the teacher of all completions in it."""
@@ -237,6 +248,11 @@ class PolicyUpdate:
         if not self._measures:
             return None
         return Mismatch(self.section.importance_cap or CAP, self.section.correction or "token-truncate")
+
+
+def reference_of(model: Transformer, recipe: RLRecipe) -> Transformer | AdapterReference:
+    """π_ref as π is now: a copy of the model, with LoRA of its updates alone."""
+    return AdapterReference(model) if recipe.lora is not None else copy.deepcopy(model).requires_grad_(False)
 
 
 def _flat(logprobs: list[list[float]], members: list[int], device: torch.device) -> Tensor:

@@ -23,7 +23,7 @@ def rehearse(recipe: RLRecipe, steps: int = 3, say: Callable[[str], None] = prin
     tokenizer = tokenizer_of(recipe.model)
     environments = [open_environment(section) for section in recipe.environments]
     check_problems(recipe, tokenizer, environments)
-    model = build_model(recipe.model, tokenizer, recipe.seed)
+    model = build_model(recipe.model, tokenizer, recipe.seed, lora=recipe.lora)
     trainer = GRPOTrainer(model, tokenizer, environments, recipe)
     found: list[RehearsedStep] = []
     began = time.monotonic()

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from rorqual.checkpoint.huggingface import load_model, save_model, stored_dtype
+from rorqual.checkpoint.huggingface import load_model, stored_dtype
 from rorqual.errors import UserError
 from rorqual.files import write_text
 from rorqual.kernels.devices import find_device
@@ -33,6 +33,7 @@ from rorqual.train.model_card import card
 from rorqual.train.run_folder import open_run
 from rorqual.train.run_loop import RunLoop
 from rorqual.train.telemetry import Log
+from rorqual.train.training_run import release_model
 
 STAGES = ("rollout", "train", "evaluate")  # in the ledger; the first two are parts of a step
 PROMPTS = 32  # whose mean length a plan takes
@@ -44,6 +45,8 @@ def rl(recipe: RLRecipe, resume: bool = False, ray: str | None = None) -> Path:
     ray: where rollouts are sampled on Ray, see `ray_cluster`; None: in this process. Raises UserError for what the user
     can fix, Stopped after SIGINT or SIGTERM.
     """
+    if ray and recipe.lora is not None:
+        raise UserError("lora with --ray: workers are sent whole weights, not adapters; leave one of them out")
     recipe = on_ray(recipe) if ray else in_process(recipe)
     tokenizer, start = tokenizer_of(recipe.model), trained_path(recipe.model)
     config = ModelConfig.load(start)
@@ -52,14 +55,14 @@ def rl(recipe: RLRecipe, resume: bool = False, ray: str | None = None) -> Path:
     with nullcontext() if ray is None else ray_cluster(recipe, config, ray) as cluster:
         device = find_device(recipe.device) if cluster is None else cluster.device
         with open_run(recipe, resume, device) as run_dir:
-            model = build_model(recipe.model, tokenizer, recipe.seed).to(device)
+            model = build_model(recipe.model, tokenizer, recipe.seed, lora=recipe.lora).to(device)
             with nullcontext() if cluster is None else cluster.fleet(recipe, model.config) as fleet:
                 trainer = GRPOTrainer(model, tokenizer, environments, recipe, fleet=fleet)
                 run = RLRun(run_dir, recipe, trainer, recipe.track)
                 run.fit()
             if recipe.keep_start and run.got_worse():
-                model = load_model(start, stored_dtype(start))
-            _release(run, model, tokenizer)
+                model, recipe = load_model(start, stored_dtype(start)), recipe.model_copy(update={"lora": None})
+            _release(run, model, tokenizer, recipe)
     return run_dir
 
 
@@ -93,6 +96,11 @@ def check_problems(recipe: RLRecipe, tokenizer: Tokenizer, environments: Sequenc
     step.
     """
     config = ModelConfig.load(trained_path(recipe.model))
+    if recipe.mtp.weight and not config.num_nextn_predict_layers:
+        raise UserError(
+            f"mtp.weight = {recipe.mtp.weight:g}: the model has no multi-token module (num_nextn_predict_layers); "
+            "leave it out"
+        )
     if recipe.rollouts.replay_routing and not config.n_routed_experts:
         raise UserError("rollouts.replay_routing = true: the model has no experts whose choice to replay; leave it out")
     context, families = config.max_position_embeddings, [environment.family for environment in environments]
@@ -193,9 +201,9 @@ class RLRun(RunLoop[RLRecipe, GRPOTrainer]):
         return shares
 
 
-def _release(run: RLRun, model: Transformer, tokenizer: Tokenizer) -> None:
+def _release(run: RLRun, model: Transformer, tokenizer: Tokenizer, recipe: RLRecipe) -> None:
     directory = run.run_dir / "model"
-    save_model(model, directory, tokenizer)
+    release_model(model, directory, tokenizer, recipe)
     write_text(directory / "README.md", _card(run, model), then="then continue with --resume")
     trainer = run.trainer
     ledger = Ledger(run.run_dir, run.predicted, run.trainer.dtype, run.trainer.device.type)

@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from rorqual.adapters.lora import AdapterReference
 from rorqual.kernels.allowed_tokens import AllowedTokens
 from rorqual.kernels.cross_entropy import token_logprobs
 from rorqual.model import ModelConfig, Transformer
@@ -51,15 +52,19 @@ def replaying(model: Transformer, packed: PackedRollout, counts: Replay) -> Abst
     return nullcontext() if packed.recorded is None else replayed(model, packed.recorded, counts)
 
 
-def target_states(
-    model: Transformer, packed: PackedRollout, routing: list[Routing] | None = None
-) -> Float[Tensor, "N D"]:
+def hidden_states(
+    model: Transformer | AdapterReference, packed: PackedRollout, routing: list[Routing] | None = None
+) -> Float[Tensor, "1 T D"]:
+    return model(packed.tokens, packed.positions, packed.mask, routing=routing)
+
+
+def target_states(model: Transformer, packed: PackedRollout) -> Float[Tensor, "N D"]:
     """The hidden states that predict the targets."""
-    return model(packed.tokens, packed.positions, packed.mask, routing=routing)[0].index_select(0, packed.source)
+    return hidden_states(model, packed)[0].index_select(0, packed.source)
 
 
 def target_logprobs(
-    model: Transformer,
+    model: Transformer | AdapterReference,
     states: Float[Tensor, "N D"],
     packed: PackedRollout,
     temperature: float,

@@ -35,6 +35,7 @@ class UpdateSums:
     largest_ratio: float = 0.0
     grad_norms: list[float] = field(default_factory=list)
     loads: list[Tensor] = field(default_factory=list)
+    mtp_loss: float | None = None  # nats a token, of the multi-token modules; None: not trained
     mismatch: Mismatch | None = None  # None: rollouts are from the numbers that are trained
     replay: Replay = field(default_factory=Replay)  # of recorded routing, if any
 
@@ -102,6 +103,7 @@ class UpdateMetrics:
     mismatch_kl: float | None = None
     importance_truncated: float | None = None
     routers_differ: float | None = None
+    mtp_loss: float | None = None  # nats a token, where the multi-token module is trained (mtp_update.py)
 
     def to_dict(self) -> dict[str, Metric]:
         """The metrics of a line of metrics.jsonl."""
@@ -179,6 +181,7 @@ def describe_update(sums: UpdateSums, seconds: float) -> UpdateMetrics:
         mismatch_kl=mismatch and mismatch.kl / tokens,
         importance_truncated=mismatch and mismatch.truncated / tokens,
         routers_differ=replay.differ / replay.replayed if replay.replayed else mismatch and mismatch.routers_differ,
+        mtp_loss=sums.mtp_loss,
     )
 
 

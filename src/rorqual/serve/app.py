@@ -96,7 +96,7 @@ def build_app(service: ModelService) -> FastAPI:
             reader = None if call_format is None else CallReader(*call_format)
             return ChatChoice(index, service.vocabulary, reader, body.logprobs, body.top_logprobs)
 
-        head = ResponseHeader("chat.completion", options.name, "chatcmpl")
+        head = ResponseHeader("chat.completion", body.model or options.name, "chatcmpl")
         choices = [choice(i) for i in range(params.n)]
         return await answer(service, request, body, head, choices, [prompt], params, started)
 
@@ -125,7 +125,8 @@ def build_app(service: ModelService) -> FastAPI:
             echo = "" if not body.echo else sent if isinstance(sent, str) else await service.text(sent)
             own = [TextChoice(i * params.n + j, service.vocabulary, body.logprobs, echo) for j in range(params.n)]
             if body.echo and body.logprobs is not None:
-                found = await cancel_on_disconnect(request.receive, service.score(prompt, body.logprobs, started))
+                scored = service.score(prompt, body.logprobs, started, service.adapter(body.model))
+                found = await cancel_on_disconnect(request.receive, scored)
                 if isinstance(found, Response):  # the client has disconnected
                     return found
                 for c in own:
@@ -133,20 +134,20 @@ def build_app(service: ModelService) -> FastAPI:
                         partial(c.prompt, prompt, found.logprobs, found.ranked), kind_of(len(prompt))
                     )
             choices += own
-        head = ResponseHeader("text_completion", options.name, "cmpl")
+        head = ResponseHeader("text_completion", body.model or options.name, "cmpl")
         if max_tokens == 0:
             return echoed(service, body, head, choices, Usage(sum(map(len, prompts))), started)
         return await answer(service, request, body, head, choices, prompts, params, started)
 
     @app.get("/v1/models", response_model=schemas.ModelList, responses=schemas.problems(401, 403))
     async def models() -> dict[str, object]:
-        """The model served."""
-        return {"object": "list", "data": [model_card(service)]}
+        """The model served, and its adapters."""
+        return {"object": "list", "data": [model_card(service, name) for name in service.names]}
 
     @app.get("/v1/models/{name:path}", response_model=schemas.ModelCard, responses=schemas.problems(400, 401, 403, 404))
     async def model(name: str) -> dict[str, object]:
         service.check_model(name)
-        return model_card(service)
+        return model_card(service, name)
 
     bodies = schemas.problems(400, 401, 403, 404, 408, 413, 415)
 
@@ -226,9 +227,9 @@ def template_kwargs(service: ModelService, body: ChatRequest) -> dict[str, Any]:
     return body.chat_template_kwargs
 
 
-def model_card(service: ModelService) -> dict[str, object]:
+def model_card(service: ModelService, name: str) -> dict[str, object]:
     return {
-        "id": service.options.name,
+        "id": name,
         "object": "model",
         "created": 0,
         "owned_by": "rorqual",

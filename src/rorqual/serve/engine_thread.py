@@ -69,12 +69,12 @@ class EngineThread:
         self.count -= handle.num_sequences
         self._inbox.put(lambda: self._cancel(handle))
 
-    async def score(self, prompt: list[int], top: int) -> PromptLogprobs:
+    async def score(self, prompt: list[int], top: int, adapter: str | None = None) -> PromptLogprobs:
         """A prompt's log-probabilities, and its most probable tokens; counts as one sequence. Raises as `open` does."""
         self._count(1)
         future: asyncio.Future[Request] = asyncio.get_running_loop().create_future()
         try:
-            self._inbox.put(lambda: self._submit_score(prompt, top, future))
+            self._inbox.put(lambda: self._submit_score(prompt, top, adapter, future))
             found = (await future).prompt_logprobs
             assert found is not None
             return found
@@ -156,11 +156,13 @@ class EngineThread:
             if running:
                 self.engine.cancel(request)
 
-    def _submit_score(self, prompt: list[int], top: int, future: "asyncio.Future[Request]") -> None:
+    def _submit_score(
+        self, prompt: list[int], top: int, adapter: str | None, future: "asyncio.Future[Request]"
+    ) -> None:
         if future.cancelled():
             return
         try:
-            self._scores[future] = self.engine.score(prompt, top)
+            self._scores[future] = self.engine.score(prompt, top, adapter)
         except UserError as e:
             self._settle_scores([(future, e)])
         except BaseException as e:

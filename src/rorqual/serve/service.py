@@ -135,9 +135,19 @@ class ModelService:
     # -- answers
 
     def check_model(self, name: str | None) -> None:
-        if name is not None and name != self.options.name:
-            message = f"the model {name!r} does not exist; this server has {self.options.name!r}"
+        if name is not None and name not in self.names:
+            message = f"the model {name!r} does not exist; this server has {', '.join(map(repr, self.names))}"
             raise ApiError(404, message, "model", "model_not_found")
+
+    @cached_property
+    def names(self) -> list[str]:
+        """What a request's `model` may be: the model, then adapters."""
+        adapters = self.engine.adapters
+        return [self.options.name, *([] if adapters is None else sorted(adapters.names))]
+
+    def adapter(self, name: str | None) -> str | None:
+        """The adapter that a request's `model` names, if it is one."""
+        return None if name == self.options.name else name
 
     def check_count(self, answers: int) -> None:
         """Raises ApiError for more answers than can ever be accepted."""
@@ -161,6 +171,7 @@ class ModelService:
         try:
             default = min(self.max_answer_tokens or limit, limit)
             params = body.params(self.default_params, max_tokens or default, logprobs, grammar)
+            params = replace(params, adapter=self.adapter(body.model))
             return params if max_tokens is None else replace(params, max_length=None)
         except UserError as e:
             raise ApiError(400, str(e)) from e
@@ -184,11 +195,11 @@ class ModelService:
             raise ApiError(400, str(e)) from e
         return handle
 
-    async def score(self, prompt: list[int], top: int, started: float) -> PromptLogprobs:
+    async def score(self, prompt: list[int], top: int, started: float, adapter: str | None = None) -> PromptLogprobs:
         """A prompt's log-probabilities. Raises ApiError."""
         try:
             async with asyncio.timeout(self.seconds_left(started)):
-                return await self.engine_thread.score(prompt, top)
+                return await self.engine_thread.score(prompt, top, adapter)
         except TimeoutError:
             raise timed_out(self.options.timeout) from None
         except UserError as e:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from rorqual.adapters.lora import add_lora, check_targets
 from rorqual.checkpoint.describe import read_released
 from rorqual.checkpoint.huggingface import load_model
 from rorqual.checkpoint.model_reader import open_release
@@ -16,7 +17,7 @@ from rorqual.data.tokenizer import load_tokenizer
 from rorqual.errors import UserError
 from rorqual.model import ModelConfig, Transformer
 from rorqual.parallel.data import is_expert
-from rorqual.recipe import ChatDataSection, DataSection, DistillRecipe, ModelSection, TrainSection
+from rorqual.recipe import ChatDataSection, DataSection, DistillRecipe, LoRASection, ModelSection, TrainSection
 from rorqual.tokenizer_protocol import Tokenizer
 from rorqual.train.rng import set_seed
 
@@ -72,14 +73,20 @@ def model_config(
     return config
 
 
-def build_model(section: ModelSection, tokenizer: Tokenizer, seed: int, length: int = 0) -> Transformer:
+def build_model(
+    section: ModelSection, tokenizer: Tokenizer, seed: int, length: int = 0, lora: LoRASection | None = None
+) -> Transformer:
     """The model to train, in FP32 (the optimizer converts it); `seed` determines random weights.
 
-    length: as in `model_config`. Raises UserError where the model's vocabulary is smaller than the tokenizer's.
+    length: as in `model_config`. lora: updates of a frozen model, at their start. Raises UserError where the model's
+    vocabulary is smaller than the tokenizer's.
     """
     set_seed(seed)
     config = _config_for(section, tokenizer, length)
-    return Transformer(config) if section.path is None else load_model(section.path, dtype=torch.float32)
+    model = Transformer(config) if section.path is None else load_model(section.path, dtype=torch.float32)
+    if lora is not None:
+        add_lora(model, lora, seed)
+    return model
 
 
 def build_part(section: ModelSection, tokenizer: Tokenizer, seed: int, length: int = 0) -> tuple[Transformer, Fill]:
@@ -139,10 +146,12 @@ def _config_for(section: ModelSection, tokenizer: Tokenizer, length: int) -> Mod
     return config
 
 
-def check_model(section: ModelSection) -> None:
+def check_model(section: ModelSection, lora: LoRASection | None = None) -> None:
     """Raises UserError for a model that `build_model` would refuse, without reading its weights."""
     if section.path is not None:
-        open_release(Path(section.path))
+        outline = open_release(Path(section.path)).outline
+        if lora is not None:
+            check_targets(outline, lora)
 
 
 def trained_path(section: ModelSection) -> str:

@@ -24,7 +24,7 @@ def dry_run_text(recipe: PretrainRecipe | SFTRecipe) -> str:
 def dry_run(recipe: PretrainRecipe | SFTRecipe) -> Plan:
     """Predicted parameters, FLOPs, memory and time, of one process. Raises UserError as the run would."""
     set_threads(recipe.train)
-    check_model(recipe.model)
+    check_model(recipe.model, recipe.lora if isinstance(recipe, SFTRecipe) else None)
     check_length(recipe.model, recipe.data)
     check_pieces(recipe.data.sequence_length, recipe.parallel.context)
     return predict(recipe_config(recipe), recipe, device=_device(recipe))

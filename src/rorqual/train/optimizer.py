@@ -47,10 +47,14 @@ class Optimizer:
     ) -> None:
         """`section.name` is 'adamw', or 'muon': Muon on hidden matrices, AdamW on embedding, head, router and norms.
 
-        Convert the model's matrices (and the biases of its linears) to `compute_dtype` in place.
+        Convert the model's matrices (and the biases of its linears) to `compute_dtype` in place. Parameters without
+        gradients have no state, and are no part of checkpoints.
         """
         self.section = section
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        for name, p in model.named_parameters():
+            if not p.requires_grad and is_converted(name, p):
+                p.data = p.data.to(compute_dtype)
         # Such as the router's correction bias: not trained by gradient, but part of the checkpoint.
         self.buffers = {n: t for n, t in model.state_dict(keep_vars=True).items() if not isinstance(t, nn.Parameter)}
         hidden = {n for n, p in self.parameters.items() if section.name == "muon" and is_hidden_matrix(n, p)}

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import torch
 
+from rorqual.adapters.lora import add_lora
 from rorqual.data.loader import Batch
 from rorqual.errors import UserError
 from rorqual.model import ModelConfig, Transformer
@@ -39,8 +40,11 @@ def rehearse(
     check_length(recipe.model, recipe.data)
     config = recipe_config(recipe)
     set_seed(recipe.seed)
+    model = Transformer(config)
+    if isinstance(recipe, SFTRecipe) and recipe.lora is not None:
+        add_lora(model, recipe.lora, recipe.seed)
     trainer = Trainer(
-        Transformer(config), recipe.optimizer, recipe.schedule, recipe.mtp, recipe.balance, dtype=recipe.model.dtype,
+        model, recipe.optimizer, recipe.schedule, recipe.mtp, recipe.balance, dtype=recipe.model.dtype,
         ema=section.ema, compile=section.compile, precision=recipe.precision, recompute=recipe.recompute,
         notify=lambda _: None,
     )  # fmt: skip

@@ -120,6 +120,7 @@ class Trainer:
         self.model, self.schedule = model, schedule
         self.mtp = mtp or MTPSection(weight=0.0, final_weight=0.0)
         self.balance = balance or BalanceSection(bias_speed=0.0, sequence_loss=0.0)
+        self.frozen = not model.head_weight.requires_grad  # with LoRA
         self.optimizer = Optimizer(model, optimizer, self.dtype, self.mesh)
         self.optimizer.copies = self.pipeline.copies if self.pipeline else frozenset[str]()
         # Micro-batches cannot take turns with a layer that is gathered for one of them.
@@ -316,7 +317,8 @@ class Trainer:
         config = self.model.config
         for batch in micro_batches:
             length = batch.inputs.shape[1] * self.mesh.context.size
-            each = flops_per_token(config, length) + (mtp_flops_per_token(config, length) if ahead else 0.0)
+            each = flops_per_token(config, length, frozen=self.frozen)
+            each += mtp_flops_per_token(config, length, self.frozen) if ahead else 0.0
             tokens = len(batch.inputs) * length * self.mesh.data.size  # each has as many
             self.tokens += tokens
             self.flops += each * tokens

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rorqual.adapters.lora import merge_lora
+from rorqual.adapters.peft_files import save_adapter
 from rorqual.checkpoint.huggingface import save_model
 from rorqual.data.datasets import open_chat_data, open_pretrain_data, open_tokenizer
 from rorqual.data.loader import Batch, Heldout, Loader
@@ -29,7 +31,15 @@ from rorqual.parallel.mesh import Mesh, joined, single
 from rorqual.plan.estimate import predict
 from rorqual.plan.hardware import matrix_peak, memory_used
 from rorqual.plan.ledger import Ledger
-from rorqual.recipe import ParallelSection, PretrainRecipe, SFTRecipe, SpikesSection, TrainSection
+from rorqual.recipe import (
+    FineTuningRecipe,
+    ParallelSection,
+    PretrainRecipe,
+    Recipe,
+    SFTRecipe,
+    SpikesSection,
+    TrainSection,
+)
 from rorqual.tokenizer_protocol import Tokenizer
 from rorqual.train.build_model import Fill, build_model, build_part, check_length, set_threads, tokenizer_of
 from rorqual.train.checkpoints import Checkpoints
@@ -94,7 +104,8 @@ def _built(
 ) -> tuple[Transformer, Fill | None]:
     """The model; of several processes, its outline, and what fills each one's part."""
     if mesh.section.processes == 1:
-        return build_model(recipe.model, tokenizer, recipe.seed, length), None
+        lora = recipe.lora if isinstance(recipe, FineTuningRecipe) else None
+        return build_model(recipe.model, tokenizer, recipe.seed, length, lora), None
     return build_part(recipe.model, tokenizer, recipe.seed, length)
 
 
@@ -335,7 +346,7 @@ def finish(recipe: PretrainRecipe | SFTRecipe, run: TrainingRun, tokenizer: Toke
         if several:
             save_parts(trainer.model, directory, tokenizer, run.mesh)
         else:
-            save_model(trainer.model, directory, tokenizer)
+            release_model(trainer.model, directory, tokenizer, recipe)
     trainer.close()
     if run.mesh.rank:
         return run.run_dir
@@ -348,6 +359,17 @@ def finish(recipe: PretrainRecipe | SFTRecipe, run: TrainingRun, tokenizer: Toke
     write_text(directory / "README.md", model_card(recipe, run), then="then continue with --resume")
     ledger.write()
     return run.run_dir
+
+
+def release_model(model: Transformer, directory: Path, tokenizer: Tokenizer, recipe: Recipe) -> None:
+    """Write a model at the end of its run, with LoRA also its adapter, in adapter/ beside the directory, and merge it.
+
+    Raises UserError if they cannot be written.
+    """
+    if isinstance(recipe, FineTuningRecipe) and recipe.lora is not None:
+        save_adapter(model, directory.with_name("adapter"), recipe.lora, str(recipe.model.path))
+        merge_lora(model)
+    save_model(model, directory, tokenizer)
 
 
 def split(batch: Batch, size: int | None) -> list[Batch]:

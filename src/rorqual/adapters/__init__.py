@@ -1,0 +1,1 @@
+"""Low-rank adapters (LoRA) of a built model: trained, kept in peft's files, merged, or served several at a time."""
