@@ -154,6 +154,8 @@ class RLRecipe(Recipe):
     sample_every: Count = 10
     eval_every: int = Field(default=0, ge=0, lt=1 << 31)  # steps; 0: never
     eval_problems: Count = 200  # per environment, of the dev split
+    # The same bits in sampling and training: on-policy ratios are exactly 1 (docs/rl.md). FP32, on a CPU.
+    exact: bool = False
     keep_start: bool = False  # release the initial model if the last evaluation is below the first; needs eval_every
 
     @property
@@ -174,6 +176,8 @@ class RLRecipe(Recipe):
                 "grpo.importance_cap: nothing is rounded or stale, so there is nothing to correct; set "
                 "grpo.rollout_weights, precision or rollouts.staleness, or leave it out"
             )
+        if self.exact:
+            self._check_exact()
         workers, questions = self.rollouts.workers or 1, self.grpo.questions_per_step
         if workers > questions:
             raise ValueError(
@@ -184,6 +188,18 @@ class RLRecipe(Recipe):
         if not any(parts.values()):
             raise ValueError(f"reward: {', '.join(parts)} all have weight 0, so there is no reward; set one above 0")
         return self
+
+
+    def _check_exact(self) -> None:
+        """Raises ValueError for what the exact mode does not compute."""
+        for field, value, remedy in (
+            ("model.dtype", self.model.dtype, 'it computes in FP32, so set model.dtype = "float32"'),
+            ("device", self.device, "it computes on a CPU, so leave device out"),
+            ("precision", self.precision, "it rounds nothing, so leave precision out"),
+            ("grpo.rollout_weights", self.grpo.rollout_weights, "it samples from the trained weights, so leave it out"),
+        ):
+            if value not in (None, "float32", "auto" if field == "device" else "cpu", "cpu"):
+                raise ValueError(f"exact = true with {field} = {value!r}: {remedy}")
 
 
 class DistillRecipe(Recipe):

@@ -14,6 +14,8 @@ from torch.nn.functional import log_softmax
 
 from rorqual.kernels import cpu
 from rorqual.kernels.accumulate import accumulate
+from rorqual.kernels.exact.linear import product
+from rorqual.kernels.exact.rows import exact_logprobs
 from rorqual.kernels.typed_torch import Context, Function
 from rorqual.shapes import Float, Float32, Int
 
@@ -42,16 +44,18 @@ def token_logprobs(
     targets: Int[Tensor, " N"],
     temperature: float = 1.0,
     known_grad: Float[Tensor, " N"] | None = None,
+    exact: bool = False,
 ) -> tuple[Float32[Tensor, " N"], Float32[Tensor, " N"]]:
     """log p(targetᵢ) and the entropy of each prediction in nats, at a sampling temperature.
 
     The first is differentiable: the backward pass recomputes logits chunk by chunk, unless `known_grad`, the gradient
-    that it will get, is given. The entropy is detached.
+    that it will get, is given. The entropy is detached. exact: logits and log-probabilities by kernels/exact/, in FP32 on
+    a CPU.
 
     The backward pass raises RuntimeError if it gets another gradient than `known_grad`.
     """
     needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    return _TokenLogprobs.apply(hidden, weight, targets, temperature, known_grad if needs_grad else None)
+    return _TokenLogprobs.apply(hidden, weight, targets, temperature, known_grad if needs_grad else None, exact)
 
 
 def linear_cross_entropy_reference(
@@ -160,13 +164,17 @@ class _TokenLogprobs(Function):
         targets: Tensor,
         temperature: float,
         known_grad: Tensor | None,
+        exact: bool,
     ) -> tuple[Tensor, Tensor]:
         logprobs = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         entropy = torch.empty_like(logprobs)
         ctx.gradients = None if known_grad is None else _Gradients(hidden, weight)
-        for rows, inputs, logits in _chunks(torch.arange(len(hidden), device=hidden.device), hidden, weight):
+        for rows, inputs, logits in _chunks(torch.arange(len(hidden), device=hidden.device), hidden, weight, exact):
             share = None if known_grad is None else known_grad[rows] / -temperature
+            found = exact_logprobs(logits, targets[rows], torch.full((len(rows),), temperature)) if exact else None
             logprobs[rows], entropy[rows] = softmax_grad_(logits, targets[rows], share, temperature)
+            if found is not None:
+                logprobs[rows] = found
             if ctx.gradients is not None:
                 ctx.gradients.add(logits, rows, inputs)
         ctx.save_for_backward(hidden, weight, targets, *([] if known_grad is None else [known_grad]))
@@ -177,7 +185,7 @@ class _TokenLogprobs(Function):
     @staticmethod
     def backward(
         ctx: _GradientsContext, grad: Tensor, _: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    ) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         hidden, weight, targets, *known = ctx.saved_tensors
         if known:
             (known_grad,) = known
@@ -187,12 +195,12 @@ class _TokenLogprobs(Function):
             if (grad - known_grad).square().sum() > 1e-8 * known_grad.square().sum():
                 raise RuntimeError("token_logprobs: the gradient differs from known_grad")
             gradients, ctx.gradients = ctx.gradients, None
-            return *gradients.scaled(None if grad.isfinite().all() else grad.sum()), None, None, None
+            return *gradients.scaled(None if grad.isfinite().all() else grad.sum()), None, None, None, None
         gradients = _Gradients(hidden, weight)
         for rows, inputs, logits in _chunks(grad.nonzero()[:, 0], hidden, weight):
             softmax_grad_(logits, targets[rows], grad[rows] / -ctx.temperature, ctx.temperature)
             gradients.add(logits, rows, inputs)
-        return *gradients.scaled(None), None, None, None
+        return *gradients.scaled(None), None, None, None, None
 
 
 class _Gradients:
@@ -224,7 +232,9 @@ class _Gradients:
         return self.hidden, self.weight
 
 
-def _chunks(rows: Tensor, hidden: Tensor, weight: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _chunks(
+    rows: Tensor, hidden: Tensor, weight: Tensor, exact: bool = False
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """The tokens `rows` in chunks [n], the head's inputs [n, D] and the logits [n, V], which the next chunk overwrites.
 
     Logits in new memory would cost a page fault for each page, more than the product itself.
@@ -235,4 +245,5 @@ def _chunks(rows: Tensor, hidden: Tensor, weight: Tensor) -> Iterator[tuple[Tens
     for chunk in torch.split(rows, size):
         if len(chunk):
             inputs = hidden[chunk].to(weight.dtype)
-            yield chunk, inputs, torch.mm(inputs, weight.T, out=logits[: len(chunk)])
+            here = logits[: len(chunk)]
+            yield chunk, inputs, product(inputs, weight, out=here) if exact else torch.mm(inputs, weight.T, out=here)

@@ -115,6 +115,8 @@ class PolicyUpdate:
                 gathered = choices_of(self.model) if unmeasured else nullcontext([])
                 with self.activations.kept(), gathered as choices:
                     logprobs, entropy = self._logprobs(self.model, packed, routing, grad)
+                if not sums.grad_norms:  # before the first update
+                    sums.comparison.add(logprobs.detach(), sampled[packed.offset])
                 reference = None
                 if self.reference is not None:
                     with torch.no_grad():
@@ -210,7 +212,8 @@ class PolicyUpdate:
         grad: dL/d log π where it is known before the backward pass.
         """
         hidden = model(packed.tokens, packed.positions, packed.mask, routing=routing)[0].index_select(0, packed.source)
-        return token_logprobs(hidden, model.head_weight, packed.targets, self.section.temperature, grad)
+        temperature = self.section.temperature
+        return token_logprobs(hidden, model.head_weight, packed.targets, temperature, grad, self.recipe.exact)
 
 
 def _flat(logprobs: list[list[float]], members: list[int], device: torch.device) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rorqual.model.router_hooks import Replay
 from rorqual.rl.grpo import zero_std_groups
-from rorqual.rl.mismatch import Mismatch
+from rorqual.rl.mismatch import Comparison, Mismatch
 from rorqual.rl.rewards import Rewards, self_verified
 from rorqual.rl.rollout import Rollout
 from rorqual.train.balance import max_violations
@@ -30,6 +30,7 @@ class UpdateSums:
     grad_norms: list[float] = field(default_factory=list)
     loads: list[Tensor] = field(default_factory=list)
     mismatch: Mismatch | None = None  # None: rollouts are from the numbers that are trained
+    comparison: Comparison = field(default_factory=Comparison)  # of the first update, whose policy is the sampled one
     replay: Replay = field(default_factory=Replay)  # of recorded routing, if any
 
 
@@ -65,6 +66,10 @@ class UpdateMetrics:
     train_tokens_per_second: float | None = None
     kl: float | None = None  # None also without a reference model
     max_vio_per_layer: list[float] | None = None  # MaxVio of each MoE layer
+    # Of the tokens of the first update: fraction whose log-probability as sampled differs in any bit from the trainer's
+    # before it, and the largest |difference|.
+    mismatch_share: float | None = None
+    mismatch_max: float | None = None
     # Where rollouts or updates round or rollouts are stale (mismatch.py): mean over the tokens of |log π_old − log π_s|
     # and of the estimate of KL(π_s‖π_old), fraction of the tokens with a truncated weight, and of those whose routers
     # chose otherwise (with a replay: would have chosen).
@@ -138,6 +143,8 @@ def describe_update(sums: UpdateSums, seconds: float) -> UpdateMetrics:
         train_tokens_per_second=sums.computed / max(seconds, 1e-9),
         kl=None if sums.kl is None else sums.kl / sums.tokens,
         max_vio_per_layer=max_violations(sums.loads) if sums.loads else None,
+        mismatch_share=sums.comparison.differing / sums.comparison.tokens,
+        mismatch_max=sums.comparison.largest,
         mismatch_logprob=mismatch and mismatch.difference / tokens,
         mismatch_kl=mismatch and mismatch.kl / tokens,
         importance_truncated=mismatch and mismatch.truncated / tokens,
