@@ -189,7 +189,6 @@ class RLRecipe(Recipe):
             raise ValueError(f"reward: {', '.join(parts)} all have weight 0, so there is no reward; set one above 0")
         return self
 
-
     def _check_exact(self) -> None:
         """Raises ValueError for what the exact mode does not compute."""
         for field, value, remedy in (

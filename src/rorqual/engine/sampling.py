@@ -15,7 +15,14 @@ from rorqual.engine.model_runner import DecodeTokens
 from rorqual.engine.sampling_params import adjust
 from rorqual.engine.sequence import Floats, Integers
 from rorqual.kernels import cpu
-from rorqual.kernels.append_tokens import FILTER_COLUMNS, FINISHED, LENGTH_REACHED, NEEDS_BLOCKS, NEEDS_PREPARE, STOP_TOKEN
+from rorqual.kernels.append_tokens import (
+    FILTER_COLUMNS,
+    FINISHED,
+    LENGTH_REACHED,
+    NEEDS_BLOCKS,
+    NEEDS_PREPARE,
+    STOP_TOKEN,
+)
 from rorqual.kernels.exact.rows import exact_logprobs
 from rorqual.kernels.sample import sample, scaled_logprobs
 
@@ -123,9 +130,7 @@ def sample_and_append(
     return tokens, ended, any_ended
 
 
-def _exact_logprobs(
-    batch: DecodeBatch, at: Integers, logits: Tensor, before: Integers, spans: Integers | None
-) -> None:
+def _exact_logprobs(batch: DecodeBatch, at: Integers, logits: Tensor, before: Integers, spans: Integers | None) -> None:
     """Record the log-probabilities of the tokens just appended, those after the first `before` [m] of each row, as the
     exact mode computes them.
     """
@@ -134,9 +139,7 @@ def _exact_logprobs(
     row, column = at.repeat(each), before.repeat(each) + depth
     source = (np.arange(len(at)) if spans is None else spans[0]).repeat(each) + depth
     temperatures = batch.filter_values[batch.filter_index[row], FILTER_COLUMNS.index("temperature")]
-    found = exact_logprobs(
-        logits[from_numpy(source)], from_numpy(batch.tokens[row, column]), from_numpy(temperatures)
-    )
+    found = exact_logprobs(logits[from_numpy(source)], from_numpy(batch.tokens[row, column]), from_numpy(temperatures))
     batch.logprobs[row, column] = found.numpy()
 
 

@@ -49,8 +49,8 @@ def token_logprobs(
     """log p(targetᵢ) and the entropy of each prediction in nats, at a sampling temperature.
 
     The first is differentiable: the backward pass recomputes logits chunk by chunk, unless `known_grad`, the gradient
-    that it will get, is given. The entropy is detached. exact: logits and log-probabilities by kernels/exact/, in FP32 on
-    a CPU.
+    that it will get, is given. The entropy is detached. exact: logits and log-probabilities by kernels/exact/, in FP32
+    on a CPU.
 
     The backward pass raises RuntimeError if it gets another gradient than `known_grad`.
     """

@@ -1,4 +1,4 @@
-"""The arithmetic of csrc/exact_math.h in PyTorch, bit for bit: elementwise operations only, whose results IEEE 754 fixes.
+"""The arithmetic of csrc/exact_math.h in PyTorch, bit for bit: elementwise operations, whose results IEEE 754 fixes.
 
 A sum is one chain in ascending order, or 16 chains (element i belongs to chain i % 16) that are added by halving.
 """
@@ -21,7 +21,7 @@ def usable(*tensors: Tensor) -> bool:
     return cpu.capability() is not None and all(t.is_cpu and t.dtype is torch.float32 for t in tensors)
 
 
-def fma(a: Float32[Tensor, "*s"], b: Float32[Tensor, "*s"], c: Float32[Tensor, "*s"]) -> Float32[Tensor, "*s"]:
+def fma(a: Float32[Tensor, "*#s"], b: Float32[Tensor, "*#s"], c: Float32[Tensor, "*s"]) -> Float32[Tensor, "*s"]:
     """a·b + c, rounded once.
 
     The product of two floats is exact in double; their sum is rounded to odd, so that rounding it again to a float
@@ -40,7 +40,7 @@ def fma(a: Float32[Tensor, "*s"], b: Float32[Tensor, "*s"], c: Float32[Tensor, "
 
 def chains_sum(chains: Float32[Tensor, "*s 16"]) -> Float32[Tensor, "*s"]:
     while chains.shape[-1] > 1:
-        low, high = chains.chunk(2, dim=-1)
+        low, high = torch.chunk(chains, 2, dim=-1)
         chains = low + high
     return chains.squeeze(-1)
 
@@ -53,7 +53,7 @@ def total(x: Float32[Tensor, "*s n"]) -> Float32[Tensor, "*s"]:
     return chains_sum(chains)
 
 
-def dot_chains(a: Float32[Tensor, "*s n"], b: Float32[Tensor, "*s n"], chains: Tensor) -> Float32[Tensor, "*s 16"]:
+def dot_chains(a: Float32[Tensor, "*#s n"], b: Float32[Tensor, "*#s n"], chains: Tensor) -> Float32[Tensor, "*s 16"]:
     """The 16 chains of a·b over the last dimension, continued from `chains`."""
     for x, y in zip(_parts(a), _parts(b), strict=True):
         chains = fma(x, y, chains)
@@ -62,7 +62,7 @@ def dot_chains(a: Float32[Tensor, "*s n"], b: Float32[Tensor, "*s n"], chains: T
 
 def _parts(x: Tensor) -> tuple[Tensor, ...]:
     """CHAINS columns at a time; zeros at the end change no sum."""
-    return pad(x, (0, -x.shape[-1] % CHAINS)).split(CHAINS, dim=-1)
+    return torch.split(pad(x, (0, -x.shape[-1] % CHAINS)), CHAINS, dim=-1)
 
 
 def exp(x: Float32[Tensor, "*s"]) -> Float32[Tensor, "*s"]:

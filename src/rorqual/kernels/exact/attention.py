@@ -1,9 +1,11 @@
-"""softmax(q·kᵀ·scale)·v, one query at a time over the keys that it sees, in their order; what it does not see is skipped.
+"""softmax(q·kᵀ·scale)·v, one query at a time over the keys that it sees, in their order; others are skipped.
 
 So packed sequences, chunks of a prompt and a paged KV cache give the same bits. B batch, T queries, S keys, H heads, G
 key/value heads (H is a multiple), V the width of values; a key has W numbers of its head, and R that heads share (those
 with rotary embedding of latent attention).
 """
+
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,7 +13,7 @@ from torch.nn.functional import pad
 
 from rorqual.kernels import cpu
 from rorqual.kernels.dense_attention import Mask, attention
-from rorqual.kernels.exact.arithmetic import chains_sum, dot_chains, exp, fma, total, usable
+from rorqual.kernels.exact.arithmetic import CHAINS, chains_sum, dot_chains, exp, fma, total, usable
 from rorqual.kernels.exact.autograd import exact
 from rorqual.shapes import Bool, Float32, Int32
 
@@ -37,7 +39,7 @@ def exact_attention(
         seen = _causal(T, S)[None, None] if mask is None else mask
         return attention(q, k, v, seen, False, scale).transpose(1, 2)[..., :V]
 
-    return exact(lambda *inputs: _dense(*inputs, mask, scale), ordinary, q, k, shared, v)
+    return exact(partial(_dense, mask=mask, scale=scale), ordinary, q, k, shared, v)
 
 
 def exact_paged_attention(
@@ -63,24 +65,25 @@ def exact_paged_attention(
 
 
 def _dense(q: Tensor, k: Tensor, shared: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
-    B, T, H, width = q.shape
-    q, k, shared, v = q.reshape(B * T, H, width), k.flatten(0, 1), shared.flatten(0, 1), v.flatten(0, 1)
+    (B, T, H, _), S = q.shape, k.shape[1]
+    q, k, shared, v = (x.flatten(0, 1) for x in (q, k, shared, v))
+    if not isinstance(mask, tuple):
+        own = None if mask is None else mask.squeeze(1)
+        return _packed(q, k, shared, v, own, T, S, scale).view(B, T, H, -1)
     parts: list[Tensor] = []
     first = 0
-    for seen in mask if isinstance(mask, tuple) else (mask,):
-        # Packed sequences are rows of their own; several masks cover the row in turn.
-        packed = isinstance(mask, tuple) and seen is not None
-        queries, t, keys = (len(seen) * seen.shape[-1], *seen.shape[-2:]) if packed else (B * T, T, len(k) // B)
-        here = slice(first, first + queries)
-        stores = [x[here] if packed else x for x in (k, shared, v)]
-        first += queries
-        parts.append(_packed(q[here], *stores, None if seen is None else seen.squeeze(1), t, keys, scale))
-    return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(B, T, H, -1)
+    for seen in mask:  # they cover the row in turn
+        t = seen.shape[-1]
+        here = slice(first, first + len(seen) * t)
+        first = here.stop
+        parts.append(_packed(q[here], k[here], shared[here], v[here], seen.squeeze(1), t, t, scale))
+    return torch.cat(parts).view(B, T, H, -1)
 
 
 def _packed(
     q: Float32[Tensor, "n H wide"], k: Float32[Tensor, "m G W"], shared: Float32[Tensor, "m R"],
-    v: Float32[Tensor, "m G V"], mask: Bool[Tensor, "_ #t #S"] | None, tokens: int, keys: int, scale: float,
+    v: Float32[Tensor, "m G V"], mask: Bool[Tensor, "masks one_or_t one_or_S"] | None, tokens: int, keys: int,
+    scale: float,
 ) -> Float32[Tensor, "n H V"]:  # fmt: skip
     """Sequences of `tokens` queries and `keys` keys each, one after the other."""
     if mask is not None:
@@ -123,14 +126,13 @@ def _attend(q: Tensor, k: Tensor, shared: Tensor, v: Tensor, slots: Tensor, scal
     if not len(slots):
         return q.new_zeros(q.shape[0], v.shape[-1])
     keys, values = (x[slots].transpose(0, 1).repeat_interleave(share, 0) for x in (k, v))  # [H, keys, …]
-    own, rest = (x.unsqueeze(1) for x in q.split([k.shape[-1], shared.shape[-1]], dim=-1))
-    chains = dot_chains(own.expand_as(keys), keys, q.new_zeros(*keys.shape[:2], 16))
+    W = k.shape[-1]
+    chains = dot_chains(q[:, None, :W], keys, q.new_zeros(*keys.shape[:2], CHAINS))
     if shared.shape[-1]:
-        others = shared[slots].expand(len(q), -1, -1)
-        chains = dot_chains(rest.expand_as(others), others, chains)
+        chains = dot_chains(q[:, None, W:], shared[slots].unsqueeze(0), chains)
     scores = chains_sum(chains) * scale
     weights = exp(scores - scores.amax(-1, keepdim=True))
     out = q.new_zeros(q.shape[0], v.shape[-1])
     for j in range(len(slots)):
-        out = fma(weights[:, j, None].expand_as(out), values[:, j], out)
+        out = fma(weights[:, j, None], values[:, j], out)
     return out / total(weights).unsqueeze(1)

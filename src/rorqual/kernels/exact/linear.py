@@ -3,6 +3,8 @@
 M rows, K in, N out, E experts, H heads.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -25,19 +27,14 @@ def exact_grouped_linear(
     x: Float32[Tensor, "M K"], weight: Float32[Tensor, "E N K"], ends: Int32[Tensor, " E"]
 ) -> Float32[Tensor, "M N"]:
     """x·weightᵀ with each row's expert; expert e's rows end at ends[e]."""
-    return exact(
-        lambda x, weight: grouped_product(x, weight, ends),
-        lambda x, weight: grouped_linear_reference(x, weight, ends),
-        x,
-        weight,
-    )
+    return exact(partial(grouped_product, ends=ends), partial(grouped_linear_reference, ends=ends), x, weight)
 
 
 def exact_head_linear(
     x: Float32[Tensor, "*batch H K"], weight: Float32[Tensor, "H N K"]
 ) -> Float32[Tensor, "*batch H N"]:
     """x·weightᵀ with each head's own weight."""
-    return exact(head_product, lambda x, weight: torch.einsum("...hk,hnk->...hn", x, weight), x, weight)
+    return exact(head_product, partial(torch.einsum, "...hk,hnk->...hn"), x, weight)
 
 
 def product(
@@ -82,8 +79,7 @@ def product_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
     out = x.new_zeros(*x.shape[:-1], len(weight))
     out = out if bias is None else out + bias
     for k in range(x.shape[-1]):
-        here, own = torch.broadcast_tensors(x[..., k, None], weight[:, k])
-        out = fma(here, own, out)
+        out = fma(x[..., k, None], weight[:, k], out)
     return out
 
 

@@ -1,5 +1,8 @@
 """Functions of rows: norm, rotation, SwiGLU, the router's scores, and log-probabilities of tokens."""
 
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -16,7 +19,7 @@ HALF_PI = (1.5707963267341256, 6.077100506303966e-11, 2.0222662487959506e-21)  #
 
 
 def exact_rms_norm(x: Float32[Tensor, "*batch D"], weight: Float32[Tensor, " D"], eps: float) -> Tensor:
-    return exact(lambda x, w: _rms_norm(x, w, eps), lambda x, w: rms_norm(x, w, eps), x, weight)
+    return exact(partial(_rms_norm, eps=eps), partial(rms_norm, eps=eps), x, weight)
 
 
 def exact_swiglu(gate: Float32[Tensor, "*batch F"], up: Float32[Tensor, "*batch F"]) -> Float32[Tensor, "*batch F"]:
@@ -25,7 +28,7 @@ def exact_swiglu(gate: Float32[Tensor, "*batch F"], up: Float32[Tensor, "*batch 
 
 def exact_swiglu_joined(x: Float32[Tensor, "M gate_up"], weights: Float32[Tensor, " M"]) -> Float32[Tensor, "M F"]:
     """See `swiglu_joined`."""
-    return exact(lambda x, weights: _swiglu(*x.chunk(2, dim=-1), weights), swiglu_joined, x, weights)
+    return exact(_swiglu_joined, swiglu_joined, x, weights)
 
 
 def exact_sigmoid(x: Float32[Tensor, "*s"]) -> Float32[Tensor, "*s"]:
@@ -33,12 +36,13 @@ def exact_sigmoid(x: Float32[Tensor, "*s"]) -> Float32[Tensor, "*s"]:
 
 
 def exact_softmax(x: Float32[Tensor, "*batch E"]) -> Float32[Tensor, "*batch E"]:
-    return exact(_softmax, lambda x: x.softmax(-1), x)
+    return exact(_softmax, partial(torch.softmax, dim=-1), x)
 
 
 def exact_rotary(x: Float32[Tensor, "B T H R"], table: Table, interleave: bool) -> Float32[Tensor, "B T H R"]:
     """See `apply_rotary`."""
-    return exact(lambda x: _rotary(x, table, interleave), lambda x: apply_rotary(x, table, interleave), x)
+    fixed: dict[str, Any] = {"table": table, "interleave": interleave}
+    return exact(partial(_rotary, **fixed), partial(apply_rotary, **fixed), x)
 
 
 @torch.no_grad()
@@ -103,7 +107,7 @@ def logprobs_reference(logits: Tensor, targets: Int64[Tensor, " n"], temperature
     inverse = torch.where(temperatures == 0, 1.0, 1.0 / temperatures).clamp(max=torch.finfo(torch.float32).max)
     scaled = (logits - logits.amax(-1, keepdim=True)) * inverse.unsqueeze(1)
     summed = torch.zeros(len(logits), dtype=torch.float64)
-    for part in exp(scaled).split(VOCABULARY_BLOCK, dim=-1):
+    for part in torch.split(exp(scaled), VOCABULARY_BLOCK, dim=-1):
         summed = summed + total(part).double()
     return scaled.gather(1, targets[:, None])[:, 0] - log(summed).float()
 
@@ -126,6 +130,11 @@ def _swiglu(gate: Tensor, up: Tensor, weights: Tensor | None = None) -> Tensor:
     weights = None if weights is None else weights.contiguous()
     cpu.call("exact_swiglu", gate.dtype, gate, a, up, b, weights, gate.numel() // width, width, out)
     return out
+
+
+def _swiglu_joined(x: Tensor, weights: Tensor) -> Tensor:
+    gate, up = torch.chunk(x, 2, dim=-1)
+    return _swiglu(gate, up, weights)
 
 
 def _sigmoid(x: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ void mix_vecs(const float *weights, i64 keys, const Store &v, const i64 *slots, 
         const float *const from = v.row(slots[j], head) + first;
         for (int c = 0; c < V; ++c) {
             const vec value = load_vec(from + c * WIDTH);
-            for (int r = 0; r < R; ++r) sum[r][c] = fma(vec{} + weights[r * keys + j], value, sum[r][c]);
+            for (int r = 0; r < R; ++r) sum[r][c] = fma(broadcast(weights[r * keys + j]), value, sum[r][c]);
         }
     }
     for (int r = 0; r < R; ++r)

@@ -18,7 +18,7 @@ constexpr i64 TILE_ROWS = 6, TILE_VECS = 2;
 constexpr i64 TILE_ROWS = 3, TILE_VECS = 4;
 #endif
 constexpr i64 PANEL = TILE_VECS * WIDTH;  // columns of a tile
-static_assert(PANEL % VLEN == 0);
+static_assert(PANEL % 8 == 0);
 constexpr i64 PANELS = 2, COLUMNS = PANELS * PANEL;  // packed together
 constexpr i64 KEPT = 256;                            // k packed together
 constexpr i64 ROWS = 480;                            // of a task: enough to pay for packing
@@ -29,25 +29,47 @@ struct Matrix {
     i64 by_n, by_k;
 };
 
+#if defined(__AVX2__)
+// to(k, n) = from(n, k), 8 by 8; `to` has PANEL columns.
+inline void transpose8(const float *from, i64 by_n, float *to) {
+    __m256 a[8], b[8];
+    for (int n = 0; n < 8; ++n) a[n] = _mm256_loadu_ps(from + n * by_n);
+    for (int n = 0; n < 8; n += 2) {
+        b[n] = _mm256_unpacklo_ps(a[n], a[n + 1]);
+        b[n + 1] = _mm256_unpackhi_ps(a[n], a[n + 1]);
+    }
+    for (int n = 0; n < 8; n += 4)
+        for (int half = 0; half < 2; ++half) {
+            a[n + 2 * half] = _mm256_shuffle_ps(b[n + half], b[n + half + 2], 0x44);
+            a[n + 2 * half + 1] = _mm256_shuffle_ps(b[n + half], b[n + half + 2], 0xee);
+        }
+    for (int k = 0; k < 4; ++k) {
+        _mm256_storeu_ps(to + k * PANEL, _mm256_permute2f128_ps(a[k], a[k + 4], 0x20));
+        _mm256_storeu_ps(to + (k + 4) * PANEL, _mm256_permute2f128_ps(a[k], a[k + 4], 0x31));
+    }
+}
+#endif
+
 // Columns [0, columns) and k in [0, count) into panels [KEPT, PANEL], columns beyond being 0.
 void pack(Matrix w, i64 columns, i64 count, float *to) {
-    for (i64 first = 0; first < columns; first += VLEN) {
+    for (i64 first = 0; first < columns; first += 8) {
         float *const panel = to + first / PANEL * KEPT * PANEL + first % PANEL;
-        const i64 here = std::min(VLEN, columns - first);
+        const i64 here = std::min<i64>(8, columns - first);
         const float *const from = w.base + first * w.by_n;
         i64 k = 0;
-        if (here == VLEN && w.by_k == 1) {
-            for (; k + VLEN <= count; k += VLEN) {
-                f32x16 rows[VLEN];
-                for (i64 n = 0; n < VLEN; ++n) rows[n] = load_f32x16(from + n * w.by_n + k);
-                transpose16(rows);
-                for (i64 t = 0; t < VLEN; ++t) store_f32x16(panel + (k + t) * PANEL, rows[t]);
-            }
-        }
-        for (; k < count; ++k)
-            for (i64 n = 0; n < VLEN; ++n)
-                panel[k * PANEL + n] = n < here ? from[n * w.by_n + k * w.by_k] : 0.0f;
+#if defined(__AVX2__)
+        if (here == 8 && w.by_k == 1)
+            for (; k + 8 <= count; k += 8) transpose8(from + k, w.by_n, panel + k * PANEL);
+#endif
+        if (here == 8)
+            for (; k < count; ++k)
+                for (i64 n = 0; n < 8; ++n) panel[k * PANEL + n] = from[n * w.by_n + k * w.by_k];
+        else
+            for (; k < count; ++k)
+                for (i64 n = 0; n < 8; ++n) panel[k * PANEL + n] = n < here ? from[n * w.by_n + k * w.by_k] : 0.0f;
     }
+    for (i64 n = (columns + 7) / 8 * 8; n % PANEL; ++n)
+        for (i64 k = 0; k < count; ++k) to[n / PANEL * KEPT * PANEL + k * PANEL + n % PANEL] = 0.0f;
 }
 
 // R rows of x by a panel: out continues from `from` [R, PANEL].
@@ -61,7 +83,7 @@ void tile(const float *x, i64 x_stride, const float *panel, i64 count, const flo
         vec w[TILE_VECS];
         for (int v = 0; v < TILE_VECS; ++v) w[v] = load_vec(panel + k * PANEL + v * WIDTH);
         for (int r = 0; r < R; ++r) {
-            const vec value = vec{} + x[r * x_stride + k];
+            const vec value = broadcast(x[r * x_stride + k]);
             for (int v = 0; v < TILE_VECS; ++v) sum[r][v] = fma(value, w[v], sum[r][v]);
         }
     }

@@ -34,6 +34,8 @@ inline vec load_vec(const float *from) {
 
 inline void store_vec(float *to, vec x) { std::memcpy(to, &x, sizeof x); }
 
+inline vec broadcast(float x) { return x - vec{}; }  // x + 0 would turn -0 into 0
+
 inline vec fma(vec a, vec b, vec c) {
 #if defined(__AVX512F__)
     return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
