@@ -191,13 +191,13 @@ class RLRecipe(Recipe):
 
     def _check_exact(self) -> None:
         """Raises ValueError for what the exact mode does not compute."""
-        for field, value, remedy in (
-            ("model.dtype", self.model.dtype, 'it computes in FP32, so set model.dtype = "float32"'),
-            ("device", self.device, "it computes on a CPU, so leave device out"),
-            ("precision", self.precision, "it rounds nothing, so leave precision out"),
-            ("grpo.rollout_weights", self.grpo.rollout_weights, "it samples from the trained weights, so leave it out"),
+        for field, value, allowed, remedy in (
+            ("model.dtype", self.model.dtype, ("float32",), 'it computes in FP32, so set model.dtype = "float32"'),
+            ("device", self.device, ("auto", "cpu"), "it computes on a CPU, so leave device out"),
+            ("precision", self.precision, (None,), "it rounds nothing, so leave precision out"),
+            ("grpo.rollout_weights", self.grpo.rollout_weights, (None,), "it samples what is trained, so leave it out"),
         ):
-            if value not in (None, "float32", "auto" if field == "device" else "cpu", "cpu"):
+            if value not in allowed:
                 raise ValueError(f"exact = true with {field} = {value!r}: {remedy}")
 
 

@@ -155,7 +155,7 @@ def make_exact(model: Transformer) -> None:
     for name, p in model.named_parameters():
         if p.dtype is not torch.float32 or not p.is_cpu:
             found = str(p.dtype).removeprefix("torch.") if p.is_cpu else "on a GPU"
-            raise UserError(f"exact: {name} is {found}; the exact mode computes in FP32 on a CPU")
+            raise UserError(f'exact: {name} is {found}; set model.dtype = "float32" and device = "cpu"')
     for module in model.modules():
         exact = next((new for old, new in SWAPS.items() if type(module) is old), None)
         if exact is not None:

@@ -58,8 +58,8 @@ def exact_paged_attention(
         paged = (tables.contiguous(), tables.shape[1], P, lengths, None, 0, 0, 1, 0)
         return _call(q, k, shared, v, paged, scale)
     found = torch.empty(*q.shape[:2], v.shape[-1])
-    for i, length in enumerate(lengths.tolist()):
-        at = torch.arange(length)
+    for i in range(len(lengths)):
+        at = torch.arange(int(lengths[i]))
         found[i] = _attend(q[i], k, shared, v, tables[i, at // P].long() * P + at % P, scale)
     return found
 
