@@ -235,6 +235,22 @@ def fp8_rollouts(found: dict[str, Any]) -> list[list[str]]:
     return [*parts, table(["mismatch", "mean", "largest", "at the end"], rows)]
 
 
+def rl_bias(found: dict[str, Any]) -> list[list[str]]:
+    by_form, last = {}, max(1, found["steps"] // 6)
+    for run in found["runs"]:
+        by_form.setdefault(run["form"], []).append(run)
+    rows = [
+        [
+            form, f"{mean(run['before'] for run in runs):.3f}", f"{mean(run['after'] for run in runs):.3f}",
+            ", ".join(f"{run['after']:.3f}" for run in runs),
+            *(f"{mean(mean(run[name][-last:]) for run in runs):.3f}" for name in ("reward", "max_vio")),
+        ]
+        for form, runs in by_form.items()
+    ]  # fmt: skip
+    columns = ["balance", "pass@1 before", "after", "by seed", "reward at the end", "MaxVio at the end"]
+    return [table(columns, rows)]
+
+
 def quantize(found: dict[str, Any]) -> list[list[str]]:
     parts = []
     for model, rows in found["models"].items():
@@ -336,6 +352,7 @@ FIGURES = {
         planner_rl,
         moments,
         fp8_rollouts,
+        rl_bias,
         kv_drift,
         quantize,
         dispatch,

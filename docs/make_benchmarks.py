@@ -24,7 +24,9 @@ CLASSES = {
     "nvidia-h200": "NVIDIA H200",
 }
 
-UNCOMPARED = ("fp8_loss", "fp8_memory", "fp8_rollouts", "kv_drift", "planner_memory", "revision")  # without a peer
+UNCOMPARED = (  # without a peer
+    "fp8_loss", "fp8_memory", "fp8_rollouts", "kv_drift", "planner_memory", "revision", "rl_bias",
+)  # fmt: skip
 
 # Benchmark → what it compares.
 BENCHMARKS = {
@@ -96,6 +98,11 @@ BENCHMARKS = {
         "GRPO from the speedrun's pre-trained model with rollouts from the weights that are trained, and from their "
         "FP8 twin with truncated importance sampling: pass@1 on 200 held-out problems of each environment, and how far "
         "the two policies differ."
+    ),
+    "rl_bias": (
+        "GRPO from the speedrun's pre-trained mixture of experts with its balancing bias frozen, live (V3's speed), "
+        "and frozen beside V3's sequence loss: pass@1 on 200 held-out problems of each environment, reward, and "
+        "MaxVio, the busiest expert's load over the mean less one."
     ),
     "kv_drift": (
         "What a KV cache in 8 bits costs in accuracy: SmolLM2-135M-Instruct (grouped-query attention) and a small "

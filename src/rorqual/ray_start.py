@@ -41,17 +41,20 @@ def cpus_of_machines(ray: Any) -> list[int]:
     return [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
 
 
-def fair_threads(cpus: Sequence[int], workers: int) -> int:
-    """The most threads of which all workers have as many, on machines with `cpus`; 1 where there is no room for all."""
+def fair_threads(cpus: Sequence[int], workers: int, most: Sequence[int] | None = None) -> int:
+    """The most threads of which all workers have as many, on machines with `cpus`; 1 where there is no room for all.
+
+    most: see `room`.
+    """
     threads = max(1, sum(cpus) // workers)
-    while threads > 1 and room(cpus, threads) < workers:
+    while threads > 1 and room(cpus, threads, most) < workers:
         threads -= 1
     return threads
 
 
-def room(cpus: Sequence[int], threads: int) -> int:
-    """For workers of so many threads."""
-    return sum(n // threads for n in cpus)
+def room(cpus: Sequence[int], threads: int, most: Sequence[int] | None = None) -> int:
+    """For workers of so many threads; most: of each machine, for want of something else."""
+    return sum(min(n // threads, limit) for n, limit in zip(cpus, most or cpus, strict=True))
 
 
 def reason(error: BaseException) -> str:

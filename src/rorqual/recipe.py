@@ -6,14 +6,16 @@ with the run.
 
 import tomllib
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar, overload
+from typing import Any, Literal, Self, TypeVar, cast, overload
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from rorqual.errors import UserError
 from rorqual.files import read_text
 from rorqual.local_paths import local_path
+from rorqual.presets import REWARD_PRESETS, with_preset
 from rorqual.renamed import current_fields
+from rorqual.rl_checks import check_rl
 from rorqual.sections import (
     BalanceSection,
     ChatDataSection,
@@ -22,14 +24,17 @@ from rorqual.sections import (
     DeviceName,
     Environments,
     EnvironmentSection,
+    FilterSection,
     FineTuningOptimizer,
     FineTuningSchedule,
     GRPOSection,
     Length,
     LocalPath,
+    MixSection,
     ModelSection,
     MTPSection,
     NoBalance,
+    OPDSection,
     OptimizerSection,
     ParallelSection,
     Positive,
@@ -57,9 +62,12 @@ __all__ = [
     "DataSection",
     "DistillRecipe",
     "EnvironmentSection",
+    "FilterSection",
     "GRPOSection",
     "MTPSection",
+    "MixSection",
     "ModelSection",
+    "OPDSection",
     "OptimizerSection",
     "ParallelSection",
     "PretrainRecipe",
@@ -142,6 +150,7 @@ class RLRecipe(Recipe):
     template: Literal["chat", "r1-zero", "plain"] = "chat"
     reward: RewardSection = RewardSection()
     grpo: GRPOSection = GRPOSection()
+    opd: OPDSection | None = None
     rollouts: RolloutsSection = RolloutsSection()
     optimizer: RLOptimizer = RLOptimizer()
     balance: NoBalance = NoBalance()
@@ -163,6 +172,29 @@ class RLRecipe(Recipe):
         """Whether rollouts or updates are in fewer bits than `model.dtype`."""
         return self.grpo.rollout_weights is not None or self.precision is not None
 
+    @property
+    def differs(self) -> bool:
+        """Whether the policy that samples is another than the one trained: it is rounded or stale."""
+        return self.rounds or bool(self.rollouts.staleness)
+
+    @property
+    def measures_mismatch(self) -> bool:
+        """Whether the log-probabilities of sampling and training are compared."""
+        return self.differs or self.grpo.correction is not None
+
+    @property
+    def rewarded(self) -> bool:
+        """Whether some part of the reward counts; without, distillation is all there is."""
+        return any(self.reward.model_dump(exclude={"target_language"}).values())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        fields = cast(dict[str, Any], given)
+        return fields | {"reward": with_preset(REWARD_PRESETS, fields.get("grpo"), fields.get("reward", {}))}
+
     @model_validator(mode="after")
     def _together(self) -> "RLRecipe":
         if (self.steps is None) == (self.seconds is None):
@@ -171,11 +203,6 @@ class RLRecipe(Recipe):
             raise ValueError(f"warmup_steps = {self.warmup_steps}: the run has {self.steps} steps; warm up in fewer")
         if self.keep_start and not self.eval_every:
             raise ValueError("keep_start needs evaluations, but eval_every is 0; set eval_every")
-        if self.grpo.importance_cap is not None and not (self.rounds or self.rollouts.staleness):
-            raise ValueError(
-                "grpo.importance_cap: nothing is rounded or stale, so there is nothing to correct; set "
-                "grpo.rollout_weights, precision or rollouts.staleness, or leave it out"
-            )
         if self.exact:
             self._check_exact()
         workers, questions = self.rollouts.workers or 1, self.grpo.questions_per_step
@@ -184,9 +211,8 @@ class RLRecipe(Recipe):
                 f"rollouts.workers = {workers}: a step has only grpo.questions_per_step = {questions} groups to share "
                 "among them; lower it"
             )
-        parts = self.reward.model_dump(exclude={"target_language"})
-        if not any(parts.values()):
-            raise ValueError(f"reward: {', '.join(parts)} all have weight 0, so there is no reward; set one above 0")
+        names = [section.name for section in self.environments]
+        check_rl(self.grpo, self.opd, names, self.differs, self.rewarded)
         return self
 
     def _check_exact(self) -> None:
@@ -201,17 +227,22 @@ class RLRecipe(Recipe):
                 raise ValueError(f"exact = true with {field} = {value!r}: {remedy}")
 
 
+WORKED_SOLUTIONS = "worked-solutions"  # a teacher: solutions that rl/worked writes
+
+
 class DistillRecipe(Recipe):
     """Rejection sampling from a teacher, then SFT of a student (R1 §2.3.3, §2.4)."""
 
     kind: Literal["distill"] = "distill"
-    teacher: LocalPath
+    teacher: LocalPath  # a model, or "worked-solutions" (rl/worked)
     environments: Environments
     template: Literal["chat", "r1-zero", "plain"] = "chat"
     reward: RewardSection = RewardSection()
     problems: Count = 1000
     samples: Size = 8
     keep_per_problem: Count = 1
+    filter: FilterSection = FilterSection()
+    mix: list[MixSection] = Field(default=[])
     temperature: Temperature = 1.0
     max_tokens: Size = 256
     sequence_length: Length = 512

@@ -173,6 +173,7 @@ def quick(name, *options, **environment):
         ("fp8_memory", "step-seconds/fp8-v3-8bit-moments"),
         ("fp8_rollouts", "tokens-per-second/fp8-rollouts"),
         ("exact", "step/exact, small mixture of experts"),
+        ("rl_bias", "max-vio/live"),
         ("kv_drift", "same-top-token/latent-fp8"),
         ("quantize", "perplexity-int8-rtn/trained-here-bf16"),
         ("pipeline", "dualpipev/1f1b"),

@@ -5,8 +5,10 @@ import re
 import sys
 
 import pytest
+import torch
 
-from rorqual.cli import entry
+from rorqual.cli import entry, plan_stages
+from rorqual.plan.chips import chip_called, known_chips
 
 
 def run(monkeypatch, capsys, *words):
@@ -310,6 +312,52 @@ def test_a_pipelines_file(recipes, monkeypatch, capsys):
     assert "first" in out
 
 
+@pytest.fixture
+def gpu(recipes, monkeypatch):
+    """Sets the GPU that PyTorch finds here."""
+
+    def found(name, memory):
+        monkeypatch.setattr(plan_stages, "find_device", lambda name, processes: torch.device("cuda", 0))
+        monkeypatch.setattr(plan_stages, "gpu_name", lambda device: name)
+        monkeypatch.setattr(plan_stages, "memory_total", lambda device: memory)
+
+    return found
+
+
+def test_recipes_run_on_the_gpu_that_is_found(recipes, gpu, monkeypatch, capsys):
+    (recipes / "all.toml").write_text('[[stage]]\nrecipe = "first.toml"\n')
+    gpu("NVIDIA H100 80GB HBM3", 84.9e9)
+    for file in ("first.toml", "all.toml"):
+        _, out, err = run(monkeypatch, capsys, file, "--json")
+        assert (json.loads(out)["gpu"], json.loads(out)["gpus"]) == ("NVIDIA H100 SXM", 1), err
+        _, out, err = run(monkeypatch, capsys, file, "--gpu", "cpu", "--json")
+        assert "H100" not in json.loads(out)["gpu"], err
+    _, _, err = run(monkeypatch, capsys, "first.toml", "--rehearse", "2")
+    assert "first is planned for a chip, not run on this machine; leave it out, or add --gpu cpu" in err
+    gpu("NVIDIA H100 PCIe", 84.9e9)
+    status, _, err = run(monkeypatch, capsys, "all.toml")
+    assert status == 2
+    assert "first would run on this machine's NVIDIA H100 PCIe, which is none of the chips that are known; say" in err
+
+
+@pytest.mark.parametrize(
+    ("name", "gigabytes", "chip"),
+    [
+        ("NVIDIA H200", 150.1, "h200"),
+        ("NVIDIA A100-SXM4-80GB", 85.1, "a100"),
+        ("NVIDIA A100-SXM4-40GB", 42.4, None),
+        ("NVIDIA GeForce RTX 4090", 25.3, "rtx4090"),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", 17.2, None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", 10.2, None),
+        ("NVIDIA H100 NVL", 100.0, None),
+        ("AMD Instinct MI300X", 206.1, "mi300x"),
+        ("NVIDIA L40", 47.8, None),
+    ],
+)
+def test_chips_by_their_drivers_names(name, gigabytes, chip):
+    assert chip_called(name, gigabytes * 1e9, known_chips()) == chip
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -323,7 +371,7 @@ def test_a_pipelines_file(recipes, monkeypatch, capsys):
         ("nowhere.toml", "nowhere.toml does not exist"),
         ("first.toml --for sft", "--for sft: a recipe says itself what it is for"),
         ("first.toml --tokens 5B", "--tokens: a recipe on this machine is planned as it is; change it by key=value"),
-        ("first.toml --gpu h100 --rehearse 2", "--rehearse 2: first is not run as it is on this machine"),
+        ("first.toml --gpu h100 --rehearse 2", "--rehearse 2: first is planned for a chip"),
         ("first.toml parallel.data=2", "first is for 2 processes, and plans on this machine are of one"),
         ("first.toml parallel.data=2 --gpu h100 --gpus 4", "--gpus 4: the recipe's .parallel. is for 2 processes"),
         ("smollm2-135m --rehearse 2 --tokens 1B", "--rehearse 2: a recipe's steps are rehearsed"),

@@ -33,6 +33,7 @@ NOT_RUN = {
     "rorqual pretrain RECIPE.toml --processes": "tests/train/test_processes.py",
     "rorqual rl RECIPE.toml --ray": "tests/rl/test_ray_cluster.py",
     "rorqual serve models/deepseek-v2-lite": "needs that model; tests/engine/test_expert_parallel.py",
+    "rorqual eval deepseek-ai/": "needs R1's weights and the Hub; tests/evals with less",
     "rorqual distill my-distill.toml": "needs a teacher that answers correctly; tests/rl/test_rejection_sampling.py",
 }
 SHORT_EVAL = "--problems 2 --samples 1 --max-tokens 8"
@@ -46,7 +47,8 @@ RUN = {
     "rorqual sft": "train.epochs=1 data.sequence_length=64",
     "rorqual rl recipes/r1-zero-smollm2.toml": f"seconds=3 {SHORT_RL}",
     "rorqual rl my-rl.toml": f"steps=1 {SHORT_RL}",
-    "rorqual eval": SHORT_EVAL,
+    "rorqual eval MODEL": SHORT_EVAL,
+    "rorqual eval runs/": SHORT_EVAL,
     "rorqual generate": "--max-tokens 8",
     "rorqual chat": "--max-tokens 8",
     "rorqual report": "",

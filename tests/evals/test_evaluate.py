@@ -10,9 +10,10 @@ from rich.console import Console
 from rorqual.data.tokenizer import train_tokenizer
 from rorqual.engine import Completion, Engine, SamplingParams
 from rorqual.errors import UserError
-from rorqual.evals.evaluate import collect, evaluate, read_verdicts, thinking_curve
+from rorqual.evals.evaluate import collect, evaluate, thinking_curve
 from rorqual.evals.result_tables import table
 from rorqual.evals.results import Gain, compare
+from rorqual.evals.summary import read_verdicts
 from rorqual.evals.tasks import open_task
 from rorqual.model import Transformer
 from rorqual.model.config import ModelConfig
@@ -24,7 +25,7 @@ from rorqual.rl.rewards import Sample, score
 class Sums:
     """A task of ten sums in two difficulties; the prompt is the right answer, for the scripted engine to use."""
 
-    name, split = "sums", "all"
+    name, split, judge = "sums", "all", "equal text"
 
     def problems(self, n, seed):
         made = [Problem(f"{i}+{i}", str(2 * i), str(i), f"digits={1 + i // 5}", "sums") for i in range(10)]
@@ -167,12 +168,12 @@ def test_answers_that_a_prompt_began_are_read_as_rewards_read_them(tmp_path):
     (task,) = [open_task(str(path))]
     params = SamplingParams(n=5)
     found = collect(Said(Tokenizer()), task, task.problems(9, 0), params, "plain")
-    assert found.correct == [True, False, True, False, False]
+    assert [s.correct for s in found.samples] == [True, False, True, False, False]
     samples = [
-        Sample(task.problems(9, 0)[0], "<think>" + c.text, 1, c.finish_reason == "length") for c in found.completions
+        Sample(task.problems(9, 0)[0], "<think>" + s.text, 1, s.finish_reason == "length") for s in found.samples
     ]
     rewards = score(samples, {"mine": task.environment}, RewardSection(), 9)
-    assert rewards.correct.tolist() == found.correct
+    assert rewards.correct.tolist() == [s.correct for s in found.samples]
 
 
 def test_two_models_are_compared_whatever_their_templates(tmp_path):

@@ -32,6 +32,8 @@ class ElasticBuffer:
         buffers.append(self)
 
     def destroy(self):
+        assert not self.destroyed
+        dist.barrier(self.group)  # all ranks must call it, while there is a group
         self.destroyed = True
 
     def dispatch(self, x, topk_idx=None, topk_weights=None, num_experts=None, num_sms=0, handle=None):

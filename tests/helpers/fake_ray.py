@@ -29,16 +29,29 @@ class Ref:
 class FakeRay:
     exceptions = types.SimpleNamespace(RayError=RayError, RayTaskError=RayTaskError)
 
-    def __init__(self, faults=None, cpus=(2,)):
-        """faults: number of a call of `sample`, counted from 0 → "dies" or "hangs"."""
-        self.faults, self.cpus = faults or {}, cpus
-        self.calls = self.started = self.killed = 0
+    def __init__(self, faults=None, cpus=(2,), gpus=None):
+        """faults: number of a call of `sample`, counted from 0 → "dies" or "hangs". cpus, gpus: of each machine, the
+        first of which is this one.
+        """
+        self.faults, self.cpus, self.gpus = faults or {}, cpus, gpus or [0] * len(cpus)
+        self.needs = []  # of each worker
+        self.calls = self.sampled = self.started = self.killed = 0
         self.crossed = []  # what is sent to workers and comes back
 
     def nodes(self):
-        return [{"Alive": True, "Resources": {"CPU": float(n)}} for n in self.cpus]
+        return [
+            {"Alive": True, "NodeID": str(i), "Resources": {"CPU": float(n)} | ({"GPU": float(g)} if g else {})}
+            for i, (n, g) in enumerate(zip(self.cpus, self.gpus, strict=True))
+        ]
+
+    def cluster_resources(self):
+        return {"CPU": float(sum(self.cpus)), "GPU": float(sum(self.gpus))}
+
+    def get_runtime_context(self):
+        return types.SimpleNamespace(get_node_id=lambda: "0")
 
     def remote(self, **options):
+        self.needs.append(options)
         return lambda cls: types.SimpleNamespace(options=lambda **_: types.SimpleNamespace(remote=self._start(cls)))
 
     def put(self, value):
@@ -81,6 +94,7 @@ class FakeRay:
                 found = worker.sample(*(arg.value() if isinstance(arg, Ref) else arg for arg in args))
             except Exception as e:
                 raise RayTaskError(e) from e
+            self.sampled += 1
             self.crossed += [*(arg for arg in args if not isinstance(arg, Ref)), found]
             return found
 

@@ -22,6 +22,7 @@ def on_ranks(rank, kind):
     for step, rows in enumerate((1, 2)):
         own = part(rows_of(step, 2 * rows), slice(rank * rows, (rank + 1) * rows))
         losses.append(found.step([own], 0.1).loss)
+    found.close()
     weights = {n: p.detach().float().cpu().clone() for n, p in found.model.named_parameters()}
     return losses, weights, [(b.tokens, b.destroyed) for b in fake_deep_ep.buffers]
 
@@ -34,8 +35,8 @@ def test_steps_are_those_of_our_own_hops(kind):
         assert found == pytest.approx(losses, rel=2e-3)
         for name, w in weights.items():
             assert (moved[name] - w).norm() <= 0.01 * w.norm(), name
-        # One for all layers, with the tokens of a micro-batch; a larger one when needed.
-        assert buffers == [(12, True), (24, False)]
+        # One for all layers, with the tokens of a micro-batch; a larger one when needed. None is left at the end.
+        assert buffers == [(12, True), (24, True)]
 
 
 @pytest.mark.parametrize(
@@ -49,7 +50,8 @@ def test_steps_are_those_of_our_own_hops(kind):
 )
 def test_what_it_does_not_take_is_refused(monkeypatch, dtype, device, capability, said):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    section = ParallelSection(dispatch="deepep-fp8")
     with pytest.raises(UserError, match=said):
-        check_deep_ep("deepep-fp8", dtype, torch.device(device))
-    check_deep_ep("two-hop-fp8", dtype, torch.device(device))
-    check_deep_ep("deepep-fp8", dtype, torch.device("meta"))
+        check_deep_ep(section, dtype, torch.device(device))
+    check_deep_ep(ParallelSection(dispatch="two-hop-fp8"), dtype, torch.device(device))
+    check_deep_ep(section, dtype, torch.device("meta"))

@@ -1,12 +1,14 @@
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import pytest
 import torch.distributed as dist
 
 from helpers.processes import run
-from rorqual.errors import UserError
-from rorqual.parallel.mesh import build_mesh, check_layout, meet, planned_mesh
+from rorqual.errors import Stopped, UserError
+from rorqual.parallel import mesh
+from rorqual.parallel.mesh import build_mesh, check_layout, joined, meet, planned_mesh, single
 from rorqual.sections import ParallelSection
 
 NAMES = ("pipeline", "tokens", "experts", "replicas", "context", "data", "rail", "node")
@@ -87,3 +89,37 @@ def test_a_restart_does_not_meet_those_who_have_ended():
         assert len(found) == 1
         names += found
     assert len(set(names)) == 3
+
+
+class Parted:
+    """torch.distributed, as far as joining and parting go."""
+
+    def __init__(self, initialized):
+        self.initialized = initialized
+
+    def is_initialized(self):
+        return self.initialized
+
+    def destroy_process_group(self):
+        self.initialized = False
+
+
+@pytest.mark.parametrize(
+    ("before", "error", "after"),
+    [(False, None, False), (False, Stopped, False), (False, UserError, True), (True, None, True)],
+)
+def test_those_who_joined_part_unless_one_failed(monkeypatch, before, error, after):
+    state = Parted(before)
+
+    def join(section, device):
+        state.initialized = True
+        return single(section)
+
+    monkeypatch.setattr(mesh, "dist", state)
+    monkeypatch.setattr(mesh, "build_mesh", join)
+    raised = nullcontext() if error is None else pytest.raises(error)
+    with raised, joined(ParallelSection()):
+        assert state.initialized
+        if error is not None:
+            raise Stopped(15, "a signal") if error is Stopped else UserError("a reason")
+    assert state.initialized == after

@@ -22,14 +22,15 @@ def test_advantages_by_hand():
 
 def test_weights_by_hand():
     lengths = torch.tensor([1, 4])
-    assert token_weights(lengths, "sequence").tolist() == [0.5, 0.125]
-    assert token_weights(lengths, "token").tolist() == pytest.approx([0.2, 0.2])
+    assert token_weights(lengths, "sequence", 8).tolist() == [0.5, 0.125]
+    assert token_weights(lengths, "token", 8).tolist() == pytest.approx([0.2, 0.2])
+    assert token_weights(lengths, "constant", 8).tolist() == [1 / 16, 1 / 16]
 
 
 def loss_of(logprobs, old, ref, advantages, average="sequence", section=SECTION):
     """Two outputs of one and two tokens."""
     sequence = torch.tensor([0, 1, 1])
-    weights = token_weights(torch.tensor([1, 2]), average)
+    weights = token_weights(torch.tensor([1, 2]), average, 4)
     return grpo_loss(logprobs, old, ref, torch.tensor(advantages), weights, sequence, section)
 
 
@@ -42,7 +43,9 @@ def test_loss_by_hand():
         found = loss_of(logprobs, old, None, [2.0, -1.0], average)
         gains = (1.3 * 2.0, 0.8 * -1.0, 1.1 * -1.0)
         assert found.loss.item() == pytest.approx(-sum(w * g for w, g in zip(weights, gains, strict=True)), rel=1e-5)
-        assert int(found.clipped) == 2
+        assert (int(found.clipped_low), int(found.clipped_high)) == (1, 1)
+        assert float(found.ratio) == pytest.approx(3.1, rel=1e-5)
+        assert float(found.largest_ratio) == pytest.approx(1.5, rel=1e-5)
         (gradient,) = torch.autograd.grad(found.loss, logprobs)
         assert gradient.tolist() == pytest.approx([0, 0, weights[2] * 1.1], rel=1e-5)
 
@@ -51,7 +54,7 @@ def test_the_clip_leaves_what_brings_the_ratio_back():
     old = torch.zeros(3)
     logprobs = torch.tensor([math.log(0.5), math.log(1.5), 0.0], requires_grad=True)
     found = loss_of(logprobs, old, None, [2.0, -1.0])  # good token grown unlikely, bad token grown likely
-    assert int(found.clipped) == 0
+    assert int(found.clipped_low) == int(found.clipped_high) == 0
     (gradient,) = torch.autograd.grad(found.loss, logprobs)
     assert gradient.tolist() == pytest.approx([-0.5 * 2 * 0.5, 0.25 * 1.5, 0.25], rel=1e-5)
 
@@ -67,7 +70,7 @@ def test_on_policy_gradient_is_the_policy_gradient():
 @pytest.mark.parametrize("average", ["sequence", "token"])
 def test_the_slope_is_known_before_the_loss(average):
     lengths, sequence = torch.tensor([1, 3, 2]), torch.tensor([0, 1, 1, 1, 2, 2])
-    advantages, weights = torch.tensor([2.0, -1.0, 0.0]), token_weights(lengths, average)
+    advantages, weights = torch.tensor([2.0, -1.0, 0.0]), token_weights(lengths, average, 4)
     logprobs = -torch.rand(6).requires_grad_()
     loss = grpo_loss(logprobs, None, None, advantages, weights, sequence, SECTION).loss
     (gradient,) = torch.autograd.grad(loss, logprobs)
@@ -98,7 +101,7 @@ def test_parts_add_up_to_the_whole():
     torch.manual_seed(1)
     logprobs, old, ref = -torch.rand(9), -torch.rand(9), -torch.rand(9)
     sequence = torch.tensor([0, 0, 1, 1, 1, 1, 2, 2, 2])
-    weights, advantages = token_weights(torch.tensor([2, 4, 3]), "sequence"), torch.tensor([1.0, -0.5, 0.3])
+    weights, advantages = token_weights(torch.tensor([2, 4, 3]), "sequence", 4), torch.tensor([1.0, -0.5, 0.3])
     whole = grpo_loss(logprobs, old, ref, advantages, weights, sequence, SECTION).loss
     cuts = (slice(0, 4), slice(4, 9))
     parts = [grpo_loss(logprobs[c], old[c], ref[c], advantages, weights, sequence[c], SECTION).loss for c in cuts]

@@ -14,7 +14,7 @@ from rorqual.rl.rollout_packing import pack_rollout
 def test_weights_by_hand():
     mismatch = Mismatch(cap=2.0)
     old, sampled = torch.tensor([0.5, 0.1, 0.3]).log(), torch.tensor([0.1, 0.2, 0.3]).log()
-    assert mismatch.weights(old, sampled).tolist() == pytest.approx([2.0, 0.5, 1.0])
+    assert mismatch.weights(old, sampled, torch.tensor([0, 0, 1])).tolist() == pytest.approx([2.0, 0.5, 1.0])
     assert mismatch.truncated == 1
     assert mismatch.difference == pytest.approx(math.log(5) + math.log(2))
     assert mismatch.kl == pytest.approx((5 - math.log(5) - 1) + (0.5 - math.log(0.5) - 1), rel=1e-5)
@@ -49,7 +49,7 @@ def test_importance_weights_recover_the_gradient_of_the_trained_policy():
         return torch.autograd.grad(loss, logits)[0]
 
     on_policy = logits.softmax(0).detach()
-    weights = Mismatch(cap=1e9).weights(on_policy.log(), sampler.log())
+    weights = Mismatch(cap=1e9).weights(on_policy.log(), sampler.log(), every)
     assert torch.allclose(expected(sampler, weights), expected(on_policy, None), atol=1e-6)
     assert not torch.allclose(expected(sampler, None), expected(on_policy, None), atol=1e-2)
 

@@ -81,10 +81,10 @@ class Sums(Environment):
 @pytest.mark.parametrize("opened", ["<think>", ""])
 def test_a_distilled_sample_trains_on_the_tokens_that_were_sampled(opened, kind):
     teacher = engine(opened, kind)
-    ((_, rows),) = rejection_sample(teacher, [Sums("sums", 1.0)], 3, "chat", RewardSection(), GREEDY)
+    (batch,) = rejection_sample(teacher, [Sums("sums", 1.0)], 3, "chat", RewardSection(), GREEDY)
     tokenizer = teacher.tokenizer
-    assert len(rows) == 3
-    for row in rows:
+    assert len(batch.rows) == 3
+    for row in batch.rows:
         tokens, marks = encode_sample(row, tokenizer)
         names = tokenizer.convert_ids_to_tokens(tokens)
         assert (names.count("<think>"), names.count("</think>"), names.count("<say>")) == (1, 1, 1)

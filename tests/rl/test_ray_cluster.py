@@ -12,12 +12,13 @@ import time
 
 import psutil
 import pytest
+import torch
 
 from helpers.fake_ray import FakeRay
 from rorqual.checkpoint.huggingface import save_model
 from rorqual.recipe import RLRecipe, load_recipe
 from rorqual.rl import ray_rollouts, rl_run
-from rorqual.rl.ray_rollouts import RayFleet
+from rorqual.rl.ray_rollouts import RayCluster
 from rorqual.rl.rl_run import rl
 
 pytest.importorskip("ray", reason="rollouts on Ray need the extra `cluster`")
@@ -112,8 +113,8 @@ def kill_workers(folder, kills, number, stop):
 
 @contextlib.contextmanager
 def undisturbed(recipe, config, address):
-    """A fleet in this process, in place of `ray_fleet`."""
-    yield RayFleet(FakeRay(), recipe, config)
+    """A fleet in this process, in place of `ray_cluster`."""
+    yield RayCluster(FakeRay(), torch.device("cpu"))
 
 
 @pytest.mark.parametrize(("number", "kills"), [(signal.SIGKILL, 1), (signal.SIGKILL, 20), (signal.SIGSTOP, 1)])
@@ -121,7 +122,7 @@ def test_workers_that_are_killed_or_hang_change_nothing(tmp_path, model_dir, mon
     monkeypatch.setattr(ray_rollouts, "HANG_SECONDS", 30.0)
     steps = 3 * kills + 6  # the last rollouts are submitted early: a worker killed then is not missed
     with monkeypatch.context() as patch:
-        patch.setattr(rl_run, "ray_fleet", undisturbed)
+        patch.setattr(rl_run, "ray_cluster", undisturbed)
         rl(load_recipe(recipe_file(tmp_path / "whole", model_dir, steps), RLRecipe), ray="local")
     path, stop = recipe_file(tmp_path / "killed", model_dir, steps), threading.Event()
     killer = threading.Thread(target=kill_workers, args=(tmp_path / "killed", kills, number, stop))

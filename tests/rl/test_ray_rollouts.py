@@ -15,6 +15,7 @@ from rorqual.rl.envs.environment import Environment, Problem
 from rorqual.rl.grpo_trainer import GRPOTrainer
 from rorqual.rl.ray_rollouts import RayFleet
 from rorqual.rl.rl_run import check_problems, in_process, on_ray
+from rorqual.rl.rollout_logprobs import pack_members, replaying
 from rorqual.rl.weight_push import copy_bytes, push_bytes, sampling_model, to_bytes
 from rorqual.train.checkpoints import Checkpoints
 
@@ -83,7 +84,7 @@ def equal(a, b):
     return all(torch.equal(a[name], b[name]) for name in a)
 
 
-NETWORKS = [("dense", {}), ("moe", {"grpo": {"rollout_weights": "fp8", "mini_batches": 2}})]
+NETWORKS = [("dense", {"grpo": {"top_p": 0.9}}), ("moe", {"grpo": {"rollout_weights": "fp8", "mini_batches": 2}})]
 
 
 @pytest.mark.parametrize(("network", "fields"), NETWORKS)
@@ -207,13 +208,31 @@ def test_rollouts_in_flight_are_resumed(staleness, steps, moe, tokenizer, tmp_pa
         assert resumed.state()["streams"] == whole.state()["streams"]
 
 
+def test_a_run_that_is_over_waits_for_no_rollout(moe, tokenizer):
+    """It has a time budget, or it would have sampled none ahead."""
+    ray = FakeRay()
+    toy = trainer(moe, tokenizer, ray, {"staleness": 2})
+    run(toy, 2)
+    assert toy.rollouts.state()["in_flight"] == [2, 3]
+    toy.rollouts.close()
+    assert not [name for name in toy.tensors() if name.startswith("rollouts.")]
+    assert "in_flight" not in toy.state()
+    assert (ray.sampled, ray.calls, ray.killed) == (4, 8, 2)  # two workers' parts of two steps, and of those ahead
+    alone = trainer(moe, tokenizer)
+    for step in range(2):
+        alone.rollouts.draw(step)
+    assert toy.state()["streams"] == alone.state()["streams"]
+    toy.rollouts.close()
+    assert ray.killed == 2
+
+
 def test_a_replay_makes_the_trainer_choose_what_the_sampler_chose(moe, tokenizer):
     toy = trainer(moe, tokenizer, FakeRay(), {"staleness": 1, "replay_routing": True})
     toy.step()
     served = toy.rollouts.next(1).rollout
     members = [0, 1, 5, 14]
-    (packed, *_) = toy._packed(served, members)
-    with toy._replayed(packed, counts := Replay()), choices_of(moe) as chosen, torch.no_grad():
+    (packed, *_) = pack_members(served, members, toy.section, moe.config)
+    with replaying(moe, packed, counts := Replay()), choices_of(moe) as chosen, torch.no_grad():
         moe(packed.tokens, packed.positions, packed.mask)
     trained = torch.stack(chosen, 1)[packed.source]  # by target
     flat = torch.cat([served.routing[i][len(served.prompts[i // 4]) - 1 :] for i in members])

@@ -12,6 +12,7 @@ from rorqual.errors import UserError
 from rorqual.parallel.export import save_parts
 from rorqual.parallel.mesh import build_mesh, single
 from rorqual.sections import ParallelSection
+from rorqual.train import sharded_checkpoints
 from rorqual.train.checkpoints import Checkpoints
 from rorqual.train.sharded_checkpoints import ShardedCheckpoints
 
@@ -103,7 +104,30 @@ def test_rows_that_nobody_wrote_are_noticed(tmp_path):
     state = json.loads(path.read_text())
     del state["parts"]["tensors-00001-of-00002.safetensors"]
     path.write_text(json.dumps(state))
+    # The first process misses nothing of its own, and goes back with the other.
+    found = run(2, resume, tmp_path, {"data": 2}, {}, 4)
+    assert [step for step, _ in found] == [4, 4]
+    assert (tmp_path / "checkpoints" / "damaged-step-8").exists()
+    (tmp_path / "checkpoints" / "damaged-step-8").rename(tmp_path / "checkpoints" / "step-8")
     assert resume(0, tmp_path, {}, {}, 4)[0] == 4
+
+
+def unreadable(rank, folder):
+    mesh = build_mesh(ParallelSection(data=2))
+    store = store_of(mesh, folder, trainer_of(mesh))
+    if rank == 1:
+        sharded_checkpoints.read_parts = lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error", "a file"))
+    with pytest.raises(UserError) as raised:
+        store.load_latest()
+    return str(raised.value)
+
+
+def test_all_stop_where_one_cannot_read(tmp_path):
+    run(2, save, tmp_path, {"data": 2}, {})
+    first, second = run(2, unreadable, tmp_path)
+    assert "rank 1" in first
+    assert "a file" in second
+    assert (tmp_path / "checkpoints" / "step-8").exists()
 
 
 def fail(rank, folder):

@@ -1,6 +1,7 @@
 """rorqual eval."""
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -16,6 +17,7 @@ from rorqual.cli.options import (
     ThinkingBudget,
     check_choice,
     check_dtype,
+    expand_path,
     find_model,
     within,
 )
@@ -27,9 +29,18 @@ def evaluate(
     tasks: Annotated[
         str,
         typer.Option(
-            help="comma-separated: reasoning-gym datasets, files of questions and answers, an rl recipe, humaneval"
+            help="comma-separated: benchmarks (aime24, aime25, math500, gpqa-diamond, mmlu, mmlu-pro, gsm8k, "
+            "livecodebench, humaneval, ifeval, arc-agi, bfcl), reasoning-gym datasets, files of questions and answers, "
+            "an rl recipe"
         ),
     ],
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[TASK=]PATH",
+            help="a benchmark's published data in a local file or folder, or on the Hub; once a benchmark",
+        ),
+    ] = None,
     samples: Annotated[int, typer.Option(callback=within(1, 10**6), help="samples a problem")] = 8,
     problems: Annotated[
         int,
@@ -45,12 +56,23 @@ def evaluate(
     thinking_budget: ThinkingBudget = None,
     seed: Annotated[int, typer.Option(callback=within(*SEEDS), help="seed of problems and sampling")] = 0,
     against: Annotated[str | None, typer.Option(help="a second model: report the paired gain over it")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="folder that keeps the answers, goes on with them after an interruption, and gets the results, also "
+            "as lm-eval and lighteval write them"
+        ),
+    ] = None,
+    audit: Annotated[
+        bool, typer.Option("--audit", help="judge again with a second judge, and show disagreements")
+    ] = False,
     dtype: Dtype = "auto",
     device: Device = "cpu",
     as_json: AsJson = False,
 ) -> None:
     """pass@1 and cons@k on held-out problems, with 95 % intervals.
 
+    A benchmark's data are those of --data, else of its package, else of the Hugging Face Hub.
     A file (.jsonl, .jsonl.gz, .json, .parquet) is used whole; of a recipe's environments only the held-out split.
     """
     from rich.console import Console
@@ -58,9 +80,10 @@ def evaluate(
     from rorqual.engine import Engine
     from rorqual.evals.evaluate import evaluate as run
     from rorqual.evals.evaluate import sampling_params
-    from rorqual.evals.result_tables import gains_table, table
+    from rorqual.evals.out_folder import weights_fingerprint
+    from rorqual.evals.result_tables import audit_tables, gains_table, table
     from rorqual.evals.results import Evaluation, compare
-    from rorqual.evals.tasks import open_task, split_tasks
+    from rorqual.evals.tasks import open_task, read_data, split_tasks
 
     check_choice("--template", template, ("chat", "r1-zero", "plain"))
     settings: dict[str, Any] = {
@@ -68,15 +91,24 @@ def evaluate(
         "thinking_budget": thinking_budget,
     }  # fmt: skip
     sampling_params(samples, problems, **settings)
-    opened = [open_task(task) for task in split_tasks(tasks)]
+    names = split_tasks(tasks)
+    of_benchmarks = read_data(names, data or [])
+    opened = [
+        open_task(task, data=of_benchmarks.get(task.partition(":")[0].lower()) if isinstance(task, str) else None)
+        for task in names
+    ]
     computed = check_dtype(dtype, device)
     directories = [find_model(model), *([] if against is None else [find_model(against)])]
+    folders = [None, None] if out is None else [expand_path(out), expand_path(out) / "against"]
     results: list[Evaluation] = []
     shown: list[dict[str, Any]] = []
-    for directory in directories:
+    for directory, folder in zip(directories, folders, strict=False):
         try:
             engine = Engine(directory, dtype=computed, device=device)
-            result = run(engine, opened, samples, problems, **settings)
+            identity = {
+                "model": str(directory), "weights": weights_fingerprint(directory), "dtype": dtype, "device": device,
+            }  # fmt: skip
+            result = run(engine, opened, samples, problems, out=folder, model=identity, audited=audit, **settings)
         except UserError:
             if shown and as_json:  # the first model's results are not lost with the second
                 print(strict_json.dumps(shown[0]))
@@ -84,7 +116,7 @@ def evaluate(
         results.append(result)
         shown.append(result.to_dict() | {"model": str(directory)})
         if not as_json:
-            Console().print(table(result, str(directory)))
+            Console().print(table(result, str(directory)), *audit_tables(result.audits) if audit else ())
         del engine  # before the other model is loaded
     gains = {} if against is None else compare(results[1].tasks, results[0].tasks)
     if against is not None:

@@ -150,6 +150,15 @@ def plan(
         print(page)
 
 
+def show_plan(pipeline: Path) -> None:
+    """Print the tables of a pipeline's file. Raises UserError."""
+    from rorqual.plan.plan_text import pipeline_tables, tables
+    from rorqual.plan.stage import StagePlan
+
+    found = _planned([str(pipeline)], None, {}, None, None)
+    _show(tables(found) if isinstance(found, StagePlan) else pipeline_tables(found))
+
+
 def _planned(
     what: list[str], kind: str | None, given: dict[str, Any], more_chips: Path | None, rehearse: int | None
 ) -> "StagePlan | PipelinePlan":

@@ -1,5 +1,6 @@
 """The stages of recipes and of a pipeline's file, for `rorqual plan`."""
 
+import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -10,16 +11,27 @@ from rorqual.cli.options import expand_path
 from rorqual.errors import UserError
 from rorqual.kernels.devices import find_device
 from rorqual.model import ModelConfig
-from rorqual.plan.chips import find_chip
+from rorqual.parallel.mesh import ranks_per_node
+from rorqual.plan.chips import chip_called, find_chip, known_chips
 from rorqual.plan.estimate import predict
-from rorqual.plan.pipeline_file import COMMON, Stage, is_pipeline, read_pipeline, read_toml
+from rorqual.plan.hardware import gpu_name, memory_total
+from rorqual.plan.pipeline_file import COMMON, Stage, is_pipeline, read_pipeline, recipe_kind
 from rorqual.plan.pipeline_plan import PipelinePlan
 from rorqual.plan.plan_stage import plan_stage
 from rorqual.plan.recipe_request import check_length_known, recipe_layout, recipe_request
 from rorqual.plan.request import parse_request
 from rorqual.plan.stage import StagePlan
 from rorqual.plan.this_machine import predicted_here, rl_predicted_here
-from rorqual.recipe import DistillRecipe, PretrainRecipe, Recipe, RLRecipe, SFTRecipe, load_recipe
+from rorqual.recipe import (
+    WORKED_SOLUTIONS,
+    DistillRecipe,
+    ParallelSection,
+    PretrainRecipe,
+    Recipe,
+    RLRecipe,
+    SFTRecipe,
+    load_recipe,
+)
 from rorqual.train.build_model import tokenizer_of, trained_path
 from rorqual.train.dry_run import recipe_config
 
@@ -76,7 +88,8 @@ class _Pipeline:
         if "gpu" in self.given and "price" not in self.given:
             fields.pop("price", None)  # the file's is of another chip
         if stage.recipe is not None:
-            self.stages.append(self._recipe(stage, load_recipe(stage.recipe, _kind(stage.recipe), overrides), fields))
+            words = [*stage.overrides, *(overrides or [])]
+            self.stages.append(self._recipe(stage, load_recipe(stage.recipe, recipe_kind(stage.recipe), words), fields))
             return
         assert stage.kind is not None
         # What only one of several stages could mean.
@@ -90,16 +103,22 @@ class _Pipeline:
         config = self._config(recipe)
         folder = recipe.run_dir / "student" if isinstance(recipe, DistillRecipe) else recipe.run_dir
         self.written[folder / "model"] = config
-        gpu = fields.pop("gpu", "cpu")
+        said = fields.pop("gpu", None)
+        gpu = said or self._found_chip(recipe)
+        if isinstance(recipe, DistillRecipe) and recipe.teacher == WORKED_SOLUTIONS:
+            return self._worked(recipe, config, fields, gpu, stage)
         if gpu.lower() == "cpu" and not isinstance(recipe, DistillRecipe):
             return self._here(recipe, config, fields)
         if self.rehearse is not None:
+            other = (
+                "" if isinstance(recipe, DistillRecipe) else ", or leave out --gpu" if said else ", or add --gpu cpu"
+            )
             raise UserError(
-                f"--rehearse {self.rehearse}: {recipe.name} is not run as it is on this machine; leave it out"
-                + ("" if isinstance(recipe, DistillRecipe) else ", or leave out --gpu")
+                f"--rehearse {self.rehearse}: {recipe.name} is planned for a chip, not run on this machine; "
+                f"leave it out{other}"
             )
         asked = recipe_request(recipe) | {"name": recipe.name, "gpu": gpu} | fields
-        if isinstance(recipe, RLRecipe):
+        if isinstance(recipe, RLRecipe) or (said is None and gpu != "cpu"):
             asked.setdefault("gpus", 1)
         check_length_known(recipe, asked)
         request = parse_request(_kind_of(recipe), asked, self._said(stage))
@@ -107,6 +126,38 @@ class _Pipeline:
         if isinstance(recipe, PretrainRecipe | SFTRecipe):
             layout = recipe_layout(recipe, find_chip(gpu, self.more_chips).per_node)
         return plan_stage(request, config, self.more_chips, layout, self.written)
+
+    def _worked(
+        self, recipe: DistillRecipe, config: ModelConfig, fields: dict[str, Any], gpu: str, stage: Stage
+    ) -> StagePlan:
+        """Solutions are written in seconds, so that fine-tuning is all of it."""
+        from rorqual.rl.distillation import student_recipe, worked_tokens
+
+        student = student_recipe(recipe, recipe.run_dir, recipe.run_dir / "samples.jsonl")
+        student.name = recipe.name
+        samples = recipe.problems * recipe.keep_per_problem
+        tokens = samples * worked_tokens(recipe, tokenizer_of(recipe.model))
+        if gpu.lower() == "cpu":
+            rows = math.ceil(tokens / recipe.sequence_length)
+            return predicted_here(student, config, predict(config, student, rows), fields.get("price"))
+        asked = recipe_request(student) | {"name": recipe.name, "gpu": gpu} | fields
+        asked.setdefault("tokens", tokens * (recipe.train.epochs or 1.0))
+        return plan_stage(parse_request("sft", asked, self._said(stage)), config, self.more_chips, None, self.written)
+
+    def _found_chip(self, recipe: Recipe) -> str:
+        """The chip that the recipe would run on here. Raises UserError for a GPU that the data does not know."""
+        section = recipe.parallel if isinstance(recipe, PretrainRecipe | SFTRecipe) else ParallelSection()
+        device = find_device(recipe.device, min(section.processes, ranks_per_node(section)))
+        if device.type == "cpu":
+            return "cpu"
+        name = gpu_name(device)
+        found = chip_called(name, memory_total(device), known_chips(self.more_chips))
+        if found is None:
+            raise UserError(
+                f"{recipe.name} would run on this machine's {name}, which is none of the chips that are known; say one "
+                "like it with --gpu, its processor with --gpu cpu, or describe it in a file for --chips"
+            )
+        return found
 
     def _said(self, stage: Stage) -> Callable[[str], str]:
         return lambda name: f"--{name}" if name in self.given else f"{stage.where}: {name}"
@@ -123,11 +174,6 @@ class _Pipeline:
             raise UserError(
                 f"{recipe.name} is for {recipe.parallel.processes} processes, and plans on this machine are of one; "
                 "say their chips with --gpu"
-            )
-        if find_device(recipe.device).type != "cpu":
-            raise UserError(
-                f"{recipe.name} runs on this machine's GPU, and plans here are of its CPU; add device=cpu, or say the "
-                "chip with --gpu"
             )
         if self.rehearse is not None:
             _rehearse(recipe, self.rehearse)
@@ -171,14 +217,3 @@ def _rehearse(recipe: Recipe, steps: int) -> None:
 
 def _kind_of(recipe: Recipe) -> str:
     return type(recipe).model_fields["kind"].default
-
-
-def _kind(path: Path) -> str:
-    """Of a recipe, which may leave it to the command that runs it."""
-    raw = read_toml(path)
-    if isinstance(raw.get("kind"), str):
-        return raw["kind"]
-    data = raw.get("data")
-    of_field = {"teacher": "distill", "environments": "rl"}
-    found = [kind for name, kind in of_field.items() if name in raw]
-    return found[0] if found else "sft" if isinstance(data, dict) and "path" in data else "pretrain"

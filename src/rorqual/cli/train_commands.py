@@ -11,6 +11,8 @@ import typer
 from rorqual.cli.options import DryRun, Overrides, Ray, RecipeFile, Resume, check_ray, expand_path, within
 
 if TYPE_CHECKING:
+    import torch
+
     from rorqual.model import ModelConfig
     from rorqual.recipe import PretrainRecipe, Recipe, RLRecipe, SFTRecipe
 
@@ -83,8 +85,10 @@ def rl(
     from rorqual.precision.fp8_twin import twin_bytes
     from rorqual.recipe import RLRecipe, load_recipe
     from rorqual.rl.envs.registry import open_environment
+    from rorqual.rl.ray_gpus import device_here
     from rorqual.rl.rl_run import check_problems, in_process, on_ray, predict_rl, prompt_tokens
     from rorqual.rl.rl_run import rl as run
+    from rorqual.rl.teachers import teacher_paths
     from rorqual.train.build_model import check_model, tokenizer_of, trained_path
 
     check_ray(ray)
@@ -97,7 +101,7 @@ def rl(
         check_problems(checked, tokenizer, environments)
         config = ModelConfig.load(trained_path(checked.model))
         total, active = parameters(config)
-        device = find_device("cpu" if ray else checked.device)
+        device = device_here(checked, ray) if ray else find_device(checked.device)
         dtype = dtype_name(compute_dtype(checked.model.dtype, device))
         needed = memory(
             config,
@@ -111,14 +115,21 @@ def rl(
         print(f"{'parameters':<12} {total:.4g}, {active:.4g} active per token")
         reference = needed.weights if checked.grpo.kl else 0
         twin = twin_bytes(config) if checked.grpo.rollout_weights else 0
-        total_bytes = needed.total + reference + twin
+        teachers = 0
+        if checked.opd is not None:
+            paths = teacher_paths(checked.opd, [section.name for section in checked.environments])
+            itemsize = compute_dtype(checked.model.dtype, device).itemsize
+            teachers = sum(itemsize * parameters(ModelConfig.load(path))[0] for path in paths)
+        total_bytes = needed.total + reference + twin + teachers
         print(f"{'memory':<12} about {total_bytes / 1e9:.3g} GB in training, without the rollouts' KV cache")
         if reference:
             print(f"{'':<12} {reference / 1e9:.3g} GB of it for the reference model (grpo.kl)")
+        if teachers:
+            print(f"{'':<12} {teachers / 1e9:.3g} GB of it for the teachers (opd)")
         if twin:
             print(f"{'':<12} {twin / 1e9:.3g} GB of it for the FP8 weights that rollouts are sampled from")
         if ray:
-            _print_workers(checked, config)
+            _print_workers(checked, config, device)
         if device.type == "cpu":
             print(rl_time_text(predict_rl(checked, config, prompt_tokens(checked, tokenizer, environments)), checked))
         _print_precision(checked, config)
@@ -126,14 +137,16 @@ def rl(
     _finished(run(checked, resume=resume, ray=ray))
 
 
-def _print_workers(recipe: "RLRecipe", config: "ModelConfig") -> None:
+def _print_workers(recipe: "RLRecipe", config: "ModelConfig", device: "torch.device") -> None:
     from rorqual.kernels.dtypes import compute_dtype
+    from rorqual.rl.ray_gpus import share
     from rorqual.rl.weight_push import push_bytes
 
-    pushed = push_bytes(config, compute_dtype(recipe.model.dtype), recipe.grpo.rollout_weights == "fp8")
+    pushed = push_bytes(config, compute_dtype(recipe.model.dtype, device), recipe.grpo.rollout_weights == "fp8")
     section = recipe.rollouts
     versions = (section.staleness or 0) + 1
-    print(f"{'workers':<12} {section.workers} on Ray, rollouts up to {section.staleness} steps stale")
+    gpus = "" if device.type == "cpu" else f", with {share(recipe):g} GPU each, as the trainer"
+    print(f"{'workers':<12} {section.workers} on Ray{gpus}, rollouts up to {section.staleness} steps stale")
     print(f"{'':<12} {pushed / 1e9:.3g} GB of weights each, without their KV cache")
     print(f"{'pushed':<12} {pushed / 1e9:.3g} GB a step; Ray's object store holds up to {versions} versions")
 
@@ -148,7 +161,7 @@ def _print_precision(recipe: "Recipe", config: "ModelConfig") -> None:
 def distill(recipe: RecipeFile, overrides: Overrides = None, resume: Resume = False) -> None:
     """Distill: sample a teacher, keep the best answers (rejection sampling), fine-tune a student on them."""
     from rorqual.recipe import DistillRecipe, load_recipe
-    from rorqual.rl.rejection_sampling import distill as run
+    from rorqual.rl.distillation import distill as run
 
     _finished(run(load_recipe(recipe, DistillRecipe, overrides), resume=resume))
 
@@ -181,6 +194,25 @@ def speedrun(
     from rorqual.speedrun import speedrun as run
 
     run(out and expand_path(out), seed, minutes)
+
+
+def r1(
+    pipeline: Annotated[Path, typer.Argument(metavar="PIPELINE", help="a TOML file of stages; see recipes/")],
+    out: Annotated[Path | None, typer.Option(help="folder of the whole; default: the file's, or runs/NAME")] = None,
+    seed: Annotated[int | None, typer.Option(callback=within(0, 2**32 - 1), help="of all stages")] = None,
+    resume: Resume = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Run a pipeline: cold start, RL, rejection sampling, RL for all scenarios, a student; with evaluations."""
+    if dry_run:
+        from rorqual.cli.plan_command import show_plan
+
+        show_plan(expand_path(pipeline))
+        return
+    from rorqual.pipeline import run_pipeline
+
+    folder = run_pipeline(expand_path(pipeline), out and expand_path(out), seed, resume)
+    print(f"{folder}: done; the model is in {folder / 'model'}, its card and report.html beside it")
 
 
 def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="a run's folder, e.g. runs/NAME")]) -> None:

@@ -25,7 +25,8 @@ class DecodeBatch:
         # Position of the next step's input token; tokens generated; their limit; the newest one.
         self.position, self.num_tokens, self.max_new_tokens, self.last_token = self.numbers[:4]
         self.num_blocks, self.budget, self.think_end_token, self.filter_index = self.numbers[4:8]
-        # Flags; needs_adjusting: logits have penalties, biases or a grammar, or top logprobs are reported.
+        # Flags; needs_adjusting: logits have penalties, biases or a grammar, or top logprobs or the
+        # allowed tokens are reported.
         self.thinking_ended, self.needs_adjusting, self.streaming = self.numbers[8:]
         # Whether any row has a thinking budget or one of these flags: scanning the rows costs 2 % of a small step.
         self.any_budget = self.any_adjusting = self.any_streaming = False
@@ -72,7 +73,9 @@ class DecodeBatch:
             for i, running in enumerate(self.sequences[:row]):
                 self.filter_index[i] = self._filter_number(running.request.params.filter)
         self.filter_index[row] = self._filter_number(params.filter)
-        self.needs_adjusting[row] = params.adjusts or params.logprobs > 0 or sequence.grammar_state is not None
+        self.needs_adjusting[row] = (
+            params.adjusts or params.logprobs > 0 or params.record_allowed or sequence.grammar_state is not None
+        )
         self.streaming[row] = request.streaming
         self.any_budget |= request.think_end_token is not None
         self.any_adjusting |= bool(self.needs_adjusting[row])

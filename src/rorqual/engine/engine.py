@@ -23,6 +23,7 @@ from rorqual.engine.sequence import Request, Sequence
 from rorqual.engine.speculative import SpeculativeMethod
 from rorqual.errors import UserError
 from rorqual.kernels import cpu
+from rorqual.kernels.allowed_tokens import AllowedTokens
 from rorqual.kernels.quantized_linear import QuantizedWeight
 from rorqual.model import Transformer
 from rorqual.tokenizer_protocol import Tokenizer
@@ -171,6 +172,7 @@ class Engine:
             sequence.request.cached_tokens,
             sequence.top_logprobs,
             sequence.routing,
+            AllowedTokens.of(sequence.allowed, self.model.config.vocab_size) if sequence.allowed else None,
         )
 
     # -- generate

@@ -66,8 +66,8 @@ class Report:
 class FrontScheduler(Scheduler):
     """Rank 0's own scheduler, which also gives requests to the schedulers of other ranks.
 
-    Requests go where their prefix is cached, else to the rank with the fewest sequences. Structured output and texts to
-    be scored stay on rank 0: compiled grammars and hidden states do not travel.
+    Requests go where their prefix is cached, else to the rank with the fewest sequences. Structured output, texts to be
+    scored and records of allowed tokens stay on rank 0: compiled grammars, hidden states and they do not travel.
     """
 
     placement: ExpertPlacement
@@ -103,7 +103,8 @@ class FrontScheduler(Scheduler):
         self.orders[rank - 1].add.append(order)
 
     def _choose(self, request: Request) -> int:
-        if request.prompt_logprobs is not None or request.grammar_state is not None:
+        stays = request.prompt_logprobs is not None or request.grammar_state is not None
+        if stays or request.params.record_allowed:
             return FRONT
         loads = dict.fromkeys(range(1 + len(self.ranks)), 0)
         for other, rank in self.rank_of.items():

@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from rorqual.kernels.allowed_tokens import AllowedTokens
+
 TopLogprobs = list[tuple[int, float]]  # (token, log-probability) of the most probable tokens at a position
 
 
@@ -20,6 +22,7 @@ class Completion:
     # Where the engine records it: the experts [prompt + tokens − 1, L, K] of each token but the last, which no forward
     # pass has read, in the L mixture-of-experts layers.
     routing: Tensor | None = None
+    allowed: AllowedTokens | None = None  # with record_allowed: the tokens that each was sampled from
 
 
 @dataclass

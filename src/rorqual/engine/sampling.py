@@ -15,6 +15,7 @@ from rorqual.engine.model_runner import DecodeTokens
 from rorqual.engine.sampling_params import adjust
 from rorqual.engine.sequence import Floats, Integers
 from rorqual.kernels import cpu
+from rorqual.kernels.allowed_tokens import allowed_tokens, pack
 from rorqual.kernels.append_tokens import (
     FILTER_COLUMNS,
     FINISHED,
@@ -24,7 +25,7 @@ from rorqual.kernels.append_tokens import (
     STOP_TOKEN,
 )
 from rorqual.kernels.exact.rows import exact_logprobs
-from rorqual.kernels.sample import sample, scaled_logprobs
+from rorqual.kernels.sample import SamplingFilter, sample, scaled_logprobs
 
 
 @dataclass
@@ -108,6 +109,7 @@ def sample_and_append(
         logits = logits.float()
         for i in adjusting:
             _adjust(batch, int(at[i]), logits[i])
+        _keep_allowed(batch, at, adjusting, logits)
     if batch.needs_prepare:
         batch.prepare()
     before = batch.num_tokens[at]
@@ -169,6 +171,23 @@ def sample_rows(batch: DecodeBatch, at: Integers, logits: Tensor) -> tuple[Integ
         here = from_numpy(where).to(logits.device)
         tokens[where], logprobs[where] = (t.numpy(force=True) for t in sample(logits[here], filter, uniform[here]))
     return tokens, logprobs
+
+
+def _keep_allowed(batch: DecodeBatch, at: Integers, which: list[int], logits: Tensor) -> None:
+    """Of the rows at[which] with `record_allowed`, record which tokens their filters keep, and lower the logits [m, V]
+    of the others to −∞.
+    """
+    by_filter: dict[SamplingFilter, list[int]] = {}
+    for i in which:
+        params = batch.sequences[int(at[i])].request.params
+        if params.record_allowed:
+            by_filter.setdefault(params.whole_filter, []).append(i)
+    for filter, where in by_filter.items():
+        here = logits[where]
+        allowed = allowed_tokens(here, filter)
+        logits[where] = here.masked_fill(~allowed, float("-inf"))
+        for i, words in zip(where, pack(allowed), strict=True):
+            batch.sequences[int(at[i])].allowed.append(words)
 
 
 def _adjust(batch: DecodeBatch, row: int, logits: Tensor) -> None:

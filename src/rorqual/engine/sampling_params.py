@@ -28,7 +28,8 @@ class SamplingParams:
     it; they are not looked for in the thinking. `grammar`: constrains the answer, not the thinking before it.
     `max_length`: limit of prompt and answer together, tokens. `thinking_budget`: after that many tokens without
     `</think>` the engine inserts it. `logprobs`: how many of the most probable tokens to report at every position.
-    `ignore_eos`: the end token does not end the answer.
+    `ignore_eos`: the end token does not end the answer. `record_allowed`: keep the set of tokens that top_k, top_p and
+    min_p allow at every position (Completion.allowed); log-probabilities then are those among the allowed tokens.
 
     None means the default; `stop` may be one string, `logit_bias` a dictionary. Raises UserError for invalid values.
     """
@@ -51,6 +52,7 @@ class SamplingParams:
     thinking_budget: int | None = None
     grammar: Grammar | None = None
     logprobs: int = 0
+    record_allowed: bool = False
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -94,6 +96,11 @@ class SamplingParams:
 
     @property
     def filter(self) -> SamplingFilter:
+        """What is left to the kernels: where allowed tokens are recorded, the others' logits are gone before."""
+        return SamplingFilter(self.temperature) if self.record_allowed else self.whole_filter
+
+    @property
+    def whole_filter(self) -> SamplingFilter:
         return SamplingFilter(self.temperature, self.top_p, self.top_k, self.min_p)
 
     @cached_property

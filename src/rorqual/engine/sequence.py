@@ -13,6 +13,7 @@ from rorqual.engine.grammar import GrammarState
 from rorqual.engine.outputs import TokenDelta, TopLogprobs
 from rorqual.engine.prompt_logprobs import PromptLogprobs
 from rorqual.engine.sampling_params import SamplingParams
+from rorqual.kernels.allowed_tokens import Words
 
 if TYPE_CHECKING:
     from rorqual.engine.speculative import PromptLookupDrafter
@@ -43,6 +44,7 @@ class Sequence:
     detokenizer: IncrementalDetokenizer | None = None  # of a streaming request, if the engine has a tokenizer
     finish_reason: str | None = None  # "stop", "length" or "cancelled"
     routing: Tensor | None = None  # of a finished sequence, where the engine records it (Completion.routing)
+    allowed: list[Words] = field(default_factory=list)  # at every position, with record_allowed
     _num_taken: int = 0  # tokens
 
     @property

@@ -5,31 +5,31 @@ Shapes: P problems, S samples per problem.
 
 import functools
 import hashlib
-import re
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, get_args
 
-import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from rorqual.engine import Completion, Engine, SamplingParams
+from rorqual.engine import Engine, SamplingParams
 from rorqual.errors import UserError
-from rorqual.evals.results import CurvePoint, Evaluation, Scores, TaskResult
-from rorqual.evals.stats import cons_at_k, interval, pass_at_1, pass_at_k
+from rorqual.evals.audit import audit
+from rorqual.evals.benchmarks.benchmark import Benchmark
+from rorqual.evals.collected import Collected, Sample
+from rorqual.evals.out_folder import OutFolder
+from rorqual.evals.peer_formats import write_results
+from rorqual.evals.results import CurvePoint, Evaluation
+from rorqual.evals.summary import LineChecker, summarise
 from rorqual.evals.tasks import Task, TaskLike, open_task
 from rorqual.rl.envs.environment import Problem, Split
 from rorqual.rl.prompts import Template
-from rorqual.rl.rewards import RIGHT, WRONG, self_verified
 
 TEMPERATURE, TOP_P = 0.6, 0.95  # R1's sampling for evaluation (R1, "Evaluation")
-MARKED = re.compile(f"([^{RIGHT}{WRONG}]*)([{RIGHT}{WRONG}])")
-
-# Whether a line that the model marked ✓ is correct; None where the line is not a candidate.
-LineChecker = Callable[[Problem, str], bool | None]
 
 
 def evaluate(
@@ -47,6 +47,9 @@ def evaluate(
     thinking_budget: int | None = None,
     split: Split = "test",
     check_line: LineChecker | None = None,
+    audited: bool = False,
+    out: Path | None = None,
+    model: Mapping[str, str] | None = None,
     quiet: bool = False,
 ) -> Evaluation:
     """pass@1, cons@k and pass@k of each task, with 95% bootstrap intervals over problems.
@@ -54,8 +57,11 @@ def evaluate(
     tasks: names as on the command line, recipe sections, environments or `Task`s. k (default: `samples`): cons@k is the
     majority vote of the first k samples, pass@k is over all draws of k. A truncated completion has no answer.
     `verdict_precision` counts the lines marked ✓ that `check_line` can judge, without it the last one by the final
-    answer. Raises UserError, before anything is sampled, for an unknown task, too few problems, a question longer than
-    the context, invalid sampling parameters, or model code that cannot be isolated.
+    answer. audited: judge the answers a second time (`audit`). out: a folder (`OutFolder`) that keeps every finished
+    batch of answers, goes on where it was left, and gets the results in three formats (`write_results`). model: what
+    identifies it there, its name as `model`. Raises UserError, before anything is sampled, for an unknown task, too few
+    problems, a question longer than the context (a benchmark's counts as unfinished), invalid sampling parameters,
+    model code that cannot be isolated, or a folder of other settings.
     """
     params = sampling_params(
         samples, problems, seed=seed, template=template, temperature=temperature, top_p=top_p, max_tokens=max_tokens,
@@ -67,34 +73,93 @@ def evaluate(
     names = [task.name for task in opened]
     if duplicates := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(f"task {duplicates[0]} is given twice; remove one")
-    tokenizer = engine.require_tokenizer()
-    started, results = time.monotonic(), dict[str, TaskResult]()
+    started = time.monotonic()
     drawn = [task.problems(problems, seed) for task in opened]
-    for task, chosen in zip(opened, drawn, strict=True):
-        for problem in chosen:
-            try:
-                engine.check([tokens_of(engine, task.prompt(problem, tokenizer, template), template)], params)
-            except UserError as e:
-                raise UserError(f"{problem.where or f'task {task.name}'}: {e}") from None
-    with _progress(quiet) as bar:
-        for task, chosen in zip(opened, drawn, strict=True):
-            line = bar.add_task(task.name, total=len(chosen) * samples)
+    fitting = [_fitting(engine, t, chosen, params, template) for t, chosen in zip(opened, drawn, strict=True)]
+    result = Evaluation(
+        tasks={}, samples=samples, k=k or samples, seed=seed, split=split, template=template, temperature=temperature,
+        top_p=top_p, max_tokens=max_tokens, thinking_budget=thinking_budget, seconds=0.0,
+    )  # fmt: skip
+    settings = _settings(result, names, [list(prompts.values()) for prompts in fitting], model or {})
+    folder = None if out is None else OutFolder(out, settings)
+    with nullcontext() if folder is None else folder.held(), _progress(quiet) as bar:
+        every = dict[str, Collected]()
+        for task, chosen, prompts in zip(opened, drawn, fitting, strict=True):
+            asked = [chosen[i] for i in prompts]
+            line = bar.add_task(task.name, total=len(asked) * samples)
             advance = functools.partial(bar.advance, line)
-            found = collect(engine, task, chosen, params, template, advance)
-            results[task.name] = summarise(found, k, seed, check_line, task.split)
-    return Evaluation(
-        tasks=results,
-        samples=samples,
-        k=k or samples,
-        seed=seed,
-        split=split,
-        template=template,
-        temperature=temperature,
-        top_p=top_p,
-        max_tokens=max_tokens,
-        thinking_budget=thinking_budget,
-        seconds=time.monotonic() - started,
-    )
+            sample = functools.partial(_part, engine, task, asked, params, template, advance)
+            if folder is None:
+                found = sample(0, len(asked))
+            else:
+                found = folder.collect(task.name, asked, list(prompts.values()), samples, sample, advance)
+            every[task.name] = found = _with_unasked(found, chosen, list(prompts))
+            attempts = task.attempts if isinstance(task, Benchmark) else 1
+            figures = summarise(found, k, seed, check_line, task.split, task.judge, attempts)
+            result.tasks[task.name] = replace(figures, unasked=len(chosen) - len(asked))
+            if audited and (second := audit(task, found, seed)) is not None:
+                result.audits[task.name] = second
+        result = replace(result, seconds=time.monotonic() - started)
+        if folder is not None and out is not None:
+            write_results(out, result, every, (model or {}).get("model", "model"), folder.began)
+    return result
+
+
+def _fitting(
+    engine: Engine, task: Task, problems: list[Problem], params: SamplingParams, template: Template
+) -> dict[int, str]:
+    """{index of a problem: its prompt}, of those that the context holds. Raises UserError where one does not, but for
+    benchmarks: of those only where none does."""
+    tokenizer = engine.require_tokenizer()
+    prompts: dict[int, str] = {}
+    refused: UserError | None = None
+    for i, problem in enumerate(problems):
+        try:
+            prompt = task.prompt(problem, tokenizer, template)
+            engine.check([tokens_of(engine, prompt, template)], params)
+        except UserError as e:
+            refused = refused or UserError(f"{problem.where or f'task {task.name}'}: {e}")
+            if not isinstance(task, Benchmark):
+                raise refused from None
+        else:
+            prompts[i] = prompt
+    if refused is not None and not prompts:
+        raise refused
+    return prompts
+
+
+def _with_unasked(found: Collected, problems: list[Problem], asked: list[int]) -> Collected:
+    """Answers to the problems `asked`, and unfinished ones to the others, in the order of the problems."""
+    each, places = found.per_problem, {problem: i for i, problem in enumerate(asked)}
+    whole = Collected(problems, [], [])
+    for i in range(len(problems)):
+        at = places.get(i)
+        whole.prompts.append("" if at is None else found.prompts[at])
+        nothing = [Sample("", "", 0, "length", None, False, {})] * each
+        whole.samples += nothing if at is None else found.samples[at * each : (at + 1) * each]
+    return whole
+
+
+def _part(
+    engine: Engine, task: Task, problems: list[Problem], params: SamplingParams, template: Template,
+    progress: Callable[[int], None], start: int, end: int,
+) -> Collected:  # fmt: skip
+    """Answers to the problems [start, end). Each problem has a seed of its own, as in one call for all of them."""
+    own = replace(params, seed=(params.seed or 0) + (start << 32))
+    return collect(engine, task, problems[start:end], own, template, progress)
+
+
+def _settings(
+    result: Evaluation, names: Sequence[str], prompts: Sequence[Sequence[str]], model: Mapping[str, str]
+) -> dict[str, Any]:
+    """What the answers follow from, flat."""
+    sampling = ("samples", "seed", "template", "temperature", "top_p", "max_tokens", "thinking_budget")
+    settings = {**model, **{name: getattr(result, name) for name in sampling}, "tasks": ", ".join(names)}
+    for name, some in zip(names, prompts, strict=True):
+        settings[f"prompts of {name}"] = (
+            f"{len(some)}, hash {hashlib.sha256(chr(0).join(some).encode()).hexdigest()[:16]}"
+        )
+    return settings
 
 
 def sampling_params(samples: int, problems: int, template: Template = "chat", **settings: Any) -> SamplingParams:
@@ -119,20 +184,6 @@ def thinking_curve(engine: Engine, task: TaskLike, budgets: Sequence[int], **opt
     return curve
 
 
-@dataclass
-class Collected:
-    """Problems and their completions: completion i, with its answer and score, is of problem i // samples."""
-
-    problems: list[Problem]
-    prompts: list[str]
-    completions: list[Completion]
-    answers: list[str | None]
-    correct: list[bool]
-
-    def __add__(self, other: "Collected") -> "Collected":
-        return Collected(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
-
-
 def collect(
     engine: Engine,
     task: Task,
@@ -147,104 +198,24 @@ def collect(
     encoded = [tokens_of(engine, prompt, template) for prompt in prompts]
     completions = engine.generate(encoded, params, progress=progress)
     repeated = [problem for problem in problems for _ in range(params.n)]
-    openings = [engine.opening(prompt) for prompt in encoded]
-    texts = [openings[i // params.n] + c.text for i, c in enumerate(completions)]
+    openings = [engine.opening(prompt) for prompt in encoded for _ in range(params.n)]
+    texts = [opening + c.text for opening, c in zip(openings, completions, strict=True)]
     answers = [
         task.answer(repeated[i], prompts[i // params.n], texts[i]) if c.finish_reason == "stop" else None
         for i, c in enumerate(completions)
     ]
     correct = task.score(repeated, texts, answers)
-    return Collected(problems, prompts, completions, answers, correct)
+    parts = [task.parts(p, t) if isinstance(task, Benchmark) else {} for p, t in zip(repeated, texts, strict=True)]
+    samples = [
+        Sample(c.text, openings[i], len(c.tokens), c.finish_reason, answers[i], correct[i], parts[i])
+        for i, c in enumerate(completions)
+    ]
+    return Collected(problems, prompts, samples)
 
 
 def tokens_of(engine: Engine, prompt: str, template: Template) -> Sequence[int]:
     """Token ids of a task's prompt; BOS is added unless a chat template has rendered it."""
     return engine.encode(prompt, begin=template != "chat" or not getattr(engine.tokenizer, "chat_template", None))
-
-
-def summarise(
-    collected: Collected,
-    k: int | None = None,
-    seed: int = 0,
-    check_line: LineChecker | None = None,
-    split: str | None = None,
-) -> TaskResult:
-    """The results of one task, as in `evaluate`; arguments as there."""
-    problems = collected.problems
-    scores = _TaskScores(collected, k, seed, check_line)
-    levels = sorted({problem.difficulty for problem in problems} - {""}, key=_natural)
-    indices = np.arange(len(problems))
-    by_difficulty = {
-        level: scores.summary(indices[[problem.difficulty == level for problem in problems]]) for level in levels
-    }
-    return TaskResult(
-        **vars(scores.summary(indices)),
-        by_difficulty=by_difficulty,
-        questions_hash=hashlib.sha256("\0".join(p.question for p in problems).encode()).hexdigest(),
-        scores=pass_at_1(scores.correct).tolist(),
-        split=split,
-    )
-
-
-class _TaskScores:
-    """Scores of a task's completions [P, S], to be summarised over any subset of the problems."""
-
-    def __init__(self, collected: Collected, k: int | None, seed: int, check_line: LineChecker | None) -> None:
-        problems, samples = collected.problems, len(collected.completions) // len(collected.problems)
-        shape = (len(problems), samples)
-        completions = collected.completions
-        self.correct = np.array(collected.correct, dtype=bool).reshape(shape)  # [P, S], as all below
-        self.answers = np.array(collected.answers, dtype=object).reshape(shape)
-        self.tokens = np.array([len(c.tokens) for c in completions]).reshape(shape)
-        self.truncated = np.array([c.finish_reason == "length" for c in completions]).reshape(shape)
-        self.verified = np.zeros(shape, dtype=bool)  # the last mark is ✓
-        self.marked = np.zeros(shape, dtype=int)  # lines marked ✓ that can be judged
-        self.marked_correct = np.zeros(shape, dtype=int)  # the correct ones among them
-        for i, completion in enumerate(completions):
-            at = divmod(i, samples)
-            verdicts = read_verdicts(completion.text)
-            self.verified[at] = self_verified(completion.text)
-            if check_line is None:
-                judged = [self.correct[at]] if self.verified[at] else []
-            else:
-                judged = [check_line(problems[at[0]], text) for text, positive in verdicts if positive]
-                judged = [correct for correct in judged if correct is not None]
-            self.marked[at], self.marked_correct[at] = len(judged), sum(judged)
-        self.k, self.seed = k or samples, seed
-
-    def summary(self, chosen: np.ndarray) -> Scores:
-        """All results of the problems with indices `chosen`."""
-        correct, answers = self.correct[chosen], self.answers[chosen]
-        marked = int(self.marked[chosen].sum())
-        first, any_of = pass_at_1(correct), pass_at_k(correct, self.k)
-        votes = any(answer is not None for answer in self.answers.flat)
-        agreed = cons_at_k(answers[:, : self.k].tolist(), correct[:, : self.k]) if votes else None
-        return Scores(
-            problems=len(chosen),
-            k=self.k,
-            pass_at_1=float(first.mean()),
-            interval=interval(first, self.seed),
-            cons_at_k=None if agreed is None else float(agreed.mean()),
-            cons_interval=None if agreed is None else interval(agreed, self.seed),
-            pass_at_k=float(any_of.mean()),
-            pass_k_interval=interval(any_of, self.seed),
-            mean_tokens=float(self.tokens[chosen].mean()),
-            truncated_share=float(self.truncated[chosen].mean()),
-            answered_share=float(np.mean(answers != None)) if votes else None,  # noqa: E711 (elementwise)
-            verified_share=float(self.verified[chosen].mean()),
-            verdict_precision=int(self.marked_correct[chosen].sum()) / marked if marked else None,
-        )
-
-
-def read_verdicts(text: str) -> list[tuple[str, bool]]:
-    """The candidates that the model marked before `</think>`: (text of the line before the mark, whether ✓)."""
-    thinking = text.partition("</think>")[0]
-    return [(before.rpartition("\n")[2].strip(), mark == RIGHT) for before, mark in MARKED.findall(thinking)]
-
-
-def _natural(text: str) -> list[tuple[int, int, str]]:
-    """Sort key that orders numbers by value: 2 before 10."""
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", text)]
 
 
 def _progress(quiet: bool) -> Progress:

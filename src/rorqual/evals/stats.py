@@ -68,6 +68,13 @@ def interval(values: np.ndarray, seed: int = 0, level: float = 0.95, resamples: 
     return float(low), float(high)
 
 
+def ratio_interval(points: np.ndarray, most: np.ndarray, seed: int = 0) -> tuple[float, float]:
+    """The same of Σ points / Σ most, both [P]: where problems count by what they hold (IFEval's instructions)."""
+    picks = np.random.default_rng(seed % 2**64).integers(len(points), size=(RESAMPLES, len(points)))  # [R, P]
+    low, high = np.quantile(points[picks].sum(axis=1) / np.maximum(most[picks].sum(axis=1), 1), [0.025, 0.975])
+    return float(low), float(high)
+
+
 def paired_difference(before: np.ndarray, after: np.ndarray, seed: int = 0) -> tuple[float, float, float]:
     """Gain between two stages on the same problems, both [P]: (mean, low, high).
 

@@ -1,23 +1,26 @@
-"""Evaluation tasks: reasoning-gym datasets, files of questions and answers, the environments of an RL recipe, and
-HumanEval.
+"""Evaluation tasks: published benchmarks, reasoning-gym datasets, files of questions and answers, and the environments
+of an RL recipe.
 
 A file is used as a whole, like a benchmark. Datasets and a recipe's environments, files included, use their held-out
 split.
 
 On the command line a task is `name` or `name:option=value,…`: `gsm-symbolic`,
-`countdown:min_numbers=3,max_numbers=3`, `mine.jsonl`, `rl-recipe.toml`, `humaneval`.
+`countdown:min_numbers=3,max_numbers=3`, `mine.jsonl`, `rl-recipe.toml`, `math500`.
 """
 
 import os
 import random
 import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from rorqual.data.corpus import named
 from rorqual.errors import UserError
+from rorqual.evals.benchmarks.registry import BENCHMARKS, open_benchmark
+from rorqual.evals.second_reading import by_math_verify
 from rorqual.judge.extract_answer import read_answer
 from rorqual.recipe import EnvironmentSection, RLRecipe, load_recipe
 from rorqual.rl.envs.environment import Split
@@ -25,6 +28,9 @@ from rorqual.rl.envs.jsonl import SUFFIXES
 from rorqual.rl.envs.registry import Environment, JsonlEnvironment, Problem, open_environment
 from rorqual.rl.prompts import Template, prompt_text
 from rorqual.tokenizer_protocol import Tokenizer
+
+# (problems, completions with the tag that the prompt opened, answers) → whether each solves its problem
+Verdicts = Callable[[Sequence[Problem], Sequence[str], Sequence[str | None]], list[bool]]
 
 
 class Task(Protocol):
@@ -36,6 +42,11 @@ class Task(Protocol):
     @property
     def split(self) -> str:
         """ "test", "dev", or "all" of a benchmark."""
+        ...
+
+    @property
+    def judge(self) -> str:
+        """What decides whether an answer is right, in a few words."""
         ...
 
     def problems(self, n: int, seed: int) -> list[Problem]:
@@ -65,6 +76,10 @@ class EnvironmentTask:
         self.environment, self.name = environment, name or environment.family
         self.split: Split | Literal["all"] = split
 
+    @property
+    def judge(self) -> str:
+        return "final answer, by value" if isinstance(self.environment, JsonlEnvironment) else "its environment"
+
     def problems(self, n: int, seed: int) -> list[Problem]:
         assert self.split != "all"  # of a `FileTask`
         return self.environment.problems(split=self.split, n=n, seed=seed)
@@ -82,6 +97,8 @@ class EnvironmentTask:
 class FileTask(EnvironmentTask):
     """All problems of a file of questions and answers, duplicates included."""
 
+    second_judge = "math-verify"
+
     def __init__(self, path: str) -> None:
         self.file = JsonlEnvironment(EnvironmentSection(name=Path(path).stem, path=path))
         super().__init__(self.file, name=path, split="all")
@@ -91,12 +108,20 @@ class FileTask(EnvironmentTask):
         everything = self.file.all_problems()
         return everything if n >= len(everything) else random.Random(seed).sample(everything, n)
 
+    def second_score(
+        self, problems: Sequence[Problem], texts: Sequence[str], answers: Sequence[str | None]
+    ) -> list[bool]:
+        return by_math_verify(problems, texts)
+
 
 TaskLike = str | Task | EnvironmentSection | Environment
 
 
-def open_task(task: TaskLike, split: Split = "test") -> Task:
-    """A task from a command-line name or a recipe section; a `Task` unchanged. Raises UserError for an unknown name."""
+def open_task(task: TaskLike, split: Split = "test", data: str | None = None) -> Task:
+    """A task from a command-line name or a recipe section; a `Task` unchanged. Raises UserError for an unknown name.
+
+    data: a benchmark's local file or folder, or its name on the Hub.
+    """
     if isinstance(task, Environment):
         return EnvironmentTask(task, split=split)
     if isinstance(task, EnvironmentSection):
@@ -108,15 +133,17 @@ def open_task(task: TaskLike, split: Split = "test") -> Task:
         raise UserError(f"task {task!r}: a file has no options; write {name}")
     if named(Path(task), *SUFFIXES) or "/" in name or os.path.isfile(task):
         return FileTask(task)
-    if name.lower() == "humaneval":
-        if colon:
-            raise UserError(f"task {task!r}: humaneval has no options; write humaneval")
-        from rorqual.evals.humaneval import HumanEval
-
-        return HumanEval()
     config = _options(task, options) if colon else {}
+    if name.lower() in BENCHMARKS:
+        return open_benchmark(name.lower(), config, data)
     section = EnvironmentSection(name=name.replace("-", "_"), config=config)
-    return EnvironmentTask(open_environment(section), name=task, split=split)
+    try:
+        environment = open_environment(section)
+    except UserError as e:
+        if close := get_close_matches(name.lower(), BENCHMARKS, 1):
+            raise UserError(f"{e}; or do you mean the benchmark {close[0]}?") from None
+        raise
+    return EnvironmentTask(environment, name=task, split=split)
 
 
 def split_tasks(text: str) -> list[str | EnvironmentSection]:
@@ -139,6 +166,32 @@ def split_tasks(text: str) -> list[str | EnvironmentSection]:
     for task in tasks:
         every += load_recipe(task, RLRecipe).environments if task.lower().endswith(".toml") else [task]
     return every
+
+
+def read_data(tasks: Sequence[str | EnvironmentSection], given: Sequence[str]) -> dict[str, str]:
+    """{task: data} of `--data TASK=PATH`, or `--data PATH` where there is one task. Raises UserError for another task.
+
+    Only benchmarks have data of their own.
+    """
+    names = [task.partition(":")[0].lower() for task in tasks if isinstance(task, str)]
+    known = [name for name in names if name in BENCHMARKS]
+    found: dict[str, str] = {}
+    for text in given:
+        name, equals, path = text.partition("=")
+        if not equals or (name.lower() not in BENCHMARKS and os.path.exists(text)):
+            if len(tasks) != 1 or not known:
+                raise UserError(f"--data {text!r} names no benchmark of --tasks; write TASK=PATH with TASK among them")
+            name, path = known[0], text
+        name = name.lower()
+        if name not in known or not path:
+            raise UserError(
+                f"--data {text!r}: {name} is no benchmark of --tasks, or has no path; write TASK=PATH with "
+                f"{' or '.join(known) or ', '.join(BENCHMARKS)}"
+            )
+        if name in found:
+            raise UserError(f"--data gives data of {name} twice; remove one")
+        found[name] = path
+    return found
 
 
 def _options(task: str, text: str) -> dict[str, Any]:

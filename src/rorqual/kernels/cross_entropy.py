@@ -6,7 +6,7 @@ and sums in fp32; compiled, the softmax of a row and its gradient stay in the CP
 reference below with the same signature.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -14,11 +14,13 @@ from torch.nn.functional import log_softmax
 
 from rorqual.kernels import cpu
 from rorqual.kernels.accumulate import accumulate
+from rorqual.kernels.allowed_tokens import drop_others_
 from rorqual.kernels.exact.linear import product
 from rorqual.kernels.exact.rows import exact_logprobs
 from rorqual.kernels.typed_torch import Context, Function
-from rorqual.shapes import Float, Float32, Int
+from rorqual.shapes import Bool, Float, Float32, Int
 
+AllowedRows = Callable[[Int[Tensor, " n"]], Bool[Tensor, "n V"]]
 CHUNK_BYTES = 64 << 20  # of logits in memory
 CHUNK_ROWS = 1024  # on a CPU: more make the product no faster, but evict a small vocabulary's logits from the cache
 
@@ -44,9 +46,13 @@ def token_logprobs(
     targets: Int[Tensor, " N"],
     temperature: float = 1.0,
     known_grad: Float[Tensor, " N"] | None = None,
+    allowed: AllowedRows | None = None,
     exact: bool = False,
 ) -> tuple[Float32[Tensor, " N"], Float32[Tensor, " N"]]:
     """log p(targetᵢ) and the entropy of each prediction in nats, at a sampling temperature.
+
+    allowed: from indices [n] of the N tokens to the vocabulary's tokens [n, V] that are left to each; targets are among
+    them, and the others have probability 0 (top-k, top-p and min-p).
 
     The first is differentiable: the backward pass recomputes logits chunk by chunk, unless `known_grad`, the gradient
     that it will get, is given. The entropy is detached. exact: logits and log-probabilities by kernels/exact/, in FP32
@@ -55,7 +61,9 @@ def token_logprobs(
     The backward pass raises RuntimeError if it gets another gradient than `known_grad`.
     """
     needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    return _TokenLogprobs.apply(hidden, weight, targets, temperature, known_grad if needs_grad else None, exact)
+    return _TokenLogprobs.apply(
+        hidden, weight, targets, temperature, known_grad if needs_grad else None, allowed, exact
+    )
 
 
 def linear_cross_entropy_reference(
@@ -76,9 +84,13 @@ def token_logprobs_reference(
     weight: Float[Tensor, "V D"],
     targets: Int[Tensor, " N"],
     temperature: float = 1.0,
+    allowed: Bool[Tensor, "N V"] | None = None,
 ) -> tuple[Float32[Tensor, " N"], Float32[Tensor, " N"]]:
     """`token_logprobs` as the equation is written, with all logits in memory."""
-    logp = log_softmax((hidden @ weight.T).float() / temperature, dim=-1)
+    logits = (hidden @ weight.T).float() / temperature
+    if allowed is not None:
+        logits = logits.masked_fill(~allowed, -1e30)
+    logp = log_softmax(logits, dim=-1)
     return logp.gather(1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(-1).detach()
 
 
@@ -121,24 +133,25 @@ def softmax_grad_reference_(
     return found, entropy
 
 
-class _GradientsContext(Context):
-    gradients: "_Gradients | None"
+class GradientsContext(Context):
+    gradients: "HeadGradients | None"
     temperature: float
+    allowed: AllowedRows | None
 
 
 class _LinearCrossEntropy(Function):
     @staticmethod
     def forward(
-        ctx: _GradientsContext,
+        ctx: GradientsContext,
         hidden: Tensor,
         weight: Tensor,
         targets: Tensor,
         token_weights: Tensor,
         needs_grad: bool,
     ) -> Tensor:
-        gradients = _Gradients(hidden, weight) if needs_grad else None
+        gradients = HeadGradients(hidden, weight) if needs_grad else None
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        for rows, inputs, logits in _chunks(token_weights.nonzero()[:, 0], hidden, weight):
+        for rows, inputs, logits in logit_chunks(token_weights.nonzero()[:, 0], hidden, weight):
             share = token_weights[rows].float()
             logp, _ = softmax_grad_(logits, targets[rows], share if needs_grad else None)
             loss -= logp @ share
@@ -148,7 +161,7 @@ class _LinearCrossEntropy(Function):
         return loss
 
     @staticmethod
-    def backward(ctx: _GradientsContext, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: GradientsContext, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         if ctx.gradients is None:
             raise RuntimeError("linear_cross_entropy: backward ran already; call the function again for a second pass")
         gradients, ctx.gradients = ctx.gradients, None
@@ -158,19 +171,23 @@ class _LinearCrossEntropy(Function):
 class _TokenLogprobs(Function):
     @staticmethod
     def forward(
-        ctx: _GradientsContext,
+        ctx: GradientsContext,
         hidden: Tensor,
         weight: Tensor,
         targets: Tensor,
         temperature: float,
         known_grad: Tensor | None,
+        allowed: AllowedRows | None,
         exact: bool,
     ) -> tuple[Tensor, Tensor]:
         logprobs = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         entropy = torch.empty_like(logprobs)
-        ctx.gradients = None if known_grad is None else _Gradients(hidden, weight)
-        for rows, inputs, logits in _chunks(torch.arange(len(hidden), device=hidden.device), hidden, weight, exact):
+        ctx.gradients = None if known_grad is None else HeadGradients(hidden, weight)
+        every = torch.arange(len(hidden), device=hidden.device)
+        for rows, inputs, logits in logit_chunks(every, hidden, weight, exact):
             share = None if known_grad is None else known_grad[rows] / -temperature
+            if allowed is not None:
+                drop_others_(logits, allowed(rows), temperature)
             found = exact_logprobs(logits, targets[rows], torch.full((len(rows),), temperature)) if exact else None
             logprobs[rows], entropy[rows] = softmax_grad_(logits, targets[rows], share, temperature)
             if found is not None:
@@ -178,14 +195,14 @@ class _TokenLogprobs(Function):
             if ctx.gradients is not None:
                 ctx.gradients.add(logits, rows, inputs)
         ctx.save_for_backward(hidden, weight, targets, *([] if known_grad is None else [known_grad]))
-        ctx.temperature = temperature
+        ctx.temperature, ctx.allowed = temperature, allowed
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
     @staticmethod
     def backward(
-        ctx: _GradientsContext, grad: Tensor, _: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
+        ctx: GradientsContext, grad: Tensor, _: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, None, None, None, None, None]:
         hidden, weight, targets, *known = ctx.saved_tensors
         if known:
             (known_grad,) = known
@@ -195,15 +212,17 @@ class _TokenLogprobs(Function):
             if (grad - known_grad).square().sum() > 1e-8 * known_grad.square().sum():
                 raise RuntimeError("token_logprobs: the gradient differs from known_grad")
             gradients, ctx.gradients = ctx.gradients, None
-            return *gradients.scaled(None if grad.isfinite().all() else grad.sum()), None, None, None, None
-        gradients = _Gradients(hidden, weight)
-        for rows, inputs, logits in _chunks(grad.nonzero()[:, 0], hidden, weight):
+            return *gradients.scaled(None if grad.isfinite().all() else grad.sum()), None, None, None, None, None
+        gradients = HeadGradients(hidden, weight)
+        for rows, inputs, logits in logit_chunks(grad.nonzero()[:, 0], hidden, weight):
+            if ctx.allowed is not None:
+                drop_others_(logits, ctx.allowed(rows), ctx.temperature)
             softmax_grad_(logits, targets[rows], grad[rows] / -ctx.temperature, ctx.temperature)
             gradients.add(logits, rows, inputs)
-        return *gradients.scaled(None), None, None, None, None
+        return *gradients.scaled(None), None, None, None, None, None
 
 
-class _Gradients:
+class HeadGradients:
     """Gradients of `hidden` (in its dtype) and `weight` (summed over chunks in fp32), where required."""
 
     def __init__(self, hidden: Tensor, weight: Tensor):
@@ -232,7 +251,7 @@ class _Gradients:
         return self.hidden, self.weight
 
 
-def _chunks(
+def logit_chunks(
     rows: Tensor, hidden: Tensor, weight: Tensor, exact: bool = False
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """The tokens `rows` in chunks [n], the head's inputs [n, D] and the logits [n, V], which the next chunk overwrites.

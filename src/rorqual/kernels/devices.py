@@ -28,11 +28,21 @@ def find_device(name: str = AUTO, processes: int | None = None) -> torch.device:
         return torch.device("cpu")
     here = int(os.environ.get("LOCAL_RANK", "0"))
     needed = processes or int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    found = gpu_count()
     if found < needed:
         if name == AUTO:
             return torch.device("cpu")
         check_device(name)
         raise UserError(f"device cuda: {needed} processes here need a GPU each, and there are {found}; start {found}")
-    torch.cuda.set_device(here)
-    return torch.device("cuda", here)
+    return take_gpu(here)
+
+
+def gpu_count() -> int:
+    """GPUs that PyTorch finds for this process."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def take_gpu(index: int) -> torch.device:
+    """Make one of them this process's own."""
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)

@@ -121,10 +121,14 @@ class Transformer(nn.Module):
     def reset_parameters(self) -> None:
         """Normal with the config's standard deviation; norms 1, biases 0 (V3 §4.2)."""
         for name, p in self.named_parameters():
-            if p.ndim >= 2:
-                p.normal_(std=self.config.initializer_range)
-            else:
-                p.fill_(0.0 if name.endswith("bias") else 1.0)
+            self.started(name, p)
+
+    @torch.no_grad()
+    def started(self, name: str, p: Tensor) -> Tensor:
+        """A parameter, filled with the numbers that it starts from."""
+        if p.ndim >= 2:
+            return p.normal_(std=self.config.initializer_range)
+        return p.fill_(0.0 if name.endswith("bias") else 1.0)
 
     @property
     def head_weight(self) -> Tensor:

@@ -18,13 +18,15 @@ from rorqual.kernels.block_scaled import decode, quantize
 from rorqual.kernels.number_formats import FP8_TRAVEL
 from rorqual.parallel.journey import Journey
 from rorqual.parallel.mesh import Mesh
+from rorqual.sections import ParallelSection
 from rorqual.shapes import Float, Int64
 
 
-def check_deep_ep(dispatch: str, dtype: torch.dtype, device: torch.device) -> None:
+def check_deep_ep(section: ParallelSection, dtype: torch.dtype, device: torch.device) -> None:
     """Raises UserError where the kernels do not take this device or dtype. A plan's device is "meta"."""
-    if not dispatch.startswith("deepep") or device.type == "meta":
+    if not section.by_deep_ep or device.type == "meta":
         return
+    dispatch = section.dispatch
     if device.type == "cpu":
         raise UserError(f'parallel.dispatch = "{dispatch}": DeepEP sends between GPUs; choose two-hop on a CPU')
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0):
@@ -50,8 +52,7 @@ class DeepEP:
     def buffer(self, x: Float[Tensor, "N D"], k: int) -> Any:
         """For as many tokens; every rank has as many, and makes the buffer in the same step."""
         if self._buffer is None or len(x) > self._tokens:
-            if self._buffer is not None:
-                self._buffer.destroy()
+            self.close()
             # DeepEP takes over NCCL's communicator, which exists once it has been used.
             dist.all_reduce(torch.zeros(1, device=x.device), group=self.group.process_group)
             self._tokens = len(x)
@@ -60,6 +61,12 @@ class DeepEP:
                 use_fp8_dispatch=self.fp8, deterministic=True, explicitly_destroy=True,
             )  # fmt: skip
         return self._buffer
+
+    def close(self) -> None:
+        """Free the buffer; all ranks call it together."""
+        if self._buffer is not None:
+            self._buffer.destroy()
+            self._buffer = None
 
     def numbers(self, chosen: Int64[Tensor, "N K"]) -> Tensor:
         """Of experts, in the library's dtype."""

@@ -182,9 +182,21 @@ def present(place: Int[Tensor, "N K"], places: int) -> Int[Tensor, "N places"]:
     return numbers.where(found[:, :places], -1)
 
 
+def first_expert(model: Transformer, mesh: Mesh) -> int:
+    """The number of the first routed expert of every layer that this rank holds."""
+    return mesh.experts.place * (model.config.n_routed_experts or 0) // mesh.experts.size
+
+
 def shares_experts(model: Transformer) -> bool:
     """Whether other processes hold experts of this model, so that its forward passes are collectives."""
     return any(isinstance(layer.dispatcher, ExpertParallel) for layer in model.moe_layers())
+
+
+def close_experts(model: Transformer) -> None:
+    """Give back what DeepEP holds, on all ranks, while their process groups are there."""
+    for layer in model.moe_layers():
+        if isinstance(layer.dispatcher, ExpertParallel) and layer.dispatcher.deep_ep is not None:
+            layer.dispatcher.deep_ep.close()  # all layers have the same
 
 
 def spread_experts(model: Transformer, mesh: Mesh, courier: Courier) -> None:
@@ -202,7 +214,7 @@ def spread_experts(model: Transformer, mesh: Mesh, courier: Courier) -> None:
             f"evenly; make it a divisor of {count}"
         )
     own = count // group.size
-    deep_ep = DeepEP(mesh, count) if mesh.section.dispatch.startswith("deepep") else None
+    deep_ep = DeepEP(mesh, count) if mesh.section.by_deep_ep else None
     for layer in model.moe_layers():
         for name, parameter in layer.experts.named_parameters():
             part = parameter.detach()[own * group.place : own * (group.place + 1)].clone()

@@ -8,6 +8,7 @@ from rorqual.checkpoint.release_tensors import own_tensors, shared_copies
 from rorqual.checkpoint.safetensors_io import write_shard
 from rorqual.model import Transformer
 from rorqual.parallel.data import is_expert
+from rorqual.parallel.experts import first_expert
 from rorqual.parallel.mesh import Mesh
 from rorqual.tokenizer_protocol import Tokenizer
 
@@ -18,10 +19,7 @@ def save_parts(model: Transformer, path: Path, tokenizer: Tokenizer | None, mesh
     Of what several processes hold alike, the first writes it. Raises UserError if the directory cannot be written.
     """
     file = f"model-{mesh.rank + 1:05d}-of-{mesh.section.processes:05d}.safetensors"
-    first_expert = (
-        mesh.experts.place * model.config.moe.n_routed_experts // mesh.experts.size if model.config.moe else 0
-    )
-    tensors = own_tensors(model, first_expert=first_expert) | shared_copies(model)
+    tensors = own_tensors(model, first_expert=first_expert(model, mesh)) | shared_copies(model)
     places = {True: mesh.replicas.place, False: mesh.tokens.place}
     tensors = {name: t for name, t in tensors.items() if places[is_expert(name)] == 0}
     temporary = path.with_name(f".parts-{path.name}")

@@ -10,7 +10,8 @@ other, so a layer's routed experts exist data · context / experts times; everyt
 import os
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -19,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import PrefixStore, Store, _set_pg_timeout
 from torch.distributed.rendezvous import rendezvous
 
-from rorqual.errors import UserError
+from rorqual.errors import Stopped, UserError
 from rorqual.parallel.group import CommunicationError, Group, Traffic
 from rorqual.sections import ParallelSection
 
@@ -173,6 +174,25 @@ def build_mesh(section: ParallelSection, device: str = "cpu") -> Mesh:
         replicas=group(by_experts, "replicas"), context=group(by_context, "context"), data=group(by_context, "data"),
         rail=group(by_node, "rail"), node=group(by_node, "node"),
     )  # fmt: skip
+
+
+@contextmanager
+def joined(section: ParallelSection, device: str = "cpu") -> Generator[Mesh]:
+    """`build_mesh`, whose processes part at the end, where it is they who have joined.
+
+    After an error they do not: one that waits for the others could wait for ever.
+    """
+    here_before = dist.is_initialized()
+    mesh, ended = build_mesh(section, device), False
+    try:
+        yield mesh
+        ended = True
+    except Stopped:  # all of them, after the same step
+        ended = True
+        raise
+    finally:
+        if ended and dist.is_initialized() and not here_before:
+            dist.destroy_process_group()
 
 
 def _join(backend: str, timeout: timedelta) -> None:

@@ -1,6 +1,8 @@
 """The chips that plans are made for: a data file, more from the user, and this machine's processor."""
 
+import re
 import tomllib
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated
@@ -62,6 +64,23 @@ def find_chip(name: str, more: Path | None = None) -> Chip:
             "--chips"
         )
     return chips[name.lower()]
+
+
+# What drivers say beside a chip's name, and what does not make it another one.
+BESIDE = re.compile(r"nvidia|amd|geforce|instinct|tesla|gpu|sxm\d*|oam|hbm\w*|\d+gb")
+MEMORY_RATIO = 0.85, 1.15  # of a driver's count to the data's: some leave out what is reserved
+
+
+def chip_called(name: str, memory: float, chips: Mapping[str, Chip]) -> str | None:
+    """The chip that a driver calls `name`, such as "NVIDIA A100-SXM4-80GB"; None: none, or another one of its kind.
+
+    memory: in bytes, in which chips of the same name may differ.
+    """
+    words = "".join(word for word in re.split(r"[\W_]+", name.lower()) if not BESIDE.fullmatch(word))
+    for key, chip in chips.items():
+        if words == key and MEMORY_RATIO[0] <= memory / chip.memory <= MEMORY_RATIO[1]:
+            return key
+    return None
 
 
 def _read(text: str, source: str) -> dict[str, Chip]:

@@ -48,11 +48,16 @@ def memory_used(device: str = "cpu") -> int:
     return psutil.Process().memory_info().rss
 
 
-def memory_total(device: str = "cpu") -> int:
+def memory_total(device: torch.device | str = "cpu") -> int:
     """Memory of the device in bytes."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return psutil.virtual_memory().total
+
+
+def gpu_name(device: torch.device | str) -> str:
+    """What its driver calls a GPU."""
+    return torch.cuda.get_device_name(device)
 
 
 @functools.cache

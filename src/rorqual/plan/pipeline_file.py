@@ -1,26 +1,38 @@
 """Reads a pipeline: a TOML file with a table for each stage, from text to a served model.
 
 name = "tiny-r1"
+out = "runs/tiny-r1"               # folder of all stages' runs; left out: each recipe's own
 gpu = "h100"                       # of stages that say no other; so price and gpus
 
 [[stage]]
 recipe = "pretrain-tiny.toml"      # relative to this file
 
 [[stage]]
+name = "reasoning"                 # the run's; left out: the recipe's
+recipe = "rl-tiny.toml"
+model = "pretrain-tiny"            # a stage before, whose model this one goes on with; so teacher, and reward_model
+
+[[stage]]
 for = "rl"
 model = "deepseek-v3"              # left out: the model of the stage before
 steps = 500
+
+[evaluate]                         # for `rorqual r1`: after each stage, see rorqual.pipeline.evaluation
+tasks = "recipes/rl-tiny.toml"
 """
 
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rorqual.errors import UserError
 from rorqual.files import read_text
+from rorqual.local_paths import local_path
 
 COMMON = ("gpu", "gpus", "price")
+# Fields of a stage that name a stage before it, and the recipe's fields that then become its model's directory.
+LINKS = {"model": "model.path", "teacher": "teacher", "reward_model": "reward.model"}
 
 
 @dataclass(frozen=True)
@@ -31,12 +43,16 @@ class Stage:
     fields: dict[str, Any]
     kind: str | None = None  # of a request
     recipe: Path | None = None
+    name: str = ""  # of a recipe's run
+    overrides: list[str] = field(default_factory=list[str])  # of the recipe
 
 
 @dataclass(frozen=True)
 class PipelineFile:
     name: str
     stages: tuple[Stage, ...]
+    out: Path | None = None
+    evaluate: dict[str, Any] | None = None
 
 
 def is_pipeline(path: Path) -> bool:
@@ -44,19 +60,35 @@ def is_pipeline(path: Path) -> bool:
     return "stage" in read_toml(path)
 
 
-def read_pipeline(path: Path) -> PipelineFile:
-    """Raises UserError."""
+def read_pipeline(path: Path, out: Path | None = None, seed: int | None = None) -> PipelineFile:
+    """`out` and `seed` of all stages, instead of the file's and the recipes'. Raises UserError."""
     raw = read_toml(path)
-    stages, name = raw.pop("stage"), raw.pop("name", path.stem)
+    stages, name, evaluate = raw.pop("stage"), raw.pop("name", path.stem), raw.pop("evaluate", None)
+    said = raw.pop("out", None)
     common = {key: raw.pop(key) for key in COMMON if key in raw}
     if raw:
-        raise UserError(f"{path}: field {next(iter(raw))} is unknown; known are name, {', '.join(COMMON)} and stage")
+        known = f"name, out, {', '.join(COMMON)}, stage and evaluate"
+        raise UserError(f"{path}: field {next(iter(raw))} is unknown; known are {known}")
     if not isinstance(name, str) or not isinstance(stages, list) or not stages:
         raise UserError(f"{path}: a pipeline has a name and a [[stage]] for each of its stages")
-    return PipelineFile(name, tuple(_stage(path, i, common, fields) for i, fields in enumerate(stages, 1)))
+    if not isinstance(said, str | None) or not isinstance(evaluate, dict | None):
+        raise UserError(f"{path}: out is a folder's name, and evaluate a table")
+    out = out or (Path(local_path(said)) if said else None)
+    models: dict[str, Path] = {}
+    found = tuple(_stage(path, i, common, fields, out, seed, models) for i, fields in enumerate(stages, 1))
+    return PipelineFile(name, found, out, evaluate)
 
 
-def _stage(path: Path, number: int, common: dict[str, Any], given: Any) -> Stage:
+def _stage(
+    path: Path,
+    number: int,
+    common: dict[str, Any],
+    given: Any,
+    out: Path | None,
+    seed: int | None,
+    models: dict[str, Path],
+) -> Stage:
+    """`models`: directories that the stages before write, by name; this one's is added."""
     where = f"{path}: stage {number}"
     if not isinstance(given, dict):
         raise UserError(f"{where}: must be a table, [[stage]]")
@@ -64,9 +96,36 @@ def _stage(path: Path, number: int, common: dict[str, Any], given: Any) -> Stage
     recipe, kind = fields.pop("recipe", None), fields.pop("for", None)
     if (recipe is None) == (kind is None) or not isinstance(recipe or kind, str):
         raise UserError(f'{where}: say either its recipe, or what it is for, such as for = "pretrain"')
-    if recipe is not None:
-        return Stage(where, fields, recipe=path.parent / recipe)
-    return Stage(where, fields, kind)
+    if recipe is None:
+        return Stage(where, fields, kind)
+    file = path.parent / recipe
+    raw = read_toml(file)
+    name = str(fields.pop("name", raw.get("name", file.stem)))
+    if name in models:
+        raise UserError(f"{where}: a stage before is named {name!r} too; give this one another name")
+    folder = out or Path(str(raw.get("out", "runs")))
+    overrides = [f"name={name}", *([] if out is None else [f"out={out}"]), *([] if seed is None else [f"seed={seed}"])]
+    for link, target in LINKS.items():
+        if link in fields:
+            before = fields.pop(link)
+            if before not in models:
+                known = ", ".join(models) or "none"
+                raise UserError(f"{where}: {link} = {before!r} is no stage before it ({known}); correct it")
+            overrides.append(f"{target}={models[before]}")
+    inner = "student/model" if recipe_kind(file) == "distill" else "model"
+    models[name] = folder / name / inner
+    return Stage(where, fields, recipe=file, name=name, overrides=overrides)
+
+
+def recipe_kind(path: Path) -> str:
+    """Of a recipe, which may leave it to the command that runs it. Raises UserError."""
+    raw = read_toml(path)
+    if isinstance(raw.get("kind"), str):
+        return raw["kind"]
+    data = raw.get("data")
+    of_field = {"teacher": "distill", "environments": "rl"}
+    found = [kind for name, kind in of_field.items() if name in raw]
+    return found[0] if found else "sft" if isinstance(data, dict) and "path" in data else "pretrain"
 
 
 def read_toml(path: Path) -> dict[str, Any]:

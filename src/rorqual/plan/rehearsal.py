@@ -23,7 +23,7 @@ FREE: dict[str, Any] = {
     ),
     **dict.fromkeys(("keep", "sample_every", "eval_every", "eval_problems", "keep_start", "schedule", "spikes"), True),
     "model": {"dtype"},
-    "rollouts": {"workers", "staleness", "threads"},
+    "rollouts": {"workers", "staleness", "threads", "gpus"},
     "train": {"steps", "epochs", "seconds", "batch_ramp", "eval_every", "save_every", "keep"},
 }
 

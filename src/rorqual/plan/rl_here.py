@@ -118,17 +118,33 @@ def step_parts(
                                            rollout_max_num_seqs, lengths)  # fmt: skip
     train, forward = training_counts(recipe, config, lengths, trained)
     slower = EMULATED if recipe.precision else 1.0
-    passes = (section.kl > 0) + (section.mini_batches > 1 and (recipe.rounds or bool(recipe.rollouts.staleness)))
+    passes = (section.kl > 0) + (section.mini_batches > 1 and recipe.measures_mismatch)
+    teachers = sum(
+        share * costs.training.seconds(training_counts(recipe, teacher, lengths, trained)[1])
+        for teacher, share in teacher_shares(recipe)
+    )
     refresh = sampler.seconds(refresh_counts(config)) if section.rollout_weights == "fp8" else 0.0
     return StepParts(
         rollout=prefill + body,
         tail=tail,
         rewards=0.0,
-        log_probabilities=passes * costs.training.seconds(forward),
+        log_probabilities=passes * costs.training.seconds(forward) + teachers,
         training=slower * costs.training.seconds(train),
         weights=refresh,
         idle=0.0,
     )
+
+
+def teacher_shares(recipe: RLRecipe) -> list[tuple[ModelConfig, float]]:
+    """Of on-policy distillation: each environment's teacher, and the share of the tokens that it reads."""
+    if recipe.opd is None:
+        return []
+    total = sum(section.weight for section in recipe.environments)
+    return [
+        (ModelConfig.load(path), section.weight / total)
+        for section in recipe.environments
+        if (path := recipe.opd.of(section.name)) is not None
+    ]
 
 
 def sampling_seconds(
@@ -236,11 +252,13 @@ def _work(
     sampled = steps * section.questions_per_step * section.group_size * lengths.mean
     evaluated = evaluations * len(recipe.environments) * recipe.eval_problems
     prompts = steps * section.questions_per_step + evaluated
-    a_token = flops_per_token(config, round(lengths.prompt + lengths.mean), training=False)
+    length = round(lengths.prompt + lengths.mean)
+    a_token = flops_per_token(config, length, training=False)
+    taught = sum(share * flops_per_token(own, length, training=False) for own, share in teacher_shares(recipe))
     passes = 3 + (section.kl > 0)
     tokens = sampled + steps * trained + evaluated * lengths.mean
     read = sampled + evaluated * lengths.mean + prompts * lengths.prompt
-    return tokens, a_token * (read + passes * steps * trained)
+    return tokens, a_token * (read + passes * steps * trained) + taught * steps * trained
 
 
 def _length_spread(
@@ -266,6 +284,9 @@ def _assumptions(recipe: RLRecipe, lengths: Lengths, rehearsal: RLRehearsal | No
         ]
     else:
         found = [f"{about}, as in the rehearsal; the mean drifts by {DRIFT:.0%} a step, as a random walk"]
+    if recipe.grpo.max_draws > 1:
+        more = recipe.grpo.max_draws - 1
+        found.append(f"a step's first draw is enough; each of at most {more} further ones costs a rollout")
     if recipe.rollouts.workers is not None:
         found.append("rollout workers share this machine's cores with each other and with the training")
     return [*found, "checkpoints are not counted"]

@@ -93,8 +93,8 @@ CURVES = (
     Curve(
         "mismatch",
         "Mismatch of rollouts",
-        "Where rollouts or updates are in FP8: how far the policy that samples is from the one that is trained. It "
-        "should stay small; where it grows, importance weights are cut at the cap, and gradients are biased.",
+        "How far the policy that samples is from the one that is trained, where they differ. It should stay small; "
+        "where it grows, importance weights are cut or masked (grpo.correction), and gradients are biased.",
         "nats per token", keys=(("mismatch_logprob", "difference in log-probability"), ("mismatch_kl", "KL")),
     ),
     Curve(

@@ -125,8 +125,13 @@ def read_run(path: Path) -> Run:
     """Read a run's folder. Raises UserError where it is missing, has nothing to report, or has invalid JSON."""
     if not path.is_dir():
         raise UserError(f"run folder {path} does not exist; give the folder of a run, e.g. runs/NAME")
+    summary = _read_json(path / "summary.json", SUMMARY)
+    stages = [str(stage.get("name")) for stage in summary.get("stages") or []]
     files = [file for depth in ("*", "*/*") for file in path.glob(f"{depth}/*") if file.name in FILES]
-    folders = [path, *sorted({file.parent for file in files}, key=lambda folder: _order(folder.relative_to(path)))]
+    folders = [
+        path,
+        *sorted({file.parent for file in files}, key=lambda folder: _order(folder.relative_to(path), stages)),
+    ]
     parts, ledgers = [], {}
     for folder in folders:
         name = "" if folder == path else folder.relative_to(path).as_posix()
@@ -135,15 +140,16 @@ def read_run(path: Path) -> Run:
             parts.append(part)
         if ledger := _read_json(folder / "ledger.json", LEDGER):
             ledgers[name] = ledger
-    run = Run(path, parts, _read_json(path / "summary.json", SUMMARY), ledgers, _read_text(path / "recipe.toml"))
+    run = Run(path, parts, summary, ledgers, _read_text(path / "recipe.toml"))
     if not (run.parts or run.summary or run.ledgers):
         raise UserError(f"{path} holds no metrics.jsonl, summary.json or ledger.json; give the folder of a run")
     return run
 
 
-def _order(folder: Path) -> tuple[int, str]:
-    first = folder.parts[0]
-    return (ORDER.index(first) if first in ORDER else len(ORDER), folder.as_posix())
+def _order(folder: Path, stages: list[str]) -> tuple[int, str]:
+    """As the stages of a pipeline are in its summary, else by kind."""
+    first, known = folder.parts[0], stages or ORDER
+    return (known.index(first) if first in known else len(known), folder.as_posix())
 
 
 def _read_part(folder: Path, name: str) -> Part:

@@ -1,4 +1,4 @@
-"""Group relative policy optimisation (GRPO): advantages and loss over tensors (R1 §2.1; DeepSeekMath 2402.03300 §4.1).
+"""Group relative policy optimisation (GRPO) and its relatives: advantages and loss over tensors.
 
 For each question, G outputs o_1 … o_G are sampled from π_old with rewards r_1 … r_G:
 
@@ -8,8 +8,15 @@ For each question, G outputs o_1 … o_G are sampled from π_old with rewards r_
     ℓ_t = −min(ρ_t·A, clip(ρ_t, 1 − ε_low, 1 + ε_high)·A) + β·k_t                            R1 eq. 1
     L   = 1/S Σ_i 1/|o_i| Σ_t ℓ_t      ("sequence": every output has the same weight)
     L   = 1/Σ|o_i| Σ_i Σ_t ℓ_t         ("token": every token has the same weight; DAPO, 2503.14476, §3.3)
+    L   = 1/(S·limit) Σ_i Σ_t ℓ_t      ("constant": no weight depends on lengths; Dr. GRPO, 2503.20783, §3.2)
 
-ε_low ≠ ε_high is DAPO's clip-higher (§3.1); A without std is Dr. GRPO's (2503.20783, §3.2).
+ε_low ≠ ε_high is DAPO's clip-higher (§3.1); A without std is Dr. GRPO's (§3.2). Other ratios and surrogates:
+
+    ρ_t = sg[(π(o)/π_old(o))^(1/|o|)] · π(o_t)/sg[π(o_t)]       "sequence": GSPO-token, 2507.18071, eq. 14
+    ℓ_t = −sg[clip(ρ_t, 1 − ε_low, 1 + ε_high)]·A·log π(o_t)    "weighted": CISPO, MiniMax-M1, 2506.13585, eq. 4–5
+    β·ρ_t·k_t instead of β·k_t                                  "unbiased": DeepSeek-V3.2, 2512.02556, §3.1
+
+sg: no gradient. Where A is the same for all tokens of an output, GSPO-token with the average by sequence is GSPO.
 Shapes: Q questions, G outputs of a question, S outputs (sequences), N tokens of all outputs.
 """
 
@@ -28,11 +35,14 @@ ZERO_STD_TOLERANCE = 1e-6  # relative spread of a group's rewards below which it
 
 @dataclass(frozen=True)
 class Loss:
-    """`loss` is a scalar to differentiate; `kl` and `clipped` are sums over the N tokens, detached."""
+    """`loss` is a scalar to differentiate; the others are of the N tokens and detached, sums but for the last."""
 
     loss: Float[Tensor, ""]
     kl: Float[Tensor, ""]
-    clipped: Int[Tensor, ""]  # tokens with zero policy gradient because of the clip
+    clipped_low: Int[Tensor, ""]  # tokens whose ratio is cut at 1 − ε_low; "clipped": and so without policy gradient
+    clipped_high: Int[Tensor, ""]  # at 1 + ε_high
+    ratio: Float[Tensor, ""]
+    largest_ratio: Float[Tensor, ""]
 
 
 def group_advantages(rewards: Float[Tensor, "Q G"], normalise_std: bool) -> Float[Tensor, "Q G"]:
@@ -53,11 +63,31 @@ def zero_std_groups(rewards: Float[Tensor, "Q G"]) -> Bool[Tensor, " Q"]:
     return spread <= ZERO_STD_TOLERANCE * rewards.abs().amax(dim=1)
 
 
-def token_weights(lengths: Int[Tensor, " S"], average: Literal["sequence", "token"]) -> Float[Tensor, " S"]:
-    """The loss weight of each token of an output, from the lengths of the outputs of one update."""
+def groups_with_spread(rewards: Float[Tensor, "Q G"], most: int) -> list[int]:
+    """The first `most` groups whose rewards differ: what dynamic sampling trains on (DAPO, 2503.14476, §3.2)."""
+    return [int(q) for q in (~zero_std_groups(rewards)).nonzero().flatten()[:most]]
+
+
+def token_weights(
+    lengths: Int[Tensor, " S"], average: Literal["sequence", "token", "constant"], limit: int
+) -> Float[Tensor, " S"]:
+    """The loss weight of each token of an output, from the lengths of the outputs of one update. limit: the most tokens
+    of an output.
+    """
     if average == "sequence":
         return 1.0 / (len(lengths) * lengths.float())
+    if average == "constant":
+        return torch.full_like(lengths, 1.0, dtype=torch.float32) / (len(lengths) * limit)
     return torch.full_like(lengths, 1.0, dtype=torch.float32) / lengths.sum()
+
+
+def sequence_means(values: Float[Tensor, " N"], sequence: Int[Tensor, " N"], count: int) -> Float[Tensor, " S"]:
+    """Means over the tokens of each of `count` outputs; 0 for those without tokens here."""
+    return sequence_sums(values, sequence, count) / sequence.bincount(minlength=count).clamp(min=1)
+
+
+def sequence_sums(values: Float[Tensor, " N"], sequence: Int[Tensor, " N"], count: int) -> Float[Tensor, " S"]:
+    return values.new_zeros(count).index_add(0, sequence, values)
 
 
 def grpo_loss(
@@ -69,32 +99,68 @@ def grpo_loss(
     sequence: Int[Tensor, " N"],
     section: GRPOSection,
     importance: Float[Tensor, " N"] | None = None,
+    sampled_logprobs: Float[Tensor, " N"] | None = None,
+    token_advantages: Float[Tensor, " N"] | None = None,
 ) -> Loss:
-    """The loss of N tokens, which may be a micro-batch of an update: the micro-batches' losses sum to L.
+    """The loss of N tokens, which may be a micro-batch of an update: the micro-batches' losses sum to L. A sequence's
+    tokens must all be in one of them.
 
     logprobs, old_logprobs, ref_logprobs: of the sampled tokens under π, π_old, π_ref. old_logprobs None: on-policy,
     π_old = π; ref_logprobs None: no KL term. weights: from `token_weights` of the whole update; sequence: index of the
     output that the token belongs to. importance: weights of the tokens' policy gradients (mismatch.py).
+    sampled_logprobs: under the policy that sampled, by which an unbiased KL estimate is weighted; None: π_old.
+    token_advantages: added to the outputs' (distillation).
     """
     old = logprobs.detach() if old_logprobs is None else old_logprobs
     advantage, weight = advantages[sequence], weights[sequence]
-    ratio = (logprobs - old).exp()
+    if token_advantages is not None:
+        advantage = advantage + token_advantages
+    log_ratio = logprobs - old
+    if section.ratio == "sequence":
+        mean = sequence_means(log_ratio.detach(), sequence, len(advantages))[sequence]
+        log_ratio = mean + (logprobs - logprobs.detach())
+    ratio = log_ratio.exp()
+    low, high = ratio < 1 - section.clip_low, ratio > 1 + section.clip_high
     bounded = ratio.clamp(1 - section.clip_low, 1 + section.clip_high)
-    gain = torch.minimum(ratio * advantage, bounded * advantage)
-    clipped = (bounded * advantage < ratio * advantage).sum()
+    if section.surrogate == "weighted":
+        gain = bounded.detach() * advantage * logprobs
+    else:
+        gain = torch.minimum(ratio * advantage, bounded * advantage)
+        low, high = low & (advantage < 0), high & (advantage > 0)
     if importance is not None:
         gain = gain * importance
     loss, kl = -gain, torch.zeros_like(logprobs)
     if ref_logprobs is not None:
         kl = kl_estimate(logprobs, ref_logprobs)
+        if section.kl_estimate == "unbiased":
+            kl = kl * (logprobs - (old if sampled_logprobs is None else sampled_logprobs)).exp()
         loss = loss + section.kl * kl
-    return Loss((loss * weight).sum(), kl.detach().sum(), clipped)
+    ratio = ratio.detach()
+    return Loss((loss * weight).sum(), kl.detach().sum(), low.sum(), high.sum(), ratio.sum(), ratio.max())
+
+
+def off_policy_masked(
+    logprobs: Float[Tensor, " N"],
+    sampled_logprobs: Float[Tensor, " N"],
+    advantages: Float[Tensor, " S"],
+    sequence: Int[Tensor, " N"],
+    delta: float,
+) -> Bool[Tensor, " S"]:
+    """Outputs that teach nothing: bad ones that π would hardly sample any more, A < 0 and mean log(π_s/π) > δ.
+
+    DeepSeek-V3.2 (2512.02556, §3.1): such outputs mislead, since π learns from its own mistakes only. π_s: the
+    policy that sampled.
+    """
+    drift = sequence_means(sampled_logprobs - logprobs.detach(), sequence, len(advantages))
+    return (advantages < 0) & (drift > delta)
 
 
 def on_policy_grad(
     advantages: Float[Tensor, " S"], weights: Float[Tensor, " S"], sequence: Int[Tensor, " N"]
 ) -> Float[Tensor, " N"]:
-    """dL/d log π of each token when π_old = π and there is no KL term: ρ = 1 and nothing is clipped."""
+    """dL/d log π of each token when π_old = π and there is no KL term: ρ = 1 and nothing is clipped, whichever the
+    ratio and the surrogate.
+    """
     return -(advantages * weights)[sequence]
 
 

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -16,11 +17,13 @@ from rorqual.precision.exact import make_exact
 from rorqual.precision.fp8_twin import FP8Twin
 from rorqual.recipe import RLRecipe
 from rorqual.rl.envs.environment import Environment
+from rorqual.rl.grpo import groups_with_spread
 from rorqual.rl.policy_update import PolicyUpdate
-from rorqual.rl.rewards import Verdict, score
-from rorqual.rl.rollout import Rollout, derived_seed, sample_groups
+from rorqual.rl.rewards import Rewards, Verdict, score
+from rorqual.rl.rollout import Rollout, derived_seed, members_of, sample_groups
 from rorqual.rl.rollout_metrics import RLMetrics, UpdateSums, describe_rollout, describe_update, readable_sample
-from rorqual.rl.rollout_source import Fleet, RolloutSource
+from rorqual.rl.rollout_source import Fleet, RolloutSource, Served
+from rorqual.rl.teachers import Teachers
 from rorqual.tokenizer_protocol import Tokenizer
 from rorqual.train.optimizer import Optimizer
 
@@ -28,6 +31,18 @@ MAX_SKIPPED = 3  # non-finite updates in a row before the run stops
 # Saved in checkpoints; earlier versions did not save the last.
 COUNTERS = ("steps", "tokens", "trained_tokens", "skipped_in_a_row", "flops", "evaluated_tokens")
 OLD_COUNTERS = {"trained_tokens": "learnt"}  # keys of checkpoints written before they were renamed
+
+
+@dataclass
+class _Drawn:
+    """What was sampled for a step."""
+
+    rollout: Rollout
+    rewards: Rewards
+    last: Served
+    draws: int
+    wait_seconds: float
+    reward_seconds: float
 
 
 class GRPOTrainer:
@@ -69,9 +84,10 @@ class GRPOTrainer:
             self.sampler = Engine(self.twin.model, tokenizer, max_num_seqs=rows, record_routing=records)
         self.environments = {e.family: e for e in environments}
         self.rollouts = RolloutSource(recipe, environments, self.sampler, fleet)
-        self.update = PolicyUpdate(
-            model, self.sampler.model, recipe, self.optimizer, fleet is not None and fleet.staleness > 0
-        )
+        stale, teachers = fleet is not None and fleet.staleness > 0, None
+        if recipe.opd is not None:
+            teachers = Teachers.load(recipe.opd, recipe.grpo, families, model.config, self.dtype, self.device)
+        self.update = PolicyUpdate(model, self.sampler.model, recipe, self.optimizer, stale, teachers)
         self.steps = 0
         self.tokens = 0  # sampled
         self.trained_tokens = 0  # in forward and backward passes, prompts and padding included
@@ -88,24 +104,26 @@ class GRPOTrainer:
         self.model.eval()
         if self.twin is not None:
             self.twin.refresh()
-        served = self.rollouts.next(self.steps)
-        rollout = served.rollout
-        began = time.monotonic()
-        rewards = score(rollout.samples, self.environments, self.recipe.reward, section.max_tokens, self.verdict)
+        drawn = self._draw()
+        rollout, rewards, served = drawn.rollout, drawn.rewards, drawn.last
+        trained = rollout, rewards
+        if section.max_draws > 1:
+            groups = groups_with_spread(rewards.total.view(-1, section.group_size), section.questions_per_step)
+            trained = rollout.of_groups(groups), rewards.of(members_of(groups, section.group_size))
         start = time.monotonic()
-        sums = self.update(rollout, rewards, self._lr_factor(progress), progress, self.steps)
+        sums = self.update(*trained, self._lr_factor(progress), progress, self.steps)
         update_seconds = time.monotonic() - start
         self._count(rollout, sums)
         metrics = RLMetrics(
             tokens=self.tokens,
             lr=self.recipe.optimizer.lr * self._lr_factor(progress),
-            rollout=describe_rollout(rollout, rewards),
+            rollout=describe_rollout(rollout, rewards, drawn.draws),
             update=describe_update(sums, update_seconds),
             sample=None if self.steps % self.recipe.sample_every else readable_sample(rollout, rewards, self.steps),
             rollout_seconds=rollout.seconds,
-            reward_seconds=start - began,
+            reward_seconds=drawn.reward_seconds,
             update_seconds=update_seconds,
-            wait_seconds=served.wait_seconds,
+            wait_seconds=drawn.wait_seconds,
             skipped=self.skipped_in_a_row > skipped,
             notes=self.rollouts.take_notes(),
             staleness=served.staleness,
@@ -115,6 +133,24 @@ class GRPOTrainer:
         if self.reference is not None and section.refresh_reference and self.steps % section.refresh_reference == 0:
             self.reference.load_state_dict(self.model.state_dict())
         return metrics
+
+    def _draw(self) -> "_Drawn":
+        """A rollout; with `max_draws` more of them, as long as too few groups' rewards differ (DAPO §3.2)."""
+        section = self.section
+        rollouts: list[Rollout] = []
+        rewards: list[Rewards] = []
+        waited = scoring = 0.0
+        while True:
+            served = self.rollouts.next(self.steps, len(rollouts))
+            began = time.monotonic()
+            samples = served.rollout.samples
+            rewards.append(score(samples, self.environments, self.recipe.reward, section.max_tokens, self.verdict))
+            rollouts.append(served.rollout)
+            waited, scoring = waited + served.wait_seconds, scoring + time.monotonic() - began
+            whole = Rewards.joined(rewards)
+            spread = groups_with_spread(whole.total.view(-1, section.group_size), section.questions_per_step)
+            if len(rollouts) == section.max_draws or len(spread) == section.questions_per_step:
+                return _Drawn(Rollout.joined(rollouts), whole, served, len(rollouts), waited, scoring)
 
     def evaluate(self, n: int) -> dict[str, float]:
         """pass@1 on `n` dev problems of each environment, one sample each: {"eval_<family>": fraction}."""
@@ -184,11 +220,14 @@ class GRPOTrainer:
         self.trained_tokens += sums.computed
         self.flops["rollout"] += self._sampling_flops(rollout)
         self.flops["train"] += sums.computed * passes * self._flops_per_token(rollout)
+        for path, tokens in sums.taught.items():
+            assert self.update.teachers is not None
+            self.flops["train"] += tokens * self._flops_per_token(rollout, self.update.teachers.models[path])
 
     def _sampling_flops(self, rollout: Rollout) -> float:
         return (rollout.tokens + sum(map(len, rollout.prompts))) * self._flops_per_token(rollout)
 
-    def _flops_per_token(self, rollout: Rollout) -> float:
-        """Of a forward pass."""
+    def _flops_per_token(self, rollout: Rollout, model: Transformer | None = None) -> float:
+        """Of a forward pass, of the policy or another model."""
         length = sum(map(len, rollout.prompts)) // len(rollout.prompts) + rollout.tokens // len(rollout.completions)
-        return flops_per_token(self.model.config, length, training=False)
+        return flops_per_token((model or self.model).config, length, training=False)

@@ -8,7 +8,7 @@ are sampled again, to the same tokens; each is consumed once.
 import contextlib
 import json
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from itertools import pairwise
@@ -19,10 +19,12 @@ import torch
 from rorqual.engine import SamplingParams
 from rorqual.errors import UserError
 from rorqual.extras import require
+from rorqual.kernels.devices import gpu_count
 from rorqual.kernels.dtypes import compute_dtype, dtype_name
 from rorqual.model import ModelConfig, Transformer
 from rorqual.ray_start import cpus_of_machines, fair_threads, join_ray, reason, room
 from rorqual.recipe import RLRecipe
+from rorqual.rl.ray_gpus import device_here, share, trainer_device, worker_places
 from rorqual.rl.rollout import Shard
 from rorqual.rl.rollout_worker import RolloutWorker, WorkerSettings, shard_from
 from rorqual.rl.weight_push import push_bytes, to_bytes
@@ -35,12 +37,12 @@ STORE_BYTES = 128 << 20  # of Ray's object store, beside the weights
 
 
 @contextlib.contextmanager
-def ray_fleet(recipe: RLRecipe, config: ModelConfig, address: str) -> Generator["RayFleet"]:
-    """Workers for a recipe's rollouts, on `address`: "local" starts Ray on this machine, "auto" joins the cluster it
-    belongs to, "HOST:PORT" a given one. In a process that has joined one already, this is used.
+def ray_cluster(recipe: RLRecipe, config: ModelConfig, address: str) -> Generator["RayCluster"]:
+    """Ray for a recipe's rollouts, on `address`: "local" starts it on this machine, "auto" joins the cluster it belongs
+    to, "HOST:PORT" a given one. In a process that has joined one already, this is used.
 
-    `recipe.rollouts` is complete (rl_run.on_ray). On leaving, workers end, and Ray where it was started here. Raises
-    UserError where Ray is missing, cannot be reached or lacks the CPUs.
+    `recipe.rollouts` is complete (rl_run.on_ray). On leaving, Ray ends where it was started here. Raises UserError
+    where Ray is missing, cannot be reached or lacks GPUs.
     """
     require("cluster")
     ray: Any = import_module("ray")
@@ -48,14 +50,30 @@ def ray_fleet(recipe: RLRecipe, config: ModelConfig, address: str) -> Generator[
     try:
         if not joined:
             _join(ray, recipe, config, address)
-        fleet = RayFleet(ray, recipe, config)
+        device, holder = trainer_device(ray, recipe)
+        try:
+            yield RayCluster(ray, device)
+        finally:
+            if holder is not None:
+                ray.kill(holder)
+    finally:
+        if not joined:
+            ray.shutdown()
+
+
+@dataclass(frozen=True)
+class RayCluster:
+    ray: Any
+    device: torch.device  # of the trainer; workers have some of the same kind
+
+    @contextlib.contextmanager
+    def fleet(self, recipe: RLRecipe, config: ModelConfig) -> Generator["RayFleet"]:
+        """Workers for the recipe's rollouts, until the end of the context. Raises UserError where Ray lacks CPUs."""
+        fleet = RayFleet(self.ray, recipe, config, self.device)
         try:
             yield fleet
         finally:
             fleet.close()
-    finally:
-        if not joined:
-            ray.shutdown()
 
 
 @dataclass
@@ -79,22 +97,25 @@ class _Task:
 class RayFleet:
     """A `Fleet` (rollout_source.py) of Ray actors."""
 
-    def __init__(self, ray: Any, recipe: RLRecipe, config: ModelConfig) -> None:
-        section = recipe.rollouts
+    def __init__(self, ray: Any, recipe: RLRecipe, config: ModelConfig, device: torch.device | str = "cpu") -> None:
+        section, kind = recipe.rollouts, torch.device(device).type
         assert section.workers is not None
         assert section.staleness is not None
         self.staleness, self.pushed_bytes = section.staleness, 0
         self.notes: list[str] = []
-        self._ray, self._threads = ray, _threads(ray, section.workers, section.threads)
+        self._gpus = 0 if kind == "cpu" else share(recipe)  # of a worker
+        room = worker_places(ray, self._gpus) if self._gpus else None
+        self._ray, self._threads = ray, _threads(ray, section.workers, section.threads, room)
         self._settings = WorkerSettings(
             config=json.dumps(asdict(config)),
-            dtype=dtype_name(compute_dtype(recipe.model.dtype)),
+            dtype=dtype_name(compute_dtype(recipe.model.dtype, device)),
             precision=recipe.precision,
             fp8=recipe.grpo.rollout_weights == "fp8",
             exact=recipe.exact,
             record_routing=section.replay_routing,
             max_num_seqs=recipe.grpo.rollout_max_num_seqs,
             threads=self._threads,
+            device=kind,
         )
         self._weights: dict[int, Any] = {}  # version → reference to Ray's copy
         self._tasks: dict[int, _Task] = {}
@@ -111,6 +132,8 @@ class RayFleet:
             self._weights[version] = self._put(weights)
         # Workers have no tokenizer, which may add end tokens.
         base = {"temperature": params.temperature, "max_tokens": params.max_tokens, "n": params.n}
+        base |= {"top_p": params.top_p, "top_k": params.top_k, "min_p": params.min_p}
+        base |= {"record_allowed": params.record_allowed}
         base |= {"stop_token_ids": params.stop_token_ids, "ignore_eos": True}
         count = len(self._workers)
         bounds = [len(prompts) * k // count for k in range(count + 1)]
@@ -145,9 +168,11 @@ class RayFleet:
         return [task.results[k] for k in range(len(self._workers))]
 
     def close(self) -> None:
-        """End the workers."""
+        """See `Fleet`."""
         for worker in self._workers:
             self._kill(worker)
+        self._workers.clear()
+        self._tasks.clear()
         self._weights.clear()
 
     def _put(self, weights: Any) -> Any:
@@ -158,7 +183,8 @@ class RayFleet:
 
     def _start(self) -> Any:
         # `pulse` calls are answered while a shard is sampled.
-        actor = self._ray.remote(num_cpus=self._threads, max_restarts=0, concurrency_groups={"pulse": 1})(RolloutWorker)
+        needs = {"num_cpus": self._threads, "num_gpus": self._gpus}
+        actor = self._ray.remote(**needs, max_restarts=0, concurrency_groups={"pulse": 1})(RolloutWorker)
         return actor.options(scheduling_strategy="SPREAD").remote(asdict(self._settings))
 
     def _sample(self, worker: _Worker, k: int, step: int) -> Any:
@@ -222,19 +248,23 @@ class RayFleet:
 
 
 def _join(ray: Any, recipe: RLRecipe, config: ModelConfig, address: str) -> None:
-    section, dtype = recipe.rollouts, compute_dtype(recipe.model.dtype)
+    section, device = recipe.rollouts, device_here(recipe, address)
     workers, staleness = section.workers or 1, section.staleness or 0
-    version = push_bytes(config, dtype, recipe.grpo.rollout_weights == "fp8")
+    version = push_bytes(config, compute_dtype(recipe.model.dtype, device), recipe.grpo.rollout_weights == "fp8")
     cpus = workers * (section.threads or max(1, torch.get_num_threads() // workers))
     store = STORE_BYTES + (staleness + 2) * version
-    join_ray(ray, address, "--ray", {"num_cpus": cpus, "num_gpus": 0, "object_store_memory": store})
+    gpus = 0 if device.type == "cpu" else gpu_count()
+    join_ray(ray, address, "--ray", {"num_cpus": cpus, "num_gpus": gpus, "object_store_memory": store})
 
 
-def _threads(ray: Any, workers: int, threads: int | None) -> int:
-    """Threads of a worker: as given, else a fair share. Raises UserError where there is no room."""
+def _threads(ray: Any, workers: int, threads: int | None, most: Sequence[int] | None) -> int:
+    """Threads of a worker: as given, else a fair share. Raises UserError where there is no room.
+
+    most: workers of each machine, for want of GPUs.
+    """
     machines = cpus_of_machines(ray)
-    chosen = threads or fair_threads(machines, workers)
-    if (found := room(machines, chosen)) < workers:
+    chosen = threads or fair_threads(machines, workers, most)
+    if (found := room(machines, chosen, most)) < workers:
         raise UserError(
             f"rollouts.workers = {workers}: Ray's machines have {', '.join(map(str, machines))} CPUs, room for {found} "
             f"workers with rollouts.threads = {chosen}; lower one of the two"

@@ -1,37 +1,33 @@
-"""Rejection sampling and distillation: the best of n completions become SFT data (R1 §2.3.3, §2.4)."""
+"""Rejection sampling: the best of n completions become SFT data (R1 §2.3.3)."""
 
-import json
-import os
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import replace
-from pathlib import Path
-from typing import Any, TextIO
-
-import torch
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from rorqual.engine import Engine, SamplingParams
-from rorqual.errors import UserError, file_error
-from rorqual.files import write_text
-from rorqual.kernels.devices import find_device
-from rorqual.model.model_directory import is_gguf, model_directory
-from rorqual.precision.packed_checkpoint import is_quantized
-from rorqual.recipe import ChatDataSection, DistillRecipe, RewardSection, SFTRecipe
-from rorqual.rl.context_limits import check_context
-from rorqual.rl.envs.environment import Problem
-from rorqual.rl.envs.registry import Environment, open_environment
+from rorqual.recipe import FilterSection, RewardSection
+from rorqual.rl.envs.environment import Environment, Problem
 from rorqual.rl.prompts import Template, prompt_text
-from rorqual.rl.rewards import score
+from rorqual.rl.rewards import Sample, score
 from rorqual.rl.rollout import derived_seed, sample_groups
-from rorqual.train.build_model import check_length, check_model, tokenizer_of
-from rorqual.train.run_folder import open_run
-from rorqual.train.training_run import sft
+from rorqual.rl.sample_filter import refused
 
 BATCH = 64  # problems per sampling call
+KEPT, NOT_BEST = "kept", "not among the best"
+Counts = dict[str, Counter[str]]  # by family: how many completions were kept, or left out and why
 
 
-class NoCorrectSamples(UserError):
-    """The teacher solved none of the problems, so there is no training data."""
+@dataclass
+class Batch:
+    """Of one sampling call."""
+
+    done: int  # problems so far, those of earlier batches included
+    rows: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])  # kept
+    counts: Counts = field(default_factory=Counts)
+
+    def count(self, family: str, what: str, by: int = 1) -> None:
+        self.counts.setdefault(family, Counter())[what] += by
 
 
 def rejection_sample(
@@ -44,34 +40,39 @@ def rejection_sample(
     keep_per_problem: int = 1,
     seed: int = 0,
     start: int = 0,
-) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+    wanted: FilterSection | None = None,
+) -> Iterator[Batch]:
     """Sample `params.n` completions for each of `problems` training problems, split among `environments` by weight.
 
-    Yields per batch (problems done so far, samples kept of the batch). Only correct, untruncated completions are kept,
-    at most `keep_per_problem` distinct ones per problem: highest reward first, then the shortest, since a longer one
-    has more detours for the same result. Each is {"prompt", "completion", "family", "reward", "length"}; prompt and
-    completion are the text that the model read and wrote (special-token names in the question escaped as in
-    rorqual.data.special_tokens). `start`: problems already done; later batches do not depend on it.
+    Only correct, untruncated completions that pass the filter `wanted` are kept, at most `keep_per_problem` distinct
+    ones per problem: highest reward first, then the shortest, since a longer one has more detours for the same result.
+    A row is {"prompt", "completion", "family", "reward", "length"}; prompt and completion are the text that the model
+    read and wrote (special-token names in the question escaped as in rorqual.data.special_tokens). `start`: problems
+    already done; later batches do not depend on it.
     """
+    wanted = wanted or FilterSection()
     by_family = {e.family: e for e in environments}
     drawn = draw_problems(environments, problems, seed)
     for first in range(start, len(drawn), BATCH):
-        batch = drawn[first : first + BATCH]
-        sampling = replace(params, seed=derived_seed(seed, "rejection", first))
-        rollout = sample_groups(engine, batch, template, sampling)
+        asked = drawn[first : first + BATCH]
+        rollout = sample_groups(engine, asked, template, replace(params, seed=derived_seed(seed, "rejection", first)))
         rewards = score(rollout.samples, by_family, reward, params.max_tokens)
-        kept: list[dict[str, Any]] = []
-        for q, problem in enumerate(batch):
-            members = [
-                i
-                for i in range(q * params.n, (q + 1) * params.n)
-                if rewards.correct[i] and not rollout.samples[i].truncated
-            ]
-            members.sort(key=lambda i: (-float(rewards.total[i]), rollout.samples[i].length))
-            different = {rollout.samples[i].text: i for i in reversed(members)}  # of equal texts, the best
-            best = sorted(different.values(), key=members.index)[:keep_per_problem]
+        batch = Batch(first + len(asked))
+        for q, problem in enumerate(asked):
+            good: list[int] = []
+            for i in range(q * params.n, (q + 1) * params.n):
+                why = _why_not(rollout.samples[i], bool(rewards.correct[i]), wanted, reward.target_language)
+                if why is None:
+                    good.append(i)
+                else:
+                    batch.count(problem.family, why)
+            good.sort(key=lambda i: (-float(rewards.total[i]), rollout.samples[i].length))
+            different = {rollout.samples[i].text: i for i in reversed(good)}  # of equal texts, the best
+            best = sorted(different.values(), key=good.index)[:keep_per_problem]
+            batch.count(problem.family, KEPT, len(best))
+            batch.count(problem.family, NOT_BEST, len(good) - len(best))
             prompt = prompt_text(problem.question, template, engine.require_tokenizer())
-            kept += [
+            batch.rows += [
                 {
                     "prompt": prompt,
                     "completion": rollout.texts[i],
@@ -81,119 +82,13 @@ def rejection_sample(
                 }
                 for i in best
             ]
-        yield first + len(batch), kept
+        yield batch
 
 
-def distill(recipe: DistillRecipe, resume: bool = False) -> Path:
-    """Sample from the teacher, then fine-tune the student on the kept samples; returns the run's folder.
-
-    Samples are written to samples.jsonl, the student's run to student/. Resuming keeps written samples.
-    Raises UserError for what the user can fix, Stopped after SIGINT or SIGTERM.
-    """
-    tokenizer_of(recipe.model)
-    check_model(recipe.model)
-    check_length(recipe.model, recipe, "sequence_length")
-    environments = [open_environment(section) for section in recipe.environments]
-    device = find_device(recipe.device)
-    for_teacher = recipe.device  # which open_run changes to what it has found
-    with open_run(recipe, resume, device) as run_dir:
-        samples = run_dir / "samples.jsonl"
-        if not samples.exists():
-            _sample_teacher(recipe, environments, samples, for_teacher)
-        student = SFTRecipe(
-            name="student",
-            out=str(run_dir),
-            seed=recipe.seed,
-            track=recipe.track,
-            device=recipe.device,
-            model=recipe.model,
-            precision=recipe.precision,
-            recompute=recipe.recompute,
-            data=ChatDataSection(path=str(samples), sequence_length=recipe.sequence_length),
-            optimizer=recipe.optimizer,
-            schedule=recipe.schedule,
-            balance=recipe.balance,
-            train=recipe.train,
-        )
-        sft(student, resume=True)
-    return run_dir
-
-
-def _sample_teacher(recipe: DistillRecipe, environments: Sequence[Environment], samples: Path, device: str) -> None:
-    """Write samples.jsonl. Each batch is appended to samples.partial.jsonl as soon as it is scored."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    engine = Engine(recipe.teacher, device=_teacher_device(recipe.teacher, device))
-    context = engine.model.config.max_position_embeddings
-    check_context(environments, recipe.template, engine.require_tokenizer(), context, recipe.max_tokens, "max_tokens")
-    partial = samples.with_name("samples.partial.jsonl")
-    start, kept = _read_partial(partial)
-    params = SamplingParams(temperature=recipe.temperature, max_tokens=recipe.max_tokens, n=recipe.samples)
-    console = Console(stderr=True)
-    with Progress(console=console, disable=not console.is_terminal) as bar, open_to_append(partial) as file:
-        task = bar.add_task("sampling from the teacher", total=recipe.problems, completed=start)
-        for done, rows in rejection_sample(
-            engine, environments, recipe.problems, recipe.template, recipe.reward, params,
-            recipe.keep_per_problem, recipe.seed, start=start,
-        ):  # fmt: skip
-            kept += rows
-            try:
-                file.write(json.dumps({"done": done, "rows": rows}, ensure_ascii=False) + "\n")
-                file.flush()
-            except OSError as e:
-                raise file_error(partial, e, then="then continue with --resume") from e
-            bar.update(task, completed=done)
-    if kept:
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
-        write_text(samples, lines, then="then continue with --resume")
-    partial.unlink()
-    if not kept:
-        raise NoCorrectSamples(
-            f"none of {recipe.samples} completions of each of {recipe.problems} problems is correct; use a stronger "
-            "teacher, easier environments or more samples"
-        )
-
-
-def _teacher_device(teacher: str, name: str) -> torch.device:
-    """As in the recipe; "auto" is the CPU for quantised weights, which are for one."""
-    packed = is_gguf(teacher) or is_quantized(model_directory(teacher))
-    return find_device("cpu" if packed and name == "auto" else name)
-
-
-def _read_partial(path: Path) -> tuple[int, list[dict[str, Any]]]:
-    """(problems done, samples kept). A last line cut short by a kill is truncated away."""
-    done = complete = 0  # `complete`: bytes of complete lines
-    rows: list[dict[str, Any]] = []
-    try:
-        with path.open("rb") as file:
-            for line in file:
-                if not line.endswith(b"\n"):
-                    break
-                found = json.loads(line)
-                done, complete = found["done"], complete + len(line)
-                rows += found["rows"]
-        os.truncate(path, complete)
-    except FileNotFoundError:
-        pass
-    except OSError as e:
-        raise file_error(path, e, "read", "then continue with --resume") from e
-    except (ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{path} is damaged ({e}); delete it to sample again, then continue with --resume") from e
-    return done, rows
-
-
-@contextmanager
-def open_to_append(path: Path) -> Generator[TextIO, None, None]:
-    try:
-        file = path.open("a", encoding="utf-8")
-    except OSError as e:
-        raise file_error(path, e, then="then continue with --resume") from e
-    try:
-        yield file
-    finally:
-        with suppress(OSError):  # each line was flushed, and that reported any failure
-            file.close()
+def _why_not(sample: Sample, correct: bool, wanted: FilterSection, language: str) -> str | None:
+    if sample.truncated:
+        return "not ended"
+    return refused(sample.text, sample.length, wanted, language) if correct else "wrong"
 
 
 def draw_problems(environments: Sequence[Environment], problems: int, seed: int) -> list[Problem]:

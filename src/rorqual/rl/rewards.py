@@ -47,6 +47,17 @@ class Rewards:
     total: Float[Tensor, " N"]
     correct: Bool[Tensor, " N"]
 
+    def of(self, members: Sequence[int]) -> "Rewards":
+        """Those of some of the samples."""
+        parts = {name: part[members] for name, part in self.parts.items()}
+        return Rewards(parts, self.total[members], self.correct[members])
+
+    @classmethod
+    def joined(cls, rewards: Sequence["Rewards"]) -> "Rewards":
+        """Of all their samples."""
+        parts = {name: torch.cat([r.parts[name] for r in rewards]) for name in rewards[0].parts}
+        return cls(parts, torch.cat([r.total for r in rewards]), torch.cat([r.correct for r in rewards]))
+
 
 Verdict = Callable[[Sample, bool], float]
 

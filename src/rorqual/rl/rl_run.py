@@ -24,8 +24,9 @@ from rorqual.rl.context_limits import check_context
 from rorqual.rl.envs.registry import Environment, open_environment
 from rorqual.rl.grpo_trainer import GRPOTrainer
 from rorqual.rl.prompts import render
-from rorqual.rl.ray_rollouts import ray_fleet
+from rorqual.rl.ray_rollouts import ray_cluster
 from rorqual.rl.rollout import derived_seed
+from rorqual.rl.teachers import check_teachers, teacher_paths
 from rorqual.tokenizer_protocol import Tokenizer
 from rorqual.train.build_model import build_model, tokenizer_of, trained_path
 from rorqual.train.model_card import card
@@ -40,31 +41,40 @@ PROMPTS = 32  # whose mean length a plan takes
 def rl(recipe: RLRecipe, resume: bool = False, ray: str | None = None) -> Path:
     """Run the recipe and return the run's folder, with the released model in model/.
 
-    ray: where rollouts are sampled on Ray, see `ray_fleet`; None: in this process. Raises UserError for what the user
+    ray: where rollouts are sampled on Ray, see `ray_cluster`; None: in this process. Raises UserError for what the user
     can fix, Stopped after SIGINT or SIGTERM.
     """
-    if ray and recipe.device == "cuda":
-        raise UserError("device = 'cuda' with --ray: workers sample on CPUs; add device=cpu, or leave out --ray")
     recipe = on_ray(recipe) if ray else in_process(recipe)
     tokenizer, start = tokenizer_of(recipe.model), trained_path(recipe.model)
+    config = ModelConfig.load(start)
     environments = [open_environment(section) for section in recipe.environments]
     check_problems(recipe, tokenizer, environments)
-    device = find_device("cpu" if ray else recipe.device)
-    with open_run(recipe, resume, device) as run_dir:
-        model = build_model(recipe.model, tokenizer, recipe.seed).to(device)
-        with nullcontext() if ray is None else ray_fleet(recipe, model.config, ray) as fleet:
-            trainer = GRPOTrainer(model, tokenizer, environments, recipe, fleet=fleet)
-            run = RLRun(run_dir, recipe, trainer, recipe.track)
-            run.fit()
-        if recipe.keep_start and run.got_worse():
-            model = load_model(start, stored_dtype(start))
-        _release(run, model, tokenizer)
+    with nullcontext() if ray is None else ray_cluster(recipe, config, ray) as cluster:
+        device = find_device(recipe.device) if cluster is None else cluster.device
+        with open_run(recipe, resume, device) as run_dir:
+            model = build_model(recipe.model, tokenizer, recipe.seed).to(device)
+            with nullcontext() if cluster is None else cluster.fleet(recipe, model.config) as fleet:
+                trainer = GRPOTrainer(model, tokenizer, environments, recipe, fleet=fleet)
+                run = RLRun(run_dir, recipe, trainer, recipe.track)
+                run.fit()
+            if recipe.keep_start and run.got_worse():
+                model = load_model(start, stored_dtype(start))
+            _release(run, model, tokenizer)
     return run_dir
 
 
 def on_ray(recipe: RLRecipe) -> RLRecipe:
-    """The recipe with the defaults of rollouts on Ray. Raises UserError for more workers than questions."""
+    """The recipe with the defaults of rollouts on Ray. Raises UserError for settings that do not go with it."""
     given = recipe.rollouts
+    if given.gpus is not None and recipe.device == "cpu":
+        raise UserError(
+            f"rollouts.gpus = {given.gpus:g} with device = cpu: workers compute as the trainer; leave one out"
+        )
+    if recipe.grpo.max_draws > 1:
+        raise UserError(
+            f"grpo.max_draws = {recipe.grpo.max_draws} with --ray: rollouts are sampled ahead, before it is known how "
+            "many are needed; add grpo.max_draws=1, or leave out --ray"
+        )
     defaults = {"workers": min(2, recipe.grpo.questions_per_step), "staleness": 1}
     chosen = {name: value for name, value in defaults.items() if getattr(given, name) is None}
     return recipe.model_copy(update={"rollouts": given.model_copy(update=chosen)})
@@ -72,7 +82,7 @@ def on_ray(recipe: RLRecipe) -> RLRecipe:
 
 def in_process(recipe: RLRecipe) -> RLRecipe:
     """The recipe. Raises UserError for settings that need Ray."""
-    for name in ("workers", "staleness", "threads"):
+    for name in ("workers", "staleness", "threads", "gpus"):
         if (value := getattr(recipe.rollouts, name)) is not None:
             raise UserError(f"rollouts.{name} = {value} needs Ray; add --ray local, or leave it out")
     return recipe
@@ -85,7 +95,11 @@ def check_problems(recipe: RLRecipe, tokenizer: Tokenizer, environments: Sequenc
     config = ModelConfig.load(trained_path(recipe.model))
     if recipe.rollouts.replay_routing and not config.n_routed_experts:
         raise UserError("rollouts.replay_routing = true: the model has no experts whose choice to replay; leave it out")
-    context = config.max_position_embeddings
+    context, families = config.max_position_embeddings, [environment.family for environment in environments]
+    if recipe.opd is not None:
+        check_teachers(recipe.opd, families, tokenizer, config)
+        for path in teacher_paths(recipe.opd, families):
+            context = min(context, ModelConfig.load(path).max_position_embeddings)
     check_context(environments, recipe.template, tokenizer, context, recipe.grpo.max_tokens, "grpo.max_tokens")
     for environment in environments:
         next(environment.stream("train", derived_seed(recipe.seed, environment.family)))
@@ -141,6 +155,8 @@ class RLRun(RunLoop[RLRecipe, GRPOTrainer]):
         if metrics.skipped:
             telemetry.note(f"step {step}: the gradient is not finite; update skipped")
         ended = self.done()
+        if ended:  # a checkpoint would wait for what workers have begun
+            self.trainer.rollouts.close()
         due = self.section.eval_every and (ended or step % self.section.eval_every == 0)
         shares = self._evaluate() if due else {}
         telemetry.log(

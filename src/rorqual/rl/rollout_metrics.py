@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rorqual.model.router_hooks import Replay
-from rorqual.rl.grpo import zero_std_groups
+from rorqual.rl.grpo import Loss, zero_std_groups
 from rorqual.rl.mismatch import Comparison, Mismatch
 from rorqual.rl.rewards import Rewards, self_verified
 from rorqual.rl.rollout import Rollout
@@ -26,12 +26,35 @@ class UpdateSums:
     computed: int = 0  # tokens in the forward pass, prompts and padding included
     entropy: float = 0.0
     kl: float | None = None  # None: no reference
-    clipped: float = 0.0
+    distilled: float | None = None  # reverse KL to the teachers; None: there are none
+    taught: dict[str, int] = field(default_factory=dict[str, int])  # tokens that each has read, by its path
+    clipped_low: int = 0  # tokens, as the next two
+    clipped_high: int = 0
+    masked: int | None = None  # off-policy; None: not masked
+    ratio: float = 0.0
+    largest_ratio: float = 0.0
     grad_norms: list[float] = field(default_factory=list)
     loads: list[Tensor] = field(default_factory=list)
     mismatch: Mismatch | None = None  # None: rollouts are from the numbers that are trained
     comparison: Comparison = field(default_factory=Comparison)  # of the first update, whose policy is the sampled one
     replay: Replay = field(default_factory=Replay)  # of recorded routing, if any
+
+    def add(self, loss: Loss, tokens: int, computed: int, entropy: float, has_reference: bool) -> None:
+        """A micro-batch's."""
+        self.tokens += tokens
+        self.computed += computed
+        self.entropy += entropy
+        if has_reference:
+            self.kl = (self.kl or 0.0) + float(loss.kl)
+        self.clipped_low += int(loss.clipped_low)
+        self.clipped_high += int(loss.clipped_high)
+        self.ratio += float(loss.ratio)
+        self.largest_ratio = max(self.largest_ratio, float(loss.largest_ratio))
+
+    def add_taught(self, teacher: str, computed: int, divergence: Tensor) -> None:
+        """A micro-batch's reverse KL to its teacher, by token."""
+        self.distilled = (self.distilled or 0.0) + float(divergence.sum())
+        self.taught[teacher] = self.taught.get(teacher, 0) + computed
 
 
 @dataclass(frozen=True)
@@ -46,6 +69,7 @@ class RolloutMetrics:
     zero_std_groups: float  # fraction of the groups
     pass_at_g: float  # pass@G: fraction of the groups with at least one correct completion
     rollout_tokens_per_second: float
+    draws: int  # rollouts that it is made of (grpo.max_draws)
     claimed: float | None  # fraction of the completions that end on ✓
     verdict_precision: float | None  # fraction of those that are correct
 
@@ -62,17 +86,23 @@ class UpdateMetrics:
 
     grad_norm: float = 0.0  # mean over the updates, before clipping
     entropy: float | None = None  # nats, mean over the tokens, as the next
-    clip_fraction: float | None = None
+    clip_fraction: float | None = None  # of the tokens, at either bound; then at the lower and the upper one
+    clip_fraction_low: float | None = None
+    clip_fraction_high: float | None = None
+    ratio_mean: float | None = None  # π/π_old
+    ratio_max: float | None = None
     train_tokens_per_second: float | None = None
     kl: float | None = None  # None also without a reference model
+    opd_kl: float | None = None  # estimate of KL(π‖π_T), or with loss = "full" itself; None also without a teacher
+    off_policy_masked: float | None = None  # fraction of the tokens (grpo.off_policy_mask); None also without it
     max_vio_per_layer: list[float] | None = None  # MaxVio of each MoE layer
     # Of the tokens of the first update: fraction whose log-probability as sampled differs in any bit from the trainer's
     # before it, and the largest |difference|.
     mismatch_share: float | None = None
     mismatch_max: float | None = None
     # Where rollouts or updates round or rollouts are stale (mismatch.py): mean over the tokens of |log π_old − log π_s|
-    # and of the estimate of KL(π_s‖π_old), fraction of the tokens with a truncated weight, and of those whose routers
-    # chose otherwise (with a replay: would have chosen).
+    # and of the estimate of KL(π_s‖π_old), fraction of the tokens whose weight was cut or masked, and of those whose
+    # routers chose otherwise (with a replay: would have chosen).
     mismatch_logprob: float | None = None
     mismatch_kl: float | None = None
     importance_truncated: float | None = None
@@ -114,7 +144,7 @@ class RLMetrics:
         return head | times | self.rollout.to_dict() | fleet | update | {"sample": self.sample}
 
 
-def describe_rollout(rollout: Rollout, rewards: Rewards) -> RolloutMetrics:
+def describe_rollout(rollout: Rollout, rewards: Rewards, draws: int = 1) -> RolloutMetrics:
     groups = (len(rollout.problems), -1)
     claims = torch.tensor([self_verified(s.text) for s in rollout.samples])
     claimed = bool(claims.any())
@@ -127,6 +157,7 @@ def describe_rollout(rollout: Rollout, rewards: Rewards) -> RolloutMetrics:
         zero_std_groups=float(zero_std_groups(rewards.total.view(groups)).float().mean()),
         pass_at_g=float(rewards.correct.view(groups).any(1).float().mean()),
         rollout_tokens_per_second=rollout.tokens / max(rollout.seconds, 1e-9),
+        draws=draws,
         claimed=float(claims.float().mean()) if claimed else None,
         verdict_precision=float(rewards.correct[claims].float().mean()) if claimed else None,
     )
@@ -139,9 +170,15 @@ def describe_update(sums: UpdateSums, seconds: float) -> UpdateMetrics:
     return UpdateMetrics(
         grad_norm=sum(sums.grad_norms) / len(sums.grad_norms),
         entropy=sums.entropy / sums.tokens,
-        clip_fraction=sums.clipped / sums.tokens,
+        clip_fraction=(sums.clipped_low + sums.clipped_high) / sums.tokens,
+        clip_fraction_low=sums.clipped_low / sums.tokens,
+        clip_fraction_high=sums.clipped_high / sums.tokens,
+        ratio_mean=sums.ratio / sums.tokens,
+        ratio_max=sums.largest_ratio,
         train_tokens_per_second=sums.computed / max(seconds, 1e-9),
         kl=None if sums.kl is None else sums.kl / sums.tokens,
+        opd_kl=None if sums.distilled is None else sums.distilled / sums.tokens,
+        off_policy_masked=None if sums.masked is None else sums.masked / sums.tokens,
         max_vio_per_layer=max_violations(sums.loads) if sums.loads else None,
         mismatch_share=sums.comparison.differing / sums.comparison.tokens,
         mismatch_max=sums.comparison.largest,

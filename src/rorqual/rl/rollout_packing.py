@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rorqual.kernels.allowed_tokens import AllowedTokens
 from rorqual.model.router_hooks import NOT_RECORDED
 from rorqual.shapes import Bool, Int
 
@@ -40,10 +41,16 @@ class PackedRollout:
     offset: Int[Tensor, " N"]  # index of the token in the concatenation of all completions
     origin: Int[Tensor, " T"]  # index of each of the T tokens in that of all prompts, then all completions; -1: padding
     recorded: Int[Tensor, "T L K"] | None = None  # the experts that the rollout's routers chose
+    allowed: AllowedTokens | None = None  # by `offset`: what tokens were sampled from, where filters left some out
 
     def to(self, device: torch.device) -> "PackedRollout":
         moved = {name: t.to(device) for name, t in vars(self).items() if isinstance(t, Tensor)}
-        return PackedRollout(**moved, mask=tuple(t.to(device) for t in self.mask))
+        return PackedRollout(**moved, mask=tuple(t.to(device) for t in self.mask), allowed=self.allowed)
+
+    def allowed_rows(self, at: Int[Tensor, " n"]) -> Bool[Tensor, "n V"]:
+        """The tokens that some of the N targets were sampled from."""
+        assert self.allowed is not None
+        return self.allowed.mask(self.offset[at]).to(self.offset.device)
 
 
 @dataclass
@@ -56,19 +63,20 @@ class _Block:
 def pack_rollout(
     prompts: Sequence[Sequence[int]],
     completions: Sequence[Sequence[int]],
-    prompt_of: Sequence[int],
+    prompt_of: Sequence[int | None],
     micro_tokens: int,
     cost: Callable[[int], float],
 ) -> list[PackedRollout]:
-    """Micro-batches of at most `micro_tokens` tokens (or one block) that hold every completion once.
+    """Micro-batches of at most `micro_tokens` tokens (or one block) that hold every completion once, each whole.
 
-    prompts, completions: token ids; prompt_of[i] is the index of completion i's prompt. Longer blocks share a prompt
-    among more completions but compute attention over the whole block: the blocks with the lowest total cost are taken,
-    where `cost(t)` is the cost of one token in a block of t tokens.
+    prompts, completions: token ids; prompt_of[i] is the index of completion i's prompt, None: leave it out. Longer
+    blocks share a prompt among more completions but compute attention over the whole block: the blocks with the lowest
+    total cost are taken, where `cost(t)` is the cost of one token in a block of t tokens.
     """
     groups: dict[int, list[int]] = {}
     for i, p in enumerate(prompt_of):
-        groups.setdefault(p, []).append(i)
+        if p is not None:
+            groups.setdefault(p, []).append(i)
     sizes = [len(c) - 1 for c in completions]
     blocks: list[_Block] = []
     for p, members in groups.items():

@@ -42,6 +42,10 @@ class Fleet(Protocol):
         """Wait for a step's rollout, in the order of its prompts; once only."""
         ...
 
+    def close(self) -> None:
+        """End the workers, whatever they are at; once is enough."""
+        ...
+
 
 @dataclass(frozen=True)
 class Served:
@@ -73,11 +77,15 @@ class RolloutSource:
         self._flights: dict[int, _Flight] = {}
         self._landed: dict[int, list[Shard]] = {}  # collected before their step, for a checkpoint
 
-    def next(self, step: int) -> Served:
-        """The rollout that step `step` trains on; a fleet first gets those of the next steps to sample meanwhile."""
+    def next(self, step: int, draw: int = 0) -> Served:
+        """The rollout that step `step` trains on; a fleet first gets those of the next steps to sample meanwhile.
+
+        draw: how many rollouts were drawn for this step before (dynamic sampling); a fleet draws once.
+        """
         start = time.monotonic()
         if self.fleet is None:
-            rollout = sample_groups(self.engine, self.draw(step), self.recipe.template, self._params(step))
+            params = self._params(step, draw)
+            rollout = sample_groups(self.engine, self.draw(step, draw), self.recipe.template, params)
             return Served(rollout, time.monotonic() - start)
         pushed = self.fleet.pushed_bytes
         self._submit_until(step, self.fleet)
@@ -93,6 +101,16 @@ class RolloutSource:
         rollout = assemble(self.engine, flight.problems, flight.prompts, shards)
         return Served(rollout, time.monotonic() - start, step - version, self.fleet.pushed_bytes - pushed)
 
+    def close(self) -> None:
+        """End the fleet: no rollout is needed any more. The problems in flight are as if they had not been drawn."""
+        if self.fleet is None:
+            return
+        for family, index in self._first_positions().items():
+            self.streams[family].index = index
+        self._flights.clear()
+        self._landed.clear()
+        self.fleet.close()
+
     def take_notes(self) -> list[str]:
         """What happened to the fleet's workers since the last call."""
         notes = [] if self.fleet is None else list(self.fleet.notes)
@@ -100,11 +118,11 @@ class RolloutSource:
             self.fleet.notes.clear()
         return notes
 
-    def draw(self, step: int) -> list[Problem]:
-        """The problems of a step; steps are drawn in order."""
+    def draw(self, step: int, draw: int = 0) -> list[Problem]:
+        """The problems of a step's draw; steps and draws are drawn in order."""
         families = list(self.environments)
         weights = [self.environments[family].weight for family in families]
-        chosen = Random(derived_seed(self.recipe.seed, "families", step)).choices(
+        chosen = Random(derived_seed(self.recipe.seed, "families", *_times(step, draw))).choices(
             families, weights, k=self.recipe.grpo.questions_per_step
         )
         return [next(self.streams[family]) for family in chosen]
@@ -112,8 +130,7 @@ class RolloutSource:
     def state(self) -> dict[str, Any]:
         """The JSON part of a checkpoint: the streams' positions before the problems in flight, and their steps."""
         steps = sorted(self._flights)
-        streams = self._flights[steps[0]].streams if steps else self._positions()
-        return {"streams": streams} | ({"in_flight": steps} if steps else {})
+        return {"streams": self._first_positions()} | ({"in_flight": steps} if steps else {})
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors of a checkpoint: the rollouts in flight, from weights that are gone; waits until they are
@@ -161,14 +178,26 @@ class RolloutSource:
             self._landed[step] = fleet.collect(step)
         return self._landed[step]
 
+    def _first_positions(self) -> dict[str, int]:
+        """Of the streams, before the problems in flight."""
+        return self._flights[min(self._flights)].streams if self._flights else self._positions()
+
     def _positions(self) -> dict[str, int]:
         return {family: stream.index for family, stream in self.streams.items()}
 
-    def _params(self, step: int) -> SamplingParams:
+    def _params(self, step: int, draw: int = 0) -> SamplingParams:
         section = self.recipe.grpo
         return SamplingParams(
             temperature=section.temperature,
+            top_p=section.top_p,
+            top_k=section.top_k,
+            min_p=section.min_p,
             max_tokens=section.max_tokens,
             n=section.group_size,
-            seed=derived_seed(self.recipe.seed, "rollout", step),
+            seed=derived_seed(self.recipe.seed, "rollout", *_times(step, draw)),
+            record_allowed=section.filters,
         )
+
+
+def _times(step: int, draw: int) -> tuple[int, ...]:
+    return (step, draw) if draw else (step,)

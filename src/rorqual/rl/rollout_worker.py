@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,8 @@ import numpy as np
 import torch
 
 from rorqual.engine import Engine, SamplingParams
+from rorqual.engine.sequence import Sequence
+from rorqual.kernels.devices import find_device
 from rorqual.model import ModelConfig
 from rorqual.rl.rollout import Shard
 from rorqual.rl.weight_push import Bytes, copy_bytes, sampling_model
@@ -29,6 +31,15 @@ class WorkerSettings:
     record_routing: bool
     max_num_seqs: int
     threads: int
+    device: str = "cpu"  # or a kind of GPU, of which Ray shows a worker its own alone
+
+
+class _CountingEngine(Engine):
+    steps = 0  # so far
+
+    def step(self, before_forward: Callable[[], None] | None = None) -> list[Sequence]:
+        self.steps += 1
+        return super().step(before_forward)
 
 
 class RolloutWorker:
@@ -39,15 +50,13 @@ class RolloutWorker:
         self.settings = WorkerSettings(**settings)
         torch.set_num_threads(self.settings.threads)
         config = ModelConfig(**json.loads(self.settings.config))
-        dtype = getattr(torch, self.settings.dtype)
+        dtype, device = getattr(torch, self.settings.dtype), find_device(self.settings.device)
         given = self.settings
-        model = sampling_model(config, dtype, given.precision, given.fp8, given.exact)
-        self.engine = Engine(
+        model = sampling_model(config, dtype, given.precision, given.fp8, device, given.exact)
+        self.engine = _CountingEngine(
             model, max_num_seqs=self.settings.max_num_seqs, record_routing=self.settings.record_routing
         )
         self.version: int | None = None
-        self._forwards = 0
-        model.register_forward_pre_hook(self._count)
 
     def sample(
         self,
@@ -72,10 +81,7 @@ class RolloutWorker:
 
     def forwards(self) -> int:
         """Forward passes so far: a worker whose count stands still hangs."""
-        return self._forwards
-
-    def _count(self, *_: object) -> None:
-        self._forwards += 1
+        return self.engine.steps  # a CUDA graph that is replayed runs no hook of the model
 
 
 def shard_from(arrays: Mapping[str, Array]) -> Shard:

@@ -18,14 +18,19 @@ Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 def sampling_model(
-    config: ModelConfig, dtype: torch.dtype, precision: str | None, fp8: bool, exact: bool = False
+    config: ModelConfig,
+    dtype: torch.dtype,
+    precision: str | None,
+    fp8: bool,
+    device: torch.device | str = "cpu",
+    exact: bool = False,
 ) -> Transformer:
     """A model like the one rollouts are sampled from, of zeros, without multi-token modules.
 
     precision: of products, as in the recipe. fp8: linears in FP8 (FP8Twin). exact: in the exact mode.
     """
     model = meta_model(config.replace(num_nextn_predict_layers=0))
-    allocate(model, dtype, "cpu")
+    allocate(model, dtype, device)
     for name, p in model.named_parameters():
         p.data = torch.zeros_like(p, dtype=_dtype(name, p, dtype))
     for buffer in model.buffers():
@@ -48,16 +53,19 @@ def sampling_tensors(model: Transformer) -> dict[str, Tensor]:
 
 def to_bytes(model: Transformer) -> dict[str, Bytes]:
     """What `sampling_tensors` gives, as bytes, since NumPy has no BF16; on a CPU, the tensors' own memory."""
-    return {name: _bytes(t) for name, t in sampling_tensors(model).items()}
+    return {name: t.cpu().reshape(-1).view(torch.uint8).numpy() for name, t in sampling_tensors(model).items()}
 
 
 def copy_bytes(model: Transformer, weights: Mapping[str, Bytes]) -> None:
-    """Copy what `to_bytes` returned into a `sampling_model` in place. Raises ValueError for another model's."""
+    """Copy what `to_bytes` returned into a `sampling_model` in place, wherever it is. Raises ValueError for another
+    model's.
+    """
     tensors = sampling_tensors(model)
     if tensors.keys() != weights.keys():
         raise ValueError(f"the weights are another model's: {sorted(tensors.keys() ^ weights.keys())[:3]}")
     for name, tensor in tensors.items():
-        np.copyto(_bytes(tensor), weights[name])
+        # Ray's arrays are read-only, which tensors are not: each is copied on its way.
+        tensor.copy_(torch.tensor(weights[name]).view(tensor.dtype).view(tensor.shape))
 
 
 def push_bytes(config: ModelConfig, dtype: torch.dtype, fp8: bool) -> int:
@@ -72,8 +80,3 @@ def push_bytes(config: ModelConfig, dtype: torch.dtype, fp8: bool) -> int:
 def _dtype(name: str, parameter: Tensor, dtype: torch.dtype) -> torch.dtype:
     """As the optimizer keeps a parameter."""
     return dtype if is_converted(name, parameter) else torch.float32
-
-
-def _bytes(tensor: Tensor) -> Bytes:
-    """Of a contiguous tensor; on a CPU they are its own."""
-    return tensor.cpu().reshape(-1).view(torch.uint8).numpy()

@@ -115,6 +115,14 @@ def _math(request: dict[str, Any]) -> float:
     return float(verify(gold, answer, timeout_seconds=None))
 
 
+def _reply(request: dict[str, Any]) -> float:
+    """Let math-verify find the answer in a whole reply, with its own settings."""
+    from math_verify import parse, verify
+
+    gold = parse(f"${request['gold'].replace('$', ' ')}$", parsing_timeout=0)
+    return float(verify(gold, parse(request["reply"], parsing_timeout=0), timeout_seconds=None))
+
+
 def _gym(request: dict[str, Any]) -> float:
     import reasoning_gym
 
@@ -154,7 +162,7 @@ def _serve() -> None:
         request = json.loads(line)
         result = None
         with contextlib.suppress(Exception):
-            result = {"math": _math, "gym": _gym, "make": _make}[request["task"]](request)
+            result = {"math": _math, "reply": _reply, "gym": _gym, "make": _make}[request["task"]](request)
         replies.write(json.dumps(result).encode() + b"\n")
 
 

@@ -11,8 +11,10 @@ from rich import box
 from rich.table import Table
 
 from rorqual.engine import Engine, SamplingParams
-from rorqual.evals.evaluate import Collected, collect, summarise, thinking_curve
+from rorqual.evals.collected import Collected
+from rorqual.evals.evaluate import collect, thinking_curve
 from rorqual.evals.results import CurvePoint, Gain, Scores, TaskResult, compare
+from rorqual.evals.summary import summarise
 from rorqual.evals.tasks import EnvironmentTask
 from rorqual.kernels.dtypes import compute_dtype, dtype_name
 from rorqual.plan.cost import parameters
@@ -144,7 +146,7 @@ def _collect(
         size = min(fit, MOST - done, max(3 * done, LEAST)) if fit >= LEAST else 0
     seconds = time.monotonic() - started
     state.console.print(f"   {done} problems per family, {samples} answers each, in {seconds:.0f} s")
-    tokens = sum(len(c.tokens) for stage in found.values() for part in stage.values() for c in part.completions)
+    tokens = sum(s.tokens for stage in found.values() for part in stage.values() for s in part.samples)
     return found, tokens / seconds
 
 

@@ -14,8 +14,8 @@ from rorqual.data.tokenizer import load_tokenizer, save_tokenizer, train_tokeniz
 from rorqual.engine import Engine
 from rorqual.evals.evaluate import evaluate
 from rorqual.recipe import DistillRecipe, ModelSection, PretrainRecipe, RLRecipe, TokenizerSection, parse_recipe
+from rorqual.rl.distillation import NoCorrectSamples, distill
 from rorqual.rl.envs.registry import Environment
-from rorqual.rl.rejection_sampling import NoCorrectSamples, distill
 from rorqual.rl.rl_run import rl
 from rorqual.speedrun.documents import LARGEST, write_documents
 from rorqual.speedrun.level import BATCH, LENGTH, MODEL, OPTIMIZER, Level

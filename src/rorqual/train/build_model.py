@@ -1,20 +1,28 @@
 """Build or load the model and the tokenizer of a recipe, and check that they fit each other."""
 
+from collections.abc import Callable
 from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from rorqual.checkpoint.describe import read_released
 from rorqual.checkpoint.huggingface import load_model
 from rorqual.checkpoint.model_reader import open_release
+from rorqual.checkpoint.release_tensors import allocate, meta_model, own_tensors
 from rorqual.data.tokenizer import load_tokenizer
 from rorqual.errors import UserError
 from rorqual.model import ModelConfig, Transformer
+from rorqual.parallel.data import is_expert
 from rorqual.recipe import ChatDataSection, DataSection, DistillRecipe, ModelSection, TrainSection
 from rorqual.tokenizer_protocol import Tokenizer
 from rorqual.train.rng import set_seed
+
+# Gives what a process keeps of a model on the meta device its weights: (model, number of its first routed expert,
+# device).
+Fill = Callable[[Transformer, int, torch.device], None]
 
 
 def check_length(
@@ -70,16 +78,65 @@ def build_model(section: ModelSection, tokenizer: Tokenizer, seed: int, length: 
     length: as in `model_config`. Raises UserError where the model's vocabulary is smaller than the tokenizer's.
     """
     set_seed(seed)
+    config = _config_for(section, tokenizer, length)
+    return Transformer(config) if section.path is None else load_model(section.path, dtype=torch.float32)
+
+
+def build_part(section: ModelSection, tokenizer: Tokenizer, seed: int, length: int = 0) -> tuple[Transformer, Fill]:
+    """As `build_model`, for a process that keeps a part: the whole on the meta device, and what fills the part.
+
+    It gets the same numbers, without the whole ever being in memory: read from the files alone, or drawn a tensor at a
+    time.
+    """
+    set_seed(seed)
+    config = _config_for(section, tokenizer, length)
+    if section.path is not None:
+        release = open_release(Path(section.path))
+
+        def read(model: Transformer, first_expert: int, device: torch.device) -> None:
+            allocate(model, torch.float32, device)
+            own = own_tensors(model, first_expert=first_expert)
+            release.fill({name: own[name] for name in release.required if name in own})
+
+        return release.outline, read
+
+    def draw(model: Transformer, first_expert: int, device: torch.device) -> None:
+        allocate(model, torch.float32, device)
+        for buffer in model.buffers():
+            buffer.zero_()
+        set_seed(seed)
+        _draw(model, config, first_expert)
+
+    return meta_model(config), draw
+
+
+@torch.no_grad()
+def _draw(model: Transformer, config: ModelConfig, first_expert: int) -> None:
+    """What `Transformer(config)` draws, of which the model keeps what it has a parameter for."""
+    whole = meta_model(config)
+    for module in whole.modules():  # PyTorch's own start, which the model's replaces, moves the generator on
+        if isinstance(module, nn.Linear):
+            nn.Linear(module.in_features, module.out_features, module.bias is not None)
+        elif isinstance(module, nn.Embedding):
+            nn.Embedding(module.num_embeddings, module.embedding_dim)
+    own = dict(model.named_parameters())
+    for name, outline in whole.named_parameters():
+        values = whole.started(name, torch.empty_like(outline, device="cpu"))
+        if name in own:
+            first = first_expert if is_expert(name) else 0
+            own[name].copy_(values[first : first + len(own[name])])
+
+
+def _config_for(section: ModelSection, tokenizer: Tokenizer, length: int) -> ModelConfig:
+    """See `build_model`."""
     size = len(tokenizer)
     config = model_config(section, size, tokenizer.eos_token_id, length)
-    if section.path is None:
-        return Transformer(config)
-    if config.vocab_size < size:
+    if section.path is not None and config.vocab_size < size:
         raise UserError(
             f"{section.path}: the model has {config.vocab_size} tokens and the tokenizer {size}; "
             "use the tokenizer the model was trained with"
         )
-    return load_model(section.path, dtype=torch.float32)
+    return config
 
 
 def check_model(section: ModelSection) -> None:

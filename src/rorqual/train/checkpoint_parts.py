@@ -55,7 +55,7 @@ def read_parts(folder: Path, parts: Mapping[str, Any], slices: Mapping[str, Slic
     Raises Damaged where rows are missing.
     """
     found: dict[str, Tensor] = {}
-    filled: dict[str, int] = {}
+    missing: dict[str, int] = {}  # rows, of the tensors that are cut
     for file, part in parts.items():
         with safe_open(folder / file, "pt") as opened:
             for name in opened.keys():  # noqa: SIM118 -- not a dictionary
@@ -67,14 +67,15 @@ def read_parts(folder: Path, parts: Mapping[str, Any], slices: Mapping[str, Slic
                 rows, *rest = piece.get_shape()
                 wanted = range(slices[name].first, slices[name].last) if slices and name in slices else range(total)
                 start, stop = max(first, wanted.start), min(first + rows, wanted.stop)
+                missing.setdefault(name, len(wanted))
                 if start >= stop:
                     continue
                 values = piece[start - first : stop - first]
                 if name not in found:
-                    found[name], filled[name] = torch.empty(len(wanted), *rest, dtype=values.dtype), 0
+                    found[name] = torch.empty(len(wanted), *rest, dtype=values.dtype)
                 found[name][start - wanted.start : stop - wanted.start] = values
-                filled[name] += stop - start
-    for name, rows in filled.items():
-        if rows != len(found[name]):
+                missing[name] -= stop - start
+    for name, rows in missing.items():
+        if rows:
             raise Damaged(f"rows of {name} are missing")
     return found

@@ -54,8 +54,11 @@ def files_of(recipe: Recipe) -> list[Path]:
         data = [recipe.data.path]
     elif isinstance(recipe, RLRecipe | DistillRecipe):
         data = [section.path for section in recipe.environments if section.path is not None]
+        if isinstance(recipe, RLRecipe) and recipe.opd is not None:
+            models += [recipe.opd.of(section.name) for section in recipe.environments]
         if isinstance(recipe, DistillRecipe):
             models = [recipe.teacher]  # the student's own run fingerprints the student
+            data += [section.path for section in recipe.mix]
     found = {file for model in models if model is not None for file in _of_model(Path(model))}
     return sorted(found | {file for path in data for file in _of_data(path)})
 

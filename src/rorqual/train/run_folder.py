@@ -23,7 +23,7 @@ from rorqual.train.input_fingerprints import keep_inputs
 
 # Fields that a resumed run may change, since they do not affect the final weights, or by rounding alone (device).
 FREE = {"out", "track", "device", "train.eval_every", "train.save_every", "train.keep", "save_every", "eval_every",
-        "keep", "sample_every", "eval_problems", "data.workers"}  # fmt: skip
+        "keep", "sample_every", "eval_problems", "data.workers", "rollouts.gpus"}  # fmt: skip
 # What to do about spikes is decided when there is one; any layout goes on from what another wrote.
 FREE_SECTIONS = ("spikes.", "parallel.")
 ROUNDING = "parallel.dispatch"  # but this: it may round what travels

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -24,6 +24,7 @@ from rorqual.train.checkpoint_parts import Damaged, read_parts, take_description
 from rorqual.train.checkpoints import STATE, TENSORS, Checkpoints, is_score, to_stderr
 
 CHECKPOINT = "checkpoint"
+Found = TypeVar("Found")
 
 
 class ShardedCheckpoints(Checkpoints):
@@ -72,21 +73,37 @@ class ShardedCheckpoints(Checkpoints):
         """As for one process, with the rows that this one owns."""
         self._on_first(self._discard_leftovers)
         while (step := self._first_ones(good)) is not None:
-            why = ""
-            try:
-                self._check_mine(step)
-            except Damaged as e:
-                why = str(e) or "damaged"
-            if not any(self._say(bool(why))):
-                with self._damage():
-                    found = self._described(step)
-                    parts = found.get("parts") or _one_file(self.slices())
-                    return step, read_parts(self.path(step), parts, self.slices()), found["state"]
-            self._together(
-                lambda s=step, w=why: self._set_aside(s, Damaged(w or "a file")) if not self.world.place else None
-            )
+            _, why = self._undamaged(lambda s=step: self._check_mine(s))
+            if why is None:
+                found, why = self._undamaged(lambda s=step: self._rows(s))
+                if why is None and found is not None:
+                    return step, *found
+            self._on_first(lambda s=step, w=why: self._set_aside(s, Damaged(w or "a file")))
         self._together(self._check_not_all_damaged)
         return None
+
+    def _undamaged(self, read: Callable[[], Found]) -> tuple[Found | None, str | None]:
+        """Do it on all processes → what it returns, and what is damaged on this process or, as text, on another."""
+        found, why = None, ""
+
+        def attempt() -> None:
+            nonlocal found, why
+            try:
+                found = read()
+            except Damaged as e:
+                why = str(e) or "damaged"
+            except OSError as e:
+                raise file_error(e.filename or self.directory, e, "read", "then continue with --resume") from e
+
+        self._together(attempt)
+        return found, (why or "a file") if any(self._say(bool(why))) else None
+
+    def _rows(self, step: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Those that this process owns, and the state. Raises Damaged for wrong or missing content."""
+        with self._damage():
+            found = self._described(step)
+            parts = found.get("parts") or _one_file(self.slices())
+            return read_parts(self.path(step), parts, self.slices()), found["state"]
 
     def _first_ones(self, good: bool) -> int | None:
         """The newest step that the first process sees: a shared file system may show others an older list."""

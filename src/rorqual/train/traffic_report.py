@@ -51,7 +51,7 @@ def traffic(trainer: Trainer, tokens: int, steps: int) -> dict[str, Any]:
 
     tokens: of all ranks in a step; steps: of this process, over which bytes were counted.
     """
-    mesh, uncounted = trainer.mesh, trainer.mesh.section.dispatch.startswith("deepep")
+    mesh, uncounted = trainer.mesh, trainer.mesh.section.by_deep_ep
     (expected,) = computed(trainer, tokens // (mesh.data.size * mesh.context.size), [mesh])
     keys: list[tuple[str, Link]] = [(what, link) for what in SHOWN for link in LINKS]
     rows = torch.tensor([[mesh.traffic.sent[key] / max(steps, 1), expected[key]] for key in keys], dtype=torch.float64)

@@ -23,7 +23,7 @@ from rorqual.parallel.context import part, share_sequences
 from rorqual.parallel.courier import Courier
 from rorqual.parallel.data import Slice
 from rorqual.parallel.deep_ep import check_deep_ep
-from rorqual.parallel.experts import spread_experts
+from rorqual.parallel.experts import close_experts, first_expert, spread_experts
 from rorqual.parallel.group import Group
 from rorqual.parallel.mesh import Mesh, single
 from rorqual.parallel.pipeline import Pipeline
@@ -32,6 +32,7 @@ from rorqual.precision.convert import convert
 from rorqual.precision.recompute import Activations, Recompute
 from rorqual.recipe import BalanceSection, MTPSection, OptimizerSection, ScheduleSection
 from rorqual.train.balance import max_violations, update_correction_bias
+from rorqual.train.build_model import Fill
 from rorqual.train.compile import compiled
 from rorqual.train.ema import EMA
 from rorqual.train.objective import Objective
@@ -87,13 +88,15 @@ class Trainer:
         mesh: Mesh | None = None,
         micro_batches: int = 1,
         device: torch.device | None = None,
+        fill: Fill | None = None,
         notify: Callable[[str], None] = print,
     ) -> None:
         """Convert `model` to `dtype` ("auto": the fastest on its device) in place, on `device` (None: where it is).
 
         Without `mtp` or `balance` the MTP loss or the load balancing is off. `precision` (a key of PRECISIONS) is that
         of products; `recompute` and `offload`: see precision/recompute.py. `mesh`: the processes that train together;
-        with pipeline stages, every step has as many `micro_batches`.
+        with pipeline stages, every step has as many `micro_batches`. `fill`: of a model on the meta device, what gives
+        the part that stays here its weights.
         """
         if precision is not None:
             for line in convert(model, precision).lines():
@@ -101,7 +104,7 @@ class Trainer:
         self.mesh = mesh or single()
         self.device = device or next(model.parameters()).device
         self.dtype = compute_dtype(dtype, self.device)
-        check_deep_ep(self.mesh.section.dispatch, self.dtype, self.device)
+        check_deep_ep(self.mesh.section, self.dtype, self.device)
         self.courier = Courier(self.mesh.section.overlap)
         spread_experts(model, self.mesh, self.courier)
         share_sequences(model, self.mesh.context)
@@ -111,6 +114,8 @@ class Trainer:
         if self.mesh.pipeline.size > 1:
             order = self.mesh.section.schedule
             self.pipeline = Pipeline(model, self.mesh, self.courier, order, micro_batches, self.activations.kept)
+        if fill is not None:
+            fill(model, first_expert(model, self.mesh), self.device)
         model.to(self.device)  # of what this process holds
         self.model, self.schedule = model, schedule
         self.mtp = mtp or MTPSection(weight=0.0, final_weight=0.0)
@@ -167,6 +172,11 @@ class Trainer:
             ranks_not_finite=not_finite(ranks),
             ranks=tuple(ranks),
         )
+
+    def close(self) -> None:
+        """End threads, and free what DeepEP holds; all processes call it together, before they part."""
+        self.courier.close()
+        close_experts(self.model)
 
     @torch.no_grad()
     def bits_per_byte(self, batches: Iterable[tuple[Batch, int]]) -> float:

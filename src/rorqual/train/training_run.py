@@ -19,19 +19,19 @@ from rorqual.checkpoint.huggingface import save_model
 from rorqual.data.datasets import open_chat_data, open_pretrain_data, open_tokenizer
 from rorqual.data.loader import Batch, Heldout, Loader
 from rorqual.data.tokenizer import load_tokenizer, save_tokenizer
-from rorqual.errors import UserError, file_error
+from rorqual.errors import Stopped, UserError, file_error
 from rorqual.files import write_folder, write_text
 from rorqual.kernels.devices import find_device
 from rorqual.model import ModelConfig, Transformer
 from rorqual.parallel.context import check_pieces, part
 from rorqual.parallel.export import save_parts
-from rorqual.parallel.mesh import Mesh, build_mesh, single
+from rorqual.parallel.mesh import Mesh, joined, single
 from rorqual.plan.estimate import predict
 from rorqual.plan.hardware import matrix_peak, memory_used
 from rorqual.plan.ledger import Ledger
 from rorqual.recipe import ParallelSection, PretrainRecipe, SFTRecipe, SpikesSection, TrainSection
 from rorqual.tokenizer_protocol import Tokenizer
-from rorqual.train.build_model import build_model, check_length, set_threads, tokenizer_of
+from rorqual.train.build_model import Fill, build_model, build_part, check_length, set_threads, tokenizer_of
 from rorqual.train.checkpoints import Checkpoints
 from rorqual.train.model_card import model_card
 from rorqual.train.ranks import RankWatch
@@ -57,13 +57,12 @@ def pretrain(recipe: PretrainRecipe, resume: bool = False) -> Path:
     check_length(recipe.model, recipe.data)
     check_pieces(recipe.data.sequence_length, recipe.parallel.context)
     device = find_device(recipe.device)
-    mesh = build_mesh(recipe.parallel, device.type)
-    with join_run(recipe, resume, mesh, device) as run_dir:
+    with joined(recipe.parallel, device.type) as mesh, join_run(recipe, resume, mesh, device) as run_dir:
         with first_alone(mesh):
             tokenizer = _tokenizer(recipe, run_dir)
             loader, valid = open_pretrain_data(recipe.data, tokenizer, run_dir / "data", recipe.seed)
-        model = build_model(recipe.model, tokenizer, recipe.seed, recipe.data.sequence_length)
-        run = train(recipe, run_dir, model, loader, valid, mesh, device)
+        model, fill = _built(recipe, tokenizer, mesh, recipe.data.sequence_length)
+        run = train(recipe, run_dir, model, loader, valid, mesh, device, fill)
         return finish(recipe, run, tokenizer)
 
 
@@ -77,8 +76,7 @@ def sft(recipe: SFTRecipe, resume: bool = False) -> Path:
     check_length(recipe.model, recipe.data)
     check_pieces(recipe.data.sequence_length, recipe.parallel.context)
     device = find_device(recipe.device)
-    mesh = build_mesh(recipe.parallel, device.type)
-    with join_run(recipe, resume, mesh, device) as run_dir:
+    with joined(recipe.parallel, device.type) as mesh, join_run(recipe, resume, mesh, device) as run_dir:
         loader, valid, samples = open_chat_data(recipe.data, tokenizer, recipe.seed)
         if mesh.rank == 0 and (samples.shortened or samples.dropped):
             print(
@@ -86,9 +84,18 @@ def sft(recipe: SFTRecipe, resume: bool = False) -> Path:
                 f"{recipe.data.sequence_length}, {samples.dropped} were dropped (no assistant token within it)",
                 file=sys.stderr,
             )
-        model = build_model(recipe.model, tokenizer, recipe.seed)
-        run = train(recipe, run_dir, model, loader, valid, mesh, device)
+        model, fill = _built(recipe, tokenizer, mesh)
+        run = train(recipe, run_dir, model, loader, valid, mesh, device, fill)
         return finish(recipe, run, tokenizer)
+
+
+def _built(
+    recipe: PretrainRecipe | SFTRecipe, tokenizer: Tokenizer, mesh: Mesh, length: int = 0
+) -> tuple[Transformer, Fill | None]:
+    """The model; of several processes, its outline, and what fills each one's part."""
+    if mesh.section.processes == 1:
+        return build_model(recipe.model, tokenizer, recipe.seed, length), None
+    return build_part(recipe.model, tokenizer, recipe.seed, length)
 
 
 def _tokenizer(recipe: PretrainRecipe, run_dir: Path) -> Tokenizer:
@@ -109,11 +116,11 @@ def _tokenizer(recipe: PretrainRecipe, run_dir: Path) -> Tokenizer:
 
 def train(
     recipe: PretrainRecipe | SFTRecipe, run_dir: Path, model: Transformer, loader: Loader, valid: Heldout | None,
-    mesh: Mesh | None = None, device: torch.device | None = None,
+    mesh: Mesh | None = None, device: torch.device | None = None, fill: Fill | None = None,
 ) -> "TrainingRun":  # fmt: skip
     """Train the recipe to its end, resuming from the newest checkpoint. Raises as `TrainingRun.fit`.
 
-    device: None: where the model is.
+    device: None: where the model is. fill: see Trainer.
     """
     section, mesh = recipe.train, mesh or single()
     run = TrainingRun(
@@ -133,6 +140,7 @@ def train(
             mesh=mesh,
             micro_batches=micro_batches(section, mesh.section),
             device=device,
+            fill=fill,
             notify=print if mesh.rank == 0 else lambda _: None,
         ),
         loader=loader,
@@ -144,7 +152,11 @@ def train(
     if valid is not None:
         size = section.micro_batch or section.batch_size
         run.validate = lambda: run.trainer.bits_per_byte(valid.batches(size, EVAL_BATCHES))
-    run.fit()
+    try:
+        run.fit()
+    except Stopped:  # by all processes
+        run.trainer.close()
+        raise
     return run
 
 
@@ -324,6 +336,7 @@ def finish(recipe: PretrainRecipe | SFTRecipe, run: TrainingRun, tokenizer: Toke
             save_parts(trainer.model, directory, tokenizer, run.mesh)
         else:
             save_model(trainer.model, directory, tokenizer)
+    trainer.close()
     if run.mesh.rank:
         return run.run_dir
     if sent:

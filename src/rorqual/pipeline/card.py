@@ -1,0 +1,122 @@
+"""The model card that a pipeline writes: stages, data, figures with intervals, cost."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from rorqual.errors import UserError
+from rorqual.evals.results import TaskResult, compare
+from rorqual.files import read_json
+from rorqual.recipe import DistillRecipe, Recipe, RLRecipe
+
+KINDS = {
+    "pretrain": "pre-training",
+    "sft": "fine-tuning",
+    "rl": "reinforcement learning (GRPO)",
+    "distill": "rejection sampling, then fine-tuning",
+    "reward": "reward model",
+}
+
+
+class Stage(Protocol):
+    name: str
+    kind: str
+    recipe: Recipe
+    seconds: float
+    tasks: dict[str, TaskResult]
+
+    @property
+    def model(self) -> Path: ...
+    @property
+    def counts(self) -> dict[str, Any]: ...
+
+
+def card(name: str, stages: Sequence[Stage], before: Mapping[str, TaskResult]) -> str:
+    """In Markdown, with Hugging Face's front matter. before: results of the model that the pipeline began with."""
+    start = stages[0].recipe.model.path or "random weights"
+    rows = "\n".join(f"| {stage.name} | {KINDS[stage.kind]} | {_data(stage)} | {_cost(stage)} |" for stage in stages)
+    total = sum(stage.seconds for stage in stages)
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [rorqual, r1]
+---
+# {name}
+
+Made from `{start}` by Rorqual (`rorqual r1`), seed {stages[0].recipe.seed}, in {total / 3600:.2f} hours without
+evaluations.
+
+| stage | what | data | cost |
+|---|---|---|---|
+{rows}
+
+{_figures(stages, before)}"""
+
+
+def _data(stage: Stage) -> str:
+    recipe = stage.recipe
+    if isinstance(recipe, DistillRecipe):
+        counts = {family: found for family, found in stage.counts.items() if isinstance(found, dict)}
+        kept = sum(found.get("kept", 0) for found in counts.values())
+        sampled = sum(sum(found.values()) for found in counts.values())
+        mixed = stage.counts.get("mixed in", 0)
+        more = f", {mixed:,} conversations mixed in" if mixed else ""
+        return f"{kept:,} of {sampled:,} completions of {recipe.teacher}{more}"
+    if isinstance(recipe, RLRecipe):
+        families = ", ".join(section.name for section in recipe.environments)
+        return f"{families}; {recipe.grpo.questions_per_step} × {recipe.grpo.group_size} answers a step"
+    return "its recipe's"
+
+
+def _cost(stage: Stage) -> str:
+    ledger = read_object(stage.model.parent / "ledger.json")
+    if not ledger:
+        return f"{stage.seconds:,.0f} s"
+    total = ledger["total"]
+    energy = f", {ledger['joules'] / 3.6e6:.2f} kWh" if ledger.get("joules") else ""
+    tokens, flops = total["tokens"], total["flops"]
+    return f"{stage.seconds:,.0f} s, {tokens:,.0f} tokens, {flops:.3g} FLOP{energy}"
+
+
+def _figures(stages: Sequence[Stage], before: Mapping[str, TaskResult]) -> str:
+    evaluated = [stage for stage in stages if stage.tasks]
+    if not evaluated:
+        return ""
+    names = list(evaluated[-1].tasks)
+    rows = [("start", before)] if before else []
+    rows += [(stage.name, stage.tasks) for stage in evaluated]
+    lines = [f"| {name} | " + " | ".join(_cell(tasks.get(task)) for task in names) + " |" for name, tasks in rows]
+    if before:
+        gains = compare(before, evaluated[-1].tasks)
+        cells = [
+            f"{100 * g.gain:+.1f} [{100 * g.interval[0]:+.1f}, {100 * g.interval[1]:+.1f}]" if g else "–"
+            for g in map(gains.get, names)
+        ]
+        lines.append(f"| gain, paired by problem | {' | '.join(cells)} |")
+    settings = evaluated[-1].tasks[names[0]]
+    return f"""## Accuracy
+
+pass@1 in per cent on {settings.problems} held-out problems of each family, 95 % intervals over problems.
+
+| after | {" | ".join(names)} |
+|---|{"---|" * len(names)}
+{chr(10).join(lines)}
+"""
+
+
+def _cell(found: TaskResult | None) -> str:
+    if found is None:
+        return "–"
+    low, high = found.interval
+    return f"{100 * found.pass_at_1:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Of a JSON file that a stage wrote; {} where there is none. Raises UserError for a damaged one."""
+    try:
+        found = read_json(path, "delete it, then continue with --resume")
+    except FileNotFoundError:
+        return {}
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is damaged (no object); delete it, then continue with --resume")
+    return found

@@ -1,0 +1,186 @@
+"""Runs a pipeline's file: each stage as the verb of its kind does, with an evaluation after each, and a report."""
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from rorqual import strict_json
+from rorqual.checkpoint.model_writer import new_directory
+from rorqual.errors import UserError
+from rorqual.evals.result_tables import gains_table
+from rorqual.evals.results import TaskResult, compare
+from rorqual.files import locked, write_text
+from rorqual.pipeline.card import card, read_object
+from rorqual.pipeline.evaluation import START, Evaluations, read_section
+from rorqual.plan.pipeline_file import read_pipeline, recipe_kind
+from rorqual.recipe import DistillRecipe, Recipe, RLRecipe, load_recipe
+from rorqual.report import write_report
+from rorqual.rl.distillation import COUNTS, distill
+from rorqual.rl.envs.registry import open_environment
+from rorqual.rl.rl_run import rl
+from rorqual.train.run_folder import to_toml
+from rorqual.train.training_run import pretrain, sft
+
+RUNS: dict[str, Callable[..., Path]] = {"pretrain": pretrain, "sft": sft, "rl": rl, "distill": distill}
+STATE = "pipeline.json"
+
+
+@dataclass
+class StageRun:
+    """One stage: its recipe, and what it took."""
+
+    name: str
+    kind: str
+    recipe: Recipe
+    text: str  # of the recipe, before a run has chosen what it leaves open; compared when a pipeline goes on
+    seconds: float = 0.0  # of the processes that ended it and before; evaluations are apart
+    tasks: dict[str, TaskResult] = field(default_factory=dict[str, TaskResult])
+
+    @property
+    def folder(self) -> Path:
+        return self.recipe.run_dir
+
+    @property
+    def model(self) -> Path:
+        return self.folder / ("student/model" if self.kind == "distill" else "model")
+
+    @property
+    def counts(self) -> dict[str, Any]:
+        """Of a distillation's completions, by family: how many were kept, or left out and why."""
+        return read_object(self.folder / COUNTS)
+
+
+def run_pipeline(path: Path, out: Path | None = None, seed: int | None = None, resume: bool = False) -> Path:
+    """Run the stages of the file at `path`; returns the folder with report.html, README.md and model/.
+
+    out, seed: instead of the file's and the recipes'. With `resume` stages that have ended are kept, and the one that
+    was stopped goes on from its last checkpoint. Every recipe and environment is checked before the first stage.
+    Raises UserError for what the user can fix, Stopped after SIGINT or SIGTERM.
+    """
+    file = read_pipeline(path)
+    out = out or file.out or Path("runs") / file.name
+    file = read_pipeline(path, out, seed)
+    stages: list[StageRun] = []
+    for stage in file.stages:
+        if stage.recipe is None:
+            raise UserError(f"{stage.where}: it has no recipe, so it can be planned only; give it one")
+        kind = recipe_kind(stage.recipe)
+        recipe = load_recipe(stage.recipe, kind, stage.overrides)
+        parallel = getattr(recipe, "parallel", None)
+        if parallel is not None and parallel.processes > 1:
+            raise UserError(f"{stage.where}: it is for {parallel.processes} processes; run it by itself, or take one")
+        text = to_toml(recipe.model_dump(exclude={"out", "track", "device"}))
+        stages.append(StageRun(stage.name, kind, recipe, text))
+    _check(stages)
+    section = read_section(path, file.evaluate)
+    console = Console(highlight=False)
+    with locked(_made(out) / ".lock", f"{out}: another process runs a pipeline in it"):
+        evaluations = None if section is None else Evaluations(out / "evaluations", section)
+        done = _read_state(out, stages, resume)
+        before: dict[str, TaskResult] = {}
+        if evaluations is not None and evaluations.section.start is not None:
+            console.print(f"[bold]{START}[/bold]: evaluation")
+            before = evaluations.of(START, Path(evaluations.section.start))
+        for number, stage in enumerate(stages, 1):
+            console.print(f"[bold]{number}/{len(stages)} {stage.name}[/bold]")
+            if stage.name in done:
+                stage.seconds = done[stage.name]["seconds"]
+            else:
+                began = time.monotonic()
+                RUNS[stage.kind](stage.recipe, resume=True)
+                stage.seconds = _ledger_seconds(stage) or time.monotonic() - began
+                done[stage.name] = {"recipe": stage.text, "seconds": stage.seconds}
+                write_text(out / STATE, strict_json.dumps(done, indent=1) + "\n", then="then continue with --resume")
+            if evaluations is not None:
+                stage.tasks = evaluations.of(stage.name, stage.model)
+                if before:
+                    console.print(gains_table(compare(before, stage.tasks)))
+        _finish(out, file.name, stages, before)
+    return out
+
+
+def _check(stages: list[StageRun]) -> None:
+    """Raises UserError for an environment or a kind that a later stage could not start with."""
+    for stage in stages:
+        if stage.kind not in RUNS:
+            raise UserError(f"stage {stage.name}: kind = {stage.kind!r} is not one of {', '.join(RUNS)}")
+        if isinstance(stage.recipe, RLRecipe | DistillRecipe):
+            for section in stage.recipe.environments:
+                open_environment(section)
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _read_state(out: Path, stages: list[StageRun], resume: bool) -> dict[str, Any]:
+    """The stages that have ended. Raises UserError for a begun pipeline without `resume`, or with other recipes."""
+    begun = [stage for stage in stages if stage.folder.exists()]
+    if begun and not resume:
+        raise UserError(f"{out} already holds stage {begun[0].name}; continue with --resume or choose another --out")
+    done = read_object(out / STATE)
+    for stage in stages:
+        if stage.name in done and done[stage.name]["recipe"] != stage.text:
+            raise UserError(
+                f"{out}: stage {stage.name} has ended with another recipe ({stage.folder}/recipe.toml); set it back, "
+                "or choose another --out"
+            )
+    return done
+
+
+def _ledger_seconds(stage: StageRun) -> float | None:
+    """Over all resumptions; None where the run's ledger does not count all of them."""
+    ledger = read_object(stage.model.parent / "ledger.json")
+    return float(ledger["total"]["seconds"]) if ledger and stage.kind != "distill" else None
+
+
+def _finish(out: Path, name: str, stages: list[StageRun], before: dict[str, TaskResult]) -> None:
+    """Write model/ with the card, summary.json and report.html."""
+    first = [{"name": START, "tasks": {task: found.to_dict() for task, found in before.items()}}] if before else []
+    shown = [
+        {
+            "name": stage.name,
+            "seconds": stage.seconds,
+            "tasks": {task: found.to_dict() for task, found in stage.tasks.items()},
+        }
+        for stage in stages
+    ]
+    gains = {stage.name: {t: vars(g) for t, g in compare(before, stage.tasks).items()} for stage in stages if before}
+    summary = {
+        "stages": first + shown,
+        "gains": gains,
+        "notes": [*_notes(stages), *(["gains are over the start"] if before else [])],
+        "seed": stages[0].recipe.seed,
+        "total_seconds": sum(stage.seconds for stage in stages),
+        "chat_command": f"rorqual chat {out}/model",
+    }
+    then = "then continue with --resume"
+    write_text(out / "summary.json", strict_json.dumps(summary, indent=1) + "\n", then=then)
+    text = card(name, stages, before)
+    if (out / "model").exists():
+        shutil.rmtree(out / "model")
+    with new_directory(out / "model", "saved") as temporary:
+        for item in stages[-1].model.iterdir():
+            if item.is_file() and item.name != "README.md":
+                shutil.copy2(item, temporary / item.name)
+        (temporary / "README.md").write_text(text, encoding="utf-8")
+    write_text(out / "README.md", text, then=then)
+    write_report(out)
+
+
+def _notes(stages: list[StageRun]) -> list[str]:
+    found: list[str] = []
+    for stage in stages:
+        for family, counts in stage.counts.items():
+            if isinstance(counts, dict):
+                others = ", ".join(f"{n} {what}" for what, n in sorted(counts.items()) if n and what != "kept")
+                kept = counts.get("kept", 0)
+                total = sum(counts.values())
+                found.append(f"{stage.name}, {family}: {kept} of {total} kept" + (others and f"; {others}"))
+    return found

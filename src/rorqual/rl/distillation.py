@@ -1,0 +1,246 @@
+"""Distillation: a teacher's best completions, with conversations mixed in, become a student's SFT data (R1 §2.4).
+
+The teacher is a model, or `worked-solutions` (rl/worked), which never errs: R1's cold start (§2.3.1).
+"""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from random import Random
+from statistics import fmean
+from typing import Any, TextIO
+
+import torch
+
+from rorqual.data.corpus import RECORDS, find_files, read_records
+from rorqual.engine import Engine, SamplingParams
+from rorqual.errors import UserError, file_error
+from rorqual.files import write_text
+from rorqual.kernels.devices import find_device
+from rorqual.model.model_directory import is_gguf, model_directory
+from rorqual.precision.packed_checkpoint import is_quantized
+from rorqual.recipe import WORKED_SOLUTIONS, ChatDataSection, DistillRecipe, MixSection, SFTRecipe
+from rorqual.rl.context_limits import check_context
+from rorqual.rl.envs.registry import Environment, open_environment
+from rorqual.rl.prompts import prompt_text
+from rorqual.rl.rejection_sampling import BATCH, KEPT, Batch, Counts, draw_problems, rejection_sample
+from rorqual.rl.rollout import derived_seed
+from rorqual.rl.sample_filter import refused
+from rorqual.rl.worked import WRITERS, write
+from rorqual.tokenizer_protocol import Tokenizer
+from rorqual.train.build_model import check_length, check_model, tokenizer_of
+from rorqual.train.run_folder import open_run
+from rorqual.train.training_run import sft
+
+COUNTS = "sampling.json"
+
+
+class NoCorrectSamples(UserError):
+    """The teacher solved none of the problems, so there is no training data."""
+
+
+def distill(recipe: DistillRecipe, resume: bool = False) -> Path:
+    """Sample from the teacher, then fine-tune the student on the kept samples; returns the run's folder.
+
+    Samples are written to samples.jsonl, the student's run to student/. Resuming keeps written samples.
+    Raises UserError for what the user can fix, Stopped after SIGINT or SIGTERM.
+    """
+    tokenizer_of(recipe.model)
+    check_model(recipe.model)
+    check_length(recipe.model, recipe, "sequence_length")
+    environments = [open_environment(section) for section in recipe.environments]
+    if recipe.teacher == WORKED_SOLUTIONS and (unknown := {e.family for e in environments} - WRITERS.keys()):
+        raise UserError(
+            f"environment {min(unknown)}: there are no worked solutions of it, only of {', '.join(sorted(WRITERS))}; "
+            "leave it out, or take a model as the teacher"
+        )
+    device = find_device(recipe.device)
+    for_teacher = recipe.device  # which open_run changes to what it has found
+    with open_run(recipe, resume, device) as run_dir:
+        samples = run_dir / "samples.jsonl"
+        if not samples.exists():
+            _sample(recipe, environments, samples, for_teacher)
+        student = student_recipe(recipe, run_dir, samples)
+        sft(student, resume=True)
+    return run_dir
+
+
+def student_recipe(recipe: DistillRecipe, run_dir: Path, samples: Path) -> SFTRecipe:
+    """Of the fine-tuning on the samples."""
+    return SFTRecipe(
+        name="student",
+        out=str(run_dir),
+        seed=recipe.seed,
+        track=recipe.track,
+        device=recipe.device,
+        model=recipe.model,
+        precision=recipe.precision,
+        recompute=recipe.recompute,
+        data=ChatDataSection(path=str(samples), sequence_length=recipe.sequence_length),
+        optimizer=recipe.optimizer,
+        schedule=recipe.schedule,
+        balance=recipe.balance,
+        train=recipe.train,
+    )
+
+
+def worked_tokens(recipe: DistillRecipe, tokenizer: Tokenizer) -> float:
+    """Mean tokens of a sample of written solutions, prompts included, of a few problems."""
+    environments = [open_environment(section) for section in recipe.environments]
+    few = recipe.model_copy(update={"problems": 8 * len(environments)})
+    rows = [row for batch in _worked_batches(few, environments, 0, tokenizer) for row in batch.rows]
+    return fmean(len(tokenizer(row["prompt"] + row["completion"]).input_ids) for row in rows)
+
+
+def _sample(recipe: DistillRecipe, environments: Sequence[Environment], samples: Path, device: str) -> None:
+    """Write samples.jsonl and sampling.json; a batch is appended to samples.partial.jsonl as soon as it is scored."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    mixed = [row for section in recipe.mix for row in _mixed(section, recipe.seed)]
+    partial = samples.with_name("samples.partial.jsonl")
+    start, kept, counts = _read_partial(partial)
+    batches = _batches(recipe, environments, start, device)
+    console = Console(stderr=True)
+    with Progress(console=console, disable=not console.is_terminal) as bar, open_to_append(partial) as file:
+        task = bar.add_task(f"sampling from {recipe.teacher}", total=recipe.problems, completed=start)
+        for batch in batches:
+            kept += batch.rows
+            _add(counts, batch.counts)
+            line = {"done": batch.done, "rows": batch.rows, "counts": batch.counts}
+            try:
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                file.flush()
+            except OSError as e:
+                raise file_error(partial, e, then="then continue with --resume") from e
+            bar.update(task, completed=batch.done)
+    if kept:
+        rows = [*kept, *mixed]
+        then = "then continue with --resume"
+        write_text(samples.with_name(COUNTS), json.dumps(counts | {"mixed in": len(mixed)}, indent=1) + "\n", then=then)
+        write_text(samples, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), then=then)
+    partial.unlink()
+    print("\n".join(described(counts)))
+    if not kept:
+        raise NoCorrectSamples(
+            f"none of {recipe.samples} completions of each of {recipe.problems} problems is correct and as the filter "
+            "wants it; use a stronger teacher, easier environments or more samples"
+        )
+
+
+def described(counts: Counts) -> list[str]:
+    """A line a family: kept of how many, and why others were left out."""
+    lines: list[str] = []
+    for family, found in counts.items():
+        others = ", ".join(f"{n} {what}" for what, n in sorted(found.items()) if n and what != KEPT)
+        lines.append(f"{family}: {found[KEPT]} of {sum(found.values())} completions kept" + (others and f"; {others}"))
+    return lines
+
+
+def _add(counts: Counts, more: Counts) -> None:
+    for family, found in more.items():
+        counts.setdefault(family, Counter()).update(found)
+
+
+def _batches(recipe: DistillRecipe, environments: Sequence[Environment], start: int, device: str) -> Iterator[Batch]:
+    if recipe.teacher == WORKED_SOLUTIONS:
+        return _worked_batches(recipe, environments, start, tokenizer_of(recipe.model))
+    engine = Engine(recipe.teacher, device=_teacher_device(recipe.teacher, device))
+    context = engine.model.config.max_position_embeddings
+    check_context(environments, recipe.template, engine.require_tokenizer(), context, recipe.max_tokens, "max_tokens")
+    params = SamplingParams(temperature=recipe.temperature, max_tokens=recipe.max_tokens, n=recipe.samples)
+    return rejection_sample(
+        engine, environments, recipe.problems, recipe.template, recipe.reward, params, recipe.keep_per_problem,
+        recipe.seed, start, recipe.filter,
+    )  # fmt: skip
+
+
+def _worked_batches(
+    recipe: DistillRecipe, environments: Sequence[Environment], start: int, tokenizer: Tokenizer
+) -> Iterator[Batch]:
+    """`keep_per_problem` written solutions of each problem, as the judge of rewards and the filter accept them."""
+    by_family = {environment.family: environment for environment in environments}
+    drawn = draw_problems(environments, recipe.problems, recipe.seed)
+    for first in range(start, len(drawn), BATCH):
+        batch = Batch(min(first + BATCH, len(drawn)))
+        for i, problem in enumerate(drawn[first : first + BATCH], first):
+            prompt = prompt_text(problem.question, recipe.template, tokenizer)
+            for k in range(recipe.keep_per_problem):
+                worked = write(problem, Random(derived_seed(recipe.seed, "worked", i, k)))
+                if worked is None:
+                    batch.count(problem.family, "of a form not known")
+                    continue
+                text = worked.completion
+                length = len(tokenizer(text).input_ids)
+                if not by_family[problem.family].correct(problem, worked.answer):
+                    batch.count(problem.family, "wrong")
+                elif why := refused(text, length, recipe.filter, recipe.reward.target_language):
+                    batch.count(problem.family, why)
+                else:
+                    batch.count(problem.family, KEPT)
+                    opened = prompt.endswith("<think>")
+                    batch.rows.append(
+                        {
+                            "prompt": prompt,
+                            "completion": text.removeprefix("<think>") if opened else text,
+                            "family": problem.family,
+                            "length": length,
+                        }
+                    )
+        yield batch
+
+
+def _mixed(section: MixSection, seed: int) -> list[dict[str, Any]]:
+    """Conversations of a file, all or `samples` of them. Raises UserError for fewer."""
+    rows = [dict(record) for file in find_files(section.path, RECORDS) for _, record in read_records(file)]
+    if section.samples is None:
+        return rows
+    if section.samples > len(rows):
+        raise UserError(f"mix.samples = {section.samples}: {section.path} has only {len(rows)} conversations; lower it")
+    return Random(derived_seed(seed, "mix", section.path)).sample(rows, section.samples)
+
+
+def _teacher_device(teacher: str, name: str) -> torch.device:
+    """As in the recipe; "auto" is the CPU for quantised weights, which are for one."""
+    packed = is_gguf(teacher) or is_quantized(model_directory(teacher))
+    return find_device("cpu" if packed and name == "auto" else name)
+
+
+def _read_partial(path: Path) -> tuple[int, list[dict[str, Any]], Counts]:
+    """(problems done, samples kept, counts). A last line cut short by a kill is truncated away."""
+    done = complete = 0  # `complete`: bytes of complete lines
+    rows: list[dict[str, Any]] = []
+    counts: Counts = {}
+    try:
+        with path.open("rb") as file:
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                found = json.loads(line)
+                done, complete = found["done"], complete + len(line)
+                rows += found["rows"]
+                _add(counts, {family: Counter(known) for family, known in found.get("counts", {}).items()})
+        os.truncate(path, complete)
+    except FileNotFoundError:
+        pass
+    except OSError as e:
+        raise file_error(path, e, "read", "then continue with --resume") from e
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise UserError(f"{path} is damaged ({e}); delete it to sample again, then continue with --resume") from e
+    return done, rows, counts
+
+
+@contextmanager
+def open_to_append(path: Path) -> Generator[TextIO, None, None]:
+    try:
+        file = path.open("a", encoding="utf-8")
+    except OSError as e:
+        raise file_error(path, e, then="then continue with --resume") from e
+    try:
+        yield file
+    finally:
+        with suppress(OSError):  # each line was flushed, and that reported any failure
+            file.close()

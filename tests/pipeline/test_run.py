@@ -1,0 +1,164 @@
+"""`rorqual r1` with small recipes: a cold start, reinforcement learning, rejection sampling, evaluations."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from rorqual.checkpoint.huggingface import save_model
+from rorqual.data.tokenizer import train_tokenizer
+from rorqual.errors import UserError
+from rorqual.model import ModelConfig, Transformer
+from rorqual.pipeline import run as pipeline_run
+from rorqual.pipeline import run_pipeline
+from rorqual.recipe import TokenizerSection
+
+SUMS = """
+[[environments]]
+name = "chain_sum"
+config = { min_terms = 2, max_terms = 2, min_digits = 1, max_digits = 1 }
+"""
+COLD = f"""
+kind = "distill"
+name = "cold"
+teacher = "worked-solutions"
+template = "plain"
+problems = 12
+sequence_length = 256
+[model]
+path = "START"
+{SUMS}
+[train]
+steps = 2
+batch_size = 2
+"""
+TUNE = f"""
+kind = "rl"
+name = "tune"
+template = "plain"
+steps = 2
+save_every = 1
+[model]
+path = "elsewhere"
+{SUMS}
+[grpo]
+group_size = 2
+questions_per_step = 2
+max_tokens = 8
+"""
+PIPELINE = """
+name = "tiny"
+out = "OUT"
+[[stage]]
+recipe = "cold.toml"
+[[stage]]
+name = "again"
+recipe = "tune.toml"
+model = "cold"
+[evaluate]
+tasks = "chain_sum"
+start = "START"
+problems = 3
+samples = 2
+template = "plain"
+max_tokens = 8
+"""
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    tags = ["<think>", "</think>", "<answer>", "</answer>"]
+    return train_tokenizer(["1 + 2 = 3"], TokenizerSection(vocab_size=300, special_tokens=tags, whole_numbers=20))
+
+
+@pytest.fixture(scope="module")
+def dense(tokenizer):
+    config = ModelConfig.from_dict(
+        {
+            "model_type": "llama", "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 48,
+            "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
+            "max_position_embeddings": 512, "tie_word_embeddings": True, "eos_token_id": tokenizer.eos_token_id,
+        }
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return Transformer(config)
+
+
+@pytest.fixture
+def file(tmp_path, tokenizer, dense):
+    """Of the pipeline, in a folder with its recipes and the model that it begins with."""
+    save_model(dense, tmp_path / "start", tokenizer)
+    for name, text in (("cold", COLD), ("tune", TUNE), ("tiny", PIPELINE)):
+        text = text.replace("START", str(tmp_path / "start")).replace("OUT", str(tmp_path / "runs"))
+        (tmp_path / f"{name}.toml").write_text(text)
+    return tmp_path / "tiny.toml"
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "model.safetensors").read_bytes()
+
+
+def test_a_pipeline_from_its_start_to_the_card(file, tmp_path):
+    out = run_pipeline(file)
+    assert out == tmp_path / "runs"
+    summary = json.loads((out / "summary.json").read_text())
+    assert [stage["name"] for stage in summary["stages"]] == ["start", "cold", "again"]
+    assert all(0 <= stage["tasks"]["chain_sum"]["pass_at_1"] <= 1 for stage in summary["stages"])
+    assert set(summary["gains"]) == {"cold", "again"}
+    assert "cold, chain_sum: 12 of 12 kept" in summary["notes"]
+    tuned = (out / "again" / "recipe.toml").read_text()
+    assert f'path = "{out}/cold/student/model"' in tuned  # in place of "elsewhere"
+    assert weights(out / "model") == weights(out / "again" / "model")
+    card = (out / "model" / "README.md").read_text()
+    assert "| cold | rejection sampling, then fine-tuning | 12 of 12 completions of worked-solutions |" in card
+    assert "| gain, paired by problem | " in card
+    page = (out / "report.html").read_text()
+    assert page.index("<h2>Cold") < page.index("<h2>Again")
+
+
+def test_a_stopped_pipeline_goes_on_to_the_same_weights(file, tmp_path, monkeypatch):
+    whole = run_pipeline(file, out=tmp_path / "whole", seed=3)
+
+    class Killed(BaseException):
+        pass
+
+    def killed(*_, **__):
+        raise Killed
+
+    ran = []
+    for kind, run in dict(pipeline_run.RUNS).items():
+        monkeypatch.setitem(
+            pipeline_run.RUNS, kind, lambda *a, kind=kind, run=run, **k: ran.append(kind) or run(*a, **k)
+        )
+    with monkeypatch.context() as patch:
+        patch.setitem(pipeline_run.RUNS, "rl", killed)
+        with pytest.raises(Killed):
+            run_pipeline(file, out=tmp_path / "cut", seed=3)
+    with pytest.raises(UserError, match=r"cut already holds stage cold; continue with --resume or"):
+        run_pipeline(file, out=tmp_path / "cut", seed=3)
+    cut = run_pipeline(file, out=tmp_path / "cut", seed=3, resume=True)
+    assert ran == ["distill", "rl"]  # the first stage once
+    assert weights(cut / "model") == weights(whole / "model")
+    with pytest.raises(UserError, match=r"stage cold has ended with another recipe"):
+        run_pipeline(file, out=tmp_path / "cut", seed=4, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "sentence"),
+    [
+        ('model = "cold"', 'model = "warm"', r"tiny\.toml: stage 2: model = 'warm' is no stage before it \(cold\)"),
+        ('name = "again"', 'name = "cold"', r"stage 2: a stage before is named 'cold' too"),
+        ("problems = 3", "problems = 0", r"tiny\.toml: evaluate\.problems: input should be greater than"),
+        ('recipe = "cold.toml"', 'for = "pretrain"', r"stage 1: it has no recipe, so it can be planned only"),
+        ('recipe = "cold.toml"', 'recipe = "none.toml"', r"none\.toml does not exist"),
+    ],
+)
+def test_a_fault_is_told_before_anything_starts(file, tmp_path, old, new, sentence):
+    text = file.read_text().replace(old, new, 1)
+    if "for = " in new:
+        text = text.replace('model = "cold"\n', "")
+    file.write_text(text)
+    with pytest.raises(UserError, match=sentence):
+        run_pipeline(file)
+    assert not (tmp_path / "runs").exists()

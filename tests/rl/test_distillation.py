@@ -1,0 +1,227 @@
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from rorqual.checkpoint.huggingface import load_model, save_model
+from rorqual.data.tokenizer import load_tokenizer
+from rorqual.engine import Completion, Engine, SamplingParams
+from rorqual.errors import UserError
+from rorqual.recipe import DistillRecipe, EnvironmentSection, parse_recipe
+from rorqual.rl import distillation, rejection_sampling
+from rorqual.rl.distillation import distill
+
+SUMS = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}
+SECTION = EnvironmentSection(name="chain_sum", config=SUMS, prompt="{expression}")
+
+
+class Teacher:
+    """Answers every sum by the scripts in turn; a script may use the right answer."""
+
+    def __init__(self, tokenizer, scripts):
+        self.tokenizer, self.scripts, self.asked = tokenizer, scripts, []
+        self.model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=512))
+
+    def require_tokenizer(self):
+        return self.tokenizer
+
+    def opening(self, prompt):
+        return "<think>"
+
+    def generate(self, prompts, params):
+        found = []
+        for prompt in prompts:
+            text = self.tokenizer.decode(prompt)
+            self.asked.append(text)
+            right = eval(text.partition("\n")[0])
+            for i in range(params.n):
+                answer = self.scripts[i % len(self.scripts)].replace("RIGHT", str(right))
+                tokens = self.tokenizer(answer).input_ids
+                cut = len(tokens) > params.max_tokens
+                found.append(Completion(answer, tokens, [0.0] * len(tokens), "length" if cut else "stop"))
+        return found
+
+
+GOOD = "so</think><answer>RIGHT</answer>"
+LONG = "well, let me see</think><answer>RIGHT</answer>"
+BARE = "so</think>it is <answer>RIGHT</answer>"
+WRONG = "so</think><answer>no</answer>"
+
+
+def distill_recipe(tmp_path, **changes):
+    raw = {
+        "name": "taught",
+        "out": str(tmp_path),
+        "teacher": "unused",
+        "model": {"path": str(tmp_path / "student")},
+        "environments": [SECTION.model_dump()],
+        "template": "plain",
+        "problems": 24,
+        "samples": 2,
+        "optimizer": {"lr": 0.01},
+        "train": {"epochs": 25, "batch_size": 4},
+        "sequence_length": 64,
+    }
+    return parse_recipe(raw | changes, DistillRecipe)
+
+
+def test_distill_teaches_a_student(tokenizer, dense, tmp_path, monkeypatch):
+    save_model(dense, tmp_path / "student", tokenizer)
+    monkeypatch.setattr(distillation, "Engine", lambda path, device: Teacher(tokenizer, [GOOD, LONG]))
+    run_dir = distill(distill_recipe(tmp_path))
+    rows = [json.loads(line) for line in (run_dir / "samples.jsonl").read_text().splitlines()]
+    assert len(rows) == 24
+    student = run_dir / "student" / "model"
+    engine = Engine(load_model(student), load_tokenizer(student))
+    params = SamplingParams(temperature=0.0, max_tokens=30)
+    prompts = [row["prompt"] for row in rows[:4]]
+    assert all(c.text.startswith("so</think><answer>") for c in engine.generate(prompts, params))
+    assert distill(distill_recipe(tmp_path), resume=True) == run_dir
+    assert not (run_dir / "samples.partial.jsonl").exists()
+
+
+def test_a_killed_distillation_keeps_its_samples(tokenizer, dense, tmp_path, monkeypatch):
+    save_model(dense, tmp_path / "student", tokenizer)
+
+    class Killed(BaseException):
+        pass
+
+    teachers, batches = [], 0
+
+    class Mortal(Teacher):
+        def generate(self, prompts, params):
+            nonlocal batches
+            batches += 1
+            if batches == 3:
+                raise Killed
+            return super().generate(prompts, params)
+
+    def engine(path, device):
+        teachers.append(Mortal(tokenizer, [GOOD, LONG]))
+        return teachers[-1]
+
+    monkeypatch.setattr(distillation, "Engine", engine)
+    monkeypatch.setattr(rejection_sampling, "BATCH", 8)
+    monkeypatch.setattr(distillation, "sft", lambda recipe, resume: None)
+    with pytest.raises(Killed):
+        distill(distill_recipe(tmp_path))
+    partial = tmp_path / "taught" / "samples.partial.jsonl"
+    assert json.loads(partial.read_text().splitlines()[-1])["done"] == 16
+    with partial.open("a") as file:
+        file.write('{"done": 24, "ro')  # the kill came in the midst of a line
+    killed = distill(distill_recipe(tmp_path), resume=True) / "samples.jsonl"
+    assert len(teachers[1].asked) == 8  # what was done is not sampled again
+    assert not partial.exists()
+    whole = distill(distill_recipe(tmp_path, name="whole")) / "samples.jsonl"
+    assert killed.read_text() == whole.read_text()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_full_disk_is_told_once():
+    """Closing the file tries again to write what was left, and must not say so in place of the first failure."""
+    with distillation.open_to_append(Path("/dev/full")) as file:
+        file.write("{}\n")
+        with pytest.raises(OSError, match="No space left"):
+            file.flush()
+
+
+def test_a_student_that_cannot_start_costs_no_samples(tokenizer, dense, tmp_path, monkeypatch):
+    """What the student alone reads may change until it has begun; then its own run holds to it."""
+    save_model(dense, tmp_path / "student", tokenizer)
+    teacher = Teacher(tokenizer, [GOOD, LONG])
+    monkeypatch.setattr(distillation, "Engine", lambda path, device: teacher)
+    few = {"problems": 4, "train": {"steps": 1, "batch_size": 2}}
+    with pytest.raises(UserError, match="no sample with an assistant turn within"):
+        distill(distill_recipe(tmp_path, **few, sequence_length=2))
+    asked = len(teacher.asked)
+    with pytest.raises(UserError, match="samples was 2 and is 3 now"):
+        distill(distill_recipe(tmp_path, **few, samples=3), resume=True)
+    again = distill_recipe(tmp_path, **few, optimizer={"lr": 1e-3})
+    assert (distill(again, resume=True) / "student" / "model" / "config.json").exists()
+    assert len(teacher.asked) == asked
+    with pytest.raises(UserError, match=r"student/recipe\.toml: optimizer\.lr was 0\.001 and is 0\.01 now"):
+        distill(distill_recipe(tmp_path, **few), resume=True)
+
+
+def test_nothing_right_leaves_the_name_free(tokenizer, dense, tmp_path, monkeypatch):
+    save_model(dense, tmp_path / "student", tokenizer)
+    monkeypatch.setattr(distillation, "sft", lambda recipe, resume: None)
+    monkeypatch.setattr(distillation, "Engine", lambda path, device: Teacher(tokenizer, [WRONG, WRONG]))
+    with pytest.raises(UserError, match="none of 2 completions of each of 24 problems is correct"):
+        distill(distill_recipe(tmp_path))
+    monkeypatch.setattr(distillation, "Engine", lambda path, device: Teacher(tokenizer, [GOOD, WRONG]))
+    assert (distill(distill_recipe(tmp_path, teacher="stronger")) / "samples.jsonl").exists()
+
+
+def test_distill_checks_the_student_and_the_questions_first(tokenizer, dense, tmp_path, monkeypatch):
+    save_model(dense, tmp_path / "student", tokenizer)
+    teacher = Teacher(tokenizer, [GOOD])
+    monkeypatch.setattr(distillation, "Engine", lambda path, device: teacher)
+    rows = [{"question": f"{i}+1", "answer": str(i + 1)} for i in range(40)] + [{"question": "1+" * 300, "answer": "1"}]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    raw = {
+        "name": "taught", "out": str(tmp_path), "teacher": "unused", "model": {"path": str(tmp_path / "student")},
+        "environments": [{"name": "mine", "path": str(tmp_path / "mine.jsonl")}], "template": "plain",
+        "max_tokens": 64, "problems": 8, "samples": 2, "train": {"epochs": 1},
+    }  # fmt: skip
+    cases = (
+        ({"sequence_length": 513}, r"sequence_length = 513: the model's context holds 512"),
+        ({"model": {"config": {}}}, r"model.path is missing"),
+        ({}, r"mine\.jsonl, line 41: the prompt has \d+ tokens and leaves no space for max_tokens = 64"),
+        ({"max_tokens": 512}, r"max_tokens = 512 leaves no space for a prompt"),
+    )
+    for number, (change, message) in enumerate(cases):
+        with pytest.raises(UserError, match=message):
+            distill(parse_recipe(raw | change | {"name": f"taught-{number}"}, DistillRecipe))
+        assert teacher.asked == []
+
+
+def worked_recipe(tmp_path, **changes):
+    sections = [SECTION, EnvironmentSection(name="leg_counting", config={"min_animals": 2, "max_animals": 3})]
+    raw = {"teacher": "worked-solutions", "environments": [s.model_dump() for s in sections], "keep_per_problem": 2}
+    return distill_recipe(tmp_path, **raw | changes)
+
+
+def test_a_cold_start_from_worked_solutions(tokenizer, dense, tmp_path, monkeypatch):
+    """Each is correct, in the prompt's template, and the counts say what became of all of them."""
+    save_model(dense, tmp_path / "student", tokenizer)
+    students = []
+    monkeypatch.setattr(distillation, "sft", lambda recipe, resume: students.append(recipe))
+    more = tmp_path / "general.jsonl"
+    more.write_text("".join(json.dumps({"prompt": f"{i}", "completion": "hello"}) + "\n" for i in range(9)))
+    run_dir = distill(worked_recipe(tmp_path, mix=[{"path": str(more), "samples": 4}], filter={"max_tokens": 10_000}))
+    rows = [json.loads(line) for line in (run_dir / "samples.jsonl").read_text().splitlines()]
+    sums = [row for row in rows if row.get("family") == "chain_sum"]
+    assert len(sums) == len([row for row in rows if row.get("family") == "leg_counting"]) == 24
+    for row in sums:
+        assert row["completion"].endswith(f"</think><answer>{eval(row['prompt'].partition(chr(10))[0])}</answer>")
+    assert len({row["completion"] for row in sums}) > 18  # two of a problem differ, nearly always
+    assert sum(row["completion"] == "hello" for row in rows) == 4
+    counts = json.loads((run_dir / "sampling.json").read_text())
+    assert counts == {"chain_sum": {"kept": 24}, "leg_counting": {"kept": 24}, "mixed in": 4}
+    assert students[0].data.path == str(run_dir / "samples.jsonl")
+
+
+def test_what_the_filter_leaves_out_is_counted(tokenizer, dense, tmp_path, monkeypatch):
+    save_model(dense, tmp_path / "student", tokenizer)
+    monkeypatch.setattr(distillation, "sft", lambda recipe, resume: None)
+    again = "one more time\n" * 5 + "so</think><answer>RIGHT</answer>"
+    chinese = "我们来算一下</think><answer>RIGHT</answer>"
+    teacher = Teacher(tokenizer, [GOOD, GOOD, LONG, WRONG, again, chinese])
+    monkeypatch.setattr(distillation, "Engine", lambda path, device: teacher)
+    wanted = {"readable": True, "language": 0.9}
+    run_dir = distill(distill_recipe(tmp_path, samples=6, problems=5, filter=wanted))
+    counts = json.loads((run_dir / "sampling.json").read_text())
+    found = {"kept": 5, "not among the best": 10, "wrong": 5, "unreadable": 5, "mixed languages": 5}
+    assert counts == {"chain_sum": found, "mixed in": 0}
+
+
+def test_a_family_without_worked_solutions_is_refused(tokenizer, dense, tmp_path):
+    save_model(dense, tmp_path / "student", tokenizer)
+    section = EnvironmentSection(name="gcd").model_dump()
+    with pytest.raises(UserError, match=r"environment gcd: there are no worked solutions of it, only of chain_sum, "):
+        distill(worked_recipe(tmp_path, environments=[section]))
+    mix = [{"path": str(tmp_path / "none.jsonl")}]
+    with pytest.raises(UserError, match=r"none\.jsonl"):
+        distill(worked_recipe(tmp_path, mix=mix))
