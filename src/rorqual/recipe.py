@@ -194,6 +194,8 @@ class RLRecipe(FineTuningRecipe):
     sample_every: Count = 10
     eval_every: int = Field(default=0, ge=0, lt=1 << 31)  # steps; 0: never
     eval_problems: Count = 200  # per environment, of the dev split
+    # The same bits in sampling and training: on-policy ratios are exactly 1 (docs/rl.md). FP32, on a CPU.
+    exact: bool = False
     keep_start: bool = False  # release the initial model if the last evaluation is below the first; needs eval_every
 
     @property
@@ -232,6 +234,8 @@ class RLRecipe(FineTuningRecipe):
             raise ValueError(f"warmup_steps = {self.warmup_steps}: the run has {self.steps} steps; warm up in fewer")
         if self.keep_start and not self.eval_every:
             raise ValueError("keep_start needs evaluations, but eval_every is 0; set eval_every")
+        if self.exact:
+            self._check_exact()
         workers, questions = self.rollouts.workers or 1, self.grpo.questions_per_step
         if workers > questions:
             raise ValueError(
@@ -241,6 +245,17 @@ class RLRecipe(FineTuningRecipe):
         names = [section.name for section in self.environments]
         check_rl(self.grpo, self.opd, names, self.differs, self.rewarded)
         return self
+
+    def _check_exact(self) -> None:
+        """Raises ValueError for what the exact mode does not compute."""
+        for field, value, allowed, remedy in (
+            ("model.dtype", self.model.dtype, ("float32",), 'it computes in FP32, so set model.dtype = "float32"'),
+            ("device", self.device, ("auto", "cpu"), "it computes on a CPU, so leave device out"),
+            ("precision", self.precision, (None,), "it rounds nothing, so leave precision out"),
+            ("grpo.rollout_weights", self.grpo.rollout_weights, (None,), "it samples what is trained, so leave it out"),
+        ):
+            if value not in allowed:
+                raise ValueError(f"exact = true with {field} = {value!r}: {remedy}")
 
 
 WORKED_SOLUTIONS = "worked-solutions"  # a teacher: solutions that rl/worked writes

@@ -172,6 +172,7 @@ def quick(name, *options, **environment):
         ("processes", "processes/threads"),
         ("fp8_memory", "step-seconds/fp8-v3-8bit-moments"),
         ("fp8_rollouts", "tokens-per-second/fp8-rollouts"),
+        ("exact", "step/exact, small mixture of experts"),
         ("rl_bias", "max-vio/live"),
         ("mtp_rl", "acceptance-seed-0/without"),
         ("kv_drift", "same-top-token/latent-fp8"),

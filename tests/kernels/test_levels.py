@@ -23,6 +23,7 @@ CHOSEN = [
     "tests/kernels/test_kv_fp8.py",
     "tests/kernels/test_elementwise.py",
     "tests/kernels/test_adamw.py",
+    "tests/kernels/exact",
     "tests/kernels/test_block_scaled.py",
     "tests/kernels/test_rotary.py",
     "tests/kernels/test_moe_permute.py",

@@ -291,3 +291,17 @@ def test_recipes(dense, moe, tokenizer, tmp_path):
     replaying = recipe({"replay_routing": True}, model={"path": str(tmp_path / "dense")})
     with pytest.raises(UserError, match=r"rollouts.replay_routing = true: the model has no experts"):
         check_problems(replaying, tokenizer, [Sums("sums", 1.0)])
+
+
+def test_in_the_exact_mode_a_fleet_of_any_size_samples_the_trainers_bits(moe, tokenizer):
+    fields = {"exact": True, "model": {"path": "unused", "dtype": "float32"}}
+    ends = []
+    for workers in (1, 2):
+        checked = recipe({"threads": 1, "workers": workers, "staleness": 0}, **fields)
+        fleet = RayFleet(FakeRay(), checked, moe.config)
+        toy = GRPOTrainer(copy.deepcopy(moe), tokenizer, [Sums("sums", 1.0)], checked, checksum, fleet)
+        for _ in range(2):
+            update = toy.step().update
+            assert (update.mismatch_share, update.mismatch_max) == (0.0, 0.0)
+        ends.append(weights(toy.model))
+    assert equal(*ends)

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from rorqual.engine.paged_kv_cache import KVCacheView, PagedKVCache
 from rorqual.kernels.fp8_weight import FP8Weight
-from rorqual.kernels.linear import linear
 from rorqual.model import Transformer
 from rorqual.parallel.experts import shares_experts
 
@@ -90,7 +89,7 @@ class CUDAGraphRunner:
 
     def _compute(self, tokens: Tensor, view: KVCacheView) -> tuple[Tensor, Tensor]:
         states = self.model(tokens, view.positions, cache=view)[0]
-        return linear(states, self.model.head_weight), states
+        return self.model.head(states), states
 
     @staticmethod
     def size(n: int) -> int:

@@ -11,7 +11,7 @@ from rorqual.adapters.served import Name, ServedAdapters
 from rorqual.engine.cuda_graphs import CUDAGraphRunner, can_capture
 from rorqual.engine.fused_cpu import fused_decode_step
 from rorqual.engine.paged_kv_cache import KVCacheView, PagedKVCache, PrefillSlice
-from rorqual.kernels.linear import linear, shapes_are_free
+from rorqual.kernels.linear import shapes_are_free
 from rorqual.model import Transformer
 from rorqual.model.moe import MixtureOfExperts
 from rorqual.model.router_hooks import choices_of
@@ -102,7 +102,7 @@ class ModelRunner:
             num_prefill = sum(len(chunk.tokens) for chunk in chunks)
             states, prefill_states = states[:n], states[len(states) - num_prefill :]
             sampled = torch.cat([states, prefill_states[_last_tokens(chunks)]]) if chunks else states
-            logits = linear(sampled, self.model.head_weight) if len(sampled) else sampled
+            logits = self.model.head(sampled) if len(sampled) else sampled
             return logits, states, prefill_states
         if not chunks:
             logits, states = self._run_fused(decode)
@@ -113,7 +113,7 @@ class ModelRunner:
             logits, states = self._run_fused(decode)
             prefill_states = self._run_model(_empty(decode), chunks)
             if len(ends):
-                more = linear(prefill_states[ends], self.model.head_weight).float()
+                more = self.model.head(prefill_states[ends]).float()
                 logits = torch.cat([logits, more]) if n else more
             return logits, states, prefill_states
         logit_rows = torch.cat([torch.arange(n), n + ends]).to(torch.int32)

@@ -16,7 +16,15 @@ from rorqual.engine.sampling_params import adjust
 from rorqual.engine.sequence import Floats, Integers
 from rorqual.kernels import cpu
 from rorqual.kernels.allowed_tokens import allowed_tokens, pack
-from rorqual.kernels.append_tokens import FINISHED, LENGTH_REACHED, NEEDS_BLOCKS, NEEDS_PREPARE, STOP_TOKEN
+from rorqual.kernels.append_tokens import (
+    FILTER_COLUMNS,
+    FINISHED,
+    LENGTH_REACHED,
+    NEEDS_BLOCKS,
+    NEEDS_PREPARE,
+    STOP_TOKEN,
+)
+from rorqual.kernels.exact.rows import exact_logprobs
 from rorqual.kernels.sample import SamplingFilter, sample, scaled_logprobs
 
 
@@ -33,6 +41,7 @@ class SamplingStep:
     tokens_per_row: Integers | None = None
     states: Tensor | None = None
     positions: Integers | None = None
+    exact: bool = False  # log-probabilities by the function that training uses in the exact mode
     finished: dict[int, int] = field(default_factory=dict)  # row → LENGTH_REACHED or STOP_TOKEN
     num_sampled: int = 0
     _accepted: tuple[Integers, Integers, Integers] | None = None  # of every sampled token: row, index into N, token
@@ -67,7 +76,7 @@ class SamplingStep:
             self._accepted = row, first[row] + depth, batch.tokens[row, before[row] + depth]
 
     def _append(self, at: Integers, logits: Tensor, spans: Integers | None = None) -> tuple[Integers, Integers]:
-        tokens, ended, any_ended = sample_and_append(self.batch, at, logits, spans)
+        tokens, ended, any_ended = sample_and_append(self.batch, at, logits, spans, self.exact)
         if any_ended:
             self.finished |= {int(at[i]): int(ended[i]) for i in ended.nonzero()[0].tolist()}
         return tokens, ended
@@ -88,7 +97,7 @@ class SamplingStep:
 
 
 def sample_and_append(
-    batch: DecodeBatch, at: Integers, logits: Tensor, spans: Integers | None = None
+    batch: DecodeBatch, at: Integers, logits: Tensor, spans: Integers | None = None, exact: bool = False
 ) -> tuple[Integers, Integers, bool]:
     """Sample a token for the rows `at` [m] from logits [m, V] and append it → the tokens; why each row has finished
     (LENGTH_REACHED or STOP_TOKEN), or 0; and whether any has.
@@ -112,6 +121,8 @@ def sample_and_append(
     else:
         tokens, ended = sample_and_append_reference(batch, at, logits)
         any_ended = True
+    if exact:
+        _exact_logprobs(batch, at, logits, before, spans)
     if batch.any_streaming:
         which = batch.streaming[at].nonzero()[0]
         row = at[which]
@@ -119,6 +130,19 @@ def sample_and_append(
             batch.sequences[r].tokens += batch.tokens[r, first:end].tolist()
             batch.sequences[r].logprobs += batch.logprobs[r, first:end].tolist()
     return tokens, ended, any_ended
+
+
+def _exact_logprobs(batch: DecodeBatch, at: Integers, logits: Tensor, before: Integers, spans: Integers | None) -> None:
+    """Record the log-probabilities of the tokens just appended, those after the first `before` [m] of each row, as the
+    exact mode computes them.
+    """
+    each = batch.num_tokens[at] - before
+    depth = np.arange(each.sum()) - (each.cumsum(0) - each).repeat(each)
+    row, column = at.repeat(each), before.repeat(each) + depth
+    source = (np.arange(len(at)) if spans is None else spans[0]).repeat(each) + depth
+    temperatures = batch.filter_values[batch.filter_index[row], FILTER_COLUMNS.index("temperature")]
+    found = exact_logprobs(logits[from_numpy(source)], from_numpy(batch.tokens[row, column]), from_numpy(temperatures))
+    batch.logprobs[row, column] = found.numpy()
 
 
 def sample_and_append_reference(batch: DecodeBatch, at: Integers, logits: Tensor) -> tuple[Integers, Integers]:

@@ -23,6 +23,7 @@ from rorqual.engine.sequence import Integers, Request, Sequence
 from rorqual.engine.speculative import MAX_MTP_SEQS, MTPDrafter, SpeculativeMethod, propose_lookup, trim_drafts
 from rorqual.kernels.append_tokens import STOP_TOKEN
 from rorqual.model import Transformer
+from rorqual.precision.exact import ExactTransformer
 
 
 class Scheduler:
@@ -44,6 +45,7 @@ class Scheduler:
         self.adapters = adapters
         self.mtp_drafter = MTPDrafter(model, kv_cache) if speculative == "mtp" else None
         self.speculative = speculative
+        self.exact = isinstance(model, ExactTransformer)
         self._num_requests = 0
 
     @property
@@ -220,7 +222,7 @@ class Scheduler:
         """The logits of the rows decoded and of those just started, one each, with what an MTP drafter needs."""
         if tokens_per_row is not None and started:
             tokens_per_row = np.concatenate([tokens_per_row, np.ones(len(started), dtype=np.int64)])
-        step = SamplingStep(self.batch, logits, tokens_per_row)
+        step = SamplingStep(self.batch, logits, tokens_per_row, exact=self.exact)
         if self.mtp_drafter is not None:
             new = self.batch.position[self.batch.n - len(started) : self.batch.n]
             step.states = torch.cat([states, *(job.state for job in started)])

@@ -20,7 +20,6 @@ from rorqual.engine.model_runner import DecodeTokens, PrefillChunk
 from rorqual.engine.paged_kv_cache import KVCacheView, PagedKVCache, PrefillSlice
 from rorqual.engine.sampling import sample_rows
 from rorqual.engine.sequence import Integers
-from rorqual.kernels.linear import linear
 from rorqual.model import Transformer
 
 SpeculativeMethod = Literal["mtp", "ngram"]  # where drafts come from
@@ -71,7 +70,7 @@ class MTPDrafter:
             logits = self.fused(decode.tokens, decode.block_tables, lengths, logit_rows, states)[0]
         else:
             out = self._run(states, decode.tokens, KVCacheView(self.cache, decode.block_tables, decode.positions, []))
-            logits = linear(out[from_numpy(last).to(out.device)], self.model.head_weight)
+            logits = self.model.head(out[from_numpy(last).to(out.device)])
         tokens, _ = sample_rows(batch, at, logits)
         batch.drafts[at, 0] = tokens
 

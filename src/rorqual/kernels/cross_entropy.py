@@ -15,6 +15,8 @@ from torch.nn.functional import log_softmax
 from rorqual.kernels import cpu
 from rorqual.kernels.accumulate import accumulate
 from rorqual.kernels.allowed_tokens import drop_others_
+from rorqual.kernels.exact.linear import product
+from rorqual.kernels.exact.rows import exact_logprobs
 from rorqual.kernels.typed_torch import Context, Function
 from rorqual.shapes import Bool, Float, Float32, Int
 
@@ -45,6 +47,7 @@ def token_logprobs(
     temperature: float = 1.0,
     known_grad: Float[Tensor, " N"] | None = None,
     allowed: AllowedRows | None = None,
+    exact: bool = False,
 ) -> tuple[Float32[Tensor, " N"], Float32[Tensor, " N"]]:
     """log p(targetᵢ) and the entropy of each prediction in nats, at a sampling temperature.
 
@@ -52,12 +55,15 @@ def token_logprobs(
     them, and the others have probability 0 (top-k, top-p and min-p).
 
     The first is differentiable: the backward pass recomputes logits chunk by chunk, unless `known_grad`, the gradient
-    that it will get, is given. The entropy is detached.
+    that it will get, is given. The entropy is detached. exact: logits and log-probabilities by kernels/exact/, in FP32
+    on a CPU.
 
     The backward pass raises RuntimeError if it gets another gradient than `known_grad`.
     """
     needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    return _TokenLogprobs.apply(hidden, weight, targets, temperature, known_grad if needs_grad else None, allowed)
+    return _TokenLogprobs.apply(
+        hidden, weight, targets, temperature, known_grad if needs_grad else None, allowed, exact
+    )
 
 
 def linear_cross_entropy_reference(
@@ -172,15 +178,20 @@ class _TokenLogprobs(Function):
         temperature: float,
         known_grad: Tensor | None,
         allowed: AllowedRows | None,
+        exact: bool,
     ) -> tuple[Tensor, Tensor]:
         logprobs = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         entropy = torch.empty_like(logprobs)
         ctx.gradients = None if known_grad is None else HeadGradients(hidden, weight)
-        for rows, inputs, logits in logit_chunks(torch.arange(len(hidden), device=hidden.device), hidden, weight):
+        every = torch.arange(len(hidden), device=hidden.device)
+        for rows, inputs, logits in logit_chunks(every, hidden, weight, exact):
             share = None if known_grad is None else known_grad[rows] / -temperature
             if allowed is not None:
                 drop_others_(logits, allowed(rows), temperature)
+            found = exact_logprobs(logits, targets[rows], torch.full((len(rows),), temperature)) if exact else None
             logprobs[rows], entropy[rows] = softmax_grad_(logits, targets[rows], share, temperature)
+            if found is not None:
+                logprobs[rows] = found
             if ctx.gradients is not None:
                 ctx.gradients.add(logits, rows, inputs)
         ctx.save_for_backward(hidden, weight, targets, *([] if known_grad is None else [known_grad]))
@@ -191,7 +202,7 @@ class _TokenLogprobs(Function):
     @staticmethod
     def backward(
         ctx: GradientsContext, grad: Tensor, _: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
+    ) -> tuple[Tensor | None, Tensor | None, None, None, None, None, None]:
         hidden, weight, targets, *known = ctx.saved_tensors
         if known:
             (known_grad,) = known
@@ -201,14 +212,14 @@ class _TokenLogprobs(Function):
             if (grad - known_grad).square().sum() > 1e-8 * known_grad.square().sum():
                 raise RuntimeError("token_logprobs: the gradient differs from known_grad")
             gradients, ctx.gradients = ctx.gradients, None
-            return *gradients.scaled(None if grad.isfinite().all() else grad.sum()), None, None, None, None
+            return *gradients.scaled(None if grad.isfinite().all() else grad.sum()), None, None, None, None, None
         gradients = HeadGradients(hidden, weight)
         for rows, inputs, logits in logit_chunks(grad.nonzero()[:, 0], hidden, weight):
             if ctx.allowed is not None:
                 drop_others_(logits, ctx.allowed(rows), ctx.temperature)
             softmax_grad_(logits, targets[rows], grad[rows] / -ctx.temperature, ctx.temperature)
             gradients.add(logits, rows, inputs)
-        return *gradients.scaled(None), None, None, None, None
+        return *gradients.scaled(None), None, None, None, None, None
 
 
 class HeadGradients:
@@ -240,7 +251,9 @@ class HeadGradients:
         return self.hidden, self.weight
 
 
-def logit_chunks(rows: Tensor, hidden: Tensor, weight: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def logit_chunks(
+    rows: Tensor, hidden: Tensor, weight: Tensor, exact: bool = False
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """The tokens `rows` in chunks [n], the head's inputs [n, D] and the logits [n, V], which the next chunk overwrites.
 
     Logits in new memory would cost a page fault for each page, more than the product itself.
@@ -251,4 +264,5 @@ def logit_chunks(rows: Tensor, hidden: Tensor, weight: Tensor) -> Iterator[tuple
     for chunk in torch.split(rows, size):
         if len(chunk):
             inputs = hidden[chunk].to(weight.dtype)
-            yield chunk, inputs, torch.mm(inputs, weight.T, out=logits[: len(chunk)])
+            here = logits[: len(chunk)]
+            yield chunk, inputs, product(inputs, weight, out=here) if exact else torch.mm(inputs, weight.T, out=here)

@@ -96,14 +96,17 @@ class MultiHeadLatentAttention(nn.Module):
             q = self.q_b_proj(self.q_a_layernorm(q))
         q = torch.unflatten(q, -1, (self.H, self.N + self.R))
         q_nope, q_rope = torch.split(q, [self.N, self.R], dim=-1)
-        q_rope = apply_rotary(q_rope, table, self.interleave)
+        q_rope = self.rotate(q_rope, table)
         latent, k_rope = torch.split(latent, [self.C, self.R], dim=-1)
         latent = self.kv_a_layernorm(latent)
-        k_rope = apply_rotary(k_rope.unsqueeze(2), table, self.interleave).squeeze(2)
+        k_rope = self.rotate(k_rope.unsqueeze(2), table).squeeze(2)
         if cache is None:
             return self.expanded(q_nope, q_rope, latent, k_rope, mask)
         views = cache.append(self.layer, latent, k_rope)
         return concatenate([self.attend_cached(q_nope[:, p.tokens], q_rope[:, p.tokens], p) for p in views])
+
+    def rotate(self, x: Float[Tensor, "B T heads R"], table: Table) -> Float[Tensor, "B T heads R"]:
+        return apply_rotary(x, table, self.interleave)
 
     def attend_cached(
         self, q_nope: Float[Tensor, "1 T H N"], q_rope: Float[Tensor, "1 T H R"], view: CacheView
@@ -157,8 +160,8 @@ class GroupedQueryAttention(nn.Module):
     def forward(
         self, x: Float[Tensor, "B T D"], table: Table, mask: Mask = None, cache: KVCache | None = None
     ) -> Float[Tensor, "B T D"]:
-        q = apply_rotary(self.q_proj(x).unflatten(-1, (self.H, self.W)), table, self.interleave)
-        k = apply_rotary(self.k_proj(x).unflatten(-1, (self.G, self.W)), table, self.interleave)
+        q = self.rotate(self.q_proj(x).unflatten(-1, (self.H, self.W)), table)
+        k = self.rotate(self.k_proj(x).unflatten(-1, (self.G, self.W)), table)
         v = self.v_proj(x).unflatten(-1, (self.G, self.W))
         if cache is None:
             heads = self.expanded(q, k, v, mask)
@@ -166,6 +169,9 @@ class GroupedQueryAttention(nn.Module):
             views = cache.append(self.layer, k, v)
             heads = concatenate([self.attend_cached(q[:, p.tokens], p) for p in views])
         return self.o_proj(heads.reshape(*x.shape[:2], self.H * self.W))
+
+    def rotate(self, x: Float[Tensor, "B T heads W"], table: Table) -> Float[Tensor, "B T heads W"]:
+        return apply_rotary(x, table, self.interleave)
 
     def attend_cached(self, q: Float[Tensor, "1 T H W"], view: CacheView) -> Float[Tensor, "1 T H W"]:
         if isinstance(view, DecodeView):

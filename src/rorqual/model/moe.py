@@ -46,11 +46,15 @@ class Router(nn.Module):
         self, x: Float[Tensor, "N D"]
     ) -> tuple[Float32[Tensor, "N K"], Int64[Tensor, "N K"], Float32[Tensor, "N E"]]:
         """→ weights, chosen experts and scores."""
-        logits = fp32_linear(x, self.weight)
-        scores = logits.sigmoid() if self.scoring == "sigmoid" else logits.softmax(-1)
+        scores = self.scores(x)
         with torch.no_grad():
             chosen = self._selection_scores(scores).topk(self.K, dim=-1, sorted=False).indices
         return self.gate_weights(scores, chosen), chosen, scores
+
+    def scores(self, x: Float[Tensor, "N D"]) -> Float32[Tensor, "N E"]:
+        """The affinities of tokens to experts (V3 eq. 15)."""
+        logits = fp32_linear(x, self.weight)
+        return logits.sigmoid() if self.scoring == "sigmoid" else logits.softmax(-1)
 
     def gate_weights(self, scores: Float32[Tensor, "N E"], chosen: Int64[Tensor, "N K"]) -> Float32[Tensor, "N K"]:
         """The weights of the chosen experts, from their scores alone (V3 eq. 13)."""

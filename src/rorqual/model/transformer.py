@@ -182,7 +182,11 @@ class Transformer(nn.Module):
 
     def logits(self, tokens: Int[Tensor, "B T"], **inputs: Tensor | KVCache | None) -> Float[Tensor, "B T V"]:
         """Takes forward's arguments."""
-        return linear(self(tokens, **inputs), self.head_weight)
+        return self.head(self(tokens, **inputs))
+
+    def head(self, hidden: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch V"]:
+        """Logits, from hidden states after the last norm."""
+        return linear(hidden, self.head_weight)
 
     def mtp_hidden_states(
         self,

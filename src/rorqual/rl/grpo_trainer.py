@@ -14,6 +14,7 @@ from rorqual.kernels.dtypes import compute_dtype
 from rorqual.model import Transformer
 from rorqual.plan.cost import flops_per_token, mtp_flops_per_token
 from rorqual.precision.convert import convert
+from rorqual.precision.exact import make_exact
 from rorqual.precision.fp8_twin import FP8Twin
 from rorqual.recipe import RLRecipe
 from rorqual.rl.envs.environment import Environment
@@ -75,6 +76,8 @@ class GRPOTrainer:
         self.device = model.head_weight.device
         self.dtype = compute_dtype(recipe.model.dtype, self.device)
         self.optimizer = Optimizer(model, recipe.optimizer, self.dtype)
+        if recipe.exact:
+            make_exact(model)
         rows, records = self.section.rollout_max_num_seqs, recipe.rollouts.replay_routing
         self.engine = self.sampler = Engine(model, tokenizer, max_num_seqs=rows, record_routing=records)
         self.twin = FP8Twin(model) if self.section.rollout_weights == "fp8" else None

@@ -70,6 +70,22 @@ class Mismatch:
         return weights
 
 
+@dataclass
+class Comparison:
+    """Log-probabilities as sampled against those of the trainer before it updates, token by token."""
+
+    tokens: int = 0
+    differing: int = 0  # in any bit
+    largest: float = 0.0  # |difference|
+
+    def add(self, trained: Float[Tensor, " N"], sampled: Float[Tensor, " N"]) -> None:
+        trained = trained.float()
+        apart = (trained - sampled).abs()
+        self.tokens += len(apart)
+        self.differing += int((trained.view(torch.int32) != sampled.view(torch.int32)).sum())
+        self.largest = max(self.largest, float(apart.max())) if len(apart) else self.largest
+
+
 @torch.no_grad()
 def routers_differ(sampler: Transformer, packed: PackedRollout, trained: list[Tensor]) -> float | None:
     """The fraction of (predicting token, layer) for which the sampling model's router chooses another set of experts

@@ -192,6 +192,8 @@ class PolicyUpdate:
         old = None if update.old is None else update.old[packed.offset]
         before = logprobs.detach() if old is None else old
         sampled, importance = update.sampled[packed.offset], None
+        if not sums.grad_norms:  # before the first update
+            sums.comparison.add(logprobs.detach(), sampled)
         if sums.mismatch is not None:
             importance = sums.mismatch.weights(before, sampled, sequence)
             if choices:

@@ -111,6 +111,7 @@ class RayFleet:
             dtype=dtype_name(compute_dtype(recipe.model.dtype, device)),
             precision=recipe.precision,
             fp8=recipe.grpo.rollout_weights == "fp8",
+            exact=recipe.exact,
             record_routing=section.replay_routing,
             max_num_seqs=recipe.grpo.rollout_max_num_seqs,
             threads=self._threads,

@@ -14,6 +14,7 @@ from rorqual.model import ModelConfig, Transformer
 from rorqual.model.moe import Routing
 from rorqual.model.router_hooks import Replay, replayed
 from rorqual.plan.cost import flops_per_token
+from rorqual.precision.exact import ExactTransformer
 from rorqual.recipe import GRPOSection
 from rorqual.rl.rollout import Rollout
 from rorqual.rl.rollout_packing import PackedRollout, pack_rollout, routing_table
@@ -76,7 +77,8 @@ def target_logprobs(
     grad: dL/d log π where it is known before the backward pass.
     """
     allowed = None if packed.allowed is None else packed.allowed_rows
-    return token_logprobs(states, model.head_weight, packed.targets, temperature, grad, allowed)
+    exact = isinstance(model, ExactTransformer)
+    return token_logprobs(states, model.head_weight, packed.targets, temperature, grad, allowed, exact)
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rorqual.model.router_hooks import Replay
 from rorqual.rl.grpo import Loss, zero_std_groups
-from rorqual.rl.mismatch import Mismatch
+from rorqual.rl.mismatch import Comparison, Mismatch
 from rorqual.rl.rewards import Rewards, self_verified
 from rorqual.rl.rollout import Rollout
 from rorqual.train.balance import max_violations
@@ -37,6 +37,7 @@ class UpdateSums:
     loads: list[Tensor] = field(default_factory=list)
     mtp_loss: float | None = None  # nats a token, of the multi-token modules; None: not trained
     mismatch: Mismatch | None = None  # None: rollouts are from the numbers that are trained
+    comparison: Comparison = field(default_factory=Comparison)  # of the first update, whose policy is the sampled one
     replay: Replay = field(default_factory=Replay)  # of recorded routing, if any
 
     def add(self, loss: Loss, tokens: int, computed: int, entropy: float, has_reference: bool) -> None:
@@ -96,6 +97,10 @@ class UpdateMetrics:
     opd_kl: float | None = None  # estimate of KL(π‖π_T), or with loss = "full" itself; None also without a teacher
     off_policy_masked: float | None = None  # fraction of the tokens (grpo.off_policy_mask); None also without it
     max_vio_per_layer: list[float] | None = None  # MaxVio of each MoE layer
+    # Of the tokens of the first update: fraction whose log-probability as sampled differs in any bit from the trainer's
+    # before it, and the largest |difference|.
+    mismatch_share: float | None = None
+    mismatch_max: float | None = None
     # Where rollouts or updates round or rollouts are stale (mismatch.py): mean over the tokens of |log π_old − log π_s|
     # and of the estimate of KL(π_s‖π_old), fraction of the tokens whose weight was cut or masked, and of those whose
     # routers chose otherwise (with a replay: would have chosen).
@@ -177,6 +182,8 @@ def describe_update(sums: UpdateSums, seconds: float) -> UpdateMetrics:
         opd_kl=None if sums.distilled is None else sums.distilled / sums.tokens,
         off_policy_masked=None if sums.masked is None else sums.masked / sums.tokens,
         max_vio_per_layer=max_violations(sums.loads) if sums.loads else None,
+        mismatch_share=sums.comparison.differing / sums.comparison.tokens,
+        mismatch_max=sums.comparison.largest,
         mismatch_logprob=mismatch and mismatch.difference / tokens,
         mismatch_kl=mismatch and mismatch.kl / tokens,
         importance_truncated=mismatch and mismatch.truncated / tokens,

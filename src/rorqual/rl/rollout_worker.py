@@ -27,6 +27,7 @@ class WorkerSettings:
     dtype: str  # as in recipes
     precision: str | None
     fp8: bool  # linears in FP8 (grpo.rollout_weights)
+    exact: bool
     record_routing: bool
     max_num_seqs: int
     threads: int
@@ -50,7 +51,8 @@ class RolloutWorker:
         torch.set_num_threads(self.settings.threads)
         config = ModelConfig(**json.loads(self.settings.config))
         dtype, device = getattr(torch, self.settings.dtype), find_device(self.settings.device)
-        model = sampling_model(config, dtype, self.settings.precision, self.settings.fp8, device)
+        given = self.settings
+        model = sampling_model(config, dtype, given.precision, given.fp8, device, given.exact)
         self.engine = _CountingEngine(
             model, max_num_seqs=self.settings.max_num_seqs, record_routing=self.settings.record_routing
         )

@@ -11,17 +11,23 @@ from rorqual.checkpoint.release_tensors import allocate, fp8_weights, meta_model
 from rorqual.model import ModelConfig, Transformer
 from rorqual.model.parameter_kinds import is_converted
 from rorqual.precision.convert import convert
+from rorqual.precision.exact import make_exact
 from rorqual.precision.fp8_twin import FP8Twin, rounded_names, twin_bytes
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 def sampling_model(
-    config: ModelConfig, dtype: torch.dtype, precision: str | None, fp8: bool, device: torch.device | str = "cpu"
+    config: ModelConfig,
+    dtype: torch.dtype,
+    precision: str | None,
+    fp8: bool,
+    device: torch.device | str = "cpu",
+    exact: bool = False,
 ) -> Transformer:
     """A model like the one rollouts are sampled from, of zeros, without multi-token modules.
 
-    precision: of products, as in the recipe. fp8: linears in FP8 (FP8Twin).
+    precision: of products, as in the recipe. fp8: linears in FP8 (FP8Twin). exact: in the exact mode.
     """
     model = meta_model(config.replace(num_nextn_predict_layers=0))
     allocate(model, dtype, device)
@@ -31,6 +37,8 @@ def sampling_model(
         buffer.zero_()
     if precision is not None:
         convert(model, precision)
+    if exact:
+        make_exact(model)
     return FP8Twin(model).model if fp8 else model.eval()
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from rorqual.kernels.dtype_names import KERNEL_SUFFIXES
 from rorqual.processor import VARIABLE, allows, highest
 
-INTERFACE = 26  # as in csrc/dtypes.h: a build of other sources is not used
+INTERFACE = 27  # as in csrc/dtypes.h: a build of other sources is not used
 LEVELS = ("avx512", "avx2", "portable")  # the builds, best first; also names in processor.py
 LACKING = "the processor lacks it"
 
@@ -60,6 +60,19 @@ SIGNATURES = {
     "grouped_gemm_backward_weight": (T, INT, T, INT, I32, INT, INT, INT, F32, T),
     # qgemm.cpp
     "quantized_linear": (T, INT, U8, INT, F32, T, I32, INT, INT, INT, U8, T),
+    # exact_gemm.cpp: x, w (strides of rows or n, k and groups), bias, ends; FP32 only, as the following
+    "exact_gemm": (T, INT, INT, T, INT, INT, INT, F32, I32, INT, INT, INT, INT, T, INT, INT),
+    # exact_attention.cpp: q; k, k2 and v; block tables; mask; sizes
+    "exact_attention": (
+        F32, T, INT, INT, INT, T, INT, INT, T, INT, INT, INT, I32, INT, INT, I32, BOOL, *[INT] * 7, FLOAT, F32,
+    ),
+    # exact_rows.cpp
+    "exact_rms_norm": (T, INT, F32, INT, INT, FLOAT, F32, F32),
+    "exact_swiglu": (T, INT, T, INT, F32, INT, INT, F32),
+    "exact_sigmoid": (F32, INT, F32),
+    "exact_softmax": (F32, INT, INT, F32),
+    "exact_rotary": (T, INT, INT, INT, INT, F32, F32, INT, INT, INT, INT, F32),
+    "exact_logprobs": (F32, INT, INT, I64, F32, F32),
     # fused_decode.cpp
     "fused_decode": (I64, I64, F32, INT, I32, INT, INT, I32, F32, F32, I32, INT, F32),
 }  # fmt: skip

@@ -39,12 +39,17 @@ SOURCES = {
     "fused_decode": {"portable": 10, "avx2": 28, "avx512": 28},
     "qgemm": {"portable": 6, "avx2": 20, "avx512": 40},
     "paged_attention": {"portable": 15, "avx2": 24, "avx512": 24},
+    "exact_attention": {"portable": 5, "avx2": 7, "avx512": 8},
+    "exact_gemm": {"portable": 2, "avx2": 5, "avx512": 6},
+    "exact_rows": {"portable": 2, "avx2": 5, "avx512": 5},
     "sampling": {"portable": 1, "avx2": 3, "avx512": 3},
     "elementwise": {"portable": 2, "avx2": 4, "avx512": 4},
     "block_scaled": {"portable": 1, "avx2": 3, "avx512": 3},
     "adamw": {"portable": 1, "avx2": 1, "avx512": 1},
     "bf16_gemm": {"portable": 1, "avx2": 1, "avx512": 3},
 }
+# Fused multiply-adds only where a source asks for them: the same bits on every level (csrc/exact_math.h).
+EXACT = ["-ffp-contract=off"]
 SLOWER = "plain PyTorch runs instead, several times slower, and far slower with quantised weights"
 
 
@@ -108,7 +113,7 @@ def _build(folder: Path, levels: list[str], compiler: list[str]) -> list[str]:
         start, to = time.monotonic(), objects[key]
         to.parent.mkdir(parents=True, exist_ok=True)
         part = to.with_suffix(f".{os.getpid()}")
-        result = _run([*compiler, *FLAGS, *LEVELS[level], "-c", str(_source(name)), "-o", str(part)])
+        result = _run([*compiler, *_flags(level, name), "-c", str(_source(name)), "-o", str(part)])
         with counting:
             if result.returncode:
                 lines = result.stderr.splitlines()
@@ -143,10 +148,14 @@ def _build(folder: Path, levels: list[str], compiler: list[str]) -> list[str]:
 
 
 def _object(level: str, name: str, compiler: list[str], version: str) -> Path:
-    digest = hashlib.sha256(repr((compiler, version, FLAGS, LEVELS[level])).encode())
+    digest = hashlib.sha256(repr((compiler, version, _flags(level, name))).encode())
     for part in sorted(_dependencies(_source(name))):
         digest.update(part.read_bytes())
     return OBJECTS / f"{level}-{name}-{digest.hexdigest()[:16]}.o"
+
+
+def _flags(level: str, name: str) -> list[str]:
+    return [*FLAGS, *LEVELS[level], *(EXACT if name.startswith("exact_") else [])]
 
 
 def _source(name: str) -> Path:
