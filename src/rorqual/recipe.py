@@ -6,7 +6,7 @@ with the run.
 
 import tomllib
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar, overload
+from typing import Any, Literal, Self, TypeVar, get_origin, overload
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
@@ -180,9 +180,9 @@ class RLRecipe(Recipe):
                 f"rollouts.workers = {workers}: a step has only grpo.questions_per_step = {questions} groups to share "
                 "among them; lower it"
             )
-        parts = self.reward.model_dump(exclude={"target_language"})
-        if not any(parts.values()):
-            raise ValueError(f"reward: {', '.join(parts)} all have weight 0, so there is no reward; set one above 0")
+        if self.reward.rewards_nothing:
+            parts = "accuracy, format, language, length, verdict"
+            raise ValueError(f"reward: {parts} all have weight 0, so there is no reward; set one above 0")
         return self
 
 
@@ -327,9 +327,12 @@ def _one_sentence(error: Any, source: str, recipe: type[Recipe]) -> str:
 
 def _fields_at(model: Any, loc: FieldPath) -> list[str]:
     """The fields of the section that `loc` leads to."""
+    key = False  # whether the next part is a table's key
     for name in loc:
-        if isinstance(name, int):
+        if isinstance(name, int) or key:
+            key = False
             continue
         annotation = model.model_fields[name].annotation
-        model = annotation if isinstance(annotation, type) else annotation.__args__[0]
+        key = get_origin(annotation) is dict
+        model = annotation if isinstance(annotation, type) else annotation.__args__[-1 if key else 0]
     return list(model.model_fields)

@@ -18,12 +18,11 @@ from typing import Any, Literal, Protocol
 
 from rorqual.data.corpus import named
 from rorqual.errors import UserError
-from rorqual.judge.extract_answer import read_answer
 from rorqual.recipe import EnvironmentSection, RLRecipe, load_recipe
 from rorqual.rl.envs.environment import Split
 from rorqual.rl.envs.jsonl import SUFFIXES
 from rorqual.rl.envs.registry import Environment, JsonlEnvironment, Problem, open_environment
-from rorqual.rl.prompts import Template, prompt_text
+from rorqual.rl.prompts import Template, problem_text
 from rorqual.tokenizer_protocol import Tokenizer
 
 
@@ -70,10 +69,10 @@ class EnvironmentTask:
         return self.environment.problems(split=self.split, n=n, seed=seed)
 
     def prompt(self, problem: Problem, tokenizer: Tokenizer, template: Template) -> str:
-        return prompt_text(problem.question, template, tokenizer)
+        return problem_text(problem, template, tokenizer)
 
     def answer(self, problem: Problem, prompt: str, text: str) -> str | None:
-        return read_answer(text, problem.answer)
+        return self.environment.read(problem, text)
 
     def score(self, problems: Sequence[Problem], texts: Sequence[str], answers: Sequence[str | None]) -> list[bool]:
         return [self.environment.correct(p, a) for p, a in zip(problems, answers, strict=True)]

@@ -15,9 +15,10 @@ from rorqual.precision.convert import convert
 from rorqual.precision.fp8_twin import FP8Twin
 from rorqual.recipe import RLRecipe
 from rorqual.rl.envs.environment import Environment
+from rorqual.rl.episodes import sample_rollout
 from rorqual.rl.policy_update import PolicyUpdate
 from rorqual.rl.rewards import Verdict, score
-from rorqual.rl.rollout import Rollout, derived_seed, sample_groups
+from rorqual.rl.rollout import Rollout, derived_seed
 from rorqual.rl.rollout_metrics import RLMetrics, UpdateSums, describe_rollout, describe_update, readable_sample
 from rorqual.rl.rollout_source import Fleet, RolloutSource
 from rorqual.tokenizer_protocol import Tokenizer
@@ -60,10 +61,15 @@ class GRPOTrainer:
         self.dtype = compute_dtype(recipe.model.dtype, self.device)
         self.optimizer = Optimizer(model, recipe.optimizer, self.dtype)
         rows, records = self.section.rollout_max_num_seqs, recipe.rollouts.replay_routing
-        self.engine = self.sampler = Engine(model, tokenizer, max_num_seqs=rows, record_routing=records)
+        several = any(e.turns > 1 for e in environments)  # whose later turns find the earlier ones in a prefix cache
+        self.engine = self.sampler = Engine(
+            model, tokenizer, max_num_seqs=rows, prefix_cache=several, record_routing=records
+        )
         self.twin = FP8Twin(model) if self.section.rollout_weights == "fp8" else None
         if self.twin is not None:
-            self.sampler = Engine(self.twin.model, tokenizer, max_num_seqs=rows, record_routing=records)
+            self.sampler = Engine(
+                self.twin.model, tokenizer, max_num_seqs=rows, prefix_cache=several, record_routing=records
+            )
         self.environments = {e.family: e for e in environments}
         self.rollouts = RolloutSource(recipe, environments, self.sampler, fleet)
         self.update = PolicyUpdate(
@@ -104,7 +110,7 @@ class GRPOTrainer:
             update_seconds=update_seconds,
             wait_seconds=served.wait_seconds,
             skipped=self.skipped_in_a_row > skipped,
-            notes=self.rollouts.take_notes(),
+            notes=self.rollouts.take_notes() + rewards.notes,
             staleness=served.staleness,
             pushed_bytes=served.pushed_bytes,
         )
@@ -124,7 +130,7 @@ class GRPOTrainer:
         self.model.eval()
         for family, environment in self.environments.items():
             problems = environment.problems("dev", n, self.recipe.seed)
-            rollout = sample_groups(self.engine, problems, self.recipe.template, params)
+            rollout = sample_rollout(self.engine, problems, self.recipe.template, params, self.environments)
             correct = score(rollout.samples, self.environments, self.recipe.reward, params.max_tokens).correct
             self.evaluated_tokens += rollout.tokens
             self.flops["evaluate"] += self._sampling_flops(rollout)
@@ -183,9 +189,10 @@ class GRPOTrainer:
         self.flops["train"] += sums.computed * passes * self._flops_per_token(rollout)
 
     def _sampling_flops(self, rollout: Rollout) -> float:
-        return (rollout.tokens + sum(map(len, rollout.prompts))) * self._flops_per_token(rollout)
+        return sum(map(len, rollout.completions + rollout.prompts)) * self._flops_per_token(rollout)
 
     def _flops_per_token(self, rollout: Rollout) -> float:
         """Of a forward pass."""
-        length = sum(map(len, rollout.prompts)) // len(rollout.prompts) + rollout.tokens // len(rollout.completions)
+        after = sum(map(len, rollout.completions)) // len(rollout.completions)
+        length = sum(map(len, rollout.prompts)) // len(rollout.prompts) + after
         return flops_per_token(self.model.config, length, training=False)

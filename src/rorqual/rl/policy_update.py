@@ -54,17 +54,18 @@ class PolicyUpdate:
         a row are not finite.
         """
         section, G = self.section, self.section.group_size
-        grouped = rewards.total.view(-1, G)
+        grouped = rewards.grouped(G)
         advantages = group_advantages(grouped, section.normalise_std).flatten()
         zero_std = zero_std_groups(grouped)
         counted = (~zero_std if section.drop_zero_std_groups else torch.ones_like(zero_std)).nonzero().flatten()
-        lengths = torch.tensor([len(c) for c in rollout.completions])
+        lengths = torch.tensor(rollout.lengths)
         sums = UpdateSums(mismatch=Mismatch(section.importance_cap or CAP) if self._corrects else None)
         self.model.train()
         weights = torch.zeros(len(lengths))
         updates: list[list[int]] = []
         for groups in counted.chunk(section.mini_batches):
             members = (groups[:, None] * G + torch.arange(G)).flatten()
+            members = members[~rewards.skipped[members]]
             weights[members] = token_weights(lengths[members], section.average)
             computed = members if section.kl else members[~zero_std.repeat_interleave(G)[members]]
             updates += [[int(i) for i in computed]] if len(computed) else []
@@ -164,6 +165,7 @@ class PolicyUpdate:
             # 4x: attention computes the whole block, where the planner counts the causal half, and reaches half the
             # FLOP/s of linear layers (SmolLM2 in bfloat16 on a CPU, blocks of 300 tokens: 0.65 of 4.5 seconds).
             lambda length: flops_per_token(config, 4 * length),
+            [rollout.sampled[i] for i in members],
         )
         if rollout.routing is None:
             return batches
@@ -178,7 +180,7 @@ class PolicyUpdate:
     def logprobs_before(self, rollout: Rollout, members: list[int]) -> list[list[float]]:
         """By completion, of `members` under the policy that is trained, before it is; of others there are none."""
         device = self.device
-        sizes = [len(rollout.completions[i]) for i in members]
+        sizes = [rollout.lengths[i] for i in members]
         found = torch.empty(sum(sizes), device=device)
         for packed in self._packed(rollout, members):
             packed = packed.to(device)

@@ -20,9 +20,10 @@ from rorqual.recipe import ChatDataSection, DistillRecipe, RewardSection, SFTRec
 from rorqual.rl.context_limits import check_context
 from rorqual.rl.envs.environment import Problem
 from rorqual.rl.envs.registry import Environment, open_environment
-from rorqual.rl.prompts import Template, prompt_text
+from rorqual.rl.episodes import sample_rollout
+from rorqual.rl.prompts import Template, problem_text
 from rorqual.rl.rewards import score
-from rorqual.rl.rollout import derived_seed, sample_groups
+from rorqual.rl.rollout import derived_seed
 from rorqual.train.build_model import check_length, check_model, tokenizer_of
 from rorqual.train.run_folder import open_run
 from rorqual.train.training_run import sft
@@ -58,7 +59,7 @@ def rejection_sample(
     for first in range(start, len(drawn), BATCH):
         batch = drawn[first : first + BATCH]
         sampling = replace(params, seed=derived_seed(seed, "rejection", first))
-        rollout = sample_groups(engine, batch, template, sampling)
+        rollout = sample_rollout(engine, batch, template, sampling, by_family)
         rewards = score(rollout.samples, by_family, reward, params.max_tokens)
         kept: list[dict[str, Any]] = []
         for q, problem in enumerate(batch):
@@ -70,7 +71,7 @@ def rejection_sample(
             members.sort(key=lambda i: (-float(rewards.total[i]), rollout.samples[i].length))
             different = {rollout.samples[i].text: i for i in reversed(members)}  # of equal texts, the best
             best = sorted(different.values(), key=members.index)[:keep_per_problem]
-            prompt = prompt_text(problem.question, template, engine.require_tokenizer())
+            prompt = problem_text(problem, template, engine.require_tokenizer())
             kept += [
                 {
                     "prompt": prompt,

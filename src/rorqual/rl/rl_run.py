@@ -23,7 +23,7 @@ from rorqual.recipe import RLRecipe
 from rorqual.rl.context_limits import check_context
 from rorqual.rl.envs.registry import Environment, open_environment
 from rorqual.rl.grpo_trainer import GRPOTrainer
-from rorqual.rl.prompts import render
+from rorqual.rl.prompts import render_problem
 from rorqual.rl.ray_rollouts import ray_fleet
 from rorqual.rl.rollout import derived_seed
 from rorqual.tokenizer_protocol import Tokenizer
@@ -48,6 +48,8 @@ def rl(recipe: RLRecipe, resume: bool = False, ray: str | None = None) -> Path:
     recipe = on_ray(recipe) if ray else in_process(recipe)
     tokenizer, start = tokenizer_of(recipe.model), trained_path(recipe.model)
     environments = [open_environment(section) for section in recipe.environments]
+    if ray and (several := [e.family for e in environments if e.turns > 1]):
+        raise UserError(f"environment {several[0]} with --ray: workers sample single turns; leave out --ray")
     check_problems(recipe, tokenizer, environments)
     device = find_device("cpu" if ray else recipe.device)
     with open_run(recipe, resume, device) as run_dir:
@@ -85,6 +87,10 @@ def check_problems(recipe: RLRecipe, tokenizer: Tokenizer, environments: Sequenc
     config = ModelConfig.load(trained_path(recipe.model))
     if recipe.rollouts.replay_routing and not config.n_routed_experts:
         raise UserError("rollouts.replay_routing = true: the model has no experts whose choice to replay; leave it out")
+    if recipe.rollouts.replay_routing and (several := [e.family for e in environments if e.turns > 1]):
+        raise UserError(
+            f"rollouts.replay_routing with environment {several[0]}: experts are recorded of single turns; leave it out"
+        )
     context = config.max_position_embeddings
     check_context(environments, recipe.template, tokenizer, context, recipe.grpo.max_tokens, "grpo.max_tokens")
     for environment in environments:
@@ -106,7 +112,7 @@ def prompt_tokens(recipe: RLRecipe, tokenizer: Tokenizer, environments: Sequence
     means: list[float] = []
     for environment in environments:
         problems = islice(environment.stream("train", derived_seed(recipe.seed, environment.family)), PROMPTS)
-        means.append(fmean(len(render(p.question, recipe.template, tokenizer)) for p in problems))
+        means.append(fmean(len(render_problem(p, recipe.template, tokenizer)) for p in problems))
     return fmean(means, weights=[environment.weight for environment in environments])
 
 

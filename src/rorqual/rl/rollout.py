@@ -10,9 +10,8 @@ from torch import Tensor
 
 from rorqual.engine import Engine, SamplingParams
 from rorqual.engine.outputs import Completion
-from rorqual.rl.envs.environment import Problem
-from rorqual.rl.prompts import Template, render
-from rorqual.rl.rewards import Sample
+from rorqual.rl.envs.environment import Problem, Sample
+from rorqual.rl.prompts import Template, render_problem
 
 
 @dataclass(frozen=True)
@@ -21,16 +20,23 @@ class Rollout:
 
     problems: list[Problem]
     prompts: list[list[int]]  # [Q] token ids
-    completions: list[list[int]]  # [Q·G] token ids, the stop token included
-    logprobs: list[list[float]]  # [Q·G] of the completion tokens, under the policy that sampled them
-    texts: list[str]  # [Q·G] the completions as text
+    completions: list[list[int]]  # [Q·G] all token ids after the prompt, stop tokens included
+    sampled: list[list[bool]]  # [Q·G] which of them the policy sampled: all but those of an environment's turns
+    logprobs: list[list[float]]  # [Q·G] of the sampled tokens, under the policy that sampled them
+    texts: list[str]  # [Q·G] the completions as text; of several turns, the last
     samples: list[Sample]  # [Q·G] what rewards are computed from
     seconds: float  # that sampling took; of shards, the slowest
     routing: list[Tensor] | None = None  # [Q·G] of the experts (Completion.routing), where they are recorded
 
     @property
+    def lengths(self) -> list[int]:
+        """[Q·G] sampled tokens."""
+        return list(map(sum, self.sampled))
+
+    @property
     def tokens(self) -> int:
-        return sum(map(len, self.completions))
+        """Sampled."""
+        return sum(self.lengths)
 
 
 @dataclass(frozen=True)
@@ -95,7 +101,7 @@ def assemble(engine: Engine, problems: Sequence[Problem], prompts: list[list[int
 
 def prompts_of(engine: Engine, problems: Sequence[Problem], template: Template) -> list[list[int]]:
     tokenizer = engine.require_tokenizer()
-    return [render(p.question, template, tokenizer) for p in problems]
+    return [render_problem(p, template, tokenizer) for p in problems]
 
 
 def _rollout(
@@ -116,6 +122,7 @@ def _rollout(
         problems=list(problems),
         prompts=prompts,
         completions=[c.tokens for c in completions],
+        sampled=[[True] * len(c.tokens) for c in completions],
         logprobs=[c.logprobs for c in completions],
         texts=[c.text for c in completions],
         samples=samples,

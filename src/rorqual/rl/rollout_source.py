@@ -17,7 +17,8 @@ from rorqual.errors import UserError
 from rorqual.model import Transformer
 from rorqual.recipe import RLRecipe
 from rorqual.rl.envs.environment import Environment, Problem
-from rorqual.rl.rollout import Rollout, Shard, assemble, derived_seed, prompts_of, sample_groups
+from rorqual.rl.episodes import sample_rollout
+from rorqual.rl.rollout import Rollout, Shard, assemble, derived_seed, prompts_of
 
 PREFIX = "rollouts."  # of a checkpoint's tensors
 
@@ -77,7 +78,8 @@ class RolloutSource:
         """The rollout that step `step` trains on; a fleet first gets those of the next steps to sample meanwhile."""
         start = time.monotonic()
         if self.fleet is None:
-            rollout = sample_groups(self.engine, self.draw(step), self.recipe.template, self._params(step))
+            template, params = self.recipe.template, self._params(step)
+            rollout = sample_rollout(self.engine, self.draw(step), template, params, self.environments)
             return Served(rollout, time.monotonic() - start)
         pushed = self.fleet.pushed_bytes
         self._submit_until(step, self.fleet)

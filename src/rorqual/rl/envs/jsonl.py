@@ -5,7 +5,6 @@ import math
 from collections.abc import Iterator
 from decimal import Decimal
 from pathlib import Path
-from random import Random
 from typing import Any
 
 from rorqual.data.corpus import RECORDS, find_files, named, read_records
@@ -13,7 +12,7 @@ from rorqual.errors import UserError, file_error
 from rorqual.files import read_text
 from rorqual.judge import judge
 from rorqual.recipe import EnvironmentSection
-from rorqual.rl.envs.environment import Environment, Problem, PromptFormat, integers, number_key, text_key
+from rorqual.rl.envs.environment import Environment, Problem, PromptFormat, Shuffled, integers, number_key, text_key
 from rorqual.strict_json import Json
 from rorqual.unicode_checks import whole_inside
 
@@ -50,18 +49,13 @@ class JsonlEnvironment(Environment):
                 if empty := next((name for name in prompt.names if row[name] is None), None):
                     raise UserError(f"{where}: field {empty} is null, and the prompt of {section.name} uses it; add it")
         self._problems = [_problem(row, prompt, section.name, where) for where, row in rows]
-        self._orders: dict[tuple[int, int], list[int]] = {}
+        self._shuffled = Shuffled(self._problems)
 
     def candidate_count(self) -> int:
         return len(self._problems)
 
     def candidate(self, seed: int, index: int) -> Problem:
-        epoch, place = divmod(index, len(self._problems))
-        if (seed, epoch) not in self._orders:
-            order = list(range(len(self._problems)))
-            Random(f"{seed}/{epoch}").shuffle(order)
-            self._orders = {(seed, epoch): order}  # only the current epoch is kept
-        return self._problems[self._orders[seed, epoch][place]]
+        return self._shuffled.candidate(seed, index)
 
     def all_problems(self) -> list[Problem]:
         """All problems in the file's order."""
