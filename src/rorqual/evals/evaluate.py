@@ -20,7 +20,7 @@ from rorqual.engine import Completion, Engine, SamplingParams
 from rorqual.errors import UserError
 from rorqual.evals.results import CurvePoint, Evaluation, Scores, TaskResult
 from rorqual.evals.stats import cons_at_k, interval, pass_at_1, pass_at_k
-from rorqual.evals.tasks import Task, TaskLike, open_task
+from rorqual.evals.tasks import EnvironmentTask, Task, TaskLike, open_task
 from rorqual.rl.envs.environment import Problem, Split
 from rorqual.rl.prompts import Template
 from rorqual.rl.rewards import RIGHT, WRONG, self_verified
@@ -144,6 +144,11 @@ def collect(
     """Sample `params.n` completions per problem and score them; `progress` receives counts of completions."""
     tokenizer = engine.require_tokenizer()
     prompts = [task.prompt(problem, tokenizer, template) for problem in problems]
+    if isinstance(task, EnvironmentTask) and task.grades_episodes:
+        played = task.play(engine, problems, params, template)
+        if progress:
+            progress(len(played[0]))
+        return Collected(problems, prompts, *played)
     encoded = [tokens_of(engine, prompt, template) for prompt in prompts]
     completions = engine.generate(encoded, params, progress=progress)
     repeated = [problem for problem in problems for _ in range(params.n)]

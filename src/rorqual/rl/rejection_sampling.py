@@ -18,7 +18,7 @@ from rorqual.model.model_directory import is_gguf, model_directory
 from rorqual.precision.packed_checkpoint import is_quantized
 from rorqual.recipe import ChatDataSection, DistillRecipe, RewardSection, SFTRecipe
 from rorqual.rl.context_limits import check_context
-from rorqual.rl.envs.environment import Problem
+from rorqual.rl.envs.environment import Problem, Sample
 from rorqual.rl.envs.registry import Environment, open_environment
 from rorqual.rl.episodes import sample_rollout
 from rorqual.rl.prompts import Template, problem_text
@@ -52,9 +52,14 @@ def rejection_sample(
     at most `keep_per_problem` distinct ones per problem: highest reward first, then the shortest, since a longer one
     has more detours for the same result. Each is {"prompt", "completion", "family", "reward", "length"}; prompt and
     completion are the text that the model read and wrote (special-token names in the question escaped as in
-    rorqual.data.special_tokens). `start`: problems already done; later batches do not depend on it.
+    rorqual.data.special_tokens). An episode of several turns has {"messages", "tools"} instead. `start`: problems
+    already done; later batches do not depend on it. Raises UserError for episodes without a chat template.
     """
     by_family = {e.family: e for e in environments}
+    if template != "chat" and (several := [e.family for e in environments if e.turns > 1]):
+        raise UserError(
+            f"environment {several[0]} with template = {template!r}: a student learns several turns in chats; set 'chat'"
+        )
     drawn = draw_problems(environments, problems, seed)
     for first in range(start, len(drawn), BATCH):
         batch = drawn[first : first + BATCH]
@@ -66,16 +71,19 @@ def rejection_sample(
             members = [
                 i
                 for i in range(q * params.n, (q + 1) * params.n)
-                if rewards.correct[i] and not rollout.samples[i].truncated
+                if rewards.correct[i] and not rollout.samples[i].truncated and not rewards.skipped[i]
             ]
             members.sort(key=lambda i: (-float(rewards.total[i]), rollout.samples[i].length))
-            different = {rollout.samples[i].text: i for i in reversed(members)}  # of equal texts, the best
+            different = {said_in(rollout.samples[i]): i for i in reversed(members)}  # of equal ones, the best
             best = sorted(different.values(), key=members.index)[:keep_per_problem]
             prompt = problem_text(problem, template, engine.require_tokenizer())
             kept += [
-                {
-                    "prompt": prompt,
-                    "completion": rollout.texts[i],
+                (
+                    {"messages": rollout.samples[i].messages, "tools": problem.tools}
+                    if rollout.samples[i].turns
+                    else {"prompt": prompt, "completion": rollout.texts[i]}
+                )
+                | {
                     "family": problem.family,
                     "reward": float(rewards.total[i]),
                     "length": rollout.samples[i].length,
@@ -83,6 +91,11 @@ def rejection_sample(
                 for i in best
             ]
         yield first + len(batch), kept
+
+
+def said_in(sample: Sample) -> str:
+    """All that was said in a sample, to tell it from others."""
+    return "\0".join(message["content"] or "" for message in sample.turns) or sample.text
 
 
 def distill(recipe: DistillRecipe, resume: bool = False) -> Path:

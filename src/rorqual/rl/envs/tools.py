@@ -51,7 +51,7 @@ class UserTool:
         config = ConfigDict(extra="forbid")
         try:
             self._model: type[BaseModel] = create_model(self.name, __config__=config, **fields)
-            schema = self._model.model_json_schema()
+            schema = cast("dict[str, Json]", _untitled(self._model.model_json_schema()))
         except Exception as e:
             raise UserError(f"{where}: its parameters have no JSON schema ({e}); use str, int, float or lists") from e
         self.description: Tool = {
@@ -59,7 +59,7 @@ class UserTool:
             "function": {
                 "name": self.name,
                 "description": text,
-                "parameters": cast("dict[str, Json]", _untitled(schema)),
+                "parameters": schema,
             },
         }
 
