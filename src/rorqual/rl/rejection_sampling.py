@@ -58,7 +58,7 @@ def rejection_sample(
     by_family = {e.family: e for e in environments}
     if template != "chat" and (several := [e.family for e in environments if e.turns > 1]):
         raise UserError(
-            f"environment {several[0]} with template = {template!r}: a student learns several turns in chats; set 'chat'"
+            f"environment {several[0]} with template = {template!r}: students learn several turns in chats; set 'chat'"
         )
     drawn = draw_problems(environments, problems, seed)
     for first in range(start, len(drawn), BATCH):

@@ -1,7 +1,7 @@
 """Problems whose answer is a Python program, which is right if it passes tests in the sandbox.
 
-Tests are Python statements that hold after the program (`assert f(1) == 2`), or objects {"stdin", "stdout"} (or "input",
-"output"): what the program reads, and what it then has to print, but for spaces at the ends of lines.
+Tests are Python statements that hold after the program (`assert f(1) == 2`), or objects {"stdin", "stdout"} (or
+"input", "output"): what the program reads, and what it then has to print, but for spaces at the ends of lines.
 """
 
 import re
