@@ -229,7 +229,7 @@ class Environment(ABC):
 
     def problems(self, split: Split, n: int, seed: int = 0) -> list[Problem]:
         """`n` distinct problems, deterministic in the arguments. Raises UserError when fewer exist."""
-        found: dict[str, Problem] = {}
+        found: dict[tuple[str, str], Problem] = {}  # with the key: where an answer is hidden, all questions are equal
         bound = self.candidate_count()
         index = fresh = 0
         # A source without a known bound is exhausted when this many candidates in a row bring nothing new: of a split
@@ -237,8 +237,8 @@ class Environment(ABC):
         while len(found) < n and index - fresh < 500 + 50 * len(found) and index != bound:
             problem = self.chunked(seed, index)
             index += 1
-            if self.takes(problem, split) and problem.question not in found:
-                found[problem.question] = problem
+            if self.takes(problem, split) and (problem.question, problem.key) not in found:
+                found[problem.question, problem.key] = problem
                 fresh = index
         if len(found) < n:
             raise UserError(
