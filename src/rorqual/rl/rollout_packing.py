@@ -147,7 +147,8 @@ def _build(
             before: Ints = np.concatenate([[last], np.arange(end, end + n)])
             at: Ints = np.flatnonzero(sampled[i])
             source.append(before[at])
-            targets.append(completion.take(at))
+            chosen: Ints = completion[at]
+            targets.append(chosen)
             sequence.append(np.full(len(at), i))
             offset.append(np.arange(target_starts[i], target_starts[i + 1]))
             end += n

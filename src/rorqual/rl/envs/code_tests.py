@@ -9,6 +9,7 @@ from typing import cast
 
 from rorqual.errors import UserError
 from rorqual.sandbox.run_program import Limits, run_program
+from rorqual.strict_json import Json
 from rorqual.unicode_checks import whole_inside
 
 Test = str | tuple[str, str]  # statements, or what is read and what is printed
@@ -31,7 +32,7 @@ assert _lines(_printed) == _lines({printed!r}), _printed
 
 def read_tests(value: object, where: str) -> list[Test]:
     """A record's `tests`. Raises UserError, which begins with `where`, for anything but a list of tests."""
-    if not isinstance(value, list) or not value or not whole_inside(value):
+    if not isinstance(value, list) or not value or not whole_inside(cast("list[Json]", value)):
         raise UserError(f"{where}: tests must be a list of asserts, or of objects with stdin and stdout; correct it")
     return [_test(test, f"{where}: test {n}") for n, test in enumerate(cast("list[object]", value), 1)]
 

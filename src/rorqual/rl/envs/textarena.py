@@ -4,6 +4,7 @@ import random
 import threading
 from collections.abc import Generator
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
 from rorqual.errors import UserError
@@ -49,8 +50,7 @@ class _Play:
     """One play. Games draw from Python's shared generator: here each play has its own state of it."""
 
     def __init__(self, game: Game, seed: int) -> None:
-        import textarena  # pyright: ignore[reportMissingImports]
-
+        textarena: Any = import_module("textarena")
         self._state: Any = random.Random(seed).getstate()
         with self._own_random():
             self._env: Any = textarena.make(f"{game.game}-raw", **game.settings)
@@ -72,7 +72,8 @@ class _Play:
 
     def reward(self) -> float:
         with self._own_random():
-            return float((self._env.close()[0] or {}).get(0, 0.0))
+            rewards: Any = self._env.close()[0]
+        return float(rewards[0]) if rewards else 0.0
 
     @contextmanager
     def _own_random(self) -> Generator[None]:

@@ -8,6 +8,7 @@ tokens and time limits are Rorqual's.
 import asyncio
 import pickle
 from collections.abc import Coroutine
+from importlib import import_module
 from typing import Any
 
 from rorqual.errors import UserError
@@ -20,7 +21,7 @@ class Verifiers:
     def __init__(self, env: str, **settings: Any) -> None:
         """Raises UserError for an environment that cannot be loaded, has tools, or is of another version's kind."""
         require("envs", "verifiers")
-        import verifiers as vf  # pyright: ignore[reportMissingImports]
+        vf: Any = import_module("verifiers")
 
         if not hasattr(vf, "load_environment"):
             raise UserError(
@@ -55,7 +56,7 @@ class Verifiers:
         found = await self.env.env_response(said, of_env)
         if of_env.get("final_env_response") is not None or await self.env.is_completed(of_env):
             return None
-        return "\n".join(_text(message) for message in ([found] if isinstance(found, str | dict) else found))
+        return "\n".join(map(_text, [found] if isinstance(found, str) else found))
 
     async def _score(self, problem: dict[str, Any], messages: list[Any], state: dict[str, Any]) -> float:
         of_env = await self._started(problem)
@@ -68,10 +69,9 @@ class Verifiers:
         return float(of_env["reward"])
 
     async def _started(self, problem: dict[str, Any]) -> Any:
-        from verifiers.types import ClientConfig  # pyright: ignore[reportMissingImports]
-
+        types: Any = import_module("verifiers.types")
         row = {name: value for name, value in problem.items() if name not in ("question", "key", "difficulty")}
-        of_env = await self.env.init_state(row, ClientConfig(api_base_url="http://127.0.0.1:9"), "rorqual")
+        of_env = await self.env.init_state(row, types.ClientConfig(api_base_url="http://127.0.0.1:9"), "rorqual")
         setup = getattr(self.env, "setup_state", None)
         return of_env if setup is None else (await setup(of_env) or of_env)
 
@@ -99,16 +99,16 @@ def _problem(row: Any) -> dict[str, Any]:
 
 
 def _normalised(messages: list[Any]) -> list[Any]:
-    from verifiers.utils import message_utils  # pyright: ignore[reportMissingImports]
-
+    message_utils: Any = import_module("verifiers.utils.message_utils")
     normalise = getattr(message_utils, "normalize_messages", None)  # 0.1's early versions have dictionaries
     return messages if normalise is None else normalise(messages, field_name="messages")
 
 
 def _text(message: Any) -> str:
-    if isinstance(message, str):
-        return message
-    content = message["content"] if isinstance(message, dict) else message.content
+    """Of a message: text, a dictionary or an object, by version."""
+    content: Any = message if isinstance(message, str) else None
+    if content is None:
+        content = message.content if hasattr(message, "content") else message["content"]
     return content if isinstance(content, str) else str(content or "")
 
 
