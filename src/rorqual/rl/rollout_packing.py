@@ -150,7 +150,7 @@ def _build(
             chosen: Ints = completion[at]
             targets.append(chosen)
             sequence.append(np.full(len(at), i))
-            offset.append(np.arange(target_starts[i], target_starts[i + 1]))
+            offset.append(target_starts[i] + np.arange(len(at)))
             end += n
         start += block.length
     masks: list[Tensor] = []

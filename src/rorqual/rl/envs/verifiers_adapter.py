@@ -106,10 +106,10 @@ def _normalised(messages: list[Any]) -> list[Any]:
 
 def _text(message: Any) -> str:
     """Of a message: text, a dictionary or an object, by version."""
-    content: Any = message if isinstance(message, str) else None
-    if content is None:
-        content = message.content if hasattr(message, "content") else message["content"]
-    return content if isinstance(content, str) else str(content or "")
+    if isinstance(message, str):
+        return message
+    read: Any = getattr(message, "content", None) or dict(message).get("content")
+    return str(read or "")
 
 
 def _run(work: Coroutine[Any, Any, Any]) -> Any:
