@@ -12,6 +12,7 @@ EXTRAS = {
     "data": ("datasets", "pyarrow"),
     "track": ("trackio",),
     "cluster": ("ray",),
+    "envs": ("textarena", "verifiers"),
 }
 
 

@@ -6,7 +6,7 @@ with the run.
 
 import tomllib
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar, cast, overload
+from typing import Any, Literal, Self, TypeVar, cast, get_origin, overload
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
@@ -216,7 +216,7 @@ class RLRecipe(FineTuningRecipe):
     @property
     def rewarded(self) -> bool:
         """Whether some part of the reward counts; without, distillation is all there is."""
-        return any(self.reward.model_dump(exclude={"target_language"}).values())
+        return not self.reward.rewards_nothing
 
     @model_validator(mode="before")
     @classmethod
@@ -404,9 +404,12 @@ def _one_sentence(error: Any, source: str, recipe: type[Recipe]) -> str:
 
 def _fields_at(model: Any, loc: FieldPath) -> list[str]:
     """The fields of the section that `loc` leads to."""
+    key = False  # whether the next part is a table's key
     for name in loc:
-        if isinstance(name, int):
+        if isinstance(name, int) or key:
+            key = False
             continue
         annotation = model.model_fields[name].annotation
-        model = annotation if isinstance(annotation, type) else annotation.__args__[0]
+        key = get_origin(annotation) is dict
+        model = annotation if isinstance(annotation, type) else annotation.__args__[-1 if key else 0]
     return list(model.model_fields)

@@ -22,6 +22,7 @@ Temperature = Annotated[float, Field(ge=0.01, le=100)]  # not 0: logits are divi
 Weight = Annotated[float, Field(ge=1e-6, le=1e6)]  # relative to the other weights
 Beta = Annotated[float, Field(ge=0, lt=1)]
 LocalPath = Annotated[str, Field(min_length=1), AfterValidator(local_path)]
+Python = Annotated[LocalPath, Field(pattern=r".:\S+$")]  # FILE.py:NAME or MODULE:NAME
 Length = Annotated[int, Field(ge=2, le=1 << 20)]  # of a sequence
 V3_CONSTANT = 10 / 14.8  # V3 §4.2: fraction of the tokens with the learning rate at its peak
 
@@ -278,13 +279,29 @@ class ChatDataSection(Section):
 
 
 class EnvironmentSection(Section):
-    """Problems from a reasoning-gym dataset (`name`, `config`) or a file of questions and answers (`path`)."""
+    """Problems from a reasoning-gym dataset or an installed environment (`name`, `config`), a file of questions and
+    answers (`path`), or a class or function in Python (docs/environments.md).
+    """
 
     name: str
     config: Config = {}
     path: LocalPath | None = None
+    python: Python | None = None
     weight: Weight = 1.0
     prompt: str | None = None  # Python format string over the problem's fields; None: the generated question
+    turns: int | None = Field(
+        default=None, ge=2, le=1 << 20
+    )  # of the model in an episode; None: what the environment says
+    turn_tokens: Size | None = None  # sampled in a turn; None: what is left of max_tokens
+    timeout: Positive = 10.0  # seconds of a call of its `reward`
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "EnvironmentSection":
+        if self.path is not None and self.python is not None:
+            raise ValueError(f"environment {self.name}: path and python are two sources; leave one of them out")
+        if self.python is not None and self.prompt is not None:
+            raise ValueError(f"environment {self.name}: prompt is not for python, whose question is text; leave it out")
+        return self
 
 
 def _unique_names(sections: list[EnvironmentSection]) -> list[EnvironmentSection]:
@@ -295,6 +312,13 @@ def _unique_names(sections: list[EnvironmentSection]) -> list[EnvironmentSection
 
 
 Environments = Annotated[list[EnvironmentSection], Field(min_length=1), AfterValidator(_unique_names)]
+
+
+class FunctionSection(Section):
+    """A reward that is a Python function."""
+
+    python: Python
+    weight: Annotated[float, Field(ge=-1e12, le=1e12)] = 1.0
 
 
 class RewardSection(Section):
@@ -309,6 +333,20 @@ class RewardSection(Section):
         "ar", "cs", "de", "el", "en", "es", "fr", "he", "hi", "it", "ja", "ko", "nl", "pl", "pt", "ru", "sv", "th",
         "tr", "uk", "vi", "zh",
     ] = "en"  # fmt: skip
+    functions: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")], FunctionSection] = {}  # by their name in logs
+    timeout: Positive = 10.0  # seconds of a call of one
+
+    @model_validator(mode="after")
+    def _own_names(self) -> "RewardSection":
+        if taken := [name for name in self.functions if name in RewardSection.model_fields]:
+            raise ValueError(f"functions.{taken[0]}: {taken[0]} is the name of a part; choose another")
+        return self
+
+    @property
+    def rewards_nothing(self) -> bool:
+        """Whether all weights are 0."""
+        rules = (self.accuracy, self.format, self.language, self.length, self.verdict)
+        return not any(rules) and not any(f.weight for f in self.functions.values())
 
 
 class FilterSection(Section):

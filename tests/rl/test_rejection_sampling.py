@@ -11,6 +11,8 @@ SECTION = EnvironmentSection(name="chain_sum", config=SUMS, prompt="{expression}
 
 
 class Teacher:
+    prefix_cache = False
+
     """Answers every sum by the scripts in turn; a script may use the right answer."""
 
     def __init__(self, tokenizer, scripts):

@@ -3,7 +3,7 @@ import pytest
 from rorqual.errors import UserError
 from rorqual.recipe import RewardSection
 from rorqual.rl import rewards
-from rorqual.rl.envs.environment import Problem
+from rorqual.rl.envs.environment import Environment, Problem
 from rorqual.rl.rewards import Sample
 
 
@@ -71,9 +71,12 @@ def test_verdict(text, correct, reward):
     assert rewards.marked_verdict(Sample(None, text, 1, False), correct) == reward
 
 
-class Equal:
-    def correct(self, problem, answer):
-        return answer == problem.answer
+class Equal(Environment):
+    def candidate(self, seed, index):
+        return None
+
+    def check(self, problem, answer):
+        return float(answer == problem.answer)
 
 
 def sample(text, length=10):
@@ -85,7 +88,7 @@ GOOD, WRONG, BARE = "<think>a ✓</think><answer>3</answer>", "<think>a ✓</thi
 
 def test_total_is_the_weighted_sum_and_parts_stay_apart():
     section = RewardSection(accuracy=2.0, format=0.5, length=1.0, verdict=0.25)
-    found = rewards.score([sample(GOOD), sample(WRONG, 100), sample(BARE)], {"sums": Equal()}, section, 100)
+    found = rewards.score([sample(GOOD), sample(WRONG, 100), sample(BARE)], {"sums": Equal("sums", 1.0)}, section, 100)
     assert found.parts["accuracy"].tolist() == [1, 0, 0]
     assert found.parts["format"].tolist() == [1, 1, 0]
     assert found.parts["length"].tolist() == [0, -1, 0]
@@ -96,18 +99,19 @@ def test_total_is_the_weighted_sum_and_parts_stay_apart():
 
 
 def test_a_truncated_answer_is_not_right():
-    found = rewards.score([sample(GOOD, 100)], {"sums": Equal()}, RewardSection(), 100)
+    found = rewards.score([sample(GOOD, 100)], {"sums": Equal("sums", 1.0)}, RewardSection(), 100)
     assert not found.correct.any()
     assert found.parts["accuracy"].tolist() == [0]
 
 
 def test_accuracy_is_known_even_where_it_does_not_count():
-    found = rewards.score([sample(GOOD)], {"sums": Equal()}, RewardSection(accuracy=0.0), 100)
+    found = rewards.score([sample(GOOD)], {"sums": Equal("sums", 1.0)}, RewardSection(accuracy=0.0), 100)
     assert found.parts["accuracy"].tolist() == [1]
     assert found.total.tolist() == [1]  # format alone
 
 
 def test_another_verdict_can_be_plugged_in():
     section = RewardSection(accuracy=0.0, format=0.0, verdict=1.0)
-    found = rewards.score([sample(GOOD)], {"sums": Equal()}, section, 100, verdict=lambda s, correct: 7.0 * correct)
+    environments = {"sums": Equal("sums", 1.0)}
+    found = rewards.score([sample(GOOD)], environments, section, 100, verdict=lambda s, correct: 7.0 * correct)
     assert found.total.tolist() == [7.0]

@@ -5,13 +5,14 @@ from pydantic import ValidationError
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from rorqual.data.call_reader import CallReader
 from rorqual.data.tool_formats import DEEPSEEK, DEEPSEEK_V31, HERMES, JSON, LLAMA, MISTRAL, Call
 from rorqual.engine.grammar import GrammarCompiler, json_grammar
 from rorqual.engine.outputs import TokenDelta
 from rorqual.errors import UserError
 from rorqual.serve.protocol import ChatRequest
 from rorqual.serve.responses import ChatChoice
-from rorqual.serve.tool_calls import CallReader, call_grammar, callable_tools
+from rorqual.serve.tool_calls import ToolCallDelta, call_grammar, callable_tools
 
 FORMS = {"hermes": HERMES, "v3": DEEPSEEK, "v3.1": DEEPSEEK_V31, "mistral": MISTRAL, "llama": LLAMA, "json": JSON}
 ADD, TAKE = Call("add", '{"a": {"b": "</tool_call> }"}}'), Call("take", "{}")
@@ -23,7 +24,7 @@ def read(form, said, step=10_000, names=BOTH, parallel=True):
     reader, shown, calls = CallReader(form, names, parallel), "", []
     for start in range(0, len(said), step):
         text, found = reader.feed(said[start : start + step], last=start + step >= len(said))
-        shown, calls = shown + text, calls + [made.call for made in found]
+        shown, calls = shown + text, calls + found
     return shown, calls, reader.cut_off
 
 
@@ -98,7 +99,7 @@ def test_what_only_looks_like_a_call_is_shown(form, said, step):
 def test_a_call_is_given_as_soon_as_it_is_whole():
     reader = CallReader(HERMES, BOTH)
     first, half = HERMES.write([ADD]), '<tool_call>{"name": "ta'
-    assert [made.call for made in reader.feed(first, last=False)[1]] == [ADD]
+    assert reader.feed(first, last=False)[1] == [ADD]
     assert reader.feed(half, last=False) == ("", [])
     assert reader.feed("", last=True) == (half, [])
     assert reader.cut_off
@@ -106,7 +107,7 @@ def test_a_call_is_given_as_soon_as_it_is_whole():
 
 def test_calls_have_ids_of_their_own():
     _, made = CallReader(HERMES, BOTH).feed(HERMES.write([ADD, ADD]), last=True)
-    assert len({m.as_dict()["id"] for m in made}) == 2
+    assert len({ToolCallDelta(call).as_dict()["id"] for call in made}) == 2
 
 
 # -- grammars

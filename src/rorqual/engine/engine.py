@@ -146,6 +146,14 @@ class Engine:
         """Allocate the KV cache, of `kv_cache_bytes`, before the first request. Raises UserError if memory lacks."""
         self._scheduler_for([])
 
+    def reserve(self, tokens: int, sequences: int) -> None:
+        """Drop all requests and allocate a KV cache for so many sequences of so many tokens, unless `kv_cache_bytes`
+        sets its size: later ones that fit then keep the prefix cache. Raises UserError if memory lacks.
+        """
+        self.reset()
+        longest, rows = -(-tokens // BLOCK) + 1, min(self.max_num_seqs + self.max_num_seqs // 8, 2 * sequences)
+        self._scheduler_for([], at_least=(2 + longest * rows) * self.block_bytes)
+
     def reset(self) -> None:
         """Drop all requests, and the KV cache."""
         self._scheduler = None
@@ -193,22 +201,28 @@ class Engine:
     def generate(
         self,
         prompts: abc.Sequence[str] | abc.Sequence[abc.Sequence[int]],
-        params: SamplingParams | None = None,
+        params: SamplingParams | abc.Sequence[SamplingParams] | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> list[Completion]:
         """Complete every prompt (text, or token ids) params.n times; entries i·n … i·n+n-1 belong to prompt i. A single
-        prompt counts as a list of one. progress: called with the number of sequences that have just finished.
+        prompt counts as a list of one. params: of all, or one for each prompt. progress: called with the number of
+        sequences that have just finished.
 
         The same seed gives the same completions. Raises UserError for an invalid prompt, and one that context or KV
         cache do not hold.
         """
-        params = params or SamplingParams()
-        self._check_adapter(params.adapter)
-        seed = torch.seed() if params.seed is None else params.seed
+        listed = prompt_list(prompts)
+        each = list(params) if isinstance(params, abc.Sequence) else [params or SamplingParams()] * len(listed)
+        if len(each) != len(listed):
+            raise UserError(f"{len(each)} sampling parameters for {len(listed)} prompts: give one for each, or one")
+        for own in each:
+            self._check_adapter(own.adapter)
+        fresh = torch.seed() if any(own.seed is None for own in each) else 0
+        seeds = [(fresh if own.seed is None else own.seed) + (i << 32) for i, own in enumerate(each)]
         most = self._kv_cache_tokens()
         requests = [
-            self.inputs.request(prompt, params, seed + (i << 32), f"prompt {i + 1}", most)
-            for i, prompt in enumerate(prompt_list(prompts))
+            self.inputs.request(prompt, own, seed, f"prompt {i}", most)
+            for i, (prompt, own, seed) in enumerate(zip(listed, each, seeds, strict=True), 1)
         ]
         if not requests:
             return []
@@ -293,7 +307,7 @@ class Engine:
         if self.kv_cache_bytes is not None:
             count = self._count(self.kv_cache_bytes)
         else:
-            longest = max(-(-(len(r.prompt) + r.max_new_tokens) // BLOCK) + 1 for r in requests)
+            longest = max((-(-(len(r.prompt) + r.max_new_tokens) // BLOCK) + 1 for r in requests), default=0)
             sequences = sum(r.params.n for r in requests)
             count = 2 + longest * min(self.max_num_seqs + self.max_num_seqs // 8, sequences + len(requests))
             count = max(count, self._count(at_least))

@@ -25,7 +25,7 @@ from rorqual.evals.out_folder import OutFolder
 from rorqual.evals.peer_formats import write_results
 from rorqual.evals.results import CurvePoint, Evaluation
 from rorqual.evals.summary import LineChecker, summarise
-from rorqual.evals.tasks import Task, TaskLike, open_task
+from rorqual.evals.tasks import EnvironmentTask, Task, TaskLike, open_task
 from rorqual.rl.envs.environment import Problem, Split
 from rorqual.rl.prompts import Template
 
@@ -195,6 +195,15 @@ def collect(
     """Sample `params.n` completions per problem and score them; `progress` receives counts of completions."""
     tokenizer = engine.require_tokenizer()
     prompts = [task.prompt(problem, tokenizer, template) for problem in problems]
+    if isinstance(task, EnvironmentTask) and task.grades_episodes:
+        completions, answers, correct = task.play(engine, problems, params, template)
+        if progress:
+            progress(len(completions))
+        samples = [
+            Sample(c.text, "", len(c.tokens), c.finish_reason, a, right, {})
+            for c, a, right in zip(completions, answers, correct, strict=True)
+        ]
+        return Collected(problems, prompts, samples)
     encoded = [tokens_of(engine, prompt, template) for prompt in prompts]
     completions = engine.generate(encoded, params, progress=progress)
     repeated = [problem for problem in problems for _ in range(params.n)]

@@ -5,28 +5,31 @@ A file is used as a whole, like a benchmark. Datasets and a recipe's environment
 split.
 
 On the command line a task is `name` or `name:option=value,…`: `gsm-symbolic`,
-`countdown:min_numbers=3,max_numbers=3`, `mine.jsonl`, `rl-recipe.toml`, `math500`.
+`countdown:min_numbers=3,max_numbers=3`, `mine.jsonl`, `mine.py:Sums`, `rl-recipe.toml`, `math500`.
 """
 
 import os
 import random
 import re
+import sys
 import tomllib
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
+from itertools import compress
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from rorqual.data.corpus import named
+from rorqual.engine import Completion, Engine, SamplingParams
 from rorqual.errors import UserError
 from rorqual.evals.benchmarks.registry import BENCHMARKS, open_benchmark
 from rorqual.evals.second_reading import by_math_verify
-from rorqual.judge.extract_answer import read_answer
 from rorqual.recipe import EnvironmentSection, RLRecipe, load_recipe
-from rorqual.rl.envs.environment import Split
+from rorqual.rl.envs.environment import RewardError, Split
 from rorqual.rl.envs.jsonl import SUFFIXES
-from rorqual.rl.envs.registry import Environment, JsonlEnvironment, Problem, open_environment
-from rorqual.rl.prompts import Template, prompt_text
+from rorqual.rl.envs.registry import Environment, JsonlEnvironment, Problem, PythonEnvironment, open_environment
+from rorqual.rl.episodes import sample_rollout
+from rorqual.rl.prompts import Template, problem_text
 from rorqual.tokenizer_protocol import Tokenizer
 
 # (problems, completions with the tag that the prompt opened, answers) → whether each solves its problem
@@ -85,13 +88,42 @@ class EnvironmentTask:
         return self.environment.problems(split=self.split, n=n, seed=seed)
 
     def prompt(self, problem: Problem, tokenizer: Tokenizer, template: Template) -> str:
-        return prompt_text(problem.question, template, tokenizer)
+        return problem_text(problem, template, tokenizer)
 
     def answer(self, problem: Problem, prompt: str, text: str) -> str | None:
-        return read_answer(text, problem.answer)
+        return self.environment.read(problem, text)
 
     def score(self, problems: Sequence[Problem], texts: Sequence[str], answers: Sequence[str | None]) -> list[bool]:
         return [self.environment.correct(p, a) for p, a in zip(problems, answers, strict=True)]
+
+    @property
+    def grades_episodes(self) -> bool:
+        """Whether the environment judges what was said in all turns, so that `play` stands for sampling and `score`."""
+        return isinstance(self.environment, PythonEnvironment)
+
+    def play(
+        self, engine: Engine, problems: Sequence[Problem], params: SamplingParams, template: Template
+    ) -> tuple[list[Completion], list[str | None], list[bool]]:
+        """(completions, the sampled tokens of all turns with the text of the last; answers; whether correct).
+
+        An episode whose reward fails counts as wrong, with a line on standard error.
+        """
+        environment = self.environment
+        rollout = sample_rollout(engine, problems, template, params, {environment.family: environment})
+        completions: list[Completion] = []
+        answers: list[str | None] = []
+        correct: list[bool] = []
+        for i, sample in enumerate(rollout.samples):
+            tokens = list(compress(rollout.completions[i], rollout.sampled[i]))
+            reason = "length" if sample.truncated else "stop"
+            completions.append(Completion(rollout.texts[i], tokens, rollout.logprobs[i], reason))
+            answers.append(None if sample.truncated else environment.read(sample.problem, sample.text))
+            try:
+                correct.append(not sample.error and environment.grade(sample)[1])
+            except RewardError as e:
+                print(f"{e}; the episode counts as wrong", file=sys.stderr)
+                correct.append(False)
+        return completions, answers, correct
 
 
 class FileTask(EnvironmentTask):
@@ -129,6 +161,9 @@ def open_task(task: TaskLike, split: Split = "test", data: str | None = None) ->
     if not isinstance(task, str):
         return task
     name, colon, options = task.partition(":")
+    if colon and named(Path(name), ".py"):
+        section = EnvironmentSection(name=options, python=task)
+        return EnvironmentTask(open_environment(section), name=task, split=split)
     if colon and named(Path(name), *SUFFIXES):
         raise UserError(f"task {task!r}: a file has no options; write {name}")
     if named(Path(task), *SUFFIXES) or "/" in name or os.path.isfile(task):

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 from rorqual.errors import UserError
 from rorqual.rl.envs.environment import Environment, Problem
-from rorqual.rl.prompts import Template, prompt_text, render
+from rorqual.rl.prompts import Template, problem_text, render_problem
+from rorqual.rl.turns import Turns
 from rorqual.tokenizer_protocol import Tokenizer
 
 MAX_SKIPPED = 200  # problems that do not fit, with none that did, before the environment is refused
@@ -22,7 +23,8 @@ def check_context(
     """Limit the environments to problems whose prompt and `max_tokens` completion tokens fit `context` tokens.
 
     Generated problems that do not fit are skipped later on. Raises UserError, with the line, for a problem of a file
-    that does not fit, since a user's own problems are used in full. `setting`: name of the recipe field that set
+    that does not fit, since a user's own problems are used in full, and for an environment of several turns whose turns
+    the chat template does not append. `setting`: name of the recipe field that set
     `max_tokens`.
     """
     max_prompt = context - max_tokens
@@ -30,6 +32,8 @@ def check_context(
     if max_prompt < 1:
         raise UserError(f"{setting} = {max_tokens} leaves no space for a prompt: {holds}; lower it")
     for environment in environments:
+        if environment.turns > 1:
+            Turns(tokenizer, template).check(environment)
         fits = _ContextFilter(environment.family, template, tokenizer, max_prompt, f"{setting} = {max_tokens}: {holds}")
         problems = environment.all_problems()
         if problems is None:
@@ -53,9 +57,9 @@ class _ContextFilter:
 
     def tokens(self, problem: Problem) -> int:
         """Tokens of the prompt; 0 without tokenising where its bytes are no more than the limit, so that it fits."""
-        if len(prompt_text(problem.question, self.template, self.tokenizer).encode()) <= self.max_prompt:
+        if len(problem_text(problem, self.template, self.tokenizer).encode()) <= self.max_prompt:
             return 0
-        return len(render(problem.question, self.template, self.tokenizer))
+        return len(render_problem(problem, self.template, self.tokenizer))
 
     def __call__(self, problem: Problem) -> bool:
         if self.tokens(problem) <= self.max_prompt:

@@ -18,10 +18,11 @@ from rorqual.precision.exact import make_exact
 from rorqual.precision.fp8_twin import FP8Twin
 from rorqual.recipe import RLRecipe
 from rorqual.rl.envs.environment import Environment
+from rorqual.rl.episodes import sample_rollout
 from rorqual.rl.grpo import groups_with_spread
 from rorqual.rl.policy_update import PolicyUpdate
 from rorqual.rl.rewards import Rewards, Verdict, score
-from rorqual.rl.rollout import Rollout, derived_seed, members_of, sample_groups
+from rorqual.rl.rollout import Rollout, derived_seed, members_of
 from rorqual.rl.rollout_metrics import RLMetrics, UpdateSums, describe_rollout, describe_update, readable_sample
 from rorqual.rl.rollout_source import Fleet, RolloutSource, Served
 from rorqual.rl.teachers import Teachers
@@ -79,10 +80,15 @@ class GRPOTrainer:
         if recipe.exact:
             make_exact(model)
         rows, records = self.section.rollout_max_num_seqs, recipe.rollouts.replay_routing
-        self.engine = self.sampler = Engine(model, tokenizer, max_num_seqs=rows, record_routing=records)
+        several = any(e.turns > 1 for e in environments)  # whose later turns find the earlier ones in a prefix cache
+        self.engine = self.sampler = Engine(
+            model, tokenizer, max_num_seqs=rows, prefix_cache=several, record_routing=records
+        )
         self.twin = FP8Twin(model) if self.section.rollout_weights == "fp8" else None
         if self.twin is not None:
-            self.sampler = Engine(self.twin.model, tokenizer, max_num_seqs=rows, record_routing=records)
+            self.sampler = Engine(
+                self.twin.model, tokenizer, max_num_seqs=rows, prefix_cache=several, record_routing=records
+            )
         self.environments = {e.family: e for e in environments}
         self.rollouts = RolloutSource(recipe, environments, self.sampler, fleet)
         stale, teachers = fleet is not None and fleet.staleness > 0, None
@@ -109,7 +115,7 @@ class GRPOTrainer:
         rollout, rewards, served = drawn.rollout, drawn.rewards, drawn.last
         trained = rollout, rewards
         if section.max_draws > 1:
-            groups = groups_with_spread(rewards.total.view(-1, section.group_size), section.questions_per_step)
+            groups = groups_with_spread(rewards.grouped(section.group_size), section.questions_per_step)
             trained = rollout.of_groups(groups), rewards.of(members_of(groups, section.group_size))
         start = time.monotonic()
         sums = self.update(*trained, self._lr_factor(progress), progress, self.steps)
@@ -126,7 +132,7 @@ class GRPOTrainer:
             update_seconds=update_seconds,
             wait_seconds=drawn.wait_seconds,
             skipped=self.skipped_in_a_row > skipped,
-            notes=self.rollouts.take_notes(),
+            notes=self.rollouts.take_notes() + rewards.notes,
             staleness=served.staleness,
             pushed_bytes=served.pushed_bytes,
         )
@@ -164,7 +170,7 @@ class GRPOTrainer:
         self.model.eval()
         for family, environment in self.environments.items():
             problems = environment.problems("dev", n, self.recipe.seed)
-            rollout = sample_groups(self.engine, problems, self.recipe.template, params)
+            rollout = sample_rollout(self.engine, problems, self.recipe.template, params, self.environments)
             correct = score(rollout.samples, self.environments, self.recipe.reward, params.max_tokens).correct
             self.evaluated_tokens += rollout.tokens
             self.flops["evaluate"] += self._sampling_flops(rollout)
@@ -231,12 +237,13 @@ class GRPOTrainer:
             self.flops["train"] += tokens * self._flops_per_token(rollout, self.update.teachers.models[path])
 
     def _sampling_flops(self, rollout: Rollout) -> float:
-        return (rollout.tokens + sum(map(len, rollout.prompts))) * self._flops_per_token(rollout)
+        return sum(map(len, rollout.completions + rollout.prompts)) * self._flops_per_token(rollout)
 
     def _flops_per_token(self, rollout: Rollout, model: Transformer | None = None) -> float:
         """Of a forward pass, of the policy or another model."""
         return flops_per_token((model or self.model).config, self._length(rollout), training=False)
 
     def _length(self, rollout: Rollout) -> int:
-        """Mean tokens of a prompt and a completion."""
-        return sum(map(len, rollout.prompts)) // len(rollout.prompts) + rollout.tokens // len(rollout.completions)
+        """Mean tokens of a prompt and what follows it."""
+        after = sum(map(len, rollout.completions)) // len(rollout.completions)
+        return sum(map(len, rollout.prompts)) // len(rollout.prompts) + after

@@ -66,5 +66,6 @@ def predictions(packed: PackedRollout, ahead: int) -> tuple[Int[Tensor, " M"], I
         return packed.source[:0], packed.targets[:0]
     at = torch.arange(1, count, device=sequence.device)
     inside = (sequence[at - 1] == sequence[at]) & (sequence[at] == sequence[at + ahead])
+    inside &= packed.source[at + ahead] == packed.source[at] + ahead  # no turn of an environment between them
     at = at[inside]
     return packed.source[at], packed.targets[at + ahead]

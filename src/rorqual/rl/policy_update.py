@@ -90,7 +90,7 @@ class PolicyUpdate:
         sums = UpdateSums(mismatch=self._mismatch(), distilled=0.0 if self.teachers else None)
         if not rollout.problems:
             return sums
-        grouped = rewards.total.view(-1, G)
+        grouped = rewards.grouped(G)
         advantages = group_advantages(grouped, section.normalise_std).flatten()
         zero_std = zero_std_groups(grouped)
         counted = (~zero_std if section.drop_zero_std_groups else torch.ones_like(zero_std)).nonzero().flatten()
@@ -103,8 +103,8 @@ class PolicyUpdate:
         updates: list[list[int]] = []
         for groups in counted.chunk(section.mini_batches):
             members = (groups[:, None] * G + torch.arange(G)).flatten()
-            if section.mask_truncated:
-                members = members[~truncated[members]]
+            left_out = rewards.skipped | truncated if section.mask_truncated else rewards.skipped
+            members = members[~left_out[members]]
             weights[members] = token_weights(lengths[members], section.average, section.max_tokens)
             everyone = section.kl or self.teachers is not None
             computed = members if everyone else members[~zero_std.repeat_interleave(G)[members]]

@@ -1,11 +1,13 @@
-"""Prompt templates: from a question to prompt tokens."""
+"""Prompt templates: from a problem to prompt tokens."""
 
 from typing import Literal
 
 from rorqual.data.chat_template import ChatTemplate
 from rorqual.data.special_tokens import encode, escape
 from rorqual.data.tokenizer import beginning
+from rorqual.data.tool_formats import HERMES
 from rorqual.errors import UserError
+from rorqual.rl.envs.environment import Problem
 from rorqual.tokenizer_protocol import Tokenizer
 
 Template = Literal["chat", "r1-zero", "plain"]
@@ -34,6 +36,21 @@ def prompt_text(question: str, template: Template, tokenizer: Tokenizer) -> str:
     return begin + (R1_ZERO.replace("{question}", question) if template == "r1-zero" else f"{question}\n<think>")
 
 
+def problem_text(problem: Problem, template: Template, tokenizer: Tokenizer) -> str:
+    """`prompt_text` of a problem's question, or of its messages and tools. Raises UserError as it does."""
+    if template == "chat" and (problem.messages or problem.tools) and getattr(tokenizer, "chat_template", None):
+        return ChatTemplate(tokenizer).render(problem.conversation, problem.tools)
+    question = problem.question
+    if problem.tools and template != "chat":
+        question = f"{HERMES.describe_tools(problem.tools)}\n\n{question}"
+    return prompt_text(question, template, tokenizer)
+
+
 def render(question: str, template: Template, tokenizer: Tokenizer) -> list[int]:
-    """Token ids of the prompt."""
+    """Token ids of the prompt of a question."""
     return encode(prompt_text(question, template, tokenizer), tokenizer)
+
+
+def render_problem(problem: Problem, template: Template, tokenizer: Tokenizer) -> list[int]:
+    """Token ids of the prompt of a problem."""
+    return encode(problem_text(problem, template, tokenizer), tokenizer)

@@ -6,11 +6,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rorqual.engine import Engine, SamplingParams
+from rorqual.errors import UserError
 from rorqual.recipe import FilterSection, RewardSection
-from rorqual.rl.envs.environment import Environment, Problem
-from rorqual.rl.prompts import Template, prompt_text
-from rorqual.rl.rewards import Sample, score
-from rorqual.rl.rollout import derived_seed, sample_groups
+from rorqual.rl.envs.environment import Environment, Problem, Sample
+from rorqual.rl.episodes import sample_rollout
+from rorqual.rl.prompts import Template, problem_text
+from rorqual.rl.rewards import score
+from rorqual.rl.rollout import derived_seed
 from rorqual.rl.sample_filter import refused
 
 BATCH = 64  # problems per sampling call
@@ -47,35 +49,45 @@ def rejection_sample(
     Only correct, untruncated completions that pass the filter `wanted` are kept, at most `keep_per_problem` distinct
     ones per problem: highest reward first, then the shortest, since a longer one has more detours for the same result.
     A row is {"prompt", "completion", "family", "reward", "length"}; prompt and completion are the text that the model
-    read and wrote (special-token names in the question escaped as in rorqual.data.special_tokens). `start`: problems
-    already done; later batches do not depend on it.
+    read and wrote (special-token names in the question escaped as in rorqual.data.special_tokens). An episode of
+    several turns has {"messages", "tools"} instead. `start`: problems already done; later batches do not depend on it. Raises
+    UserError for episodes without a chat template.
     """
     wanted = wanted or FilterSection()
     by_family = {e.family: e for e in environments}
+    if template != "chat" and (several := [e.family for e in environments if e.turns > 1]):
+        raise UserError(
+            f"environment {several[0]} with template = {template!r}: students learn several turns in chats; set 'chat'"
+        )
     drawn = draw_problems(environments, problems, seed)
     for first in range(start, len(drawn), BATCH):
         asked = drawn[first : first + BATCH]
-        rollout = sample_groups(engine, asked, template, replace(params, seed=derived_seed(seed, "rejection", first)))
+        sampling = replace(params, seed=derived_seed(seed, "rejection", first))
+        rollout = sample_rollout(engine, asked, template, sampling, by_family)
         rewards = score(rollout.samples, by_family, reward, params.max_tokens)
         batch = Batch(first + len(asked))
         for q, problem in enumerate(asked):
             good: list[int] = []
             for i in range(q * params.n, (q + 1) * params.n):
                 why = _why_not(rollout.samples[i], bool(rewards.correct[i]), wanted, reward.target_language)
+                why = "no reward" if rewards.skipped[i] else why
                 if why is None:
                     good.append(i)
                 else:
                     batch.count(problem.family, why)
             good.sort(key=lambda i: (-float(rewards.total[i]), rollout.samples[i].length))
-            different = {rollout.samples[i].text: i for i in reversed(good)}  # of equal texts, the best
+            different = {said_in(rollout.samples[i]): i for i in reversed(good)}  # of equal ones, the best
             best = sorted(different.values(), key=good.index)[:keep_per_problem]
             batch.count(problem.family, KEPT, len(best))
             batch.count(problem.family, NOT_BEST, len(good) - len(best))
-            prompt = prompt_text(problem.question, template, engine.require_tokenizer())
+            prompt = problem_text(problem, template, engine.require_tokenizer())
             batch.rows += [
-                {
-                    "prompt": prompt,
-                    "completion": rollout.texts[i],
+                (
+                    {"messages": rollout.samples[i].messages, "tools": problem.tools}
+                    if rollout.samples[i].turns
+                    else {"prompt": prompt, "completion": rollout.texts[i]}
+                )
+                | {
                     "family": problem.family,
                     "reward": float(rewards.total[i]),
                     "length": rollout.samples[i].length,
@@ -89,6 +101,11 @@ def _why_not(sample: Sample, correct: bool, wanted: FilterSection, language: str
     if sample.truncated:
         return "not ended"
     return refused(sample.text, sample.length, wanted, language) if correct else "wrong"
+
+
+def said_in(sample: Sample) -> str:
+    """All that was said in a sample, to tell it from others."""
+    return "\0".join(message["content"] or "" for message in sample.turns) or sample.text
 
 
 def draw_problems(environments: Sequence[Environment], problems: int, seed: int) -> list[Problem]:

@@ -1,18 +1,21 @@
-"""Rule-based rewards (R1 §2.1, supplement): each part, then their weighted sum."""
+"""Rule-based rewards (R1 §2.1, supplement) and the user's own functions: each part, then their weighted sum."""
 
 import functools
+import os
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from rorqual.errors import UserError
-from rorqual.judge.extract_answer import read_answer
 from rorqual.recipe import RewardSection
-from rorqual.rl.envs.environment import Environment, Problem
+from rorqual.rl.envs.environment import Environment, RewardError, Sample
+from rorqual.rl.envs.user_functions import UserReward, reward_function
 from rorqual.shapes import Bool, Float
 
 RIGHT, WRONG = "✓", "✗"  # self-verification marks that a model puts after a candidate in its thinking
@@ -30,33 +33,40 @@ UNSPACED = ("CJK", "HIRAGANA", "KATAKANA", "THAI")  # scripts without spaces: ea
 
 
 @dataclass(frozen=True)
-class Sample:
-    """One completion. `text` includes an opening tag that the prompt ends with (`<think>`), but no stop token."""
-
-    problem: Problem
-    text: str
-    length: int  # sampled tokens, the stop token included
-    truncated: bool  # stopped by max_tokens
-
-
-@dataclass(frozen=True)
 class Rewards:
-    """Of N samples. `parts`: by name, unweighted; `total`: their weighted sum."""
+    """Of N samples. `parts`: by name, unweighted; `total`: their weighted sum; both are 0 for a skipped sample."""
 
     parts: dict[str, Float[Tensor, " N"]]
     total: Float[Tensor, " N"]
     correct: Bool[Tensor, " N"]
+    skipped: Bool[Tensor, " N"]  # a user's function gave no reward; not trained on
+    notes: list[str] = field(default_factory=list[str])  # which, and why
+
+    def grouped(self, size: int) -> Float[Tensor, "Q G"]:
+        """The totals by group. A skipped sample has the mean of the others, which it thus leaves as it is."""
+        total, kept = self.total.view(-1, size), ~self.skipped.view(-1, size)
+        if bool(kept.all()):
+            return total
+        means = (total * kept).sum(1, keepdim=True) / kept.sum(1, keepdim=True).clamp(min=1)
+        return torch.where(kept, total, means)
+
+    def mean(self, part: Float[Tensor, " N"]) -> float:
+        """Of the samples that were not skipped; NaN for none."""
+        return float(part[~self.skipped].mean())
 
     def of(self, members: Sequence[int]) -> "Rewards":
         """Those of some of the samples."""
         parts = {name: part[members] for name, part in self.parts.items()}
-        return Rewards(parts, self.total[members], self.correct[members])
+        return Rewards(parts, self.total[members], self.correct[members], self.skipped[members], self.notes)
 
     @classmethod
     def joined(cls, rewards: Sequence["Rewards"]) -> "Rewards":
         """Of all their samples."""
         parts = {name: torch.cat([r.parts[name] for r in rewards]) for name in rewards[0].parts}
-        return cls(parts, torch.cat([r.total for r in rewards]), torch.cat([r.correct for r in rewards]))
+        total, correct, skipped = (
+            torch.cat([getattr(r, name) for r in rewards]) for name in ("total", "correct", "skipped")
+        )
+        return cls(parts, total, correct, skipped, [note for r in rewards for note in r.notes])
 
 
 Verdict = Callable[[Sample, bool], float]
@@ -71,29 +81,67 @@ def score(
 ) -> Rewards:
     """Score N samples. Parts of weight 0 are not computed, except accuracy, which every report needs.
 
-    A truncated completion is never correct, whatever answer it contains: the model did not end it there.
-    `environments` by family; `verdict(sample, correct)` scores the self-verification, by default `marked_verdict`.
+    A truncated completion is never correct, whatever answer it contains: the model did not end it there. A sample that
+    a user's function gives no reward is skipped. `environments` by family; `verdict(sample, correct)` scores the
+    self-verification, by default `marked_verdict`.
     """
     verdict = verdict or marked_verdict
-    correct = [
-        not s.truncated and environments[s.problem.family].correct(s.problem, read_answer(s.text, s.problem.answer))
-        for s in samples
-    ]
+    graders = [environments[s.problem.family] for s in samples]
+    if any(environment.runs_programs for environment in graders):  # then threads wait for them
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            graded = list(pool.map(_graded, samples, graders))
+    else:
+        graded = [_graded(*pair) for pair in zip(samples, graders, strict=True)]
+    values, correct = [value for value, _, _ in graded], [right for _, right, _ in graded]
+    errors = [error for _, _, error in graded]
     scorers: dict[str, Callable[[int], float]] = {
-        "accuracy": lambda i: float(correct[i]),
+        "accuracy": lambda i: values[i],
         "format": lambda i: format_reward(samples[i].text),
         "language": lambda i: language_reward(samples[i].text, section.target_language),
         "length": lambda i: length_reward(samples[i].length, max_tokens, samples[i].truncated),
         "verdict": lambda i: verdict(samples[i], correct[i]),
     }
     weights = {name: getattr(section, name) for name in scorers}
+    for name, function in section.functions.items():
+        call = reward_function(function.python, f"reward.functions.{name}", section.timeout)
+        scorers[name], weights[name] = _of_function(call, samples, graders, errors), function.weight
     parts = {
         name: torch.tensor([scorer(i) for i in range(len(samples))])
         for name, scorer in scorers.items()
-        if weights[name] or name == "accuracy"
+        if weights[name] or name == "accuracy" or name in section.functions
     }
+    skipped = torch.tensor([bool(error) for error in errors])
+    parts = {name: part.masked_fill(skipped, 0.0) for name, part in parts.items()}
     total = sum((weights[name] * part for name, part in parts.items()), torch.zeros(len(samples)))
-    return Rewards(parts, total, torch.tensor(correct, dtype=torch.bool))
+    counts = Counter(error for error in errors if error)
+    notes = [f"{count} of {len(samples)} samples skipped: {error}" for error, count in counts.items()]
+    return Rewards(parts, total, torch.tensor(correct, dtype=torch.bool), skipped, notes)
+
+
+def _graded(sample: Sample, environment: Environment) -> tuple[float, bool, str]:
+    """(reward, whether it is correct, why it has none)."""
+    try:
+        if sample.error:
+            raise RewardError(sample.error)
+        return *environment.grade(sample), ""
+    except RewardError as e:
+        return 0.0, False, str(e)
+
+
+def _of_function(
+    function: UserReward, samples: Sequence[Sample], graders: Sequence[Environment], errors: list[str]
+) -> Callable[[int], float]:
+    """The scorer that calls a user's function; it puts into `errors` why a sample has no reward."""
+
+    def scorer(i: int) -> float:
+        if not errors[i]:
+            try:
+                return function(samples[i], graders[i])
+            except RewardError as e:
+                errors[i] = str(e)
+        return 0.0
+
+    return scorer
 
 
 def format_reward(text: str) -> float:

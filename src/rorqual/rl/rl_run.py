@@ -23,7 +23,7 @@ from rorqual.recipe import RLRecipe
 from rorqual.rl.context_limits import check_context
 from rorqual.rl.envs.registry import Environment, open_environment
 from rorqual.rl.grpo_trainer import GRPOTrainer
-from rorqual.rl.prompts import render
+from rorqual.rl.prompts import render_problem
 from rorqual.rl.ray_rollouts import ray_cluster
 from rorqual.rl.rollout import derived_seed
 from rorqual.rl.teachers import check_teachers, teacher_paths
@@ -51,6 +51,8 @@ def rl(recipe: RLRecipe, resume: bool = False, ray: str | None = None) -> Path:
     tokenizer, start = tokenizer_of(recipe.model), trained_path(recipe.model)
     config = ModelConfig.load(start)
     environments = [open_environment(section) for section in recipe.environments]
+    if ray and (several := [e.family for e in environments if e.turns > 1]):
+        raise UserError(f"environment {several[0]} with --ray: workers sample single turns; leave out --ray")
     check_problems(recipe, tokenizer, environments)
     with nullcontext() if ray is None else ray_cluster(recipe, config, ray) as cluster:
         device = find_device(recipe.device) if cluster is None else cluster.device
@@ -103,6 +105,10 @@ def check_problems(recipe: RLRecipe, tokenizer: Tokenizer, environments: Sequenc
         )
     if recipe.rollouts.replay_routing and not config.n_routed_experts:
         raise UserError("rollouts.replay_routing = true: the model has no experts whose choice to replay; leave it out")
+    if recipe.rollouts.replay_routing and (several := [e.family for e in environments if e.turns > 1]):
+        raise UserError(
+            f"rollouts.replay_routing with environment {several[0]}: experts are recorded of single turns; leave it out"
+        )
     context, families = config.max_position_embeddings, [environment.family for environment in environments]
     if recipe.opd is not None:
         check_teachers(recipe.opd, families, tokenizer, config)
@@ -128,7 +134,7 @@ def prompt_tokens(recipe: RLRecipe, tokenizer: Tokenizer, environments: Sequence
     means: list[float] = []
     for environment in environments:
         problems = islice(environment.stream("train", derived_seed(recipe.seed, environment.family)), PROMPTS)
-        means.append(fmean(len(render(p.question, recipe.template, tokenizer)) for p in problems))
+        means.append(fmean(len(render_problem(p, recipe.template, tokenizer)) for p in problems))
     return fmean(means, weights=[environment.weight for environment in environments])
 
 

@@ -12,9 +12,8 @@ from torch import Tensor
 from rorqual.engine import Engine, SamplingParams
 from rorqual.engine.outputs import Completion
 from rorqual.kernels.allowed_tokens import AllowedTokens
-from rorqual.rl.envs.environment import Problem
-from rorqual.rl.prompts import Template, render
-from rorqual.rl.rewards import Sample
+from rorqual.rl.envs.environment import Problem, Sample
+from rorqual.rl.prompts import Template, render_problem
 from rorqual.shapes import Int
 
 
@@ -24,22 +23,24 @@ class Rollout:
 
     problems: list[Problem]
     prompts: list[list[int]]  # [Q] token ids
-    completions: list[list[int]]  # [Q·G] token ids, the stop token included
-    logprobs: list[list[float]]  # [Q·G] of the completion tokens, under the policy that sampled them
-    texts: list[str]  # [Q·G] the completions as text
+    completions: list[list[int]]  # [Q·G] all token ids after the prompt, stop tokens included
+    sampled: list[list[bool]]  # [Q·G] which of them the policy sampled: all but those of an environment's turns
+    logprobs: list[list[float]]  # [Q·G] of the sampled tokens, under the policy that sampled them
+    texts: list[str]  # [Q·G] the completions as text; of several turns, the last
     samples: list[Sample]  # [Q·G] what rewards are computed from
     seconds: float  # that sampling took; of shards, the slowest
     routing: list[Tensor] | None = None  # [Q·G] of the experts (Completion.routing), where they are recorded
     allowed: list[AllowedTokens] | None = None  # [Q·G] what tokens were sampled from, where filters left some out
 
     @property
-    def tokens(self) -> int:
-        return int(self.lengths.sum())
-
-    @property
     def lengths(self) -> Int[Tensor, " S"]:
         """The sampled tokens of every completion, which are those that losses are about."""
-        return torch.tensor([len(tokens) for tokens in self.completions], dtype=torch.long)
+        return torch.tensor([sum(own) for own in self.sampled], dtype=torch.long)
+
+    @property
+    def tokens(self) -> int:
+        """Sampled."""
+        return int(self.lengths.sum())
 
     def of_groups(self, groups: Sequence[int]) -> "Rollout":
         """The part of some of the problems."""
@@ -64,7 +65,7 @@ class Rollout:
 
 
 BY_PROBLEM = ("problems", "prompts")
-BY_COMPLETION = ("completions", "logprobs", "texts", "samples", "routing", "allowed")
+BY_COMPLETION = ("completions", "sampled", "logprobs", "texts", "samples", "routing", "allowed")
 
 
 def members_of(groups: Sequence[int], size: int) -> list[int]:
@@ -150,7 +151,7 @@ def assemble(engine: Engine, problems: Sequence[Problem], prompts: list[list[int
 
 def prompts_of(engine: Engine, problems: Sequence[Problem], template: Template) -> list[list[int]]:
     tokenizer = engine.require_tokenizer()
-    return [render(p.question, template, tokenizer) for p in problems]
+    return [render_problem(p, template, tokenizer) for p in problems]
 
 
 def _rollout(
@@ -171,6 +172,7 @@ def _rollout(
         problems=list(problems),
         prompts=prompts,
         completions=[c.tokens for c in completions],
+        sampled=[[True] * len(c.tokens) for c in completions],
         logprobs=[c.logprobs for c in completions],
         texts=[c.text for c in completions],
         samples=samples,

@@ -38,6 +38,7 @@ def pack_members(
         # 4x: attention computes the whole block, where the planner counts the causal half, and reaches half the
         # FLOP/s of linear layers (SmolLM2 in bfloat16 on a CPU, blocks of 300 tokens: 0.65 of 4.5 seconds).
         lambda length: flops_per_token(config, 4 * length),
+        [rollout.sampled[i] for i in members],
     )
     if rollout.allowed is not None:
         allowed = AllowedTokens.joined([rollout.allowed[i] for i in members])

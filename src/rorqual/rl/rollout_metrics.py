@@ -73,6 +73,7 @@ class RolloutMetrics:
     draws: int  # rollouts that it is made of (grpo.max_draws)
     claimed: float | None  # fraction of the completions that end on ✓
     verdict_precision: float | None  # fraction of those that are correct
+    turns: float | None = None  # of the model, mean of an episode; None: single ones
 
     def to_dict(self) -> dict[str, Metric]:
         """The metrics of a line of metrics.jsonl, with `reward_<part>`."""
@@ -131,7 +132,7 @@ class RLMetrics:
     update_seconds: float
     wait_seconds: float  # in which the trainer did nothing else; the same without a fleet
     skipped: bool  # the last update had no finite gradient
-    notes: list[str] = field(default_factory=list[str])  # what happened to rollout workers
+    notes: list[str] = field(default_factory=list[str])  # what happened to rollout workers, and samples skipped
     staleness: int | None = None  # steps by which the rollout's weights are older; of a fleet, as the next
     pushed_bytes: int | None = None  # of weights, this step
 
@@ -150,18 +151,20 @@ def describe_rollout(rollout: Rollout, rewards: Rewards, draws: int = 1) -> Roll
     groups = (len(rollout.problems), -1)
     claims = torch.tensor([self_verified(s.text) for s in rollout.samples])
     claimed = bool(claims.any())
+    turns = [sum(message["role"] == "assistant" for message in s.turns) for s in rollout.samples]
     return RolloutMetrics(
-        reward=float(rewards.total.mean()),
-        reward_parts={name: float(part.mean()) for name, part in rewards.parts.items()},
+        reward=rewards.mean(rewards.total),
+        reward_parts={name: rewards.mean(part) for name, part in rewards.parts.items()},
         length=rollout.tokens / len(rollout.completions),
-        length_spread=statistics.pstdev(math.log(len(tokens)) for tokens in rollout.completions),
+        length_spread=statistics.pstdev(map(math.log, rollout.lengths)),
         truncated=sum(s.truncated for s in rollout.samples) / len(rollout.samples),
-        zero_std_groups=float(zero_std_groups(rewards.total.view(groups)).float().mean()),
+        zero_std_groups=float(zero_std_groups(rewards.grouped(len(rewards.total) // groups[0])).float().mean()),
         pass_at_g=float(rewards.correct.view(groups).any(1).float().mean()),
         rollout_tokens_per_second=rollout.tokens / max(rollout.seconds, 1e-9),
         draws=draws,
         claimed=float(claims.float().mean()) if claimed else None,
         verdict_precision=float(rewards.correct[claims].float().mean()) if claimed else None,
+        turns=sum(turns) / len(turns) if any(turns) else None,
     )
 
 
@@ -196,4 +199,5 @@ def readable_sample(rollout: Rollout, rewards: Rewards, step: int) -> str:
     """Question, completion, reference answer and reward of one completion of the rollout."""
     i = step % len(rollout.samples)
     sample = rollout.samples[i]
-    return f"{sample.problem.question}\n{sample.text}\n[answer {sample.problem.answer}, reward {rewards.total[i]:.2f}]"
+    said = "\n".join(message["content"] or "" for message in sample.turns) or sample.text
+    return f"{sample.problem.question}\n{said}\n[answer {sample.problem.answer}, reward {rewards.total[i]:.2f}]"

@@ -5,7 +5,8 @@
 
 A completion attends to its prompt and to itself, so its log-probabilities are those of prompt + completion alone,
 while the prompt is computed once per block. A completion's first token is predicted by the prompt's last token, hence
-indices into the hidden states (`source`) instead of a shift. A completion's last token is only a target.
+indices into the hidden states (`source`) instead of a shift. A completion's last token is only a target. Of an episode
+of several turns the completion is all that follows the first prompt, and what was not sampled is no target.
 Blocks of all lengths are concatenated into one row, so that almost no padding is computed.
 Shapes: T tokens of a micro-batch, N target tokens, n blocks of t tokens each.
 """
@@ -25,6 +26,7 @@ from rorqual.shapes import Bool, Int
 
 LENGTH_MULTIPLE = 16  # blocks are padded to a multiple of this, so that matmul shapes repeat
 Ints = np.ndarray[Any, np.dtype[np.int64]]
+Bools = np.ndarray[Any, np.dtype[np.bool_]]
 PADDING = -1  # branch id of padding tokens
 
 
@@ -38,7 +40,7 @@ class PackedRollout:
     source: Int[Tensor, " N"]  # index into the T hidden states of the one that predicts the target
     targets: Int[Tensor, " N"]  # token ids
     sequence: Int[Tensor, " N"]  # index of the completion
-    offset: Int[Tensor, " N"]  # index of the token in the concatenation of all completions
+    offset: Int[Tensor, " N"]  # index of the token in the concatenation of all completions' sampled tokens
     origin: Int[Tensor, " T"]  # index of each of the T tokens in that of all prompts, then all completions; -1: padding
     recorded: Int[Tensor, "T L K"] | None = None  # the experts that the rollout's routers chose
     allowed: AllowedTokens | None = None  # by `offset`: what tokens were sampled from, where filters left some out
@@ -66,12 +68,14 @@ def pack_rollout(
     prompt_of: Sequence[int | None],
     micro_tokens: int,
     cost: Callable[[int], float],
+    sampled: Sequence[Sequence[bool]] | None = None,
 ) -> list[PackedRollout]:
     """Micro-batches of at most `micro_tokens` tokens (or one block) that hold every completion once, each whole.
 
-    prompts, completions: token ids; prompt_of[i] is the index of completion i's prompt, None: leave it out. Longer
-    blocks share a prompt among more completions but compute attention over the whole block: the blocks with the lowest
-    total cost are taken, where `cost(t)` is the cost of one token in a block of t tokens.
+    prompts, completions: token ids; prompt_of[i] is the index of completion i's prompt, None: leave it out. sampled:
+    which tokens of each completion are targets, its last one always; by default all. Longer blocks share a prompt among
+    more completions but compute attention over the whole block: the blocks with the lowest total cost are taken, where
+    `cost(t)` is the cost of one token in a block of t tokens.
     """
     groups: dict[int, list[int]] = {}
     for i, p in enumerate(prompt_of):
@@ -81,7 +85,8 @@ def pack_rollout(
     blocks: list[_Block] = []
     for p, members in groups.items():
         blocks += _cheapest(p, len(prompts[p]), members, sizes, micro_tokens, cost)
-    return [_build(batch, prompts, completions) for batch in _split(blocks, micro_tokens)]
+    masks = [np.asarray(mask, bool) for mask in sampled or [[True] * len(c) for c in completions]]
+    return [_build(batch, prompts, completions, masks) for batch in _split(blocks, micro_tokens)]
 
 
 def _cheapest(
@@ -121,7 +126,7 @@ def _split(blocks: list[_Block], micro_tokens: int) -> Iterator[list[_Block]]:
 
 
 def _build(
-    blocks: list[_Block], prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]
+    blocks: list[_Block], prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], sampled: list[Bools]
 ) -> PackedRollout:
     T = sum(b.length for b in blocks)
     tokens, positions = np.zeros(T, np.int64), np.zeros(T, np.int64)
@@ -132,6 +137,7 @@ def _build(
     offset: list[Ints] = []
     origin: Ints = np.full(T, PADDING, np.int64)
     starts: Ints = np.cumsum([0] + [len(c) for c in completions])
+    target_starts: Ints = np.cumsum([0] + [mask.sum() for mask in sampled])
     prompt_starts: Ints = np.cumsum([0] + [len(p) for p in prompts])
     start = 0
     for block in blocks:
@@ -146,10 +152,13 @@ def _build(
             new = slice(end, end + n)
             tokens[new], positions[new], branches[new] = completion[:-1], len(prompt) + np.arange(n), k
             origin[new] = prompt_starts[-1] + starts[i] + np.arange(n)
-            source += [np.array([last]), np.arange(end, end + n)]
-            targets.append(completion)
-            sequence.append(np.full(n + 1, i))
-            offset.append(starts[i] + np.arange(n + 1))
+            before: Ints = np.concatenate([[last], np.arange(end, end + n)])
+            at: Ints = np.flatnonzero(sampled[i])
+            source.append(before[at])
+            chosen: Ints = completion[at]
+            targets.append(chosen)
+            sequence.append(np.full(len(at), i))
+            offset.append(target_starts[i] + np.arange(len(at)))
             end += n
         start += block.length
     masks: list[Tensor] = []

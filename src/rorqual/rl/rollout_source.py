@@ -17,7 +17,8 @@ from rorqual.errors import UserError
 from rorqual.model import Transformer
 from rorqual.recipe import RLRecipe
 from rorqual.rl.envs.environment import Environment, Problem
-from rorqual.rl.rollout import Rollout, Shard, assemble, derived_seed, prompts_of, sample_groups
+from rorqual.rl.episodes import sample_rollout
+from rorqual.rl.rollout import Rollout, Shard, assemble, derived_seed, prompts_of
 
 PREFIX = "rollouts."  # of a checkpoint's tensors
 
@@ -84,8 +85,8 @@ class RolloutSource:
         """
         start = time.monotonic()
         if self.fleet is None:
-            params = self._params(step, draw)
-            rollout = sample_groups(self.engine, self.draw(step, draw), self.recipe.template, params)
+            template, params = self.recipe.template, self._params(step, draw)
+            rollout = sample_rollout(self.engine, self.draw(step, draw), template, params, self.environments)
             return Served(rollout, time.monotonic() - start)
         pushed = self.fleet.pushed_bytes
         self._submit_until(step, self.fleet)

@@ -131,7 +131,8 @@ def limit_resources(limits: dict[str, int]) -> None:
 def main() -> None:
     mode, python, limits_text, work, ready = sys.argv[1:]
     limits = json.loads(limits_text)
-    command = [python, "-I", "-S", "-c", BOOT]
+    # Not -I, which ignores PYTHONHASHSEED too: with it, sets have the same order each time.
+    command = [python, "-P", "-s", "-S", "-c", BOOT]
     if mode == "namespaces":
         enter_namespaces(sys.base_prefix, limits["file_bytes"])
         become_first_process()

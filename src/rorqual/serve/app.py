@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match
 from starlette.types import Scope
 
+from rorqual.data.call_reader import CallReader
 from rorqual.data.tool_formats import JSON
 from rorqual.engine import SamplingParams
 from rorqual.serve import schemas
@@ -32,7 +33,7 @@ from rorqual.serve.request_body import JsonRoute
 from rorqual.serve.responses import ChatChoice, ResponseHeader, TextChoice, Usage
 from rorqual.serve.service import ModelService
 from rorqual.serve.sse import EventStream, cancel_on_disconnect
-from rorqual.serve.tool_calls import CallReader, call_grammar, callable_tools, must_call
+from rorqual.serve.tool_calls import call_grammar, callable_tools, must_call
 
 METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
 

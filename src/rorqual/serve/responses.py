@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from rorqual.data.call_reader import CallReader
 from rorqual.engine import Engine
 from rorqual.engine.outputs import TokenDelta, TopLogprobs
 from rorqual.engine.sequence import Request
@@ -24,7 +25,7 @@ from rorqual.serve.json_types import (
     ToolCallJson,
     UsageJson,
 )
-from rorqual.serve.tool_calls import CallReader, ToolCallDelta
+from rorqual.serve.tool_calls import ToolCallDelta
 
 ENCODE = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps would make an encoder at every call
 MIN_LOGPROB = -9999.0  # OpenAI's stand-in for -∞, which JSON lacks: of tokens that a grammar forbids, for instance
@@ -136,7 +137,8 @@ class ChatChoice:
     def add(self, new: TokenDelta) -> ChatChunkChoice | None:
         """Add a delta → the choice of a chunk, or None where there is nothing to send yet."""
         last = new.finish_reason is not None
-        shown, calls = (new.content, []) if self.reader is None else self.reader.feed(new.content, last)
+        shown, read = (new.content, []) if self.reader is None else self.reader.feed(new.content, last)
+        calls = [ToolCallDelta(call) for call in read]
         logprobs = self._logprobs(new)
         delta: ChatDeltaJson = {}
         if new.reasoning:

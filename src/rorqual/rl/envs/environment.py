@@ -11,10 +11,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from random import Random
 from string import Formatter
 from typing import Any, Literal, TypeGuard, cast
 
+from rorqual.data.chat_messages import Message, Tool
+from rorqual.data.tool_formats import Format
 from rorqual.errors import UserError
+from rorqual.judge.extract_answer import read_answer
 
 Split = Literal["train", "dev", "test"]
 TRAIN, DEV = 0.8, 0.1  # fractions of the keys; the rest is test
@@ -31,10 +35,64 @@ class Problem:
     family: str  # the environment's name
     where: str = field(default="", compare=False)  # file and line, of a problem from a file
     metadata: dict[str, Any] = field(default_factory=dict, compare=False)
+    messages: Sequence[Message] | None = field(default=None, compare=False)  # the prompt's; None: the question
+    tools: Sequence[Tool] | None = field(default=None, compare=False)  # that are described to the model
 
     @property
     def split(self) -> Split:
         return split_of(self.key)
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """What a user's function gets."""
+        return {"question": self.question, "answer": self.answer, "difficulty": self.difficulty} | self.metadata
+
+    @property
+    def conversation(self) -> list[Message]:
+        """The prompt's messages."""
+        return list(self.messages or [{"role": "user", "content": self.question}])
+
+
+@dataclass
+class Episode:
+    """A problem and what was said on it, as an environment sees it."""
+
+    problem: Problem
+    messages: list[Message]  # the prompt's, then the model's turns and what was said to it
+    rng: Random  # of this episode alone: the same in a run that is resumed
+    calls: Format  # how the model writes tool calls
+    state: dict[str, Any] = field(default_factory=dict)  # the environment's own, of this episode
+
+    @property
+    def text(self) -> str:
+        """The model's last turn."""
+        return self.messages[-1]["content"] or ""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One completion, or one episode of several turns.
+
+    `text`: the last turn, with an opening tag that the prompt ends with (`<think>`), but no stop token.
+    """
+
+    problem: Problem
+    text: str
+    length: int  # sampled tokens, the stop tokens included
+    truncated: bool  # stopped by a limit of tokens or turns
+    turns: Sequence[Message] = ()  # of an episode: all messages after the prompt's
+    state: dict[str, Any] = field(default_factory=dict)
+    error: str = ""  # why its episode broke off: it then has no reward
+
+    @property
+    def messages(self) -> list[Message]:
+        """The prompt's messages and all after them."""
+        answer: Message = {"role": "assistant", "content": self.text}
+        return [*self.problem.conversation, *(self.turns or [answer])]
+
+
+class RewardError(Exception):
+    """A user's function gave no reward; the message says which and why."""
 
 
 def split_of(key: str) -> Split:
@@ -101,6 +159,9 @@ class Environment(ABC):
     """Source of problems and verifier of answers. Candidate `index` of `seed` is always the same problem."""
 
     remedy = "widen its config"  # advice in the error for too few problems
+    runs_programs = False  # to check an answer, so that several may be checked at a time
+    turns = 1  # of the model in an episode, at most
+    turn_tokens: int | None = None  # that the model may sample in a turn; None: what is left of the episode's
 
     def __init__(self, family: str, weight: float) -> None:
         self.family, self.weight = family, weight
@@ -116,6 +177,23 @@ class Environment(ABC):
     @abstractmethod
     def check(self, problem: Problem, answer: str) -> float:
         """The source's score of an answer, in [0, 1]."""
+
+    def read(self, problem: Problem, text: str) -> str | None:
+        """The answer in a completion, with the tag that its prompt opened; None where it has none."""
+        return read_answer(text, problem.answer)
+
+    def grade(self, sample: Sample) -> tuple[float, bool]:
+        """(reward, whether it is correct). A truncated sample is never correct: the model did not end it there.
+
+        Raises RewardError where a user's function gives none.
+        """
+        problem = sample.problem
+        correct = not sample.truncated and self.correct(problem, self.read(problem, sample.text))
+        return float(correct), correct
+
+    def respond(self, episode: Episode) -> list[Message] | None:
+        """What is said to the model after its turn; None ends the episode. Raises RewardError."""
+        return None
 
     def candidate_count(self) -> int | None:
         """Upper bound on the number of distinct candidates; None where unknown."""
@@ -134,11 +212,12 @@ class Environment(ABC):
         if answer is None or not answer.strip():
             return 0.0
         key = (problem.question, problem.answer, answer)
-        if key not in self._scores:
+        score = self._scores.get(key)
+        if score is None:
             if len(self._scores) >= 100_000:
                 self._scores.clear()
-            self._scores[key] = min(1.0, max(0.0, float(self.check(problem, answer))))
-        return self._scores[key]
+            self._scores[key] = score = min(1.0, max(0.0, float(self.check(problem, answer))))
+        return score
 
     def correct(self, problem: Problem, answer: str | None) -> bool:
         """Whether the answer gets the full score; partial credit is not correct."""
@@ -150,7 +229,7 @@ class Environment(ABC):
 
     def problems(self, split: Split, n: int, seed: int = 0) -> list[Problem]:
         """`n` distinct problems, deterministic in the arguments. Raises UserError when fewer exist."""
-        found: dict[str, Problem] = {}
+        found: dict[tuple[str, str], Problem] = {}  # with the key: where an answer is hidden, all questions are equal
         bound = self.candidate_count()
         index = fresh = 0
         # A source without a known bound is exhausted when this many candidates in a row bring nothing new: of a split
@@ -158,8 +237,8 @@ class Environment(ABC):
         while len(found) < n and index - fresh < 500 + 50 * len(found) and index != bound:
             problem = self.chunked(seed, index)
             index += 1
-            if self.takes(problem, split) and problem.question not in found:
-                found[problem.question] = problem
+            if self.takes(problem, split) and (problem.question, problem.key) not in found:
+                found[problem.question, problem.key] = problem
                 fresh = index
         if len(found) < n:
             raise UserError(
@@ -181,6 +260,22 @@ class Environment(ABC):
 
     def _generate(self, seed: int, chunk: int) -> list[Problem | None]:
         return [self.candidate(seed, index) for index in range(chunk * CHUNK, (chunk + 1) * CHUNK)]
+
+
+class Shuffled:
+    """Problems of a file or list as candidates: all of them in another order each epoch."""
+
+    def __init__(self, problems: list[Problem]) -> None:
+        self.problems = problems
+        self._orders: dict[tuple[int, int], list[int]] = {}
+
+    def candidate(self, seed: int, index: int) -> Problem:
+        epoch, place = divmod(index, len(self.problems))
+        if (seed, epoch) not in self._orders:
+            order = list(range(len(self.problems)))
+            Random(f"{seed}/{epoch}").shuffle(order)
+            self._orders = {(seed, epoch): order}  # only the current epoch is kept
+        return self.problems[self._orders[seed, epoch][place]]
 
 
 class ProblemStream(Iterator[Problem]):

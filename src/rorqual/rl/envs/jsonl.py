@@ -5,7 +5,6 @@ import math
 from collections.abc import Iterator
 from decimal import Decimal
 from pathlib import Path
-from random import Random
 from typing import Any
 
 from rorqual.data.corpus import RECORDS, find_files, named, read_records
@@ -13,7 +12,9 @@ from rorqual.errors import UserError, file_error
 from rorqual.files import read_text
 from rorqual.judge import judge
 from rorqual.recipe import EnvironmentSection
-from rorqual.rl.envs.environment import Environment, Problem, PromptFormat, integers, number_key, text_key
+from rorqual.rl.envs.code_tests import passes, read_program, read_tests
+from rorqual.rl.envs.environment import Environment, Problem, PromptFormat, Shuffled, integers, number_key, text_key
+from rorqual.sandbox.run_program import isolation
 from rorqual.strict_json import Json
 from rorqual.unicode_checks import whole_inside
 
@@ -21,12 +22,15 @@ SUFFIXES = (*RECORDS, ".json")
 # The first of these fields that a record has: names differ among benchmarks.
 QUESTION = ("question", "problem", "prompt")
 ANSWER = ("answer", "target", "solution")
+TESTS = "tests"
 
 
 class JsonlEnvironment(Environment):
-    """Records with a question, an answer and optionally `difficulty` and fields for the prompt.
+    """Records with a question, an answer or `tests`, and optionally `difficulty` and fields for the prompt.
 
-    Raises UserError, with file and line, for a record without a usable question or answer.
+    A record with `tests` asks for a program, which is right if it passes all of them in the sandbox (code_tests.py).
+    Raises UserError, with file and line, for a record without a usable question or answer, and where there are tests
+    but programs cannot be isolated.
     """
 
     remedy = "add lines to its file"
@@ -50,25 +54,31 @@ class JsonlEnvironment(Environment):
                 if empty := next((name for name in prompt.names if row[name] is None), None):
                     raise UserError(f"{where}: field {empty} is null, and the prompt of {section.name} uses it; add it")
         self._problems = [_problem(row, prompt, section.name, where) for where, row in rows]
-        self._orders: dict[tuple[int, int], list[int]] = {}
+        self._shuffled = Shuffled(self._problems)
+        self.runs_programs = any(TESTS in problem.metadata for problem in self._problems)
+        if self.runs_programs:
+            isolation()
 
     def candidate_count(self) -> int:
         return len(self._problems)
 
     def candidate(self, seed: int, index: int) -> Problem:
-        epoch, place = divmod(index, len(self._problems))
-        if (seed, epoch) not in self._orders:
-            order = list(range(len(self._problems)))
-            Random(f"{seed}/{epoch}").shuffle(order)
-            self._orders = {(seed, epoch): order}  # only the current epoch is kept
-        return self._problems[self._orders[seed, epoch][place]]
+        return self._shuffled.candidate(seed, index)
 
     def all_problems(self) -> list[Problem]:
         """All problems in the file's order."""
         return list(self._problems)
 
+    def read(self, problem: Problem, text: str) -> str | None:
+        """The answer in a completion; the program, of a problem with tests."""
+        return read_program(text) if TESTS in problem.metadata else super().read(problem, text)
+
     def check(self, problem: Problem, answer: str) -> float:
-        """1 where the judge finds the answer equal to the reference and not copied from the question; else 0."""
+        """1 where the judge finds the answer equal to the reference and not copied from the question, or where the
+        program passes all tests; else 0.
+        """
+        if TESTS in problem.metadata:
+            return float(passes(answer, problem.metadata[TESTS]))
         copied = judge.copies(problem.question, problem.answer, answer)
         return float(not copied and judge.same_answer(problem.answer, answer))
 
@@ -98,6 +108,9 @@ def _listed(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _checked(where: str, row: dict[str, Any]) -> dict[str, Any]:
     """The record with its question and answer as text, under the names `question` and `answer`."""
+    if TESTS in row:
+        row = row | {TESTS: read_tests(row[TESTS], where)}
+        row.setdefault(next((name for name in ANSWER if name in row), ANSWER[0]), "a program")
     (question_name, question), (answer_name, answer) = (_field(where, row, names) for names in (QUESTION, ANSWER))
     rest = {name: value for name, value in row.items() if name not in (question_name, answer_name)}
     checked = rest | {"question": question, "answer": judge.final_answer(answer)}
@@ -130,7 +143,7 @@ def _field(where: str, row: dict[str, Any], names: tuple[str, ...]) -> tuple[str
 
 def _problem(row: dict[str, Any], prompt: PromptFormat | None, family: str, where: str) -> Problem:
     question = row["question"]
-    numbers = integers(question)
+    numbers = [] if TESTS in row else integers(question)  # those of a program's task do not tell it from another
     difficulty = row.get("difficulty")
     return Problem(
         question=prompt(row) if prompt else question,

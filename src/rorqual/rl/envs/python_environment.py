@@ -1,0 +1,166 @@
+"""Environments in Python: a user's class or function, in a file or an installed package (docs/environments.md).
+
+    def problem(self, rng) -> dict     one problem from a random.Random: `question`, and mostly `answer`
+    problems                           or all of them: a list, or a function that returns one
+    def reward(self, …) -> float       by default 1 where the judge finds the answer equal to the problem's
+    def reply(self, …) -> str | None   what is said to the model after its turn; None, or no such method, ends it
+    tools                              a list of functions that the model may call
+    turns                              of the model at most, where there is a reply or a tool
+
+A function is `problem`, or `problems` where it takes no argument. Methods get what their parameters ask for by name.
+"""
+
+import inspect
+from collections.abc import Callable
+from functools import partial
+from random import Random
+from typing import Any, cast
+
+from rorqual.data.call_reader import CallReader
+from rorqual.data.chat_messages import Message, read_messages
+from rorqual.errors import UserError
+from rorqual.judge import judge
+from rorqual.rl.envs.environment import (
+    Environment,
+    Episode,
+    Problem,
+    RewardError,
+    Sample,
+    Shuffled,
+    integers,
+    number_key,
+    text_key,
+)
+from rorqual.rl.envs.tools import UserTool
+from rorqual.rl.envs.user_functions import UserReward, loaded, parameters
+from rorqual.sections import EnvironmentSection
+
+OF_REPLY = ("problem", "text", "messages", "state", "rng")
+TURNS = 8  # where neither recipe nor environment say
+
+
+class PythonEnvironment(Environment):
+    """The environment `section.python`, made with `section.config`.
+
+    Raises UserError where it cannot be loaded, and for functions whose parameters are unknown.
+    """
+
+    remedy = "let it have more"
+
+    def __init__(self, section: EnvironmentSection) -> None:
+        super().__init__(section.name, section.weight)
+        assert section.python is not None
+        self.where, spec = f"environment {section.name}", section.python
+        self._user = user = loaded(spec, f"{self.where}: python", section.config)
+        is_function = inspect.isroutine(user)
+        if is_function and section.config:
+            raise UserError(f"{self.where}: {spec} is a function, which has no config; remove it, or write a class")
+        tools = [UserTool(tool, self.where) for tool in getattr(user, "tools", [])]
+        self.tools = {tool.name: tool for tool in tools}
+        source = user if is_function else getattr(user, "problem", None) or getattr(user, "problems", None)
+        if source is None:
+            raise UserError(f"{self.where}: {spec} has neither problem nor problems; add one")
+        self._listed: Shuffled | None = None
+        if callable(source) and inspect.signature(source).parameters:
+            parameters(source, ("rng",), f"{self.where}: problem")
+            self._source: Callable[[Random], object] = source
+        else:
+            rows = self._called("problems", source) if callable(source) else source
+            found = [self._problem(row, f"{spec}, problem {i}") for i, row in enumerate(rows, 1)]
+            if not found:
+                raise UserError(f"{self.where}: problems is empty; let it have some")
+            self._listed = Shuffled(found)
+        self._reward = None
+        if not is_function and hasattr(user, "reward"):
+            self._reward = UserReward(spec, f"{self.where}: reward", section.timeout, section.config, "reward")
+        self._reply = None if is_function else getattr(user, "reply", None)
+        if self._reply is not None:
+            self._reply_names = parameters(self._reply, OF_REPLY, f"{self.where}: reply")
+        if self.tools or self._reply is not None:
+            self.turns = section.turns or getattr(user, "turns", TURNS)
+            if not isinstance(self.turns, int) or self.turns < 2:
+                raise UserError(f"{self.where}: turns = {self.turns!r}, but reply and tools need at least 2; raise it")
+        elif section.turns:
+            raise UserError(f"{self.where}: turns = {section.turns}, but it has neither reply nor tools; leave it out")
+        self.turn_tokens = section.turn_tokens
+
+    def candidate_count(self) -> int | None:
+        return None if self._listed is None else len(self._listed.problems)
+
+    def all_problems(self) -> list[Problem] | None:
+        return None if self._listed is None else list(self._listed.problems)
+
+    def candidate(self, seed: int, index: int) -> Problem | None:
+        if self._listed is not None:
+            return self._listed.candidate(seed, index)
+        row = self._called("problem", partial(self._source, Random(f"{seed}/{index}")))
+        return None if row is None else self._problem(row, f"{self.where}: a problem")
+
+    def check(self, problem: Problem, answer: str) -> float:
+        """Without a `reward`: 1 where the judge finds the answer equal to the problem's."""
+        return float(judge.same_answer(problem.answer, answer))
+
+    def grade(self, sample: Sample) -> tuple[float, bool]:
+        """(what `reward` returns, whether that is 1 or more and the sample ended by itself)."""
+        if self._reward is None:
+            return super().grade(sample)
+        value = self._reward(sample, self)
+        return value, value >= 1.0 and not sample.truncated
+
+    def respond(self, episode: Episode) -> list[Message] | None:
+        """The results of the calls in the model's turn; where it has none, the reply, if there is one."""
+        after = episode.text.rpartition("</think>")[2]
+        _, calls = CallReader(episode.calls, set(self.tools)).feed(after, last=True) if self.tools else ("", [])
+        given = {"problem": episode.problem.fields, "state": episode.state, "rng": episode.rng}
+        if calls:
+            results: list[Message] = []
+            for call in calls:
+                tool = self.tools.get(call.name)
+                unknown = f"error: there is no tool {call.name[:100]}; there are {', '.join(self.tools)}"
+                content = unknown if tool is None else tool(call.arguments, given)
+                results.append({"role": "tool", "content": content, "name": call.name})
+            return results
+        if self._reply is None:
+            return None
+        values = given | {"text": episode.text, "messages": [dict(m) for m in episode.messages]}
+        try:
+            said = self._reply(**{name: values[name] for name in self._reply_names})
+        except Exception as e:  # of any type: it is the user's code
+            raise RewardError(f"{self.where}: reply raised {type(e).__name__}: {e}"[:300]) from e
+        if said is not None and not isinstance(said, str):
+            raise RewardError(f"{self.where}: reply returned {said!r:.60}, neither text nor None")
+        return None if said is None else [{"role": "user", "content": said}]
+
+    def _called(self, name: str, function: Callable[[], Any]) -> Any:
+        try:
+            return function()
+        except UserError:
+            raise
+        except Exception as e:  # of any type: it is the user's code
+            raise UserError(f"{self.where}: {name} raised {type(e).__name__} ({e}); correct it") from e
+
+    def _problem(self, row: object, where: str) -> Problem:
+        fields = cast("dict[str, Any]", row) if isinstance(row, dict) else {}
+        question: object = fields.get("question")
+        if not question:
+            raise UserError(f"{where} is {row!r:.60}, not a dict with a question; correct it")
+        if isinstance(question, str):
+            messages, text = None, question
+        else:
+            messages = read_messages(question, f"{where}: question")
+            text = "\n\n".join(message["content"] or "" for message in messages)
+        answer = "" if fields.get("answer") is None else str(fields["answer"])
+        # With the answer: environments that hide something ask the same question each time.
+        whole = f"{text} {answer}"
+        key = fields.get("key") or (number_key(integers(whole)) if integers(text) else text_key(whole))
+        return Problem(
+            question=text,
+            answer=answer,
+            key=str(key),
+            difficulty=str(fields.get("difficulty", "")),
+            family=self.family,
+            where=where,
+            metadata=dict(fields),
+            messages=messages,
+            tools=[tool.description for tool in self.tools.values()] or None,
+        )

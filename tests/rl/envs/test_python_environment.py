@@ -1,0 +1,230 @@
+"""The contract of Python environments: every form of it, and every mistake with its sentence."""
+
+import pytest
+
+from rorqual.data.tool_formats import HERMES, Call
+from rorqual.errors import UserError
+from rorqual.recipe import EnvironmentSection, RewardSection
+from rorqual.rl.envs.environment import Episode, RewardError, Sample
+from rorqual.rl.envs.registry import open_environment
+from rorqual.rl.rewards import score
+
+FORMS = '''
+from random import Random
+
+def doubled(rng):
+    n = rng.randrange(1000)
+    return {"question": f"Twice {n}?", "answer": 2 * n}
+
+def listed():
+    return [{"question": f"{n} and {n + 1}?", "answer": n} for n in range(50)]
+
+class Talk:
+    problems = [{"question": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}], "key": k}
+                for k in "abcdefghij"]
+
+    def reply(self, messages, state, rng):
+        state["n"] = state.get("n", 0) + 1
+        if messages[-1]["content"] == "break":
+            raise KeyError("n")
+        return None if state["n"] > 1 else f"You said {messages[-1]['content']}, I say {rng.randrange(10)}."
+
+    def reward(self, state, text, truncated):
+        if text == "raise":
+            raise ValueError("no")
+        if text == "loop":
+            while True:
+                pass
+        return float("nan") if text == "nan" else -1.0 if truncated else len(text)
+
+class Tools:
+    turns = 3
+
+    def __init__(self, unit="m"):
+        self.unit = unit
+        self.tools = [self.convert]
+
+    def problem(self, rng):
+        return {"question": "How far?", "answer": rng.random()}
+
+    def convert(self, feet: float, state: dict, digits: int = 1) -> str:
+        """Convert feet."""
+        state["asked"] = feet
+        if feet < 0:
+            raise ValueError("negative")
+        return f"{feet * 0.3048:.{digits}f} {self.unit}"
+
+def unknown(rng, colour):
+    return {}
+
+def empty(rng):
+    return {"answer": 1}
+
+def fails(rng):
+    return 1 / 0
+
+class Undescribed:
+    tools = [print]
+    problems = [{"question": "?"}]
+
+class Unhinted(Tools):
+    def __init__(self):
+        def look(place):
+            """Look."""
+        self.tools = [look]
+
+class Wrong(Talk):
+    def reward(self, solution):
+        return 1.0
+
+class Nothing:
+    pass
+'''
+
+
+@pytest.fixture
+def file(tmp_path):
+    (tmp_path / "forms.py").write_text(FORMS)
+    return tmp_path / "forms.py"
+
+
+def opened(file, name, **fields):
+    return open_environment(EnvironmentSection(name="mine", python=f"{file}:{name}", **fields))
+
+
+def episode(problem, text):
+    from random import Random
+
+    return Episode(problem, [*problem.conversation, {"role": "assistant", "content": text}], Random(1), HERMES)
+
+
+def test_a_function_of_a_generator(file):
+    mine = opened(file, "doubled")
+    first, again = mine.problems("train", 5, seed=1), opened(file, "doubled").problems("train", 5, seed=1)
+    assert first == again
+    assert mine.problems("train", 5, seed=2) != first
+    problem = first[0]
+    assert problem.answer == str(2 * int(problem.question.removeprefix("Twice ").removesuffix("?")))
+    assert mine.correct(problem, f" {problem.answer}.0")  # by the judge
+    assert not mine.correct(problem, "1")
+    assert mine.turns == 1
+
+
+def test_a_list(file):
+    mine = opened(file, "listed")
+    assert len(mine.all_problems()) == mine.candidate_count() == 50
+    assert {p.split for p in mine.all_problems()} == {"train", "dev", "test"}
+
+
+def test_messages_state_and_reply(file):
+    mine = opened(file, "Talk")
+    problem = mine.all_problems()[0]
+    assert problem.question == "Be brief.\n\nHi"
+    assert [m["role"] for m in problem.conversation] == ["system", "user"]
+    said = episode(problem, "yes")
+    (reply,) = mine.respond(said)
+    assert reply == {"role": "user", "content": "You said yes, I say 2."}  # Random(1).randrange(10)
+    assert said.state == {"n": 1}
+    assert mine.respond(said) is None
+    with pytest.raises(RewardError, match=r"environment mine: reply raised KeyError"):
+        mine.respond(episode(problem, "break"))
+
+
+def test_a_tool_is_described_called_and_its_errors_are_results(file):
+    mine = opened(file, "Tools", config={"unit": "metres"})
+    problem = mine.problems("train", 1)[0]
+    (tool,) = problem.tools
+    assert tool["function"] == {
+        "name": "convert",
+        "description": "Convert feet.",
+        "parameters": {
+            "type": "object",
+            "properties": {"feet": {"type": "number"}, "digits": {"type": "integer", "default": 1}},
+            "required": ["feet"],
+            "additionalProperties": False,
+        },
+    }
+    calls = ['{"feet": 10}', '{"feet": 10, "digits": 3}', '{"feet": -1}', '{"feet": "far"}', '{"metres": 1}']
+    said = episode(problem, "Well.\n" + HERMES.write([Call("convert", c) for c in calls]))
+    results = mine.respond(said)
+    assert [r["role"] for r in results] == ["tool"] * 5
+    contents = [r["content"] for r in results]
+    assert contents[:3] == ["3.0 metres", "3.048 metres", "error: ValueError: negative"]
+    assert contents[3].startswith("error: feet:")
+    assert contents[4].startswith("error: ")
+    assert said.state == {"asked": -1.0}
+    (unknown,) = mine.respond(episode(problem, HERMES.write([Call("look", "{}")])))
+    assert unknown["content"] == "error: there is no tool look; there are convert"
+    assert mine.respond(episode(problem, "It is far.")) is None
+    thought = "<think>" + HERMES.write([Call("convert", calls[0])]) + "</think>none"
+    assert mine.respond(episode(problem, thought)) is None  # calls in the thinking are none
+
+
+def test_rewards_that_raise_hang_or_are_nan_are_named_and_skipped(file):
+    mine = opened(file, "Talk", timeout=1.0)
+    problem = mine.all_problems()[0]
+    texts = ["four", "raise", "loop", "nan", "a", "six..."]
+    samples = [Sample(problem, text, len(text), text == "a") for text in texts]
+    samples.append(Sample(problem, "x", 1, False, error="environment mine: reply raised KeyError: 'n'"))
+    samples.append(Sample(problem, "ok", 2, False))
+    found = score(samples, {"mine": mine}, RewardSection(format=0.0), 100)
+    assert found.skipped.tolist() == [False, True, True, True, False, False, True, False]
+    assert found.parts["accuracy"].tolist() == [4, 0, 0, 0, -1, 6, 0, 2]
+    assert found.correct.tolist() == [True, False, False, False, False, True, False, True]
+    assert sorted(found.notes) == [
+        "1 of 8 samples skipped: environment mine: reply raised KeyError: 'n'",
+        "1 of 8 samples skipped: environment mine: reward: it raised ValueError: no",
+        "1 of 8 samples skipped: environment mine: reward: it returned nan, not a finite number",
+        "1 of 8 samples skipped: environment mine: reward: it took longer than 1 seconds",
+    ]
+    # The mean of a group is that of the others, (4 + 0·3)/1 and (−1 + 6 + 2)/3.
+    assert found.grouped(4).tolist() == [[4, 4, 4, 4], pytest.approx([-1, 6, 7 / 3, 2])]
+    assert found.mean(found.total) == pytest.approx(11 / 4)
+
+
+def test_reward_functions_of_a_recipe(file):
+    mine = opened(file, "doubled")
+    problem = mine.problems("train", 1)[0]
+    rewards = file.with_name("rewards.py")
+    rewards.write_text("def long(text, problem, answer):\n    return len(text) / (0 if answer is None else 2)\n")
+    section = RewardSection(format=0.0, functions={"long": {"python": f"{rewards}:long", "weight": 0.5}})
+    right = f"<answer>{problem.answer}</answer>"
+    samples = [Sample(problem, right, 9, False), Sample(problem, "I do not know", 9, True)]
+    found = score(samples, {"mine": mine}, section, 100)
+    assert found.parts["long"].tolist() == [len(right) / 2, 0]
+    assert found.total.tolist() == [1 + 0.5 * len(right) / 2, 0]
+    assert found.notes == [
+        "1 of 2 samples skipped: reward.functions.long: it raised ZeroDivisionError: division by zero"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [
+        ("Nothing", {}, "has neither problem nor problems"),
+        ("unknown", {}, "problem: parameter colour is unknown; use any of rng"),
+        ("Wrong", {}, "reward: parameter solution is unknown; use any of problem, answer, text"),
+        ("Undescribed", {}, "tool print.*(docstring|type hint)"),
+        ("Unhinted", {}, "tool look: parameter place has no type hint"),
+        ("doubled", {"config": {"a": 1}}, "is a function, which has no config"),
+        ("doubled", {"turns": 3}, "neither reply nor tools"),
+        ("Tools", {"config": {"units": "m"}}, r"python = .* cannot be loaded \(TypeError: .*units"),
+        ("Missing", {}, r"cannot be loaded \(it has no Missing, only doubled, listed, Talk"),
+    ],
+)
+def test_mistakes(file, name, fields, message):
+    with pytest.raises(UserError, match=f"environment mine.*{message}"):
+        opened(file, name, **fields)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("empty", "not a dict with a question"), ("fails", r"problem raised ZeroDivisionError")]
+)
+def test_problems_that_are_none(file, name, message):
+    with pytest.raises(UserError, match=f"environment mine: .*{message}"):
+        opened(file, name).problems("train", 1)
+
+
+def test_two_sources_are_one_too_many():
+    with pytest.raises(ValueError, match="path and python are two sources"):
+        EnvironmentSection(name="mine", path="a.jsonl", python="a.py:A")
