@@ -50,8 +50,8 @@ def rejection_sample(
     ones per problem: highest reward first, then the shortest, since a longer one has more detours for the same result.
     A row is {"prompt", "completion", "family", "reward", "length"}; prompt and completion are the text that the model
     read and wrote (special-token names in the question escaped as in rorqual.data.special_tokens). An episode of
-    several turns has {"messages", "tools"} instead. `start`: problems already done; later batches do not depend on it. Raises
-    UserError for episodes without a chat template.
+    several turns has {"messages", "tools"} instead. `start`: problems already done; later batches do not depend on it.
+    Raises UserError for episodes without a chat template.
     """
     wanted = wanted or FilterSection()
     by_family = {e.family: e for e in environments}
