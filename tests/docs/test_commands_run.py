@@ -34,6 +34,7 @@ NOT_RUN = {
     "rorqual rl RECIPE.toml --ray": "tests/rl/test_ray_cluster.py",
     "rorqual serve models/deepseek-v2-lite": "needs that model; tests/engine/test_expert_parallel.py",
     "rorqual eval deepseek-ai/": "needs R1's weights and the Hub; tests/evals with less",
+    "rorqual r1 recipes/r1-smollm2.toml": "takes hours; tests/pipeline/test_run.py with small recipes",
     "rorqual distill my-distill.toml": "needs a teacher that answers correctly; tests/rl/test_rejection_sampling.py",
 }
 SHORT_EVAL = "--problems 2 --samples 1 --max-tokens 8"

@@ -24,8 +24,8 @@ from rorqual.model.model_directory import is_gguf, model_directory
 from rorqual.precision.packed_checkpoint import is_quantized
 from rorqual.recipe import WORKED_SOLUTIONS, ChatDataSection, DistillRecipe, MixSection, SFTRecipe
 from rorqual.rl.context_limits import check_context
-from rorqual.rl.envs.registry import Environment, open_environment
-from rorqual.rl.prompts import prompt_text
+from rorqual.rl.envs.registry import Environment, Problem, PythonEnvironment, open_environment
+from rorqual.rl.prompts import problem_text
 from rorqual.rl.rejection_sampling import BATCH, KEPT, Batch, Counts, draw_problems, rejection_sample
 from rorqual.rl.rollout import derived_seed
 from rorqual.rl.sample_filter import refused
@@ -52,10 +52,10 @@ def distill(recipe: DistillRecipe, resume: bool = False) -> Path:
     check_model(recipe.model, recipe.lora)
     check_length(recipe.model, recipe, "sequence_length")
     environments = [open_environment(section) for section in recipe.environments]
-    if recipe.teacher == WORKED_SOLUTIONS and (unknown := {e.family for e in environments} - WRITERS.keys()):
+    if recipe.teacher == WORKED_SOLUTIONS and (unknown := [e.family for e in environments if not has_worked(e)]):
         raise UserError(
-            f"environment {min(unknown)}: there are no worked solutions of it, only of {', '.join(sorted(WRITERS))}; "
-            "leave it out, or take a model as the teacher"
+            f"environment {unknown[0]}: there are no worked solutions of it, only of {', '.join(sorted(WRITERS))}, and "
+            "of Python environments with a method `worked`; leave it out, or take a model as the teacher"
         )
     device = find_device(recipe.device)
     for_teacher = recipe.device  # which open_run changes to what it has found
@@ -93,7 +93,8 @@ def worked_tokens(recipe: DistillRecipe, tokenizer: Tokenizer) -> float:
     environments = [open_environment(section) for section in recipe.environments]
     few = recipe.model_copy(update={"problems": 8 * len(environments)})
     rows = [row for batch in _worked_batches(few, environments, 0, tokenizer) for row in batch.rows]
-    return fmean(len(tokenizer(row["prompt"] + row["completion"]).input_ids) for row in rows)
+    texts = [row["prompt"] + row["completion"] if "prompt" in row else json.dumps(row["messages"]) for row in rows]
+    return fmean(len(tokenizer(text).input_ids) for text in texts)
 
 
 def _sample(recipe: DistillRecipe, environments: Sequence[Environment], samples: Path, device: str) -> None:
@@ -168,30 +169,45 @@ def _worked_batches(
     for first in range(start, len(drawn), BATCH):
         batch = Batch(min(first + BATCH, len(drawn)))
         for i, problem in enumerate(drawn[first : first + BATCH], first):
-            prompt = prompt_text(problem.question, recipe.template, tokenizer)
+            prompt = problem_text(problem, recipe.template, tokenizer)
             for k in range(recipe.keep_per_problem):
-                worked = write(problem, Random(derived_seed(recipe.seed, "worked", i, k)))
-                if worked is None:
+                rng = Random(derived_seed(recipe.seed, "worked", i, k))
+                row, right = _worked_row(by_family[problem.family], problem, prompt, rng, tokenizer)
+                if row is None:
                     batch.count(problem.family, "of a form not known")
-                    continue
-                text = worked.completion
-                length = len(tokenizer(text).input_ids)
-                if not by_family[problem.family].correct(problem, worked.answer):
+                elif not right:
                     batch.count(problem.family, "wrong")
-                elif why := refused(text, length, recipe.filter, recipe.reward.target_language):
+                elif why := refused(row["text"], row["length"], recipe.filter, recipe.reward.target_language):
                     batch.count(problem.family, why)
                 else:
                     batch.count(problem.family, KEPT)
-                    opened = prompt.endswith("<think>")
-                    batch.rows.append(
-                        {
-                            "prompt": prompt,
-                            "completion": text.removeprefix("<think>") if opened else text,
-                            "family": problem.family,
-                            "length": length,
-                        }
-                    )
+                    batch.rows.append({name: value for name, value in row.items() if name != "text"})
         yield batch
+
+
+def has_worked(environment: Environment) -> bool:
+    return environment.family in WRITERS or environment.has_worked
+
+
+def _worked_row(
+    environment: Environment, problem: Problem, prompt: str, rng: Random, tokenizer: Tokenizer
+) -> tuple[dict[str, Any] | None, bool]:
+    """(a sample, with all that the model says in it as `text`; whether it is correct)."""
+    if isinstance(environment, PythonEnvironment):
+        sample = environment.worked(problem, rng)
+        if sample is None:
+            return None, False
+        text = "\n".join(m["content"] or "" for m in sample.turns if m["role"] == "assistant")
+        own: dict[str, Any] = {"messages": sample.messages, "tools": problem.tools}
+        right = environment.grade(sample)[1]
+    else:
+        worked = write(problem, rng)
+        if worked is None:
+            return None, False
+        text = worked.completion
+        own = {"prompt": prompt, "completion": text.removeprefix("<think>") if prompt.endswith("<think>") else text}
+        right = environment.correct(problem, environment.read(problem, text))
+    return own | {"family": problem.family, "length": len(tokenizer(text).input_ids), "text": text}, right
 
 
 def _mixed(section: MixSection, seed: int) -> list[dict[str, Any]]:

@@ -8,7 +8,9 @@ def test_programs_are_judged_by_their_tests():
     problem = ENVIRONMENT.problems("train", 1, seed=0)[0]
     name = problem.metadata["name"]
     assert f"`{name}(numbers)`" in problem.question
-    assert ENVIRONMENT.correct(problem, f"```python\n{problem.answer}\n```")
+    reply = f"<think>so</think><answer>\n```python\n{problem.answer}\n```\n</answer>"
+    assert ENVIRONMENT.read(problem, reply) == problem.answer + "\n"
+    assert ENVIRONMENT.correct(problem, ENVIRONMENT.read(problem, reply))
     assert ENVIRONMENT.correct(problem, problem.answer.replace("chosen", "found"))
     assert not ENVIRONMENT.correct(problem, problem.answer.replace("return ", "return None and "))
     assert not ENVIRONMENT.correct(problem, "the sum of the even ones")

@@ -34,7 +34,8 @@ def test_every_solution_is_correct_in_the_format_and_the_same_again(family):
     found = list(solutions(family, count))
     assert len(found) >= 0.85 * count
     for i, (environment, problem, worked) in enumerate(found):
-        assert environment.correct(problem, worked.answer), (problem.question, worked)
+        answer = environment.read(problem, worked.completion)
+        assert environment.correct(problem, answer), (problem.question, worked)
         assert format_reward(worked.completion) == 1.0
         assert i or write(problem, Random(0)) == worked
 

@@ -178,6 +178,11 @@ class Environment(ABC):
     def check(self, problem: Problem, answer: str) -> float:
         """The source's score of an answer, in [0, 1]."""
 
+    @property
+    def has_worked(self) -> bool:
+        """Whether it writes solutions itself."""
+        return False
+
     def read(self, problem: Problem, text: str) -> str | None:
         """The answer in a completion, with the tag that its prompt opened; None where it has none."""
         return read_answer(text, problem.answer)

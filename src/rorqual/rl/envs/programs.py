@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from random import Random
 
 from rorqual.recipe import EnvironmentSection
+from rorqual.rl.envs.code_tests import passes, read_program
 from rorqual.rl.envs.environment import Environment, Problem, text_key
-from rorqual.rl.envs.tested_code import passes
 
 CASES = 6  # tests of a problem
 
@@ -72,6 +72,10 @@ class Programs(Environment):
             family=self.family,
             metadata={"tests": _tests(name, code, rng), "parts": [choice, each, result], "name": name},
         )
+
+    def read(self, problem: Problem, text: str) -> str | None:
+        """The program in a completion."""
+        return read_program(text)
 
     def check(self, problem: Problem, answer: str) -> float:
         return float(passes(answer, problem.metadata["tests"]))

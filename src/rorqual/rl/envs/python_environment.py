@@ -6,6 +6,8 @@
     def reply(self, …) -> str | None   what is said to the model after its turn; None, or no such method, ends it
     tools                              a list of functions that the model may call
     turns                              of the model at most, where there is a reply or a tool
+    def worked(self, problem, rng)     the model's turns as you would write them, for a cold start: texts, or
+                                       (text, tool, arguments) where it calls a tool
 
 A function is `problem`, or `problems` where it takes no argument. Methods get what their parameters ask for by name.
 """
@@ -16,8 +18,9 @@ from functools import partial
 from random import Random
 from typing import Any, cast
 
+from rorqual import strict_json
 from rorqual.data.call_reader import CallReader
-from rorqual.data.chat_messages import Message, read_messages
+from rorqual.data.chat_messages import CalledFunction, Message, ToolCall, read_messages
 from rorqual.errors import UserError
 from rorqual.judge import judge
 from rorqual.rl.envs.environment import (
@@ -84,6 +87,11 @@ class PythonEnvironment(Environment):
             raise UserError(f"{self.where}: turns = {section.turns}, but it has neither reply nor tools; leave it out")
         self.turn_tokens = section.turn_tokens
 
+    @property
+    def has_worked(self) -> bool:
+        """Whether the user writes solutions for a cold start."""
+        return hasattr(self._user, "worked")
+
     def candidate_count(self) -> int | None:
         return None if self._listed is None else len(self._listed.problems)
 
@@ -130,6 +138,31 @@ class PythonEnvironment(Environment):
         if said is not None and not isinstance(said, str):
             raise RewardError(f"{self.where}: reply returned {said!r:.60}, neither text nor None")
         return None if said is None else [{"role": "user", "content": said}]
+
+    def worked(self, problem: Problem, rng: Random) -> Sample | None:
+        """The episode that the user's `worked` plays; None without one. Raises UserError for what it gets wrong."""
+        method = getattr(self._user, "worked", None)
+        if method is None:
+            return None
+        where, messages, state = f"{self.where}: worked", list[Message](), dict[str, Any]()
+        turns = self._called("worked", partial(method, problem.fields, rng))
+        for turn in [turns] if isinstance(turns, str) else turns:
+            if isinstance(turn, str):
+                messages.append({"role": "assistant", "content": turn})
+                continue
+            text, name, arguments = turn
+            if name not in self.tools:
+                raise UserError(f"{where}: there is no tool {name!r}; there are {', '.join(self.tools) or 'none'}")
+            identity = f"call{len(messages):05}"
+            function: CalledFunction = {"name": name, "arguments": strict_json.dumps(arguments)}
+            call: ToolCall = {"id": identity, "type": "function", "function": function}
+            messages.append({"role": "assistant", "content": text, "tool_calls": [call]})
+            given = {"problem": problem.fields, "state": state, "rng": rng}
+            result = self.tools[name](function["arguments"], given)
+            messages.append({"role": "tool", "content": result, "name": name, "tool_call_id": identity})
+        if not messages or messages[-1]["role"] != "assistant":
+            raise UserError(f"{where}: the last turn must be a text, the model's answer")
+        return Sample(problem, messages[-1]["content"] or "", 0, False, messages, state)
 
     def _called(self, name: str, function: Callable[[], Any]) -> Any:
         try:
