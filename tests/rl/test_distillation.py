@@ -1,10 +1,12 @@
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from rorqual.checkpoint.huggingface import load_model, save_model
+from rorqual.data.chat_dataset import encode_sample
 from rorqual.data.tokenizer import load_tokenizer
 from rorqual.engine import Completion, Engine, SamplingParams
 from rorqual.errors import UserError
@@ -18,6 +20,8 @@ SECTION = EnvironmentSection(name="chain_sum", config=SUMS, prompt="{expression}
 
 class Teacher:
     """Answers every sum by the scripts in turn; a script may use the right answer."""
+
+    prefix_cache = False
 
     def __init__(self, tokenizer, scripts):
         self.tokenizer, self.scripts, self.asked = tokenizer, scripts, []
@@ -225,3 +229,37 @@ def test_a_family_without_worked_solutions_is_refused(tokenizer, dense, tmp_path
     mix = [{"path": str(tmp_path / "none.jsonl")}]
     with pytest.raises(UserError, match=r"none\.jsonl"):
         distill(worked_recipe(tmp_path, mix=mix))
+
+
+CALCULATOR = Path(__file__).parents[2] / "recipes/r1-smollm2/calculator.py"
+WITH_TOOLS = (
+    "{% for tool in tools or [] %}[tool {{ tool.function.name }}]{% endfor %}"
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function | tojson }}</tool_call>{% endfor %}<end>{% endfor %}"
+)
+
+
+def test_worked_solutions_of_a_python_environment_call_its_tools(tokenizer, dense, tmp_path, monkeypatch):
+    save_model(dense, tmp_path / "student", tokenizer)
+    monkeypatch.setattr(distillation, "sft", lambda recipe, resume: None)
+    section = {"name": "calculator", "python": f"{CALCULATOR}:Calculator"}
+    with pytest.raises(UserError, match=r"environment calculator with template = 'plain': students learn"):
+        distill(worked_recipe(tmp_path, environments=[section]))
+    monkeypatch.setattr(tokenizer, "chat_template", WITH_TOOLS)
+    monkeypatch.setattr(distillation, "tokenizer_of", lambda model: tokenizer)
+    run_dir = distill(worked_recipe(tmp_path, environments=[section], template="chat", problems=3, keep_per_problem=1))
+    rows = [json.loads(line) for line in (run_dir / "samples.jsonl").read_text().splitlines()]
+    assert len(rows) == 3
+    for row in rows:
+        asked, called, told, said = row["messages"]
+        a, b = re.findall(r"\d+", asked["content"])
+        assert called["tool_calls"][0]["function"]["arguments"] == json.dumps({"expression": f"{a} * {b}"})
+        assert told["role"] == "tool"
+        assert told["content"] == str(int(a) * int(b))
+        assert said["content"].endswith(f"<answer>{int(a) * int(b)}</answer>")
+        assert row["tools"][0]["function"]["name"] == "calculate"
+        tokens, mask = encode_sample(row, tokenizer)
+        trained = tokenizer.decode([t for t, m in zip(tokens, mask, strict=True) if m])
+        assert "calculate" in trained
+        assert "Use the tool" not in trained
+        assert trained.count(told["content"]) == 2  # in thinking and answer, not as the tool's result

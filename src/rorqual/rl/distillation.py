@@ -57,6 +57,11 @@ def distill(recipe: DistillRecipe, resume: bool = False) -> Path:
             f"environment {unknown[0]}: there are no worked solutions of it, only of {', '.join(sorted(WRITERS))}, and "
             "of Python environments with a method `worked`; leave it out, or take a model as the teacher"
         )
+    if recipe.template != "chat" and (several := [e.family for e in environments if e.turns > 1]):
+        raise UserError(
+            f"environment {several[0]} with template = {recipe.template!r}: students learn several turns in chats; set "
+            "'chat'"
+        )
     device = find_device(recipe.device)
     for_teacher = recipe.device  # which open_run changes to what it has found
     with open_run(recipe, resume, device) as run_dir:
