@@ -379,7 +379,7 @@ def test_chips_by_their_drivers_names(name, gigabytes, chip):
         ("second.toml", "runs/first/model"),
         ("broken.toml", "broken.toml: stage 2: say either its recipe, or what it is for"),
         ("unknown.toml", "unknown.toml: stage 1: length is unknown; known are batch, budget, context"),
-        ("other.toml", "other.toml: field colour is unknown; known are name, gpu"),
+        ("other.toml", "other.toml: field colour is unknown; known are name, out, gpu"),
     ],
 )
 def test_nonsense_about_pipelines_is_one_sentence(recipes, monkeypatch, capsys, words, said):

@@ -228,7 +228,8 @@ def with_truncated(rollout, which):
 
 def rewarded(totals):
     totals = torch.tensor(totals)
-    return Rewards({"verdict": totals}, totals, torch.zeros(len(totals), dtype=torch.bool))
+    none = torch.zeros(len(totals), dtype=torch.bool)
+    return Rewards({"verdict": totals}, totals, none, none)
 
 
 def test_truncated_answers_teach_nothing(dense, tokenizer):

@@ -1,6 +1,7 @@
 """Episodes of several turns, against tokens and masks written by hand and a model whose words are known."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from rorqual.rl.envs.environment import Environment, Problem, RewardError
 from rorqual.rl.envs.registry import open_environment
 from rorqual.rl.episodes import sample_rollout
 from rorqual.rl.grpo_trainer import GRPOTrainer
+from rorqual.rl.mtp_update import predictions
+from rorqual.rl.rollout_logprobs import pack_members
 from rorqual.rl.turns import Turns
 
 GREEDY = SamplingParams(temperature=0, max_tokens=20, seed=1)
@@ -64,7 +67,7 @@ def test_tokens_and_mask_by_hand(settings):
     assert rollout.prompts == [[ids["q"], turn, say]]
     assert rollout.completions == [[a, b, end, turn, x, turn, say, a, b, end]]
     assert rollout.sampled == [[True] * 3 + [False] * 4 + [True] * 3]
-    assert rollout.lengths == [6]
+    assert rollout.lengths.tolist() == [6]
     assert len(rollout.logprobs[0]) == 6
     (sample,) = rollout.samples
     assert (sample.text, sample.length, sample.truncated) == ("ab", 6, False)
@@ -103,7 +106,7 @@ def test_a_limit_of_a_turn():
     environment = Echo("echo", 1.0)
     environment.turn_tokens = 2
     rollout = sample_rollout(engine, [ASKED], "chat", GREEDY, {"echo": environment})
-    assert rollout.lengths == [2]
+    assert rollout.lengths.tolist() == [2]
     assert rollout.samples[0].truncated
 
 
@@ -176,6 +179,27 @@ def ends_soon(dense, tokenizer):
     return dense
 
 
+def test_allowed_tokens_are_kept_of_every_turn():
+    engine, ids = speaker()
+    params = SamplingParams(temperature=1.0, top_p=0.5, max_tokens=20, seed=1, record_allowed=True)
+    rollout = sample_rollout(engine, [ASKED], "chat", params, {"echo": Echo("echo", 1.0)})
+    (allowed,) = rollout.allowed
+    chosen = [t for t, own in zip(rollout.completions[0], rollout.sampled[0], strict=True) if own]
+    assert rollout.lengths.tolist() == [len(chosen)]
+    mask = allowed.mask(torch.arange(len(chosen)))
+    assert mask.shape == (len(chosen), len(ids))
+    assert mask[torch.arange(len(chosen)), torch.tensor(chosen)].all()
+    assert not mask.all()
+
+
+def test_the_multi_token_module_predicts_within_a_turn():
+    """Of four sampled tokens, two by two, only the last stands two places after the first of its turn's."""
+    sequence, source = torch.zeros(4, dtype=torch.long), torch.tensor([5, 6, 9, 10])
+    packed = SimpleNamespace(sequence=sequence, source=source, targets=torch.tensor([20, 21, 22, 23]))
+    rows, targets = predictions(packed, 1)
+    assert (rows.tolist(), targets.tolist()) == ([9], [23])
+
+
 @pytest.mark.parametrize("mini_batches", [1, 2])
 def test_what_is_trained_on_is_what_was_sampled(ends_soon, tokenizer, tmp_path, mini_batches):
     toy = trainer(ends_soon, tokenizer, tmp_path, grpo={"mini_batches": mini_batches})
@@ -190,10 +214,10 @@ def test_what_is_trained_on_is_what_was_sampled(ends_soon, tokenizer, tmp_path, 
         if own
     ]
     targets, sequence = torch.full((len(flat),), -1), torch.full((len(flat),), -1)
-    for packed in toy.update._packed(rollout, members):
+    for packed in pack_members(rollout, members, toy.section, toy.model.config):
         targets[packed.offset], sequence[packed.offset] = packed.targets, packed.sequence
     assert targets.tolist() == flat
-    assert torch.bincount(sequence).tolist() == rollout.lengths
+    assert torch.bincount(sequence).tolist() == rollout.lengths.tolist()
     # Under the model that sampled them, by a plain pass over all tokens, replies included.
     with torch.no_grad():
         for i, (tokens, mask) in enumerate(zip(rollout.completions, rollout.sampled, strict=True)):

@@ -14,6 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from rorqual.adapters.lora import lora_parameters
 from rorqual.data.loader import Batch
 from rorqual.kernels.cross_entropy import linear_cross_entropy
 from rorqual.kernels.dtypes import compute_dtype
@@ -120,7 +121,7 @@ class Trainer:
         self.model, self.schedule = model, schedule
         self.mtp = mtp or MTPSection(weight=0.0, final_weight=0.0)
         self.balance = balance or BalanceSection(bias_speed=0.0, sequence_loss=0.0)
-        self.frozen = not model.head_weight.requires_grad  # with LoRA
+        self.frozen = bool(lora_parameters(model))  # the base is, with LoRA
         self.optimizer = Optimizer(model, optimizer, self.dtype, self.mesh)
         self.optimizer.copies = self.pipeline.copies if self.pipeline else frozenset[str]()
         # Micro-batches cannot take turns with a layer that is gathered for one of them.
