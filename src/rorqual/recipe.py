@@ -256,6 +256,8 @@ class RLRecipe(FineTuningRecipe):
         ):
             if value not in allowed:
                 raise ValueError(f"exact = true with {field} = {value!r}: {remedy}")
+        if self.lora is not None:
+            raise ValueError("exact = true with lora: low-rank updates are not computed exactly; leave one of them out")
 
 
 WORKED_SOLUTIONS = "worked-solutions"  # a teacher: solutions that rl/worked writes
