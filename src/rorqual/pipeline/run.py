@@ -38,7 +38,7 @@ class StageRun:
     kind: str
     recipe: Recipe
     text: str  # of the recipe, before a run has chosen what it leaves open; compared when a pipeline goes on
-    seconds: float = 0.0  # of the processes that ended it and before; evaluations are apart
+    seconds: float = 0.0  # over all resumptions, of a distillation since the last; evaluations are apart
     tasks: dict[str, TaskResult] = field(default_factory=dict[str, TaskResult])
 
     @property
