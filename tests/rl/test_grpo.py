@@ -124,3 +124,12 @@ def test_rewards_that_differ_by_rounding_are_equal():
     advantages = group_advantages(rewards, normalise_std=True)
     assert advantages[0].tolist() == [0, 0, 0, 0]
     assert advantages[1, 3] > 1
+
+
+def test_a_sample_without_a_reward_leaves_the_others_advantages():
+    """Of rewards 1, 2 and 6, and one that has none and so their mean: as if there were three."""
+    rewards = torch.tensor([[1.0, 2.0, 6.0, 3.0]])
+    found = group_advantages(rewards, normalise_std=True, kept=torch.tensor([3]))
+    three = group_advantages(rewards[:, :3], normalise_std=True)
+    assert torch.allclose(found[:, :3], three)
+    assert three[0, 0] == pytest.approx(-2 / math.sqrt(14 / 3), rel=1e-5)

@@ -45,16 +45,22 @@ class Loss:
     largest_ratio: Float[Tensor, ""]
 
 
-def group_advantages(rewards: Float[Tensor, "Q G"], normalise_std: bool) -> Float[Tensor, "Q G"]:
+def group_advantages(
+    rewards: Float[Tensor, "Q G"], normalise_std: bool, kept: Int[Tensor, " Q"] | None = None
+) -> Float[Tensor, "Q G"]:
     """Advantages of the outputs, with the population's std; exactly 0 in zero-std groups.
 
-    Without the exact 0, the rounding error of the mean, divided by a tiny std, would become a gradient.
+    Without the exact 0, the rounding error of the mean, divided by a tiny std, would become a gradient. kept: outputs
+    of each group that have a reward; the others have the mean of these (Rewards.grouped). None: all have.
     """
     centred = rewards - rewards.mean(dim=1, keepdim=True)
     centred = centred.masked_fill(zero_std_groups(rewards)[:, None], 0.0)
     if not normalise_std:
         return centred
-    return centred / (rewards.std(dim=1, keepdim=True, correction=0) + EPSILON)
+    deviation = rewards.std(dim=1, keepdim=True, correction=0)
+    if kept is not None:
+        deviation = deviation * (rewards.shape[1] / kept.clamp(min=1)).sqrt()[:, None]
+    return centred / (deviation + EPSILON)
 
 
 def zero_std_groups(rewards: Float[Tensor, "Q G"]) -> Bool[Tensor, " Q"]:

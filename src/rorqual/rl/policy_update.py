@@ -91,7 +91,8 @@ class PolicyUpdate:
         if not rollout.problems:
             return sums
         grouped = rewards.grouped(G)
-        advantages = group_advantages(grouped, section.normalise_std).flatten()
+        kept = (~rewards.skipped).view(-1, G).sum(1) if bool(rewards.skipped.any()) else None
+        advantages = group_advantages(grouped, section.normalise_std, kept).flatten()
         zero_std = zero_std_groups(grouped)
         counted = (~zero_std if section.drop_zero_std_groups else torch.ones_like(zero_std)).nonzero().flatten()
         truncated = torch.tensor([s.truncated for s in rollout.samples], dtype=torch.bool)
