@@ -92,8 +92,7 @@ struct Keys {
     void slots(i64 i, std::vector<i64> &found) const {
         found.clear();
         if (tables) {
-            for (i64 j = 0; j < lengths[i]; ++j)
-                found.push_back(tables[i * by_table + j / block] * block + j % block);
+            for (i64 j = 0; j < lengths[i]; ++j) found.push_back(tables[i * by_table + j / block] * block + j % block);
             return;
         }
         const i64 sequence = i / tokens, token = i % tokens, end = mask ? keys : keys - tokens + token + 1;

@@ -91,7 +91,8 @@ void exact_rotary_f32(const float *x, i64 x_token, i64 x_head, i64 first, i64 se
     }
 }
 
-void exact_logprobs_f32(const float *logits, i64 rows, i64 vocab, const i64 *targets, const float *temperatures, float *out) {
+void exact_logprobs_f32(const float *logits, i64 rows, i64 vocab, const i64 *targets, const float *temperatures,
+                        float *out) {
 #pragma omp parallel for schedule(static)
     for (i64 i = 0; i < rows; ++i) out[i] = logprob(logits + i * vocab, vocab, targets[i], temperatures[i]);
 }
