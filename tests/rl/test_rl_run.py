@@ -171,6 +171,12 @@ def test_by_the_clock(tmp_path, model_dir):
     assert lines(tmp_path)[-1]["seconds"] >= 1.5
 
 
+def test_a_budget_that_the_first_evaluation_takes_is_refused(tmp_path, model_dir):
+    clocked = recipe(tmp_path, model_dir).model_copy(update={"steps": None, "seconds": 1e-3})
+    with pytest.raises(UserError, match=r"seconds = 0\.001: 0 have passed before the first step; raise seconds"):
+        rl(clocked)
+
+
 def test_bad_recipes(tmp_path, model_dir):
     random_start = {"name": "x", "model": {"config": {}}, "environments": [{"name": "chain_sum"}], "steps": 1}
     with pytest.raises(UserError, match=r"model.path is missing"):

@@ -155,6 +155,12 @@ class RLRun(RunLoop[RLRecipe, GRPOTrainer]):
     def begin(self, telemetry: Log) -> None:
         if self.section.eval_every and not self.evaluations:
             telemetry.log(0, **self._evaluate(), seconds=self.seconds)
+        budget = self.section.seconds
+        if budget is not None and not self.trainer.steps and self.done():
+            raise UserError(
+                f"seconds = {budget:g}: {self.seconds:.0f} have passed before the first step; raise seconds, or lower "
+                "eval_problems"
+            )
 
     def step(self, telemetry: Log) -> bool:
         start = time.monotonic()
