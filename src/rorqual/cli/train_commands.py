@@ -206,7 +206,7 @@ def r1(
     resume: Resume = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Run a pipeline: cold start, RL, rejection sampling, RL for all scenarios, a student; with evaluations."""
+    """Run the stages of a pipeline, such as R1's, with an evaluation after each."""
     if dry_run:
         from rorqual.cli.plan_command import show_plan
 

@@ -8,13 +8,13 @@ from rorqual.errors import UserError
 from rorqual.evals.results import TaskResult, compare
 from rorqual.files import read_json
 from rorqual.recipe import DistillRecipe, Recipe, RLRecipe
+from rorqual.rl.rejection_sampling import KEPT, Counts
 
 KINDS = {
     "pretrain": "pre-training",
     "sft": "fine-tuning",
     "rl": "reinforcement learning (GRPO)",
     "distill": "rejection sampling, then fine-tuning",
-    "reward": "reward model",
 }
 
 
@@ -29,6 +29,8 @@ class Stage(Protocol):
     def model(self) -> Path: ...
     @property
     def counts(self) -> dict[str, Any]: ...
+    @property
+    def families(self) -> Counts: ...
 
 
 def card(name: str, stages: Sequence[Stage], before: Mapping[str, TaskResult]) -> str:
@@ -56,9 +58,8 @@ evaluations.
 def _data(stage: Stage) -> str:
     recipe = stage.recipe
     if isinstance(recipe, DistillRecipe):
-        counts = {family: found for family, found in stage.counts.items() if isinstance(found, dict)}
-        kept = sum(found.get("kept", 0) for found in counts.values())
-        sampled = sum(sum(found.values()) for found in counts.values())
+        kept = sum(found[KEPT] for found in stage.families.values())
+        sampled = sum(sum(found.values()) for found in stage.families.values())
         mixed = stage.counts.get("mixed in", 0)
         more = f", {mixed:,} conversations mixed in" if mixed else ""
         return f"{kept:,} of {sampled:,} completions of {recipe.teacher}{more}"

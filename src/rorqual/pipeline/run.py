@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,11 +18,12 @@ from rorqual.evals.results import TaskResult, compare
 from rorqual.files import locked, write_text
 from rorqual.pipeline.card import card, read_object
 from rorqual.pipeline.evaluation import START, Evaluations, read_section
-from rorqual.plan.pipeline_file import read_pipeline, recipe_kind
+from rorqual.plan.pipeline_file import COMMON, LINKS, read_pipeline, recipe_kind
 from rorqual.recipe import DistillRecipe, Recipe, RLRecipe, load_recipe
 from rorqual.report import write_report
-from rorqual.rl.distillation import COUNTS, distill
+from rorqual.rl.distillation import COUNTS, described, distill
 from rorqual.rl.envs.registry import open_environment
+from rorqual.rl.rejection_sampling import Counts
 from rorqual.rl.rl_run import rl
 from rorqual.train.run_folder import to_toml
 from rorqual.train.training_run import pretrain, sft
@@ -51,8 +53,13 @@ class StageRun:
 
     @property
     def counts(self) -> dict[str, Any]:
-        """Of a distillation's completions, by family: how many were kept, or left out and why."""
+        """A distillation's COUNTS."""
         return read_object(self.folder / COUNTS)
+
+    @property
+    def families(self) -> Counts:
+        """Of a distillation's completions: how many were kept, or left out and why."""
+        return {family: Counter(found) for family, found in self.counts.items() if isinstance(found, dict)}
 
 
 def run_pipeline(path: Path, out: Path | None = None, seed: int | None = None, resume: bool = False) -> Path:
@@ -69,6 +76,9 @@ def run_pipeline(path: Path, out: Path | None = None, seed: int | None = None, r
     for stage in file.stages:
         if stage.recipe is None:
             raise UserError(f"{stage.where}: it has no recipe, so it can be planned only; give it one")
+        if unknown := sorted(stage.fields.keys() - set(COMMON)):
+            known = f"recipe, name, {', '.join(LINKS)}; and for plans {', '.join(COMMON)}"
+            raise UserError(f"{stage.where}: field {unknown[0]} is unknown; known are {known}")
         kind = recipe_kind(stage.recipe)
         recipe = load_recipe(stage.recipe, kind, stage.overrides)
         parallel = getattr(recipe, "parallel", None)
@@ -175,12 +185,5 @@ def _finish(out: Path, name: str, stages: list[StageRun], before: dict[str, Task
 
 
 def _notes(stages: list[StageRun]) -> list[str]:
-    found: list[str] = []
-    for stage in stages:
-        for family, counts in stage.counts.items():
-            if isinstance(counts, dict):
-                others = ", ".join(f"{n} {what}" for what, n in sorted(counts.items()) if n and what != "kept")
-                kept = counts.get("kept", 0)
-                total = sum(counts.values())
-                found.append(f"{stage.name}, {family}: {kept} of {total} kept" + (others and f"; {others}"))
-    return found
+    """What distillations kept, and why they left out the rest."""
+    return [f"{stage.name}, {line}" for stage in stages for line in described(stage.families)]

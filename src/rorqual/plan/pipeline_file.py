@@ -10,7 +10,7 @@ recipe = "pretrain-tiny.toml"      # relative to this file
 [[stage]]
 name = "reasoning"                 # the run's; left out: the recipe's
 recipe = "rl-tiny.toml"
-model = "pretrain-tiny"            # a stage before, whose model this one goes on with; so teacher, and reward_model
+model = "pretrain-tiny"            # a stage before, whose model this one goes on with; so teacher
 
 [[stage]]
 for = "rl"
@@ -32,7 +32,7 @@ from rorqual.local_paths import local_path
 
 COMMON = ("gpu", "gpus", "price")
 # Fields of a stage that name a stage before it, and the recipe's fields that then become its model's directory.
-LINKS = {"model": "model.path", "teacher": "teacher", "reward_model": "reward.model"}
+LINKS = {"model": "model.path", "teacher": "teacher"}
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,10 @@ def is_pipeline(path: Path) -> bool:
 def read_pipeline(path: Path, out: Path | None = None, seed: int | None = None) -> PipelineFile:
     """`out` and `seed` of all stages, instead of the file's and the recipes'. Raises UserError."""
     raw = read_toml(path)
+    if "stage" not in raw:
+        raise UserError(
+            f"{path} has no [[stage]], so it is no pipeline's file; give one, or run the recipe by its verb"
+        )
     stages, name, evaluate = raw.pop("stage"), raw.pop("name", path.stem), raw.pop("evaluate", None)
     said = raw.pop("out", None)
     common = {key: raw.pop(key) for key in COMMON if key in raw}
