@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from rorqual.sections import GRPOSection, OPDSection
+from rorqual.rl_sections import GRPOSection, OPDSection
 
 PARTS = ("accuracy", "format", "language", "length", "verdict", "functions")  # of a reward
 

@@ -20,7 +20,7 @@ from rorqual.model import ModelConfig, Transformer
 from rorqual.recipe import RLRecipe, TokenizerSection, load_recipe
 from rorqual.rl.envs.registry import open_environment
 from rorqual.rl.rl_run import rl
-from rorqual.sections import EnvironmentSection
+from rorqual.rl_sections import EnvironmentSection
 
 PAGE = ROOT / "docs" / "environments.md"
 CHATML = (

@@ -10,7 +10,7 @@ from rorqual.recipe import RLRecipe, parse_recipe
 from rorqual.rl import ray_gpus
 from rorqual.rl.ray_gpus import device_here, places, trainer_device, visible_index, worker_places
 from rorqual.rl.rl_run import in_process, on_ray
-from rorqual.sections import RolloutsSection
+from rorqual.rl_sections import RolloutsSection
 
 CPU = torch.device("cpu")
 

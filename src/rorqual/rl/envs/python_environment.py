@@ -36,7 +36,7 @@ from rorqual.rl.envs.environment import (
 )
 from rorqual.rl.envs.tools import UserTool
 from rorqual.rl.envs.user_functions import UserReward, loaded, parameters
-from rorqual.sections import EnvironmentSection
+from rorqual.rl_sections import EnvironmentSection
 
 OF_REPLY = ("problem", "text", "messages", "state", "rng")
 TURNS = 8  # where neither recipe nor environment say
