@@ -6,97 +6,45 @@ V3's speed (live), and frozen with V3's sequence loss. What is kept: reward, pas
 after, and MaxVio, the busiest expert's load over the mean less one.
 """
 
-import copy
 import statistics
-import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from common import arguments, fastest, program, report
-from fp8_rollouts import pretrained
-from rorqual.model import Transformer
-from rorqual.recipe import RLRecipe, parse_recipe
-from rorqual.rl.envs.registry import open_environment
-from rorqual.rl.grpo_trainer import GRPOTrainer
-from rorqual.speedrun.level import LEVELS
-from rorqual.speedrun.stages import TEMPLATE
-from rorqual.tokenizer_protocol import Tokenizer
+from common import arguments, program, report
+from small_rl import QUICK, Sizes, pretrained, reinforce, summary
 
-LEVEL = LEVELS[0]
-SEEDS = 3
 FORMS: dict[str, dict[str, float]] = {
     "frozen": {},
     "live": {"bias_speed": 0.001},
     "sequence loss": {"sequence_loss": 0.0001},
 }
-
-
-def reinforce(
-    start: Transformer, tokenizer: Tokenizer, form: str, seed: int, steps: int, group: int, problems: int
-) -> dict[str, Any]:
-    recipe = parse_recipe(
-        {
-            "name": "rl",
-            "seed": seed,
-            "steps": steps,
-            "model": {"path": "unused", "dtype": fastest()},
-            "environments": [section.model_dump(exclude_none=True) for section in LEVEL.environments],
-            "template": TEMPLATE,
-            "reward": {"accuracy": 1.0, "format": 0.1},
-            "balance": FORMS[form] | {"bias_stop_at": 1.0},
-            "grpo": {
-                # With a KL term all groups are trained on, so that MaxVio is of all tokens.
-                "group_size": group, "questions_per_step": group, "kl": 0.001, "average": "token",
-                "clip_high": 0.28, "max_tokens": LEVEL.max_tokens,
-            },
-            "optimizer": {"name": "muon", "lr": 2e-4, "muon_lr": 5e-4, "weight_decay": 0.0},
-            "warmup_steps": min(3, steps),
-            "decay": 0.3,
-        },
-        RLRecipe,
-    )  # fmt: skip
-    environments = [open_environment(section) for section in recipe.environments]
-    trainer = GRPOTrainer(copy.deepcopy(start), tokenizer, environments, recipe)
-    before = statistics.mean(trainer.evaluate(problems).values())
-    begin = time.perf_counter()
-    found = [trainer.step(step / steps) for step in range(steps)]
-    print(f"{form}, seed {seed}: {time.perf_counter() - begin:.0f} s", file=sys.stderr, flush=True)
-    return {
-        "form": form, "seed": seed, "before": before,
-        "after": statistics.mean(trainer.evaluate(problems).values()),
-        "reward": [m.rollout.reward for m in found],
-        "max_vio": [statistics.mean(m.update.max_vio_per_layer or []) for m in found],
-    }  # fmt: skip
+# With a KL term all groups are trained on, so that MaxVio is of all tokens.
+ALL_GROUPS = {"kl": 0.001, "drop_zero_std_groups": False}
 
 
 def main() -> None:
     args = arguments(__doc__, threads="0 (all)")
     if args.threads.isdecimal():
         torch.set_num_threads(int(args.threads))
-    learn, steps, group, problems, seeds = (8, 2, 4, 4, 1) if args.quick else (600, 60, 16, 200, SEEDS)
+    sizes = QUICK if args.quick else Sizes()
+    runs: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        start, tokenizer = pretrained(Path(folder), learn)
-        runs = [
-            reinforce(start, tokenizer, form, seed, steps, group, problems) for seed in range(seeds) for form in FORMS
-        ]
+        start, tokenizer = pretrained(Path(folder), sizes.learn)
+        for seed in range(sizes.seeds):
+            for form, fields in FORMS.items():
+                changes = {"grpo": ALL_GROUPS, "balance": fields | {"bias_stop_at": 1.0}}
+                run, found = reinforce(start, tokenizer, form, seed, sizes, changes)
+                runs.append(run | {"max_vio": [statistics.mean(m.update.max_vio_per_layer or []) for m in found]})
     by_form = {form: [run for run in runs if run["form"] == form] for form in FORMS}
-    last = max(1, steps // 6)
-
-    def end(run: dict[str, Any], name: str) -> float:
-        return statistics.mean(run[name][-last:])
-
     rows = [
         [
-            form, statistics.mean(r["before"] for r in own), statistics.mean(r["after"] for r in own),
-            ", ".join(f"{r['after']:.3f}" for r in own), statistics.mean(end(r, "reward") for r in own),
-            statistics.mean(r["max_vio"][0] for r in own),
-            statistics.mean(end(r, "max_vio") for r in own),
+            *summary(own, sizes.last), statistics.mean(r["max_vio"][0] for r in own),
+            statistics.mean(statistics.mean(r["max_vio"][-sizes.last :]) for r in own),
         ]
-        for form, own in by_form.items()
+        for own in by_form.values()
     ]  # fmt: skip
     frozen = rows[0]
     ratios = {
@@ -108,8 +56,8 @@ def main() -> None:
         )
     }
     report(
-        "rl_bias", args, ratios, {"runs": runs, "steps": steps},
-        [(f"{steps} steps of GRPO, {seeds} seeds",
+        "rl_bias", args, ratios, {"runs": runs, "steps": sizes.steps},
+        [(f"{sizes.steps} steps of GRPO, {sizes.seeds} seeds",
           ["balance", "pass@1 before", "after", "by seed", "reward at the end", "MaxVio at first", "at the end"],
           rows)],
         ["torch", "reasoning-gym"],

@@ -10,6 +10,7 @@ import re
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
@@ -24,31 +25,64 @@ from rorqual.data.tokenizer import load_tokenizer
 from rorqual.recipe import RLRecipe, parse_recipe
 from rorqual.rl.envs.environment import Environment, Problem
 from rorqual.rl.grpo_trainer import GRPOTrainer
+from rorqual.rl.prompts import prompt_text
+from rorqual.rl.rewards import format_reward
 from workers import Field, answer, timed
 
 LR, BETAS = 1e-6, (0.9, 0.999)
-MOST_STEPS = 50
+MOST_STEPS = 1000
 QUIET = {"TOKENIZERS_PARALLELISM": "false"}
+EXAMPLES = """
+What is 20 + 14?
+<think>20 + 14 = 34</think><answer>34</answer>
+
+What is 31 + 8?
+<think>31 + 8 = 39</think><answer>39</answer>
+
+What is {a} + {b}?"""
 
 
-def problem(index: int) -> Problem:
-    a, b = (Random(index).randint(11, 99) for _ in range(2))
-    question = f"What is {a} + {b}? Explain every step, then give the answer."
-    return Problem(question, str(a + b), str(index), "", "sums")
+@dataclass(frozen=True)
+class Task:
+    """template: of Rorqual's prompts. reward: of (completion, whether it was cut off, answer)."""
+
+    question: str
+    template: str
+    reward: Callable[[str, bool, str], float]
 
 
-def reward(text: str, answer: str) -> float:
+def explained(text: str, _truncated: bool, answer: str) -> float:
     """1 when the last number is the answer, and the share of digits, so that no group is without signal."""
     numbers = re.findall(r"\d+", text)
     return float(bool(numbers) and numbers[-1] == answer) + sum(map(str.isdigit, text)) / max(len(text), 1)
 
 
+def tagged(text: str, truncated: bool, answer: str) -> float:
+    """1 for the right answer in its tags, at the end of a completion that was not cut off, and 0.1 for the format."""
+    text = f"<think>{text}"
+    found = re.search(r"<answer>\s*(-?\d+)\s*</answer>\s*$", text)
+    right = found is not None and found[1] == answer and not truncated
+    return float(right) + 0.1 * format_reward(text)
+
+
+TASKS = {
+    "explain": Task("What is {a} + {b}? Explain every step, then give the answer.", "chat", explained),
+    "sums": Task(EXAMPLES, "plain", tagged),
+}
+
+
+def problem(task: Task, index: int) -> Problem:
+    a, b = (Random(index).randint(11, 99) for _ in range(2))
+    return Problem(task.question.format(a=a, b=b), str(a + b), str(index), "", "sums")
+
+
 class Sums(Environment):
-    def __init__(self) -> None:
+    def __init__(self, task: Task) -> None:
         super().__init__("sums", 1.0)
+        self.task = task
 
     def candidate(self, seed: int, index: int) -> Problem:
-        return problem(index)
+        return problem(self.task, index)
 
     def check(self, problem: Problem, answer: str) -> float:
         return float(answer == problem.answer)
@@ -56,41 +90,46 @@ class Sums(Environment):
 
 @dataclass
 class Step:
-    """What one step took."""
+    """What one step took, and its completions' mean reward."""
 
     seconds: float
     rollout: float
     tokens: int
+    reward: float
 
 
 class Ours:
-    def __init__(self, path: Path, dtype: str, questions: int, group: int, length: int) -> None:
+    def __init__(
+        self, path: Path, dtype: str, questions: int, group: int, length: int, task: str = "explain", lr: float = LR
+    ) -> None:
         torch.manual_seed(0)
-        self.trainer = trainer_of(path, dtype, questions, group, length)
+        self.trainer = trainer_of(path, dtype, questions, group, length, TASKS[task], lr)
         self.rollouts = timed(self.trainer.engine, "generate")
 
     def step(self) -> Step:
         tokens, start = self.trainer.tokens, time.perf_counter()
-        self.trainer.step()
-        return Step(time.perf_counter() - start, self.rollouts.pop(), self.trainer.tokens - tokens)
+        metrics = self.trainer.step()
+        seconds = time.perf_counter() - start
+        return Step(seconds, self.rollouts.pop(), self.trainer.tokens - tokens, metrics.rollout.reward)
 
 
-def trainer_of(path: Path, dtype: str, questions: int, group: int, length: int) -> GRPOTrainer:
+def trainer_of(path: Path, dtype: str, questions: int, group: int, length: int, task: Task, lr: float) -> GRPOTrainer:
     raw = {
         "name": "benchmark",
         "model": {"path": str(path), "dtype": dtype},
         "environments": [{"name": "sums"}],
+        "template": task.template,
         "reward": {"accuracy": 0.0, "format": 0.0, "verdict": 1.0},
         "grpo": {"group_size": group, "questions_per_step": questions, "kl": 0.0, "max_tokens": length},
-        "optimizer": {"lr": LR, "betas": BETAS, "weight_decay": 0.0},
-        "steps": 100,
+        "optimizer": {"lr": lr, "betas": BETAS, "weight_decay": 0.0},
+        "steps": MOST_STEPS,
     }
     return GRPOTrainer(
         load_model(path, dtype=torch.float32),
         load_tokenizer(path),
-        [Sums()],
+        [Sums(task)],
         parse_recipe(raw, RLRecipe),
-        verdict=lambda sample, _: reward(sample.text, sample.problem.answer),
+        verdict=lambda sample, _: task.reward(sample.text, sample.truncated, sample.problem.answer),
     )
 
 
@@ -106,26 +145,40 @@ class TRL:
         trl_loop(*self.settings)
 
 
-def trl_loop(path: Path, dtype: str, questions: int, group: int, length: int) -> None:
+def trl_loop(
+    path: Path, dtype: str, questions: int, group: int, length: int, name: str = "explain", lr: float = LR
+) -> None:
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
+    task = TASKS[name]
     size = questions * group
-    problems = [p for p in map(problem, range(2 * questions * MOST_STEPS)) if p.split == "train"]
-    rows = [{"prompt": [{"role": "user", "content": p.question}], "answer": p.answer} for p in problems]
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    problems = (p for p in (problem(task, i) for i in range(2 * questions * MOST_STEPS)) if p.split == "train")
+    rows: list[dict[str, Any]] = []
+    for p in problems:
+        text: Any = [{"role": "user", "content": p.question}]
+        if task.template == "plain":
+            text = prompt_text(p.question, "plain", load_tokenizer(path))
+        rows.append({"prompt": text, "answer": p.answer})
     tokens: list[int] = []
+    rewards: list[float] = []
 
     def score(completions: list, completion_ids: list, answer: list[str], **_: Any) -> list[float]:
         tokens.append(sum(map(len, completion_ids)))
-        return [reward(c[0]["content"], a) for c, a in zip(completions, answer, strict=True)]
+        texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
+        cut = [ids[-1] != tokenizer.eos_token_id for ids in completion_ids]
+        found = [task.reward(*each) for each in zip(texts, cut, answer, strict=True)]
+        rewards.append(sum(found) / len(found))
+        return found
 
     class Clock(TrainerCallback):
         def on_step_begin(self, *_: Any, **__: Any) -> None:
             self.start = time.perf_counter()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            answer(Step(time.perf_counter() - self.start, rollouts.pop(), tokens.pop()))
+            answer(Step(time.perf_counter() - self.start, rollouts.pop(), tokens.pop(), rewards.pop()))
 
     config = GRPOConfig(
         output_dir=str(path.parent / "trl"),
@@ -137,7 +190,7 @@ def trl_loop(path: Path, dtype: str, questions: int, group: int, length: int) ->
         beta=0.0,
         loss_type="grpo",
         temperature=1.0,
-        learning_rate=LR,
+        learning_rate=lr,
         lr_scheduler_type="constant",
         adam_beta1=BETAS[0],
         adam_beta2=BETAS[1],
@@ -157,7 +210,7 @@ def trl_loop(path: Path, dtype: str, questions: int, group: int, length: int) ->
         reward_funcs=score,
         args=config,
         train_dataset=Dataset.from_list(rows),
-        processing_class=AutoTokenizer.from_pretrained(path),
+        processing_class=tokenizer,
         callbacks=[Clock()],
     )
     rollouts = timed(trainer, "_generate")

