@@ -59,7 +59,8 @@ class Halves:
             ("by-seed", rest, {key: value for key, value in evaluate.items() if key != "start"}),
         ):
             (folder / f"{name}.toml").write_text(to_toml({"name": raw["name"], "stage": own, "evaluate": section}))
-        return cls(folder, [s["name"] for s in stages[:first]], [s["name"] for s in rest])
+        names = [str(stage["name"]) for stage in stages]
+        return cls(folder, names[:first], names[first:])
 
     def run_common(self) -> None:
         run_pipeline(self.folder / "common.toml", self.folder / "common", 0, resume=True)
