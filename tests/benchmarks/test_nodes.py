@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 import time
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -104,7 +103,7 @@ def test_a_rank_waits_for_what_goes_to_other_nodes(nodes, monkeypatch, ranks, se
     """30 bytes a row; places send 1, 1, 1, … rows but the last, which gets 3; a node's two ranks share 10 kb/s."""
     waits = []
     monkeypatch.setattr(nodes.time, "sleep", waits.append)
-    group = Group(None, ranks, 0, 2, Traffic(), timedelta(seconds=1))
+    group = Group(None, ranks, 0, 2, Traffic())
     alone = single()
     mesh = nodes.delayed(type(alone)(**{**vars(alone), "experts": group}), rate=1e4)
     send = [1] * (len(ranks) - 1) + [3]

@@ -1,5 +1,8 @@
 """Expert parallelism by DeepEP, of which a stand-in computes what it documents (helpers/fake_deep_ep.py)."""
 
+from datetime import timedelta
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -7,8 +10,11 @@ from helpers import fake_deep_ep, simulated_gpu
 from helpers.processes import run
 from helpers.training import part, rows_of, trainer_of
 from rorqual.errors import UserError
-from rorqual.parallel.deep_ep import check_deep_ep
+from rorqual.parallel.courier import Courier
+from rorqual.parallel.deep_ep import DeepEPJourney, check_deep_ep
+from rorqual.parallel.group import CommunicationError, Group, Traffic
 from rorqual.parallel.mesh import build_mesh
+from rorqual.parallel.watchdog import Watchdog
 from rorqual.sections import ParallelSection
 
 
@@ -55,3 +61,16 @@ def test_what_it_does_not_take_is_refused(monkeypatch, dtype, device, capability
         check_deep_ep(section, dtype, torch.device(device))
     check_deep_ep(ParallelSection(dispatch="two-hop-fp8"), dtype, torch.device(device))
     check_deep_ep(section, dtype, torch.device("meta"))
+
+
+def test_what_fails_within_the_library_is_named():
+    class Buffer:
+        def dispatch(self, *_, **__):
+            raise RuntimeError("DeepEP error: timeout")
+
+    group = Group(None, (0, 1), 0, 2, Traffic(step=3), Watchdog(0, timedelta(seconds=10)))
+    library = SimpleNamespace(group=group, fp8=False)
+    journey = DeepEPJourney(Courier(), False, torch.bfloat16, library=library, buffer=Buffer())
+    journey.handle = SimpleNamespace(num_sms=6)
+    with pytest.raises(CommunicationError, match=r"rank 0, step 3: dispatch among ranks 0, 1 .*DeepEP error: timeout"):
+        journey.there(torch.ones(2, 4))

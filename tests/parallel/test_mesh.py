@@ -1,6 +1,7 @@
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from datetime import timedelta
 
 import pytest
 import torch.distributed as dist
@@ -89,6 +90,14 @@ def test_a_restart_does_not_meet_those_who_have_ended():
         assert len(found) == 1
         names += found
     assert len(set(names)) == 3
+
+
+def test_ranks_that_do_not_come_are_named():
+    store = dist.HashStore()
+    store.set_timeout(timedelta(seconds=0.5))
+    store.set("call", "of an earlier attempt")
+    with pytest.raises(RuntimeError, match="rank 1, 2 of 3 did not come within 0:20:00"):
+        meet(store, 0, 3)
 
 
 class Parted:

@@ -22,6 +22,7 @@ from rorqual.errors import UserError
 from rorqual.parallel.expert_placement import ExpertPlacement
 
 FRONT = 0
+REPORT_SECONDS = 600.0  # for a rank to end a step that has ended here
 
 
 @dataclass
@@ -141,8 +142,7 @@ class FrontScheduler(Scheduler):
             self.rebalance_due, self.placed_at = False, now
         found = super().step(before_forward)
         for number, rank in enumerate(self.ranks, 1):
-            with _named(number):
-                report = rank.recv()
+            report = _report(number, rank)
             self.reports[number - 1] = report
             found += [sequence for gain in report.gains if (sequence := self._gained(gain)) is not None]
         return found
@@ -187,6 +187,14 @@ def _named(rank: int) -> Iterator[None]:
         yield
     except (EOFError, OSError):
         raise UserError(f"rank {rank} has ended; its own output says why") from None
+
+
+def _report(rank: int, connection: Connection) -> Report:
+    """A rank's, at the end of a step. Raises UserError where it does not come."""
+    with _named(rank):
+        if not connection.poll(REPORT_SECONDS):
+            raise UserError(f"rank {rank} hangs: it did not end its step within {REPORT_SECONDS:g} seconds")
+        return connection.recv()
 
 
 class Follower:

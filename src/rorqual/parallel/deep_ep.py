@@ -16,7 +16,7 @@ from torch import Tensor
 from rorqual.errors import UserError
 from rorqual.kernels.block_scaled import decode, quantize
 from rorqual.kernels.number_formats import FP8_TRAVEL
-from rorqual.parallel.journey import Journey
+from rorqual.parallel.journey import COMBINE, DISPATCH, Journey
 from rorqual.parallel.mesh import Mesh
 from rorqual.sections import ParallelSection
 from rorqual.shapes import Float, Int64
@@ -53,19 +53,21 @@ class DeepEP:
         """For as many tokens; every rank has as many, and makes the buffer in the same step."""
         if self._buffer is None or len(x) > self._tokens:
             self.close()
-            # DeepEP takes over NCCL's communicator, which exists once it has been used.
-            dist.all_reduce(torch.zeros(1, device=x.device), group=self.group.process_group)
-            self._tokens = len(x)
-            self._buffer = import_module("deep_ep").ElasticBuffer(
-                self.group.process_group, num_max_tokens_per_rank=len(x), hidden=x.shape[1], num_topk=k,
-                use_fp8_dispatch=self.fp8, deterministic=True, explicitly_destroy=True,
-            )  # fmt: skip
+            with self.group.named("DeepEP's buffer", on_gpu=x.is_cuda):
+                # DeepEP takes over NCCL's communicator, which exists once it has been used.
+                dist.all_reduce(torch.zeros(1, device=x.device), group=self.group.process_group)
+                self._tokens = len(x)
+                self._buffer = import_module("deep_ep").ElasticBuffer(
+                    self.group.process_group, num_max_tokens_per_rank=len(x), hidden=x.shape[1], num_topk=k,
+                    use_fp8_dispatch=self.fp8, deterministic=True, explicitly_destroy=True,
+                )  # fmt: skip
         return self._buffer
 
     def close(self) -> None:
         """Free the buffer; all ranks call it together."""
         if self._buffer is not None:
-            self._buffer.destroy()
+            with self.group.named("DeepEP's buffer, to be freed"):
+                self._buffer.destroy()
             self._buffer = None
 
     def numbers(self, chosen: Int64[Tensor, "N K"]) -> Tensor:
@@ -87,22 +89,27 @@ class DeepEPJourney(Journey):
         """→ rows at the experts here, and the weights of their experts."""
         library = self.library
         self.buffer = library.buffer(x, chosen.shape[1])
-        rows, experts, weights, self.handle, _ = self.buffer.dispatch(
-            self._packed(x), topk_idx=library.numbers(chosen), topk_weights=weights.float().contiguous(),
-            num_experts=library.experts,
-        )  # fmt: skip
+        packed, numbers, sent = self._packed(x), library.numbers(chosen), weights.float().contiguous()
+        with library.group.named(DISPATCH, on_gpu=x.is_cuda):
+            rows, experts, weights, self.handle, _ = self.buffer.dispatch(
+                packed, topk_idx=numbers, topk_weights=sent, num_experts=library.experts
+            )
         first = library.group.place * (library.experts // library.group.size)
         experts = experts.to(torch.int64)
         self.chosen = torch.where(experts >= 0, experts + first, -1)
         return [self._unpacked(rows), weights]
 
     def there(self, x: Float[Tensor, "N D"]) -> list[Tensor]:
-        rows = self.buffer.dispatch(self._packed(x), handle=self.handle, num_sms=self.handle.num_sms)[0]
+        packed = self._packed(x)
+        with self.library.group.named(DISPATCH, on_gpu=x.is_cuda):
+            rows = self.buffer.dispatch(packed, handle=self.handle, num_sms=self.handle.num_sms)[0]
         return [self._unpacked(rows)]
 
     def back(self, y: Float[Tensor, "M D"], *weights: Float[Tensor, "M K"]) -> list[Tensor]:
         sent = weights[0].float().contiguous() if weights else None
-        out, sums, _ = self.buffer.combine(y.to(torch.bfloat16).contiguous(), handle=self.handle, topk_weights=sent)
+        y = y.to(torch.bfloat16).contiguous()
+        with self.library.group.named(COMBINE, on_gpu=y.is_cuda):
+            out, sums, _ = self.buffer.combine(y, handle=self.handle, topk_weights=sent)
         return [out.to(self.dtype), *([] if sums is None else [sums])]
 
     def _packed(self, x: Float[Tensor, "N D"]) -> Any:

@@ -5,15 +5,16 @@ rank keeps for itself; the transport's own headers come on top.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from rorqual.errors import UserError
+from rorqual.parallel.watchdog import Watchdog
 from rorqual.plan.expected_rows import Link
 
 
@@ -40,7 +41,7 @@ class Group:
     place: int  # of this process among them
     ranks_per_node: int
     traffic: Traffic
-    timeout: timedelta = timedelta(minutes=10)
+    watchdog: Watchdog | None = None  # None: this process alone
 
     @property
     def size(self) -> int:
@@ -69,7 +70,7 @@ class Group:
         row = rows[0].nbytes if len(rows) else 0
         self.count(what, [n * row for n in send])
         out = rows.new_empty(sum(receive), *rows.shape[1:])
-        with self._named(what):
+        with self.named(what, on_gpu=out.is_cuda):
             dist.all_to_all_single(out, rows.contiguous(), list(receive), list(send), self.process_group)
         return out
 
@@ -83,7 +84,7 @@ class Group:
             return [tensor]
         self.count(what, [tensor.nbytes] * self.size)
         out = [torch.empty_like(tensor) for _ in self.ranks]
-        with self._named(what):
+        with self.named(what, on_gpu=tensor.is_cuda):
             dist.all_gather(out, tensor.contiguous(), self.process_group)
         return out
 
@@ -102,43 +103,42 @@ class Group:
         receive, which must be the same on both.
         """
         self.count(what, [tensor.nbytes if p == place else 0 for p in range(self.size)])
-        with self._named(what):
+        with self.named(what):
             return dist.isend(tensor, self.ranks[place], self.process_group, tag)
 
     def receive(self, tensor: Tensor, place: int, what: str, tag: int = 0) -> dist.Work | None:
         """Begin to receive into `tensor`."""
-        with self._named(what):
+        with self.named(what):
             return dist.irecv(tensor, self.ranks[place], self.process_group, tag)
 
     def wait(self, work: dist.Work | None, what: str) -> None:
         if work is not None:
-            with self._named(what):
-                work.wait(self.timeout)
+            assert self.watchdog is not None
+            with self.named(what):
+                work.wait(self.watchdog.timeout)
 
     def barrier(self, what: str) -> None:
         self.gather(torch.zeros(1), what)
 
-    def _named(self, what: str) -> "_Named":
-        return _Named(self, what)
+    @contextmanager
+    def named(self, what: str, on_gpu: bool = False) -> Iterator[None]:
+        """Context of an operation of the group: where it fails or hangs, a sentence says rank, step and operation.
 
-
-@dataclass(frozen=True)
-class _Named:
-    """Context that turns a backend's error into a sentence with rank, step and operation."""
-
-    group: Group
-    what: str
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, RuntimeError):
-            group = self.group
-            raise CommunicationError(
-                f"rank {group.ranks[group.place]}, step {group.traffic.step}: {self.what} among ranks "
-                f"{', '.join(map(str, group.ranks))} did not come through ({_first_line(error)}); another rank has "
-                "ended, hangs or cannot be reached: its own output says why"
-            ) from error
+        on_gpu: its work is on this thread's stream when the block ends. Raises CommunicationError where the backend
+        fails.
+        """
+        assert self.watchdog is not None
+        call = self.watchdog.begin(what, self.traffic.step, self.ranks)
+        try:
+            yield
+            if on_gpu:
+                self.watchdog.mark(call)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as e:
+            raise CommunicationError(self.watchdog.sentence(call, _first_line(e))) from e
+        finally:
+            call.returned = True
 
 
 class CommunicationError(UserError):

@@ -10,11 +10,12 @@ other, so a layer's routed experts exist data · context / experts times; everyt
 import os
 import time
 import uuid
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import PrefixStore, Store, _set_pg_timeout
@@ -22,6 +23,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from rorqual.errors import Stopped, UserError
 from rorqual.parallel.group import CommunicationError, Group, Traffic
+from rorqual.parallel.watchdog import PYTORCH, Watchdog
 from rorqual.sections import ParallelSection
 
 JOIN = timedelta(minutes=20)  # for all processes to start
@@ -49,7 +51,7 @@ class Mesh:
         size = self.section.processes
         return Group(
             dist.group.WORLD if size > 1 else None, tuple(range(size)), self.rank, self.tokens.ranks_per_node,
-            self.traffic, self.tokens.timeout,
+            self.traffic, self.tokens.watchdog,
         )  # fmt: skip
 
 
@@ -137,13 +139,14 @@ def planned_mesh(section: ParallelSection, rank: int) -> Mesh:
 def build_mesh(section: ParallelSection, device: str = "cpu") -> Mesh:
     """Join the run's processes (torchrun's variables, or `init_process_group` called before) and make the groups.
 
-    Raises UserError when the number of processes is not that of the recipe, or for sizes that do not fit.
+    Raises UserError when the number of processes is not that of the recipe, for sizes that do not fit, and where they
+    do not come together.
     """
     if section.processes == 1:
         return single(section)
-    timeout = timedelta(seconds=section.timeout)
+    timeout, store = timedelta(seconds=section.timeout), None
     if not dist.is_initialized():
-        _join("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout)
+        store = _join("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout)
     rank, world = dist.get_rank(), dist.get_world_size()
     if world != section.processes:
         raise UserError(
@@ -155,18 +158,22 @@ def build_mesh(section: ParallelSection, device: str = "cpu") -> Mesh:
     places, experts, nodes = section.data * section.context, section.experts, len(ranks_of["rail"])
     order = {"pipeline": section.pipeline, "tokens": places}
     names = tuple(reversed(order)) if section.stages_together else tuple(order)
-    stages = init_device_mesh(device, tuple(order[name] for name in names), mesh_dim_names=names)
-    by_context = _split(stages, "tokens", (section.data, section.context), ("data", "context"))
-    by_experts = _split(stages, "tokens", (places // experts, experts), ("replicas", "experts"))
-    by_node = _split(by_experts, "experts", (nodes, experts // nodes), ("rail", "node"))
-    traffic = Traffic()
+    with _joining():
+        stages = init_device_mesh(device, tuple(order[name] for name in names), mesh_dim_names=names)
+        by_context = _split(stages, "tokens", (section.data, section.context), ("data", "context"))
+        by_experts = _split(stages, "tokens", (places // experts, experts), ("replicas", "experts"))
+        by_node = _split(by_experts, "experts", (nodes, experts // nodes), ("rail", "node"))
+    traffic, watchdog = Traffic(), Watchdog(rank, timeout, store)
+    watchdog.start()
+    if (everyone := dist.group.WORLD) is not None:
+        _set_timeout(everyone, timeout, device)
 
     def group(mesh: DeviceMesh, name: str) -> Group:
         ranks = ranks_of[name]
         process_group = mesh.get_group(name) if len(ranks) > 1 else None
         if process_group is not None:  # a mesh gives its groups torch's time-out, which is half an hour
-            _set_pg_timeout(timeout, process_group)
-        return Group(process_group, ranks, ranks.index(rank), per_node, traffic, timeout)
+            _set_timeout(process_group, timeout, device)
+        return Group(process_group, ranks, ranks.index(rank), per_node, traffic, watchdog)
 
     return Mesh(
         section, rank, stages, traffic,
@@ -195,17 +202,36 @@ def joined(section: ParallelSection, device: str = "cpu") -> Generator[Mesh]:
             dist.destroy_process_group()
 
 
-def _join(backend: str, timeout: timedelta) -> None:
-    """Wait until all processes have come, which may take longer than any collective, and make the world's group."""
-    try:
+def _join(backend: str, timeout: timedelta) -> Store:
+    """Wait until all processes have come, which may take longer than any collective, and make the world's group.
+
+    → the store that they share, on a connection of its own.
+    """
+    with _joining():
         store, rank, world = next(iter(rendezvous("env://", timeout=JOIN)))
         store = PrefixStore(meet(store, rank, world), store)
         dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world)
+        return store.clone()  # pyright: ignore[reportAttributeAccessIssue] -- which torch's stubs lack
+
+
+@contextmanager
+def _joining() -> Iterator[None]:
+    """Raises CommunicationError where the processes do not come together."""
+    try:
+        yield
     except (RuntimeError, ValueError) as e:
         raise CommunicationError(
             f"rank {os.environ.get('RANK', '?')} could not join the others ({str(e).splitlines()[0][:200]}); one of "
             "them has ended, or cannot be reached: its own output says why"
         ) from e
+
+
+def _set_timeout(group: dist.ProcessGroup, timeout: timedelta, device: str) -> None:
+    """Of gloo, whose calls raise; that of NCCL, whose watchdog ends the process in words of its own, is after ours."""
+    _set_pg_timeout(timeout, group)
+    if device == "cuda":
+        backend = group._get_backend(torch.device("cuda"))  # pyright: ignore[reportPrivateUsage]
+        backend._set_default_timeout(timeout + timedelta(seconds=PYTORCH))  # pyright: ignore[reportPrivateUsage]
 
 
 def meet(store: Store, rank: int, world: int) -> str:
@@ -217,7 +243,12 @@ def meet(store: Store, rank: int, world: int) -> str:
     number = uuid.uuid4().hex
     if rank == 0:
         store.set("call", number)
-        come = [store.get(f"{number}/{other}").decode() for other in range(1, world)]
+        keys = {other: f"{number}/{other}" for other in range(1, world)}
+        try:
+            come = [store.get(key).decode() for key in keys.values()]
+        except RuntimeError as e:
+            away = [str(other) for other, key in keys.items() if not store.check([key])]
+            raise RuntimeError(f"rank {', '.join(away)} of {world} did not come within {JOIN}") from e
         for theirs in come:
             store.set(f"{number}/{theirs}", "")
         return number
