@@ -5,13 +5,16 @@ import re
 import signal
 import subprocess
 import sys
+import time
 import tomllib
 
 import pytest
 
+from helpers.processes import run
 from rorqual.errors import UserError
-from rorqual.recipe import PretrainRecipe
-from rorqual.train.run_folder import open_run, to_toml
+from rorqual.parallel.mesh import build_mesh
+from rorqual.recipe import ParallelSection, PretrainRecipe
+from rorqual.train.run_folder import first_alone, open_run, to_toml
 from rorqual.train.telemetry import Telemetry
 
 
@@ -246,3 +249,28 @@ def test_a_run_folder_has_one_owner(make_recipe, child_environment):
             assert start(recipe, resume=True) == run_dir  # though its child lives
         finally:
             os.killpg(owner.pid, signal.SIGKILL)
+
+
+def slow_start(rank, path, fails=False):
+    """What a rank finds at `path` when it is its turn; the first takes two and a half time-outs to write it."""
+    mesh = build_mesh(ParallelSection(data=2, timeout=2.0))
+    try:
+        with first_alone(mesh):
+            if rank == 0:
+                if fails:
+                    raise ValueError("no data")
+                time.sleep(5)
+                path.write_text("prepared")
+            return path.read_text()
+    except ValueError as e:
+        return str(e)
+    except UserError as e:
+        return "another rank has ended" in str(e)
+
+
+def test_the_first_process_may_prepare_data_for_longer_than_a_collective_takes(tmp_path):
+    assert run(2, slow_start, tmp_path / "data") == ["prepared", "prepared"]
+
+
+def test_others_do_not_wait_for_a_first_process_that_failed(tmp_path):
+    assert run(2, slow_start, tmp_path / "data", True) == ["no data", True]

@@ -5,8 +5,10 @@ import re
 import shutil
 import tomllib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from queue import Empty, Queue
 from typing import Any
 
 import torch
@@ -34,6 +36,7 @@ WORK = ("checkpoints", "samples.jsonl", "samples.partial.jsonl", "student", "mod
 STUDENT_FIELDS = ("model.", "optimizer.", "schedule.", "balance.", "train.", "sequence_length")
 
 DTYPES = ("auto", *COMPUTE)
+PREPARING = "preparing data"
 
 
 @contextmanager
@@ -94,12 +97,38 @@ def join_run(recipe: Recipe, resume: bool, mesh: Mesh, device: torch.device | st
 
 @contextmanager
 def first_alone(mesh: Mesh) -> Iterator[None]:
-    """The first process runs the block, then the others do: they find what it has written."""
-    if mesh.rank:
-        mesh.world.barrier("preparing data")
-    yield
-    if mesh.rank == 0:
-        mesh.world.barrier("preparing data")
+    """The first process runs the block, then the others do: they find what it has written.
+
+    It may take longer than a collective: meanwhile a thread of the first process tells the others that it is at work.
+    """
+    if mesh.section.processes == 1:
+        yield
+    elif mesh.rank:
+        while not bool(mesh.world.gather(torch.zeros(1), PREPARING)[0]):
+            pass
+        yield
+    else:
+        ended: Queue[bool] = Queue()
+        with ThreadPoolExecutor(1) as pool:
+            told = pool.submit(_tell_others, mesh, ended)
+            fine = False
+            try:
+                yield
+                fine = True
+            finally:
+                ended.put(fine)
+        told.result()
+
+
+def _tell_others(mesh: Mesh, ended: "Queue[bool]") -> None:
+    """Ranks in `first_alone` that the first is at work, until it says whether that came through."""
+    while True:
+        try:
+            if ended.get(timeout=mesh.section.timeout / 4):
+                mesh.world.gather(torch.ones(1), PREPARING)
+            return  # after a failure the others see this process end
+        except Empty:
+            mesh.world.gather(torch.zeros(1), PREPARING)
 
 
 def _has_work(run_dir: Path) -> bool:
