@@ -7,14 +7,12 @@ reward, pass@1 on held-out problems before and after, and tokens a second.
 """
 
 import statistics
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from common import arguments, program, report
-from small_rl import QUICK, Sizes, pretrained, reinforce, summary
+from small_rl import NOT_KEPT, QUICK, Sizes, folder_of, pretrained, reinforce, summary
 
 FP8 = {"rollout_weights": "fp8"}
 PLAIN, CORRECTED = "as trained", "fp8"
@@ -28,18 +26,17 @@ MISMATCH = ("mismatch_logprob", "mismatch_kl", "importance_truncated", "routers_
 
 
 def main() -> None:
-    args = arguments(__doc__, threads="0 (all)")
+    args = arguments(__doc__, threads="0 (all)", runs=NOT_KEPT)
     if args.threads.isdecimal():
         torch.set_num_threads(int(args.threads))
     sizes = QUICK if args.quick else Sizes()
     runs: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        start, tokenizer = pretrained(Path(folder), sizes.learn)
+    with folder_of(args.runs) as folder:
+        start = pretrained(folder, sizes.learn)
         for seed in range(sizes.seeds):
             for form, fields in FORMS.items():
-                run, found = reinforce(start, tokenizer, form, seed, sizes, {"grpo": fields})
-                names = () if form == PLAIN else MISMATCH
-                runs.append(run | {name: [getattr(m.update, name) for m in found] for name in names})
+                update = () if form == PLAIN else MISMATCH
+                runs.append(reinforce(folder, start, form, seed, sizes, {"grpo": fields}, update))
     by_form = {form: [run for run in runs if run["form"] == form] for form in FORMS}
     rows = {
         form: [*summary(own, sizes.last), statistics.median(r["tokens_per_second"] for r in own)]

@@ -7,14 +7,12 @@ after, and MaxVio, the busiest expert's load over the mean less one.
 """
 
 import statistics
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from common import arguments, program, report
-from small_rl import QUICK, Sizes, pretrained, reinforce, summary
+from small_rl import NOT_KEPT, QUICK, Sizes, folder_of, pretrained, reinforce, summary
 
 FORMS: dict[str, dict[str, float]] = {
     "frozen": {},
@@ -26,18 +24,18 @@ ALL_GROUPS = {"kl": 0.001, "drop_zero_std_groups": False}
 
 
 def main() -> None:
-    args = arguments(__doc__, threads="0 (all)")
+    args = arguments(__doc__, threads="0 (all)", runs=NOT_KEPT)
     if args.threads.isdecimal():
         torch.set_num_threads(int(args.threads))
     sizes = QUICK if args.quick else Sizes()
     runs: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        start, tokenizer = pretrained(Path(folder), sizes.learn)
+    with folder_of(args.runs) as folder:
+        start = pretrained(folder, sizes.learn)
         for seed in range(sizes.seeds):
             for form, fields in FORMS.items():
                 changes = {"grpo": ALL_GROUPS, "balance": fields | {"bias_stop_at": 1.0}}
-                run, found = reinforce(start, tokenizer, form, seed, sizes, changes)
-                runs.append(run | {"max_vio": [statistics.mean(m.update.max_vio_per_layer or []) for m in found]})
+                run = reinforce(folder, start, form, seed, sizes, changes, ["max_vio_per_layer"])
+                runs.append(run | {"max_vio": [statistics.mean(vio) for vio in run.pop("max_vio_per_layer")]})
     by_form = {form: [run for run in runs if run["form"] == form] for form in FORMS}
     rows = [
         [

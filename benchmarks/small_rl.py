@@ -1,15 +1,28 @@
-"""What benchmarks of reinforcement learning start from: the speedrun's mixture of experts, and GRPO from there."""
+"""What benchmarks of reinforcement learning start from: the speedrun's mixture of experts, and GRPO from there.
 
+With --runs FOLDER the start and every finished run are kept there, and not computed again.
+"""
+
+import contextlib
 import copy
+import json
 import statistics
 import sys
+import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from common import fastest
+from rorqual.checkpoint.huggingface import load_model, save_model
 from rorqual.data.datasets import open_pretrain_data, open_tokenizer
+from rorqual.data.tokenizer import load_tokenizer
+from rorqual.errors import UserError
+from rorqual.files import write_folder, write_text
 from rorqual.model import Transformer
 from rorqual.recipe import (
     BalanceSection,
@@ -25,7 +38,6 @@ from rorqual.recipe import (
 )
 from rorqual.rl.envs.registry import open_environment
 from rorqual.rl.grpo_trainer import GRPOTrainer
-from rorqual.rl.rollout_metrics import RLMetrics
 from rorqual.speedrun.documents import LARGEST, write_documents
 from rorqual.speedrun.level import BATCH, LENGTH, LEVELS, MODEL, OPTIMIZER
 from rorqual.speedrun.stages import TEMPLATE
@@ -36,6 +48,7 @@ from rorqual.train.number_init import start_numbers
 from rorqual.train.trainer import Trainer
 
 LEVEL = LEVELS[0]
+NOT_KEPT = "none"
 SPECIAL = ["<think>", "</think>", "<answer>", "</answer>"]
 
 
@@ -56,8 +69,26 @@ class Sizes:
 QUICK = Sizes(8, 2, 4, 4, 1)
 
 
+@contextlib.contextmanager
+def folder_of(runs: str) -> Iterator[Path]:
+    """--runs, or a temporary folder."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(runs if runs != NOT_KEPT else temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+
+
 def pretrained(folder: Path, steps: int) -> tuple[Transformer, Tokenizer]:
     """The model after `steps` on the speedrun's reasoning documents."""
+    start = folder / "start"
+    if not start.exists():
+        model, tokenizer = _pretrained(folder, steps)
+        with write_folder(start) as part:
+            save_model(model, part, tokenizer)
+    return load_model(start, dtype=torch.float32), load_tokenizer(start)
+
+
+def _pretrained(folder: Path, steps: int) -> tuple[Transformer, Tokenizer]:
     environments = [open_environment(section) for section in LEVEL.environments]
     documents = folder / "documents.jsonl"
     counts = [n // 2 for n in LEVEL.documents]
@@ -84,12 +115,21 @@ def pretrained(folder: Path, steps: int) -> tuple[Transformer, Tokenizer]:
 
 
 def reinforce(
-    start: Transformer, tokenizer: Tokenizer, form: str, seed: int, sizes: Sizes, changes: dict[str, Any]
-) -> tuple[dict[str, Any], list[RLMetrics]]:
-    """GRPO from a copy of `start`: what is kept of the run, and the metrics of its steps.
+    folder: Path, start: tuple[Transformer, Tokenizer], form: str, seed: int, sizes: Sizes, changes: dict[str, Any],
+    update: Sequence[str] = (),
+) -> dict[str, Any]:  # fmt: skip
+    """GRPO from a copy of `start`: what is kept of the run.
 
-    changes: fields of the recipe's sections that this form has.
+    changes: fields of the recipe's sections that this form has. update: metrics of each step's update to keep.
     """
+    kept = folder / f"{form.replace(' ', '-')}-{seed}.json"
+    settings = {"sizes": asdict(sizes), "changes": changes}
+    if kept.exists():
+        run = json.loads(kept.read_text())
+        if run.pop("settings") != settings:
+            raise UserError(f"{kept}: of other settings; move it away")
+        return run
+    model, tokenizer = start
     raw: dict[str, Any] = {
         "name": "rl", "seed": seed, "steps": sizes.steps, "template": TEMPLATE,
         "model": {"path": "unused", "dtype": fastest()},
@@ -106,7 +146,7 @@ def reinforce(
         raw[section] = raw.get(section, {}) | fields
     recipe = parse_recipe(raw, RLRecipe)
     environments = [open_environment(section) for section in recipe.environments]
-    trainer = GRPOTrainer(copy.deepcopy(start), tokenizer, environments, recipe)
+    trainer = GRPOTrainer(copy.deepcopy(model), tokenizer, environments, recipe)
     before = statistics.mean(trainer.evaluate(sizes.problems).values())
     begin = time.perf_counter()
     found = [trainer.step(step / sizes.steps) for step in range(sizes.steps)]
@@ -116,8 +156,10 @@ def reinforce(
         "after": statistics.mean(trainer.evaluate(sizes.problems).values()),
         "reward": [m.rollout.reward for m in found],
         "tokens_per_second": statistics.median(m.rollout.rollout_tokens_per_second for m in found),
+        **{name: [getattr(m.update, name) for m in found] for name in update},
     }  # fmt: skip
-    return run, found
+    write_text(kept, json.dumps(run | {"settings": settings}) + "\n")
+    return run
 
 
 def summary(runs: list[dict[str, Any]], last: int) -> list[Any]:
