@@ -315,7 +315,7 @@ class Trainer:
             self.ema.update()
 
     def _count(self, micro_batches: Sequence[Batch], ahead: bool, skipped: bool) -> None:
-        config = self.model.config
+        config = self.model.flops_config
         for batch in micro_batches:
             length = batch.inputs.shape[1] * self.mesh.context.size
             each = flops_per_token(config, length, frozen=self.frozen)
