@@ -29,7 +29,9 @@ def said(text):
 @pytest.fixture(scope="module")
 def tokenizer():
     section = TokenizerSection(vocab_size=280, special_tokens=["<|im_start|>", "<|im_end|>"])
-    return train_tokenizer(["Say yes or no."], section)
+    tokenizer = train_tokenizer(["Say yes or no."], section)
+    tokenizer.chat_template = None
+    return tokenizer
 
 
 @pytest.fixture

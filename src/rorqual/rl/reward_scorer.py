@@ -72,5 +72,6 @@ class RewardScorer:
 
 def check_reward_model(path: str) -> ModelConfig:
     """Its sizes. Raises UserError for what `RewardScorer.load` would refuse, without reading weights."""
+    config = open_release(Path(path), RewardModel).outline.config
     load_tokenizer(path)
-    return open_release(Path(path), RewardModel).outline.config
+    return config
