@@ -49,7 +49,11 @@ def written(path, *records):
 LAYOUTS = [
     {"prompt": "Yes?", "chosen": "Yes.", "rejected": "No."},
     {"prompt": [user("Yes?")], "chosen": [said("Yes.")], "rejected": [said("No.")]},
-    {"prompt": "Yes?", "chosen": [user("Yes?"), said("Yes.")], "rejected": [user("Yes?"), said("No.")]},  # UltraFeedback
+    {
+        "prompt": "Yes?",
+        "chosen": [user("Yes?"), said("Yes.")],
+        "rejected": [user("Yes?"), said("No.")],
+    },  # UltraFeedback
     {"chosen": [user("Yes?"), said("Yes.")], "rejected": [user("Yes?"), said("No.")]},
     {"prompt": "Yes?", "chosen": "Yes.", "rejected": [said("No.")], "score": 3},
 ]
@@ -133,7 +137,10 @@ def test_what_is_refused(record, sentence, tokenizer, tmp_path):
 def test_files_without_pairs_or_prompts(tokenizer, tmp_path):
     with pytest.raises(UserError, match=r"empty\.jsonl has no lines; write one JSON object with prompt, chosen and"):
         read_pairs(written(tmp_path / "empty.jsonl"), tokenizer, 64)
-    assert read_prompts(written(tmp_path / "a.jsonl", {"prompt": "a"}, {"question": "b"}, {"prompt": "a"})) == ["a", "b"]
+    assert read_prompts(written(tmp_path / "a.jsonl", {"prompt": "a"}, {"question": "b"}, {"prompt": "a"})) == [
+        "a",
+        "b",
+    ]
     with pytest.raises(UserError, match=r"line 1: field prompt \(or question\) is not text; add it"):
         read_prompts(written(tmp_path / "b.jsonl", {"prmpt": "a"}))
     with pytest.raises(UserError, match=r"has 1 different prompts; pairs need two at least"):

@@ -32,7 +32,7 @@ def test_scores(saved):
     kind, model, path = saved
     theirs, report = transformers.AutoModelForSequenceClassification.from_pretrained(path, output_loading_info=True)
     assert type(theirs).__name__ == CLASSES[kind]
-    assert not (report["unexpected_keys"] or report["mismatched_keys"] or report["missing_keys"])
+    assert not any(report[name] for name in ("unexpected_keys", "mismatched_keys", "missing_keys"))
     torch.manual_seed(1)
     tokens = torch.randint(1, PADDING, (3, 12))
     lengths = torch.tensor([12, 7, 3])
@@ -56,7 +56,7 @@ def test_a_written_reward_model_is_read_again(saved):
 
 
 def test_what_is_no_reward_model_is_refused(saved, tmp_path):
-    _, model, path = saved
+    _, _, path = saved
     save_model(build(CONFIGS["llama"]), tmp_path / "language")
     with pytest.raises(UserError, match=r"language is a language model .*; give a reward model"):
         load_reward_model(tmp_path / "language")

@@ -48,7 +48,13 @@ def loaded(judge):
 
 def test_the_final_summary_is_scored_and_normalised(judge, tokenizer, monkeypatch):
     scorer = loaded(judge)
-    texts = ["<think>a</think>Yes", "Yes", "<think>b</think><answer>Yes</answer>", "No, and for many reasons", "<think>"]
+    texts = [
+        "<think>a</think>Yes",
+        "Yes",
+        "<think>b</think><answer>Yes</answer>",
+        "No, and for many reasons",
+        "<think>",
+    ]
     found = scorer([*map(sample, texts), sample("Yes", truncated=True)])
     assert found[0] == pytest.approx(found[1], rel=1e-5)
     assert found[0] == pytest.approx(found[2], rel=1e-5)
@@ -107,7 +113,7 @@ def test_metrics_leave_out_what_does_not_exist():
 def recipe(tmp_path, dense, tokenizer, **fields):
     save_model(dense, tmp_path / "start", tokenizer)
     raw = {
-        "name": "run", "out": str(tmp_path / "runs"), "template": "plain", "steps": 4, "save_every": 1, "sample_every": 1,
+        "name": "run", "out": str(tmp_path / "runs"), "template": "plain", "steps": 4, "save_every": 1,
         "model": {"path": str(tmp_path / "start")},
         "environments": [
             {"name": "chain_sum", "config": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}},
@@ -173,7 +179,10 @@ TALK = {"name": "talk", "path": "open.jsonl", "open": True}
     ("fields", "sentence"),
     [
         ({"environments": [{"name": "chain_sum"}]}, r"reward.model: it scores answers to open problems, and no envir"),
-        ({"reward": {"format": 0.0}}, r"environment talk: open = true, but nothing rewards its answers; set reward.mod"),
+        (
+            {"reward": {"format": 0.0}},
+            r"environment talk: open = true, but nothing rewards its answers; set reward.mod",
+        ),
         ({"environments": [TALK], "eval_every": 2}, r"eval_every: all environments are open"),
         ({"environments": [{"name": "chain_sum", "open": True}]}, r"environment chain_sum: open = true is for a file"),
         ({"reward": {"model": {"pth": "m"}}}, r"field reward.model.pth is unknown|field reward.model.path is missing"),
@@ -196,8 +205,8 @@ def test_a_distillation_takes_neither(tmp_path):
 
 
 def test_files_that_are_refused(tmp_path, dense, tokenizer, judge, prompts):
+    recipe(tmp_path, dense, tokenizer)
     with pytest.raises(UserError, match=r"start is a language model .*; give a reward model"):
-        recipe(tmp_path, dense, tokenizer)
         check_reward_model(str(tmp_path / "start"))
     with pytest.raises(UserError, match=r"elsewhere/config\.json does not exist"):
         rl(recipe(tmp_path, dense, tokenizer, reward={"model": {"path": str(tmp_path / "elsewhere")}}))

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import torch
 
+from rorqual import strict_json
 from rorqual.checkpoint.fp8_blocks import (
     BLOCK_FORMATS,
     SCALE_SUFFIX,
@@ -16,7 +17,6 @@ from rorqual.checkpoint.fp8_loading import allocate_fp8
 from rorqual.checkpoint.model_reader import open_release
 from rorqual.checkpoint.model_writer import MAX_SHARD_BYTES, new_directory, write_json, write_tokenizer, write_weights
 from rorqual.checkpoint.release_tensors import EMBEDDING, allocate, fp8_weights, release_tensors
-from rorqual import strict_json
 from rorqual.errors import UserError
 from rorqual.kernels.dtypes import fastest_dtype
 from rorqual.model.model_directory import model_directory, read_json
@@ -57,7 +57,7 @@ def load_model(
 def load_reward_model(
     path: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
 ) -> RewardModel:
-    """As `load_model`, for a reward model (`…ForSequenceClassification` with one label). Raises UserError for others."""
+    """As `load_model`, for a reward model (`…ForSequenceClassification`, one label). Raises UserError for others."""
     release = open_release(Path(path), RewardModel)
     model = release.outline
     allocate(model, dtype or release.stored[EMBEDDING].dtype, device)

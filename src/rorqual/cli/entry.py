@@ -28,8 +28,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 for command, name in (
-    (pretrain, "pretrain"), (sft, "sft"), (rl, "rl"), (distill, "distill"), (reward, "reward"), (r1, "r1"), (evaluate, "eval"),
-    (generate, "generate"), (chat, "chat"), (serve, "serve"), (import_, "import"), (quantize, "quantize"),
+    (pretrain, "pretrain"), (sft, "sft"), (rl, "rl"), (distill, "distill"), (reward, "reward"), (r1, "r1"),
+    (evaluate, "eval"), (generate, "generate"), (chat, "chat"), (serve, "serve"), (import_, "import"), (quantize, "quantize"),
     (doctor, "doctor"), (plan, "plan"), (ledger, "ledger"), (report, "report"), (speedrun, "speedrun"),
 ):  # fmt: skip
     app.command(name)(command)

@@ -124,7 +124,9 @@ class _Pipeline:
         if isinstance(recipe, RLRecipe) or (said is None and gpu != "cpu"):
             asked.setdefault("gpus", 1)
         check_length_known(recipe, asked)
-        request = parse_request("sft" if isinstance(recipe, RewardRecipe) else _kind_of(recipe), asked, self._said(stage))
+        request = parse_request(
+            "sft" if isinstance(recipe, RewardRecipe) else _kind_of(recipe), asked, self._said(stage)
+        )
         layout = None
         if isinstance(recipe, PretrainRecipe | SFTRecipe):
             layout = recipe_layout(recipe, find_chip(gpu, self.more_chips).per_node)

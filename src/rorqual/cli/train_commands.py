@@ -175,9 +175,7 @@ def distill(recipe: RecipeFile, overrides: Overrides = None, resume: Resume = Fa
     _finished(run(load_recipe(recipe, DistillRecipe, overrides), resume=resume))
 
 
-def reward(
-    recipe: RecipeFile, overrides: Overrides = None, resume: Resume = False, dry_run: DryRun = False
-) -> None:
+def reward(recipe: RecipeFile, overrides: Overrides = None, resume: Resume = False, dry_run: DryRun = False) -> None:
     """Train a reward model on pairs of a better and a worse answer."""
     from rorqual.recipe import RewardRecipe, load_recipe
     from rorqual.rl.reward_training import dry_run_text

@@ -169,7 +169,9 @@ def _finish(out: Path, name: str, stages: list[StageRun], before: dict[str, Task
         }
         for stage in stages
     ]
-    gains = {stage.name: {t: vars(g) for t, g in compare(before, stage.tasks).items()} for stage in stages if stage.tasks}
+    gains = {
+        stage.name: {t: vars(g) for t, g in compare(before, stage.tasks).items()} for stage in stages if stage.tasks
+    }
     summary = {
         "stages": first + shown,
         "gains": gains,

@@ -58,7 +58,11 @@ def _dtype(recipe: Recipe) -> str:
 
 def check_length_known(recipe: Recipe, asked: dict[str, Any]) -> None:
     """Raises UserError where a run ends by time or epochs, which say nothing of other chips."""
-    if isinstance(recipe, PretrainRecipe | SFTRecipe | RewardRecipe) and not asked.keys() & {"tokens", "budget", "days"}:
+    if isinstance(recipe, PretrainRecipe | SFTRecipe | RewardRecipe) and not asked.keys() & {
+        "tokens",
+        "budget",
+        "days",
+    }:
         raise UserError(f"{recipe.name} ends by time or epochs, not by steps; say its --tokens")
     if isinstance(recipe, RLRecipe) and "steps" not in asked:
         raise UserError(f"{recipe.name} ends by time, not by steps; say its --steps")

@@ -5,8 +5,8 @@ on average, and the interval takes any mean for as likely as another.
 """
 
 import math
-from pathlib import Path
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, TypedDict
 
 from rorqual.kernels.dtypes import compute_dtype

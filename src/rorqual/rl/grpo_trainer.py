@@ -170,8 +170,7 @@ class GRPOTrainer:
         return found
 
     def evaluate(self, n: int) -> dict[str, float]:
-        """pass@1 on `n` dev problems of each environment that is not open, one sample each: {"eval_<family>": fraction}.
-        """
+        """pass@1 on `n` dev problems of each environment that is not open: {"eval_<family>": fraction}."""
         params = SamplingParams(
             temperature=self.section.temperature,
             max_tokens=self.section.max_tokens,

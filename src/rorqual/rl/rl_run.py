@@ -24,8 +24,8 @@ from rorqual.rl.context_limits import check_context
 from rorqual.rl.envs.registry import Environment, open_environment
 from rorqual.rl.grpo_trainer import GRPOTrainer
 from rorqual.rl.prompts import render_problem
-from rorqual.rl.reward_scorer import check_reward_model
 from rorqual.rl.ray_rollouts import ray_cluster
+from rorqual.rl.reward_scorer import check_reward_model
 from rorqual.rl.rollout import derived_seed
 from rorqual.rl.teachers import check_teachers, teacher_paths
 from rorqual.tokenizer_protocol import Tokenizer

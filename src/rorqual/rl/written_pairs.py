@@ -121,7 +121,9 @@ def _sampled(
             asked = prompts[first : first + AT_ONCE]
             tokens = [render(prompt, template, tokenizer) for prompt in asked]
             params = [
-                SamplingParams(temperature=t, max_tokens=section.max_tokens, seed=derived_seed(recipe.seed, name, first))
+                SamplingParams(
+                    temperature=t, max_tokens=section.max_tokens, seed=derived_seed(recipe.seed, name, first)
+                )
                 for name, t in (("answers", section.temperature), ("hot answers", section.hot))
                 for _ in asked
             ]

@@ -47,11 +47,14 @@ def model_card(recipe: PretrainRecipe | SFTRecipe, run: "TrainingRun") -> str:
 def card(
     recipe: Recipe, run_dir: Path, tags: list[str], text: str, task: str = "text-generation", use: str | None = None
 ) -> str:
-    """A model card in Markdown: Hugging Face front matter and name, `text`, usage (None: a language model's), recipe."""
-    use = use or f"""```
+    """A model card in Markdown: Hugging Face front matter and name, `text`, `use` (None: a language model's), recipe."""
+    use = (
+        use
+        or f"""```
 rorqual generate {run_dir}/model "…"
 ```
 or `AutoModelForCausalLM.from_pretrained` in transformers."""
+    )
     return f"""---
 library_name: transformers
 pipeline_tag: {task}

@@ -188,8 +188,8 @@ def _card(recipe: RewardRecipe, run: RewardRun, result: Mapping[str, Any]) -> st
         "scores of training answers": f"mean {result['score_mean']:.4g}, deviation {result['score_std']:.4g}",
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
-    text = f"""A reward model from `{recipe.model.path}` by Rorqual (`rorqual reward`), seed {recipe.seed}: a higher score
-for the better of two answers (−log σ(r_chosen − r_rejected)). The score is read at the last token of a conversation.
+    text = f"""A reward model from `{recipe.model.path}` by Rorqual (`rorqual reward`), seed {recipe.seed}: a higher
+score for the better of two answers (−log σ(r_chosen − r_rejected)). It is read at the last token of a conversation.
 
 | | |
 |---|---|
