@@ -1,11 +1,13 @@
 """Rewards by a reward model, of open problems: what is scored, and that metrics leave out what does not exist."""
 
+import copy
 import json
 import math
 
 import pytest
 import torch
 
+from helpers.fake_ray import FakeRay
 from rorqual.checkpoint.huggingface import save_model
 from rorqual.errors import UserError
 from rorqual.evals.tasks import open_task, split_tasks
@@ -14,9 +16,11 @@ from rorqual.recipe import DistillRecipe, EnvironmentSection, RewardModelSection
 from rorqual.rl import reward_scorer
 from rorqual.rl.envs.environment import Problem, Sample
 from rorqual.rl.envs.registry import open_environment
+from rorqual.rl.grpo_trainer import GRPOTrainer
+from rorqual.rl.ray_rollouts import RayFleet
 from rorqual.rl.reward_scorer import RewardScorer, check_reward_model
 from rorqual.rl.rewards import Rewards, score
-from rorqual.rl.rl_run import rl
+from rorqual.rl.rl_run import on_ray, rl
 from rorqual.rl.rollout import Rollout
 from rorqual.rl.rollout_metrics import describe_rollout
 
@@ -142,8 +146,6 @@ def test_reinforcement_learning_with_a_reward_model_resumes_bit_for_bit(
     assert all("eval_talk" not in line for line in lines)
     assert "eval_chain_sum" in lines[-1]
     assert "| step | chain_sum |" in (whole / "model" / "README.md").read_text()
-    from rorqual.rl.grpo_trainer import GRPOTrainer
-
     step = GRPOTrainer.step
 
     def stop(self, progress=0.0):
@@ -160,6 +162,23 @@ def test_reinforcement_learning_with_a_reward_model_resumes_bit_for_bit(
     name = "model/model.safetensors"
     assert (cut / name).read_bytes() == (whole / name).read_bytes()
     assert (cut / name).read_bytes() != (tmp_path / "start" / "model.safetensors").read_bytes()
+
+
+def test_with_rollouts_on_ray_nothing_changes(tmp_path, dense, tokenizer, judge, prompts):
+    def steps(fleet):
+        checked = recipe(tmp_path, dense, tokenizer, reward={"length": 0.5, "model": {"path": str(judge)}})
+        environments, model = [open_environment(section) for section in checked.environments], copy.deepcopy(dense)
+        if fleet:
+            section = checked.rollouts.model_copy(update={"workers": 1, "staleness": 0, "threads": 1})
+            checked = on_ray(checked.model_copy(update={"rollouts": section}))
+        workers = RayFleet(FakeRay(), checked, model.config) if fleet else None
+        trainer = GRPOTrainer(model, tokenizer, environments, checked, fleet=workers)
+        return [trainer.step().rollout.reward_parts for _ in range(2)], model.state_dict()
+
+    (here, weights), (apart, theirs) = steps(fleet=False), steps(fleet=True)
+    assert here == apart
+    assert any(parts["helpfulness"] is not None for parts in here)
+    assert all(torch.equal(t, theirs[name]) for name, t in weights.items())
 
 
 def test_only_open_problems_and_rules(tmp_path, dense, tokenizer, prompts):

@@ -29,8 +29,9 @@ app = typer.Typer(
 )
 for command, name in (
     (pretrain, "pretrain"), (sft, "sft"), (rl, "rl"), (distill, "distill"), (reward, "reward"), (r1, "r1"),
-    (evaluate, "eval"), (generate, "generate"), (chat, "chat"), (serve, "serve"), (import_, "import"), (quantize, "quantize"),
-    (doctor, "doctor"), (plan, "plan"), (ledger, "ledger"), (report, "report"), (speedrun, "speedrun"),
+    (evaluate, "eval"), (generate, "generate"), (chat, "chat"), (serve, "serve"), (import_, "import"),
+    (quantize, "quantize"), (doctor, "doctor"), (plan, "plan"), (ledger, "ledger"), (report, "report"),
+    (speedrun, "speedrun"),
 ):  # fmt: skip
     app.command(name)(command)
 

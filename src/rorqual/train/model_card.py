@@ -47,7 +47,7 @@ def model_card(recipe: PretrainRecipe | SFTRecipe, run: "TrainingRun") -> str:
 def card(
     recipe: Recipe, run_dir: Path, tags: list[str], text: str, task: str = "text-generation", use: str | None = None
 ) -> str:
-    """A model card in Markdown: Hugging Face front matter and name, `text`, `use` (None: a language model's), recipe."""
+    """A model card in Markdown: Hugging Face front matter, name, `text`, `use` (None: of a language model), recipe."""
     use = (
         use
         or f"""```
