@@ -290,6 +290,6 @@ class PairsSection(Section):
     prompts: LocalPath  # .jsonl with `prompt` or `question`
     model: LocalPath  # whose answers are the better ones
     temperature: Temperature = 0.3  # of those
-    hot: Temperature = 1.8  # of the answers that are a twin
+    hot: Temperature = 1.4  # of the answers that are a twin
     max_tokens: Size = 150  # of an answer
     twins: int = Field(default=4, ge=1, le=4)  # of an answer: how many of the four kinds it gets

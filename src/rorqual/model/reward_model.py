@@ -66,5 +66,5 @@ def _start(weight: Tensor) -> Tensor:
 
 def is_reward_model(path: str | Path) -> bool:
     """Whether a directory's config.json names a reward model. Raises UserError where there is none."""
-    names = read_json(model_directory(path) / "config.json").get("architectures")
+    names: list[object] | None = read_json(model_directory(path) / "config.json").get("architectures")
     return isinstance(names, list) and any(str(name).endswith(REWARD) for name in names)

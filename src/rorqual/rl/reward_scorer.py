@@ -54,8 +54,8 @@ class RewardScorer:
             part, judged = judged[-count:], judged[:-count]  # the longest first
             scores = self.scores([tokens for _, tokens in part])
             likely = ((scores - self.model.score_mean) / self.model.score_std).sigmoid()
-            for (i, _), value in zip(part, likely.tolist(), strict=True):
-                rewards[i] = value
+            for (i, _), value in zip(part, likely, strict=True):
+                rewards[i] = float(value)
         return rewards
 
     @torch.no_grad()

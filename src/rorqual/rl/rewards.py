@@ -122,7 +122,8 @@ def score(
     if section.model is not None and scorer is not None:
         ours = [i for i, environment in enumerate(graders) if environment.open]
         helpful = dict(zip(ours, scorer([samples[i] for i in ours]), strict=True))
-        scorers[HELPFULNESS], weights[HELPFULNESS] = lambda i: helpful.get(i, math.nan), section.model.weight
+        scorers[HELPFULNESS] = lambda i: helpful.get(i, math.nan)
+        weights[HELPFULNESS] = section.model.weight
     parts = {
         name: torch.tensor([scorer(i) for i in range(len(samples))])
         for name, scorer in scorers.items()
