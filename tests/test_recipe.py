@@ -105,7 +105,7 @@ def test_a_recipe_by_its_kind(tmp_path):
     path = tmp_path / "a.toml"
     path.write_text('name = "a"\nmodel.path = "m"\ndata.path = "d.jsonl"\ntrain.steps = 1')
     assert load_recipe(path, "sft") == load_recipe(path, SFTRecipe)
-    with pytest.raises(UserError, match="there is no recipe for 'tune'; known are pretrain, sft, rl, distill"):
+    with pytest.raises(UserError, match="there is no recipe for 'tune'; known are pretrain, sft, reward, rl, distill"):
         parse_recipe(raw, "tune")
 
 

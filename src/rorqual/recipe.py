@@ -15,7 +15,7 @@ from rorqual.files import read_text
 from rorqual.local_paths import local_path
 from rorqual.presets import REWARD_PRESETS, with_preset
 from rorqual.renamed import current_fields
-from rorqual.rl_checks import check_rl
+from rorqual.rl_checks import check_open, check_rl
 from rorqual.rl_sections import (
     Environments,
     EnvironmentSection,
@@ -23,6 +23,7 @@ from rorqual.rl_sections import (
     GRPOSection,
     MixSection,
     OPDSection,
+    RewardModelSection,
     RewardSection,
     RolloutsSection,
 )
@@ -41,6 +42,8 @@ from rorqual.sections import (
     MTPSection,
     NoBalance,
     OptimizerSection,
+    PairDataSection,
+    PairsSection,
     ParallelSection,
     PolicyMTPSection,
     Positive,
@@ -75,11 +78,15 @@ __all__ = [
     "ModelSection",
     "OPDSection",
     "OptimizerSection",
+    "PairDataSection",
+    "PairsSection",
     "ParallelSection",
     "PolicyMTPSection",
     "PretrainRecipe",
     "RLRecipe",
     "Recipe",
+    "RewardModelSection",
+    "RewardRecipe",
     "RewardSection",
     "RolloutsSection",
     "SFTRecipe",
@@ -176,6 +183,25 @@ class SFTRecipe(FineTuningRecipe):
     parallel: ParallelSection = ParallelSection()
 
 
+class RewardRecipe(Recipe):
+    """A reward model for helpfulness, trained on pairs of answers (R1 §2.3.4)."""
+
+    kind: Literal["reward"] = "reward"
+    data: PairDataSection = PairDataSection()
+    pairs: PairsSection | None = None  # None: they are in data.path
+    optimizer: FineTuningOptimizer = FineTuningOptimizer()
+    schedule: FineTuningSchedule = FineTuningSchedule()
+    train: TrainSection  # a batch is of pairs
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.data.path is None) == (self.pairs is None):
+            raise ValueError("give either data.path (a file of pairs) or [pairs] (to make them), not both or neither")
+        if self.train.compile:
+            raise ValueError("train.compile: batches of pairs differ in length, and each would compile; leave it out")
+        return self
+
+
 class RLRecipe(FineTuningRecipe):
     kind: Literal["rl"] = "rl"
     environments: Environments
@@ -246,6 +272,7 @@ class RLRecipe(FineTuningRecipe):
             )
         names = [section.name for section in self.environments]
         check_rl(self.grpo, self.opd, names, self.differs, self.rewarded)
+        check_open(self.environments, self.reward, self.opd is not None, bool(self.eval_every))
         return self
 
     def _check_exact(self) -> None:
@@ -288,6 +315,9 @@ class DistillRecipe(FineTuningRecipe):
 
     @model_validator(mode="after")
     def _enough_samples(self) -> "DistillRecipe":
+        if self.reward.model is not None or any(section.open for section in self.environments):
+            what = "reward.model" if self.reward.model is not None else "open environments"
+            raise ValueError(f"{what}: a distillation keeps correct answers, which only rules tell; leave it out")
         if self.keep_per_problem > self.samples:
             raise ValueError(
                 f"keep_per_problem = {self.keep_per_problem}: only samples = {self.samples} are drawn; lower it"
@@ -335,7 +365,7 @@ def parse_recipe(raw: dict[str, Any], recipe: type[Recipe] | str, source: str = 
 def _class_of(recipe: type[Recipe] | str) -> type[Recipe]:
     if not isinstance(recipe, str):
         return recipe
-    classes = (PretrainRecipe, SFTRecipe, RLRecipe, DistillRecipe)
+    classes = (PretrainRecipe, SFTRecipe, RewardRecipe, RLRecipe, DistillRecipe)
     kinds = {known.model_fields["kind"].default: known for known in classes}
     if recipe not in kinds:
         raise UserError(f"there is no recipe for {recipe!r}; known are {', '.join(kinds)}")

@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from rorqual.rl_sections import GRPOSection, OPDSection
+from rorqual.rl_sections import EnvironmentSection, GRPOSection, OPDSection, RewardSection
 
-PARTS = ("accuracy", "format", "language", "length", "verdict", "functions")  # of a reward
+PARTS = ("accuracy", "format", "language", "length", "verdict", "functions", "model")  # of a reward
 
 
 def check_rl(
@@ -13,6 +13,25 @@ def check_rl(
     """differs: rollouts or updates round, or rollouts are stale. rewarded: some part of the reward has a weight."""
     _check_correction(grpo, differs)
     _check_distillation(grpo, opd, environments, rewarded)
+
+
+def check_open(
+    environments: Sequence[EnvironmentSection], reward: RewardSection, taught: bool, evaluates: bool
+) -> None:
+    """Of open environments. taught: a teacher says how good each token is. evaluates: pass@1 is measured."""
+    ours = [section.name for section in environments if section.open]
+    if reward.model is not None and not ours:
+        raise ValueError(
+            "reward.model: it scores answers to open problems, and no environment has open = true; add one, or leave "
+            "it out"
+        )
+    if ours and reward.rewards_no_open and not taught:
+        raise ValueError(
+            f"environment {ours[0]}: open = true, but nothing rewards its answers; set reward.model, or give format, "
+            "language or length a weight"
+        )
+    if evaluates and len(ours) == len(environments):
+        raise ValueError("eval_every: all environments are open, so there is no pass@1 to measure; leave it out")
 
 
 def _check_correction(grpo: GRPOSection, differs: bool) -> None:

@@ -20,6 +20,8 @@ from rorqual.sections import (
     Weight,
 )
 
+HELPFULNESS = "helpfulness"  # the part of the reward that a reward model gives
+
 
 class EnvironmentSection(Section):
     """Problems from a reasoning-gym dataset or an installed environment (`name`, `config`), a file of questions and
@@ -37,11 +39,14 @@ class EnvironmentSection(Section):
     )  # of the model in an episode; None: what the environment says
     turn_tokens: Size | None = None  # sampled in a turn; None: what is left of max_tokens
     timeout: Positive = 10.0  # seconds of a call of its `reward`
+    open: bool = False  # of a file: prompts without a right answer, which reward.model judges
 
     @model_validator(mode="after")
     def _one_source(self) -> "EnvironmentSection":
         if self.path is not None and self.python is not None:
             raise ValueError(f"environment {self.name}: path and python are two sources; leave one of them out")
+        if self.open and self.path is None:
+            raise ValueError(f"environment {self.name}: open = true is for a file of prompts; give its path")
         if self.python is not None and self.prompt is not None:
             raise ValueError(f"environment {self.name}: prompt is not for python, whose question is text; leave it out")
         return self
@@ -64,6 +69,13 @@ class FunctionSection(Section):
     weight: Annotated[float, Field(ge=-1e12, le=1e12)] = 1.0
 
 
+class RewardModelSection(Section):
+    """A reward model (`rorqual reward`), which scores answers to open problems."""
+
+    path: LocalPath
+    weight: Positive = 1.0
+
+
 class RewardSection(Section):
     """Weights of the reward's parts; each part is logged separately."""
 
@@ -80,18 +92,24 @@ class RewardSection(Section):
         default={}
     )  # by their name in logs
     timeout: Positive = 10.0  # seconds of a call of one
+    model: RewardModelSection | None = None  # for open environments; None: rules alone
 
     @model_validator(mode="after")
     def _own_names(self) -> "RewardSection":
-        if taken := [name for name in self.functions if name in RewardSection.model_fields]:
+        if taken := [name for name in self.functions if name in (*RewardSection.model_fields, HELPFULNESS)]:
             raise ValueError(f"functions.{taken[0]}: {taken[0]} is the name of a part; choose another")
         return self
 
     @property
     def rewards_nothing(self) -> bool:
         """Whether all weights are 0."""
-        rules = (self.accuracy, self.format, self.language, self.length, self.verdict)
-        return not any(rules) and not any(f.weight for f in self.functions.values())
+        return not (self.accuracy or self.verdict) and self.rewards_no_open
+
+    @property
+    def rewards_no_open(self) -> bool:
+        """Whether no answer to an open problem is rewarded."""
+        rules = (self.format, self.language, self.length)
+        return self.model is None and not any(rules) and not any(f.weight for f in self.functions.values())
 
 
 class FilterSection(Section):

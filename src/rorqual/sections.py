@@ -274,3 +274,22 @@ class ChatDataSection(Section):
     path: LocalPath  # .jsonl(.gz) or .parquet with `messages`, or `prompt` and `completion`
     valid_fraction: float = Field(default=0.0, ge=0, lt=1)
     sequence_length: Length = 512
+
+
+class PairDataSection(Section):
+    """Pairs of answers to the same prompt, the better one first."""
+
+    path: LocalPath | None = None  # .jsonl(.gz) or .parquet with prompt, chosen and rejected; None: [pairs] makes them
+    valid_fraction: float = Field(default=0.1, ge=0, lt=1)  # of the prompts
+    sequence_length: Length = 512  # of a conversation with its answer; pairs with a longer one are left out
+
+
+class PairsSection(Section):
+    """Pairs that a model's answers and rules make (docs/rl.md): its own answers are better than their worse twins."""
+
+    prompts: LocalPath  # .jsonl with `prompt` or `question`
+    model: LocalPath  # whose answers are the better ones
+    temperature: Temperature = 0.3  # of those
+    hot: Temperature = 1.4  # of the answers that are a twin
+    max_tokens: Size = 150  # of an answer
+    twins: int = Field(default=4, ge=1, le=4)  # of an answer: how many of the four kinds it gets

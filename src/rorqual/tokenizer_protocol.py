@@ -21,6 +21,7 @@ class Tokenizer(Protocol):
 
     chat_template: Any  # a text, a dictionary of named ones, or None
     eos_token: Any  # a text, or None
+    pad_token: Any  # the same
 
     @property
     def backend_tokenizer(self) -> "tokenizers.Tokenizer": ...

@@ -15,12 +15,14 @@ import typer
 from helpers.pages import PAGES, ROOT, blocks, identify, shell_lines, spans
 from rorqual.cli.entry import app
 from rorqual.cli.options import check_choice, check_kv_cache_dtype, check_speculative, check_weights
-from rorqual.recipe import DistillRecipe, PretrainRecipe, RLRecipe, SFTRecipe, load_recipe, parse_recipe
+from rorqual.recipe import DistillRecipe, PretrainRecipe, RewardRecipe, RLRecipe, SFTRecipe, load_recipe, parse_recipe
 from rorqual.renamed import OPTIONS
 
 PAGES = [page for page in PAGES if page.name != "CHANGELOG.md"]
 GROUP = typer.main.get_command(app)
-RECIPES = {"pretrain": PretrainRecipe, "sft": SFTRecipe, "rl": RLRecipe, "distill": DistillRecipe}
+RECIPES = {
+    "pretrain": PretrainRecipe, "sft": SFTRecipe, "rl": RLRecipe, "reward": RewardRecipe, "distill": DistillRecipe,
+}  # fmt: skip
 
 
 def split(line):

@@ -48,6 +48,7 @@ RUN = {
     "rorqual sft": "train.epochs=1 data.sequence_length=64",
     "rorqual rl recipes/r1-zero-smollm2.toml": f"seconds=3 {SHORT_RL}",
     "rorqual rl my-rl.toml": f"steps=1 {SHORT_RL}",
+    "rorqual reward my-reward.toml": "train.batch_size=2",
     "rorqual eval MODEL": SHORT_EVAL,
     "rorqual eval runs/": SHORT_EVAL,
     "rorqual generate": "--max-tokens 8",
@@ -69,6 +70,7 @@ ORDER = [
     "plan",
     "pretrain",
     "sft",
+    "reward",
     "rl",
     "ledger",
     "eval",
@@ -119,8 +121,11 @@ def prepare(folder):
     problems = [json.dumps({"question": f"What is {n} + {n + 1}?", "answer": str(2 * n + 1)}) for n in range(100)]
     for name in ("problems.jsonl", "aime.jsonl"):
         (folder / name).write_text("\n".join(problems) + "\n")
+    pair = {"prompt": "2 + 2?", "chosen": "4", "rejected": "5, or so"}
+    (folder / "pairs.jsonl").write_text((json.dumps(pair) + "\n") * 4)
     toml = [text for language, text in blocks(ROOT / "docs" / "rl.md") if language == "toml"]
-    (folder / "my-rl.toml").write_text(next(text for text in toml if tomllib.loads(text).get("kind") == "rl"))
+    for kind in ("rl", "reward"):
+        (folder / f"my-{kind}.toml").write_text(next(text for text in toml if tomllib.loads(text).get("kind") == kind))
     write(folder / "model.gguf", network())
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from rorqual.checkpoint.huggingface import save_model
+from rorqual.cli.plan_stages import plan_files
 from rorqual.data.tokenizer import train_tokenizer
 from rorqual.errors import UserError
 from rorqual.model import ModelConfig, Transformer
@@ -142,6 +143,47 @@ def test_a_stopped_pipeline_goes_on_to_the_same_weights(file, tmp_path, monkeypa
     assert weights(cut / "model") == weights(whole / "model")
     with pytest.raises(UserError, match=r"stage cold has ended with another recipe"):
         run_pipeline(file, out=tmp_path / "cut", seed=4, resume=True)
+
+
+def test_a_reward_model_judges_a_later_stage(file, tmp_path):
+    """The reward stage is not evaluated, its accuracy is in the card, and the released model is the last stage's."""
+    prompts = [{"prompt": f"Talk of {word}."} for word in ("ants", "bees", "cats", "dogs", "elks", "foxes", "gnus")]
+    (tmp_path / "open.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts * 3))
+    pairs = [row | {"chosen": "1 2 3", "rejected": "a b"} for row in prompts]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    (tmp_path / "judge.toml").write_text(
+        f'kind = "reward"\nname = "judge"\nmodel.path = "elsewhere"\ndata.path = "{tmp_path}/pairs.jsonl"\n'
+        "data.sequence_length = 64\ntrain = { steps = 2, batch_size = 2 }\n"
+    )
+    tune = (tmp_path / "tune.toml").read_text()
+    talk = f'[[environments]]\nname = "talk"\nopen = true\npath = "{tmp_path}/open.jsonl"\n'
+    reward = '[reward]\nmodel = { path = "elsewhere" }\n'
+    (tmp_path / "tune.toml").write_text(tune.replace("[grpo]", talk + reward + "[grpo]"))
+    stage = '[[stage]]\nrecipe = "judge.toml"\nmodel = "cold"\n'
+    text = file.read_text().replace('[[stage]]\nname = "again"', stage + '[[stage]]\nname = "again"')
+    file.write_text(text.replace('model = "cold"\n[eval', 'model = "cold"\nreward_model = "judge"\n[eval'))
+    out = run_pipeline(file)
+    assert f'path = "{out}/judge/model"' in (out / "again" / "recipe.toml").read_text()
+    assert weights(out / "model") == weights(out / "again" / "model")
+    assert not (out / "evaluations" / "judge.json").exists()
+    summary = json.loads((out / "summary.json").read_text())
+    (note,) = [note for note in summary["notes"] if note.startswith("judge: ")]
+    assert note.endswith("held-out pairs right")
+    assert f"| judge | reward model | {note.removeprefix('judge: ')} |" in (out / "model" / "README.md").read_text()
+    assert "<h2>Judge" in (out / "report.html").read_text()
+    assert len(plan_files([str(file)], {"gpu": "cpu"}, None).stages) == 3
+    moved = file.read_text().replace("/runs", "/planned")  # nothing of it is written
+    file.write_text(moved)
+    assert [stage.name for stage in plan_files([str(file)], {"gpu": "cpu"}, None).stages] == ["cold", "judge", "again"]
+
+
+def test_reward_models_alone_are_no_pipeline(tmp_path):
+    (tmp_path / "judge.toml").write_text(
+        'kind = "reward"\nname = "judge"\nmodel.path = "m"\ndata.path = "p.jsonl"\ntrain.steps = 1\n'
+    )
+    (tmp_path / "only.toml").write_text(f'out = "{tmp_path}/runs"\n[[stage]]\nrecipe = "judge.toml"\n')
+    with pytest.raises(UserError, match=r"all stages train reward models, so there is no model to release"):
+        run_pipeline(tmp_path / "only.toml")
 
 
 @pytest.mark.parametrize(

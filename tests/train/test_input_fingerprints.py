@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from rorqual.errors import UserError
-from rorqual.recipe import DistillRecipe, PretrainRecipe, RLRecipe, SFTRecipe, parse_recipe
+from rorqual.recipe import DistillRecipe, PretrainRecipe, RewardRecipe, RLRecipe, SFTRecipe, parse_recipe
 from rorqual.train import input_fingerprints
 from rorqual.train.input_fingerprints import files_of, keep_inputs
 from rorqual.train.run_folder import open_run
@@ -42,13 +42,25 @@ RECIPES = {
         {"model": {"path": "t"}, "environments": [{"name": "a", "path": "b.jsonl"}, {"name": "chain_sum"}], "steps": 1},
         ["b.jsonl", "t/model/config.json"],
     ),
+    "reward": (
+        {"model": {"path": "m"}, "pairs": {"prompts": "b.jsonl", "model": "t"}, "train": TRAIN},
+        ["b.jsonl", "m/config.json", "m/model.safetensors", "m/tokenizer.json", "t/model/config.json"],
+    ),
+    "judged": (
+        {"model": {"path": "t"}, "environments": [{"name": "a", "path": "b.jsonl", "open": True}], "steps": 1,
+         "reward": {"model": {"path": "m"}}},
+        ["b.jsonl", "m/config.json", "m/model.safetensors", "m/tokenizer.json", "t/model/config.json"],
+    ),
     "distill": (
         {"model": {"path": "m"}, "teacher": "t", "environments": [{"name": "a", "path": "q.json"}], "train": TRAIN},
         ["q.json", "t/model/config.json"],
     ),
 }  # fmt: skip
 
-KINDS = {"pretrain": PretrainRecipe, "sft": SFTRecipe, "rl": RLRecipe, "distill": DistillRecipe}
+KINDS = {
+    "pretrain": PretrainRecipe, "sft": SFTRecipe, "rl": RLRecipe, "reward": RewardRecipe, "judged": RLRecipe,
+    "distill": DistillRecipe,
+}  # fmt: skip
 
 
 def recipe(kind):

@@ -10,11 +10,12 @@ from rorqual.kernels.block_scaled import block_starts
 from rorqual.kernels.fp8_weight import FP8Weight
 from rorqual.model.layers import Linear
 from rorqual.model.moe import Experts
+from rorqual.model.transformer import Transformer
 
 EXPERT_STACKS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
 
-def allocate_fp8(release: CheckpointReader, device: torch.device | str) -> None:
+def allocate_fp8(release: CheckpointReader[Transformer], device: torch.device | str) -> None:
     """Give the outline's linears and experts FP8 weights: those that the release stores so, or, where it stores none,
     those that releases do. Embedding, head, routers and norms stay.
 
@@ -42,7 +43,7 @@ def allocate_fp8(release: CheckpointReader, device: torch.device | str) -> None:
                 replace_weight(module, own, _empty(release, names, dtype, device))
 
 
-def _scale_dtype(release: CheckpointReader, name: str, is_fp8: bool) -> torch.dtype | None:
+def _scale_dtype(release: CheckpointReader[Transformer], name: str, is_fp8: bool) -> torch.dtype | None:
     """The dtype of a weight's scales in memory; None: it is not kept in FP8."""
     if is_fp8:
         scale = release.stored.get(name + SCALE_SUFFIX)
@@ -51,7 +52,7 @@ def _scale_dtype(release: CheckpointReader, name: str, is_fp8: bool) -> torch.dt
 
 
 def _empty(
-    release: CheckpointReader, names: list[list[str]], scales: torch.dtype, device: torch.device | str
+    release: CheckpointReader[Transformer], names: list[list[str]], scales: torch.dtype, device: torch.device | str
 ) -> FP8Weight:
     """Uninitialised memory for the weights of experts, each of the same parts, whose blocks are their own."""
     shapes = [release.stored[name].shape for name in names[0]]

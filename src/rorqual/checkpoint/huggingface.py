@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import torch
 
+from rorqual import strict_json
 from rorqual.checkpoint.fp8_blocks import (
     BLOCK_FORMATS,
     SCALE_SUFFIX,
@@ -18,8 +19,10 @@ from rorqual.checkpoint.model_writer import MAX_SHARD_BYTES, new_directory, writ
 from rorqual.checkpoint.release_tensors import EMBEDDING, allocate, fp8_weights, release_tensors
 from rorqual.errors import UserError
 from rorqual.kernels.dtypes import fastest_dtype
+from rorqual.model.model_directory import model_directory, read_json
 from rorqual.model.parameter_kinds import is_converted
 from rorqual.model.release_settings import GENERATION
+from rorqual.model.reward_model import RewardModel
 from rorqual.model.transformer import Transformer
 from rorqual.tokenizer_protocol import Tokenizer
 
@@ -51,6 +54,24 @@ def load_model(
     return model
 
 
+def load_reward_model(
+    path: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> RewardModel:
+    """As `load_model`, for a reward model (`…ForSequenceClassification`, one label). Raises UserError for others."""
+    release = open_release(Path(path), RewardModel)
+    model = release.outline
+    allocate(model, dtype or release.stored[EMBEDDING].dtype, device)
+    own = release_tensors(model)
+    release.fill({name: own[name] for name in release.required})
+    settings = read_json(model_directory(path) / "config.json")
+    for name in ("score_mean", "score_std"):
+        value = settings.get(name, getattr(model, name))
+        if not strict_json.is_finite(value) or (name == "score_std" and value <= 0):
+            raise UserError(f"{path}/config.json: {name} = {value!r:.60} must be a number, and score_std above 0")
+        setattr(model, name, float(value))
+    return model
+
+
 def stored_dtype(path: str | Path) -> torch.dtype:
     """The dtype that holds a directory's weights without loss: the stored embedding's; BF16 for FP8 and others."""
     stored = open_release(Path(path)).stored[EMBEDDING].dtype
@@ -72,7 +93,7 @@ def save_model(
     A new directory appears complete or not at all. In an existing one, files are replaced atomically one by one, and
     files of other names stay. Raises UserError if it cannot be written, with nothing changed.
     """
-    tensors, config = release_tensors(model), model.config.to_dict()
+    tensors, config = release_tensors(model), model.config_dict()
     format = next((weight.format for _, weight in fp8_weights(model)), None)
     if fp8 is not None:
         if format is not None:
@@ -90,7 +111,7 @@ def write_settings(
 ) -> None:
     """All of a directory but the weights; `config`: what config.json says, where it is not the model's."""
     stored = next(p for name, p in model.named_parameters() if is_converted(name, p)).dtype
-    config = (config or model.config.to_dict()) | {"torch_dtype": str(stored).removeprefix("torch.")}
+    config = (config or model.config_dict()) | {"torch_dtype": str(stored).removeprefix("torch.")}
     write_json(folder / "config.json", config)
     write_json(folder / GENERATION, model.released.generation_config(model.config, tokenizer))
     if tokenizer is not None:

@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from rorqual.checkpoint.fp8_blocks import SCALE_DTYPES, SCALE_SUFFIX, block_format, round_weight
 from rorqual.checkpoint.release_tensors import (
     EMBEDDING,
+    NetworkT,
     allocate,
     meta_model,
     own_tensors,
@@ -23,14 +25,15 @@ from rorqual.kernels.number_formats import NumberFormat
 from rorqual.model.config import ModelConfig
 from rorqual.model.model_directory import model_directory, read_json
 from rorqual.model.release_settings import ReleaseSettings
+from rorqual.model.reward_model import RewardModel, is_reward_model
 from rorqual.model.transformer import Layer, Transformer
 
 
 @dataclass
-class CheckpointReader:
+class CheckpointReader(Generic[NetworkT]):
     """Reads the tensors of a checked directory."""
 
-    outline: Transformer  # on the meta device
+    outline: NetworkT  # on the meta device
     stored: dict[str, TensorEntry]
     required: list[str]  # names of the model's tensors, each once
     format: NumberFormat  # of FP8 weights with a scale
@@ -89,13 +92,17 @@ class CheckpointReader:
         return layer
 
 
-def open_release(path: Path) -> CheckpointReader:
-    """Check a directory before weights are read. Raises UserError."""
+def open_release(path: Path, network: type[NetworkT] = Transformer) -> CheckpointReader[NetworkT]:
+    """Check a directory before weights are read. Raises UserError, also where it holds another kind of network."""
     path = model_directory(path)
+    if is_reward_model(path) != issubclass(network, RewardModel):
+        kinds = "a language model", "a reward model"
+        found, wanted = kinds if issubclass(network, RewardModel) else kinds[::-1]
+        raise UserError(f"{path} is {found} (architectures in its config.json); give {wanted}")
     config, released, stored = read_directory(path)
     format = block_format(read_json(path / "config.json"), str(path / "config.json"))
     _check(path, _guard_shapes(config), stored, set(), format)
-    model = meta_model(config)
+    model = meta_model(config, network)
     model.released = released
     optional = set(shared_copies(model))
     if config.tie_word_embeddings:

@@ -5,6 +5,7 @@ model; on disk every expert has its own tensors and every module its copies.
 """
 
 from collections.abc import Iterator
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from rorqual.kernels.quantized_linear import QuantizedWeight
 from rorqual.model.config import ModelConfig
 from rorqual.model.transformer import Transformer
 
+NetworkT = TypeVar("NetworkT", bound=Transformer)
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -80,11 +82,11 @@ def shared_copies(model: Transformer) -> dict[str, Tensor]:
     return copies
 
 
-def meta_model(config: ModelConfig) -> Transformer:
+def meta_model(config: ModelConfig, network: type[NetworkT] = Transformer) -> NetworkT:
     """The model on the meta device. Raises UserError for impossible sizes."""
     try:
         with torch.device("meta"):
-            return Transformer(config)
+            return network(config)
     except (RuntimeError, TypeError) as e:  # more numbers than 64 bits can count
         raise UserError(f"sizes in the configuration are too large ({str(e).splitlines()[0]}); correct them") from None
 

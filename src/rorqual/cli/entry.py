@@ -14,7 +14,7 @@ from rorqual.cli.ledger_command import ledger
 from rorqual.cli.model_commands import doctor, import_
 from rorqual.cli.plan_command import plan
 from rorqual.cli.quantize_command import quantize
-from rorqual.cli.train_commands import distill, pretrain, r1, report, rl, sft, speedrun
+from rorqual.cli.train_commands import distill, pretrain, r1, report, reward, rl, sft, speedrun
 from rorqual.errors import Stopped, UserError, file_error
 from rorqual.final_status import ended, final_status
 from rorqual.process_tuning import tune
@@ -28,9 +28,10 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 for command, name in (
-    (pretrain, "pretrain"), (sft, "sft"), (rl, "rl"), (distill, "distill"), (r1, "r1"), (evaluate, "eval"),
-    (generate, "generate"), (chat, "chat"), (serve, "serve"), (import_, "import"), (quantize, "quantize"),
-    (doctor, "doctor"), (plan, "plan"), (ledger, "ledger"), (report, "report"), (speedrun, "speedrun"),
+    (pretrain, "pretrain"), (sft, "sft"), (rl, "rl"), (distill, "distill"), (reward, "reward"), (r1, "r1"),
+    (evaluate, "eval"), (generate, "generate"), (chat, "chat"), (serve, "serve"), (import_, "import"),
+    (quantize, "quantize"), (doctor, "doctor"), (plan, "plan"), (ledger, "ledger"), (report, "report"),
+    (speedrun, "speedrun"),
 ):  # fmt: skip
     app.command(name)(command)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rorqual.cli.options import expand_path
+from rorqual.data.tokenizer import load_tokenizer
 from rorqual.errors import UserError
 from rorqual.kernels.devices import find_device
 from rorqual.model import ModelConfig
@@ -20,6 +21,7 @@ from rorqual.plan.pipeline_plan import PipelinePlan
 from rorqual.plan.plan_stage import plan_stage
 from rorqual.plan.recipe_request import check_length_known, recipe_layout, recipe_request
 from rorqual.plan.request import parse_request
+from rorqual.plan.reward_here import pair_sizes, predict_reward, sampling_seconds
 from rorqual.plan.stage import StagePlan
 from rorqual.plan.this_machine import predicted_here, rl_predicted_here
 from rorqual.recipe import (
@@ -28,6 +30,7 @@ from rorqual.recipe import (
     ParallelSection,
     PretrainRecipe,
     Recipe,
+    RewardRecipe,
     RLRecipe,
     SFTRecipe,
     load_recipe,
@@ -121,7 +124,9 @@ class _Pipeline:
         if isinstance(recipe, RLRecipe) or (said is None and gpu != "cpu"):
             asked.setdefault("gpus", 1)
         check_length_known(recipe, asked)
-        request = parse_request(_kind_of(recipe), asked, self._said(stage))
+        request = parse_request(
+            "sft" if isinstance(recipe, RewardRecipe) else _kind_of(recipe), asked, self._said(stage)
+        )
         layout = None
         if isinstance(recipe, PretrainRecipe | SFTRecipe):
             layout = recipe_layout(recipe, find_chip(gpu, self.more_chips).per_node)
@@ -175,6 +180,8 @@ class _Pipeline:
                 f"{recipe.name} is for {recipe.parallel.processes} processes, and plans on this machine are of one; "
                 "say their chips with --gpu"
             )
+        if isinstance(recipe, RewardRecipe):
+            return self._reward(recipe, config, price)
         if self.rehearse is not None:
             _rehearse(recipe, self.rehearse)
         if isinstance(recipe, RLRecipe):
@@ -188,6 +195,19 @@ class _Pipeline:
             return rl_predicted_here(recipe, config, predict_rl(recipe, config, prompt), price)
         assert isinstance(recipe, PretrainRecipe | SFTRecipe)
         return predicted_here(recipe, config, predict(config, recipe), price)
+
+    def _reward(self, recipe: RewardRecipe, config: ModelConfig, price: float | None) -> StagePlan:
+        """Fine-tuning on pairs, after the sampling of those of [pairs]."""
+        if self.rehearse is not None:
+            raise UserError(f"--rehearse {self.rehearse}: {recipe.name} is a reward model; leave it out")
+        start = trained_path(recipe.model)
+        rows, length = pair_sizes(recipe, None if Path(start) in self.written else tokenizer_of(recipe.model))
+        sampling = 0.0
+        if recipe.pairs is not None:
+            path = Path(recipe.pairs.model)
+            sampler = self.written.get(path) or ModelConfig.load(path)
+            sampling = sampling_seconds(recipe, sampler, None if path in self.written else load_tokenizer(path))
+        return predicted_here(recipe, config, predict_reward(config, recipe, rows, length), price, sampling)
 
     def _config(self, recipe: Recipe) -> ModelConfig:
         path = recipe.model.path

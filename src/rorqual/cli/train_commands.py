@@ -1,4 +1,4 @@
-"""rorqual pretrain, sft, rl, distill, speedrun and report."""
+"""rorqual pretrain, sft, rl, distill, reward, speedrun and report."""
 
 import os
 import sys
@@ -123,12 +123,18 @@ def rl(
             paths = teacher_paths(checked.opd, [section.name for section in checked.environments])
             itemsize = compute_dtype(checked.model.dtype, device).itemsize
             teachers = sum(itemsize * parameters(ModelConfig.load(path))[0] for path in paths)
-        total_bytes = needed.total + reference + twin + teachers
+        judge = 0
+        if checked.reward.model is not None:
+            scored = ModelConfig.load(checked.reward.model.path).replace(tie_word_embeddings=True)
+            judge = compute_dtype(checked.model.dtype, device).itemsize * parameters(scored)[0]
+        total_bytes = needed.total + reference + twin + teachers + judge
         print(f"{'memory':<12} about {total_bytes / 1e9:.3g} GB in training, without the rollouts' KV cache")
         if reference:
             print(f"{'':<12} {reference / 1e9:.3g} GB of it for the reference model (grpo.kl)")
         if teachers:
             print(f"{'':<12} {teachers / 1e9:.3g} GB of it for the teachers (opd)")
+        if judge:
+            print(f"{'':<12} {judge / 1e9:.3g} GB of it for the reward model (reward.model)")
         if twin:
             print(f"{'':<12} {twin / 1e9:.3g} GB of it for the FP8 weights that rollouts are sampled from")
         if ray:
@@ -167,6 +173,22 @@ def distill(recipe: RecipeFile, overrides: Overrides = None, resume: Resume = Fa
     from rorqual.rl.distillation import distill as run
 
     _finished(run(load_recipe(recipe, DistillRecipe, overrides), resume=resume))
+
+
+def reward(recipe: RecipeFile, overrides: Overrides = None, resume: Resume = False, dry_run: DryRun = False) -> None:
+    """Train a reward model on pairs of a better and a worse answer."""
+    from rorqual.recipe import RewardRecipe, load_recipe
+    from rorqual.rl.reward_training import dry_run_text
+    from rorqual.rl.reward_training import reward as run
+    from rorqual.train.reward_run import described, read_result
+
+    checked = load_recipe(recipe, RewardRecipe, overrides)
+    if dry_run:
+        print(dry_run_text(checked))
+        return
+    run_dir = run(checked, resume)
+    _finished(run_dir)
+    print(described(read_result(run_dir)))
 
 
 def _finished(run_dir: Path) -> None:

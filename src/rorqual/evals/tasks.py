@@ -199,8 +199,20 @@ def split_tasks(text: str) -> list[str | EnvironmentSection]:
             tasks.append(word)
     every: list[str | EnvironmentSection] = []
     for task in tasks:
-        every += load_recipe(task, RLRecipe).environments if task.lower().endswith(".toml") else [task]
+        every += _with_rules(task) if task.lower().endswith(".toml") else [task]
     return every
+
+
+def _with_rules(recipe: str) -> list[EnvironmentSection]:
+    """The environments of a recipe without open ones, which are named. Raises UserError where there are no others."""
+    environments = load_recipe(recipe, RLRecipe).environments
+    ruled = [section for section in environments if not section.open]
+    names = ", ".join(section.name for section in environments if section.open)
+    if not ruled:
+        raise UserError(f"{recipe}: nothing says which answers to {names} are right (open = true); give another task")
+    if names:
+        print(f"{recipe}: without {names}, where nothing says which answers are right (open = true)", file=sys.stderr)
+    return ruled
 
 
 def read_data(tasks: Sequence[str | EnvironmentSection], given: Sequence[str]) -> dict[str, str]:

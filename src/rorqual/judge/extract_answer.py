@@ -39,18 +39,35 @@ def read_answer(text: str, reference: str) -> str | None:
     text: the completion, with the `<think>` that the prompt opened. reference: decides whether a reply in prose is
     searched for a number or for words; it does not change what is extracted.
     """
+    reply = _after_thinking(text)
+    if reply is None or _is_tagged(reply):
+        return reply and _tagged(reply)
+    return _in_a_reply(reply.strip(), final_answer(reference))
+
+
+def final_summary(text: str) -> str | None:
+    """All that a completion says after its thinking, without the tags of `<answer>`; None where it says nothing."""
+    reply = _after_thinking(text)
+    if reply is None or _is_tagged(reply):
+        return (reply and _tagged(reply)) or None
+    return reply.strip() or None
+
+
+def _after_thinking(text: str) -> str | None:
     thinking, closed, reply = text.partition(CLOSE)
     if not closed:
-        if OPEN in thinking:
-            return None
-        reply = thinking
-    elif CLOSE in reply or OPEN in reply:
-        return None
-    if "<answer>" in reply or "</answer>" in reply:
-        found = BLOCK.findall(reply)
-        once = reply.count("<answer>") == reply.count("</answer>") == 1
-        return found[0].strip() if len(found) == 1 and once else None
-    return _in_a_reply(reply.strip(), final_answer(reference))
+        return None if OPEN in thinking else thinking
+    return None if CLOSE in reply or OPEN in reply else reply
+
+
+def _is_tagged(reply: str) -> bool:
+    return "<answer>" in reply or "</answer>" in reply
+
+
+def _tagged(reply: str) -> str | None:
+    found = BLOCK.findall(reply)
+    once = reply.count("<answer>") == reply.count("</answer>") == 1
+    return found[0].strip() if len(found) == 1 and once else None
 
 
 def _in_a_reply(reply: str, reference: str) -> str | None:

@@ -9,6 +9,6 @@ def is_converted(name: str, parameter: Tensor) -> bool:
 
 
 def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
-    """Whether Muon updates it: matrices other than embedding, head and router."""
-    outside = "embed_tokens" in name or name.startswith("lm_head") or name.endswith("mlp.gate.weight")
+    """Whether Muon updates it: matrices other than embedding, heads and router."""
+    outside = "embed_tokens" in name or name.startswith(("lm_head", "score.")) or name.endswith("mlp.gate.weight")
     return parameter.ndim >= 2 and not outside

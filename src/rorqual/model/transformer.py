@@ -4,6 +4,7 @@ B batch, T tokens, D hidden, V vocabulary.
 """
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -134,6 +135,15 @@ class Transformer(nn.Module):
     def head_weight(self) -> Tensor:
         """Output head [V, D]; a QuantizedWeight after quantisation."""
         return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+
+    @property
+    def flops_config(self) -> ModelConfig:
+        """Sizes by which its FLOPs are counted."""
+        return self.config
+
+    def config_dict(self) -> dict[str, Any]:
+        """The Hugging Face `config.json` of its release."""
+        return self.config.to_dict()
 
     @property
     def layers(self) -> list[Layer]:

@@ -7,14 +7,16 @@ from typing import Any, Protocol
 from rorqual.errors import UserError
 from rorqual.evals.results import TaskResult, compare
 from rorqual.files import read_json
-from rorqual.recipe import DistillRecipe, Recipe, RLRecipe
+from rorqual.recipe import DistillRecipe, Recipe, RewardRecipe, RLRecipe
 from rorqual.rl.rejection_sampling import KEPT, Counts
+from rorqual.train.reward_run import described, read_result
 
 KINDS = {
     "pretrain": "pre-training",
     "sft": "fine-tuning",
     "rl": "reinforcement learning (GRPO)",
     "distill": "rejection sampling, then fine-tuning",
+    "reward": "reward model",
 }
 
 
@@ -66,6 +68,8 @@ def _data(stage: Stage) -> str:
     if isinstance(recipe, RLRecipe):
         families = ", ".join(section.name for section in recipe.environments)
         return f"{families}; {recipe.grpo.questions_per_step} × {recipe.grpo.group_size} answers a step"
+    if isinstance(recipe, RewardRecipe):
+        return described(read_result(recipe.run_dir))
     return "its recipe's"
 
 

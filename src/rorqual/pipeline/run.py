@@ -24,12 +24,18 @@ from rorqual.report import write_report
 from rorqual.rl.distillation import COUNTS, described, distill
 from rorqual.rl.envs.registry import open_environment
 from rorqual.rl.rejection_sampling import Counts
+from rorqual.rl.reward_training import reward
 from rorqual.rl.rl_run import rl
+from rorqual.train.reward_run import described as accuracy
+from rorqual.train.reward_run import read_result
 from rorqual.train.run_folder import to_toml
 from rorqual.train.training_run import pretrain, sft
 
-RUNS: dict[str, Callable[..., Path]] = {"pretrain": pretrain, "sft": sft, "rl": rl, "distill": distill}
+RUNS: dict[str, Callable[..., Path]] = {
+    "pretrain": pretrain, "sft": sft, "rl": rl, "distill": distill, "reward": reward,
+}  # fmt: skip
 STATE = "pipeline.json"
+SAMPLING = ("distill", "reward")  # they sample before they train, which is all that their ledgers count
 
 
 @dataclass
@@ -40,7 +46,7 @@ class StageRun:
     kind: str
     recipe: Recipe
     text: str  # of the recipe, before a run has chosen what it leaves open; compared when a pipeline goes on
-    seconds: float = 0.0  # over all resumptions, of a distillation since the last; evaluations are apart
+    seconds: float = 0.0  # over all resumptions, of SAMPLING kinds since the last; evaluations are apart
     tasks: dict[str, TaskResult] = field(default_factory=dict[str, TaskResult])
 
     @property
@@ -106,7 +112,7 @@ def run_pipeline(path: Path, out: Path | None = None, seed: int | None = None, r
                 stage.seconds = _ledger_seconds(stage) or time.monotonic() - began
                 done[stage.name] = {"recipe": stage.text, "seconds": stage.seconds}
                 write_text(out / STATE, strict_json.dumps(done, indent=1) + "\n", then="then continue with --resume")
-            if evaluations is not None:
+            if evaluations is not None and stage.kind != "reward":  # which is no language model
                 stage.tasks = evaluations.of(stage.name, stage.model)
                 if before:
                     console.print(gains_table(compare(before, stage.tasks)))
@@ -116,6 +122,8 @@ def run_pipeline(path: Path, out: Path | None = None, seed: int | None = None, r
 
 def _check(stages: list[StageRun]) -> None:
     """Raises UserError for an environment or a kind that a later stage could not start with."""
+    if all(stage.kind == "reward" for stage in stages):
+        raise UserError("all stages train reward models, so there is no model to release; run them by rorqual reward")
     for stage in stages:
         if stage.kind not in RUNS:
             raise UserError(f"stage {stage.name}: kind = {stage.kind!r} is not one of {', '.join(RUNS)}")
@@ -147,7 +155,7 @@ def _read_state(out: Path, stages: list[StageRun], resume: bool) -> dict[str, An
 def _ledger_seconds(stage: StageRun) -> float | None:
     """Over all resumptions; None where the run's ledger does not count all of them."""
     ledger = read_object(stage.model.parent / "ledger.json")
-    return float(ledger["total"]["seconds"]) if ledger and stage.kind != "distill" else None
+    return float(ledger["total"]["seconds"]) if ledger and stage.kind not in SAMPLING else None
 
 
 def _finish(out: Path, name: str, stages: list[StageRun], before: dict[str, TaskResult]) -> None:
@@ -161,7 +169,9 @@ def _finish(out: Path, name: str, stages: list[StageRun], before: dict[str, Task
         }
         for stage in stages
     ]
-    gains = {stage.name: {t: vars(g) for t, g in compare(before, stage.tasks).items()} for stage in stages if before}
+    gains = {
+        stage.name: {t: vars(g) for t, g in compare(before, stage.tasks).items()} for stage in stages if stage.tasks
+    }
     summary = {
         "stages": first + shown,
         "gains": gains,
@@ -176,7 +186,7 @@ def _finish(out: Path, name: str, stages: list[StageRun], before: dict[str, Task
     if (out / "model").exists():
         shutil.rmtree(out / "model")
     with new_directory(out / "model", "saved") as temporary:
-        for item in stages[-1].model.iterdir():
+        for item in next(stage for stage in reversed(stages) if stage.kind != "reward").model.iterdir():
             if item.is_file() and item.name != "README.md":
                 shutil.copy2(item, temporary / item.name)
         (temporary / "README.md").write_text(text, encoding="utf-8")
@@ -185,5 +195,6 @@ def _finish(out: Path, name: str, stages: list[StageRun], before: dict[str, Task
 
 
 def _notes(stages: list[StageRun]) -> list[str]:
-    """What distillations kept, and why they left out the rest."""
-    return [f"{stage.name}, {line}" for stage in stages for line in described(stage.families)]
+    """What distillations kept, and why they left out the rest; how accurate reward models are."""
+    kept = [f"{stage.name}, {line}" for stage in stages for line in described(stage.families)]
+    return kept + [f"{stage.name}: {accuracy(read_result(stage.folder))}" for stage in stages if stage.kind == "reward"]

@@ -1,6 +1,6 @@
 """Predict the cost of a training recipe on this machine."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, TypedDict
 
 import torch
@@ -41,22 +41,23 @@ class Plan(TypedDict):
 
 def predict(
     config: ModelConfig, recipe: PretrainRecipe | SFTRecipe, rows: int | None = None,
-    device: torch.device | str = "cpu",
+    device: torch.device | str = "cpu", computed: ModelConfig | None = None,
 ) -> Plan:  # fmt: skip
     """Parameters, FLOPs, bytes and seconds of a run. On a GPU, seconds are not known: those given are of the CPU.
 
     rows: in an epoch of packed data; None (not packed yet): tokens, flops and seconds are None where the run's length
-    is given in epochs.
+    is given in epochs. computed: sizes of what is computed, where there is no language head; None: `config`.
     """
+    headless, computed = computed is not None, computed or config
     section, length = recipe.train, recipe.data.sequence_length
     total, active = parameters(config)
     lora = recipe.lora if isinstance(recipe, SFTRecipe) else None
-    each = flops_per_token(config, length, frozen=lora is not None)
+    each = flops_per_token(computed, length, frozen=lora is not None)
     if recipe.mtp.weight or recipe.mtp.final_weight:
         each += mtp_flops_per_token(config, length, lora is not None)
     dtype = compute_dtype(recipe.model.dtype, device)
     ahead = bool(recipe.mtp.weight or recipe.mtp.final_weight)
-    step, costs = _step(config, recipe, ahead), costs_here(dtype)
+    step, costs = _step(computed, recipe, ahead), costs_here(dtype)
     peak, tokens_a_step = matrix_peak(dtype), section.batch_size * length
     rehearsed = kept_training(recipe)
     if rehearsed is not None:
@@ -87,6 +88,7 @@ def predict(
         accumulated=sequences < section.batch_size,
         lora=lora,
     )
+    needed = replace(needed, loss=0) if headless else needed
     return {
         "parameters_total": total,
         "parameters_active": active,

@@ -10,7 +10,7 @@ recipe = "pretrain-tiny.toml"      # relative to this file
 [[stage]]
 name = "reasoning"                 # the run's; left out: the recipe's
 recipe = "rl-tiny.toml"
-model = "pretrain-tiny"            # a stage before, whose model this one goes on with; so teacher
+model = "pretrain-tiny"            # a stage before, whose model this one goes on with; so teacher, reward_model
 
 [[stage]]
 for = "rl"
@@ -32,7 +32,7 @@ from rorqual.local_paths import local_path
 
 COMMON = ("gpu", "gpus", "price")
 # Fields of a stage that name a stage before it, and the recipe's fields that then become its model's directory.
-LINKS = {"model": "model.path", "teacher": "teacher"}
+LINKS = {"model": "model.path", "teacher": "teacher", "reward_model": "reward.model.path"}
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def recipe_kind(path: Path) -> str:
     if isinstance(raw.get("kind"), str):
         return raw["kind"]
     data = raw.get("data")
-    of_field = {"teacher": "distill", "environments": "rl"}
+    of_field = {"teacher": "distill", "environments": "rl", "pairs": "reward"}
     found = [kind for name, kind in of_field.items() if name in raw]
     return found[0] if found else "sft" if isinstance(data, dict) and "path" in data else "pretrain"
 

@@ -4,7 +4,8 @@ from typing import Any
 
 from rorqual.errors import UserError
 from rorqual.plan.layout import Layout, of_section
-from rorqual.recipe import DistillRecipe, PretrainRecipe, Recipe, RLRecipe, SFTRecipe
+from rorqual.plan.reward_here import as_sft
+from rorqual.recipe import DistillRecipe, PretrainRecipe, Recipe, RewardRecipe, RLRecipe, SFTRecipe
 
 
 def recipe_request(recipe: Recipe) -> dict[str, Any]:
@@ -12,6 +13,8 @@ def recipe_request(recipe: Recipe) -> dict[str, Any]:
     precision = {"precision": "fp8" if recipe.precision is not None else _dtype(recipe)}
     if isinstance(recipe, PretrainRecipe | SFTRecipe):
         return _training(recipe) | precision
+    if isinstance(recipe, RewardRecipe):
+        return _training(as_sft(recipe, 2 * recipe.data.sequence_length)) | precision
     if isinstance(recipe, RLRecipe):
         grpo = recipe.grpo
         mean = grpo.max_tokens / 2
@@ -55,7 +58,11 @@ def _dtype(recipe: Recipe) -> str:
 
 def check_length_known(recipe: Recipe, asked: dict[str, Any]) -> None:
     """Raises UserError where a run ends by time or epochs, which say nothing of other chips."""
-    if isinstance(recipe, PretrainRecipe | SFTRecipe) and not asked.keys() & {"tokens", "budget", "days"}:
+    if isinstance(recipe, PretrainRecipe | SFTRecipe | RewardRecipe) and not asked.keys() & {
+        "tokens",
+        "budget",
+        "days",
+    }:
         raise UserError(f"{recipe.name} ends by time or epochs, not by steps; say its --tokens")
     if isinstance(recipe, RLRecipe) and "steps" not in asked:
         raise UserError(f"{recipe.name} ends by time, not by steps; say its --steps")

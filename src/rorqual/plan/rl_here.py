@@ -6,6 +6,7 @@ on average, and the interval takes any mean for as likely as another.
 
 import math
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, TypedDict
 
 from rorqual.kernels.dtypes import compute_dtype
@@ -127,7 +128,7 @@ def step_parts(
     return StepParts(
         rollout=prefill + body,
         tail=tail,
-        rewards=0.0,
+        rewards=_scoring_seconds(recipe, config, costs, lengths),
         log_probabilities=passes * costs.training.seconds(forward) + teachers,
         training=slower * costs.training.seconds(train),
         weights=refresh,
@@ -145,6 +146,32 @@ def teacher_shares(recipe: RLRecipe) -> list[tuple[ModelConfig, float]]:
         for section in recipe.environments
         if (path := recipe.opd.of(section.name)) is not None
     ]
+
+
+def judged_share(recipe: RLRecipe) -> float:
+    """Of the answers, those that a reward model scores."""
+    if recipe.reward.model is None:
+        return 0.0
+    total = sum(section.weight for section in recipe.environments)
+    return sum(section.weight for section in recipe.environments if section.open) / total
+
+
+def judge_config(recipe: RLRecipe, config: ModelConfig) -> ModelConfig:
+    """Sizes of the reward model that are computed; where it is not written yet, those of the policy."""
+    path = recipe.reward.model.path if recipe.reward.model is not None else ""
+    found = ModelConfig.load(path) if path and Path(path).exists() else config
+    return found.replace(vocab_size=1, num_nextn_predict_layers=0)
+
+
+def _scoring_seconds(recipe: RLRecipe, config: ModelConfig, costs: RLCosts, lengths: Lengths) -> float:
+    answers = judged_share(recipe) * recipe.grpo.questions_per_step * recipe.grpo.group_size
+    if not answers:
+        return 0.0
+    length, itemsize = round(lengths.prompt + lengths.mean), compute_dtype(recipe.model.dtype).itemsize
+    found = step_counts(judge_config(recipe, config), [(answers, length)], itemsize, False)
+    return costs.training.seconds(
+        replace(Counts(**{name: value / 3 for name, value in vars(found).items()}), parameters=0.0)
+    )
 
 
 def sampling_seconds(
@@ -227,7 +254,8 @@ def evaluation_seconds(recipe: RLRecipe, config: ModelConfig, engine: EngineCost
         return 0.0
     n = float(recipe.eval_problems)
     places = recipe.grpo.rollout_max_num_seqs
-    return len(recipe.environments) * sum(sampling_seconds(config, engine, n, n, places, lengths))
+    families = sum(not section.open for section in recipe.environments)
+    return families * sum(sampling_seconds(config, engine, n, n, places, lengths))
 
 
 def _steps(recipe: RLRecipe, each: float, evaluation: float) -> float:
@@ -250,7 +278,7 @@ def _work(
     """Tokens and FLOPs of a run, counted as its ledger does."""
     section = recipe.grpo
     sampled = steps * section.questions_per_step * section.group_size * lengths.mean
-    evaluated = evaluations * len(recipe.environments) * recipe.eval_problems
+    evaluated = evaluations * sum(not section.open for section in recipe.environments) * recipe.eval_problems
     prompts = steps * section.questions_per_step + evaluated
     length = round(lengths.prompt + lengths.mean)
     a_token, frozen = flops_per_token(config, length, training=False), recipe.lora is not None
@@ -259,7 +287,9 @@ def _work(
     trains += sum(share * flops_per_token(own, length, training=False) for own, share in teacher_shares(recipe))
     tokens = sampled + steps * trained + evaluated * lengths.mean
     read = sampled + evaluated * lengths.mean + prompts * lengths.prompt
-    return tokens, a_token * read + trains * steps * trained
+    judged = judged_share(recipe) * steps * section.questions_per_step * section.group_size * length
+    judging = judged * flops_per_token(judge_config(recipe, config), length, training=False) if judged else 0.0
+    return tokens, a_token * read + trains * steps * trained + judging
 
 
 def _length_spread(
@@ -281,7 +311,7 @@ def _assumptions(recipe: RLRecipe, lengths: Lengths, rehearsal: RLRehearsal | No
     if rehearsal is None:
         found = [
             f"{about}, log-normal with σ = {SPREAD:g}: half of the most, since nothing is known of them",
-            "rewards take no time, and all groups are trained on; --rehearse measures both",
+            "rewards by rule take no time, and all groups are trained on; --rehearse measures both",
         ]
     else:
         found = [f"{about}, as in the rehearsal; the mean drifts by {DRIFT:.0%} a step, as a random walk"]

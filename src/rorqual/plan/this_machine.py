@@ -26,7 +26,7 @@ from rorqual.plan.published_runs import Calibration
 from rorqual.plan.quantity import quantity
 from rorqual.plan.rl_here import RLPlan
 from rorqual.plan.stage import Estimate, StagePlan
-from rorqual.recipe import OptimizerSection, PretrainRecipe, Recipe, RLRecipe, SFTRecipe
+from rorqual.recipe import OptimizerSection, PretrainRecipe, Recipe, RewardRecipe, RLRecipe, SFTRecipe
 
 MICRO_TOKENS = 8192  # of a forward pass in training, where no recipe says
 COPY_BYTES = 1 << 26
@@ -77,9 +77,13 @@ def training_here(
 
 
 def predicted_here(
-    recipe: PretrainRecipe | SFTRecipe, config: ModelConfig, predicted: Plan, price: float | None
-) -> StagePlan:
-    """Of a recipe's run, from what its dry run says. Raises UserError where the length of the run is not known."""
+    recipe: PretrainRecipe | SFTRecipe | RewardRecipe, config: ModelConfig, predicted: Plan, price: float | None,
+    sampling: float = 0.0,
+) -> StagePlan:  # fmt: skip
+    """Of a recipe's run, from what its dry run says; sampling: seconds before it.
+
+    Raises UserError where the length of the run is not known.
+    """
     tokens, seconds = predicted["tokens"], predicted["seconds"]
     if tokens is None or seconds is None:
         raise UserError(
@@ -89,8 +93,9 @@ def predicted_here(
     rate, (slow, fast) = predicted["tokens_per_second"], predicted["tokens_per_second_interval"]
     ends = (seconds, seconds) if recipe.train.seconds is not None else (seconds * rate / fast, seconds * rate / slow)
     return _of_run(
-        recipe, recipe.kind, config, price, tokens, Estimate(seconds, *ends),
-        flops_per_token=predicted["flops_per_token"], parts={"training": seconds}, memory=predicted["memory"],
+        recipe, recipe.kind, config, price, tokens, Estimate(seconds + sampling, *(end + sampling for end in ends)),
+        flops_per_token=predicted["flops_per_token"],
+        parts={"training": seconds} | ({"sampling": sampling} if sampling else {}), memory=predicted["memory"],
         assumptions=(predicted["calibration"],), figures={"tokens_per_second": rate},
     )  # fmt: skip
 

@@ -82,7 +82,7 @@ def _kind(path: str, module: nn.Module, precision: Precision) -> tuple[str, Line
             return "routed experts", precision.experts
         case SwiGLU() if module.down_proj.bias is None:  # with biases only its linears are swapped
             return "", precision.linear  # its linears are counted
-        case Linear() if path == "lm_head":
+        case Linear() if path in ("lm_head", "score"):
             return "head", None
         case Linear() if ".self_attn." in path:
             return "attention", precision.after_attention if path.endswith(".o_proj") else precision.linear

@@ -87,6 +87,7 @@ def _training_only(run: Run) -> str:
         ("reward_accuracy", "Accuracy in training"),
         ("reward", "The mean reward"),
         ("valid_bpb", "Held-out bits per byte"),
+        ("valid_accuracy", "Held-out accuracy"),
         ("loss", "The training loss"),
     ):
         if change := _change(part, key):

@@ -112,6 +112,12 @@ CURVES = (
         "bits per byte", keys=(("valid_bpb", "held out"),), smooth=False, from_zero=False,
     ),
     Curve(
+        "pair-accuracy",
+        "Held-out pairs",
+        "Fraction of the pairs whose better answer has the higher score of the reward model. 0.5 is chance.",
+        "fraction", keys=(("valid_accuracy", "held out"),), smooth=False, from_zero=False,
+    ),
+    Curve(
         "maxvio",
         "Expert load balance by layer",
         "MaxVio: load of the busiest expert over the mean, minus 1, in each MoE layer. Bias balancing should bring "

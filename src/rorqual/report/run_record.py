@@ -9,13 +9,17 @@ from typing import Any, TypeGuard
 from rorqual.errors import UserError, file_error
 from rorqual.renamed import current_metrics
 
-ORDER = ("pretrain", "sft", "rl", "distill")  # of the sections for sub-runs
+ORDER = ("pretrain", "sft", "reward", "rl", "distill")  # of the sections for sub-runs
 LARGEST = 1e100  # beyond it matplotlib finds no ticks
 FILES = ("metrics.jsonl", "ledger.json")
-STAGES = {"pretrain": "pre-training", "sft": "fine-tuning", "rl": "reinforcement learning", "distill": "distillation"}
+STAGES = {
+    "pretrain": "pre-training", "sft": "fine-tuning", "reward": "reward model", "rl": "reinforcement learning",
+    "distill": "distillation",
+}  # fmt: skip
 TITLES = {
     "pretrain": "Pre-training",
     "sft": "Supervised fine-tuning",
+    "reward": "Reward model",
     "rl": "Reinforcement learning",
     "distill": "Rejection sampling and distillation",
     "cold-start": "Cold start",

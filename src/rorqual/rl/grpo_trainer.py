@@ -17,10 +17,11 @@ from rorqual.precision.convert import convert
 from rorqual.precision.exact import make_exact
 from rorqual.precision.fp8_twin import FP8Twin
 from rorqual.recipe import RLRecipe
-from rorqual.rl.envs.environment import Environment
+from rorqual.rl.envs.environment import Environment, Sample
 from rorqual.rl.episodes import sample_rollout
 from rorqual.rl.grpo import groups_with_spread
 from rorqual.rl.policy_update import PolicyUpdate
+from rorqual.rl.reward_scorer import RewardScorer
 from rorqual.rl.rewards import Rewards, Verdict, score
 from rorqual.rl.rollout import Rollout, derived_seed, members_of
 from rorqual.rl.rollout_metrics import RLMetrics, UpdateSums, describe_rollout, describe_update, readable_sample
@@ -95,6 +96,8 @@ class GRPOTrainer:
         if recipe.opd is not None:
             teachers = Teachers.load(recipe.opd, recipe.grpo, families, model.config, self.dtype, self.device)
         self.update = PolicyUpdate(model, self.sampler.model, recipe, self.optimizer, stale, teachers)
+        judge = recipe.reward.model
+        self.scorer = None if judge is None else RewardScorer.load(judge, self.dtype, self.device)
         self.steps = 0
         self.tokens = 0  # sampled
         self.trained_tokens = 0  # in forward and backward passes, prompts and padding included
@@ -151,7 +154,7 @@ class GRPOTrainer:
             served = self.rollouts.next(self.steps, len(rollouts))
             began = time.monotonic()
             samples = served.rollout.samples
-            rewards.append(score(samples, self.environments, self.recipe.reward, section.max_tokens, self.verdict))
+            rewards.append(self._scored(samples))
             rollouts.append(served.rollout)
             waited, scoring = waited + served.wait_seconds, scoring + time.monotonic() - began
             whole = Rewards.joined(rewards)
@@ -159,8 +162,15 @@ class GRPOTrainer:
             if len(rollouts) == section.max_draws or len(spread) == section.questions_per_step:
                 return _Drawn(Rollout.joined(rollouts), whole, served, len(rollouts), waited, scoring)
 
+    def _scored(self, samples: Sequence[Sample]) -> Rewards:
+        before = self.scorer.flops if self.scorer else 0.0
+        reward, limit = self.recipe.reward, self.section.max_tokens
+        found = score(samples, self.environments, reward, limit, self.verdict, self.scorer)
+        self.flops["train"] += self.scorer.flops - before if self.scorer else 0.0
+        return found
+
     def evaluate(self, n: int) -> dict[str, float]:
-        """pass@1 on `n` dev problems of each environment, one sample each: {"eval_<family>": fraction}."""
+        """pass@1 on `n` dev problems of each environment that is not open: {"eval_<family>": fraction}."""
         params = SamplingParams(
             temperature=self.section.temperature,
             max_tokens=self.section.max_tokens,
@@ -169,6 +179,8 @@ class GRPOTrainer:
         shares: dict[str, float] = {}
         self.model.eval()
         for family, environment in self.environments.items():
+            if environment.open:
+                continue
             problems = environment.problems("dev", n, self.recipe.seed)
             rollout = sample_rollout(self.engine, problems, self.recipe.template, params, self.environments)
             correct = score(rollout.samples, self.environments, self.recipe.reward, params.max_tokens).correct

@@ -1,6 +1,9 @@
-"""Rule-based rewards (R1 §2.1, supplement) and the user's own functions: each part, then their weighted sum."""
+"""Rule-based rewards (R1 §2.1, supplement), the user's own functions and a reward model (R1 §2.3.4): each part, then
+their weighted sum.
+"""
 
 import functools
+import math
 import os
 import re
 import unicodedata
@@ -16,6 +19,8 @@ from rorqual.errors import UserError
 from rorqual.recipe import RewardSection
 from rorqual.rl.envs.environment import Environment, RewardError, Sample
 from rorqual.rl.envs.user_functions import UserReward, reward_function
+from rorqual.rl.reward_scorer import RewardScorer
+from rorqual.rl_sections import HELPFULNESS
 from rorqual.shapes import Bool, Float
 
 RIGHT, WRONG = "✓", "✗"  # self-verification marks that a model puts after a candidate in its thinking
@@ -34,7 +39,10 @@ UNSPACED = ("CJK", "HIRAGANA", "KATAKANA", "THAI")  # scripts without spaces: ea
 
 @dataclass(frozen=True)
 class Rewards:
-    """Of N samples. `parts`: by name, unweighted; `total`: their weighted sum; both are 0 for a skipped sample."""
+    """Of N samples. `parts`: by name, unweighted; `total`: their weighted sum; both are 0 for a skipped sample.
+
+    A part is NaN where it does not exist: accuracy and verdict of an open problem, helpfulness of others.
+    """
 
     parts: dict[str, Float[Tensor, " N"]]
     total: Float[Tensor, " N"]
@@ -51,8 +59,13 @@ class Rewards:
         return torch.where(kept, total, means)
 
     def mean(self, part: Float[Tensor, " N"]) -> float:
-        """Of the samples that were not skipped; NaN for none."""
-        return float(part[~self.skipped].mean())
+        """Of the samples that were not skipped and have the part; NaN for none."""
+        return float(part[~self.skipped & ~part.isnan()].mean())
+
+    @property
+    def ruled(self) -> Bool[Tensor, " N"]:
+        """Whether a rule says which answers are right: not of open problems."""
+        return ~self.parts["accuracy"].isnan()
 
     def of(self, members: Sequence[int]) -> "Rewards":
         """Those of some of the samples."""
@@ -78,12 +91,13 @@ def score(
     section: RewardSection,
     max_tokens: int,
     verdict: Verdict | None = None,
+    scorer: RewardScorer | None = None,
 ) -> Rewards:
     """Score N samples. Parts of weight 0 are not computed, except accuracy, which every report needs.
 
     A truncated completion is never correct, whatever answer it contains: the model did not end it there. A sample that
     a user's function gives no reward is skipped. `environments` by family; `verdict(sample, correct)` scores the
-    self-verification, by default `marked_verdict`.
+    self-verification, by default `marked_verdict`; `scorer` the answers to open problems.
     """
     verdict = verdict or marked_verdict
     graders = [environments[s.problem.family] for s in samples]
@@ -99,12 +113,17 @@ def score(
         "format": lambda i: format_reward(samples[i].text),
         "language": lambda i: language_reward(samples[i].text, section.target_language),
         "length": lambda i: length_reward(samples[i].length, max_tokens, samples[i].truncated),
-        "verdict": lambda i: verdict(samples[i], correct[i]),
+        "verdict": lambda i: math.nan if graders[i].open else verdict(samples[i], correct[i]),
     }
     weights = {name: getattr(section, name) for name in scorers}
     for name, function in section.functions.items():
         call = reward_function(function.python, f"reward.functions.{name}", section.timeout)
         scorers[name], weights[name] = _of_function(call, samples, graders, errors), function.weight
+    if section.model is not None and scorer is not None:
+        ours = [i for i, environment in enumerate(graders) if environment.open]
+        helpful = dict(zip(ours, scorer([samples[i] for i in ours]), strict=True))
+        scorers[HELPFULNESS] = lambda i: helpful.get(i, math.nan)
+        weights[HELPFULNESS] = section.model.weight
     parts = {
         name: torch.tensor([scorer(i) for i in range(len(samples))])
         for name, scorer in scorers.items()
@@ -112,14 +131,16 @@ def score(
     }
     skipped = torch.tensor([bool(error) for error in errors])
     parts = {name: part.masked_fill(skipped, 0.0) for name, part in parts.items()}
-    total = sum((weights[name] * part for name, part in parts.items()), torch.zeros(len(samples)))
+    total = sum((weights[name] * part.nan_to_num() for name, part in parts.items()), torch.zeros(len(samples)))
     counts = Counter(error for error in errors if error)
     notes = [f"{count} of {len(samples)} samples skipped: {error}" for error, count in counts.items()]
     return Rewards(parts, total, torch.tensor(correct, dtype=torch.bool), skipped, notes)
 
 
 def _graded(sample: Sample, environment: Environment) -> tuple[float, bool, str]:
-    """(reward, whether it is correct, why it has none)."""
+    """(reward, NaN of an open problem; whether it is correct; why it has none)."""
+    if environment.open:
+        return math.nan, False, ""
     try:
         if sample.error:
             raise RewardError(sample.error)

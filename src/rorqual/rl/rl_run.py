@@ -25,6 +25,7 @@ from rorqual.rl.envs.registry import Environment, open_environment
 from rorqual.rl.grpo_trainer import GRPOTrainer
 from rorqual.rl.prompts import render_problem
 from rorqual.rl.ray_rollouts import ray_cluster
+from rorqual.rl.reward_scorer import check_reward_model
 from rorqual.rl.rollout import derived_seed
 from rorqual.rl.teachers import check_teachers, teacher_paths
 from rorqual.tokenizer_protocol import Tokenizer
@@ -114,10 +115,12 @@ def check_problems(recipe: RLRecipe, tokenizer: Tokenizer, environments: Sequenc
         check_teachers(recipe.opd, families, tokenizer, config)
         for path in teacher_paths(recipe.opd, families):
             context = min(context, ModelConfig.load(path).max_position_embeddings)
+    if recipe.reward.model is not None:
+        context = min(context, check_reward_model(recipe.reward.model.path).max_position_embeddings)
     check_context(environments, recipe.template, tokenizer, context, recipe.grpo.max_tokens, "grpo.max_tokens")
     for environment in environments:
         next(environment.stream("train", derived_seed(recipe.seed, environment.family)))
-        if recipe.eval_every and environment.all_problems() is not None:
+        if recipe.eval_every and environment.all_problems() is not None and not environment.open:
             environment.problems("dev", recipe.eval_problems, recipe.seed)
 
 
@@ -234,7 +237,8 @@ def _card(run: RLRun, model: Transformer) -> str:
         f"| {step} | " + " | ".join(f"{share:.1%}" for share in shares.values()) + " |"
         for step, shares in run.evaluations.items()
     )
-    head = f"| step | {' | '.join(trainer.environments)} |\n|---|{'---|' * len(trainer.environments)}\n"
+    evaluated = [name for name, environment in trainer.environments.items() if not environment.open]
+    head = f"| step | {' | '.join(evaluated)} |\n|---|{'---|' * len(evaluated)}\n"
     kept = recipe.keep_start and run.got_worse()
     text = f"""`{recipe.model.path}` after {trainer.steps} steps of reinforcement learning (GRPO) on {families}
 by Rorqual (`rorqual rl`), seed {recipe.seed}: {trainer.tokens:,} sampled tokens, {run.seconds:,.0f} seconds.

@@ -63,12 +63,13 @@ class RolloutMetrics:
     """Of one rollout. The last two only where the model verifies itself (✓, ✗)."""
 
     reward: float  # mean, as the parts
-    reward_parts: dict[str, float]
+    reward_parts: dict[str, float | None]  # None: no sample has it
     length: float  # mean tokens of a completion
     length_spread: float  # standard deviation of the logarithm of a completion's tokens
     truncated: float  # fraction of the completions
     zero_std_groups: float  # fraction of the groups
-    pass_at_g: float  # pass@G: fraction of the groups with at least one correct completion
+    # pass@G: fraction of the groups with at least one correct completion; None: all problems are open
+    pass_at_g: float | None
     rollout_tokens_per_second: float
     draws: int  # rollouts that it is made of (grpo.max_draws)
     claimed: float | None  # fraction of the completions that end on ✓
@@ -149,20 +150,22 @@ class RLMetrics:
 
 def describe_rollout(rollout: Rollout, rewards: Rewards, draws: int = 1) -> RolloutMetrics:
     groups = (len(rollout.problems), -1)
-    claims = torch.tensor([self_verified(s.text) for s in rollout.samples])
+    ruled = rewards.ruled
+    solved = rewards.correct.view(groups).any(1)[ruled.view(groups).all(1)]
+    claims = torch.tensor([self_verified(s.text) for s in rollout.samples]) & ruled
     claimed = bool(claims.any())
     turns = [sum(message["role"] == "assistant" for message in s.turns) for s in rollout.samples]
     return RolloutMetrics(
         reward=rewards.mean(rewards.total),
-        reward_parts={name: rewards.mean(part) for name, part in rewards.parts.items()},
+        reward_parts={name: rewards.mean(part) if any(~part.isnan()) else None for name, part in rewards.parts.items()},
         length=rollout.tokens / len(rollout.completions),
         length_spread=statistics.pstdev(map(math.log, rollout.lengths)),
         truncated=sum(s.truncated for s in rollout.samples) / len(rollout.samples),
         zero_std_groups=float(zero_std_groups(rewards.grouped(len(rewards.total) // groups[0])).float().mean()),
-        pass_at_g=float(rewards.correct.view(groups).any(1).float().mean()),
+        pass_at_g=float(solved.float().mean()) if len(solved) else None,
         rollout_tokens_per_second=rollout.tokens / max(rollout.seconds, 1e-9),
         draws=draws,
-        claimed=float(claims.float().mean()) if claimed else None,
+        claimed=float(claims[ruled].float().mean()) if claimed else None,
         verdict_precision=float(rewards.correct[claims].float().mean()) if claimed else None,
         turns=sum(turns) / len(turns) if any(turns) else None,
     )
@@ -200,4 +203,5 @@ def readable_sample(rollout: Rollout, rewards: Rewards, step: int) -> str:
     i = step % len(rollout.samples)
     sample = rollout.samples[i]
     said = "\n".join(message["content"] or "" for message in sample.turns) or sample.text
-    return f"{sample.problem.question}\n{said}\n[answer {sample.problem.answer}, reward {rewards.total[i]:.2f}]"
+    answer = f"answer {sample.problem.answer}, " if rewards.ruled[i] else ""
+    return f"{sample.problem.question}\n{said}\n[{answer}reward {rewards.total[i]:.2f}]"

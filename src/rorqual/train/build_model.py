@@ -17,7 +17,15 @@ from rorqual.data.tokenizer import load_tokenizer
 from rorqual.errors import UserError
 from rorqual.model import ModelConfig, Transformer
 from rorqual.parallel.data import is_expert
-from rorqual.recipe import ChatDataSection, DataSection, DistillRecipe, LoRASection, ModelSection, TrainSection
+from rorqual.recipe import (
+    ChatDataSection,
+    DataSection,
+    DistillRecipe,
+    LoRASection,
+    ModelSection,
+    PairDataSection,
+    TrainSection,
+)
 from rorqual.tokenizer_protocol import Tokenizer
 from rorqual.train.rng import set_seed
 
@@ -27,7 +35,9 @@ Fill = Callable[[Transformer, int, torch.device], None]
 
 
 def check_length(
-    section: ModelSection, data: DataSection | ChatDataSection | DistillRecipe, field: str = "data.sequence_length"
+    section: ModelSection,
+    data: DataSection | ChatDataSection | PairDataSection | DistillRecipe,
+    field: str = "data.sequence_length",
 ) -> None:
     """Lower a default `sequence_length` to the model's context (max_position_embeddings, tokens).
 

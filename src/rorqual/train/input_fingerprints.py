@@ -13,7 +13,7 @@ from rorqual.data.corpus import SUFFIXES, find_files
 from rorqual.errors import UserError, file_error
 from rorqual.files import read_json, write_text
 from rorqual.model.model_directory import model_directory
-from rorqual.recipe import DistillRecipe, PretrainRecipe, Recipe, RLRecipe, SFTRecipe
+from rorqual.recipe import DistillRecipe, PretrainRecipe, Recipe, RewardRecipe, RLRecipe, SFTRecipe
 
 NAME = "inputs.json"
 MODEL_FILES = ("*.safetensors", "*.gguf", "*.json", "*.jinja", "*.model")
@@ -52,10 +52,15 @@ def files_of(recipe: Recipe) -> list[Path]:
         data = [source.path for source in recipe.data.sources]
     elif isinstance(recipe, SFTRecipe):
         data = [recipe.data.path]
+    elif isinstance(recipe, RewardRecipe):
+        data = [path for path in (recipe.data.path, recipe.pairs and recipe.pairs.prompts) if path is not None]
+        models += [recipe.pairs and recipe.pairs.model]
     elif isinstance(recipe, RLRecipe | DistillRecipe):
         data = [section.path for section in recipe.environments if section.path is not None]
         if isinstance(recipe, RLRecipe) and recipe.opd is not None:
             models += [recipe.opd.of(section.name) for section in recipe.environments]
+        if recipe.reward.model is not None:
+            models.append(recipe.reward.model.path)
         if isinstance(recipe, DistillRecipe):
             models = [recipe.teacher]  # the student's own run fingerprints the student
             data += [section.path for section in recipe.mix]

@@ -44,21 +44,27 @@ def model_card(recipe: PretrainRecipe | SFTRecipe, run: "TrainingRun") -> str:
     return card(recipe, run.run_dir, [config.model_type], text)
 
 
-def card(recipe: Recipe, run_dir: Path, tags: list[str], text: str) -> str:
-    """A model card in Markdown: Hugging Face front matter and name, `text`, usage and recipe."""
+def card(
+    recipe: Recipe, run_dir: Path, tags: list[str], text: str, task: str = "text-generation", use: str | None = None
+) -> str:
+    """A model card in Markdown: Hugging Face front matter, name, `text`, `use` (None: of a language model), recipe."""
+    use = (
+        use
+        or f"""```
+rorqual generate {run_dir}/model "…"
+```
+or `AutoModelForCausalLM.from_pretrained` in transformers."""
+    )
     return f"""---
 library_name: transformers
-pipeline_tag: text-generation
+pipeline_tag: {task}
 tags: [{", ".join(["rorqual", *tags])}]
 ---
 # {recipe.name}
 
 {text}
 ## Use
-```
-rorqual generate {run_dir}/model "…"
-```
-or `AutoModelForCausalLM.from_pretrained` in transformers.
+{use}
 
 ## Recipe
 ```toml

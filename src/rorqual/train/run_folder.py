@@ -30,7 +30,7 @@ FREE = {"out", "track", "device", "train.eval_every", "train.save_every", "train
 FREE_SECTIONS = ("spikes.", "parallel.")
 ROUNDING = "parallel.dispatch"  # but this: it may round what travels
 # Results of training: with one of these, the folder holds a run that can be resumed.
-WORK = ("checkpoints", "samples.jsonl", "samples.partial.jsonl", "student", "model", "ledger.json")
+WORK = ("checkpoints", "samples.jsonl", "samples.partial.jsonl", "pairs.jsonl", "student", "model", "ledger.json")
 # Fields that only the student of a distillation reads. They may change until the student's own run, in student/, has
 # begun and checks them itself, so that a student that cannot start does not cost the samples.
 STUDENT_FIELDS = ("model.", "optimizer.", "schedule.", "balance.", "train.", "sequence_length")

@@ -17,7 +17,7 @@ from rorqual.files import write_text
 Metric = float | int | str | list[float] | None
 
 _KEPT = "metrics.damaged.jsonl"
-BAR = ("loss", "reward", "valid_bpb", "lr", "tokens_per_second", "rollout_tokens_per_second")
+BAR = ("loss", "reward", "valid_bpb", "valid_accuracy", "lr", "tokens_per_second", "rollout_tokens_per_second")
 
 
 def mean(values: list[float] | None) -> float | None:

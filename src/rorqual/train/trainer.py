@@ -91,18 +91,19 @@ class Trainer:
         device: torch.device | None = None,
         fill: Fill | None = None,
         notify: Callable[[str], None] = print,
+        objective: type[Objective] = Objective,
     ) -> None:
         """Convert `model` to `dtype` ("auto": the fastest on its device) in place, on `device` (None: where it is).
 
         Without `mtp` or `balance` the MTP loss or the load balancing is off. `precision` (a key of PRECISIONS) is that
         of products; `recompute` and `offload`: see precision/recompute.py. `mesh`: the processes that train together;
         with pipeline stages, every step has as many `micro_batches`. `fill`: of a model on the meta device, what gives
-        the part that stays here its weights.
+        the part that stays here its weights. `objective`: what is minimised.
         """
         if precision is not None:
             for line in convert(model, precision).lines():
                 notify(line)
-        self.mesh = mesh or single()
+        self.mesh, self.objective = mesh or single(), objective
         self.device = device or next(model.parameters()).device
         self.dtype = compute_dtype(dtype, self.device)
         check_deep_ep(self.mesh.section, self.dtype, self.device)
@@ -145,7 +146,7 @@ class Trainer:
         self.mesh.traffic.step = self.steps + 1
         self.micro_batches = len(micro_batches)
         totals, sequences = self._totals(micro_batches, ahead=λ > 0)
-        objective = Objective(self.model, totals, λ, self.balance.sequence_loss, sequences)
+        objective = self.objective(self.model, totals, λ, self.balance.sequence_loss, sequences)
         self.model.train()
         batches = [batch.to(self.device) for batch in micro_batches]
         if self.pipeline is None:
@@ -315,7 +316,7 @@ class Trainer:
             self.ema.update()
 
     def _count(self, micro_batches: Sequence[Batch], ahead: bool, skipped: bool) -> None:
-        config = self.model.config
+        config = self.model.flops_config
         for batch in micro_batches:
             length = batch.inputs.shape[1] * self.mesh.context.size
             each = flops_per_token(config, length, frozen=self.frozen)

@@ -50,7 +50,7 @@ from rorqual.train.run_loop import RunLoop
 from rorqual.train.schedule import batch_size
 from rorqual.train.sharded_checkpoints import ShardedCheckpoints
 from rorqual.train.spikes import Spikes
-from rorqual.train.telemetry import Log
+from rorqual.train.telemetry import Log, Metric
 from rorqual.train.traffic_report import bubble, table, traffic
 from rorqual.train.trainer import Trainer
 
@@ -254,12 +254,12 @@ class TrainingRun(RunLoop[TrainSection, Trainer]):
         utilisation = (trainer.flops - flops) / elapsed / peak
         memory_gb = memory_used(trainer.device.type) / 1e9
         self.newest.loss = metrics.loss
-        if not metrics.skipped and self.validate and (ended or trainer.steps % self.section.eval_every == 0):
-            self.newest.valid_bpb, self.newest.valid_bpb_step = self.validate(), trainer.steps
+        if not metrics.skipped and (ended or trainer.steps % self.section.eval_every == 0):
+            self.evaluate()
         telemetry.log(
             trainer.steps, seconds=self.seconds, **metrics.to_dict(), tokens=trainer.tokens,
             tokens_per_second=tokens_per_second, utilisation=utilisation, memory_gb=memory_gb,
-            valid_bpb=self.score(),
+            **self.evaluated(),
         )  # fmt: skip
         for sentence in self.watch.new(metrics.ranks):
             telemetry.note(f"step {trainer.steps}: {sentence}")
@@ -270,6 +270,15 @@ class TrainingRun(RunLoop[TrainSection, Trainer]):
             spike = self.spikes.find(metrics.loss, metrics.grad_norm or 0.0)
             went_back = spike is not None and self._spiked(spike, telemetry)
         return ended and not went_back
+
+    def evaluate(self) -> None:
+        """On held-out data, where there is some."""
+        if self.validate:
+            self.newest.valid_bpb, self.newest.valid_bpb_step = self.validate(), self.trainer.steps
+
+    def evaluated(self) -> dict[str, Metric]:
+        """What was found at the newest step, for metrics.jsonl."""
+        return {"valid_bpb": self.score()}
 
     def _spiked(self, what: str, telemetry: Log) -> bool:
         """Go on, stop or roll back, as the recipe says; returns whether it rolled back."""

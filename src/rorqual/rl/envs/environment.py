@@ -159,6 +159,7 @@ class Environment(ABC):
     """Source of problems and verifier of answers. Candidate `index` of `seed` is always the same problem."""
 
     remedy = "widen its config"  # advice in the error for too few problems
+    open = False  # no rule says which answers are right
     runs_programs = False  # to check an answer, so that several may be checked at a time
     turns = 1  # of the model in an episode, at most
     turn_tokens: int | None = None  # that the model may sample in a turn; None: what is left of the episode's

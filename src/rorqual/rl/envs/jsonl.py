@@ -29,6 +29,7 @@ class JsonlEnvironment(Environment):
     """Records with a question, an answer or `tests`, and optionally `difficulty` and fields for the prompt.
 
     A record with `tests` asks for a program, which is right if it passes all of them in the sandbox (code_tests.py).
+    Of an open environment a question is enough: no rule says which answers are right.
     Raises UserError, with file and line, for a record without a usable question or answer, and where there are tests
     but programs cannot be isolated.
     """
@@ -43,7 +44,8 @@ class JsonlEnvironment(Environment):
                 f"({', '.join(section.config)}); remove it"
             )
         assert section.path is not None
-        rows = [(where, _checked(where, row)) for where, row in _records(section.path)]
+        self.open = section.open
+        rows = [(where, _checked(where, row, section.open)) for where, row in _records(section.path)]
         if not rows:
             raise UserError(f"{section.path} has no lines; write one JSON object with question and answer per line")
         prompt = None
@@ -53,9 +55,9 @@ class JsonlEnvironment(Environment):
             for where, row in rows:
                 if empty := next((name for name in prompt.names if row[name] is None), None):
                     raise UserError(f"{where}: field {empty} is null, and the prompt of {section.name} uses it; add it")
-        self._problems = [_problem(row, prompt, section.name, where) for where, row in rows]
+        self._problems = [_problem(row, prompt, section, where) for where, row in rows]
         self._shuffled = Shuffled(self._problems)
-        self.runs_programs = any(TESTS in problem.metadata for problem in self._problems)
+        self.runs_programs = not self.open and any(TESTS in problem.metadata for problem in self._problems)
         if self.runs_programs:
             isolation()
 
@@ -106,8 +108,13 @@ def _listed(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         yield f"{path}, entry {number}", row
 
 
-def _checked(where: str, row: dict[str, Any]) -> dict[str, Any]:
-    """The record with its question and answer as text, under the names `question` and `answer`."""
+def _checked(where: str, row: dict[str, Any], open: bool) -> dict[str, Any]:
+    """The record with its question and answer as text, under the names `question` and `answer`; an open one's answer is
+    a field like others.
+    """
+    if open:
+        name, question = _field(where, row, QUESTION)
+        return _whole(where, {key: value for key, value in row.items() if key != name} | {"question": question})
     if TESTS in row:
         row = row | {TESTS: read_tests(row[TESTS], where)}
         row.setdefault(next((name for name in ANSWER if name in row), ANSWER[0]), "a program")
@@ -116,6 +123,10 @@ def _checked(where: str, row: dict[str, Any]) -> dict[str, Any]:
     checked = rest | {"question": question, "answer": judge.final_answer(answer)}
     if not checked["answer"]:
         raise UserError(f"{where}: there is no answer after #### or in \\boxed ({answer[-20:]!r}); add it")
+    return _whole(where, checked)
+
+
+def _whole(where: str, checked: dict[str, Any]) -> dict[str, Any]:
     if broken := [name for name, value in checked.items() if not whole_inside([name, value])]:
         raise UserError(f"{where}: field {broken[0]!r} contains a lone surrogate (half a character); correct it")
     return checked
@@ -125,8 +136,9 @@ def _field(where: str, row: dict[str, Any], names: tuple[str, ...]) -> tuple[str
     """Name and text of the first of `names` that the record has."""
     name = next((name for name in names if name in row), None)
     if name is None:
+        other = ", or set open = true for prompts without a right answer" if names is ANSWER else ""
         raise UserError(
-            f"{where}: field {names[0]} is missing (it may also be called {' or '.join(names[1:])}); add it"
+            f"{where}: field {names[0]} is missing (it may also be called {' or '.join(names[1:])}); add it{other}"
         )
     value = row[name]
     if isinstance(value, bool) and names is ANSWER:
@@ -141,16 +153,17 @@ def _field(where: str, row: dict[str, Any], names: tuple[str, ...]) -> tuple[str
     return name, text
 
 
-def _problem(row: dict[str, Any], prompt: PromptFormat | None, family: str, where: str) -> Problem:
+def _problem(row: dict[str, Any], prompt: PromptFormat | None, section: EnvironmentSection, where: str) -> Problem:
     question = row["question"]
-    numbers = [] if TESTS in row else integers(question)  # those of a program's task do not tell it from another
+    # Those of a program's task, or of an open prompt, do not tell it from another.
+    numbers = [] if TESTS in row or section.open else integers(question)
     difficulty = row.get("difficulty")
     return Problem(
         question=prompt(row) if prompt else question,
-        answer=row["answer"],
+        answer="" if section.open else row["answer"],
         key=number_key(numbers) if numbers else text_key(question),
         difficulty="" if difficulty is None else str(difficulty),
-        family=family,
+        family=section.name,
         where=where,
         metadata=row,
     )
