@@ -13,6 +13,7 @@ from rorqual.errors import UserError
 from rorqual.model import ModelConfig, Transformer
 from rorqual.pipeline import run as pipeline_run
 from rorqual.pipeline import run_pipeline
+from rorqual.plan.pipeline_file import read_pipeline
 from rorqual.recipe import TokenizerSection
 
 SUMS = """
@@ -175,6 +176,11 @@ def test_a_reward_model_judges_a_later_stage(file, tmp_path):
     moved = file.read_text().replace("/runs", "/planned")  # nothing of it is written
     file.write_text(moved)
     assert [stage.name for stage in plan_files([str(file)], {"gpu": "cpu"}, None).stages] == ["cold", "judge", "again"]
+
+
+def test_a_stage_goes_on_with_the_model_of_a_directory(file):
+    file.write_text(file.read_text().replace('model = "cold"', 'model = "runs/other/model"'))
+    assert "model.path=runs/other/model" in read_pipeline(file).stages[1].overrides
 
 
 def test_reward_models_alone_are_no_pipeline(tmp_path):

@@ -10,7 +10,8 @@ recipe = "pretrain-tiny.toml"      # relative to this file
 [[stage]]
 name = "reasoning"                 # the run's; left out: the recipe's
 recipe = "rl-tiny.toml"
-model = "pretrain-tiny"            # a stage before, whose model this one goes on with; so teacher, reward_model
+model = "pretrain-tiny"            # what it goes on with: a stage before, or a model's directory, with a / in it;
+                                   # so teacher, reward_model
 
 [[stage]]
 for = "rl"
@@ -112,10 +113,13 @@ def _stage(
     for link, target in LINKS.items():
         if link in fields:
             before = fields.pop(link)
-            if before not in models:
+            if before not in models and not (isinstance(before, str) and "/" in before):
                 known = ", ".join(models) or "none"
-                raise UserError(f"{where}: {link} = {before!r} is no stage before it ({known}); correct it")
-            overrides.append(f"{target}={models[before]}")
+                raise UserError(
+                    f"{where}: {link} = {before!r} is no stage before it ({known}), nor a model's directory, which has "
+                    "a / in it; correct it"
+                )
+            overrides.append(f"{target}={models.get(before, before)}")
     inner = "student/model" if recipe_kind(file) == "distill" else "model"
     models[name] = folder / name / inner
     return Stage(where, fields, recipe=file, name=name, overrides=overrides)
