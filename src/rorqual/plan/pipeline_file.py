@@ -10,7 +10,7 @@ recipe = "pretrain-tiny.toml"      # relative to this file
 [[stage]]
 name = "reasoning"                 # the run's; left out: the recipe's
 recipe = "rl-tiny.toml"
-model = "pretrain-tiny"            # a stage before, whose model this one goes on with; so teacher
+model = "pretrain-tiny"            # a stage before, whose model this one goes on with; so teacher, and mix = [...]
 
 [[stage]]
 for = "rl"
@@ -33,6 +33,7 @@ from rorqual.local_paths import local_path
 COMMON = ("gpu", "gpus", "price")
 # Fields of a stage that name a stage before it, and the recipe's fields that then become its model's directory.
 LINKS = {"model": "model.path", "teacher": "teacher"}
+MIX = "mix"  # so does this, a list of distillations, whose samples become the paths of [[mix]]
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,13 @@ class PipelineFile:
 def is_pipeline(path: Path) -> bool:
     """Whether a TOML file has stages, and so is no recipe. Raises UserError for what is not TOML."""
     return "stage" in read_toml(path)
+
+
+def pipeline_at(path: Path, out: Path | None = None, seed: int | None = None) -> tuple[PipelineFile, Path]:
+    """The pipeline and the folder that it runs in: `out`, else the file's, else runs/NAME. Raises UserError."""
+    file = read_pipeline(path)
+    out = out or file.out or Path("runs") / file.name
+    return read_pipeline(path, out, seed), out
 
 
 def read_pipeline(path: Path, out: Path | None = None, seed: int | None = None) -> PipelineFile:
@@ -116,9 +124,26 @@ def _stage(
                 known = ", ".join(models) or "none"
                 raise UserError(f"{where}: {link} = {before!r} is no stage before it ({known}); correct it")
             overrides.append(f"{target}={models[before]}")
+    overrides += _mixed(where, fields.pop(MIX, []), models)
     inner = "student/model" if recipe_kind(file) == "distill" else "model"
     models[name] = folder / name / inner
     return Stage(where, fields, recipe=file, name=name, overrides=overrides)
+
+
+def _mixed(where: str, given: Any, models: dict[str, Path]) -> list[str]:
+    """Overrides with the samples of the distillations that are named."""
+    known = {
+        name: model.parents[1] / "samples.jsonl"
+        for name, model in models.items()
+        if model.parts[-3:-1] == (name, "student")
+    }
+    found: list[str] = []
+    for i, name in enumerate(given if isinstance(given, list) else [given]):
+        if not isinstance(name, str) or name not in known:
+            distillations = ", ".join(known) or "none"
+            raise UserError(f"{where}: mix = {name!r} is no distillation before it ({distillations}); correct it")
+        found.append(f"mix.{i}.path={known[name]}")
+    return found
 
 
 def recipe_kind(path: Path) -> str:
