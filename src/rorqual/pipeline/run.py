@@ -146,14 +146,11 @@ def _read_state(out: Path, stages: list[StageRun], resume: bool) -> dict[str, An
         raise UserError(f"{out} already holds stage {begun[0].name}; continue with --resume or choose another --out")
     done = read_object(out / STATE)
     for name, entry in done.items():
-        if (
-            not isinstance(entry, dict)
-            or not isinstance(entry.get("recipe"), str)
-            or not is_finite(entry.get("seconds"))
-        ):
+        known = entry if isinstance(entry, dict) else {}
+        if not isinstance(known.get("recipe"), str) or not is_finite(known.get("seconds")):
             raise UserError(
-                f"{out / STATE} is damaged (stage {name} lacks its recipe or seconds); restore it, or choose another "
-                "--out"
+                f"{out / STATE} is damaged (stage {name} lacks its recipe or seconds); delete it, then continue "
+                "with --resume"
             )
     for stage in stages:
         if stage.name in done and done[stage.name]["recipe"] != stage.text:
