@@ -172,8 +172,7 @@ def kept(folder: Path, name: str, make: Callable[[], dict[str, Any]]) -> dict[st
     """What `make` returns, read where an earlier benchmark in the folder has ended with it."""
     path = folder / f"{name}.json"
     if not path.exists():
-        for begun in folder.glob(name):
-            shutil.rmtree(begun)
+        shutil.rmtree(folder / name, ignore_errors=True)  # a run that had not ended
         found = make()
         path.write_text(json.dumps(found) + "\n")
         print(f"{name}: pass@1 {found['pass_at_1']:.3f}", file=sys.stderr, flush=True)

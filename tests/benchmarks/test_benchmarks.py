@@ -212,6 +212,20 @@ def test_quick_run_on_nodes_with_and_without_namespaces(environment):
 
 
 @pytest.mark.slow
+def test_a_student_is_taught_and_tuned_for_as_long(tmp_path):
+    """All branches run, and what has ended is not run again."""
+    words = ("student", "--seconds", "1", "--folder", tmp_path)
+    figures = quick(*words)["figures"]
+    taught, alone = figures["runs"][:2]
+    assert (taught["branch"], alone["branch"]) == ("distillation", "RL alone")
+    assert taught["samples"] > 0
+    assert alone["training"] >= taught["training"] + taught["sampling"]
+    assert set(figures["before"]["tasks"]) == {"chain_sum", "simple_equations", "leg_counting"}
+    assert len(figures["differences"]["RL alone"]["seeds"]) == 1
+    assert quick(*words)["figures"] == figures
+
+
+@pytest.mark.slow
 def test_a_short_run_of_fp8_losses():
     figures = quick("fp8_loss")["figures"]
     for format in ("control", "fp8", "fp8-tensor", "mxfp8"):
