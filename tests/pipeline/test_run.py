@@ -20,8 +20,13 @@ from rorqual.model import ModelConfig, Transformer
 from rorqual.pipeline import evaluation, run_pipeline
 from rorqual.pipeline import run as pipeline_run
 from rorqual.pipeline.evaluation import EvaluateSection, Evaluations
-from rorqual.recipe import TokenizerSection
+from rorqual.plan.cost import parameters
+from rorqual.plan.pipeline_file import pipeline_at
+from rorqual.recipe import DistillRecipe, TokenizerSection, load_recipe
 from rorqual.rl import distillation
+from rorqual.train.build_model import model_config
+
+RECIPES = Path(__file__).parents[2] / "recipes"
 
 SUMS = """
 [[environments]]
@@ -323,3 +328,18 @@ def test_a_fault_is_told_before_anything_starts(file, tmp_path, old, new, senten
     with pytest.raises(UserError, match=sentence):
         run_pipeline(file)
     assert not (tmp_path / "runs").exists()
+
+
+def test_the_student_of_the_recipe_is_small_and_knows_its_stages():
+    file, out = pipeline_at(RECIPES / "r1-smollm2.toml", Path("there"))
+    last = file.stages[-1]
+    recipe = load_recipe(last.recipe, DistillRecipe, last.overrides)
+    total, active = parameters(model_config(recipe.model, vocab_size=49152, length=recipe.sequence_length))
+    assert total == 28_926_464  # as the recipe's comments say
+    assert round(active / 1e6, 1) == 17.2
+    assert recipe.teacher == str(out / "all-rl" / "model")
+    mixed = [str(out / name / "samples.jsonl") for name in ("cold-start", "rejection-sampling")]
+    assert [section.path for section in recipe.mix] == mixed
+    before = load_recipe(RECIPES / "r1-smollm2" / "rejection-sampling.toml", DistillRecipe)
+    assert recipe.environments == before.environments
+    assert recipe.filter == before.filter
