@@ -8,7 +8,8 @@ as long as the training alone. pass@1 is on held-out problems of three families,
 difference of the two is paired by seed, with Student's t over the seeds.
 
 --teacher: a model's directory, whose tokenizer the student then has; by default solutions that the program writes
-(rl/worked). --folder keeps the runs; an interrupted benchmark goes on there with the runs that had not ended.
+(rl/worked). --start: seconds for the common start; where it answers nothing right, RL alone has no reward to learn
+from, so give it longer. --folder keeps the runs; an interrupted benchmark goes on there with those that had not ended.
 """
 
 import json
@@ -59,7 +60,7 @@ FAMILIES = (
 SEEDS = 3
 SPECIAL = ["<think>", "</think>", "<answer>", "</answer>"]
 LENGTH = 384  # tokens of a sequence in training
-TIMES, TEMPORARY = "600, or 60 with --quick", "a temporary one"
+TIMES, AS_LONG, TEMPORARY = "600, or 60 with --quick", "as long", "a temporary one"
 SAMPLED = 0.02  # of the training's time: less of it for sampling makes no difference
 DISTILLED, TUNED, SHORTER = "distillation", "RL alone", "RL alone, as long as the training"
 FAST = {"name": "muon", "lr": 2e-3, "muon_lr": 4e-3, "weight_decay": 0.01}
@@ -139,7 +140,7 @@ class Comparison:
         return found.tasks
 
     def _common(self, name: str, seed: int, seconds: float) -> dict[str, Any]:
-        train = {"seconds": seconds, "batch_size": 16, "save_every": 1000, "eval_every": 1000}
+        train = {"seconds": seconds, "batch_size": 6, "save_every": 1000, "eval_every": 1000}
         return {"name": name, "out": str(self.folder), "seed": seed, "device": "cpu", "train": train}
 
     def _going_on(self, name: str, seed: int, seconds: float, start: Path) -> dict[str, Any]:
@@ -181,7 +182,11 @@ def kept(folder: Path, name: str, make: Callable[[], dict[str, Any]]) -> dict[st
 
 def compared(folder: Path, teacher: str, seconds: float, start_seconds: float, seeds: int, quick: bool) -> list[Any]:
     """[the start, the runs]."""
-    this = Comparison(folder, teacher, seconds, quick)
+    this, asked = Comparison(folder, teacher, seconds, quick), folder / "settings.json"
+    settings = {"teacher": teacher, "seconds": seconds, "start_seconds": start_seconds, "quick": quick}
+    if asked.exists() and json.loads(asked.read_text()) != settings:
+        raise UserError(f"--folder {folder}: holds runs of other settings ({asked.read_text()}); name another")
+    asked.write_text(json.dumps(settings))
 
     def first() -> dict[str, Any]:
         for begun in ("pretrain", "start"):
@@ -206,23 +211,29 @@ def compared(folder: Path, teacher: str, seconds: float, start_seconds: float, s
     return [before, runs]
 
 
+def number(given: str, option: str, default: str, value: float) -> float:
+    """Of an option; `value` where it is as by `default`. Raises UserError."""
+    try:
+        return value if given == default else float(given)
+    except ValueError:
+        raise UserError(f"{option} {given}: must be a number of seconds") from None
+
+
 def main() -> None:
-    args = arguments(__doc__, threads="0 (all)", teacher=WORKED_SOLUTIONS, seconds=TIMES, folder=TEMPORARY)
+    args = arguments(
+        __doc__, threads="0 (all)", teacher=WORKED_SOLUTIONS, seconds=TIMES, start=AS_LONG, folder=TEMPORARY
+    )
     if args.threads.isdecimal():
         torch.set_num_threads(int(args.threads))
     if args.teacher != WORKED_SOLUTIONS and not Path(args.teacher).is_dir():
         raise UserError(f"--teacher {args.teacher}: is no directory; give a model's")
-    seconds = 60.0 if args.quick else 600.0
-    if args.seconds != TIMES:
-        try:
-            seconds = float(args.seconds)
-        except ValueError:
-            raise UserError(f"--seconds {args.seconds}: must be a number") from None
+    seconds = number(args.seconds, "--seconds", TIMES, 60.0 if args.quick else 600.0)
+    start_seconds = number(args.start, "--start", AS_LONG, seconds)
     seeds = 1 if args.quick else SEEDS
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary if args.folder == TEMPORARY else args.folder)
         folder.mkdir(parents=True, exist_ok=True)
-        before, runs = compared(folder, args.teacher, seconds, seconds, seeds, args.quick)
+        before, runs = compared(folder, args.teacher, seconds, start_seconds, seeds, args.quick)
     branches = list(dict.fromkeys(run["branch"] for run in runs))
     by_branch = {branch: [run for run in runs if run["branch"] == branch] for branch in branches}
     families = list(before["tasks"])
