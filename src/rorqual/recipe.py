@@ -172,30 +172,30 @@ WORKED_SOLUTIONS = "worked-solutions"  # a teacher: solutions that rl/worked wri
 class SupervisedRecipe(FineTuningRecipe):
     """Fields of recipes that learn from samples; the model may start from random weights."""
 
-    tokenizer: ExistingTokenizer = ExistingTokenizer()
+    tokenizer: ExistingTokenizer | None = None
 
     @property
     def tokenizer_path(self) -> str:
         """The directory with the model's tokenizer."""
-        path = self.model.path or self.tokenizer.path
-        assert path is not None  # by the check below
-        return path
+        if self.model.path is not None:
+            return self.model.path
+        assert self.tokenizer is not None  # by the check below
+        return self.tokenizer.path
 
     @model_validator(mode="after")
     def _one_tokenizer(self) -> Self:
-        if self.model.path is not None and self.tokenizer.path is not None:
+        if self.model.path is not None and self.tokenizer is not None:
             raise ValueError(
                 f"tokenizer.path = {self.tokenizer.path!r} with model.path: the model has its own; leave it out"
             )
-        if self.model.path is None and self.tokenizer.path is None:
+        if self.model.path is None and self.tokenizer is None:
             taught = getattr(self, "teacher", WORKED_SOLUTIONS)
             if taught == WORKED_SOLUTIONS:
                 raise ValueError(
                     "tokenizer.path is missing: with model.config there is no model to take a tokenizer from; set it "
                     "to a model's directory"
                 )
-            # The teacher's.
-            self.tokenizer = ExistingTokenizer(path=taught)
+            self.tokenizer = ExistingTokenizer(path=taught)  # the teacher's
         return self
 
 

@@ -81,7 +81,7 @@ class TokenizerSection(Section):
 class ExistingTokenizer(Section):
     """Of a model that starts from random weights; one that goes on has its own."""
 
-    path: LocalPath | None = None
+    path: LocalPath  # a directory with it, such as a model's
 
 
 class Source(Section):

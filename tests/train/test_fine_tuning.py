@@ -173,7 +173,7 @@ def test_fine_tuning_from_random_weights(chat_recipe, tmp_path, monkeypatch):
     ("changes", "sentence"),
     [
         (
-            {"tokenizer": {}},
+            {"tokenizer": None},
             r"tokenizer\.path is missing: with model\.config there is no model to take a tokenizer from",
         ),
         ({"model": {"path": "base"}}, r"tokenizer\.path = '.*base' with model\.path: the model has its own"),

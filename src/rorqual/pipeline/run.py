@@ -127,11 +127,12 @@ def _check(stages: list[StageRun]) -> None:
 
 def _find_students(stages: list[StageRun]) -> None:
     """Marks the stages that go on neither with the pipeline's first model nor with what a stage has made of it."""
-    line = {stages[0].recipe.model.path, str(stages[0].model)}
-    for stage in stages[1:]:
-        stage.student = stage.recipe.model.path is None or stage.recipe.model.path not in line
+    starts = [None if stage.recipe.model.path is None else Path(stage.recipe.model.path) for stage in stages]
+    line = {starts[0], stages[0].model}
+    for stage, start in zip(stages[1:], starts[1:], strict=True):
+        stage.student = start is None or start not in line
         if not stage.student:
-            line.add(str(stage.model))
+            line.add(stage.model)
 
 
 def _made(folder: Path) -> Path:

@@ -51,7 +51,7 @@ def files_of(recipe: Recipe) -> list[Path]:
         models.append(recipe.tokenizer.path)
         data = [source.path for source in recipe.data.sources]
     elif isinstance(recipe, SFTRecipe):
-        models.append(recipe.tokenizer.path)
+        models += [] if recipe.tokenizer is None else [recipe.tokenizer.path]
         data = [recipe.data.path]
     elif isinstance(recipe, RLRecipe | DistillRecipe):
         data = [section.path for section in recipe.environments if section.path is not None]
