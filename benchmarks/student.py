@@ -44,7 +44,7 @@ from rorqual.recipe import (
 )
 from rorqual.rl.distillation import distill
 from rorqual.rl.envs.registry import open_environment
-from rorqual.rl.prompts import problem_text
+from rorqual.rl.prompts import Template, problem_text
 from rorqual.rl.rl_run import rl
 from rorqual.speedrun.level import MODEL
 from rorqual.train.training_run import pretrain, sft
@@ -73,7 +73,7 @@ class Comparison:
     def __init__(self, folder: Path, teacher: str, seconds: float, quick: bool) -> None:
         self.folder, self.teacher, self.seconds, self.quick = folder, teacher, seconds, quick
         self.written = teacher == WORKED_SOLUTIONS
-        self.template = "plain" if self.written else "chat"
+        self.template: Template = "plain" if self.written else "chat"
         self.max_tokens = 64 if quick else 256
         self.environments = [open_environment(section) for section in FAMILIES]
         self.sections = [section.model_dump(exclude_none=True) for section in FAMILIES]
@@ -242,18 +242,18 @@ def main() -> None:
         cells = [_cell(run["tasks"][family]) for family in families]
         times = [f"{run.get('sampling', 0):.0f}", f"{run['training']:.0f}"]
         rows.append([f"{run['branch']}, seed {run['seed']}", *times, *cells, f"{run['pass_at_1']:.3f}"])
-    taught = [run["pass_at_1"] for run in by_branch[DISTILLED]]
     figures: dict[str, Any] = {"before": before, "runs": runs, "teacher": args.teacher, "differences": {}}
     ratios: dict[str, float] = {}
     differences: list[list[Any]] = []
     for branch in branches[1:]:
-        alone = [run["pass_at_1"] for run in by_branch[branch]]
-        found = interval([a - b for a, b in zip(taught, alone, strict=False)])
+        of_seed = {run["seed"]: run["pass_at_1"] for run in by_branch[branch]}
+        taught = [run["pass_at_1"] for run in by_branch[DISTILLED] if run["seed"] in of_seed]
+        alone = list(of_seed.values())
+        found = interval([a - b for a, b in zip(taught, alone, strict=True)])
         figures["differences"][branch] = found
         if any(alone):
             ratios[f"pass-at-1/{branch}"] = statistics.mean(taught) / statistics.mean(alone)
-        low, high = found["interval"] or (None, None)
-        ends = "–" if low is None else f"[{100 * low:+.1f}, {100 * high:+.1f}]"
+        ends = "[{:+.1f}, {:+.1f}]".format(*(100 * end for end in found["interval"])) if found["interval"] else "–"
         gains = [100 * (statistics.mean(x) - before["pass_at_1"]) for x in (taught, alone)]
         differences.append([branch, *(f"{gain:+.1f}" for gain in gains), f"{100 * found['mean']:+.1f}", ends])
     report(
