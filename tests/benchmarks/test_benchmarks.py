@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -219,7 +220,8 @@ def test_a_student_is_taught_and_tuned_for_as_long(tmp_path):
     taught, alone = figures["runs"][:2]
     assert (taught["branch"], alone["branch"]) == ("distillation", "RL alone")
     assert taught["samples"] > 0
-    assert alone["training"] >= taught["training"] + taught["sampling"]
+    asked = tomllib.loads((tmp_path / "rl-0" / "recipe.toml").read_text())["seconds"]
+    assert asked == pytest.approx(taught["training"] + taught["sampling"])
     assert set(figures["before"]["tasks"]) == {"chain_sum", "simple_equations", "leg_counting"}
     assert len(figures["differences"]["RL alone"]["seeds"]) == 1
     assert quick(*words)["figures"] == figures
