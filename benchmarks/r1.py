@@ -21,7 +21,7 @@ from common import arguments, program, report
 from rorqual.errors import UserError
 from rorqual.evals.stats import interval, paired_difference
 from rorqual.pipeline.run import run_pipeline
-from rorqual.plan.pipeline_file import recipe_kind
+from rorqual.plan.pipeline_file import MIX, recipe_kind
 from rorqual.train.run_folder import to_toml
 
 START = "start"
@@ -51,7 +51,13 @@ class Halves:
             stage["name"]: str(folder / "common" / stage["name"] / ("student/model" if kind == "distill" else "model"))
             for stage, kind in zip(stages[:first], kinds, strict=False)
         }
-        rest = [{key: models.get(value, value) for key, value in stage.items()} for stage in stages[first:]]
+        rest = [
+            {key: models.get(value, value) for key, value in stage.items() if key != MIX} for stage in stages[first:]
+        ]
+        for stage, own in zip(stages[first:], rest, strict=True):
+            if MIX in stage:
+                samples = {name: str(folder / "common" / name / "samples.jsonl") for name in models}
+                own[MIX] = [samples.get(name, name) for name in stage[MIX]]
         folder.mkdir(parents=True, exist_ok=True)
         evaluate: dict[str, Any] = raw["evaluate"]
         for name, own, section in (

@@ -251,6 +251,27 @@ def rl_bias(found: dict[str, Any]) -> list[list[str]]:
     return [table(columns, rows)]
 
 
+def student(found: dict[str, Any]) -> list[list[str]]:
+    def cells(run: dict[str, Any]) -> list[str]:
+        shares = [(task["pass_at_1"], *task["interval"]) for task in run["tasks"].values()]
+        return [*(f"{x:.3f} [{low:.3f}, {high:.3f}]" for x, low, high in shares), f"{run['pass_at_1']:.3f}"]
+
+    rows = [["start", DASH, DASH, *cells(found["before"])]]
+    for run in found["runs"]:
+        times = [f"{run.get('sampling', 0):.0f}", f"{run['training']:.0f}"]
+        rows.append([f"{run['branch']}, seed {run['seed']}", *times, *cells(run)])
+    columns = ["", "sampling, s", "training, s", *found["before"]["tasks"], "mean"]
+    differences = [
+        [f"distillation over {branch}", f"{100 * x['mean']:+.1f}",
+         "[{:+.1f}, {:+.1f}]".format(*(100 * end for end in x["interval"])) if x["interval"] else DASH]
+        for branch, x in found["differences"].items()
+    ]  # fmt: skip
+    return [
+        [f"Teacher: {found['teacher']}.", "", *table(columns, rows)],
+        table(["difference", "points", "95 %, over seeds"], differences),
+    ]
+
+
 def quantize(found: dict[str, Any]) -> list[list[str]]:
     parts = []
     for model, rows in found["models"].items():
@@ -353,6 +374,7 @@ FIGURES = {
         moments,
         fp8_rollouts,
         rl_bias,
+        student,
         kv_drift,
         quantize,
         dispatch,

@@ -25,7 +25,7 @@ CLASSES = {
 }
 
 UNCOMPARED = (  # without a peer
-    "fp8_loss", "fp8_memory", "fp8_rollouts", "kv_drift", "planner_memory", "revision", "rl_bias",
+    "fp8_loss", "fp8_memory", "fp8_rollouts", "kv_drift", "planner_memory", "revision", "rl_bias", "student",
 )  # fmt: skip
 
 # Benchmark → what it compares.
@@ -103,6 +103,11 @@ BENCHMARKS = {
         "GRPO from the speedrun's pre-trained mixture of experts with its balancing bias frozen, live (V3's speed), "
         "and frozen beside V3's sequence loss: pass@1 on 200 held-out problems of each environment, reward, and "
         "MaxVio, the busiest expert's load over the mean less one."
+    ),
+    "student": (
+        "A student's network of 17 M parameters (latent attention, 20 experts) from a common start, which has read "
+        "English and answers without reasoning: distillation from worked solutions or a model, sampling counted, "
+        "against GRPO alone for as long. pass@1 with 95 % intervals on 200 held-out problems of each family."
     ),
     "kv_drift": (
         "What a KV cache in 8 bits costs in accuracy: SmolLM2-135M-Instruct (grouped-query attention) and a small "

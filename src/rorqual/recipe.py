@@ -33,6 +33,7 @@ from rorqual.sections import (
     Count,
     DataSection,
     DeviceName,
+    ExistingTokenizer,
     FineTuningOptimizer,
     FineTuningSchedule,
     Length,
@@ -147,7 +148,7 @@ class PretrainRecipe(Recipe):
 
 
 class FineTuningRecipe(Recipe):
-    """Fields of recipes that start from a trained model."""
+    """Fields of recipes that tune a model."""
 
     lora: LoRASection | None = None  # None: all weights are trained
 
@@ -163,6 +164,7 @@ class FineTuningRecipe(Recipe):
             ("train.compile", train is not None and train.compile),
             ("parallel of several processes", parallel is not None and parallel.processes > 1),
             ('optimizer.name = "muon"', optimizer.name == "muon"),
+            ("model.config", self.model.path is None),
         ):
             if given:
                 raise ValueError(f"lora with {what}: adapters are not trained so; leave one of them out")
@@ -171,7 +173,40 @@ class FineTuningRecipe(Recipe):
         return self
 
 
-class SFTRecipe(FineTuningRecipe):
+WORKED_SOLUTIONS = "worked-solutions"  # a teacher: solutions that rl/worked writes
+
+
+class SupervisedRecipe(FineTuningRecipe):
+    """Fields of recipes that learn from samples; the model may start from random weights."""
+
+    tokenizer: ExistingTokenizer | None = None
+
+    @property
+    def tokenizer_path(self) -> str:
+        """The directory with the model's tokenizer."""
+        if self.model.path is not None:
+            return self.model.path
+        assert self.tokenizer is not None  # by the check below
+        return self.tokenizer.path
+
+    @model_validator(mode="after")
+    def _one_tokenizer(self) -> Self:
+        if self.model.path is not None and self.tokenizer is not None:
+            raise ValueError(
+                f"tokenizer.path = {self.tokenizer.path!r} with model.path: the model has its own; leave it out"
+            )
+        if self.model.path is None and self.tokenizer is None:
+            taught = getattr(self, "teacher", WORKED_SOLUTIONS)
+            if taught == WORKED_SOLUTIONS:
+                raise ValueError(
+                    "tokenizer.path is missing: with model.config there is no model to take a tokenizer from; set it "
+                    "to a model's directory"
+                )
+            self.tokenizer = ExistingTokenizer(path=taught)  # the teacher's
+        return self
+
+
+class SFTRecipe(SupervisedRecipe):
     kind: Literal["sft"] = "sft"
     data: ChatDataSection
     optimizer: FineTuningOptimizer = FineTuningOptimizer()
@@ -289,10 +324,7 @@ class RLRecipe(FineTuningRecipe):
             raise ValueError("exact = true with lora: low-rank updates are not computed exactly; leave one of them out")
 
 
-WORKED_SOLUTIONS = "worked-solutions"  # a teacher: solutions that rl/worked writes
-
-
-class DistillRecipe(FineTuningRecipe):
+class DistillRecipe(SupervisedRecipe):
     """Rejection sampling from a teacher, then SFT of a student (R1 §2.3.3, §2.4)."""
 
     kind: Literal["distill"] = "distill"

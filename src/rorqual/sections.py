@@ -78,6 +78,12 @@ class TokenizerSection(Section):
     whole_numbers: int = Field(default=0, ge=0, le=1000)  # integers below this are one token each
 
 
+class ExistingTokenizer(Section):
+    """Of a model that starts from random weights; one that goes on has its own."""
+
+    path: LocalPath  # a directory with it, such as a model's
+
+
 class Source(Section):
     """One source of the mixture: a .txt, .md, .jsonl(.gz) or .parquet file, a glob, a saved dataset or a Hub name."""
 

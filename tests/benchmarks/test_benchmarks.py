@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -209,6 +210,21 @@ def test_quick_run_on_nodes_with_and_without_namespaces(environment):
     assert (plain["on_the_wire"] is None) == (not links["real"])
     assert ours["between_nodes"] < 0.4 * plain["between_nodes"]
     assert found["ratios"]["step-shaped-links/plain"] > 0
+
+
+@pytest.mark.slow
+def test_a_student_is_taught_and_tuned_for_as_long(tmp_path):
+    """All branches run, and what has ended is not run again."""
+    words = ("student", "--seconds", "1", "--folder", tmp_path)
+    figures = quick(*words)["figures"]
+    taught, alone = figures["runs"][:2]
+    assert (taught["branch"], alone["branch"]) == ("distillation", "RL alone")
+    assert taught["samples"] > 0
+    asked = tomllib.loads((tmp_path / "rl-0" / "recipe.toml").read_text())["seconds"]
+    assert asked == pytest.approx(taught["training"] + taught["sampling"])
+    assert set(figures["before"]["tasks"]) == {"chain_sum", "simple_equations", "leg_counting"}
+    assert len(figures["differences"]["RL alone"]["seeds"]) == 1
+    assert quick(*words)["figures"] == figures
 
 
 @pytest.mark.slow

@@ -1,20 +1,33 @@
 """`rorqual r1` with small recipes: a cold start, reinforcement learning, rejection sampling, evaluations."""
 
+import copy
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from helpers.scripted_teacher import GOOD, Teacher
 from rorqual.checkpoint.huggingface import save_model
+from rorqual.cli import plan_stages
+from rorqual.cli.entry import app
 from rorqual.cli.plan_stages import plan_files
 from rorqual.data.tokenizer import train_tokenizer
+from rorqual.engine import Engine
 from rorqual.errors import UserError
 from rorqual.model import ModelConfig, Transformer
+from rorqual.pipeline import evaluation, run_pipeline
 from rorqual.pipeline import run as pipeline_run
-from rorqual.pipeline import run_pipeline
-from rorqual.plan.pipeline_file import read_pipeline
-from rorqual.recipe import TokenizerSection
+from rorqual.pipeline.evaluation import EvaluateSection, Evaluations
+from rorqual.plan.cost import parameters
+from rorqual.plan.pipeline_file import pipeline_at, read_pipeline
+from rorqual.recipe import DistillRecipe, TokenizerSection, load_recipe
+from rorqual.rl import distillation
+from rorqual.train.build_model import model_config
+
+RECIPES = Path(__file__).parents[2] / "recipes"
 
 SUMS = """
 [[environments]]
@@ -48,6 +61,38 @@ path = "elsewhere"
 group_size = 2
 questions_per_step = 2
 max_tokens = 8
+"""
+STUDENT = f"""
+kind = "distill"
+name = "student"
+teacher = "elsewhere"
+template = "plain"
+problems = 4
+max_tokens = 16
+sequence_length = 256
+[tokenizer]
+path = "START"
+[model.config]
+hidden_size = 32
+intermediate_size = 32
+num_hidden_layers = 2
+num_attention_heads = 2
+kv_lora_rank = 16
+qk_nope_head_dim = 8
+qk_rope_head_dim = 8
+v_head_dim = 8
+n_routed_experts = 4
+n_shared_experts = 1
+num_experts_per_tok = 2
+moe_intermediate_size = 16
+first_k_dense_replace = 1
+tie_word_embeddings = true
+{SUMS}prompt = "{{expression}}"
+[[mix]]
+path = "elsewhere.jsonl"
+[train]
+steps = 2
+batch_size = 2
 """
 PIPELINE = """
 name = "tiny"
@@ -91,7 +136,7 @@ def dense(tokenizer):
 def file(tmp_path, tokenizer, dense):
     """Of the pipeline, in a folder with its recipes and the model that it begins with."""
     save_model(dense, tmp_path / "start", tokenizer)
-    for name, text in (("cold", COLD), ("tune", TUNE), ("tiny", PIPELINE)):
+    for name, text in (("cold", COLD), ("tune", TUNE), ("student", STUDENT), ("tiny", PIPELINE)):
         text = text.replace("START", str(tmp_path / "start")).replace("OUT", str(tmp_path / "runs"))
         (tmp_path / f"{name}.toml").write_text(text)
     return tmp_path / "tiny.toml"
@@ -114,7 +159,7 @@ def test_a_pipeline_from_its_start_to_the_card(file, tmp_path):
     assert weights(out / "model") == weights(out / "again" / "model")
     card = (out / "model" / "README.md").read_text()
     assert "| cold | rejection sampling, then fine-tuning | 12 of 12 completions of worked-solutions |" in card
-    assert "| gain, paired by problem | " in card
+    assert "| again over start, paired by problem | " in card
     page = (out / "report.html").read_text()
     assert page.index("<h2>Cold") < page.index("<h2>Again")
 
@@ -192,6 +237,113 @@ def test_reward_models_alone_are_no_pipeline(tmp_path):
         run_pipeline(tmp_path / "only.toml")
 
 
+WITH_STUDENT = """
+[[stage]]
+recipe = "student.toml"
+teacher = "again"
+mix = ["cold"]
+[evaluate]
+"""
+
+
+@pytest.fixture
+def with_student(file, tokenizer, monkeypatch):
+    """The pipeline with a student at its end, whose teacher answers as a script says."""
+    file.write_text(file.read_text().replace("[evaluate]", WITH_STUDENT))
+    asked = []
+
+    def teacher(path, device):
+        asked.append(path)
+        return Teacher(tokenizer, [GOOD])
+
+    monkeypatch.setattr(distillation, "Engine", teacher)
+    return file, asked
+
+
+def test_a_student_stands_beside_the_tuned_model(with_student, tmp_path, capsys):
+    file, asked = with_student
+    out = run_pipeline(file)
+    assert asked == [str(out / "again" / "model")]  # in place of "elsewhere"
+    assert json.loads((out / "student" / "sampling.json").read_text())["mixed in"] == 12  # the cold start's
+    assert weights(out / "model") == weights(out / "again" / "model")
+    assert weights(out / "student" / "student" / "model") != weights(out / "model")
+    summary = json.loads((out / "summary.json").read_text())
+    assert [stage.get("student", False) for stage in summary["stages"]] == [False, False, False, True]
+    assert set(summary["gains"]) == {"cold", "again", "student"}
+    assert f"student is a student: its model is {out}/student/student/model" in summary["notes"]
+    card = (out / "model" / "README.md").read_text()
+    assert "The model of stage student is not this one but a student beside it, of random weights at its start" in card
+    assert f"`{out}/student/student/model`" in card
+    rows = [line.split(" | ")[0] for line in card.splitlines() if "paired" in line]
+    assert rows == [
+        f"| {pair}, paired by problem" for pair in ("again over start", "student over start", "student over again")
+    ]
+    printed = capsys.readouterr().out
+    assert "student over start" in printed
+    engine = Engine(out / "student" / "student" / "model")
+    assert engine.model.config.model_type == "deepseek_v3"
+
+
+def test_an_evaluation_is_kept_for_the_model_it_is_of(tmp_path, tokenizer, dense, monkeypatch):
+    """Neither a copy of the model nor another place makes it another model; other weights or another template do."""
+    section = EvaluateSection(tasks="chain_sum", problems=2, samples=1, template="plain", max_tokens=4)
+    evaluations = Evaluations(tmp_path / "evaluations", section)
+    evaluated = []
+    evaluate = evaluation.evaluate
+    monkeypatch.setattr(evaluation, "evaluate", lambda *a, **k: evaluated.append(1) or evaluate(*a, **k))
+    save_model(dense, tmp_path / "start", tokenizer)
+    first = evaluations.of("start", tmp_path / "start")
+    shutil.copytree(tmp_path / "start", tmp_path / "moved")
+    assert evaluations.of("start", tmp_path / "moved") == first
+    assert len(evaluated) == 1
+    (tmp_path / "moved" / "chat_template.jinja").write_text("another")
+    evaluations.of("start", tmp_path / "moved")
+    assert len(evaluated) == 2
+    other = copy.deepcopy(dense)
+    other.head_weight.data.mul_(0.5)
+    save_model(other, tmp_path / "moved", tokenizer)
+    evaluations.of("start", tmp_path / "moved")
+    assert len(evaluated) == 3
+    (tmp_path / "evaluations" / "start.json").write_text(
+        (tmp_path / "evaluations" / "start.json").read_text().replace("by_difficulty", "by_level")
+    )
+    with pytest.raises(UserError, match=r"start\.json is damaged \('by_difficulty'\); delete it"):
+        evaluations.of("start", tmp_path / "moved")
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("{", r"pipeline\.json is damaged"),
+        ("[]", r"pipeline\.json is damaged \(no object\)"),
+        ('{"cold": {"recipe": "x"}}', r"pipeline\.json is damaged \(stage cold lacks its recipe or seconds\)"),
+        ('{"cold": 3}', r"pipeline\.json is damaged \(stage cold lacks its recipe or seconds\)"),
+    ],
+)
+def test_a_damaged_state_is_told(file, tmp_path, text, sentence):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "pipeline.json").write_text(text)
+    with pytest.raises(UserError, match=sentence):
+        run_pipeline(file, resume=True)
+
+
+def test_a_dry_run_honours_out_and_seed(with_student, tmp_path, monkeypatch):
+    """All stages are planned where and as they would run; nothing is written."""
+    file, _ = with_student
+    file.write_text(file.read_text().replace(f'out = "{tmp_path}/runs"\n', ""))
+    planned = []
+    load = plan_stages.load_recipe
+    monkeypatch.setattr(plan_stages, "load_recipe", lambda *a: planned.append(load(*a)) or planned[-1])
+    result = CliRunner().invoke(app, ["r1", str(file), "--dry-run", "--out", str(tmp_path / "there"), "--seed", "7"])
+    assert result.exit_code == 0, result.output
+    assert [recipe.seed for recipe in planned] == [7, 7, 7]
+    assert [recipe.run_dir for recipe in planned] == [
+        tmp_path / "there" / name for name in ("cold", "again", "student")
+    ]
+    assert planned[2].mix[0].path == str(tmp_path / "there" / "cold" / "samples.jsonl")
+    assert not (tmp_path / "there").exists()
+
+
 @pytest.mark.parametrize(
     ("old", "new", "sentence"),
     [
@@ -201,6 +353,11 @@ def test_reward_models_alone_are_no_pipeline(tmp_path):
             'model = "cold"',
             'modle = "cold"',
             r"tiny\.toml: stage 2: field modle is unknown; known are recipe, name, model",
+        ),
+        (
+            'model = "cold"',
+            'mix = ["again"]',
+            r"tiny\.toml: stage 2: mix = 'again' is no distillation before it \(cold\)",
         ),
         ("[[stage]]", "[stages]", r"tiny\.toml has no \[\[stage\]\], so it is no pipeline's file"),
         ("problems = 3", "problems = 0", r"tiny\.toml: evaluate\.problems: input should be greater than"),
@@ -218,3 +375,18 @@ def test_a_fault_is_told_before_anything_starts(file, tmp_path, old, new, senten
     with pytest.raises(UserError, match=sentence):
         run_pipeline(file)
     assert not (tmp_path / "runs").exists()
+
+
+def test_the_student_of_the_recipe_is_small_and_knows_its_stages():
+    file, out = pipeline_at(RECIPES / "r1-smollm2.toml", Path("there"))
+    last = file.stages[-1]
+    recipe = load_recipe(last.recipe, DistillRecipe, last.overrides)
+    total, active = parameters(model_config(recipe.model, vocab_size=49152, length=recipe.sequence_length))
+    assert total == 28_926_464  # as the recipe's comments say
+    assert round(active / 1e6, 1) == 17.2
+    assert recipe.teacher == str(out / "all-rl" / "model")
+    mixed = [str(out / name / "samples.jsonl") for name in ("cold-start", "rejection-sampling")]
+    assert [section.path for section in recipe.mix] == mixed
+    before = load_recipe(RECIPES / "r1-smollm2" / "rejection-sampling.toml", DistillRecipe)
+    assert recipe.environments == before.environments
+    assert recipe.filter == before.filter

@@ -7,7 +7,7 @@ from rorqual.plan.chips import find_chip
 from rorqual.plan.inference import Instance
 from rorqual.plan.known_models import find_model
 from rorqual.plan.published_runs import calibration
-from rorqual.plan.sampling_plan import Sampling, plan_distillation, plan_sampling
+from rorqual.plan.sampling_plan import Sampling, plan_distillation, plan_sampling, trained_for
 from rorqual.plan.training_plan import Question
 
 MODEL, CHIP = find_model("qwen2.5-1.5b"), find_chip("h100")
@@ -49,6 +49,17 @@ def test_a_distillation_is_sampling_and_training():
     assert sum(plan.parts.values()) == pytest.approx(plan.seconds.value)
     assert plan.seconds.value > sampled.seconds.value
     assert plan.kind == "distill"
+
+
+def test_a_student_trained_by_the_clock():
+    student = Question(MODEL, CHIP, 1.0, 1, 1024)
+    plan = plan_distillation(sampling(chips=1), student, keep=2, correct=0.5, epochs=3)
+    timed = trained_for(plan, 60.0)
+    sampled = plan.parts["sampling"]
+    assert timed.seconds.value == pytest.approx(sampled + 60) == pytest.approx(sum(timed.parts.values()))
+    assert timed.tokens / plan.tokens == pytest.approx(60 / (plan.seconds.value - sampled))
+    assert timed.seconds.low == pytest.approx(sampled * plan.seconds.low / plan.seconds.value + 60)
+    assert "the student is trained for 60 s" in timed.assumptions
 
 
 def test_too_large_is_said():

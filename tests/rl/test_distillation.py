@@ -13,6 +13,7 @@ from rorqual.errors import UserError
 from rorqual.recipe import DistillRecipe, EnvironmentSection, parse_recipe
 from rorqual.rl import distillation, rejection_sampling
 from rorqual.rl.distillation import distill
+from rorqual.train.trainer import Trainer
 
 
 def distill_recipe(tmp_path, **changes):
@@ -133,7 +134,7 @@ def test_distill_checks_the_student_and_the_questions_first(tokenizer, dense, tm
     }  # fmt: skip
     cases = (
         ({"sequence_length": 513}, r"sequence_length = 513: the model's context holds 512"),
-        ({"model": {"config": {}}}, r"model.path is missing"),
+        ({"model": {"config": {"n_layers": 2}}}, r"unused.*does not exist"),
         ({}, r"mine\.jsonl, line 41: the prompt has \d+ tokens and leaves no space for max_tokens = 64"),
         ({"max_tokens": 512}, r"max_tokens = 512 leaves no space for a prompt"),
     )
@@ -141,6 +142,66 @@ def test_distill_checks_the_student_and_the_questions_first(tokenizer, dense, tm
         with pytest.raises(UserError, match=message):
             distill(parse_recipe(raw | change | {"name": f"taught-{number}"}, DistillRecipe))
         assert teacher.asked == []
+
+
+RANDOM = {
+    "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "n_routed_experts": 4, "n_shared_experts": 1,
+    "num_experts_per_tok": 2, "moe_intermediate_size": 16, "first_k_dense_replace": 1, "tie_word_embeddings": True,
+}  # fmt: skip
+CHAT = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant><think>{% endif %}"
+)
+
+
+def test_a_student_from_random_weights_takes_the_teachers_tokenizer(tokenizer, dense, tmp_path, monkeypatch):
+    """Its release ends and chats as the teacher does; a student stopped in training ends the same bit for bit."""
+    save_model(dense, tmp_path / "teacher", tokenizer)
+    (tmp_path / "teacher" / "chat_template.jinja").write_text(CHAT)
+    teacher = Teacher(tokenizer, [GOOD, LONG])
+    monkeypatch.setattr(distillation, "Engine", lambda path, device: teacher)
+    scratch = {
+        "model": {"config": RANDOM}, "teacher": str(tmp_path / "teacher"), "problems": 8,
+        "train": {"steps": 20, "batch_size": 4, "save_every": 5},
+    }  # fmt: skip
+    run_dir = distill(distill_recipe(tmp_path, **scratch))
+    engine = Engine(run_dir)
+    assert engine.model.config.model_type == "deepseek_v3"
+    assert engine.model.config.vocab_size == len(tokenizer)
+    assert engine.end_tokens == (tokenizer.eos_token_id,)
+    said = engine.tokenizer.apply_chat_template([{"role": "user", "content": "1+2"}], tokenize=False)
+    assert said == "<user>1+2"
+    losses = [json.loads(line)["loss"] for line in (run_dir / "student/metrics.jsonl").read_text().splitlines()]
+    assert losses[-1] < 0.7 * losses[0]
+
+    step = Trainer.step
+
+    def stop_at_eight(self, batches, progress):
+        if self.steps == 8:
+            raise RuntimeError("stopped here")
+        return step(self, batches, progress)
+
+    monkeypatch.setattr(Trainer, "step", stop_at_eight)
+    with pytest.raises(RuntimeError, match="stopped here"):
+        distill(distill_recipe(tmp_path, **scratch, name="again"))
+    monkeypatch.setattr(Trainer, "step", step)
+    again = distill(distill_recipe(tmp_path, **scratch, name="again"), resume=True)
+    whole, resumed = ((folder / "student/model/model.safetensors").read_bytes() for folder in (run_dir, again))
+    assert whole == resumed
+
+
+def test_worked_solutions_give_no_tokenizer(tokenizer, dense, tmp_path, monkeypatch):
+    save_model(dense, tmp_path / "start", tokenizer)
+    monkeypatch.setattr(distillation, "sft", lambda recipe, resume: None)
+    with pytest.raises(UserError, match=r"tokenizer\.path is missing: with model\.config there is no model to take"):
+        worked_recipe(tmp_path, model={"config": RANDOM})
+    recipe = worked_recipe(tmp_path, model={"config": RANDOM}, tokenizer={"path": str(tmp_path / "start")}, problems=4)
+    assert len((distill(recipe) / "samples.jsonl").read_text().splitlines()) > 0
+    wrong = {"config": RANDOM | {"vocab_size": 9}}
+    with pytest.raises(UserError, match=r"model\.config\.vocab_size = 9: the tokenizer has"):
+        distill(worked_recipe(tmp_path, model=wrong, tokenizer={"path": str(tmp_path / "start")}, name="small"))
+    assert not (tmp_path / "small").exists()
 
 
 def worked_recipe(tmp_path, **changes):
@@ -208,7 +269,7 @@ def test_worked_solutions_of_a_python_environment_call_its_tools(tokenizer, dens
     with pytest.raises(UserError, match=r"environment calculator with template = 'plain': students learn"):
         distill(worked_recipe(tmp_path, environments=[section]))
     monkeypatch.setattr(tokenizer, "chat_template", WITH_TOOLS)
-    monkeypatch.setattr(distillation, "tokenizer_of", lambda model: tokenizer)
+    monkeypatch.setattr(distillation, "tokenizer_at", lambda path: tokenizer)
     run_dir = distill(worked_recipe(tmp_path, environments=[section], template="chat", problems=3, keep_per_problem=1))
     rows = [json.loads(line) for line in (run_dir / "samples.jsonl").read_text().splitlines()]
     assert len(rows) == 3

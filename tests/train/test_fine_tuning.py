@@ -113,11 +113,83 @@ def test_the_tokenizer_must_fit_the_model(chat_recipe, tmp_path):
         sft(chat_recipe())
 
 
-def test_fine_tuning_needs_a_trained_model(chat_recipe):
-    recipe = chat_recipe()
-    recipe.model.path, recipe.model.config = None, {"hidden_size": 8}
-    with pytest.raises(UserError, match=r"model.path is missing"):
-        sft(recipe)
+SMALL = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "kv_lora_rank": 8,
+    "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8, "n_routed_experts": 4, "n_shared_experts": 1,
+    "num_experts_per_tok": 2, "moe_intermediate_size": 16, "first_k_dense_replace": 1, "tie_word_embeddings": True,
+    "num_nextn_predict_layers": 1,
+}  # fmt: skip
+
+
+def from_scratch(recipe, **changes):
+    raw = recipe.model_dump() | {"model": {"config": SMALL}, "tokenizer": {"path": recipe.model.path}} | changes
+    return parse_recipe(raw, SFTRecipe)
+
+
+def test_fine_tuning_from_random_weights(chat_recipe, tmp_path, monkeypatch):
+    """With another model's tokenizer, template and end tokens; a stopped run ends the same."""
+    base = tmp_path / "base"
+    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 0], "temperature": 0.3}))
+    (base / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    recipe = from_scratch(chat_recipe(steps=12, save_every=5))
+    plan = dry_run(recipe.model_copy(deep=True))
+    assert not recipe.run_dir.exists()
+    run_dir = sft(recipe)
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["loss"] < 0.5 * lines[0]["loss"]
+    engine = Engine(run_dir)
+    assert (
+        sum(p.numel() for p in load_model(run_dir / "model").parameters())
+        == plan["parameters_total"] + plan["parameters_mtp"]
+    )
+    assert engine.end_tokens == (0, 7)
+    assert "temperature" not in json.loads((run_dir / "model" / "generation_config.json").read_text())
+    conversation = [{"role": "user", "content": "say yes"}]
+    text = engine.tokenizer.apply_chat_template(conversation, tokenize=False)
+    assert text == "say yes"
+    assert "from random weights" in (run_dir / "model" / "README.md").read_text()
+
+    step = Trainer.step
+
+    def stop_at_eight(self, batches, progress):
+        if self.steps == 8:
+            raise RuntimeError("stopped here")
+        return step(self, batches, progress)
+
+    again = from_scratch(chat_recipe(steps=12, save_every=5), name="again")
+    monkeypatch.setattr(Trainer, "step", stop_at_eight)
+    with pytest.raises(RuntimeError, match="stopped here"):
+        sft(again)
+    monkeypatch.setattr(Trainer, "step", step)
+    sft(from_scratch(chat_recipe(steps=12, save_every=5), name="again"), resume=True)
+    whole, resumed = ((folder / "model" / "model.safetensors").read_bytes() for folder in (run_dir, again.run_dir))
+    assert whole == resumed
+    (base / "chat_template.jinja").write_text("another")
+    with pytest.raises(UserError, match=r"chat_template\.jinja has changed since"):
+        sft(from_scratch(chat_recipe(steps=12, save_every=5), name="again"), resume=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (
+            {"tokenizer": None},
+            r"tokenizer\.path is missing: with model\.config there is no model to take a tokenizer from",
+        ),
+        ({"model": {"path": "base"}}, r"tokenizer\.path = '.*base' with model\.path: the model has its own"),
+        ({"lora": {}}, r"lora with model\.config: adapters are not trained so"),
+        ({"tokenizer": {"path": "nowhere"}}, r"nowhere.* does not exist"),
+        (
+            {"model": {"config": SMALL | {"vocab_size": 9}}},
+            r"model\.config\.vocab_size = 9: the tokenizer has 262 tokens",
+        ),
+        ({"model": {"config": {"n_layers": 2}}}, r"field model\.config\.n_layers is unknown"),
+    ],
+)
+def test_random_weights_are_refused_with_a_sentence(chat_recipe, changes, sentence):
+    for run in (dry_run, sft):
+        with pytest.raises(UserError, match=sentence):
+            run(from_scratch(chat_recipe(), **changes))
 
 
 def test_dry_run_of_sft(chat_recipe):

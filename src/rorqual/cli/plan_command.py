@@ -150,12 +150,16 @@ def plan(
         print(page)
 
 
-def show_plan(pipeline: Path) -> None:
-    """Print the tables of a pipeline's file. Raises UserError."""
+def show_plan(words: list[str], out: Path | None = None, seed: int | None = None) -> None:
+    """Print the tables of a pipeline's file, run in `out` with `seed`, or of a recipe with its overrides.
+
+    Raises UserError.
+    """
+    from rorqual.cli.plan_stages import plan_files
     from rorqual.plan.plan_text import pipeline_tables, tables
     from rorqual.plan.stage import StagePlan
 
-    found = _planned([str(pipeline)], None, {}, None, None)
+    found = plan_files(words, {}, None, out=out, seed=seed)
     _show(tables(found) if isinstance(found, StagePlan) else pipeline_tables(found))
 
 

@@ -22,6 +22,7 @@ from rorqual.plan.plan_stage import plan_stage
 from rorqual.plan.recipe_request import check_length_known, recipe_layout, recipe_request
 from rorqual.plan.request import parse_request
 from rorqual.plan.reward_here import pair_sizes, predict_reward, sampling_seconds
+from rorqual.plan.sampling_plan import trained_for
 from rorqual.plan.stage import StagePlan
 from rorqual.plan.this_machine import predicted_here, rl_predicted_here
 from rorqual.recipe import (
@@ -35,14 +36,17 @@ from rorqual.recipe import (
     SFTRecipe,
     load_recipe,
 )
-from rorqual.train.build_model import tokenizer_of, trained_path
+from rorqual.train.build_model import model_config, tokenizer_at, tokenizer_of, trained_path
 from rorqual.train.dry_run import recipe_config
 
 
 def plan_files(
-    words: list[str], given: Mapping[str, Any], more_chips: Path | None, rehearse: int | None = None
-) -> StagePlan | PipelinePlan:
+    words: list[str], given: Mapping[str, Any], more_chips: Path | None, rehearse: int | None = None,
+    out: Path | None = None, seed: int | None = None,
+) -> StagePlan | PipelinePlan:  # fmt: skip
     """Of recipes, each with overrides, and pipelines' files; rehearse: steps of each recipe to run before.
+
+    out, seed: of a pipeline's stages, instead of the file's and the recipes'.
 
     Raises UserError.
     """
@@ -52,7 +56,7 @@ def plan_files(
         if is_pipeline(path):
             if overrides:
                 raise UserError(f"{overrides[0]}: overrides are for recipes; change {path}, or plan its recipes")
-            found = read_pipeline(path)
+            found = read_pipeline(path, out, seed)
             names.append(found.name)
             for stage in found.stages:
                 pipeline.add(stage)
@@ -130,18 +134,21 @@ class _Pipeline:
         layout = None
         if isinstance(recipe, PretrainRecipe | SFTRecipe):
             layout = recipe_layout(recipe, find_chip(gpu, self.more_chips).per_node)
-        return plan_stage(request, config, self.more_chips, layout, self.written)
+        plan = plan_stage(request, config, self.more_chips, layout, self.written)
+        seconds = recipe.train.seconds if isinstance(recipe, DistillRecipe) else None
+        return plan if seconds is None else trained_for(plan, seconds)
 
     def _worked(
         self, recipe: DistillRecipe, config: ModelConfig, fields: dict[str, Any], gpu: str, stage: Stage
     ) -> StagePlan:
         """Solutions are written in seconds, so that fine-tuning is all of it."""
-        from rorqual.rl.distillation import student_recipe, worked_tokens
+        from rorqual.rl.distillation import student_recipe
+        from rorqual.rl.worked_samples import worked_tokens
 
         student = student_recipe(recipe, recipe.run_dir, recipe.run_dir / "samples.jsonl")
         student.name = recipe.name
         samples = recipe.problems * recipe.keep_per_problem
-        tokens = samples * worked_tokens(recipe, tokenizer_of(recipe.model))
+        tokens = samples * worked_tokens(recipe, tokenizer_at(recipe.tokenizer_path))
         if gpu.lower() == "cpu":
             rows = math.ceil(tokens / recipe.sequence_length)
             return predicted_here(student, config, predict(config, student, rows), fields.get("price"))
@@ -213,8 +220,13 @@ class _Pipeline:
         path = recipe.model.path
         if path is not None and Path(path) in self.written:
             return self.written[Path(path)]
-        if isinstance(recipe, PretrainRecipe | SFTRecipe):
+        if isinstance(recipe, PretrainRecipe):
             return recipe_config(recipe)
+        if isinstance(recipe, SFTRecipe | DistillRecipe) and path is None:
+            source, data = recipe.tokenizer_path, recipe if isinstance(recipe, DistillRecipe) else recipe.data
+            before = self.written.get(Path(source))
+            size = before.vocab_size if before is not None else len(tokenizer_at(source))
+            return model_config(recipe.model, size, length=data.sequence_length)
         return ModelConfig.load(trained_path(recipe.model))
 
 

@@ -167,8 +167,15 @@ def _print_precision(recipe: "Recipe", config: "ModelConfig") -> None:
         print("\n".join(described(config, recipe.precision)))
 
 
-def distill(recipe: RecipeFile, overrides: Overrides = None, resume: Resume = False) -> None:
+def distill(
+    recipe: RecipeFile, overrides: Overrides = None, resume: Resume = False, dry_run: DryRun = False
+) -> None:  # fmt: skip
     """Distill: sample a teacher, keep the best answers (rejection sampling), fine-tune a student on them."""
+    if dry_run:
+        from rorqual.cli.plan_command import show_plan
+
+        show_plan([str(recipe), *(overrides or [])])
+        return
     from rorqual.recipe import DistillRecipe, load_recipe
     from rorqual.rl.distillation import distill as run
 
@@ -231,8 +238,10 @@ def r1(
     """Run the stages of a pipeline, such as R1's, with an evaluation after each."""
     if dry_run:
         from rorqual.cli.plan_command import show_plan
+        from rorqual.plan.pipeline_file import pipeline_at
 
-        show_plan(expand_path(pipeline))
+        file = expand_path(pipeline)
+        show_plan([str(file)], pipeline_at(file, out and expand_path(out), seed)[1], seed)
         return
     from rorqual.pipeline import run_pipeline
 

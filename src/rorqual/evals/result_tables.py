@@ -50,9 +50,9 @@ def audit_tables(audits: Mapping[str, Audit]) -> list[Table]:
     return [share, drawn] if drawn.row_count else [share]
 
 
-def gains_table(gains: Mapping[str, Gain]) -> Table:
-    """The result of `compare`."""
-    out = Table(caption="points of pass@1, paired by problem; 95 % intervals")
+def gains_table(gains: Mapping[str, Gain], title: str | None = None) -> Table:
+    """The result of `compare`; title: what is compared."""
+    out = Table(title=title, caption="points of pass@1, paired by problem; 95 % intervals")
     out.add_column("task")
     out.add_column("gain", justify="right")
     for name, found in gains.items():

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from rorqual.errors import UserError
 from rorqual.evals.results import TaskResult, compare
@@ -26,6 +26,7 @@ class Stage(Protocol):
     recipe: Recipe
     seconds: float
     tasks: dict[str, TaskResult]
+    student: bool
 
     @property
     def model(self) -> Path: ...
@@ -35,11 +36,20 @@ class Stage(Protocol):
     def families(self) -> Counts: ...
 
 
+StageT = TypeVar("StageT", bound=Stage)
+
+
+def tuned(stages: Sequence[StageT]) -> StageT:
+    """The last stage that is no student and no reward model: its model is the pipeline's."""
+    return [stage for stage in stages if not stage.student and stage.kind != "reward"][-1]
+
+
 def card(name: str, stages: Sequence[Stage], before: Mapping[str, TaskResult]) -> str:
     """In Markdown, with Hugging Face's front matter. before: results of the model that the pipeline began with."""
     start = stages[0].recipe.model.path or "random weights"
     rows = "\n".join(f"| {stage.name} | {KINDS[stage.kind]} | {_data(stage)} | {_cost(stage)} |" for stage in stages)
     total = sum(stage.seconds for stage in stages)
+    beside = "".join(_student(stage) for stage in stages if stage.student)
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -53,8 +63,14 @@ evaluations.
 | stage | what | data | cost |
 |---|---|---|---|
 {rows}
-
+{beside}
 {_figures(stages, before)}"""
+
+
+def _student(stage: Stage) -> str:
+    start = stage.recipe.model.path
+    of = f"made from `{start}`" if start else "of random weights at its start"
+    return f"\nThe model of stage {stage.name} is not this one but a student beside it, {of}: `{stage.model}`.\n"
 
 
 def _data(stage: Stage) -> str:
@@ -91,13 +107,17 @@ def _figures(stages: Sequence[Stage], before: Mapping[str, TaskResult]) -> str:
     rows = [("start", before)] if before else []
     rows += [(stage.name, stage.tasks) for stage in evaluated]
     lines = [f"| {name} | " + " | ".join(_cell(tasks.get(task)) for task in names) + " |" for name, tasks in rows]
-    if before:
-        gains = compare(before, evaluated[-1].tasks)
+    last = tuned(stages)
+    students = [stage for stage in evaluated if stage.student]
+    pairs = [(found.name, found.tasks, "start", before) for found in (last, *students) if before]
+    pairs += [(found.name, found.tasks, last.name, last.tasks) for found in students]
+    for this, tasks, other, others in pairs:
+        gains = compare(others, tasks)
         cells = [
             f"{100 * g.gain:+.1f} [{100 * g.interval[0]:+.1f}, {100 * g.interval[1]:+.1f}]" if g else "–"
             for g in map(gains.get, names)
         ]
-        lines.append(f"| gain, paired by problem | {' | '.join(cells)} |")
+        lines.append(f"| {this} over {other}, paired by problem | {' | '.join(cells)} |")
     settings = evaluated[-1].tasks[names[0]]
     return f"""## Accuracy
 

@@ -15,6 +15,7 @@ from rorqual.evals.tasks import Task, open_task, split_tasks
 from rorqual.files import write_text
 from rorqual.pipeline.card import read_object
 from rorqual.sections import Count, LocalPath, Section, Share, Size, Temperature
+from rorqual.train.input_fingerprints import digest, files_of_model
 
 START = "start"  # the name of the model that the pipeline begins with
 
@@ -54,20 +55,29 @@ class Evaluations:
         self.tasks: list[Task] = [open_task(task) for task in split_tasks(section.tasks)]
 
     def of(self, name: str, model: Path) -> dict[str, TaskResult]:
-        """By task; read where they were found before with the same settings."""
+        """By task; read where they were found before with the same settings and the same model."""
         path, settings = self.folder / f"{name}.json", self.section.model_dump()
+        files = {file.name: digest(file) for file in sorted(files_of_model(model))}
         found = read_object(path)
-        if found.get("settings") == settings:
-            return {task: _result(raw) for task, raw in found["tasks"].items()}
+        if found.get("settings") == settings and found.get("model") == files:
+            return _results(path, found)
         given = self.section
         result = evaluate(
             Engine(model), self.tasks, given.samples, given.problems, seed=given.seed, template=given.template,
             temperature=given.temperature, top_p=given.top_p, max_tokens=given.max_tokens,
         )  # fmt: skip
-        kept = {"settings": settings, **result.to_dict()}
+        kept = {"settings": settings, "model": files, **result.to_dict()}
         self.folder.mkdir(parents=True, exist_ok=True)
         write_text(path, strict_json.dumps(kept, indent=1) + "\n", then="then continue with --resume")
-        return {task: _result(raw) for task, raw in read_object(path)["tasks"].items()}
+        return _results(path, read_object(path))
+
+
+def _results(path: Path, found: dict[str, Any]) -> dict[str, TaskResult]:
+    """By task. Raises UserError for a damaged file."""
+    try:
+        return {task: _result(raw) for task, raw in found["tasks"].items()}
+    except (KeyError, TypeError, AttributeError) as e:
+        raise UserError(f"{path} is damaged ({e}); delete it, then continue with --resume") from e
 
 
 def _result(raw: dict[str, Any]) -> TaskResult:

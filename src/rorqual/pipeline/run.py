@@ -16,9 +16,9 @@ from rorqual.errors import UserError
 from rorqual.evals.result_tables import gains_table
 from rorqual.evals.results import TaskResult, compare
 from rorqual.files import locked, write_text
-from rorqual.pipeline.card import card, read_object
+from rorqual.pipeline.card import card, read_object, tuned
 from rorqual.pipeline.evaluation import START, Evaluations, read_section
-from rorqual.plan.pipeline_file import COMMON, LINKS, read_pipeline, recipe_kind
+from rorqual.plan.pipeline_file import COMMON, LINKS, MIX, pipeline_at, recipe_kind
 from rorqual.recipe import DistillRecipe, Recipe, RLRecipe, load_recipe
 from rorqual.report import write_report
 from rorqual.rl.distillation import COUNTS, described, distill
@@ -26,6 +26,7 @@ from rorqual.rl.envs.registry import open_environment
 from rorqual.rl.rejection_sampling import Counts
 from rorqual.rl.reward_training import reward
 from rorqual.rl.rl_run import rl
+from rorqual.strict_json import is_finite
 from rorqual.train.reward_run import described as accuracy
 from rorqual.train.reward_run import read_result
 from rorqual.train.run_folder import to_toml
@@ -48,6 +49,7 @@ class StageRun:
     text: str  # of the recipe, before a run has chosen what it leaves open; compared when a pipeline goes on
     seconds: float = 0.0  # over all resumptions, of SAMPLING kinds since the last; evaluations are apart
     tasks: dict[str, TaskResult] = field(default_factory=dict[str, TaskResult])
+    student: bool = False  # whether its model is another than the one that the pipeline began with
 
     @property
     def folder(self) -> Path:
@@ -75,15 +77,13 @@ def run_pipeline(path: Path, out: Path | None = None, seed: int | None = None, r
     was stopped goes on from its last checkpoint. Every recipe and environment is checked before the first stage.
     Raises UserError for what the user can fix, Stopped after SIGINT or SIGTERM.
     """
-    file = read_pipeline(path)
-    out = out or file.out or Path("runs") / file.name
-    file = read_pipeline(path, out, seed)
+    file, out = pipeline_at(path, out, seed)
     stages: list[StageRun] = []
     for stage in file.stages:
         if stage.recipe is None:
             raise UserError(f"{stage.where}: it has no recipe, so it can be planned only; give it one")
         if unknown := sorted(stage.fields.keys() - set(COMMON)):
-            known = f"recipe, name, {', '.join(LINKS)}; and for plans {', '.join(COMMON)}"
+            known = f"recipe, name, {', '.join(LINKS)}, {MIX}; and for plans {', '.join(COMMON)}"
             raise UserError(f"{stage.where}: field {unknown[0]} is unknown; known are {known}")
         kind = recipe_kind(stage.recipe)
         recipe = load_recipe(stage.recipe, kind, stage.overrides)
@@ -93,6 +93,7 @@ def run_pipeline(path: Path, out: Path | None = None, seed: int | None = None, r
         text = to_toml(recipe.model_dump(exclude={"out", "track", "device"}))
         stages.append(StageRun(stage.name, kind, recipe, text))
     _check(stages)
+    _find_students(stages)
     section = read_section(path, file.evaluate)
     console = Console(highlight=False)
     with locked(_made(out) / ".lock", f"{out}: another process runs a pipeline in it"):
@@ -115,7 +116,7 @@ def run_pipeline(path: Path, out: Path | None = None, seed: int | None = None, r
             if evaluations is not None and stage.kind != "reward":  # which is no language model
                 stage.tasks = evaluations.of(stage.name, stage.model)
                 if before:
-                    console.print(gains_table(compare(before, stage.tasks)))
+                    console.print(gains_table(compare(before, stage.tasks), f"{stage.name} over {START}"))
         _finish(out, file.name, stages, before)
     return out
 
@@ -132,6 +133,16 @@ def _check(stages: list[StageRun]) -> None:
                 open_environment(section)
 
 
+def _find_students(stages: list[StageRun]) -> None:
+    """Marks the stages that go on neither with the pipeline's first model nor with what a stage has made of it."""
+    starts = [None if stage.recipe.model.path is None else Path(stage.recipe.model.path) for stage in stages]
+    line = {starts[0], stages[0].model}
+    for stage, start in zip(stages[1:], starts[1:], strict=True):
+        stage.student = stage.kind != "reward" and (start is None or start not in line)
+        if not stage.student:
+            line.add(stage.model)
+
+
 def _made(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -143,6 +154,13 @@ def _read_state(out: Path, stages: list[StageRun], resume: bool) -> dict[str, An
     if begun and not resume:
         raise UserError(f"{out} already holds stage {begun[0].name}; continue with --resume or choose another --out")
     done = read_object(out / STATE)
+    for name, entry in done.items():
+        known = entry if isinstance(entry, dict) else {}
+        if not isinstance(known.get("recipe"), str) or not is_finite(known.get("seconds")):
+            raise UserError(
+                f"{out / STATE} is damaged (stage {name} lacks its recipe or seconds); delete it, then continue "
+                "with --resume"
+            )
     for stage in stages:
         if stage.name in done and done[stage.name]["recipe"] != stage.text:
             raise UserError(
@@ -165,6 +183,7 @@ def _finish(out: Path, name: str, stages: list[StageRun], before: dict[str, Task
         {
             "name": stage.name,
             "seconds": stage.seconds,
+            "student": stage.student,
             "tasks": {task: found.to_dict() for task, found in stage.tasks.items()},
         }
         for stage in stages
@@ -186,7 +205,7 @@ def _finish(out: Path, name: str, stages: list[StageRun], before: dict[str, Task
     if (out / "model").exists():
         shutil.rmtree(out / "model")
     with new_directory(out / "model", "saved") as temporary:
-        for item in next(stage for stage in reversed(stages) if stage.kind != "reward").model.iterdir():
+        for item in tuned(stages).model.iterdir():
             if item.is_file() and item.name != "README.md":
                 shutil.copy2(item, temporary / item.name)
         (temporary / "README.md").write_text(text, encoding="utf-8")
@@ -195,6 +214,7 @@ def _finish(out: Path, name: str, stages: list[StageRun], before: dict[str, Task
 
 
 def _notes(stages: list[StageRun]) -> list[str]:
-    """What distillations kept, and why they left out the rest; how accurate reward models are."""
+    """What distillations kept, and why they left out the rest; how accurate reward models are; which are students."""
     kept = [f"{stage.name}, {line}" for stage in stages for line in described(stage.families)]
-    return kept + [f"{stage.name}: {accuracy(read_result(stage.folder))}" for stage in stages if stage.kind == "reward"]
+    kept += [f"{stage.name}: {accuracy(read_result(stage.folder))}" for stage in stages if stage.kind == "reward"]
+    return kept + [f"{stage.name} is a student: its model is {stage.model}" for stage in stages if stage.student]

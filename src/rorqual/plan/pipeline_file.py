@@ -11,7 +11,7 @@ recipe = "pretrain-tiny.toml"      # relative to this file
 name = "reasoning"                 # the run's; left out: the recipe's
 recipe = "rl-tiny.toml"
 model = "pretrain-tiny"            # what it goes on with: a stage before, or a model's directory, with a / in it;
-                                   # so teacher, reward_model
+                                   # so teacher, reward_model, and mix = [...]
 
 [[stage]]
 for = "rl"
@@ -34,6 +34,7 @@ from rorqual.local_paths import local_path
 COMMON = ("gpu", "gpus", "price")
 # Fields of a stage that name a stage before it, and the recipe's fields that then become its model's directory.
 LINKS = {"model": "model.path", "teacher": "teacher", "reward_model": "reward.model.path"}
+MIX = "mix"  # so does this, a list of distillations, whose samples become the paths of [[mix]]
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,13 @@ class PipelineFile:
 def is_pipeline(path: Path) -> bool:
     """Whether a TOML file has stages, and so is no recipe. Raises UserError for what is not TOML."""
     return "stage" in read_toml(path)
+
+
+def pipeline_at(path: Path, out: Path | None = None, seed: int | None = None) -> tuple[PipelineFile, Path]:
+    """The pipeline and the folder that it runs in: `out`, else the file's, else runs/NAME. Raises UserError."""
+    file = read_pipeline(path)
+    out = out or file.out or Path("runs") / file.name
+    return read_pipeline(path, out, seed), out
 
 
 def read_pipeline(path: Path, out: Path | None = None, seed: int | None = None) -> PipelineFile:
@@ -120,9 +128,29 @@ def _stage(
                     "a / in it; correct it"
                 )
             overrides.append(f"{target}={models.get(before, before)}")
+    overrides += _mixed(where, fields.pop(MIX, []), models)
     inner = "student/model" if recipe_kind(file) == "distill" else "model"
     models[name] = folder / name / inner
     return Stage(where, fields, recipe=file, name=name, overrides=overrides)
+
+
+def _mixed(where: str, given: Any, models: dict[str, Path]) -> list[str]:
+    """Overrides with the samples of the distillations that are named, and files."""
+    known = {
+        name: model.parents[1] / "samples.jsonl"
+        for name, model in models.items()
+        if model.parts[-3:-1] == (name, "student")
+    }
+    found: list[str] = []
+    for i, name in enumerate(given if isinstance(given, list) else [given]):
+        if not isinstance(name, str) or (name not in known and "/" not in name):
+            distillations = ", ".join(known) or "none"
+            raise UserError(
+                f"{where}: mix = {name!r} is no distillation before it ({distillations}), nor a file, which has a / in "
+                "it; correct it"
+            )
+        found.append(f"mix.{i}.path={known.get(name, name)}")
+    return found
 
 
 def recipe_kind(path: Path) -> str:

@@ -102,6 +102,22 @@ def plan_distillation(teacher: Sampling, student: Question, keep: int, correct: 
     )
 
 
+def trained_for(plan: StagePlan, seconds: float) -> StagePlan:
+    """A distillation's plan where the student is trained by the clock, for so many seconds."""
+    sampled = plan.parts["sampling"]
+    factor = seconds / (sum(plan.parts.values()) - sampled)
+    ends = {name: sampled * value / plan.seconds.value + seconds for name, value in vars(plan.seconds).items()}
+    figures = {name: value * factor if name == "steps" else value for name, value in plan.figures.items()}
+    return replace(
+        plan,
+        tokens=plan.tokens * factor,
+        seconds=Estimate(**ends),
+        parts={name: value if name == "sampling" else value * factor for name, value in plan.parts.items()},
+        assumptions=(plan.assumptions[0], f"the student is trained for {seconds:g} s", *plan.assumptions[2:]),
+        figures=figures,
+    )
+
+
 def _engine(asked: Sampling, calibrated: Calibration) -> Instance:
     most, tokens = asked.chips or MOST_CHIPS, asked.prompt + asked.limit
     found = smallest_instance(asked.config, asked.chip, most, asked.weights, calibrated.utilisation, tokens)

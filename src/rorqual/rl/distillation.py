@@ -10,7 +10,6 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from random import Random
-from statistics import fmean
 from typing import Any, TextIO
 
 import torch
@@ -24,14 +23,11 @@ from rorqual.model.model_directory import is_gguf, model_directory
 from rorqual.precision.packed_checkpoint import is_quantized
 from rorqual.recipe import WORKED_SOLUTIONS, ChatDataSection, DistillRecipe, MixSection, SFTRecipe
 from rorqual.rl.context_limits import check_context
-from rorqual.rl.envs.registry import Environment, Problem, PythonEnvironment, open_environment
-from rorqual.rl.prompts import problem_text
-from rorqual.rl.rejection_sampling import BATCH, KEPT, Batch, Counts, draw_problems, rejection_sample
+from rorqual.rl.envs.registry import Environment, open_environment
+from rorqual.rl.rejection_sampling import KEPT, Batch, Counts, rejection_sample
 from rorqual.rl.rollout import derived_seed
-from rorqual.rl.sample_filter import refused
-from rorqual.rl.worked import WRITERS, write
-from rorqual.tokenizer_protocol import Tokenizer
-from rorqual.train.build_model import check_length, check_model, tokenizer_of
+from rorqual.rl.worked_samples import check_worked, worked_batches
+from rorqual.train.build_model import check_length, check_model, config_for, tokenizer_at
 from rorqual.train.run_folder import open_run
 from rorqual.train.training_run import sft
 
@@ -48,15 +44,13 @@ def distill(recipe: DistillRecipe, resume: bool = False) -> Path:
     Samples are written to samples.jsonl, the student's run to student/. Resuming keeps written samples.
     Raises UserError for what the user can fix, Stopped after SIGINT or SIGTERM.
     """
-    tokenizer_of(recipe.model)
+    tokenizer = tokenizer_at(recipe.tokenizer_path)
     check_model(recipe.model, recipe.lora)
     check_length(recipe.model, recipe, "sequence_length")
+    config_for(recipe.model, tokenizer, recipe.sequence_length)
     environments = [open_environment(section) for section in recipe.environments]
-    if recipe.teacher == WORKED_SOLUTIONS and (unknown := [e.family for e in environments if not has_worked(e)]):
-        raise UserError(
-            f"environment {unknown[0]}: there are no worked solutions of it, only of {', '.join(sorted(WRITERS))}, and "
-            "of Python environments with a method `worked`; leave it out, or take a model as the teacher"
-        )
+    if recipe.teacher == WORKED_SOLUTIONS:
+        check_worked(environments)
     if recipe.template != "chat" and (several := [e.family for e in environments if e.turns > 1]):
         raise UserError(
             f"environment {several[0]} with template = {recipe.template!r}: students learn several turns in chats; set "
@@ -82,6 +76,7 @@ def student_recipe(recipe: DistillRecipe, run_dir: Path, samples: Path) -> SFTRe
         track=recipe.track,
         device=recipe.device,
         model=recipe.model,
+        tokenizer=recipe.tokenizer,
         precision=recipe.precision,
         recompute=recipe.recompute,
         lora=recipe.lora,
@@ -91,15 +86,6 @@ def student_recipe(recipe: DistillRecipe, run_dir: Path, samples: Path) -> SFTRe
         balance=recipe.balance,
         train=recipe.train,
     )
-
-
-def worked_tokens(recipe: DistillRecipe, tokenizer: Tokenizer) -> float:
-    """Mean tokens of a sample of written solutions, prompts included, of a few problems."""
-    environments = [open_environment(section) for section in recipe.environments]
-    few = recipe.model_copy(update={"problems": 8 * len(environments)})
-    rows = [row for batch in _worked_batches(few, environments, 0, tokenizer) for row in batch.rows]
-    texts = [row["prompt"] + row["completion"] if "prompt" in row else json.dumps(row["messages"]) for row in rows]
-    return fmean(len(tokenizer(text).input_ids) for text in texts)
 
 
 def _sample(recipe: DistillRecipe, environments: Sequence[Environment], samples: Path, device: str) -> None:
@@ -154,7 +140,7 @@ def _add(counts: Counts, more: Counts) -> None:
 
 def _batches(recipe: DistillRecipe, environments: Sequence[Environment], start: int, device: str) -> Iterator[Batch]:
     if recipe.teacher == WORKED_SOLUTIONS:
-        return _worked_batches(recipe, environments, start, tokenizer_of(recipe.model))
+        return worked_batches(recipe, environments, start, tokenizer_at(recipe.tokenizer_path))
     engine = Engine(recipe.teacher, device=_teacher_device(recipe.teacher, device))
     context = engine.model.config.max_position_embeddings
     check_context(environments, recipe.template, engine.require_tokenizer(), context, recipe.max_tokens, "max_tokens")
@@ -163,56 +149,6 @@ def _batches(recipe: DistillRecipe, environments: Sequence[Environment], start: 
         engine, environments, recipe.problems, recipe.template, recipe.reward, params, recipe.keep_per_problem,
         recipe.seed, start, recipe.filter,
     )  # fmt: skip
-
-
-def _worked_batches(
-    recipe: DistillRecipe, environments: Sequence[Environment], start: int, tokenizer: Tokenizer
-) -> Iterator[Batch]:
-    """`keep_per_problem` written solutions of each problem, as the judge of rewards and the filter accept them."""
-    by_family = {environment.family: environment for environment in environments}
-    drawn = draw_problems(environments, recipe.problems, recipe.seed)
-    for first in range(start, len(drawn), BATCH):
-        batch = Batch(min(first + BATCH, len(drawn)))
-        for i, problem in enumerate(drawn[first : first + BATCH], first):
-            prompt = problem_text(problem, recipe.template, tokenizer)
-            for k in range(recipe.keep_per_problem):
-                rng = Random(derived_seed(recipe.seed, "worked", i, k))
-                row, right = _worked_row(by_family[problem.family], problem, prompt, rng, tokenizer)
-                if row is None:
-                    batch.count(problem.family, "of a form not known")
-                elif not right:
-                    batch.count(problem.family, "wrong")
-                elif why := refused(row["text"], row["length"], recipe.filter, recipe.reward.target_language):
-                    batch.count(problem.family, why)
-                else:
-                    batch.count(problem.family, KEPT)
-                    batch.rows.append({name: value for name, value in row.items() if name != "text"})
-        yield batch
-
-
-def has_worked(environment: Environment) -> bool:
-    return environment.family in WRITERS or environment.has_worked
-
-
-def _worked_row(
-    environment: Environment, problem: Problem, prompt: str, rng: Random, tokenizer: Tokenizer
-) -> tuple[dict[str, Any] | None, bool]:
-    """(a sample, with all that the model says in it as `text`; whether it is correct)."""
-    if isinstance(environment, PythonEnvironment):
-        sample = environment.worked(problem, rng)
-        if sample is None:
-            return None, False
-        text = "\n".join(m["content"] or "" for m in sample.turns if m["role"] == "assistant")
-        own: dict[str, Any] = {"messages": sample.messages, "tools": problem.tools}
-        right = environment.grade(sample)[1]
-    else:
-        worked = write(problem, rng)
-        if worked is None:
-            return None, False
-        text = worked.completion
-        own = {"prompt": prompt, "completion": text.removeprefix("<think>") if prompt.endswith("<think>") else text}
-        right = environment.correct(problem, environment.read(problem, text))
-    return own | {"family": problem.family, "length": len(tokenizer(text).input_ids), "text": text}, right
 
 
 def _mixed(section: MixSection, seed: int) -> list[dict[str, Any]]:

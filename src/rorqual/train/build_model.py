@@ -16,6 +16,7 @@ from rorqual.checkpoint.release_tensors import allocate, meta_model, own_tensors
 from rorqual.data.tokenizer import load_tokenizer
 from rorqual.errors import UserError
 from rorqual.model import ModelConfig, Transformer
+from rorqual.model.model_directory import model_directory
 from rorqual.parallel.data import is_expert
 from rorqual.recipe import (
     ChatDataSection,
@@ -92,7 +93,7 @@ def build_model(
     vocabulary is smaller than the tokenizer's.
     """
     set_seed(seed)
-    config = _config_for(section, tokenizer, length)
+    config = config_for(section, tokenizer, length)
     model = Transformer(config) if section.path is None else load_model(section.path, dtype=torch.float32)
     if lora is not None:
         add_lora(model, lora, seed)
@@ -106,7 +107,7 @@ def build_part(section: ModelSection, tokenizer: Tokenizer, seed: int, length: i
     time.
     """
     set_seed(seed)
-    config = _config_for(section, tokenizer, length)
+    config = config_for(section, tokenizer, length)
     if section.path is not None:
         release = open_release(Path(section.path))
 
@@ -144,8 +145,8 @@ def _draw(model: Transformer, config: ModelConfig, first_expert: int) -> None:
             own[name].copy_(values[first : first + len(own[name])])
 
 
-def _config_for(section: ModelSection, tokenizer: Tokenizer, length: int) -> ModelConfig:
-    """See `build_model`."""
+def config_for(section: ModelSection, tokenizer: Tokenizer, length: int) -> ModelConfig:
+    """The config of the model that `build_model` makes, without its weights. Raises UserError as it does."""
     size = len(tokenizer)
     config = model_config(section, size, tokenizer.eos_token_id, length)
     if section.path is not None and config.vocab_size < size:
@@ -167,17 +168,31 @@ def check_model(section: ModelSection, lora: LoRASection | None = None) -> None:
 def trained_path(section: ModelSection) -> str:
     """The model's directory. Raises UserError when the recipe starts from random weights."""
     if section.path is None:
-        raise UserError("model.path is missing: fine-tuning starts from a trained model's directory")
+        raise UserError("model.path is missing: reinforcement learning starts from a trained model's directory")
     return section.path
 
 
 def tokenizer_of(section: ModelSection) -> Tokenizer:
     """The tokenizer in the model's directory. Raises UserError when the recipe starts from random weights."""
-    path = trained_path(section)
+    return tokenizer_at(trained_path(section))
+
+
+def tokenizer_at(path: str) -> Tokenizer:
+    """The tokenizer in a model's directory, with an end token. Raises UserError."""
     tokenizer = load_tokenizer(path)
     if tokenizer.eos_token_id is None and (ends := read_released(path).end_tokens):
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ends[0])  # training samples end with it too
     return tokenizer
+
+
+def take_end_tokens(section: ModelSection, source: str, tokenizer: Tokenizer) -> None:
+    """Random weights end their answers as the model does whose directory, `source`, the tokenizer is from."""
+    if section.config is None or "eos_token_id" in section.config:
+        return
+    if (model_directory(source) / "config.json").is_file():
+        ends = read_released(source).end_tokens
+        ids = [i for i in dict.fromkeys([tokenizer.eos_token_id, *ends]) if i is not None and i < len(tokenizer)]
+        section.config |= {"eos_token_id": ids if len(ids) > 1 else ids[0]} if ids else {}
 
 
 def set_threads(section: TrainSection) -> None:

@@ -9,7 +9,7 @@ from rorqual.parallel.context import check_pieces
 from rorqual.parallel.mesh import ranks_per_node
 from rorqual.plan.estimate import Plan, plan_text, predict, run_text
 from rorqual.recipe import PretrainRecipe, SFTRecipe
-from rorqual.train.build_model import check_length, check_model, model_config, set_threads, tokenizer_of
+from rorqual.train.build_model import check_length, check_model, model_config, set_threads, tokenizer_at
 from rorqual.train.layout_plan import layout_text, plan_layout
 
 
@@ -42,6 +42,6 @@ def recipe_config(recipe: PretrainRecipe | SFTRecipe) -> ModelConfig:
 
 def _vocabulary(recipe: PretrainRecipe | SFTRecipe) -> int:
     if isinstance(recipe, SFTRecipe):
-        return len(tokenizer_of(recipe.model))
+        return len(tokenizer_at(recipe.tokenizer_path))
     path = recipe.tokenizer.path or recipe.model.path
     return len(load_tokenizer(path)) if path is not None else recipe.tokenizer.vocab_size

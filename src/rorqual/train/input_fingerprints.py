@@ -51,6 +51,7 @@ def files_of(recipe: Recipe) -> list[Path]:
         models.append(recipe.tokenizer.path)
         data = [source.path for source in recipe.data.sources]
     elif isinstance(recipe, SFTRecipe):
+        models += [] if recipe.tokenizer is None else [recipe.tokenizer.path]
         data = [recipe.data.path]
     elif isinstance(recipe, RewardRecipe):
         data = [path for path in (recipe.data.path, recipe.pairs and recipe.pairs.prompts) if path is not None]
@@ -64,11 +65,12 @@ def files_of(recipe: Recipe) -> list[Path]:
         if isinstance(recipe, DistillRecipe):
             models = [recipe.teacher]  # the student's own run fingerprints the student
             data += [section.path for section in recipe.mix]
-    found = {file for model in models if model is not None for file in _of_model(Path(model))}
+    found = {file for model in models if model is not None for file in files_of_model(Path(model))}
     return sorted(found | {file for path in data for file in _of_data(path)})
 
 
-def _of_model(path: Path) -> list[Path]:
+def files_of_model(path: Path) -> list[Path]:
+    """The files of a model's directory, or a .gguf file, that its answers depend on."""
     if path.is_file():
         return [path]
     return [file for pattern in MODEL_FILES for file in model_directory(path).glob(pattern) if file.is_file()]
@@ -91,11 +93,18 @@ def _describe(path: Path, before: dict[str, Any]) -> dict[str, Any]:
         times = [stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
         if before.get("stat") == times and before.get("size") == stat.st_size:
             return before
-        with path.open("rb") as file:
-            digest = file_digest(file, lambda: blake2b(digest_size=16)).hexdigest()
     except OSError as e:
         raise file_error(path, e, "read") from e
-    return {"size": stat.st_size, "blake2b": digest, "stat": times}
+    return {"size": stat.st_size, "blake2b": digest(path), "stat": times}
+
+
+def digest(path: Path) -> str:
+    """BLAKE2b of a file's content. Raises UserError."""
+    try:
+        with path.open("rb") as file:
+            return file_digest(file, lambda: blake2b(digest_size=16)).hexdigest()
+    except OSError as e:
+        raise file_error(path, e, "read") from e
 
 
 def _same(a: dict[str, Any] | None, b: dict[str, Any] | None) -> bool:

@@ -21,7 +21,8 @@ def model_card(recipe: PretrainRecipe | SFTRecipe, run: "TrainingRun") -> str:
         what = "pre-trained on text"
     else:
         sources = f"- `{recipe.data.path}`, loss on the assistant's turns"
-        what = f"fine-tuned on conversations from `{recipe.model.path}`"
+        start = f"from `{recipe.model.path}`" if recipe.model.path else "from random weights"
+        what = f"fine-tuned on conversations {start}"
     rows = {
         "architecture": config.model_type,
         "parameters": f"{total:,} in total, {active:,} active per token",

@@ -33,7 +33,7 @@ ROUNDING = "parallel.dispatch"  # but this: it may round what travels
 WORK = ("checkpoints", "samples.jsonl", "samples.partial.jsonl", "pairs.jsonl", "student", "model", "ledger.json")
 # Fields that only the student of a distillation reads. They may change until the student's own run, in student/, has
 # begun and checks them itself, so that a student that cannot start does not cost the samples.
-STUDENT_FIELDS = ("model.", "optimizer.", "schedule.", "balance.", "train.", "sequence_length")
+STUDENT_FIELDS = ("model.", "tokenizer.", "optimizer.", "schedule.", "balance.", "train.", "sequence_length")
 
 DTYPES = ("auto", *COMPUTE)
 PREPARING = "preparing data"

@@ -41,7 +41,15 @@ from rorqual.recipe import (
     TrainSection,
 )
 from rorqual.tokenizer_protocol import Tokenizer
-from rorqual.train.build_model import Fill, build_model, build_part, check_length, set_threads, tokenizer_of
+from rorqual.train.build_model import (
+    Fill,
+    build_model,
+    build_part,
+    check_length,
+    set_threads,
+    take_end_tokens,
+    tokenizer_at,
+)
 from rorqual.train.checkpoints import Checkpoints
 from rorqual.train.model_card import model_card
 from rorqual.train.ranks import RankWatch
@@ -82,7 +90,8 @@ def sft(recipe: SFTRecipe, resume: bool = False) -> Path:
     Raises UserError for what the user can fix, Stopped after SIGINT or SIGTERM.
     """
     set_threads(recipe.train)
-    tokenizer = tokenizer_of(recipe.model)
+    tokenizer = tokenizer_at(recipe.tokenizer_path)
+    take_end_tokens(recipe.model, recipe.tokenizer_path, tokenizer)
     check_length(recipe.model, recipe.data)
     check_pieces(recipe.data.sequence_length, recipe.parallel.context)
     device = find_device(recipe.device)
@@ -94,13 +103,13 @@ def sft(recipe: SFTRecipe, resume: bool = False) -> Path:
                 f"{recipe.data.sequence_length}, {samples.dropped} were dropped (no assistant token within it)",
                 file=sys.stderr,
             )
-        model, fill = _built(recipe, tokenizer, mesh)
+        model, fill = _built(recipe, tokenizer, mesh, recipe.data.sequence_length)
         run = train(recipe, run_dir, model, loader, valid, mesh, device, fill)
         return finish(recipe, run, tokenizer)
 
 
 def _built(
-    recipe: PretrainRecipe | SFTRecipe, tokenizer: Tokenizer, mesh: Mesh, length: int = 0
+    recipe: PretrainRecipe | SFTRecipe, tokenizer: Tokenizer, mesh: Mesh, length: int
 ) -> tuple[Transformer, Fill | None]:
     """The model; of several processes, its outline, and what fills each one's part."""
     if mesh.section.processes == 1:

@@ -1,0 +1,82 @@
+"""Worked solutions (rl/worked) as samples of a distillation: written, judged and filtered as a model's are."""
+
+import json
+from collections.abc import Iterator, Sequence
+from random import Random
+from statistics import fmean
+from typing import Any
+
+from rorqual.errors import UserError
+from rorqual.recipe import DistillRecipe
+from rorqual.rl.envs.registry import Environment, Problem, PythonEnvironment, open_environment
+from rorqual.rl.prompts import problem_text
+from rorqual.rl.rejection_sampling import BATCH, KEPT, Batch, draw_problems
+from rorqual.rl.rollout import derived_seed
+from rorqual.rl.sample_filter import refused
+from rorqual.rl.worked import WRITERS, write
+from rorqual.tokenizer_protocol import Tokenizer
+
+
+def check_worked(environments: Sequence[Environment]) -> None:
+    """Raises UserError for an environment without worked solutions."""
+    unknown = [e.family for e in environments if e.family not in WRITERS and not e.has_worked]
+    if unknown:
+        raise UserError(
+            f"environment {unknown[0]}: there are no worked solutions of it, only of {', '.join(sorted(WRITERS))}, and "
+            "of Python environments with a method `worked`; leave it out, or take a model as the teacher"
+        )
+
+
+def worked_tokens(recipe: DistillRecipe, tokenizer: Tokenizer) -> float:
+    """Mean tokens of a sample of written solutions, prompts included, of a few problems."""
+    environments = [open_environment(section) for section in recipe.environments]
+    few = recipe.model_copy(update={"problems": 8 * len(environments)})
+    rows = [row for batch in worked_batches(few, environments, 0, tokenizer) for row in batch.rows]
+    texts = [row["prompt"] + row["completion"] if "prompt" in row else json.dumps(row["messages"]) for row in rows]
+    return fmean(len(tokenizer(text).input_ids) for text in texts)
+
+
+def worked_batches(
+    recipe: DistillRecipe, environments: Sequence[Environment], start: int, tokenizer: Tokenizer
+) -> Iterator[Batch]:
+    """`keep_per_problem` written solutions of each problem, as the judge of rewards and the filter accept them."""
+    by_family = {environment.family: environment for environment in environments}
+    drawn = draw_problems(environments, recipe.problems, recipe.seed)
+    for first in range(start, len(drawn), BATCH):
+        batch = Batch(min(first + BATCH, len(drawn)))
+        for i, problem in enumerate(drawn[first : first + BATCH], first):
+            prompt = problem_text(problem, recipe.template, tokenizer)
+            for k in range(recipe.keep_per_problem):
+                rng = Random(derived_seed(recipe.seed, "worked", i, k))
+                row, right = _worked_row(by_family[problem.family], problem, prompt, rng, tokenizer)
+                if row is None:
+                    batch.count(problem.family, "of a form not known")
+                elif not right:
+                    batch.count(problem.family, "wrong")
+                elif why := refused(row["text"], row["length"], recipe.filter, recipe.reward.target_language):
+                    batch.count(problem.family, why)
+                else:
+                    batch.count(problem.family, KEPT)
+                    batch.rows.append({name: value for name, value in row.items() if name != "text"})
+        yield batch
+
+
+def _worked_row(
+    environment: Environment, problem: Problem, prompt: str, rng: Random, tokenizer: Tokenizer
+) -> tuple[dict[str, Any] | None, bool]:
+    """(a sample, with all that the model says in it as `text`; whether it is correct)."""
+    if isinstance(environment, PythonEnvironment):
+        sample = environment.worked(problem, rng)
+        if sample is None:
+            return None, False
+        text = "\n".join(m["content"] or "" for m in sample.turns if m["role"] == "assistant")
+        own: dict[str, Any] = {"messages": sample.messages, "tools": problem.tools}
+        right = environment.grade(sample)[1]
+    else:
+        worked = write(problem, rng)
+        if worked is None:
+            return None, False
+        text = worked.completion
+        own = {"prompt": prompt, "completion": text.removeprefix("<think>") if prompt.endswith("<think>") else text}
+        right = environment.correct(problem, environment.read(problem, text))
+    return own | {"family": problem.family, "length": len(tokenizer(text).input_ids), "text": text}, right
