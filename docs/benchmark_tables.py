@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Iterable
-from itertools import chain
 from statistics import mean, median
 from typing import Any
 
@@ -214,64 +213,6 @@ def moments(found: dict[str, Any]) -> list[list[str]]:
     return [table(["moments", "optimizer, ms", "step, ms", "bytes a parameter"], rows)]
 
 
-def fp8_rollouts(found: dict[str, Any]) -> list[list[str]]:
-    rows, by_form = [], {}
-    for run in found["runs"]:
-        by_form.setdefault(run["form"], []).append(run)
-    for form, runs in by_form.items():
-        rows.append([
-            form, f"{mean(run['before'] for run in runs):.3f}", f"{mean(run['after'] for run in runs):.3f}",
-            ", ".join(f"{run['after']:.3f}" for run in runs),
-            f"{median(run['tokens_per_second'] for run in runs):.0f}",
-        ])  # fmt: skip
-    parts = [table(["rollouts", "pass@1 before", "after", "by seed", "tokens/s"], rows)]
-    last = max(1, found["steps"] // 6)
-    names = ("mismatch_logprob", "mismatch_kl", "importance_truncated", "routers_differ")
-    values = {name: [[v for v in run[name] if v is not None] for run in by_form["fp8"]] for name in names}
-    rows = [
-        [name, *(f"{x:.2g}" for x in (mean(chain(*own)), max(chain(*own)), mean(mean(x[-last:]) for x in own)))]
-        for name, own in values.items()
-    ]
-    return [*parts, table(["mismatch", "mean", "largest", "at the end"], rows)]
-
-
-def rl_bias(found: dict[str, Any]) -> list[list[str]]:
-    by_form, last = {}, max(1, found["steps"] // 6)
-    for run in found["runs"]:
-        by_form.setdefault(run["form"], []).append(run)
-    rows = [
-        [
-            form, f"{mean(run['before'] for run in runs):.3f}", f"{mean(run['after'] for run in runs):.3f}",
-            ", ".join(f"{run['after']:.3f}" for run in runs),
-            *(f"{mean(mean(run[name][-last:]) for run in runs):.3f}" for name in ("reward", "max_vio")),
-        ]
-        for form, runs in by_form.items()
-    ]  # fmt: skip
-    columns = ["balance", "pass@1 before", "after", "by seed", "reward at the end", "MaxVio at the end"]
-    return [table(columns, rows)]
-
-
-def student(found: dict[str, Any]) -> list[list[str]]:
-    def cells(run: dict[str, Any]) -> list[str]:
-        shares = [(task["pass_at_1"], *task["interval"]) for task in run["tasks"].values()]
-        return [*(f"{x:.3f} [{low:.3f}, {high:.3f}]" for x, low, high in shares), f"{run['pass_at_1']:.3f}"]
-
-    rows = [["start", DASH, DASH, *cells(found["before"])]]
-    for run in found["runs"]:
-        times = [f"{run.get('sampling', 0):.0f}", f"{run['training']:.0f}"]
-        rows.append([f"{run['branch']}, seed {run['seed']}", *times, *cells(run)])
-    columns = ["", "sampling, s", "training, s", *found["before"]["tasks"], "mean"]
-    differences = [
-        [f"distillation over {branch}", f"{100 * x['mean']:+.1f}",
-         "[{:+.1f}, {:+.1f}]".format(*(100 * end for end in x["interval"])) if x["interval"] else DASH]
-        for branch, x in found["differences"].items()
-    ]  # fmt: skip
-    return [
-        [f"Teacher: {found['teacher']}.", "", *table(columns, rows)],
-        table(["difference", "points", "95 %, over seeds"], differences),
-    ]
-
-
 def quantize(found: dict[str, Any]) -> list[list[str]]:
     parts = []
     for model, rows in found["models"].items():
@@ -372,9 +313,6 @@ FIGURES = {
         planner_memory,
         planner_rl,
         moments,
-        fp8_rollouts,
-        rl_bias,
-        student,
         kv_drift,
         quantize,
         dispatch,

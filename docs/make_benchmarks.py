@@ -7,7 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmark_tables import DASH, FIGURES, ratios, table
+import benchmark_tables
+import rl_benchmark_tables
+from benchmark_tables import DASH, ratios, table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -24,8 +26,10 @@ CLASSES = {
     "nvidia-h200": "NVIDIA H200",
 }
 
+FIGURES = benchmark_tables.FIGURES | rl_benchmark_tables.FIGURES
 UNCOMPARED = (  # without a peer
-    "fp8_loss", "fp8_memory", "fp8_rollouts", "kv_drift", "planner_memory", "revision", "rl_bias", "student",
+    "fp8_loss", "fp8_memory", "fp8_rollouts", "kv_drift", "planner_memory", "r1", "revision", "rl_bias",
+    "student",
 )  # fmt: skip
 
 # Benchmark → what it compares.
@@ -96,8 +100,8 @@ BENCHMARKS = {
     ),
     "fp8_rollouts": (
         "GRPO from the speedrun's pre-trained model with rollouts from the weights that are trained, and from their "
-        "FP8 twin with truncated importance sampling: pass@1 on 200 held-out problems of each environment, and how far "
-        "the two policies differ."
+        "FP8 twin: with truncated importance sampling, without correction, and with sequences masked. pass@1 on 200 "
+        "held-out problems of each environment, and how far the two policies differ."
     ),
     "rl_bias": (
         "GRPO from the speedrun's pre-trained mixture of experts with its balancing bias frozen, live (V3's speed), "
@@ -108,6 +112,24 @@ BENCHMARKS = {
         "A student's network of 17 M parameters (latent attention, 20 experts) from a common start, which has read "
         "English and answers without reasoning: distillation from worked solutions or a model, sampling counted, "
         "against GRPO alone for as long. pass@1 with 95 % intervals on 200 held-out problems of each family."
+    ),
+    "exact": (
+        "GRPO in the exact mode and without it, in turns: what a step costs, and the share of tokens whose "
+        "log-probability as sampled differs in any bit from the trainer's. Then completions sampled in FP8, in 4 bits "
+        "and in BF16, against the FP32 trainer. Ratios are the default's time over the exact mode's."
+    ),
+    "mtp_rl": (
+        "Drafts of a small V3-style network's multi-token module that the network accepts, before 60 steps of GRPO and "
+        "after them, with the module trained along and without. Ratios are acceptance with over without."
+    ),
+    "rl_reward": (
+        "The reward that GRPO reaches in equal wall time on SmolLM2-135M-Instruct, against TRL's `GRPOTrainer`: sums "
+        "of two numbers of two digits, two examples in the prompt, 64 completions of up to 48 tokens a step, same reward, "
+        "sampling and optimizer. The side with less time on its clock takes the next step."
+    ),
+    "r1": (
+        "R1's pipeline on SmolLM2-135M-Instruct (`recipes/r1-smollm2.toml`): pass@1 on held-out problems after each "
+        "stage; stages from the first RL on once for each seed, intervals over problems of the means over seeds."
     ),
     "kv_drift": (
         "What a KV cache in 8 bits costs in accuracy: SmolLM2-135M-Instruct (grouped-query attention) and a small "

@@ -165,6 +165,7 @@ def quick(name, *options, **environment):
     [
         ("train", "tokens-per-second/transformers"),
         ("rl_step", "step/trl"),
+        ("rl_reward", "steps/trl"),
         ("balance", "max-vio/none"),
         ("decode", "decode-b1-int4/transformers-fp32"),  # llama.cpp, which may be missing, takes nobody along
         ("gpu --device cpu", "gpu-llama-135m-b1/transformers"),
@@ -185,7 +186,7 @@ def quick(name, *options, **environment):
 )
 def test_quick_run_gives_its_ratio(name, ratio):
     name, *options = name.split()
-    if name == "rl_step":
+    if name in ("rl_step", "rl_reward"):
         pytest.importorskip("trl", reason="TRL is in the extra [bench]")
     assert quick(name, *options)["ratios"][ratio] > 0
 
