@@ -124,8 +124,8 @@ BENCHMARKS = {
     ),
     "rl_reward": (
         "The reward that GRPO reaches in equal wall time on SmolLM2-135M-Instruct, against TRL's `GRPOTrainer`: sums "
-        "of two numbers of two digits, two examples in the prompt, 64 completions of up to 48 tokens a step, same reward, "
-        "sampling and optimizer. The side with less time on its clock takes the next step."
+        "of two numbers of two digits, two examples in the prompt, 64 completions of up to 48 tokens a step, same "
+        "reward, sampling and optimizer. The side with less time on its clock takes the next step."
     ),
     "r1": (
         "R1's pipeline on SmolLM2-135M-Instruct (`recipes/r1-smollm2.toml`): pass@1 on held-out problems after each "
