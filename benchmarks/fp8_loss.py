@@ -5,7 +5,7 @@ balance.py) and reasoning documents (the speedrun's, for countdown, sums and gra
 same weights at the start and the same batches, so losses are compared run by run. The baseline is BF16, or FP32 where
 BF16 is emulated. Training is chaotic: a run whose first weights differ from the baseline's by one part in a million
 drifts away from it as far as the noise of the data lets it. That is the control: a format has a price where its
-difference stands out of the control's.
+difference stands out of the control's. "Above both" is the difference from the mean of baseline and control.
 
 "Smoothed" is the mean of the last 200 training steps; the interval is Student's t over the seeds. Each finished run is
 kept in results/fp8_loss-CLASS/ and not run again, an interrupted one goes on from its last checkpoint; --quick trains
@@ -266,7 +266,7 @@ def main() -> None:
     figures: dict[str, Any] = {
         "baseline_dtype": fastest(), "parameters": parameters(task.config)[0], "steps": steps,
         "tokens": steps * ROWS * LENGTH, "baseline_loss": {"seeds": base, "spread": spread},
-        "relative_loss_difference": {}, "nats_difference": {}, "bits_per_byte": {},
+        "relative_loss_difference": {}, "nats_difference": {}, "nats_above_both": {}, "bits_per_byte": {},
         "gradient_cosines": runs[BASE, 0]["gradient_cosines"],
     }  # fmt: skip
     rows: list[list[Any]] = []
@@ -277,7 +277,12 @@ def main() -> None:
         figures["bits_per_byte"][name] = [run["bits_per_byte"] for run in found]
         if name != BASE:
             figures["relative_loss_difference"][name], figures["nats_difference"][name] = relative, nats
-        cells = [_signed(nats, 1), _signed(relative, 100)] if name != BASE else ["–", "–"]
+        cells = [_signed(nats, 1), "–", _signed(relative, 100)] if name != BASE else ["–", "–", "–"]
+        if name in FORMATS and CONTROL in arms:  # whose mean with the baseline is the surer zero
+            other = [smoothed(runs[CONTROL, seed], last) for seed in range(seeds)]
+            zero = [(b + c) / 2 for b, c in zip(base, other, strict=True)]
+            both = interval([smoothed(run, last) - z for run, z in zip(found, zero, strict=True)])
+            figures["nats_above_both"][name], cells[1] = both, _signed(both, 1)
         rows.append([
             name, f"{statistics.mean(smoothed(run, last) for run in found):.4f}", *cells,
             f"{statistics.mean(figures['bits_per_byte'][name]):.4f}",
@@ -288,7 +293,7 @@ def main() -> None:
         [
             (f"Loss of the last {last} of {steps} steps, {seeds} seeds (spread of the baseline: "
              + ("–" if spread is None else f"{spread:.4f}") + ")",
-             ["", "loss", "nats above", "% above", "bits per byte"], rows),
+             ["", "loss", "nats above", "above both", "% above", "bits per byte"], rows),
             ("Cosine of the gradient with the baseline's, by layer", ["", *FORMATS],
              [[layer, *(f"{cosines[name][layer]:.4f}" for name in FORMATS)] for layer in cosines[FORMATS[0]]]),
         ],

@@ -153,16 +153,17 @@ def fp8_loss(found: dict[str, Any]) -> list[list[str]]:
         return f"{factor * x['mean']:+.4f} [{factor * low:+.4f}, {factor * high:+.4f}]"
 
     nats, relative, bits = (found[key] for key in ("nats_difference", "relative_loss_difference", "bits_per_byte"))
-    rows = [["baseline", DASH, DASH, DASH, f"{mean(bits['baseline']):.4f}"]]
+    rows = [["baseline", DASH, DASH, DASH, DASH, f"{mean(bits['baseline']):.4f}"]]
     for name, x in nats.items():
         seeds = ", ".join(f"{value:+.4f}" for value in x["seeds"])
-        rows.append([name, cell(x, 1), cell(relative[name], 100), seeds, f"{mean(bits[name]):.4f}"])
+        both = cell(found["nats_above_both"][name], 1) if name in found["nats_above_both"] else DASH
+        rows.append([name, cell(x, 1), both, cell(relative[name], 100), seeds, f"{mean(bits[name]):.4f}"])
     cosines = found["gradient_cosines"]
     layers = [[layer, *(f"{cosines[name][layer]:.4f}" for name in cosines)] for layer in next(iter(cosines.values()))]
     base = found["baseline_loss"]
     first = f"baseline {mean(base['seeds']):.4f}, seeds ±{base['spread']:.4f}"
     return [
-        table([first, "nats above", "% above", "by seed", "bits per byte"], rows),
+        table([first, "nats above", "above both", "% above", "by seed", "bits per byte"], rows),
         table(["cosine of the gradient with the baseline's", *cosines], layers),
     ]
 
