@@ -1,8 +1,8 @@
 """Reinforcement learning whose rollouts are sampled in FP8, against rollouts from the weights that are trained.
 
 The speedrun's mixture of experts first learns the speedrun's reasoning documents; from there GRPO goes on for every
-seed with rollouts from the trained weights and from their FP8 twin, the latter without correction, with truncated
-importance sampling of tokens (the default) and with sequences masked. What is kept: the mismatch of every step, the
+seed with rollouts from the trained weights and from their FP8 twin, the latter with truncated importance sampling of
+tokens (the default), and with the corrections that --others names. What is kept: the mismatch of every step, the
 reward, pass@1 on held-out problems before and after, and tokens a second.
 """
 
@@ -16,28 +16,26 @@ from small_rl import NOT_KEPT, QUICK, Sizes, folder_of, pretrained, reinforce, s
 
 FP8 = {"rollout_weights": "fp8"}
 PLAIN, CORRECTED = "as trained", "fp8"
-FORMS: dict[str, dict[str, Any]] = {
-    PLAIN: {},
-    CORRECTED: FP8,
-    "fp8, no correction": FP8 | {"correction": "none"},
-    "fp8, sequence-mask": FP8 | {"correction": "sequence-mask"},
-}
+OTHERS = ("none", "sequence-mask")  # corrections that are compared with the default
 MISMATCH = ("mismatch_logprob", "mismatch_kl", "importance_truncated", "routers_differ")
 
 
 def main() -> None:
-    args = arguments(__doc__, threads="0 (all)", runs=NOT_KEPT)
+    args = arguments(__doc__, threads="0 (all)", runs=NOT_KEPT, others=", ".join(OTHERS))
     if args.threads.isdecimal():
         torch.set_num_threads(int(args.threads))
     sizes = QUICK if args.quick else Sizes()
+    others = [name for name in map(str.strip, args.others.split(",")) if name]
+    forms: dict[str, dict[str, Any]] = {PLAIN: {}, CORRECTED: FP8}
+    forms |= {f"fp8, {name}": FP8 | {"correction": name} for name in others}
     runs: list[dict[str, Any]] = []
     with folder_of(args.runs) as folder:
         start = pretrained(folder, sizes.learn)
         for seed in range(sizes.seeds):
-            for form, fields in FORMS.items():
+            for form, fields in forms.items():
                 update = () if form == PLAIN else MISMATCH
                 runs.append(reinforce(folder, start, form, seed, sizes, {"grpo": fields}, update))
-    by_form = {form: [run for run in runs if run["form"] == form] for form in FORMS}
+    by_form = {form: [run for run in runs if run["form"] == form] for form in forms}
     rows = {
         form: [*summary(own, sizes.last), statistics.median(r["tokens_per_second"] for r in own)]
         for form, own in by_form.items()
