@@ -161,7 +161,7 @@ def test_recipes_that_are_refused(made, fields, sentence):
 
 
 def test_a_start_that_is_none(made, tmp_path):
-    with pytest.raises(UserError, match=r"model.path is missing: fine-tuning starts from a trained model"):
+    with pytest.raises(UserError, match=r"model.path is missing: this recipe starts from a trained model"):
         reward(made(model={"config": {"hidden_size": 8}}))
     run_dir = reward(made("first", train={"steps": 1}))
     with pytest.raises(UserError, match=r"is a reward model .*; give a language model"):

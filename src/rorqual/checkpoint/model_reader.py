@@ -95,11 +95,11 @@ class CheckpointReader(Generic[NetworkT]):
 def open_release(path: Path, network: type[NetworkT] = Transformer) -> CheckpointReader[NetworkT]:
     """Check a directory before weights are read. Raises UserError, also where it holds another kind of network."""
     path = model_directory(path)
+    config, released, stored = read_directory(path)
     if is_reward_model(path) != issubclass(network, RewardModel):
         kinds = "a language model", "a reward model"
         found, wanted = kinds if issubclass(network, RewardModel) else kinds[::-1]
         raise UserError(f"{path} is {found} (architectures in its config.json); give {wanted}")
-    config, released, stored = read_directory(path)
     format = block_format(read_json(path / "config.json"), str(path / "config.json"))
     _check(path, _guard_shapes(config), stored, set(), format)
     model = meta_model(config, network)

@@ -168,7 +168,7 @@ def check_model(section: ModelSection, lora: LoRASection | None = None) -> None:
 def trained_path(section: ModelSection) -> str:
     """The model's directory. Raises UserError when the recipe starts from random weights."""
     if section.path is None:
-        raise UserError("model.path is missing: reinforcement learning starts from a trained model's directory")
+        raise UserError("model.path is missing: this recipe starts from a trained model; set it to one's directory")
     return section.path
 
 
