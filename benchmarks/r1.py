@@ -51,7 +51,7 @@ class Halves:
             stage["name"]: str(folder / "common" / stage["name"] / ("student/model" if kind == "distill" else "model"))
             for stage, kind in zip(stages[:first], kinds, strict=False)
         }
-        rest = [
+        rest: list[dict[str, Any]] = [
             {key: models.get(value, value) for key, value in stage.items() if key != MIX} for stage in stages[first:]
         ]
         for stage, own in zip(stages[first:], rest, strict=True):

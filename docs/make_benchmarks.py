@@ -100,8 +100,9 @@ BENCHMARKS = {
     ),
     "fp8_rollouts": (
         "GRPO from the speedrun's pre-trained model with rollouts from the weights that are trained, and from their "
-        "FP8 twin: with truncated importance sampling, without correction, and with sequences masked. pass@1 on 200 "
-        "held-out problems of each environment, and how far the two policies differ."
+        "FP8 twin with truncated importance sampling (where named, with another correction): pass@1 on 200 held-out "
+        "problems of each environment, and how far the two policies differ. Seed 0, and seed 1 as trained, ran beside "
+        "other work, which their tokens a second show."
     ),
     "rl_bias": (
         "GRPO from the speedrun's pre-trained mixture of experts with its balancing bias frozen, live (V3's speed), "
