@@ -3,11 +3,14 @@
 The stages before the first reinforcement learning of --pipeline are run once, with seed 0, and each seed goes through
 the others from there. `rorqual r1` runs them in the folder --runs: what has ended is kept, an interrupted one goes on.
 --only runs one seed and ends; two seeds can run beside each other with --threads 1. To be run from the repository's
-root. Intervals are over problems, of each problem's mean over the seeds; gains are paired by problem, with the model
-that the pipeline starts from and with the last stage before reinforcement learning.
+root; --quick takes a tiny model through three short stages. Intervals are over problems, of each problem's mean over
+the seeds; gains are paired by problem, with the model that the pipeline starts from and with the last stage before
+reinforcement learning.
 """
 
+import argparse
 import json
+import tempfile
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,14 +21,64 @@ import numpy as np
 import torch
 
 from common import arguments, program, report
+from rorqual.checkpoint.huggingface import save_model
+from rorqual.data.tokenizer import train_tokenizer
 from rorqual.errors import UserError
 from rorqual.evals.stats import interval, paired_difference
+from rorqual.model import ModelConfig, Transformer
 from rorqual.pipeline.run import run_pipeline
 from rorqual.plan.pipeline_file import MIX, recipe_kind
+from rorqual.recipe import TokenizerSection
+from rorqual.train import set_seed
 from rorqual.train.run_folder import to_toml
 
 START = "start"
 SEEDS = 3
+SUMS = """
+[[environments]]
+name = "chain_sum"
+config = { min_terms = 2, max_terms = 2, min_digits = 1, max_digits = 1 }
+"""
+QUICK = {  # files of --quick
+    "cold": 'teacher = "worked-solutions"\nproblems = 8\nsequence_length = 256\n'
+    f"{SUMS}[train]\nsteps = 1\nbatch_size = 2\n",
+    "tune": f"steps = 1\n{SUMS}[grpo]\ngroup_size = 2\nquestions_per_step = 2\nmax_tokens = 8\n",
+    "again": f"steps = 1\n{SUMS}[grpo]\ngroup_size = 2\nquestions_per_step = 2\nmax_tokens = 8\n",
+}
+QUICK_PIPELINE = """
+[[stage]]
+recipe = "cold.toml"
+[[stage]]
+recipe = "tune.toml"
+model = "cold"
+[[stage]]
+recipe = "again.toml"
+model = "tune"
+[evaluate]
+tasks = "chain_sum"
+template = "plain"
+problems = 3
+samples = 2
+max_tokens = 8
+"""
+
+
+def quick_pipeline(folder: Path) -> Path:
+    """A pipeline of short stages and the tiny model it starts from, in `folder`."""
+    tokenizer = train_tokenizer(["What is 1 + 2? <think> 3 </think>"] * 20, TokenizerSection(vocab_size=300))
+    sizes: dict[str, Any] = {
+        "model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 512,
+    }  # fmt: skip
+    config = ModelConfig(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, **sizes)
+    set_seed(0)
+    save_model(Transformer(config), folder / "start", tokenizer)
+    for name, text in QUICK.items():
+        model = to_toml({"model": {"path": str(folder / "start")}})
+        (folder / f"{name}.toml").write_text(f'name = "{name}"\ntemplate = "plain"\n{text}{model}')
+    path = folder / "quick.toml"
+    path.write_text(f'name = "quick"\n{QUICK_PIPELINE}start = "{folder / "start"}"\n')
+    return path
 
 
 @dataclass(frozen=True)
@@ -177,6 +230,13 @@ def main() -> None:
     )  # fmt: skip
     if args.threads.isdecimal():
         torch.set_num_threads(int(args.threads))
+    with tempfile.TemporaryDirectory() as folder:
+        if args.quick:
+            args.pipeline, args.runs, args.seeds = quick_pipeline(Path(folder)), Path(folder) / "runs", "1"
+        measure(args)
+
+
+def measure(args: argparse.Namespace) -> None:
     halves = Halves.of(Path(args.pipeline), Path(args.runs))
     halves.run_common()
     if args.only != "none":

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from rorqual.errors import UserError
+from rorqual.plan.pipeline_file import read_pipeline
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 KEYS = {"ratios", "figures", "failed", "machine", "versions", "commit"}
@@ -157,6 +158,27 @@ def quick(name, *options, **environment):
     found = json.loads(done.stdout.splitlines()[-1])
     assert set(found) == KEYS
     return found
+
+
+def test_the_r1_pipeline_is_cut_before_its_first_rl(module, tmp_path):
+    """Each seed goes on from the common stages' model and samples."""
+    halves = module("r1").Halves.of(FOLDER.parent / "recipes" / "r1-smollm2.toml", tmp_path)
+    assert halves.common == ["cold-start"]
+    assert halves.by_seed == ["reasoning-rl", "rejection-sampling", "reward", "all-rl", "student"]
+    rl, sampling, _, _, student = read_pipeline(tmp_path / "by-seed.toml", tmp_path / "seed-1", 1).stages
+    start = f"model.path={tmp_path}/common/cold-start/student/model"
+    assert start in rl.overrides
+    assert start in sampling.overrides
+    assert f"teacher={tmp_path}/seed-1/reasoning-rl/model" in sampling.overrides
+    assert f"mix.0.path={tmp_path}/common/cold-start/samples.jsonl" in student.overrides
+    assert f"mix.1.path={tmp_path}/seed-1/rejection-sampling/samples.jsonl" in student.overrides
+
+
+@pytest.mark.slow
+def test_the_r1_pipeline_is_measured():
+    stages = quick("r1")["figures"]["stages"]
+    assert list(stages) == ["start", "cold", "tune", "again"]
+    assert len(stages["again"]["chain_sum"]["gain_over_cold"]) == 3
 
 
 @pytest.mark.slow

@@ -1,5 +1,8 @@
 """A small model of every kind of layer, and what it trains on."""
 
+from contextlib import contextmanager
+
+import pytest
 import torch
 
 from rorqual.data.loader import Batch
@@ -48,3 +51,19 @@ def whole(ranks, key):
         parts = [rank[key][name] for rank in ranks if name in rank[key]]
         out[name] = torch.cat(parts) if ".mlp.experts." in name else parts[0]
     return out
+
+
+@contextmanager
+def stopped_after(steps):
+    """The block's run fails once it has done as many steps."""
+    step = Trainer.step
+
+    def failing(self, *arguments):
+        if self.steps == steps:
+            raise RuntimeError("stopped here")
+        return step(self, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "step", failing)
+        with pytest.raises(RuntimeError, match="stopped here"):
+            yield

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from helpers.scripted_teacher import GOOD, LONG, SECTION, WRONG, Teacher
+from helpers.training import stopped_after
 from rorqual.checkpoint.huggingface import load_model, save_model
 from rorqual.data.chat_dataset import encode_sample
 from rorqual.data.tokenizer import load_tokenizer
@@ -13,7 +14,6 @@ from rorqual.errors import UserError
 from rorqual.recipe import DistillRecipe, EnvironmentSection, parse_recipe
 from rorqual.rl import distillation, rejection_sampling
 from rorqual.rl.distillation import distill
-from rorqual.train.trainer import Trainer
 
 
 def distill_recipe(tmp_path, **changes):
@@ -175,17 +175,8 @@ def test_a_student_from_random_weights_takes_the_teachers_tokenizer(tokenizer, d
     losses = [json.loads(line)["loss"] for line in (run_dir / "student/metrics.jsonl").read_text().splitlines()]
     assert losses[-1] < 0.7 * losses[0]
 
-    step = Trainer.step
-
-    def stop_at_eight(self, batches, progress):
-        if self.steps == 8:
-            raise RuntimeError("stopped here")
-        return step(self, batches, progress)
-
-    monkeypatch.setattr(Trainer, "step", stop_at_eight)
-    with pytest.raises(RuntimeError, match="stopped here"):
+    with stopped_after(8):
         distill(distill_recipe(tmp_path, **scratch, name="again"))
-    monkeypatch.setattr(Trainer, "step", step)
     again = distill(distill_recipe(tmp_path, **scratch, name="again"), resume=True)
     whole, resumed = ((folder / "student/model/model.safetensors").read_bytes() for folder in (run_dir, again))
     assert whole == resumed

@@ -6,6 +6,7 @@ from random import Random
 import pytest
 import torch
 
+from helpers.training import stopped_after
 from rorqual.checkpoint.huggingface import load_reward_model, save_model
 from rorqual.cli.entry import main
 from rorqual.data.preference_pairs import ConversationEncoder
@@ -18,7 +19,6 @@ from rorqual.rl import written_pairs
 from rorqual.rl.reward_training import dry_run_text, reward
 from rorqual.rl.written_pairs import cut_off, pair_rows, repeated, whole_answer
 from rorqual.train.reward_run import _padding, read_result
-from rorqual.train.trainer import Trainer
 
 
 @pytest.fixture
@@ -83,20 +83,11 @@ def test_padding_is_no_end_token(dense):
     assert config.pad_token_id not in (tokenizer.eos_token_id, *dense.released.end_tokens)
 
 
-def test_a_stopped_run_ends_the_same(made, monkeypatch):
+def test_a_stopped_run_ends_the_same(made):
     whole = reward(made("a", model={"path": made().model.path, "dtype": "bfloat16"}))
-    step = Trainer.step
-
-    def stop_at_eight(self, batches, progress):
-        if self.steps == 8:
-            raise RuntimeError("stopped here")
-        return step(self, batches, progress)
-
     recipe = made("b", model={"path": made().model.path, "dtype": "bfloat16"})
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "step", stop_at_eight)
-        with pytest.raises(RuntimeError, match="stopped here"):
-            reward(recipe)
+    with stopped_after(8):
+        reward(recipe)
     with pytest.raises(UserError, match=r"already holds a run; continue it with --resume"):
         reward(recipe)
     run_dir = reward(recipe, resume=True)

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers.training import stopped_after
 from rorqual.adapters.lora import merge
 from rorqual.adapters.peft_files import read_adapter
 from rorqual.checkpoint.huggingface import load_model, save_model
@@ -15,7 +16,6 @@ from rorqual.plan.estimate import plan_text
 from rorqual.recipe import LoRASection, PretrainRecipe, SFTRecipe, TokenizerSection, load_recipe, parse_recipe
 from rorqual.train.build_model import tokenizer_of
 from rorqual.train.dry_run import dry_run, recipe_config
-from rorqual.train.trainer import Trainer
 from rorqual.train.training_run import _forecast, pretrain, sft
 
 
@@ -51,7 +51,7 @@ def test_fine_tuning_learns_the_answers(chat_recipe):
     assert "loss on the assistant's turns" in (run_dir / "model" / "README.md").read_text()
 
 
-def test_an_adapter_learns_the_answers_and_a_stopped_run_ends_the_same(chat_recipe, tmp_path, monkeypatch):
+def test_an_adapter_learns_the_answers_and_a_stopped_run_ends_the_same(chat_recipe, tmp_path):
     def recipe(name):
         made = chat_recipe(save_every=5, steps=15)
         return made.model_copy(update={"name": name, "lora": LoRASection(rank=8)})
@@ -68,17 +68,8 @@ def test_an_adapter_learns_the_answers_and_a_stopped_run_ends_the_same(chat_reci
     merge(base, adapter.updates)
     assert all(torch.equal(t, merged.state_dict()[name]) for name, t in base.state_dict().items())
 
-    step = Trainer.step
-
-    def stop_at_eight(self, batches, progress):
-        if self.steps == 8:
-            raise RuntimeError("stopped here")
-        return step(self, batches, progress)
-
-    monkeypatch.setattr(Trainer, "step", stop_at_eight)
-    with pytest.raises(RuntimeError, match="stopped here"):
+    with stopped_after(8):
         sft(recipe("b"))
-    monkeypatch.setattr(Trainer, "step", step)
     resumed = load_model(sft(recipe("b"), resume=True) / "model")
     assert all(torch.equal(t, merged.state_dict()[name]) for name, t in resumed.state_dict().items())
     with pytest.raises(UserError, match=r"lora.targets: 'nothing'"):
@@ -126,7 +117,7 @@ def from_scratch(recipe, **changes):
     return parse_recipe(raw, SFTRecipe)
 
 
-def test_fine_tuning_from_random_weights(chat_recipe, tmp_path, monkeypatch):
+def test_fine_tuning_from_random_weights(chat_recipe, tmp_path):
     """With another model's tokenizer, template and end tokens; a stopped run ends the same."""
     base = tmp_path / "base"
     (base / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 0], "temperature": 0.3}))
@@ -149,18 +140,9 @@ def test_fine_tuning_from_random_weights(chat_recipe, tmp_path, monkeypatch):
     assert text == "say yes"
     assert "from random weights" in (run_dir / "model" / "README.md").read_text()
 
-    step = Trainer.step
-
-    def stop_at_eight(self, batches, progress):
-        if self.steps == 8:
-            raise RuntimeError("stopped here")
-        return step(self, batches, progress)
-
     again = from_scratch(chat_recipe(steps=12, save_every=5), name="again")
-    monkeypatch.setattr(Trainer, "step", stop_at_eight)
-    with pytest.raises(RuntimeError, match="stopped here"):
+    with stopped_after(8):
         sft(again)
-    monkeypatch.setattr(Trainer, "step", step)
     sft(from_scratch(chat_recipe(steps=12, save_every=5), name="again"), resume=True)
     whole, resumed = ((folder / "model" / "model.safetensors").read_bytes() for folder in (run_dir, again.run_dir))
     assert whole == resumed

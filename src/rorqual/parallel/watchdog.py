@@ -6,9 +6,8 @@ have not returned, and those whose work on a stream has not ended. It says which
 PyTorch's own watchdog would a little later, in its words.
 
 A call costs an object, and on a GPU an event on its stream, which is used again: destroying one may wait for a GPU that
-hangs. It keeps no tensor alive. Age is counted in looks of the
-thread, so the time in which a process was stopped is none. Like PyTorch's, it begins with the call, and has in it what
-the stream does before.
+hangs. It keeps no tensor alive. Age is counted in looks of the thread, so the time in which a process was stopped is
+none. Like PyTorch's, it begins with the call, and has in it what the stream does before.
 """
 
 import os
