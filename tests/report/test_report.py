@@ -185,6 +185,25 @@ def test_difficulty_of_the_last_stage_where_the_summary_has_no_table(tmp_path):
     assert (tmp_path / "figures/difficulty.png").exists()
 
 
+def test_a_student_is_not_the_runs_model(tmp_path):
+    tasks = {name: {"countdown": result(value)} for name, value in (("start", 0.1), ("rl", 0.5), ("student", 0.2))}
+    stages = [{"name": name, "tasks": found, "student": name == "student"} for name, found in tasks.items()]
+    (tmp_path / "summary.json").write_text(json.dumps({"stages": stages}))
+    text = " ".join(text_of(write_report(tmp_path)).split())
+    assert "the model solves 50.0 % [48.0, 52.0]" in text
+    assert "50.0 % pass@1 on countdown, from 10.0 %" in text
+    assert "student 20.0 % [18.0, 22.0]" in text
+
+
+def test_a_reward_model_has_a_loss_of_its_own(tmp_path):
+    write_metrics(tmp_path, [{"step": step, "loss": 0.7 - step / 10, "valid_loss": 0.7} for step in (1, 2, 3)])
+    (tmp_path / "recipe.toml").write_text('kind = "reward"\nname = "x"\n')
+    text = text_of(write_report(tmp_path))
+    assert "Reward model made 3 steps" in text
+    assert "It is 0.69 for a model that cannot tell them apart" in text
+    assert "cross-entropy" not in text
+
+
 def test_what_is_not_a_number_is_left_out(tmp_path):
     lines = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": None}, {"step": 3, "loss": "much"}, {"step": 5, "loss": 1.0}]
     write_metrics(tmp_path, lines, tail='{"step": 4, "loss": NaN}\n[1, 2]\n"text"\n{"loss": 3}\n\n{"step"')

@@ -53,7 +53,7 @@ def opening(run: Run) -> str:
 
 def _whole_run(run: Run, family: str) -> str:
     results = run.results(family)
-    (first_stage, first), (_, last) = results[0], results[-1]
+    (first_stage, first), last = results[0], run.released(family)[-1]
     stages = [stage_name(stage) for stage in run.stages]
     through = f"{', '.join(stages[:-1])} and {stages[-1]}" if len(stages) > 1 else stages[0]
     seconds = run.summary.get("total_seconds")

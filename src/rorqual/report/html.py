@@ -42,8 +42,8 @@ def _tiles(run: Run) -> str:
     if tokens := sum(s["tokens"] for s in run.stages if is_number(s.get("tokens"))):
         found.append((count(tokens), "tokens in all stages"))
     for family in run.families[:2]:
-        results = run.results(family)
-        first, last = results[0][1]["pass_at_1"], results[-1][1]["pass_at_1"]
+        results = run.released(family)
+        first, last = results[0]["pass_at_1"], results[-1]["pass_at_1"]
         since = f", from {percent(first)}" if len(results) > 1 else ""
         found.append((percent(last), f"pass@1 on {family}{since}"))
     return tiles(found)

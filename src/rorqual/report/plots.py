@@ -23,7 +23,10 @@ class Picture:
 
 @dataclass(frozen=True)
 class Curve:
-    """Metrics by step. `keys`: metric → label; `prefix`: also all metrics with this prefix; `scale`: factor."""
+    """Metrics by step. `keys`: metric → label; `prefix`: also all metrics with this prefix; `scale`: factor.
+
+    `kind`: of the runs whose curve of this name it is; None: all others'.
+    """
 
     name: str
     title: str
@@ -34,6 +37,7 @@ class Curve:
     scale: float = 1.0
     smooth: bool = True
     from_zero: bool = True  # whether the axis starts at zero
+    kind: str | None = None
 
 
 PERCENT = 100.0
@@ -105,6 +109,13 @@ CURVES = (
         "nats per token", keys=(("loss", "next token"), ("mtp_loss", "token after next (MTP)")), from_zero=False,
     ),
     Curve(
+        "loss",
+        "Loss",
+        "−log σ(score of the better answer − that of the worse one). It is 0.69 for a model that cannot tell them "
+        "apart.",
+        "nats per pair", keys=(("loss", "training"), ("valid_loss", "held out")), kind="reward",
+    ),
+    Curve(
         "bits-per-byte",
         "Held-out bits per byte",
         "Cross-entropy on held-out text, independent of the tokenizer. Rising while the training loss falls means "
@@ -169,12 +180,17 @@ def draw_all(run: Run, folder: Path) -> list[Picture]:
     ]  # fmt: skip
     for part in run.parts:
         prefix = part.name.replace("/", "-") + "-" if part.name else ""
-        plans += [(part.name, prefix + curve.name, curve.title, curve.caption, _curve(part, curve)) for curve in CURVES]
+        plans += [(part.name, prefix + c.name, c.title, c.caption, _curve(part, c)) for c in _curves_of(part.kind)]
     for owner, name, title, caption, plot in plans:
         files = [folder / f"{name}{suffix}.png" for suffix in ("", "-dark")]
         if all(save(plot, theme, file) for theme, file in zip(THEMES, files, strict=True)):
             pictures.append(Picture(owner, title, caption, *files))
     return pictures
+
+
+def _curves_of(kind: str) -> list[Curve]:
+    own = {curve.name for curve in CURVES if curve.kind == kind}
+    return [curve for curve in CURVES if curve.kind == kind or (curve.kind is None and curve.name not in own)]
 
 
 def _curve(part: Part, curve: Curve) -> Callable[[Axes, Theme], bool]:

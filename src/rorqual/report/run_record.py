@@ -80,10 +80,10 @@ class Run:
 
     @property
     def difficulties(self) -> dict[str, dict[str, Any]]:
-        """family → level → result, from the summary's table, else from the last stage."""
+        """family → level → result, from the summary's table, else from the released model."""
         if table := self.summary.get("by_difficulty"):
             return table
-        return {family: self.results(family)[-1][1].get("by_difficulty") or {} for family in self.families}
+        return {family: self.released(family)[-1].get("by_difficulty") or {} for family in self.families}
 
     def results(self, family: str) -> list[tuple[str, dict[str, Any]]]:
         """(stage, result) of the stages that were evaluated on `family`."""
@@ -92,6 +92,12 @@ class Run:
             for stage in self.stages
             if is_number(((stage.get("tasks") or {}).get(family) or {}).get("pass_at_1"))
         ]
+
+    def released(self, family: str) -> list[dict[str, Any]]:
+        """The results on the way to the run's own model: all but those of students, which stand beside it."""
+        students = {stage_name(stage) for stage in self.stages if stage.get("student") is True}
+        results = self.results(family)
+        return [result for name, result in results if name not in students] or [result for _, result in results]
 
 
 def stage_name(stage: dict[str, Any]) -> str:
