@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from typer.testing import CliRunner
 from helpers.scripted_models import END, SAY, save_puppet, vocabulary
 from rorqual.cli.entry import app
 from rorqual.engine import Engine
-from rorqual.errors import UserError
+from rorqual.errors import Stopped, UserError
 from rorqual.evals.evaluate import evaluate
 from rorqual.evals.out_folder import file_name
 from rorqual.files import locked
@@ -89,6 +90,28 @@ def test_an_interrupted_evaluation_ends_as_an_undisturbed_one(model, data, tmp_p
     assert 0 < whole.tasks["gsm8k"].pass_at_1 < 1
     again = run(model, data, tmp_path / "cut", engine := Interrupted(model))
     assert (engine.calls, again.tasks) == (0, whole.tasks)
+
+
+class Terminated(Engine):
+    """Is told to end in its second batch."""
+
+    calls = 0
+
+    def generate(self, *args, **options):
+        self.calls += 1
+        if self.calls == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().generate(*args, **options)
+
+
+def test_a_signal_ends_it_with_a_sentence(model, data, tmp_path, capsys):
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Stopped, match=rf"stopped by SIGTERM amid an evaluation; {tmp_path}/cut keeps the finished "):
+        run(model, data, tmp_path / "cut", Terminated(model), quiet=False)
+    assert signal.getsignal(signal.SIGTERM) == handler
+    assert capsys.readouterr().err == "640 answers to gsm8k\n"
+    assert run(model, data, tmp_path / "cut", quiet=False).tasks == run(model, data, tmp_path / "whole").tasks
+    assert re.fullmatch(r"640 answers to gsm8k\ngsm8k: pass@1 0\.\d{3}, \d+ s\n", capsys.readouterr().err)
 
 
 def test_problems_have_seeds_of_their_own_whatever_the_batch(model, data, tmp_path):

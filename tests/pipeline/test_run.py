@@ -2,7 +2,9 @@
 
 import copy
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ from rorqual.cli.entry import app
 from rorqual.cli.plan_stages import plan_files
 from rorqual.data.tokenizer import train_tokenizer
 from rorqual.engine import Engine
-from rorqual.errors import UserError
+from rorqual.errors import Stopped, UserError
 from rorqual.model import ModelConfig, Transformer
 from rorqual.pipeline import evaluation, run_pipeline
 from rorqual.pipeline import run as pipeline_run
@@ -309,6 +311,28 @@ def test_an_evaluation_is_kept_for_the_model_it_is_of(tmp_path, tokenizer, dense
     )
     with pytest.raises(UserError, match=r"start\.json is damaged \('by_difficulty'\); delete it"):
         evaluations.of("start", tmp_path / "moved")
+
+
+def test_a_stopped_evaluation_goes_on(tmp_path, tokenizer, dense, monkeypatch):
+    """What was answered before the stop is not sampled again, and the results are those of an undisturbed one."""
+    section = EvaluateSection(
+        tasks="chain_sum,simple_equations", problems=2, samples=1, template="plain", max_tokens=4
+    )
+    save_model(dense, tmp_path / "start", tokenizer)
+    whole = Evaluations(tmp_path / "whole", section).of("start", tmp_path / "start")
+    generate, asked = Engine.generate, []
+
+    def stopped(engine, *args, **options):
+        asked.append(1)
+        if len(asked) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return generate(engine, *args, **options)
+
+    monkeypatch.setattr(Engine, "generate", stopped)
+    with pytest.raises(Stopped, match="stopped by SIGTERM amid an evaluation"):
+        Evaluations(tmp_path / "cut", section).of("start", tmp_path / "start")
+    assert Evaluations(tmp_path / "cut", section).of("start", tmp_path / "start") == whole
+    assert len(asked) == 3
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from rorqual.evals.summary import LineChecker, summarise
 from rorqual.evals.tasks import EnvironmentTask, Task, TaskLike, open_task
 from rorqual.rl.envs.environment import Problem, Split
 from rorqual.rl.prompts import Template
+from rorqual.train.interrupts import stopping_at_once
 
 TEMPERATURE, TOP_P = 0.6, 0.95  # R1's sampling for evaluation (R1, "Evaluation")
 
@@ -82,9 +83,13 @@ def evaluate(
     )  # fmt: skip
     settings = _settings(result, names, [list(prompts.values()) for prompts in fitting], model or {})
     folder = None if out is None else OutFolder(out, settings)
-    with nullcontext() if folder is None else folder.held(), _progress(quiet) as bar:
+    keeping = nullcontext() if folder is None else stopping_at_once(f"amid an evaluation; {out} keeps the finished answers for the next start")
+    with keeping, nullcontext() if folder is None else folder.held(), _progress(quiet) as bar:
         every = dict[str, Collected]()
+        note = _notes(quiet)
+        note(f"{samples * sum(map(len, fitting))} answers to {', '.join(names)}")
         for task, chosen, prompts in zip(opened, drawn, fitting, strict=True):
+            began = time.monotonic()
             asked = [chosen[i] for i in prompts]
             line = bar.add_task(task.name, total=len(asked) * samples)
             advance = functools.partial(bar.advance, line)
@@ -99,6 +104,7 @@ def evaluate(
             result.tasks[task.name] = replace(figures, unasked=len(chosen) - len(asked))
             if audited and (second := audit(task, found, seed)) is not None:
                 result.audits[task.name] = second
+            note(f"{task.name}: pass@1 {figures.pass_at_1:.3f}, {time.monotonic() - began:.0f} s")
         result = replace(result, seconds=time.monotonic() - started)
         if folder is not None and out is not None:
             write_results(out, result, every, (model or {}).get("model", "model"), folder.began)
@@ -230,3 +236,9 @@ def tokens_of(engine: Engine, prompt: str, template: Template) -> Sequence[int]:
 def _progress(quiet: bool) -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*columns, console=Console(stderr=True), disable=quiet or not sys.stderr.isatty())
+
+
+def _notes(quiet: bool) -> Callable[[str], None]:
+    """Lines in the progress bar's place, where the output is no terminal."""
+    hidden = quiet or sys.stderr.isatty()
+    return lambda line: None if hidden else print(line, file=sys.stderr, flush=True)

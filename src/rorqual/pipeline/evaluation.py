@@ -1,6 +1,11 @@
-"""What the models of a pipeline's stages can do: the same held-out problems for each, kept as soon as they are done."""
+"""What the models of a pipeline's stages can do: the same held-out problems for each.
+
+    evaluations/STAGE.json        the results, with the settings and the model's hashes that they are of
+    evaluations/STAGE-HASH/       the answers, as `rorqual eval --out` keeps them, of these settings and this model
+"""
 
 from dataclasses import fields
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,7 +52,7 @@ def read_section(path: Path, raw: dict[str, Any] | None) -> EvaluateSection | No
 
 
 class Evaluations:
-    """The results of each model, in a folder with a file for each."""
+    """The results of each model, in a folder with a file and the answers for each."""
 
     def __init__(self, folder: Path, section: EvaluateSection) -> None:
         """Raises UserError for an unknown task."""
@@ -62,12 +67,13 @@ class Evaluations:
         if found.get("settings") == settings and found.get("model") == files:
             return _results(path, found)
         given = self.section
+        content = sha256(strict_json.dumps([settings, files]).encode()).hexdigest()[:8]
         result = evaluate(
             Engine(model), self.tasks, given.samples, given.problems, seed=given.seed, template=given.template,
             temperature=given.temperature, top_p=given.top_p, max_tokens=given.max_tokens,
+            out=self.folder / f"{name}-{content}", model={"model": name},
         )  # fmt: skip
         kept = {"settings": settings, "model": files, **result.to_dict()}
-        self.folder.mkdir(parents=True, exist_ok=True)
         write_text(path, strict_json.dumps(kept, indent=1) + "\n", then="then continue with --resume")
         return _results(path, read_object(path))
 

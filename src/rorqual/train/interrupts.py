@@ -1,8 +1,9 @@
-"""SIGINT and SIGTERM: the training loop saves a checkpoint and stops."""
+"""SIGINT and SIGTERM: the training loop saves a checkpoint and stops; what keeps its work anyway stops at once."""
 
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 from rorqual.errors import Stopped
@@ -41,3 +42,24 @@ class StopSignals:
         """The exception to raise once the checkpoint of `step` is written."""
         name = signal.Signals(self.number).name
         return Stopped(self.number, f"stopped by {name} at step {step}, saved; continue with --resume")
+
+
+@contextmanager
+def stopping_at_once(what: str) -> Iterator[None]:
+    """SIGINT and SIGTERM raise Stopped, with `what` after the signal's name; for work whose finished parts are kept.
+
+    Outside the main thread nothing is installed.
+    """
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Stopped(number, f"stopped by {signal.Signals(number).name} {what}")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
