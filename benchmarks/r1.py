@@ -1,11 +1,11 @@
 """R1's pipeline on a real model: pass@1 on held-out problems after each stage, with three seeds from the first RL on.
 
 The stages before the first reinforcement learning of --pipeline are run once, with seed 0, and each seed goes through
-the others from there. `rorqual r1` runs them in the folder --runs: what has ended is kept, an interrupted one goes on.
---only runs one seed and ends; two seeds can run beside each other with --threads 1. To be run from the repository's
-root; --quick takes a tiny model through three short stages. Intervals are over problems, of each problem's mean over
-the seeds; gains are paired by problem, with the model that the pipeline starts from and with the last stage before
-reinforcement learning.
+the others from there; what follows the last reinforcement learning (a student) is run with seed 0 alone. `rorqual r1`
+runs them in the folder --runs: what has ended is kept, an interrupted one goes on. --only runs one seed and ends; two
+seeds can run beside each other with --threads 1. To be run from the repository's root; --quick takes a tiny model
+through three short stages. Intervals are over problems, of each problem's mean over the seeds; gains are paired by
+problem, with the model that the pipeline starts from and with the last one before reinforcement learning.
 """
 
 import argparse
@@ -83,11 +83,14 @@ def quick_pipeline(folder: Path) -> Path:
 
 @dataclass(frozen=True)
 class Halves:
-    """The stages of a pipeline's file before its first RL, and from there on; each a file of its own in `folder`."""
+    """The stages of a pipeline's file before its first RL, from there to its last, and after it."""
 
     folder: Path
     common: list[str]  # names of the stages
     by_seed: list[str]
+    once: list[str]  # with seed 0 alone
+    _stages: list[dict[str, Any]]
+    _evaluate: dict[str, Any]
 
     @classmethod
     def of(cls, path: Path, folder: Path) -> "Halves":
@@ -99,42 +102,48 @@ class Halves:
         kinds = [recipe_kind(Path(stage["recipe"])) for stage in stages]
         if "rl" not in kinds[1:]:
             raise UserError(f"{path}: no stage but the first is reinforcement learning; name another pipeline")
-        first = kinds.index("rl")
+        first, end = kinds.index("rl"), len(kinds) - kinds[::-1].index("rl")
         models = {
             stage["name"]: str(folder / "common" / stage["name"] / ("student/model" if kind == "distill" else "model"))
             for stage, kind in zip(stages[:first], kinds, strict=False)
         }
-        rest: list[dict[str, Any]] = [
-            {key: models.get(value, value) for key, value in stage.items() if key != MIX} for stage in stages[first:]
-        ]
-        for stage, own in zip(stages[first:], rest, strict=True):
-            if MIX in stage:
-                samples = {name: str(folder / "common" / name / "samples.jsonl") for name in models}
-                own[MIX] = [samples.get(name, name) for name in stage[MIX]]
-        folder.mkdir(parents=True, exist_ok=True)
-        evaluate: dict[str, Any] = raw["evaluate"]
-        for name, own, section in (
-            ("common", stages[:first], evaluate),
-            ("by-seed", rest, {key: value for key, value in evaluate.items() if key != "start"}),
-        ):
-            (folder / f"{name}.toml").write_text(to_toml({"name": raw["name"], "stage": own, "evaluate": section}))
+        samples = {name: str(folder / "common" / name / "samples.jsonl") for name in models}
+        for stage in stages[first:]:
+            mixed = {MIX: [samples.get(name, name) for name in stage[MIX]]} if MIX in stage else {}
+            stage |= {key: models.get(value, value) for key, value in stage.items() if key != MIX} | mixed
         names = [str(stage["name"]) for stage in stages]
-        return cls(folder, names[:first], names[first:])
+        return cls(folder, names[:first], names[first:end], names[end:], stages, raw["evaluate"])
 
-    def run_common(self) -> None:
-        run_pipeline(self.folder / "common.toml", self.folder / "common", 0, resume=True)
+    def file_of(self, folder: str) -> Path:
+        """A pipeline's file, of the stages that run in `folder`: "common", or "seed-N"."""
+        common = folder == "common"
+        names = self.common if common else self.by_seed + (self.once if folder == "seed-0" else [])
+        evaluate = {key: value for key, value in self._evaluate.items() if common or key != "start"}
+        stages = [stage for stage in self._stages if stage["name"] in names]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"{folder}.toml"
+        path.write_text(to_toml({"name": folder, "stage": stages, "evaluate": evaluate}))
+        return path
 
-    def run_seed(self, seed: int) -> None:
-        run_pipeline(self.folder / "by-seed.toml", self.folder / f"seed-{seed}", seed, resume=True)
+    def run(self, folder: str) -> None:
+        seed = 0 if folder == "common" else int(folder.removeprefix("seed-"))
+        run_pipeline(self.file_of(folder), self.folder / folder, seed, resume=True)
+
+    def folders(self, seeds: Sequence[int]) -> dict[str, list[str]]:
+        """Stage → where its runs are."""
+        by_seed = [f"seed-{seed}" for seed in seeds]
+        places = (self.common, ["common"]), (self.by_seed, by_seed), (self.once, ["seed-0"])
+        return {name: folders for names, folders in places for name in names}
 
     def results(self, seeds: Sequence[int]) -> dict[str, list[dict[str, Any]]]:
-        """Stage → its evaluation's tasks, one for each seed, of common stages one."""
-        found = {name: [self._read("common", name)] for name in (START, *self.common)}
-        return found | {name: [self._read(f"seed-{seed}", name) for seed in seeds] for name in self.by_seed}
+        """Stage → its evaluation's tasks, of each of its runs; without those that are not evaluated."""
+        folders = {START: ["common"]} | self.folders(seeds)
+        found = {name: [self._read(folder, name) for folder in own] for name, own in folders.items()}
+        return {name: own for name, own in found.items() if own[0]}
 
     def seconds(self, seeds: Sequence[int]) -> dict[str, list[float]]:
         """Stage → seconds of each run."""
-        folders = {name: ["common"] for name in self.common} | {n: [f"seed-{s}" for s in seeds] for n in self.by_seed}
+        folders = self.folders(seeds)
         done = {folder: json.loads((self.folder / folder / "pipeline.json").read_text())
                 for folder in {f for found in folders.values() for f in found}}  # fmt: skip
         return {name: [done[folder][name]["seconds"] for folder in found] for name, found in folders.items()}
@@ -238,15 +247,16 @@ def main() -> None:
 
 def measure(args: argparse.Namespace) -> None:
     halves = Halves.of(Path(args.pipeline), Path(args.runs))
-    halves.run_common()
+    halves.run("common")
     if args.only != "none":
-        halves.run_seed(int(args.only))
+        halves.run(f"seed-{int(args.only)}")
         return
     seeds = range(int(args.seeds))
     for seed in seeds:
-        halves.run_seed(seed)
-    before_rl = halves.common[-1]
-    figures = described(halves.results(seeds), before_rl)
+        halves.run(f"seed-{seed}")
+    results = halves.results(seeds)
+    before_rl = [name for name in results if name in halves.common][-1]
+    figures = described(results, before_rl)
     seconds = halves.seconds(seeds)
     tasks = list(figures[START])
     if args.out is not None:

@@ -165,7 +165,7 @@ def trl_loop(
     tokens: list[int] = []
     rewards: list[float] = []
 
-    def score(completions: list, completion_ids: list, answer: list[str], **_: Any) -> list[float]:
+    def score(completions: list, completion_ids: list, answer: list[str], **_: Any) -> list[float | None]:
         tokens.append(sum(map(len, completion_ids)))
         texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
         cut = [ids[-1] != tokenizer.eos_token_id for ids in completion_ids]

@@ -163,15 +163,19 @@ def quick(name, *options, **environment):
 def test_the_r1_pipeline_is_cut_before_its_first_rl(module, tmp_path):
     """Each seed goes on from the common stages' model and samples."""
     halves = module("r1").Halves.of(FOLDER.parent / "recipes" / "r1-smollm2.toml", tmp_path)
-    assert halves.common == ["cold-start"]
-    assert halves.by_seed == ["reasoning-rl", "rejection-sampling", "reward", "all-rl", "student"]
-    rl, sampling, _, _, student = read_pipeline(tmp_path / "by-seed.toml", tmp_path / "seed-1", 1).stages
+    assert halves.common == ["cold-start", "reward"]
+    rl, sampling, both, student = read_pipeline(halves.file_of("seed-0"), tmp_path / "seed-0", 0).stages
+    assert [stage.name for stage in (rl, sampling, both, student)] == [*halves.by_seed, "student"]
+    assert [stage.name for stage in read_pipeline(halves.file_of("seed-1"), tmp_path / "seed-1", 1).stages] == [
+        "reasoning-rl", "rejection-sampling", "all-rl",
+    ]  # fmt: skip
     start = f"model.path={tmp_path}/common/cold-start/student/model"
     assert start in rl.overrides
     assert start in sampling.overrides
-    assert f"teacher={tmp_path}/seed-1/reasoning-rl/model" in sampling.overrides
+    assert f"reward.model.path={tmp_path}/common/reward/model" in both.overrides
+    assert f"teacher={tmp_path}/seed-0/reasoning-rl/model" in sampling.overrides
     assert f"mix.0.path={tmp_path}/common/cold-start/samples.jsonl" in student.overrides
-    assert f"mix.1.path={tmp_path}/seed-1/rejection-sampling/samples.jsonl" in student.overrides
+    assert f"mix.1.path={tmp_path}/seed-0/rejection-sampling/samples.jsonl" in student.overrides
 
 
 @pytest.mark.slow

@@ -315,9 +315,7 @@ def test_an_evaluation_is_kept_for_the_model_it_is_of(tmp_path, tokenizer, dense
 
 def test_a_stopped_evaluation_goes_on(tmp_path, tokenizer, dense, monkeypatch):
     """What was answered before the stop is not sampled again, and the results are those of an undisturbed one."""
-    section = EvaluateSection(
-        tasks="chain_sum,simple_equations", problems=2, samples=1, template="plain", max_tokens=4
-    )
+    section = EvaluateSection(tasks="chain_sum,simple_equations", problems=2, samples=1, template="plain", max_tokens=4)
     save_model(dense, tmp_path / "start", tokenizer)
     whole = Evaluations(tmp_path / "whole", section).of("start", tmp_path / "start")
     generate, asked = Engine.generate, []

@@ -83,7 +83,11 @@ def evaluate(
     )  # fmt: skip
     settings = _settings(result, names, [list(prompts.values()) for prompts in fitting], model or {})
     folder = None if out is None else OutFolder(out, settings)
-    keeping = nullcontext() if folder is None else stopping_at_once(f"amid an evaluation; {out} keeps the finished answers for the next start")
+    keeping = (
+        nullcontext()
+        if folder is None
+        else stopping_at_once(f"amid an evaluation; {out} keeps the finished answers for the next start")
+    )
     with keeping, nullcontext() if folder is None else folder.held(), _progress(quiet) as bar:
         every = dict[str, Collected]()
         note = _notes(quiet)

@@ -1,7 +1,7 @@
 """What the models of a pipeline's stages can do: the same held-out problems for each.
 
-    evaluations/STAGE.json        the results, with the settings and the model's hashes that they are of
-    evaluations/STAGE-HASH/       the answers, as `rorqual eval --out` keeps them, of these settings and this model
+evaluations/STAGE.json        the results, with the settings and the model's hashes that they are of
+evaluations/STAGE-HASH/       the answers, as `rorqual eval --out` keeps them, of these settings and this model
 """
 
 from dataclasses import fields
