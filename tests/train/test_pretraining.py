@@ -108,7 +108,7 @@ def straight(make_recipe_of_module):
         (files, "force_to_disk", 14, False),
         (os, "replace", 3, False),
         (TrainingRun, "_save", 3, True),  # after the last step, before the model is written
-        ("rorqual.train.training_run", "save_model", 1, True),
+        ("rorqual.train.release", "save_model", 1, True),
     ],
 )
 def test_crash_and_resume_end_with_the_same_weights(make_recipe, straight, monkeypatch, owner, name, calls, late):
@@ -256,7 +256,7 @@ def test_disk_full_at_the_very_end(make_recipe, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(
-            "rorqual.train.training_run.model_card", lambda *_: patch.setattr(Path, "write_text", write_text) or ""
+            "rorqual.train.release.model_card", lambda *_: patch.setattr(Path, "write_text", write_text) or ""
         )
         with pytest.raises(UserError, match=r"README.md cannot be written \(the disk is full\); .* with --resume"):
             pretrain(recipe)

@@ -31,10 +31,10 @@ from rorqual.rl.teachers import check_teachers, teacher_paths
 from rorqual.tokenizer_protocol import Tokenizer
 from rorqual.train.build_model import build_model, tokenizer_of, trained_path
 from rorqual.train.model_card import card
+from rorqual.train.release import release_model
 from rorqual.train.run_folder import open_run
 from rorqual.train.run_loop import RunLoop
 from rorqual.train.telemetry import Log
-from rorqual.train.training_run import release_model
 
 STAGES = ("rollout", "train", "evaluate")  # in the ledger; the first two are parts of a step
 PROMPTS = 32  # whose mean length a plan takes

@@ -3,7 +3,6 @@
 Pre-training: text → tokenizer → packed tokens. SFT: conversations, with the loss on assistant turns only.
 """
 
-import json
 import math
 import sys
 import time
@@ -15,27 +14,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rorqual.adapters.lora import merge_lora
-from rorqual.adapters.peft_files import save_adapter
-from rorqual.checkpoint.huggingface import save_model
 from rorqual.data.datasets import open_chat_data, open_pretrain_data, open_tokenizer
 from rorqual.data.loader import Batch, Heldout, Loader
 from rorqual.data.tokenizer import load_tokenizer, save_tokenizer
 from rorqual.errors import Stopped, UserError, file_error
-from rorqual.files import write_folder, write_text
+from rorqual.files import write_folder
 from rorqual.kernels.devices import find_device
 from rorqual.model import ModelConfig, Transformer
 from rorqual.parallel.context import check_pieces, part
-from rorqual.parallel.export import save_parts
 from rorqual.parallel.mesh import Mesh, joined, single
 from rorqual.plan.estimate import predict
 from rorqual.plan.hardware import matrix_peak, memory_used
-from rorqual.plan.ledger import Ledger
 from rorqual.recipe import (
     FineTuningRecipe,
     ParallelSection,
     PretrainRecipe,
-    Recipe,
     SFTRecipe,
     SpikesSection,
     TrainSection,
@@ -51,15 +44,14 @@ from rorqual.train.build_model import (
     tokenizer_at,
 )
 from rorqual.train.checkpoints import Checkpoints
-from rorqual.train.model_card import model_card
 from rorqual.train.ranks import RankWatch
+from rorqual.train.release import finish
 from rorqual.train.run_folder import first_alone, join_run
 from rorqual.train.run_loop import RunLoop
 from rorqual.train.schedule import batch_size
 from rorqual.train.sharded_checkpoints import ShardedCheckpoints
 from rorqual.train.spikes import Spikes
 from rorqual.train.telemetry import Log, Metric
-from rorqual.train.traffic_report import bubble, table, traffic
 from rorqual.train.trainer import Trainer
 
 EVAL_BATCHES = 32  # per validation; more changes bits per byte by less than training steps do
@@ -349,45 +341,6 @@ class TrainingRun(RunLoop[TrainSection, Trainer]):
         self.newest = Newest.from_dict(state["last"])
         if "spikes" in state:  # earlier versions wrote none
             self.spikes.load(state["spikes"])
-
-
-def finish(recipe: PretrainRecipe | SFTRecipe, run: TrainingRun, tokenizer: Tokenizer) -> Path:
-    """Write model/ (weights, tokenizer, model card) and ledger.json; returns the run's folder."""
-    trainer, directory = run.trainer, run.run_dir / "model"
-    several = run.mesh.section.processes > 1
-    sent: dict[str, Any] = {}
-    if several and run.steps_here:  # none where the run was over, but for its release
-        sent = traffic(trainer, run.tokens_a_step, run.steps_here)
-        on_cpu = trainer.device.type == "cpu"  # a GPU computes after its step is said to be over
-        sent["bubble"] = bubble(trainer, run.run_dir / "figures" / "pipeline.png") if on_cpu else {}
-    with trainer.released_weights(), trainer.optimizer.whole_weights():
-        if several:
-            save_parts(trainer.model, directory, tokenizer, run.mesh)
-        else:
-            release_model(trainer.model, directory, tokenizer, recipe)
-    trainer.close()
-    if run.mesh.rank:
-        return run.run_dir
-    if sent:
-        print(table(sent))
-        write_text(run.run_dir / "parallel.json", json.dumps(sent, indent=1), then="then continue with --resume")
-    ledger = Ledger(run.run_dir, run.predicted, trainer.dtype, trainer.device.type)
-    ledger.add(recipe.kind, tokens=trainer.tokens, flops=trainer.flops, seconds=run.seconds)
-    ledger.joules = run.joules
-    write_text(directory / "README.md", model_card(recipe, run), then="then continue with --resume")
-    ledger.write()
-    return run.run_dir
-
-
-def release_model(model: Transformer, directory: Path, tokenizer: Tokenizer, recipe: Recipe) -> None:
-    """Write a model at the end of its run, with LoRA also its adapter, in adapter/ beside the directory, and merge it.
-
-    Raises UserError if they cannot be written.
-    """
-    if isinstance(recipe, FineTuningRecipe) and recipe.lora is not None:
-        save_adapter(model, directory.with_name("adapter"), recipe.lora, str(recipe.model.path))
-        merge_lora(model)
-    save_model(model, directory, tokenizer)
 
 
 def split(batch: Batch, size: int | None) -> list[Batch]:
