@@ -366,6 +366,20 @@ def test_a_dry_run_honours_out_and_seed(with_student, tmp_path, monkeypatch):
     assert not (tmp_path / "there").exists()
 
 
+def test_prompts_are_counted_by_the_tokenizer_of_the_first_model(with_student, monkeypatch):
+    """Of the sampling stage, whose teacher has yet to be written."""
+    file, _ = with_student
+    counted = []
+    monkeypatch.setattr(plan_stages, "answers_seconds", lambda asked, teacher: counted.append(asked) or 5.0)
+    stage = plan_files([str(file)], {}, None).stages[2]
+    assert (stage.kind, stage.parts["sampling"]) == ("distill", 5.0)
+    (asked,) = counted
+    assert 4 < asked.prompt < 50
+    assert asked.prompt != plan_stages.WRITTEN_PROMPT
+    with pytest.raises(UserError, match="--weights: a recipe on this machine is planned as it is"):
+        plan_files([str(file)], {"weights": "int4"}, None)
+
+
 @pytest.mark.parametrize(
     ("old", "new", "sentence"),
     [

@@ -3,7 +3,7 @@
 import math
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,15 @@ from rorqual.kernels.devices import find_device
 from rorqual.model import ModelConfig
 from rorqual.parallel.mesh import ranks_per_node
 from rorqual.plan.chips import chip_called, find_chip, known_chips
+from rorqual.plan.distill_here import answers_seconds, training_rows
 from rorqual.plan.estimate import predict
 from rorqual.plan.hardware import gpu_name, memory_total
+from rorqual.plan.known_models import find_model
 from rorqual.plan.pipeline_file import COMMON, Stage, is_pipeline, read_pipeline, recipe_kind
 from rorqual.plan.pipeline_plan import PipelinePlan
 from rorqual.plan.plan_stage import plan_stage
 from rorqual.plan.recipe_request import check_length_known, recipe_layout, recipe_request
-from rorqual.plan.request import parse_request
+from rorqual.plan.request import DistillRequest, parse_request
 from rorqual.plan.reward_here import pair_sizes, predict_reward, sampling_seconds
 from rorqual.plan.sampling_plan import trained_for
 from rorqual.plan.stage import StagePlan
@@ -36,7 +38,7 @@ from rorqual.recipe import (
     SFTRecipe,
     load_recipe,
 )
-from rorqual.train.build_model import model_config, tokenizer_at, tokenizer_of, trained_path
+from rorqual.train.build_model import model_config, tokenizer_at, trained_path
 from rorqual.train.dry_run import recipe_config
 
 
@@ -89,6 +91,7 @@ class _Pipeline:
     rehearse: int | None = None  # steps
     stages: list[StagePlan] = field(default_factory=list)
     written: dict[Path, ModelConfig] = field(default_factory=dict)  # by stages before
+    tokenizers: dict[Path, str | None] = field(default_factory=dict)  # theirs; None: not written yet
 
     def add(self, stage: Stage, overrides: list[str] | None = None) -> None:
         fields = stage.fields | self.given
@@ -110,6 +113,7 @@ class _Pipeline:
         config = self._config(recipe)
         folder = recipe.run_dir / "student" if isinstance(recipe, DistillRecipe) else recipe.run_dir
         self.written[folder / "model"] = config
+        self.tokenizers[folder / "model"] = self._tokenizer(recipe)
         said = fields.pop("gpu", None)
         gpu = said or self._found_chip(recipe)
         if isinstance(recipe, DistillRecipe) and recipe.teacher == WORKED_SOLUTIONS:
@@ -124,6 +128,8 @@ class _Pipeline:
                 f"--rehearse {self.rehearse}: {recipe.name} is planned for a chip, not run on this machine; "
                 f"leave it out{other}"
             )
+        if gpu.lower() == "cpu" and isinstance(recipe, DistillRecipe):
+            return self._sampled(recipe, config, fields, stage)
         asked = recipe_request(recipe) | {"name": recipe.name, "gpu": gpu} | fields
         if isinstance(recipe, RLRecipe) or (said is None and gpu != "cpu"):
             asked.setdefault("gpus", 1)
@@ -156,6 +162,42 @@ class _Pipeline:
         asked.setdefault("tokens", tokens * (recipe.train.epochs or 1.0))
         return plan_stage(parse_request("sft", asked, self._said(stage)), config, self.more_chips, None, self.written)
 
+    def _sampled(self, recipe: DistillRecipe, config: ModelConfig, fields: dict[str, Any], stage: Stage) -> StagePlan:
+        """A model's answers, then fine-tuning on those that are kept, on this machine."""
+        from rorqual.rl.distillation import student_recipe
+
+        price = fields.pop("price", None)
+        _check_fields({name: value for name, value in fields.items() if name not in ("prompt", "answer", "correct")})
+        asked = recipe_request(recipe) | {"name": recipe.name, "gpu": "cpu"} | fields
+        asked.setdefault("prompt", self._prompt(recipe))
+        request = parse_request("distill", asked, self._said(stage))
+        assert isinstance(request, DistillRequest)
+        teacher = self.written.get(Path(recipe.teacher)) or find_model(recipe.teacher)
+        student = student_recipe(recipe, recipe.run_dir, recipe.run_dir / "samples.jsonl")
+        student.name = recipe.name
+        predicted = predict(config, student, training_rows(request, recipe.sequence_length))
+        plan = predicted_here(student, config, predicted, price, answers_seconds(request, teacher))
+        guess = (
+            f"answers of {request.answer:g} tokens on average; {request.correct:.0%} of the problems have a correct one"
+        )
+        return replace(plan, kind="distill", assumptions=(*plan.assumptions, guess))
+
+    def _prompt(self, recipe: RLRecipe | DistillRecipe) -> float:
+        """Mean tokens of the problems' prompts; a guess where the tokenizer is not written yet."""
+        from rorqual.rl.envs.registry import open_environment
+        from rorqual.rl.rl_run import prompt_tokens
+
+        path = self._tokenizer(recipe)
+        if path is None:
+            return WRITTEN_PROMPT
+        return prompt_tokens(recipe, tokenizer_at(path), [open_environment(e) for e in recipe.environments])
+
+    def _tokenizer(self, recipe: Recipe) -> str | None:
+        """The directory with the tokenizer that the recipe's model has; None where that is not written yet."""
+        section = getattr(recipe, "tokenizer", None)
+        path = recipe.model.path if section is None or section.path is None else section.path
+        return None if path is None else self.tokenizers.get(Path(path), path)
+
     def _found_chip(self, recipe: Recipe) -> str:
         """The chip that the recipe would run on here. Raises UserError for a GPU that the data does not know."""
         section = recipe.parallel if isinstance(recipe, PretrainRecipe | SFTRecipe) else ParallelSection()
@@ -177,11 +219,7 @@ class _Pipeline:
     def _here(self, recipe: Recipe, config: ModelConfig, fields: dict[str, Any]) -> StagePlan:
         """On this machine, as the run itself predicts it."""
         price = fields.pop("price", None)
-        if fields:
-            name = min(fields)
-            raise UserError(
-                f"--{name}: a recipe on this machine is planned as it is; change it by key=value, or say another --gpu"
-            )
+        _check_fields(fields)
         if isinstance(recipe, PretrainRecipe | SFTRecipe) and recipe.parallel.processes > 1:
             raise UserError(
                 f"{recipe.name} is for {recipe.parallel.processes} processes, and plans on this machine are of one; "
@@ -192,14 +230,9 @@ class _Pipeline:
         if self.rehearse is not None:
             _rehearse(recipe, self.rehearse)
         if isinstance(recipe, RLRecipe):
-            from rorqual.rl.envs.registry import open_environment
-            from rorqual.rl.rl_run import predict_rl, prompt_tokens
+            from rorqual.rl.rl_run import predict_rl
 
-            prompt = WRITTEN_PROMPT
-            if Path(trained_path(recipe.model)) not in self.written:
-                environments = [open_environment(section) for section in recipe.environments]
-                prompt = prompt_tokens(recipe, tokenizer_of(recipe.model), environments)
-            return rl_predicted_here(recipe, config, predict_rl(recipe, config, prompt), price)
+            return rl_predicted_here(recipe, config, predict_rl(recipe, config, self._prompt(recipe)), price)
         assert isinstance(recipe, PretrainRecipe | SFTRecipe)
         return predicted_here(recipe, config, predict(config, recipe), price)
 
@@ -207,13 +240,14 @@ class _Pipeline:
         """Fine-tuning on pairs, after the sampling of those of [pairs]."""
         if self.rehearse is not None:
             raise UserError(f"--rehearse {self.rehearse}: {recipe.name} is a reward model; leave it out")
-        start = trained_path(recipe.model)
-        rows, length = pair_sizes(recipe, None if Path(start) in self.written else tokenizer_of(recipe.model))
+        start = self._tokenizer(recipe)
+        rows, length = pair_sizes(recipe, None if start is None else tokenizer_at(start))
         sampling = 0.0
         if recipe.pairs is not None:
             path = Path(recipe.pairs.model)
             sampler = self.written.get(path) or ModelConfig.load(path)
-            sampling = sampling_seconds(recipe, sampler, None if path in self.written else load_tokenizer(path))
+            start = self.tokenizers.get(path, str(path))
+            sampling = sampling_seconds(recipe, sampler, None if start is None else load_tokenizer(start))
         return predicted_here(recipe, config, predict_reward(config, recipe, rows, length), price, sampling)
 
     def _config(self, recipe: Recipe) -> ModelConfig:
@@ -228,6 +262,15 @@ class _Pipeline:
             size = before.vocab_size if before is not None else len(tokenizer_at(source))
             return model_config(recipe.model, size, length=data.sequence_length)
         return ModelConfig.load(trained_path(recipe.model))
+
+
+def _check_fields(fields: Mapping[str, Any]) -> None:
+    """Raises UserError for what is said beside a recipe that is planned on this machine."""
+    if fields:
+        raise UserError(
+            f"--{min(fields)}: a recipe on this machine is planned as it is; change it by key=value, or say another "
+            "--gpu"
+        )
 
 
 def _rehearse(recipe: Recipe, steps: int) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from rorqual.engine import Engine, SamplingParams
 from rorqual.errors import UserError
+from rorqual.plan.distill_here import BATCH
 from rorqual.recipe import FilterSection, RewardSection
 from rorqual.rl.envs.environment import Environment, Problem, Sample
 from rorqual.rl.episodes import sample_rollout
@@ -15,7 +16,6 @@ from rorqual.rl.rewards import score
 from rorqual.rl.rollout import derived_seed
 from rorqual.rl.sample_filter import refused
 
-BATCH = 64  # problems per sampling call
 KEPT, NOT_BEST = "kept", "not among the best"
 Counts = dict[str, Counter[str]]  # by family: how many completions were kept, or left out and why
 

@@ -19,7 +19,7 @@ from rorqual.plan.hardware import memory_used
 from rorqual.plan.ledger import Ledger
 from rorqual.plan.rehearsal import kept_rehearsal
 from rorqual.plan.rl_here import RLPlan, plan_rl_here
-from rorqual.recipe import RLRecipe
+from rorqual.recipe import DistillRecipe, RLRecipe
 from rorqual.rl.context_limits import check_context
 from rorqual.rl.envs.registry import Environment, open_environment
 from rorqual.rl.grpo_trainer import GRPOTrainer
@@ -132,7 +132,7 @@ def predict_rl(recipe: RLRecipe, config: ModelConfig, prompt: float) -> RLPlan:
     return plan_rl_here(recipe, config, prompt, kept_rehearsal(recipe))
 
 
-def prompt_tokens(recipe: RLRecipe, tokenizer: Tokenizer, environments: Sequence[Environment]) -> float:
+def prompt_tokens(recipe: RLRecipe | DistillRecipe, tokenizer: Tokenizer, environments: Sequence[Environment]) -> float:
     """Mean tokens of the prompts, of a few problems."""
     means: list[float] = []
     for environment in environments:
