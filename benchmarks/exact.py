@@ -1,8 +1,9 @@
 """Reinforcement learning in the exact mode, against the default: what a step costs, and how many bits differ.
 
-Two trainers of the same model take turns, one of them in the exact mode. Of every step: the seconds of rollout and
-update, the share of tokens whose log-probability as sampled differs in any bit from the trainer's, and the largest
-difference. Then the same for completions that are sampled in FP8, in 4 bits and in BF16, against the FP32 trainer.
+Two trainers of the same model take turns, one of them in the exact mode, which then goes on alone to --steps. Of every
+step: the seconds of rollout and update, the share of tokens whose log-probability as sampled differs in any bit from
+the trainer's, and the largest difference. Then the same for completions that are sampled in FP8, in 4 bits and in
+BF16, against the FP32 trainer.
 """
 
 import copy
@@ -41,6 +42,7 @@ SMALL: dict[str, Any] = {  # a mixture of experts with latent attention
 }  # fmt: skip
 TINY = SMALL | {"hidden_size": 64, "num_hidden_layers": 2, "moe_intermediate_size": 32, "kv_lora_rank": 32}
 MODES = ("default", "exact")
+TURNS = 10  # that are timed
 
 
 class Sums(Environment):
@@ -87,8 +89,8 @@ def trainer_of(model: Transformer, tokenizer: Tokenizer, mode: str, sizes: dict[
     return GRPOTrainer(copy.deepcopy(model), tokenizer, [Sums()], parse_recipe(raw, RLRecipe), verdict=share_of_digits)
 
 
-def steps_of(model: Transformer, tokenizer: Tokenizer, steps: int, sizes: dict[str, int]) -> dict[str, Any]:
-    """By mode: of each step, seconds and tokens of rollout and update, differing share and largest difference."""
+def steps_of(model: Transformer, tokenizer: Tokenizer, turns: int, steps: int, sizes: dict[str, int]) -> dict[str, Any]:
+    """By mode: seconds of each turn; of each step those of a token, differing share and largest difference."""
     found: dict[str, list[dict[str, Any]]] = {mode: [] for mode in MODES}
     trainers = {mode: trainer_of(model, tokenizer, mode, sizes) for mode in MODES}
 
@@ -103,7 +105,9 @@ def steps_of(model: Transformer, tokenizer: Tokenizer, steps: int, sizes: dict[s
         })  # fmt: skip
         return metrics.rollout_seconds + metrics.update_seconds
 
-    seconds = take_turns({mode: lambda mode=mode: step(mode) for mode in MODES}, steps)
+    seconds = take_turns({mode: lambda mode=mode: step(mode) for mode in MODES}, turns)
+    for _ in range(steps - turns):
+        step("exact")
     return {mode: {"seconds": seconds[mode][1:], "steps": found[mode]} for mode in MODES}  # the first warms up
 
 
@@ -142,24 +146,25 @@ def _exact(model: Transformer) -> Transformer:
 
 
 def main() -> None:
-    args = arguments(__doc__, model="smollm2", steps="0 (100; quick: 3)", threads="0 (all)")
+    args = arguments(__doc__, model="smollm2", steps="100 (quick: 4)", threads="0 (all)")
     if args.threads.isdecimal() and int(args.threads):
         torch.set_num_threads(int(args.threads))
-    steps = int(args.steps) if args.steps.isdecimal() else 3 if args.quick else 100
+    steps = int(args.steps) if args.steps.isdecimal() else 4 if args.quick else 100
+    turns = min(steps, 3 if args.quick else TURNS)
     sizes = {"questions_per_step": 2, "group_size": 3, "max_tokens": 12} if args.quick else {
-        "questions_per_step": 8, "group_size": 8, "max_tokens": 64,
+        "questions_per_step": 4, "group_size": 8, "max_tokens": 48,
     }  # fmt: skip
-    figures: dict[str, Any] = {"steps": steps}
+    figures: dict[str, Any] = {"steps": steps, "turns": turns}
     ratios: dict[str, float] = {}
     costs: list[list[Any]] = []
     differences: list[list[Any]] = []
     for name, make in models(args.model, args.quick).items():
         model, tokenizer = make()
-        modes, others = steps_of(model, tokenizer, steps, sizes), rounded(model, tokenizer, sizes)
+        modes, others = steps_of(model, tokenizer, turns, steps, sizes), rounded(model, tokenizer, sizes)
         figures[name] = {"modes": modes, "rounded": others}
         medians: dict[str, list[float]] = {}
         for mode, own in modes.items():
-            own_steps = own["steps"][1:]
+            own_steps = own["steps"][1:turns]
             parts = [
                 statistics.median(s[f"{part}_seconds_a_token"] for s in own_steps) for part in ("rollout", "update")
             ]
@@ -177,7 +182,7 @@ def main() -> None:
     report(
         "exact", args, ratios, figures,
         [
-            (f"{steps} steps of GRPO",
+            (f"GRPO, {turns} turns, and {steps} steps in the exact mode",
              ["mode", "s a step", "rollout, ms a token", "update, ms a token", "tokens that differ", "largest"], costs),
             ("Log-probabilities as sampled, against the FP32 trainer's",
              ["rollouts", "tokens that differ", "mean |difference|", "largest"], differences),

@@ -69,11 +69,13 @@ def exact(found: dict[str, Any]) -> list[list[str]]:
     costs: list[list[Any]] = []
     differences: list[list[Any]] = []
     for name, own in found.items():
-        if name == "steps":
+        if name in ("steps", "turns"):
             continue
         for mode, run in own["modes"].items():
             compared = [step for step in run["steps"] if step["mismatch_share"] is not None]
-            times = (1e3 * median(s[f"{part}_seconds_a_token"] for s in run["steps"][1:]) for part in PARTS)
+            times = (
+                1e3 * median(s[f"{part}_seconds_a_token"] for s in run["steps"][1 : found["turns"]]) for part in PARTS
+            )
             share = f"{100 * mean(s['mismatch_share'] for s in compared):.2f} %"
             largest = f"{max(s['mismatch_max'] for s in compared):.2g}"
             costs.append([f"{name}, {mode}", median(run["seconds"]), *times, share, largest])
