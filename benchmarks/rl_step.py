@@ -171,7 +171,7 @@ def trl_loop(
         cut = [ids[-1] != tokenizer.eos_token_id for ids in completion_ids]
         found = [task.reward(*each) for each in zip(texts, cut, answer, strict=True)]
         rewards.append(sum(found) / len(found))
-        return found
+        return [*found]
 
     class Clock(TrainerCallback):
         def on_step_begin(self, *_: Any, **__: Any) -> None:

@@ -297,9 +297,7 @@ class DistillRecipe(SupervisedRecipe):
 
     @model_validator(mode="after")
     def _enough_samples(self) -> "DistillRecipe":
-        if self.reward.model is not None or any(section.open for section in self.environments):
-            what = "reward.model" if self.reward.model is not None else "open environments"
-            raise ValueError(f"{what}: a distillation keeps correct answers, which only rules tell; leave it out")
+        check_open(self.environments, self.reward, taught=False, evaluates=False)
         if self.keep_per_problem > self.samples:
             raise ValueError(
                 f"keep_per_problem = {self.keep_per_problem}: only samples = {self.samples} are drawn; lower it"

@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from helpers.fake_ray import FakeRay
+from helpers.scripted_teacher import Teacher
 from rorqual.checkpoint.huggingface import save_model
 from rorqual.errors import UserError
 from rorqual.evals.tasks import open_task, split_tasks
 from rorqual.model.reward_model import RewardModel
 from rorqual.recipe import DistillRecipe, EnvironmentSection, RewardModelSection, RewardSection, RLRecipe, parse_recipe
-from rorqual.rl import reward_scorer
+from rorqual.rl import distillation, reward_scorer
 from rorqual.rl.envs.environment import Problem, Sample
 from rorqual.rl.envs.registry import open_environment
 from rorqual.rl.grpo_trainer import GRPOTrainer
@@ -213,14 +214,50 @@ def test_recipes_that_are_refused(fields, sentence, tmp_path, dense, tokenizer):
         recipe(tmp_path, dense, tokenizer, **fields)
 
 
-def test_a_distillation_takes_neither(tmp_path):
-    raw = {"name": "a", "teacher": "t", "model": {"path": "m"}, "train": {"steps": 1}}
-    for more, what in (
-        ({"environments": [TALK]}, "open environments"),
-        ({"environments": [{"name": "a"}], "reward": {"model": {"path": "m"}}}, "reward.model"),
-    ):
-        with pytest.raises(UserError, match=rf"{what}: a distillation keeps correct answers, which only rules tell"):
-            parse_recipe(raw | more, DistillRecipe)
+def test_a_distillation_keeps_the_most_helpful_answers(tmp_path, dense, tokenizer, judge, prompts, monkeypatch):
+    """Of an open problem's whole answers the one that the reward model likes best, however long."""
+    monkeypatch.setattr(
+        RewardScorer, "__call__", lambda self, samples: [float("best" in sample.text) for sample in samples]
+    )
+    talk = EnvironmentSection(name="talk", path=str(prompts), open=True, prompt="{question}")
+    scripts = ["ok</think>so", "ok</think>the best, it seems", "never ends", "ok</think>" + "word " * 400]
+    teacher = Teacher(tokenizer, scripts)
+    monkeypatch.setattr(distillation, "Engine", lambda path, device: teacher)
+    monkeypatch.setattr("helpers.scripted_teacher.eval", lambda text: 0, raising=False)  # it computes no sums here
+    save_model(dense, tmp_path / "start", tokenizer)
+    raw = {
+        "name": "talker", "out": str(tmp_path), "teacher": str(tmp_path / "start"), "template": "plain",
+        "model": {"path": str(tmp_path / "start"), "dtype": "float32"}, "problems": 6, "samples": 4, "max_tokens": 100,
+        "environments": [talk.model_dump(exclude_none=True)], "reward": {"model": {"path": str(judge)}},
+        "train": {"steps": 1},
+    }  # fmt: skip
+    folder = distillation.distill(parse_recipe(raw, DistillRecipe))
+    rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    assert [row["completion"] for row in rows] == ["ok</think>the best, it seems"] * 6
+    assert {row["reward"] for row in rows} == {1.0}
+    counts = json.loads((folder / "sampling.json").read_text())["talk"]
+    assert counts == {"kept": 6, "not among the best": 6, "no answer": 6, "not ended": 6}
+    assert str(judge / "model.safetensors") in json.loads((folder / "inputs.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        (
+            {"environments": [{"name": "a"}], "reward": {"model": {"path": "m"}}},
+            r"reward\.model: it scores answers to ",
+        ),
+        ({"environments": [TALK], "reward": {"format": 0}}, "environment talk: open = true, but nothing rewards"),
+        ({"environments": [TALK], "reward": {"model": {"path": "nowhere"}}}, r"nowhere/config\.json does not exist"),
+        ({"environments": [TALK], "teacher": "worked-solutions"}, "environment talk: there are no worked solutions"),
+    ],
+)
+def test_distillations_that_are_refused(fields, sentence, tmp_path, dense, tokenizer, prompts, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_model(dense, tmp_path / "start", tokenizer)
+    raw = {"name": "a", "teacher": "start", "model": {"path": "start"}, "train": {"steps": 1}}
+    with pytest.raises(UserError, match=sentence):
+        distillation.distill(parse_recipe(raw | fields, DistillRecipe))
 
 
 def test_files_that_are_refused(tmp_path, dense, tokenizer, judge, prompts):

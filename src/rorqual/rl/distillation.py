@@ -19,12 +19,14 @@ from rorqual.engine import Engine, SamplingParams
 from rorqual.errors import UserError, file_error
 from rorqual.files import write_text
 from rorqual.kernels.devices import find_device
+from rorqual.kernels.dtypes import compute_dtype
 from rorqual.model.model_directory import is_gguf, model_directory
 from rorqual.precision.packed_checkpoint import is_quantized
 from rorqual.recipe import WORKED_SOLUTIONS, ChatDataSection, DistillRecipe, MixSection, SFTRecipe
 from rorqual.rl.context_limits import check_context
 from rorqual.rl.envs.registry import Environment, open_environment
 from rorqual.rl.rejection_sampling import KEPT, Batch, Counts, rejection_sample
+from rorqual.rl.reward_scorer import RewardScorer, check_reward_model
 from rorqual.rl.rollout import derived_seed
 from rorqual.rl.worked_samples import check_worked, worked_batches
 from rorqual.train.build_model import check_length, check_model, config_for, tokenizer_at
@@ -51,6 +53,8 @@ def distill(recipe: DistillRecipe, resume: bool = False) -> Path:
     environments = [open_environment(section) for section in recipe.environments]
     if recipe.teacher == WORKED_SOLUTIONS:
         check_worked(environments)
+    if recipe.reward.model is not None:
+        check_reward_model(recipe.reward.model.path)
     if recipe.template != "chat" and (several := [e.family for e in environments if e.turns > 1]):
         raise UserError(
             f"environment {several[0]} with template = {recipe.template!r}: students learn several turns in chats; set "
@@ -141,13 +145,17 @@ def _add(counts: Counts, more: Counts) -> None:
 def _batches(recipe: DistillRecipe, environments: Sequence[Environment], start: int, device: str) -> Iterator[Batch]:
     if recipe.teacher == WORKED_SOLUTIONS:
         return worked_batches(recipe, environments, start, tokenizer_at(recipe.tokenizer_path))
-    engine = Engine(recipe.teacher, device=_teacher_device(recipe.teacher, device))
+    on = _teacher_device(recipe.teacher, device)
+    engine, judge, scorer = Engine(recipe.teacher, device=on), recipe.reward.model, None
     context = engine.model.config.max_position_embeddings
+    if judge is not None:
+        scorer = RewardScorer.load(judge, compute_dtype(recipe.model.dtype), on)
+        context = min(context, scorer.model.config.max_position_embeddings)
     check_context(environments, recipe.template, engine.require_tokenizer(), context, recipe.max_tokens, "max_tokens")
     params = SamplingParams(temperature=recipe.temperature, max_tokens=recipe.max_tokens, n=recipe.samples)
     return rejection_sample(
         engine, environments, recipe.problems, recipe.template, recipe.reward, params, recipe.keep_per_problem,
-        recipe.seed, start, recipe.filter,
+        recipe.seed, start, recipe.filter, scorer,
     )  # fmt: skip
 
 

@@ -7,11 +7,13 @@ from typing import Any
 
 from rorqual.engine import Engine, SamplingParams
 from rorqual.errors import UserError
+from rorqual.judge.extract_answer import final_summary
 from rorqual.plan.distill_here import BATCH
 from rorqual.recipe import FilterSection, RewardSection
 from rorqual.rl.envs.environment import Environment, Problem, Sample
 from rorqual.rl.episodes import sample_rollout
 from rorqual.rl.prompts import Template, problem_text
+from rorqual.rl.reward_scorer import RewardScorer
 from rorqual.rl.rewards import score
 from rorqual.rl.rollout import derived_seed
 from rorqual.rl.sample_filter import refused
@@ -43,11 +45,13 @@ def rejection_sample(
     seed: int = 0,
     start: int = 0,
     wanted: FilterSection | None = None,
+    scorer: RewardScorer | None = None,
 ) -> Iterator[Batch]:
     """Sample `params.n` completions for each of `problems` training problems, split among `environments` by weight.
 
     Only correct, untruncated completions that pass the filter `wanted` are kept, at most `keep_per_problem` distinct
     ones per problem: highest reward first, then the shortest, since a longer one has more detours for the same result.
+    Of open problems, which have no correct answer, any final summary will do; `scorer` rewards it.
     A row is {"prompt", "completion", "family", "reward", "length"}; prompt and completion are the text that the model
     read and wrote (special-token names in the question escaped as in rorqual.data.special_tokens). An episode of
     several turns has {"messages", "tools"} instead. `start`: problems already done; later batches do not depend on it.
@@ -64,12 +68,13 @@ def rejection_sample(
         asked = drawn[first : first + BATCH]
         sampling = replace(params, seed=derived_seed(seed, "rejection", first))
         rollout = sample_rollout(engine, asked, template, sampling, by_family)
-        rewards = score(rollout.samples, by_family, reward, params.max_tokens)
+        rewards = score(rollout.samples, by_family, reward, params.max_tokens, scorer=scorer)
         batch = Batch(first + len(asked))
         for q, problem in enumerate(asked):
             good: list[int] = []
             for i in range(q * params.n, (q + 1) * params.n):
-                why = _why_not(rollout.samples[i], bool(rewards.correct[i]), wanted, reward.target_language)
+                right = bool(rewards.correct[i]) if rewards.ruled[i] else None
+                why = _why_not(rollout.samples[i], right, wanted, reward.target_language)
                 why = "no reward" if rewards.skipped[i] else why
                 if why is None:
                     good.append(i)
@@ -97,10 +102,13 @@ def rejection_sample(
         yield batch
 
 
-def _why_not(sample: Sample, correct: bool, wanted: FilterSection, language: str) -> str | None:
+def _why_not(sample: Sample, correct: bool | None, wanted: FilterSection, language: str) -> str | None:
+    """correct: None of an open problem's."""
     if sample.truncated:
         return "not ended"
-    return refused(sample.text, sample.length, wanted, language) if correct else "wrong"
+    if correct is None and final_summary(sample.text) is None:
+        return "no answer"
+    return "wrong" if correct is False else refused(sample.text, sample.length, wanted, language)
 
 
 def said_in(sample: Sample) -> str:

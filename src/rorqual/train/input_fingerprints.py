@@ -60,11 +60,11 @@ def files_of(recipe: Recipe) -> list[Path]:
         data = [section.path for section in recipe.environments if section.path is not None]
         if isinstance(recipe, RLRecipe) and recipe.opd is not None:
             models += [recipe.opd.of(section.name) for section in recipe.environments]
-        if recipe.reward.model is not None:
-            models.append(recipe.reward.model.path)
         if isinstance(recipe, DistillRecipe):
             models = [recipe.teacher]  # the student's own run fingerprints the student
             data += [section.path for section in recipe.mix]
+        if recipe.reward.model is not None:
+            models.append(recipe.reward.model.path)
     found = {file for model in models if model is not None for file in files_of_model(Path(model))}
     return sorted(found | {file for path in data for file in _of_data(path)})
 
