@@ -69,14 +69,59 @@ def test_a_row_does_not_depend_on_its_neighbours():
         assert torch.equal(together, torch.cat([linear.linear(row, weight) for row in x.split(1)]))
 
 
+vectors = pytest.mark.skipif(cpu.capability() not in ("avx2", "avx512"), reason="FP32 products are for wider vectors")
+FP32_SHAPES = [(1, 64, 32), (2, 7, 5), (3, 577, 192), (17, 98, 35), (48, 16, 1), (49, 576, 192), (256, 33, 70)]
+
+
+@vectors
+@pytest.mark.parametrize(("rows", "width", "outputs"), FP32_SHAPES)
+@pytest.mark.parametrize("biased", [False, True])
+@torch.no_grad()
+def test_fp32_without_a_derivative(rows, width, outputs, biased, monkeypatch):
+    torch.manual_seed(0)
+    x, weight = torch.randn(rows, 2, width)[:, 1:], torch.randn(outputs, width)
+    bias = 10 * torch.randn(outputs) if biased else None
+    exact = x.double() @ weight.double().T + (bias.double() if biased else 0.0)
+    monkeypatch.setattr(linear, "linear_reference", None)
+    found = linear.linear(x, weight, bias)
+    assert found.shape == exact.shape
+    assert (found - exact).abs().max() <= 1e-6 * width**0.5 * 10
+
+
+@vectors
+@torch.no_grad()
+def test_few_fp32_rows_do_not_depend_on_their_neighbours_and_nothing_else_is_written():
+    torch.manual_seed(0)
+    x, weight = torch.randn(29, 70), torch.randn(39, 70)
+    together = linear.linear(x, weight)
+    assert torch.equal(together, torch.cat([linear.linear(row, weight) for row in x.split(1)]))
+    room, ends = torch.full((31, 39), 7.0), torch.tensor([29], dtype=torch.int32)
+    cpu.call("grouped_gemm", x.dtype, x, x.stride(0), weight, None, ends, 1, 39, 70, room[1:30])
+    assert torch.equal(room[1:30], together)
+    assert torch.equal(room[[0, 30]], torch.full((2, 39), 7.0))
+
+
+@vectors
+@torch.no_grad()
+def test_fp32_experts_with_few_rows(monkeypatch):
+    torch.manual_seed(0)
+    ends = torch.tensor([13, 13, 14, 49, 50], dtype=torch.int32)
+    x, weight = torch.randn(50, 34), torch.randn(5, 22, 34)
+    expert = torch.bucketize(torch.arange(50), ends, right=True)
+    monkeypatch.setattr(linear, "grouped_linear_reference", None)
+    found = linear.grouped_linear(x, weight, ends)
+    torch.testing.assert_close(found, torch.einsum("mk,mnk->mn", x, weight[expert]), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_otherwise_as_torch_has_it(dtype):
-    """With a derivative, in FP32, and of an odd width."""
+    """With a derivative, and in BF16 of an odd width."""
     torch.manual_seed(0)
     x, weight, bias = torch.randn(3, 4, 7).to(dtype), torch.randn(5, 7).to(dtype), torch.randn(5).to(dtype)
     assert torch.equal(linear.linear(x, weight, bias), linear.linear_reference(x, weight, bias))
-    with torch.no_grad():
-        assert torch.equal(linear.linear(x, weight, bias), linear.linear_reference(x, weight, bias))
+    if dtype is torch.bfloat16:
+        with torch.no_grad():
+            assert torch.equal(linear.linear(x, weight, bias), linear.linear_reference(x, weight, bias))
 
 
 @torch.no_grad()

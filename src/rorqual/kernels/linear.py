@@ -18,6 +18,7 @@ from rorqual.processor import allows
 from rorqual.shapes import Float, Float32, Int32
 
 MAX_COMPILED_ROWS = 256  # beyond, oneDNN is faster, which packs the weights at each call
+MAX_FP32_ROWS = 48  # beyond, packing pays in FP32 too
 
 
 def linear(
@@ -32,10 +33,16 @@ def linear(
     if is_deferrable() and torch.is_grad_enabled():
         return _Linear.apply(x, weight, bias)
     fits = bias is None or (bias.shape == weight.shape[:1] and cpu.usable(x, bias))
-    if torch.is_grad_enabled() or not fits or not _usable(x, weight) or (rows := x[..., 0].numel()) > MAX_COMPILED_ROWS:
+    if torch.is_grad_enabled() or not fits:
         return linear_reference(x, weight, bias)
-    ends = torch.tensor([rows], dtype=torch.int32)
-    out = _product(x.reshape(rows, x.shape[-1]), weight.unsqueeze(0), bias, ends)
+    rows = x[..., 0].numel()
+    if rows > MAX_COMPILED_ROWS or not (_usable_in_fp32(x, weight) or _usable(x, weight)):
+        return linear_reference(x, weight, bias)
+    flat = x.reshape(rows, x.shape[-1])
+    if x.dtype == torch.float32 and rows > MAX_FP32_ROWS:
+        out = _packed_product(flat, weight, bias)
+    else:
+        out = _product(flat, weight.unsqueeze(0), bias, torch.tensor([rows], dtype=torch.int32))
     return out.view(*x.shape[:-1], len(weight))
 
 
@@ -116,6 +123,8 @@ def grouped_linear(
         return _expert_by_expert(x, weight, ends)
     if ends.shape != weight.shape[:1] or x.ndim != 2:
         return grouped_linear_reference(x, weight, ends)
+    if not torch.is_grad_enabled() and _usable_in_fp32(x, weight) and len(x) <= MAX_FP32_ROWS * len(ends):
+        return _product(x, weight, None, ends)
     if not _grouped_usable(x, weight):
         later = is_deferrable() and torch.is_grad_enabled()
         return (_GroupedReference.apply if later else grouped_linear_reference)(x, weight, ends)
@@ -210,6 +219,19 @@ class _Grouped(Function):
         return grad_x, *now_or_later(needed[1], (ctx.weight,), gradient), None
 
 
+def _usable_in_fp32(x: Tensor, weight: Tensor) -> bool:
+    """Whether compiled products take these. Vectors of four numbers, as the portable build has, were not compared with
+    PyTorch's product.
+    """
+    return (
+        x.dtype == torch.float32
+        and cpu.usable(x, weight)
+        and weight.is_contiguous()
+        and x.shape[-1] == weight.shape[-1]
+        and cpu.capability() != "portable"
+    )
+
+
 def _usable(x: Tensor, weight: Tensor) -> bool:
     """Whether the compiled products (csrc/bf16_gemm.cpp) take these; they read weights once, without packing."""
     return (
@@ -230,6 +252,15 @@ def _grouped_usable(x: Tensor, weight: Tensor) -> bool:
 @functools.cache
 def _has_amx() -> bool:
     return bool(torch.cpu.get_capabilities().get("amx_tile"))
+
+
+def _packed_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """For more rows: csrc/exact_gemm.cpp packs a few columns at a time."""
+    (N, K), out = weight.shape, x.new_empty(len(x), len(weight))
+    cpu.call(
+        "exact_gemm", x.dtype, x, x.stride(0), 0, weight, 0, K, 1, bias, None, len(x), 1, N, K, out, N, 0
+    )  # fmt: skip
+    return out
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, ends: Tensor) -> Tensor:

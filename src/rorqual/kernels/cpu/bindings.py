@@ -11,7 +11,7 @@ from torch import Tensor
 from rorqual.kernels.dtype_names import KERNEL_SUFFIXES
 from rorqual.processor import VARIABLE, allows, highest
 
-INTERFACE = 27  # as in csrc/dtypes.h: a build of other sources is not used
+INTERFACE = 28  # as in csrc/dtypes.h: a build of other sources is not used
 LEVELS = ("avx512", "avx2", "portable")  # the builds, best first; also names in processor.py
 LACKING = "the processor lacks it"
 
@@ -54,7 +54,7 @@ SIGNATURES = {
     # sampling.cpp
     "sample": (T, INT, INT, FLOAT, FLOAT, INT, FLOAT, F32, I64, F32),
     "append_tokens": (T, INT, INT, I64, I64, I64, I64),
-    # bf16_gemm.cpp: BF16 only, and only where has_dot_products()
+    # bf16_gemm.cpp: only where has_dot_products(); the first also in FP32, in f32_gemm.cpp
     "grouped_gemm": (T, INT, T, T, I32, INT, INT, INT, T),
     "grouped_gemm_backward_input": (T, INT, T, I32, INT, INT, INT, T),
     "grouped_gemm_backward_weight": (T, INT, T, INT, I32, INT, INT, INT, F32, T),

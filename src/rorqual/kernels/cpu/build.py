@@ -47,6 +47,7 @@ SOURCES = {
     "block_scaled": {"portable": 1, "avx2": 3, "avx512": 3},
     "adamw": {"portable": 1, "avx2": 1, "avx512": 1},
     "bf16_gemm": {"portable": 1, "avx2": 1, "avx512": 3},
+    "f32_gemm": {"portable": 1, "avx2": 1, "avx512": 2},
 }
 # Fused multiply-adds only where a source asks for them: the same bits on every level (csrc/exact_math.h).
 EXACT = ["-ffp-contract=off"]

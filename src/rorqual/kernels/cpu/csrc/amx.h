@@ -149,7 +149,7 @@ class TileGemm {
                 std::memcpy(&other, sums[1][p][r * 2 + plane], sizeof other);
                 acc += other;
             }
-            return __builtin_convertvector(acc + end.correction[plane], f32x16);
+            return to_f32(acc + end.correction[plane]);
         };
         const Epilogue &to = pending.epilogues[p];
         const f32x16 y = (plane_sum(0) * 256.0f + plane_sum(1)) * end.scale;

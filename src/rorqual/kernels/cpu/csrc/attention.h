@@ -12,6 +12,15 @@ namespace {
 
 constexpr i64 PREFETCH_TOKENS = 16;  // prefetch distance in tokens, about the latency of memory
 
+// Sums of VLEN elements that the registers hold beside the factors; more of them would go through memory.
+#if defined(__AVX512F__)
+constexpr int MAX_SUMS = 16;
+#elif defined(__AVX2__) || defined(__aarch64__)
+constexpr int MAX_SUMS = 6;
+#else
+constexpr int MAX_SUMS = 3;
+#endif
+
 // The hardware prefetcher does not follow tokens this far apart.
 template <class T>
 inline void prefetch(const T *from, i64 count) {
@@ -22,6 +31,18 @@ inline void prefetch(const T *from, i64 count) {
 template <class T>
 void transpose_rows(const T *const *rows, i64 width, f32x16 *transposed) {
     i64 start = 0;
+#if defined(RORQUAL_HALVES)
+    if constexpr (sizeof(T) == 4) {
+        float *const to = reinterpret_cast<float *>(transposed);
+        for (; start + 8 <= width; start += 8)
+            for (i64 half = 0; half < VLEN; half += 8) {
+                __m256 block[8];
+                for (i64 t = 0; t < 8; ++t) block[t] = _mm256_loadu_ps(rows[half + t] + start);
+                transpose8(block);
+                for (i64 t = 0; t < 8; ++t) _mm256_storeu_ps(to + (start + t) * VLEN + half, block[t]);
+            }
+    }
+#endif
     if constexpr (sizeof(T) == 2) {
         for (; start + 2 * VLEN <= width; start += 2 * VLEN) {
             f32x16 block[VLEN];
@@ -42,20 +63,27 @@ void transpose_rows(const T *const *rows, i64 width, f32x16 *transposed) {
         for (i64 t = 0; t < VLEN; ++t) transposed[start][t] = load(rows[t][start]);
 }
 
-// N queries [N][width] × VLEN keys [width][VLEN] → scores of query n at n·stride. Two sums a query hide latency.
+// N queries [N][width] × VLEN keys [width][VLEN] → scores of query n at n·stride. Two sums a query hide latency. As
+// many queries go together as the registers hold sums of, which changes no bit.
 template <int N>
 void qk_scores(const float *queries, const f32x16 *keys, i64 width, float scale, float *weights, i64 stride) {
-    f32x16 sum[N] = {}, other[N] = {};
-    i64 j = 0;
-    for (; j + 2 <= width; j += 2) {
-        for (int n = 0; n < N; ++n) {
-            sum[n] += queries[n * width + j] * keys[j];
-            other[n] += queries[n * width + j + 1] * keys[j + 1];
+    if constexpr (N > 1 && 2 * N > MAX_SUMS) {
+        constexpr int HALF = N / 2;
+        qk_scores<HALF>(queries, keys, width, scale, weights, stride);
+        qk_scores<N - HALF>(queries + HALF * width, keys, width, scale, weights + HALF * stride, stride);
+    } else {
+        f32x16 sum[N] = {}, other[N] = {};
+        i64 j = 0;
+        for (; j + 2 <= width; j += 2) {
+            for (int n = 0; n < N; ++n) {
+                sum[n] += queries[n * width + j] * keys[j];
+                other[n] += queries[n * width + j + 1] * keys[j + 1];
+            }
         }
-    }
-    for (int n = 0; n < N; ++n) {
-        if (j < width) sum[n] += queries[n * width + j] * keys[j];
-        store_f32x16(weights + n * stride, (sum[n] + other[n]) * scale);
+        for (int n = 0; n < N; ++n) {
+            if (j < width) sum[n] += queries[n * width + j] * keys[j];
+            store_f32x16(weights + n * stride, (sum[n] + other[n]) * scale);
+        }
     }
 }
 
@@ -133,8 +161,12 @@ void weighted_sum(const float *weights, i64 stride, PagedRows<T> values, i64 col
         out += done;
         remaining -= done;
     };
-    for (; remaining >= 4 * VLEN; advance(4 * VLEN)) weighted_sum_columns<N, 2>(weights, stride, values, width, out);
-    for (; remaining >= 2 * VLEN; advance(2 * VLEN)) weighted_sum_columns<N, 1>(weights, stride, values, width, out);
+    if constexpr (4 * N <= MAX_SUMS)
+        for (; remaining >= 4 * VLEN; advance(4 * VLEN))
+            weighted_sum_columns<N, 2>(weights, stride, values, width, out);
+    if constexpr (2 * N <= MAX_SUMS)
+        for (; remaining >= 2 * VLEN; advance(2 * VLEN))
+            weighted_sum_columns<N, 1>(weights, stride, values, width, out);
     for (; remaining >= VLEN; advance(VLEN)) {
         f32x16 sum[N] = {};
         values.for_each_token(VLEN, [&](i64 s, const T *value) {
@@ -158,11 +190,12 @@ inline void softmax(float *weights, i64 length) {
     for (i64 s = length; s % VLEN; ++s) weights[s] = -INFINITY;
     for (i64 s = 0; s < length; s += VLEN) {
         const f32x16 x = load_f32x16(weights + s);
-        top = x > top ? x : top;
+        top = greater(x, top);
     }
-    const float highest = reduce(top, [](auto a, auto b) { return b > a ? b : a; });
+    const float highest = reduce(top, greater);
     for (i64 s = 0; s < length; s += VLEN) {
-        const f32x16 x = load_f32x16(weights + s), e = x == -INFINITY ? f32x16{} : fast_exp(x - highest);
+        const f32x16 x = load_f32x16(weights + s);
+        const f32x16 e = blend(equal(x, f32x16{} - INFINITY), f32x16{}, fast_exp(x - highest));
         store_f32x16(weights + s, e);
         sum += e;
     }

@@ -171,13 +171,12 @@ void masked_softmax(T *scores, i64 rows, i64 keys, const bool *mask, i64 mask_gr
                     store_f32x16(x + s, load_f32x16(row + s));
                 else
                     for (i64 t = 0; t < VLEN; ++t) x[s + t] = s + t < keys ? load(row[s + t]) : 0.0f;
-                const f32x16 here = load_mask(seen + s) ? load_f32x16(x + s) : f32x16{} - INFINITY;
-                top = here > top ? here : top;
+                top = greater(blend(load_mask(seen + s), load_f32x16(x + s), f32x16{} - INFINITY), top);
             }
-            const float highest = reduce(top, [](auto a, auto b) { return b > a ? b : a; });
+            const float highest = reduce(top, greater);
             for (i64 s = first; s < end; s += VLEN) {
                 const f32x16 e = fast_exp((load_f32x16(x + s) - highest) * scale);
-                const f32x16 here = load_mask(seen + s) ? e : f32x16{};
+                const f32x16 here = blend(load_mask(seen + s), e, f32x16{});
                 store_f32x16(x + s, here);
                 sum += here;
             }

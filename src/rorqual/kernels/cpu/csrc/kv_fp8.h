@@ -43,10 +43,11 @@ inline f32x16 load_f32x16(const e4m3 *from) {
 #else
     u8x16 bytes;
     std::memcpy(&bytes, from, sizeof bytes);
-    const u32x16 u = __builtin_convertvector(bytes, u32x16), m = u & 0x7fu;
+    const u32x16 u = to_u32(bytes), m = u & 0x7fu;
     // Numbers below 2^-6 have no leading 1: it is added with the exponent, and subtracted again.
     const f32x16 small = std::bit_cast<f32x16>((m << 20) + (113u << 23)) - 0x1p-14f;
-    const f32x16 magnitude = m < 8 ? small : std::bit_cast<f32x16>((m << 20) + (112u << 23));
+    const f32x16 magnitude =
+        blend((std::bit_cast<i32x16>(m) - 8) >> 31, small, std::bit_cast<f32x16>((m << 20) + (112u << 23)));
     return std::bit_cast<f32x16>(std::bit_cast<u32x16>(magnitude) | (u & 0x80u) << 24);
 #endif
 }
@@ -65,11 +66,13 @@ inline float load_fp8_scale(const e4m3 *row, i64 width, i64 tile) {
 // FP32 to E4M3, to nearest, ties to even; what is beyond ±448 becomes ±448. No NaN.
 inline u32x16 to_e4m3(f32x16 x) {
     const u32x16 bits = std::bit_cast<u32x16>(x), magnitude = bits & 0x7fffffffu, most = u32x16{} + 0x43e00000u;
-    const u32x16 u = magnitude < most ? magnitude : most;
+    const u32x16 u = most - greater(most, magnitude) + magnitude;  // the smaller one
     const u32x16 normal = ((u + 0x7ffffu + ((u >> 20) & 1)) >> 20) - (120u << 3);
     // Below 2^-6 steps are of 2^-9, as those of FP32 numbers from 2^14 on.
     const u32x16 small = std::bit_cast<u32x16>(std::bit_cast<f32x16>(u) + 16384.0f) - 0x46800000u;
-    return (u < 0x3c800000u ? small : normal) | ((bits >> 24) & 0x80u);
+    const i32x16 is_small = (std::bit_cast<i32x16>(u) - 0x3c800000) >> 31;
+    const f32x16 code = blend(is_small, std::bit_cast<f32x16>(small), std::bit_cast<f32x16>(normal));
+    return std::bit_cast<u32x16>(code) | ((bits >> 24) & 0x80u);
 }
 
 // Quantises a row. A tile's scale is its largest magnitude / 448, but no smaller than 2^-100 / 448, so that it has all
@@ -80,7 +83,6 @@ inline void store_fp8_row(const T *from, i64 width, uint8_t *row) {
         const i64 start = tile * FP8_TILE, count = std::min(FP8_TILE, width - start),
                   vectors = (count + VLEN - 1) / VLEN;
         f32x16 x[FP8_TILE / VLEN] = {};
-        const auto greater = [](auto a, auto b) { return a > b ? a : b; };
         u32x16 magnitudes = u32x16{} + 0x0d800000u;  // 2^-100
         for (i64 i = 0; i < vectors; ++i) {
             const i64 valid = std::min(VLEN, count - i * VLEN);
@@ -95,7 +97,7 @@ inline void store_fp8_row(const T *from, i64 width, uint8_t *row) {
         const float scale =
             finite ? std::bit_cast<float>(largest) * (1.0f / 448.0f) : std::bit_cast<float>(0x7fc00000u);
         for (i64 i = 0; i < vectors; ++i) {
-            const u8x16 codes = __builtin_convertvector(finite ? to_e4m3(x[i] / scale) : u32x16{} + 0x7fu, u8x16);
+            const u8x16 codes = to_u8(finite ? to_e4m3(x[i] / scale) : u32x16{} + 0x7fu);
             std::memcpy(row + start + i * VLEN, &codes, size_t(std::min(VLEN, count - i * VLEN)));
         }
         std::memcpy(row + fp8_scales_offset(width) + 4 * tile, &scale, sizeof scale);
@@ -163,7 +165,7 @@ void attend_group_fp8(const float *queries, const Fp8Rows &k, const PagedRows<bf
             const f32x16 scales = load_fp8_scales(rows_of, width, tile);
             for (i64 i = s; i < num_queries * stride; i += stride) {
                 const f32x16 weight = load_f32x16(weights + i);  // the scale of a masked slot is arbitrary
-                store_f32x16(scaled + i, weight == 0.0f ? f32x16{} : weight * scales);
+                store_f32x16(scaled + i, blend(equal(weight, f32x16{}), weight, weight * scales));
             }
         }
         PagedRows<e4m3> values = v.bytes;

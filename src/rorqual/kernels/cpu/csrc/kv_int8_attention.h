@@ -28,7 +28,7 @@ TARGET void qk_scores_int8(const ActivationGroup *queries, i64 groups, const Int
             }
             const f32x16 scales = load_f16x16(record + KV_SCALES_OFFSET) * scale;
             UNROLL for (int n = 0; n < N; ++n)
-                sum[n] += __builtin_convertvector(acc[n], f32x16) * (scales * query[n * groups].scale);
+                sum[n] += to_f32(acc[n]) * (scales * query[n * groups].scale);
         }
         UNROLL for (int n = 0; n < N; ++n) store_f32x16(scores + n * stride + b * VLEN, sum[n]);
     }
@@ -40,7 +40,6 @@ template <int N>
 TARGET void weighted_sum_int8(const float *weights, i64 stride, const Int8Blocks &values, const Int8Blocks &next_keys,
                               i64 prefetch_bytes, i64 width, i64 columns, float *out) {
     constexpr i64 CHUNK_BLOCKS = 4;
-    const auto greater = [](auto a, auto b) { return a > b ? a : b; };
     f32x16 sum[N][2] = {};
     for (i64 first = 0; first < values.count; first += CHUNK_BLOCKS) {
         const i64 blocks = std::min(CHUNK_BLOCKS, values.count - first);
@@ -60,7 +59,7 @@ TARGET void weighted_sum_int8(const float *weights, i64 stride, const Int8Blocks
             u32x16 magnitudes = {};
             for (i64 b = 0; b < blocks; ++b) {  // the scale of a masked slot is arbitrary
                 const f32x16 weight = load_f32x16(weights + n * stride + (first + b) * VLEN);
-                x[b] = weight == 0.0f ? f32x16{} : weight * scales[b];
+                x[b] = blend(equal(weight, f32x16{}), weight, weight * scales[b]);
                 magnitudes = greater(magnitudes, std::bit_cast<u32x16>(x[b]));
             }
             const uint32_t bits = reduce(magnitudes, greater);
@@ -70,7 +69,7 @@ TARGET void weighted_sum_int8(const float *weights, i64 stride, const Int8Blocks
                 bits < 0x03800000u || bits >= 0x7f800000u ? 0.0f : float(MAX_QUANTIZED_WEIGHT) / maximum;
             for (i64 b = 0; b < blocks; ++b) {
                 const f32x16 number = x[b] * inverse + 12582912.0f;  // round to nearest
-                const u8x16 s = __builtin_convertvector(__builtin_convertvector(number - 12582912.0f, i32x16), u8x16);
+                const u8x16 s = to_u8(std::bit_cast<u32x16>(to_i32(number - 12582912.0f)));
                 std::memcpy(quantized[n][b], &s, sizeof s);
             }
             scale[n] = bits >= 0x7f800000u ? std::bit_cast<float>(0x7fc00000u) : maximum / float(MAX_QUANTIZED_WEIGHT);
@@ -91,7 +90,7 @@ TARGET void weighted_sum_int8(const float *weights, i64 stride, const Int8Blocks
         }
         UNROLL for (int n = 0; n < N; ++n) UNROLL
             for (int half = 0; half < 2; ++half)
-                sum[n][half] += __builtin_convertvector(acc[n][half], f32x16) * scale[n];
+                sum[n][half] += to_f32(acc[n][half]) * scale[n];
     }
     UNROLL for (int n = 0; n < N; ++n)
         for (i64 half = 0; half * VLEN < columns; ++half)

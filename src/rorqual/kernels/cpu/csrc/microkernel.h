@@ -66,7 +66,7 @@ TARGET void microkernel(const uint8_t *record, const QuantizedRows &x, RowIndex 
         UNROLL for (int r = 0; r < R; ++r) {
             UNROLL for (int p = 0; p < P; ++p) {
                 if constexpr (ACCUMULATORS == 2) acc[r][p][0] += acc[r][p][1];
-                const f32x16 product = __builtin_convertvector(acc[r][p][0], f32x16);
+                const f32x16 product = to_f32(acc[r][p][0]);
                 if constexpr (SCALES)
                     total[r][p] += product * (scale[p] * first[r]->scale);
                 else

@@ -54,43 +54,26 @@ constexpr int MAX_PANELS = 1;
 #if defined(__AVX2__)
 constexpr bool SIGNED_WEIGHTS = true;  // unsigned 8-bit weights would overflow the 16-bit sum of a pair (vpmaddubsw)
 inline f32x16 load_f16x16(const uint8_t *from) {
-    struct {
-        __m256 low, high;
-    } x;
-    x.low = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(from)));
-    x.high = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(from) + 1));
-    return std::bit_cast<f32x16>(x);
+    const __m128i *const halves = reinterpret_cast<const __m128i *>(from);
+    return {(f32x16::half)_mm256_cvtph_ps(_mm_loadu_si128(halves)),
+            (f32x16::half)_mm256_cvtph_ps(_mm_loadu_si128(halves + 1))};
 }
+inline i32x16::half sum_of_pairs(__m256i pairs) { return (i32x16::half)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)); }
 template <int BITS>
 inline i32x16 dot4(i32x16 sum, u8x64 weights, int32_t four) {
-    struct Halves {
-        __m256i part[2];
+    const __m256i x = _mm256_set1_epi32(four);
+    const auto products = [&](u8x64::half part) {
+        if constexpr (BITS == 4) return sum_of_pairs(_mm256_maddubs_epi16((__m256i)part, x));
+        const __m256i centered = _mm256_xor_si256((__m256i)part, _mm256_set1_epi8(-128));
+        return sum_of_pairs(_mm256_maddubs_epi16(_mm256_abs_epi8(centered), _mm256_sign_epi8(x, centered)));
     };
-    Halves w = std::bit_cast<Halves>(weights), s = std::bit_cast<Halves>(sum);
-    const __m256i x = _mm256_set1_epi32(four), ones = _mm256_set1_epi16(1);
-    for (int i = 0; i < 2; ++i) {
-        __m256i pairs;
-        if constexpr (BITS == 4) {
-            pairs = _mm256_maddubs_epi16(w.part[i], x);
-        } else {
-            const __m256i centered = _mm256_xor_si256(w.part[i], _mm256_set1_epi8(-128));
-            pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(centered), _mm256_sign_epi8(x, centered));
-        }
-        s.part[i] = _mm256_add_epi32(s.part[i], _mm256_madd_epi16(pairs, ones));
-    }
-    return std::bit_cast<i32x16>(s);
+    return {sum.low + products(weights.low), sum.high + products(weights.high)};
 }
 constexpr int MAX_QUANTIZED_WEIGHT = 127;  // so that the sum of a pair fits 16 bits
 inline i32x16 dot4_values(i32x16 sum, int32_t four, u8x64 values) {
-    struct Halves {
-        __m256i part[2];
-    };
-    Halves v = std::bit_cast<Halves>(values), s = std::bit_cast<Halves>(sum);
-    for (int i = 0; i < 2; ++i) {
-        const __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi32(four), v.part[i]);
-        s.part[i] = _mm256_add_epi32(s.part[i], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
-    }
-    return std::bit_cast<i32x16>(s);
+    const __m256i x = _mm256_set1_epi32(four);
+    return {sum.low + sum_of_pairs(_mm256_maddubs_epi16(x, (__m256i)values.low)),
+            sum.high + sum_of_pairs(_mm256_maddubs_epi16(x, (__m256i)values.high))};
 }
 #else
 constexpr bool SIGNED_WEIGHTS = false;

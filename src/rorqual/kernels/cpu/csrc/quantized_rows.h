@@ -72,7 +72,6 @@ template <class F>
 inline void quantize_groups(i64 count, F load_vector, const QuantizedRows &to, i64 at) {
     const auto quantize_n = [&](auto n_groups) {  // constant, so that the values stay in registers
         constexpr int vectors = 2 * n_groups;
-        const auto greater = [](auto a, auto b) { return a > b ? a : b; };
         f32x16 x[vectors];
         u32x16 magnitudes = {};
         for (int i = 0; i < vectors; ++i) {
@@ -89,8 +88,8 @@ inline void quantize_groups(i64 count, F load_vector, const QuantizedRows &to, i
         for (int i = 0; i < vectors; ++i) {
             const f32x16 number =
                 ((flush ? f32x16{} : x[i]) * inverse + 12582912.0f) - 12582912.0f;  // round to nearest
-            const i32x16 n = __builtin_convertvector(number, i32x16);
-            const i8x16 s = __builtin_convertvector(n, i8x16);
+            const i32x16 n = to_i32(number);
+            const i8x16 s = to_i8(n);
             std::memcpy(groups[i / 2].q + i % 2 * VLEN, &s, sizeof s);
             sums += n;
         }
@@ -110,7 +109,6 @@ inline void quantize_groups(i64 count, F load_vector, const QuantizedRows &to, i
 template <class T>
 inline void quantize_int16(const T *from, i64 width, const QuantizedRows &to, i64 row) {
     int8_t *const high = to.planes(row), *const low = high + to.plane_bytes;
-    const auto greater = [](auto a, auto b) { return a > b ? a : b; };
     const i64 full = width / VLEN * VLEN;
     float padded[VLEN] = {};
     for (i64 j = full; j < width; ++j) padded[j - full] = load(from[j]);
@@ -123,10 +121,9 @@ inline void quantize_int16(const T *from, i64 width, const QuantizedRows &to, i6
     const float maximum = std::bit_cast<float>(bits), inverse = flush ? 0.0f : 32512.0f / maximum;
     i32x16 high_sum = {}, low_sum = {};
     const auto store_planes = [&](i64 j, f32x16 x) {
-        const i32x16 n =
-            __builtin_convertvector(((flush ? f32x16{} : x) * inverse + 12582912.0f) - 12582912.0f, i32x16);
+        const i32x16 n = to_i32(((flush ? f32x16{} : x) * inverse + 12582912.0f) - 12582912.0f);
         const i32x16 h = (n + 128) >> 8, l = n - h * 256;
-        const i8x16 sh = __builtin_convertvector(h, i8x16), sl = __builtin_convertvector(l, i8x16);
+        const i8x16 sh = to_i8(h), sl = to_i8(l);
         std::memcpy(high + j, &sh, sizeof sh);
         std::memcpy(low + j, &sl, sizeof sl);
         high_sum += h;
