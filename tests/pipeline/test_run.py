@@ -148,7 +148,7 @@ def weights(folder: Path) -> bytes:
     return (folder / "model.safetensors").read_bytes()
 
 
-def test_a_pipeline_from_its_start_to_the_card(file, tmp_path):
+def test_a_pipeline_from_its_start_to_the_card(file, tmp_path, capsys):
     out = run_pipeline(file)
     assert out == tmp_path / "runs"
     summary = json.loads((out / "summary.json").read_text())
@@ -162,6 +162,9 @@ def test_a_pipeline_from_its_start_to_the_card(file, tmp_path):
     card = (out / "model" / "README.md").read_text()
     assert "| cold | rejection sampling, then fine-tuning | 12 of 12 completions of worked-solutions |" in card
     assert "| again over start, paired by problem | " in card
+    assert "| again over cold, paired by problem | " in card  # against fine-tuning alone
+    printed = capsys.readouterr().out
+    assert [pair in printed for pair in ("cold over start", "again over start", "again over cold")] == [True] * 3
     page = (out / "report.html").read_text()
     assert page.index("<h2>Cold") < page.index("<h2>Again")
 
@@ -278,7 +281,8 @@ def test_a_student_stands_beside_the_tuned_model(with_student, tmp_path, capsys)
     assert f"`{out}/student/student/model`" in card
     rows = [line.split(" | ")[0] for line in card.splitlines() if "paired" in line]
     assert rows == [
-        f"| {pair}, paired by problem" for pair in ("again over start", "student over start", "student over again")
+        f"| {pair}, paired by problem"
+        for pair in ("again over start", "student over start", "again over cold", "student over again")
     ]
     printed = capsys.readouterr().out
     assert "student over start" in printed

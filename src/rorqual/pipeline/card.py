@@ -110,6 +110,7 @@ def _figures(stages: Sequence[Stage], before: Mapping[str, TaskResult]) -> str:
     last = tuned(stages)
     students = [stage for stage in evaluated if stage.student]
     pairs = [(found.name, found.tasks, "start", before) for found in (last, *students) if before]
+    pairs += [(last.name, last.tasks, found.name, found.tasks) for found in _before_rl(stages) if found is not last]
     pairs += [(found.name, found.tasks, last.name, last.tasks) for found in students]
     for this, tasks, other, others in pairs:
         gains = compare(others, tasks)
@@ -127,6 +128,12 @@ pass@1 in per cent on {settings.problems} held-out problems of each family, 95 %
 |---|{"---|" * len(names)}
 {chr(10).join(lines)}
 """
+
+
+def _before_rl(stages: Sequence[StageT]) -> list[StageT]:
+    """The stage whose model the first reinforcement learning began with, if it was evaluated."""
+    starts = [stage.recipe.model.path for stage in stages if stage.kind == "rl"][:1]
+    return [stage for stage in stages if stage.tasks and starts and str(stage.model) == starts[0]]
 
 
 def _cell(found: TaskResult | None) -> str:

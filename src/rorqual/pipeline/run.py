@@ -115,8 +115,9 @@ def run_pipeline(path: Path, out: Path | None = None, seed: int | None = None, r
                 write_text(out / STATE, strict_json.dumps(done, indent=1) + "\n", then="then continue with --resume")
             if evaluations is not None and stage.kind != "reward":  # which is no language model
                 stage.tasks = evaluations.of(stage.name, stage.model)
-                if before:
-                    console.print(gains_table(compare(before, stage.tasks), f"{stage.name} over {START}"))
+                for other, tasks in {START: before, **_started_from(stage, stages)}.items():
+                    if tasks:
+                        console.print(gains_table(compare(tasks, stage.tasks), f"{stage.name} over {other}"))
         _finish(out, file.name, stages, before)
     return out
 
@@ -141,6 +142,12 @@ def _find_students(stages: list[StageRun]) -> None:
         stage.student = stage.kind != "reward" and (start is None or start not in line)
         if not stage.student:
             line.add(stage.model)
+
+
+def _started_from(stage: StageRun, stages: list[StageRun]) -> dict[str, dict[str, TaskResult]]:
+    """The results of the stage whose model this one goes on with, by its name."""
+    start = stage.recipe.model.path
+    return {other.name: other.tasks for other in stages if start is not None and other.model == Path(start)}
 
 
 def _made(folder: Path) -> Path:
