@@ -14,6 +14,7 @@ from rorqual.errors import UserError
 from rorqual.recipe import DistillRecipe, EnvironmentSection, parse_recipe
 from rorqual.rl import distillation, rejection_sampling
 from rorqual.rl.distillation import distill
+from rorqual.rl.worked_samples import worked_tokens
 
 
 def distill_recipe(tmp_path, **changes):
@@ -277,3 +278,47 @@ def test_worked_solutions_of_a_python_environment_call_its_tools(tokenizer, dens
         assert "calculate" in trained
         assert "Use the tool" not in trained
         assert trained.count(told["content"]) == 2  # in thinking and answer, not as the tool's result
+        # What the model would have sampled: both turns, the call and the end tokens.
+        assert row["length"] == sum(mask)
+        assert trained.count("<assistant>") == trained.count("<end>") == 2
+        assert row["length"] > len(tokenizer(called["content"] + said["content"] + called_arguments(called)).input_ids)
+
+
+def called_arguments(message):
+    return message["tool_calls"][0]["function"]["arguments"]
+
+
+def test_the_plan_counts_tools_and_results_of_worked_solutions(tokenizer, dense, tmp_path, monkeypatch):
+    save_model(dense, tmp_path / "student", tokenizer)
+    monkeypatch.setattr(distillation, "sft", lambda recipe, resume: None)
+    monkeypatch.setattr(tokenizer, "chat_template", WITH_TOOLS)
+    monkeypatch.setattr(distillation, "tokenizer_at", lambda path: tokenizer)
+    section = {"name": "calculator", "python": f"{CALCULATOR}:Calculator"}
+    eight = {"environments": [section], "template": "chat", "problems": 8, "keep_per_problem": 1}
+    recipe = worked_recipe(tmp_path, **eight)
+    rows = [json.loads(line) for line in (distill(recipe) / "samples.jsonl").read_text().splitlines()]
+    real = [len(encode_sample(row, tokenizer)[0]) for row in rows]
+    assert worked_tokens(recipe, tokenizer) == sum(real) / 8
+    # The filter's limit is of the same tokens as `length`.
+    lengths = sorted(row["length"] for row in rows)
+    shorter = worked_recipe(tmp_path, **eight, name="shorter", filter={"max_tokens": lengths[3]})
+    kept = [json.loads(line)["length"] for line in (distill(shorter) / "samples.jsonl").read_text().splitlines()]
+    assert sorted(kept) == [length for length in lengths if length <= lengths[3]]
+
+
+def test_worked_solutions_of_single_turns_are_in_the_recipes_template(tokenizer, dense, tmp_path, monkeypatch):
+    save_model(dense, tmp_path / "student", tokenizer)
+    monkeypatch.setattr(distillation, "sft", lambda recipe, resume: None)
+    (tmp_path / "twice.py").write_text(
+        "class Twice:\n"
+        "    problems = [{'question': f'Twice {n}?', 'answer': 2 * n} for n in range(40)]\n"
+        "    def worked(self, problem):\n"
+        "        return f\"<think>so</think><answer>{problem['answer']}</answer>\"\n"
+    )
+    section = {"name": "twice", "python": f"{tmp_path}/twice.py:Twice"}
+    run_dir = distill(worked_recipe(tmp_path, environments=[section], problems=2, keep_per_problem=1))
+    for line in (run_dir / "samples.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        assert row["prompt"].endswith("?\n<think>")
+        assert row["completion"].startswith("so</think><answer>")
+        assert row["length"] == len(tokenizer(row["completion"]).input_ids) + 1  # the end token
