@@ -30,13 +30,23 @@ def check_worked(environments: Sequence[Environment]) -> None:
 
 def worked_tokens(recipe: DistillRecipe, tokenizer: Tokenizer) -> float:
     """Mean tokens of a sample of written solutions, of a few problems, as the student reads them: with the prompt, the
-    tools' descriptions and what they return.
+    tools' descriptions and what they return. Raises UserError.
     """
+    template = ChatTemplate(tokenizer)
+    return fmean(len(encode_sample(row, tokenizer, template=template)[0]) for row in few_worked(recipe, tokenizer))
+
+
+def few_worked(recipe: DistillRecipe, tokenizer: Tokenizer) -> list[dict[str, Any]]:
+    """Samples of written solutions of a few problems. Raises UserError where there are none."""
     environments = [open_environment(section) for section in recipe.environments]
+    check_worked(environments)
     few = recipe.model_copy(update={"problems": 8 * len(environments)})
     rows = [row for batch in worked_batches(few, environments, 0, tokenizer) for row in batch.rows]
-    template = ChatTemplate(tokenizer)
-    return fmean(len(encode_sample(row, tokenizer, template=template)[0]) for row in rows)
+    if not rows:
+        raise UserError(
+            f"none of the worked solutions of {few.problems} problems is right and as the filter wants it; correct them"
+        )
+    return rows
 
 
 def worked_batches(
