@@ -76,8 +76,8 @@ def unreadable(path: Path, error: OSError) -> UserError:
             return UserError(f"{path} is a link to {path.readlink()}, which does not exist; fetch the file again")
         if path.name in IN_EVERY_MODEL and (path.parent / "recipe.toml").is_file():
             return UserError(
-                f"{path.parent} is the folder of a run that has no model yet; let it end (--resume continues it), or name "
-                "another model"
+                f"{path.parent} is the folder of a run that has no model yet; let it end (--resume continues it), or "
+                "name another model"
             )
         return UserError(f"{path} does not exist; fetch it, or check the name")
     if isinstance(error, IsADirectoryError):

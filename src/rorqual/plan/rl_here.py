@@ -308,8 +308,8 @@ def _source(costs: RLCosts, rehearsal: RLRehearsal | None) -> str:
 
 def _assumptions(recipe: RLRecipe, lengths: Lengths, rehearsal: RLRehearsal | None) -> list[str]:
     about = (
-        f"prompts of {lengths.prompt:.3g} tokens, with what is said of tools; answers of {lengths.mean:.3g} on average, "
-        f"at most {lengths.limit:g}"
+        f"prompts of {lengths.prompt:.3g} tokens, with what is said of tools; answers of {lengths.mean:.3g} on "
+        f"average, at most {lengths.limit:g}"
     )
     if rehearsal is None:
         found = [
