@@ -32,7 +32,7 @@ def evaluate(
         typer.Option(
             help="comma-separated: benchmarks (aime24, aime25, math500, gpqa-diamond, mmlu, mmlu-pro, gsm8k, "
             "livecodebench, humaneval, ifeval, arc-agi, bfcl), reasoning-gym datasets, files of questions and answers, "
-            "an rl recipe"
+            "FILE.py:Class, an rl recipe"
         ),
     ],
     data: Annotated[
@@ -75,7 +75,8 @@ def evaluate(
     """pass@1 and cons@k on held-out problems, with 95 % intervals.
 
     A benchmark's data are those of --data, else of its package, else of the Hugging Face Hub.
-    A file (.jsonl, .jsonl.gz, .json, .parquet) is used whole; of a recipe's environments only the held-out split.
+    A file (.jsonl, .jsonl.gz, .json, .parquet) is used whole; of datasets, of FILE.py:Class and of a recipe's
+    environments only the test split, which is never trained on.
     """
     from rorqual.console import output
     from rorqual.engine import Engine
