@@ -99,7 +99,7 @@ def read_chat(
         sizes = f" (they have {_span((shortest, longest))})" if longest else ""
         raise UserError(
             f"{path} has no sample with an assistant turn within {length_field} = {sequence_length}{sizes}; check the "
-            "file or raise it"
+            f"file, or raise {length_field}"
         )
     if not samples[False]:
         samples[False].append(*samples[True].pop())

@@ -70,7 +70,7 @@ def distill(recipe: DistillRecipe, resume: bool = False) -> Path:
         try:
             sft(student, resume=True, length_field="sequence_length")
         except UserError as e:
-            if has_work(run_dir / "student"):
+            if type(e) is not UserError or e.retry or has_work(run_dir / "student"):
                 raise
             raise UserError(f"{e}; the samples are kept, so go on with --resume and the changed settings") from e
     return run_dir
