@@ -2,6 +2,7 @@
 
 import errno
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -106,6 +107,7 @@ def test_dry_run_of_rl_says_what_it_needs_and_starts_nothing(rorqual, recipe, tm
     assert status == 0, err
     for word in ("parameters", "active", "memory", "tokens", "FLOP", "s a step (", "rollout", "half of the most"):
         assert word in out
+    assert re.match(r"chain_sum, the first prompt of \d+ tokens:\n    .*\d+ [+-] \d+.*\n\nparameters ", out, re.DOTALL)
     assert "for the reference model (grpo.kl)" in out
     assert "FP8" not in out
     status, out, _ = rorqual("rl", path, "--dry-run", "grpo.rollout_weights=fp8", "grpo.kl=0")

@@ -112,11 +112,22 @@ def test_long_samples_are_shortened_or_dropped(tokenizer, tmp_path):
         {"prompt": " whale" * 50, "completion": "b"},
     ]
     split = read_chat(str(write_jsonl(tmp_path / "a.jsonl", records)), tokenizer, 10)
-    assert (len(split.train), split.shortened, split.dropped) == (2, 2, 1)
+    assert (len(split.train), split.shortened, split.unended, split.dropped) == (2, 2, 1, 1)
+    sizes = [len(encode_sample(record, tokenizer)[0]) for record in records]
+    assert split.sizes == (min(sizes), max(sizes))
+    assert split.cuts("a.jsonl", "sequence_length", 10) == (
+        "a.jsonl: 2 of 3 samples were cut at sequence_length = 10, 1 of them within their last answer, and 1 were "
+        f"dropped (no assistant token within it); they have {min(sizes)} to {max(sizes)} tokens"
+    )
     assert max(split.train.offsets[1:] - split.train.offsets[:-1]) == 11
     write_jsonl(tmp_path / "a.jsonl", records[2:])
-    with pytest.raises(UserError, match=r"no sample with an assistant turn within data\.sequence_length = 10"):
+    with pytest.raises(UserError, match=r"within data\.sequence_length = 10 \(they have \d+ tokens\); check"):
         read_chat(str(tmp_path / "a.jsonl"), tokenizer, 10)
+    write_jsonl(tmp_path / "a.jsonl", records[1:2])
+    cut = read_chat(str(tmp_path / "a.jsonl"), tokenizer, 10).cuts("a.jsonl", "data.sequence_length", 10)
+    assert cut.startswith("warning: a.jsonl: 1 of 1 samples were cut")
+    assert cut.endswith("no sample shows how an answer ends, so the model learns none: raise data.sequence_length")
+    assert read_chat(str(write_jsonl(tmp_path / "a.jsonl", records[:1])), tokenizer, 10).cuts("a", "b", 10) is None
 
 
 def test_templates_that_cannot_be_masked(tokenizer):

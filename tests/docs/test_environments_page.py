@@ -11,15 +11,17 @@ import torch
 
 from helpers.pages import ROOT, blocks
 from rorqual.checkpoint.huggingface import save_model
-from rorqual.data.tokenizer import save_tokenizer, train_tokenizer
+from rorqual.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from rorqual.engine import Engine
 from rorqual.errors import UserError
 from rorqual.evals.evaluate import evaluate
 from rorqual.evals.tasks import split_tasks
 from rorqual.model import ModelConfig, Transformer
-from rorqual.recipe import RLRecipe, TokenizerSection, load_recipe
+from rorqual.recipe import DistillRecipe, RLRecipe, TokenizerSection, load_recipe
+from rorqual.rl.distillation import distill
 from rorqual.rl.envs.registry import open_environment
 from rorqual.rl.rl_run import rl
+from rorqual.rl.shown_prompts import worked_sample
 from rorqual.rl_sections import EnvironmentSection
 
 PAGE = ROOT / "docs" / "environments.md"
@@ -74,6 +76,17 @@ def test_every_recipe_trains(folder, name, logged):
     assert logged in lines[-1]
     if name == "treasure":
         assert max(line["turns"] for line in lines) > 1
+
+
+def test_worked_solutions_are_learnt_and_shown_as_on_the_page(folder):
+    recipe = load_recipe(folder / "shop.toml", DistillRecipe, ["problems=6", "train.batch_size=2"])
+    (shown,) = [text for language, text in blocks(PAGE) if language == "text"]
+    # The page's is of SmolLM2, whose template differs in nothing that is in this conversation.
+    made = worked_sample(recipe, load_tokenizer(folder / "models" / "smollm2")).splitlines()[1:]
+    assert "\n".join(line.removeprefix("    ") for line in made) == shown.strip()
+    run_dir = distill(recipe)
+    assert len((run_dir / "samples.jsonl").read_text().splitlines()) == 6
+    assert (run_dir / "student" / "model" / "config.json").exists()
 
 
 def test_the_first_has_15_lines(folder):

@@ -168,6 +168,57 @@ def test_a_folder_in_use_or_damaged_is_refused(model, data, tmp_path):
         run(model, data, tmp_path / "file" / "out", problems=4)
 
 
+GUESS = '''
+class Guess:
+    """Asks again once; right where the two turns begin with the same token."""
+
+    problems = [{"question": "One or two?", "key": k} for k in range(60)]
+    turns = 2
+
+    def reply(self, text, state):
+        state.setdefault("said", []).append(text)
+        return "Again?" if len(state["said"]) == 1 else None
+
+    def reward(self, messages):
+        first, again = (m["content"] for m in messages if m["role"] == "assistant")
+        return float(first[:1] == again[:1])
+'''
+
+
+def test_the_turns_of_episodes_are_kept_and_read(model, tmp_path):
+    (tmp_path / "guess.py").write_text(GUESS)
+    settings = {"samples": 16, "problems": 2, "max_tokens": 200, "quiet": True}
+
+    def result(out):
+        task = f"{tmp_path}/guess.py:Guess"
+        return evaluate(Engine(model), [task], out=out, model={"model": "puppet"}, **settings).tasks[task]
+
+    found = result(tmp_path / "out")
+    (file,) = (tmp_path / "out" / "answers").iterdir()
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    samples = [sample for row in rows for sample in row["samples"]]
+    assert len(samples) == 32
+    for sample in samples:
+        first, asked, again = sample["messages"]
+        assert sample["turns"] == 2
+        assert asked == {"role": "user", "content": "Again?"}
+        assert (first["role"], again) == ("assistant", {"role": "assistant", "content": sample["text"]})
+        assert sample["correct"] == (first["content"][:1] == again["content"][:1])
+        assert set(first["content"]) <= {"1", "2"}
+    assert 0 < found.pass_at_1 < 1
+    assert result(tmp_path / "out") == found  # read
+    for sample in samples:  # as folders from before have them
+        del sample["messages"], sample["turns"]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert result(tmp_path / "out") == found
+
+
+def test_other_answers_have_no_turns(model, data, tmp_path):
+    run(model, data, tmp_path, problems=1)
+    row = json.loads((tmp_path / "answers" / "gsm8k.jsonl").read_text())
+    assert not {"turns", "messages"} & row["samples"][0].keys()
+
+
 def test_names_of_files():
     assert file_name("aime24") == "aime24"
     assert len({file_name(name) for name in ("a/b.jsonl", "a_b.jsonl", "a:b.jsonl")}) == 3

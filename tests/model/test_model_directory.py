@@ -2,15 +2,18 @@
 
 import errno
 import os
+import re
 from pathlib import Path
 
 import pytest
 
 from helpers.gguf_files import network, write
 from rorqual import load_model, load_tokenizer, save_model
+from rorqual.checkpoint.describe import read_released
 from rorqual.checkpoint.gguf_import import import_gguf, import_model
 from rorqual.engine.load_model import open_model
 from rorqual.errors import UserError
+from rorqual.model import ModelConfig
 from rorqual.precision.quantize_checkpoint import quantize_checkpoint
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4665\nsize 134\n"
@@ -135,3 +138,14 @@ def test_a_model_is_not_written_over_what_it_is_made_from(model, tmp_path):
     with pytest.raises(UserError, match=r"file cannot be written \(Not a directory\)"):
         import_model(model, tmp_path / "file")
     assert [p.name for p in home.iterdir()] == ["model-of-mine.safetensors"]
+
+
+def test_the_folder_of_a_run_that_has_not_ended(tmp_path):
+    (tmp_path / "recipe.toml").write_text("name = 'cold-start'")
+    (tmp_path / "checkpoints").mkdir()
+    message = f"{re.escape(str(tmp_path))} is the folder of a run that has no model yet; let it end .--resume"
+    for load in (load_tokenizer, ModelConfig.load, load_model, read_released):
+        with pytest.raises(UserError, match=message):
+            load(tmp_path)
+    with pytest.raises(UserError, match=r"other/config\.json does not exist; fetch it"):
+        ModelConfig.load(tmp_path / "other")

@@ -14,6 +14,7 @@ from rorqual.errors import UserError
 from rorqual.recipe import DistillRecipe, EnvironmentSection, parse_recipe
 from rorqual.rl import distillation, rejection_sampling
 from rorqual.rl.distillation import distill
+from rorqual.rl.worked_samples import worked_tokens
 
 
 def distill_recipe(tmp_path, **changes):
@@ -70,7 +71,7 @@ def test_a_killed_distillation_keeps_its_samples(tokenizer, dense, tmp_path, mon
 
     monkeypatch.setattr(distillation, "Engine", engine)
     monkeypatch.setattr(rejection_sampling, "BATCH", 8)
-    monkeypatch.setattr(distillation, "sft", lambda recipe, resume: None)
+    monkeypatch.setattr(distillation, "sft", lambda *_, **__: None)
     with pytest.raises(Killed):
         distill(distill_recipe(tmp_path))
     partial = tmp_path / "taught" / "samples.partial.jsonl"
@@ -99,21 +100,47 @@ def test_a_student_that_cannot_start_costs_no_samples(tokenizer, dense, tmp_path
     teacher = Teacher(tokenizer, [GOOD, LONG])
     monkeypatch.setattr(distillation, "Engine", lambda path, device: teacher)
     few = {"problems": 4, "train": {"steps": 1, "batch_size": 2}}
-    with pytest.raises(UserError, match="no sample with an assistant turn within"):
+    with pytest.raises(UserError, match="no sample with an assistant turn within sequence_length = 2 ") as error:
         distill(distill_recipe(tmp_path, **few, sequence_length=2))
+    tokens = [
+        len(encode_sample(json.loads(line), tokenizer)[0])
+        for line in (tmp_path / "taught" / "samples.jsonl").read_text().splitlines()
+    ]
+    assert f" (they have {min(tokens)} to {max(tokens)} tokens); " in str(error.value)
+    assert str(error.value).endswith("the samples are kept, so go on with --resume and the changed settings")
+    with pytest.raises(
+        UserError, match=r"samples of a distillation whose student.*--resume.*sequence_length=N.*remove"
+    ):
+        distill(distill_recipe(tmp_path, **few, samples=3))
     asked = len(teacher.asked)
     with pytest.raises(UserError, match="samples was 2 and is 3 now"):
         distill(distill_recipe(tmp_path, **few, samples=3), resume=True)
     again = distill_recipe(tmp_path, **few, optimizer={"lr": 1e-3})
     assert (distill(again, resume=True) / "student" / "model" / "config.json").exists()
     assert len(teacher.asked) == asked
+    with pytest.raises(UserError, match=r"already holds a run; continue it with --resume or choose another name"):
+        distill(again)
     with pytest.raises(UserError, match=r"student/recipe\.toml: optimizer\.lr was 0\.001 and is 0\.01 now"):
         distill(distill_recipe(tmp_path, **few), resume=True)
 
 
+def test_a_student_whose_samples_are_all_cut_is_warned(tokenizer, dense, tmp_path, monkeypatch, capsys):
+    save_model(dense, tmp_path / "student", tokenizer)
+    monkeypatch.setattr(distillation, "Engine", lambda path, device: Teacher(tokenizer, [GOOD, LONG]))
+    few = {"problems": 4, "train": {"steps": 1, "batch_size": 2}}
+    run_dir = distill(distill_recipe(tmp_path, **few, sequence_length=11))
+    rows = [json.loads(line) for line in (run_dir / "samples.jsonl").read_text().splitlines()]
+    sizes = [len(encode_sample(row, tokenizer)[0]) for row in rows]
+    assert (
+        f"4 of 4 samples were cut at sequence_length = 11, 4 of them within their last answer, and 0 were dropped (no "
+        f"assistant token within it); they have {min(sizes)} to {max(sizes)} tokens; no sample shows how an answer ends"
+        in capsys.readouterr().err
+    )
+
+
 def test_nothing_right_leaves_the_name_free(tokenizer, dense, tmp_path, monkeypatch):
     save_model(dense, tmp_path / "student", tokenizer)
-    monkeypatch.setattr(distillation, "sft", lambda recipe, resume: None)
+    monkeypatch.setattr(distillation, "sft", lambda *_, **__: None)
     monkeypatch.setattr(distillation, "Engine", lambda path, device: Teacher(tokenizer, [WRONG, WRONG]))
     with pytest.raises(UserError, match="none of 2 completions of each of 24 problems is correct"):
         distill(distill_recipe(tmp_path))
@@ -184,7 +211,7 @@ def test_a_student_from_random_weights_takes_the_teachers_tokenizer(tokenizer, d
 
 def test_worked_solutions_give_no_tokenizer(tokenizer, dense, tmp_path, monkeypatch):
     save_model(dense, tmp_path / "start", tokenizer)
-    monkeypatch.setattr(distillation, "sft", lambda recipe, resume: None)
+    monkeypatch.setattr(distillation, "sft", lambda *_, **__: None)
     with pytest.raises(UserError, match=r"tokenizer\.path is missing: with model\.config there is no model to take"):
         worked_recipe(tmp_path, model={"config": RANDOM})
     recipe = worked_recipe(tmp_path, model={"config": RANDOM}, tokenizer={"path": str(tmp_path / "start")}, problems=4)
@@ -205,7 +232,7 @@ def test_a_cold_start_from_worked_solutions(tokenizer, dense, tmp_path, monkeypa
     """Each is correct, in the prompt's template, and the counts say what became of all of them."""
     save_model(dense, tmp_path / "student", tokenizer)
     students = []
-    monkeypatch.setattr(distillation, "sft", lambda recipe, resume: students.append(recipe))
+    monkeypatch.setattr(distillation, "sft", lambda recipe, **_: students.append(recipe))
     more = tmp_path / "general.jsonl"
     more.write_text("".join(json.dumps({"prompt": f"{i}", "completion": "hello"}) + "\n" for i in range(9)))
     run_dir = distill(worked_recipe(tmp_path, mix=[{"path": str(more), "samples": 4}], filter={"max_tokens": 10_000}))
@@ -223,7 +250,7 @@ def test_a_cold_start_from_worked_solutions(tokenizer, dense, tmp_path, monkeypa
 
 def test_what_the_filter_leaves_out_is_counted(tokenizer, dense, tmp_path, monkeypatch):
     save_model(dense, tmp_path / "student", tokenizer)
-    monkeypatch.setattr(distillation, "sft", lambda recipe, resume: None)
+    monkeypatch.setattr(distillation, "sft", lambda *_, **__: None)
     again = "one more time\n" * 5 + "so</think><answer>RIGHT</answer>"
     chinese = "我们来算一下</think><answer>RIGHT</answer>"
     teacher = Teacher(tokenizer, [GOOD, GOOD, LONG, WRONG, again, chinese])
@@ -255,7 +282,7 @@ WITH_TOOLS = (
 
 def test_worked_solutions_of_a_python_environment_call_its_tools(tokenizer, dense, tmp_path, monkeypatch):
     save_model(dense, tmp_path / "student", tokenizer)
-    monkeypatch.setattr(distillation, "sft", lambda recipe, resume: None)
+    monkeypatch.setattr(distillation, "sft", lambda *_, **__: None)
     section = {"name": "calculator", "python": f"{CALCULATOR}:Calculator"}
     with pytest.raises(UserError, match=r"environment calculator with template = 'plain': students learn"):
         distill(worked_recipe(tmp_path, environments=[section]))
@@ -277,3 +304,47 @@ def test_worked_solutions_of_a_python_environment_call_its_tools(tokenizer, dens
         assert "calculate" in trained
         assert "Use the tool" not in trained
         assert trained.count(told["content"]) == 2  # in thinking and answer, not as the tool's result
+        # What the model would have sampled: both turns, the call and the end tokens.
+        assert row["length"] == sum(mask)
+        assert trained.count("<assistant>") == trained.count("<end>") == 2
+        assert row["length"] > len(tokenizer(called["content"] + said["content"] + called_arguments(called)).input_ids)
+
+
+def called_arguments(message):
+    return message["tool_calls"][0]["function"]["arguments"]
+
+
+def test_the_plan_counts_tools_and_results_of_worked_solutions(tokenizer, dense, tmp_path, monkeypatch):
+    save_model(dense, tmp_path / "student", tokenizer)
+    monkeypatch.setattr(distillation, "sft", lambda *_, **__: None)
+    monkeypatch.setattr(tokenizer, "chat_template", WITH_TOOLS)
+    monkeypatch.setattr(distillation, "tokenizer_at", lambda path: tokenizer)
+    section = {"name": "calculator", "python": f"{CALCULATOR}:Calculator"}
+    eight = {"environments": [section], "template": "chat", "problems": 8, "keep_per_problem": 1}
+    recipe = worked_recipe(tmp_path, **eight)
+    rows = [json.loads(line) for line in (distill(recipe) / "samples.jsonl").read_text().splitlines()]
+    real = [len(encode_sample(row, tokenizer)[0]) for row in rows]
+    assert worked_tokens(recipe, tokenizer) == sum(real) / 8
+    # The filter's limit is of the same tokens as `length`.
+    lengths = sorted(row["length"] for row in rows)
+    shorter = worked_recipe(tmp_path, **eight, name="shorter", filter={"max_tokens": lengths[3]})
+    kept = [json.loads(line)["length"] for line in (distill(shorter) / "samples.jsonl").read_text().splitlines()]
+    assert sorted(kept) == [length for length in lengths if length <= lengths[3]]
+
+
+def test_worked_solutions_of_single_turns_are_in_the_recipes_template(tokenizer, dense, tmp_path, monkeypatch):
+    save_model(dense, tmp_path / "student", tokenizer)
+    monkeypatch.setattr(distillation, "sft", lambda *_, **__: None)
+    (tmp_path / "twice.py").write_text(
+        "class Twice:\n"
+        "    problems = [{'question': f'Twice {n}?', 'answer': 2 * n} for n in range(40)]\n"
+        "    def worked(self, problem):\n"
+        "        return f\"<think>so</think><answer>{problem['answer']}</answer>\"\n"
+    )
+    section = {"name": "twice", "python": f"{tmp_path}/twice.py:Twice"}
+    run_dir = distill(worked_recipe(tmp_path, environments=[section], problems=2, keep_per_problem=1))
+    for line in (run_dir / "samples.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        assert row["prompt"].endswith("?\n<think>")
+        assert row["completion"].startswith("so</think><answer>")
+        assert row["length"] == len(tokenizer(row["completion"]).input_ids) + 1  # the end token

@@ -1,5 +1,7 @@
 import json
 import os
+import re
+import shlex
 import signal
 import time
 from dataclasses import replace
@@ -7,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from helpers.killed_runs import KILLS, run_whole_and_killed
 from rorqual.checkpoint.huggingface import load_model, save_model
+from rorqual.cli.entry import app
 from rorqual.data.tokenizer import load_tokenizer
 from rorqual.errors import UserError
 from rorqual.plan.ledger import read_accounts
@@ -250,6 +254,19 @@ def test_where_it_got_worse_the_start_is_released(tmp_path, model_dir, monkeypat
     same = all(torch.equal(tensor, start[name]) for name, tensor in released.items())
     assert same == worse
     assert ("the initial ones" in (run_dir / "model" / "README.md").read_text()) == worse
+
+
+def test_the_card_of_a_run_without_evaluations_says_how_to_evaluate(tmp_path, model_dir):
+    run_dir = rl(recipe(tmp_path, model_dir, "eval_every=0", steps=1))
+    text = (run_dir / "model" / "README.md").read_text()
+    accuracy = text.partition("## Accuracy\n")[2].partition("\n## ")[0]
+    assert accuracy.startswith("Not measured during training (eval_every = 0). ")
+    assert "\n\n" not in accuracy.strip()
+    command = re.search(r"```\nrorqual (eval .*)\n```", accuracy)[1]
+    assert "--template plain" in command
+    done = CliRunner().invoke(app, [*shlex.split(command), "--problems", "2", "--samples", "1", "--json"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["gains"].keys() == {"chain_sum"}
 
 
 def test_keeping_the_start_needs_evaluations(tmp_path, model_dir):

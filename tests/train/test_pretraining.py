@@ -147,10 +147,11 @@ def test_a_signal_saves_and_ends_and_the_run_goes_on(make_recipe, monkeypatch, n
     assert same(weights_of(pretrain(recipe, resume=True)), weights_of(pretrain(make_recipe("straight"))))
 
 
-def test_a_second_signal_ends_at_once():
+def test_a_second_signal_ends_at_once(capfd):
     with StopSignals() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.requested
+        assert capfd.readouterr().err == "stopping after this step; again to stop at once\n"
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGTERM)
 

@@ -32,7 +32,7 @@ def evaluate(
         typer.Option(
             help="comma-separated: benchmarks (aime24, aime25, math500, gpqa-diamond, mmlu, mmlu-pro, gsm8k, "
             "livecodebench, humaneval, ifeval, arc-agi, bfcl), reasoning-gym datasets, files of questions and answers, "
-            "an rl recipe"
+            "FILE.py:Class, an rl recipe"
         ),
     ],
     data: Annotated[
@@ -75,10 +75,10 @@ def evaluate(
     """pass@1 and cons@k on held-out problems, with 95 % intervals.
 
     A benchmark's data are those of --data, else of its package, else of the Hugging Face Hub.
-    A file (.jsonl, .jsonl.gz, .json, .parquet) is used whole; of a recipe's environments only the held-out split.
+    A file (.jsonl, .jsonl.gz, .json, .parquet) is used whole; of datasets, of FILE.py:Class and of a recipe's
+    environments only the test split, which is never trained on.
     """
-    from rich.console import Console
-
+    from rorqual.console import output
     from rorqual.engine import Engine
     from rorqual.evals.evaluate import evaluate as run
     from rorqual.evals.evaluate import sampling_params
@@ -120,7 +120,7 @@ def evaluate(
         results.append(result)
         shown.append(result.to_dict() | {"model": str(directory)})
         if not as_json:
-            Console().print(table(result, str(directory)), *audit_tables(result.audits) if audit else ())
+            output(highlight=True).print(table(result, str(directory)), *audit_tables(result.audits) if audit else ())
         del engine  # before the other model is loaded
     gains = {} if against is None else compare(results[1].tasks, results[0].tasks)
     if against is not None:
@@ -128,4 +128,4 @@ def evaluate(
     if as_json:
         print(strict_json.dumps(shown[0]))
     elif against is not None:
-        Console().print(gains_table(gains))
+        output(highlight=True).print(gains_table(gains))

@@ -34,9 +34,9 @@ def ledger(
         share = sum(scored) / len(scored) if scored else None
         print(strict_json.dumps({"runs": rows, "total": total, "within_interval": share}))
         return
-    from rich.console import Console
     from rich.table import Table
 
+    from rorqual.console import output
     from rorqual.plan.quantity import quantity
 
     table = Table("run", "stages", "tokens", "FLOP", "time", "of peak", "predicted", "error", "within", box=None)
@@ -49,7 +49,7 @@ def ledger(
             said, error, within_it,
         )  # fmt: skip
     table.add_row("in all", "", quantity(total["tokens"]), quantity(total["flops"]), _time(total["seconds"]))
-    console = Console(highlight=False)
+    console = output()
     console.print(table)
     if scored:
         console.print(f"{sum(scored)} of {len(scored)} predictions held: the run lay within their 80 % interval.")

@@ -21,7 +21,14 @@ Ray = Annotated[
         "default: in this process",
     ),
 ]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="print the plan (parameters, FLOPs, memory, time) and stop")]
+DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run",
+        help="print the plan (parameters, FLOPs, memory, time) and stop; "
+        "of rl, and of distill from worked solutions, also the first prompt",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object instead of text")]
 
 

@@ -212,8 +212,8 @@ def _write_page(path: Path, plan: "StagePlan | PipelinePlan") -> None:
 
 
 def _show(parts: "list[RenderableType]") -> None:
-    from rich.console import Console
+    from rorqual.console import output
 
-    console = Console(soft_wrap=False, highlight=False)
+    console = output()
     for part in parts:
         console.print(part)

@@ -49,8 +49,7 @@ def quantize(
 
     Reports the perplexity before and after, the error of each layer and the size.
     """
-    from rich.console import Console
-
+    from rorqual.console import output
     from rorqual.precision.calibration_text import TextSettings
     from rorqual.precision.quantize_checkpoint import quantize_checkpoint
 
@@ -64,7 +63,7 @@ def quantize(
     if as_json:
         print(strict_json.dumps(report.to_dict() | {"destination": str(destination)}))
         return
-    console = Console()
+    console = output(highlight=True)
     console.print(layers_table(report))
     for line in summary(report):
         console.print(line, soft_wrap=True, highlight=False, markup=False)

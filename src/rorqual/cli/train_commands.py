@@ -89,6 +89,7 @@ def rl(
     from rorqual.rl.ray_gpus import device_here
     from rorqual.rl.rl_run import check_problems, in_process, on_ray, predict_rl, prompt_tokens
     from rorqual.rl.rl_run import rl as run
+    from rorqual.rl.shown_prompts import first_prompts
     from rorqual.rl.teachers import teacher_paths
     from rorqual.train.build_model import check_model, tokenizer_of, trained_path
 
@@ -101,6 +102,7 @@ def rl(
         environments = [open_environment(section) for section in checked.environments]
         check_problems(checked, tokenizer, environments)
         config = ModelConfig.load(trained_path(checked.model))
+        print("\n".join(first_prompts(checked, tokenizer, environments)), end="\n\n")
         total, active = parameters(config)
         device = device_here(checked, ray) if ray else find_device(checked.device)
         dtype = dtype_name(compute_dtype(checked.model.dtype, device))
@@ -171,15 +173,21 @@ def distill(
     recipe: RecipeFile, overrides: Overrides = None, resume: Resume = False, dry_run: DryRun = False
 ) -> None:  # fmt: skip
     """Distill: sample a teacher, keep the best answers (rejection sampling), fine-tune a student on them."""
+    from rorqual.recipe import WORKED_SOLUTIONS, DistillRecipe, load_recipe
+
+    checked = load_recipe(recipe, DistillRecipe, overrides)
     if dry_run:
         from rorqual.cli.plan_command import show_plan
+        from rorqual.rl.shown_prompts import worked_sample
+        from rorqual.train.build_model import tokenizer_at
 
+        if checked.teacher == WORKED_SOLUTIONS:
+            print(worked_sample(checked, tokenizer_at(checked.tokenizer_path)), end="\n\n")
         show_plan([str(recipe), *(overrides or [])])
         return
-    from rorqual.recipe import DistillRecipe, load_recipe
     from rorqual.rl.distillation import distill as run
 
-    _finished(run(load_recipe(recipe, DistillRecipe, overrides), resume=resume))
+    _finished(run(checked, resume=resume))
 
 
 def reward(recipe: RecipeFile, overrides: Overrides = None, resume: Resume = False, dry_run: DryRun = False) -> None:

@@ -1,5 +1,6 @@
 """Chat data for supervised fine-tuning, with the loss on assistant turns only."""
 
+import sys
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,54 +24,89 @@ Sample = tuple[list[int], list[int]]  # tokens and loss mask (1: trained on)
 
 @dataclass(frozen=True)
 class ChatSplit:
-    """`shortened`: samples cut at the sequence length; `dropped`: samples without an assistant token within it."""
+    """`shortened`: samples cut at the sequence length; `unended`: those of them that are kept, but whose last assistant
+    turn does not end within it; `dropped`: samples without an assistant token within it.
+    """
 
     train: Documents
     valid: Documents
     shortened: int
     dropped: int
+    unended: int = 0
+    sizes: tuple[int, int] = (0, 0)  # tokens of the shortest and the longest sample, before they are cut
+
+    def cuts(self, path: str, field: str, length: int) -> str | None:
+        """What was cut at `field` = `length`, as a sentence for the user; None where all samples are whole."""
+        if not (self.shortened or self.dropped):
+            return None
+        kept = len(self.train) + len(self.valid)
+        said = (
+            f"{path}: {self.shortened} of {kept + self.dropped} samples were cut at {field} = {length}, {self.unended} "
+            f"of them within their last answer, and {self.dropped} were dropped (no assistant token within it); they "
+            f"have {_span(self.sizes)}"
+        )
+        if self.unended < kept:
+            return said
+        return f"warning: {said}; no sample shows how an answer ends, so the model learns none: raise {field}"
 
 
-def read_chat(path: str, tokenizer: Tokenizer, sequence_length: int, valid_fraction: float = 0.0) -> ChatSplit:
+def _span(sizes: tuple[int, int]) -> str:
+    shortest, longest = sizes
+    return f"{shortest} to {longest} tokens" if shortest < longest else f"{longest} tokens"
+
+
+def read_chat(
+    path: str,
+    tokenizer: Tokenizer,
+    sequence_length: int,
+    valid_fraction: float = 0.0,
+    length_field: str = "data.sequence_length",
+) -> ChatSplit:
     """Tokenise every sample of a .jsonl, .jsonl.gz or .parquet file, or glob of them.
 
     A record has `messages`, or `prompt` and `completion`: both lists of messages, or both strings, which are used
     without the chat template and end with the eos token. Messages are as in OpenAI's API, with `tool_calls` and
     results; `tools` beside them are described to the model as in serving. Special-token names in messages are text,
     except an assistant's thinking and calls (special_tokens.py). An assistant message of `weight` 0 is not trained on.
-    Raises UserError naming file and line for an invalid record.
+    length_field: what the recipe calls the length. Raises UserError naming file and line for an invalid record.
     """
     from rich.console import Console
     from rich.progress import track
 
     samples = {False: _Samples(), True: _Samples()}
     template = ChatTemplate(tokenizer)
-    shortened = dropped = 0
+    shortened = dropped = unended = 0
+    shortest, longest = sys.maxsize, 0
     records = (pair for file in find_files(path, RECORDS) for pair in _records(file))
     console = Console(stderr=True)
     for where, record in track(
         records, f"tokenising {path}", console=console, transient=True, disable=not console.is_terminal
     ):
         tokens, mask = encode_sample(record, tokenizer, where, template)
-        if len(tokens) > sequence_length + 1:
+        shortest, longest = min(shortest, len(tokens)), max(longest, len(tokens))
+        beyond = mask[sequence_length + 1 :]
+        if beyond:
             tokens, mask = tokens[: sequence_length + 1], mask[: sequence_length + 1]
             shortened += 1
         if not any(mask[1:]):
             dropped += 1
             continue
+        unended += any(beyond)
         digest = blake2b(np.array(tokens, np.int64).data, digest_size=8).digest()
         held_out = int.from_bytes(digest, "little") < valid_fraction * 2**64
         samples[held_out].append(tokens, mask)
     if not samples[False] and not samples[True]:
+        sizes = f" (they have {_span((shortest, longest))})" if longest else ""
         raise UserError(
-            f"{path} has no sample with an assistant turn within data.sequence_length = {sequence_length}; "
-            f"check the file or raise sequence_length"
+            f"{path} has no sample with an assistant turn within {length_field} = {sequence_length}{sizes}; check the "
+            f"file, or raise {length_field}"
         )
     if not samples[False]:
         samples[False].append(*samples[True].pop())
     if valid_fraction and not samples[True] and len(samples[False]) > 1:
         samples[True].append(*samples[False].pop())
-    return ChatSplit(samples[False].documents(), samples[True].documents(), shortened, dropped)
+    train, valid = samples[False].documents(), samples[True].documents()
+    return ChatSplit(train, valid, shortened, dropped, unended, (shortest, longest))
 
 
 def _records(file: Path) -> Iterator[tuple[str, Record]]:

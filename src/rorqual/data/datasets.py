@@ -61,13 +61,14 @@ def open_pretrain_data(
 
 
 def open_chat_data(
-    section: ChatDataSection, tokenizer: Tokenizer, seed: int
+    section: ChatDataSection, tokenizer: Tokenizer, seed: int, length_field: str = "data.sequence_length"
 ) -> tuple[Loader, Heldout | None, ChatSplit]:
     """(training loader, held-out rows or None, the samples with counts of shortened and dropped ones).
 
-    Samples are isolated from each other: positions restart and `Batch.documents` (the document mask) is set.
+    length_field: what the user's recipe calls the section's sequence_length. Samples are isolated from each other:
+    positions restart and `Batch.documents` (the document mask) is set.
     """
-    split = read_chat(section.path, tokenizer, section.sequence_length, section.valid_fraction)
+    split = read_chat(section.path, tokenizer, section.sequence_length, section.valid_fraction, length_field)
     padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
     def rows(documents: Documents) -> PackedDataset:

@@ -1,6 +1,7 @@
 """Sampled answers to a task's problems, as they are scored, kept in a file and summarised."""
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 from rorqual.evals.benchmarks.benchmark import Parts
 from rorqual.rl.envs.environment import Problem
@@ -17,6 +18,9 @@ class Sample:
     answer: str | None  # that it votes for
     correct: bool
     parts: Parts  # published metrics beside pass@1: (points, out of how many)
+    # Of an episode of several turns, whose last one is `text`:
+    turns: int | None = None  # of the model
+    messages: list[dict[str, Any]] | None = None  # all after the prompt's; calls are in them as the model wrote them
 
     @property
     def whole(self) -> str:

@@ -206,13 +206,9 @@ def collect(
     tokenizer = engine.require_tokenizer()
     prompts = [task.prompt(problem, tokenizer, template) for problem in problems]
     if isinstance(task, EnvironmentTask) and task.grades_episodes:
-        completions, answers, correct = task.play(engine, problems, params, template)
+        samples = task.play(engine, problems, params, template)
         if progress:
-            progress(len(completions))
-        samples = [
-            Sample(c.text, "", len(c.tokens), c.finish_reason, a, right, {})
-            for c, a, right in zip(completions, answers, correct, strict=True)
-        ]
+            progress(len(samples))
         return Collected(problems, prompts, samples)
     encoded = [tokens_of(engine, prompt, template) for prompt in prompts]
     completions = engine.generate(encoded, params, progress=progress)

@@ -108,7 +108,7 @@ class OutFolder:
 
     def _append(self, path: Path, start: int, made: list[Sample], samples: int) -> None:
         lines = [
-            json.dumps({"problem": start + i, "samples": [asdict(s) for s in made[i * samples : (i + 1) * samples]]})
+            json.dumps({"problem": start + i, "samples": [_row(s) for s in made[i * samples : (i + 1) * samples]]})
             for i in range(len(made) // samples)
         ]
         try:
@@ -131,6 +131,12 @@ def weights_fingerprint(model: Path) -> str:
     files = [model] if model.is_file() else sorted(f for f in model.iterdir() if f.is_file())
     stats = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     return hashlib.sha256(json.dumps(stats).encode()).hexdigest()[:16]
+
+
+def _row(sample: Sample) -> dict[str, Any]:
+    """Without what only episodes of several turns have, in other samples."""
+    found = asdict(sample)
+    return found if sample.turns is not None else {k: v for k, v in found.items() if k not in ("turns", "messages")}
 
 
 def _sample(row: Mapping[str, Any]) -> Sample:

@@ -15,17 +15,18 @@ import sys
 import tomllib
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
-from itertools import compress
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from rorqual.data.corpus import named
-from rorqual.engine import Completion, Engine, SamplingParams
+from rorqual.engine import Engine, SamplingParams
 from rorqual.errors import UserError
 from rorqual.evals.benchmarks.registry import BENCHMARKS, open_benchmark
+from rorqual.evals.collected import Sample
 from rorqual.evals.second_reading import by_math_verify
 from rorqual.recipe import EnvironmentSection, RLRecipe, load_recipe
 from rorqual.rl.envs.environment import RewardError, Split
+from rorqual.rl.envs.environment import Sample as Episode
 from rorqual.rl.envs.jsonl import SUFFIXES
 from rorqual.rl.envs.registry import Environment, JsonlEnvironment, Problem, PythonEnvironment, open_environment
 from rorqual.rl.episodes import sample_rollout
@@ -103,27 +104,34 @@ class EnvironmentTask:
 
     def play(
         self, engine: Engine, problems: Sequence[Problem], params: SamplingParams, template: Template
-    ) -> tuple[list[Completion], list[str | None], list[bool]]:
-        """(completions, the sampled tokens of all turns with the text of the last; answers; whether correct).
+    ) -> list[Sample]:
+        """Played episodes, with the sampled tokens of all turns and the text of the last.
 
-        An episode whose reward fails counts as wrong, with a line on standard error.
+        One whose reward fails counts as wrong, with a line on standard error.
         """
         environment = self.environment
         rollout = sample_rollout(engine, problems, template, params, {environment.family: environment})
-        completions: list[Completion] = []
-        answers: list[str | None] = []
-        correct: list[bool] = []
-        for i, sample in enumerate(rollout.samples):
-            tokens = list(compress(rollout.completions[i], rollout.sampled[i]))
-            reason = "length" if sample.truncated else "stop"
-            completions.append(Completion(rollout.texts[i], tokens, rollout.logprobs[i], reason))
-            answers.append(None if sample.truncated else environment.read(sample.problem, sample.text))
-            try:
-                correct.append(not sample.error and environment.grade(sample)[1])
-            except RewardError as e:
-                print(f"{e}; the episode counts as wrong", file=sys.stderr)
-                correct.append(False)
-        return completions, answers, correct
+        return [
+            Sample(
+                text=rollout.texts[i],
+                opening="",
+                tokens=played.length,
+                finish_reason="length" if played.truncated else "stop",
+                answer=None if played.truncated else environment.read(played.problem, played.text),
+                correct=self._right(played),
+                parts={},
+                turns=sum(m["role"] == "assistant" for m in played.turns) if played.turns else None,
+                messages=[dict(m) for m in played.turns] if played.turns else None,
+            )
+            for i, played in enumerate(rollout.samples)
+        ]
+
+    def _right(self, played: Episode) -> bool:
+        try:
+            return not played.error and self.environment.grade(played)[1]
+        except RewardError as e:
+            print(f"{e}; the episode counts as wrong", file=sys.stderr)
+            return False
 
 
 class FileTask(EnvironmentTask):

@@ -10,6 +10,7 @@ from rorqual.strict_json import Json
 
 # Where a run's folder holds its model; a distillation has it in the student's run.
 RUN_SUBDIRECTORIES = ("model", "student/model")
+IN_EVERY_MODEL = ("config.json", "tokenizer.json")
 MAGIC_BYTES = {
     b"version https://git-lfs": "is a Git LFS pointer, not the file itself; run 'git lfs pull' there",
     b"GGUF": "is a GGUF file; give it as the model, with a name that ends in .gguf",
@@ -73,6 +74,11 @@ def unreadable(path: Path, error: OSError) -> UserError:
     if isinstance(error, FileNotFoundError):
         if path.is_symlink():
             return UserError(f"{path} is a link to {path.readlink()}, which does not exist; fetch the file again")
+        if path.name in IN_EVERY_MODEL and (path.parent / "recipe.toml").is_file():
+            return UserError(
+                f"{path.parent} is the folder of a run that has no model yet; let it end (--resume continues it), or "
+                "name another model"
+            )
         return UserError(f"{path} does not exist; fetch it, or check the name")
     if isinstance(error, IsADirectoryError):
         return UserError(f"{path} is a directory, not a file; remove it and fetch the file")

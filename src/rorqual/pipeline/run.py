@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from rorqual import strict_json
 from rorqual.checkpoint.model_writer import new_directory
+from rorqual.console import output
 from rorqual.errors import UserError
 from rorqual.evals.result_tables import gains_table
 from rorqual.evals.results import TaskResult, compare
@@ -95,7 +94,7 @@ def run_pipeline(path: Path, out: Path | None = None, seed: int | None = None, r
     _check(stages)
     _find_students(stages)
     section = read_section(path, file.evaluate)
-    console = Console(highlight=False)
+    console = output()
     with locked(_made(out) / ".lock", f"{out}: another process runs a pipeline in it"):
         evaluations = None if section is None else Evaluations(out / "evaluations", section)
         done = _read_state(out, stages, resume)

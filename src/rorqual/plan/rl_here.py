@@ -307,7 +307,10 @@ def _source(costs: RLCosts, rehearsal: RLRehearsal | None) -> str:
 
 
 def _assumptions(recipe: RLRecipe, lengths: Lengths, rehearsal: RLRehearsal | None) -> list[str]:
-    about = f"answers of {lengths.mean:.3g} tokens on average, at most {lengths.limit:g}"
+    about = (
+        f"prompts of {lengths.prompt:.3g} tokens, with what is said of tools; answers of {lengths.mean:.3g} on "
+        f"average, at most {lengths.limit:g}"
+    )
     if rehearsal is None:
         found = [
             f"{about}, log-normal with σ = {SPREAD:g}: half of the most, since nothing is known of them",

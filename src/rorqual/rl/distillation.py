@@ -30,7 +30,7 @@ from rorqual.rl.reward_scorer import RewardScorer, check_reward_model
 from rorqual.rl.rollout import derived_seed
 from rorqual.rl.worked_samples import check_worked, worked_batches
 from rorqual.train.build_model import check_length, check_model, config_for, tokenizer_at
-from rorqual.train.run_folder import open_run
+from rorqual.train.run_folder import has_work, open_run
 from rorqual.train.training_run import sft
 
 COUNTS = "sampling.json"
@@ -67,7 +67,12 @@ def distill(recipe: DistillRecipe, resume: bool = False) -> Path:
         if not samples.exists():
             _sample(recipe, environments, samples, for_teacher)
         student = student_recipe(recipe, run_dir, samples)
-        sft(student, resume=True)
+        try:
+            sft(student, resume=True, length_field="sequence_length")
+        except UserError as e:
+            if type(e) is not UserError or e.retry or has_work(run_dir / "student"):
+                raise
+            raise UserError(f"{e}; the samples are kept, so go on with --resume and the changed settings") from e
     return run_dir
 
 

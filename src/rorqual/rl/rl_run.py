@@ -1,5 +1,6 @@
 """`rorqual rl`: from a recipe, over GRPOTrainer steps, evaluation and checkpoints, to a released model."""
 
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -233,20 +234,34 @@ def _release(run: RLRun, model: Transformer, tokenizer: Tokenizer, recipe: RLRec
 def _card(run: RLRun, model: Transformer) -> str:
     recipe, trainer = run.section, run.trainer
     families = ", ".join(trainer.environments)
-    curve = "\n".join(
-        f"| {step} | " + " | ".join(f"{share:.1%}" for share in shares.values()) + " |"
-        for step, shares in run.evaluations.items()
-    )
-    evaluated = [name for name, environment in trainer.environments.items() if not environment.open]
-    head = f"| step | {' | '.join(evaluated)} |\n|---|{'---|' * len(evaluated)}\n"
-    kept = recipe.keep_start and run.got_worse()
     text = f"""`{recipe.model.path}` after {trainer.steps} steps of reinforcement learning (GRPO) on {families}
 by Rorqual (`rorqual rl`), seed {recipe.seed}: {trainer.tokens:,} sampled tokens, {run.seconds:,.0f} seconds.
 
 ## Accuracy
-{"pass@1 on held-out development problems:" if curve else "Not measured during training."}
-
-{head + curve if curve else ""}
-{"The last is below the first, so the released weights are the initial ones (keep_start)." if kept else ""}
+{_accuracy(run)}
 """
     return card(recipe, run.run_dir, [model.config.model_type, "grpo"], text)
+
+
+def _accuracy(run: RLRun) -> str:
+    """pass@1 as it was evaluated, or how to evaluate it."""
+    recipe = run.section
+    evaluated = [name for name, environment in run.trainer.environments.items() if not environment.open]
+    if not evaluated:
+        return "Not measured: nothing says which answers are right (open = true)."
+    if not run.evaluations:
+        words = ["rorqual", "eval", f"{run.run_dir}/model", "--tasks", f"{run.run_dir}/recipe.toml"]
+        words += ["--against", trained_path(recipe.model), "--max-tokens", str(recipe.grpo.max_tokens)]
+        words += [] if recipe.template == "chat" else ["--template", recipe.template]
+        return (
+            "Not measured during training (eval_every = 0). On held-out problems, paired with the model before:\n"
+            f"```\n{shlex.join(words)}\n```"
+        )
+    head = f"| step | {' | '.join(evaluated)} |\n|---|{'---|' * len(evaluated)}"
+    curve = [
+        f"| {step} | {' | '.join(f'{share:.1%}' for share in shares.values())} |"
+        for step, shares in run.evaluations.items()
+    ]
+    kept = ["\nThe last is below the first, so the released weights are the initial ones (keep_start)."]
+    lines = ["pass@1 on held-out development problems:\n", head, *curve]
+    return "\n".join(lines + (kept if recipe.keep_start and run.got_worse() else []))

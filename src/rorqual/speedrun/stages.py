@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from rorqual.checkpoint.huggingface import save_model
+from rorqual.console import output
 from rorqual.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from rorqual.engine import Engine
 from rorqual.evals.evaluate import evaluate
@@ -87,7 +88,7 @@ class SpeedrunState:
     seconds: dict[str, float] = field(default_factory=dict)
     checks: dict[str, Check] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)  # shown with the results
-    console: Console = field(default_factory=lambda: Console(highlight=False))
+    console: Console = field(default_factory=output)
 
     def announce(self, title: str) -> None:
         """Print a stage's title and the time so far."""

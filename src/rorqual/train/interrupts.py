@@ -1,9 +1,10 @@
 """SIGINT and SIGTERM: the training loop saves a checkpoint and stops; what keeps its work anyway stops at once."""
 
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 from rorqual.errors import Stopped
@@ -11,8 +12,11 @@ from rorqual.errors import Stopped
 Handler = Callable[[int, FrameType | None], object] | int | None
 
 
+AFTER_STEP = b"stopping after this step; again to stop at once\n"
+
+
 class StopSignals:
-    """Context in which SIGINT and SIGTERM set `requested`; a second signal raises KeyboardInterrupt.
+    """Context in which SIGINT and SIGTERM set `requested` and say so; a second signal raises KeyboardInterrupt.
 
     Outside the main thread, where Python allows no signal handlers, nothing is installed.
     """
@@ -37,6 +41,9 @@ class StopSignals:
         if self.requested:
             raise KeyboardInterrupt
         self.requested, self.number = True, number
+        with suppress(OSError):
+            # Not print, which the signal may have interrupted; on a terminal after the line of the progress bar.
+            os.write(2, b"\n" * os.isatty(2) + AFTER_STEP)
 
     def stopped(self, step: int) -> Stopped:
         """The exception to raise once the checkpoint of `step` is written."""

@@ -58,11 +58,11 @@ def open_run(recipe: Recipe, resume: bool, device: torch.device | str = "cpu") -
     if inside and not inside & {"recipe.toml", *WORK}:
         raise UserError(f"{run_dir} holds files that are not a run's ({min(inside)}); choose another name")
     with locked(run_dir / ".lock", f"{run_dir}: another process trains in it"):
-        saved, begun, moved_from = run_dir / "recipe.toml", _has_work(run_dir), recipe.out
+        saved, begun, moved_from = run_dir / "recipe.toml", has_work(run_dir), recipe.out
         same_text = True  # as the text that an earlier start, which never trained, trained its tokenizer on
         if begun:
             if not resume:
-                raise UserError(f"{run_dir} already holds a run; continue it with --resume or choose another name")
+                raise UserError(f"{run_dir} already holds {_held(recipe)} or choose another name")
             before = _read(saved)
             if recipe.model.dtype == "auto":
                 recipe.model.dtype = before.get("model.dtype", "auto")
@@ -131,7 +131,18 @@ def _tell_others(mesh: Mesh, ended: "Queue[bool]") -> None:
             mesh.world.gather(torch.zeros(1), PREPARING)
 
 
-def _has_work(run_dir: Path) -> bool:
+def _held(recipe: Recipe) -> str:
+    """What the run's folder holds, and how to go on."""
+    run_dir = recipe.run_dir
+    if isinstance(recipe, DistillRecipe) and (run_dir / "samples.jsonl").exists() and not has_work(run_dir / "student"):
+        return (
+            "the samples of a distillation whose student has not begun; continue with --resume, where the settings of "
+            "the student (such as sequence_length=N) may change, remove the folder to sample again,"
+        )
+    return "a run; continue it with --resume"
+
+
+def has_work(run_dir: Path) -> bool:
     """Whether there is training to resume. Raises UserError for a dangling link: its disk may be absent."""
     try:
         for path in (run_dir / name for name in WORK):

@@ -76,10 +76,11 @@ def pretrain(recipe: PretrainRecipe, resume: bool = False) -> Path:
         return finish(recipe, run, tokenizer)
 
 
-def sft(recipe: SFTRecipe, resume: bool = False) -> Path:
+def sft(recipe: SFTRecipe, resume: bool = False, length_field: str = "data.sequence_length") -> Path:
     """Run the recipe and return the run's folder, with the released model in model/.
 
-    Raises UserError for what the user can fix, Stopped after SIGINT or SIGTERM.
+    length_field: what the user's recipe calls the length of its sequences. Raises UserError for what the user can fix,
+    Stopped after SIGINT or SIGTERM.
     """
     set_threads(recipe.train)
     tokenizer = tokenizer_at(recipe.tokenizer_path)
@@ -88,13 +89,10 @@ def sft(recipe: SFTRecipe, resume: bool = False) -> Path:
     check_pieces(recipe.data.sequence_length, recipe.parallel.context)
     device = find_device(recipe.device)
     with joined(recipe.parallel, device.type) as mesh, join_run(recipe, resume, mesh, device) as run_dir:
-        loader, valid, samples = open_chat_data(recipe.data, tokenizer, recipe.seed)
-        if mesh.rank == 0 and (samples.shortened or samples.dropped):
-            print(
-                f"{recipe.data.path}: {samples.shortened} samples were cut at data.sequence_length = "
-                f"{recipe.data.sequence_length}, {samples.dropped} were dropped (no assistant token within it)",
-                file=sys.stderr,
-            )
+        loader, valid, samples = open_chat_data(recipe.data, tokenizer, recipe.seed, length_field)
+        cuts = samples.cuts(recipe.data.path, length_field, recipe.data.sequence_length)
+        if mesh.rank == 0 and cuts:
+            print(cuts, file=sys.stderr)
         model, fill = _built(recipe, tokenizer, mesh, recipe.data.sequence_length)
         run = train(recipe, run_dir, model, loader, valid, mesh, device, fill)
         return finish(recipe, run, tokenizer)

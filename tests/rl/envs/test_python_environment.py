@@ -54,6 +54,21 @@ class Tools:
             raise ValueError("negative")
         return f"{feet * 0.3048:.{digits}f} {self.unit}"
 
+class Worked(Tools):
+    def worked(self, rng, state, problem):  # by name, in an order of its own
+        state["drawn"] = rng.randrange(100)
+        return [("", "convert", {"feet": 10}), f"{problem['answer']} and {state['drawn']}"]
+
+    def reward(self, state):
+        return float(state == {"drawn": 17, "asked": 10.0})
+
+class Taught(Tools):
+    def worked(self, problem, teacher):
+        return "?"
+
+def levelled(level=1, rng=None):
+    return {"question": f"Twice {rng.randrange(1000)}?", "answer": level}
+
 def unknown(rng, colour):
     return {}
 
@@ -160,6 +175,23 @@ def test_a_tool_is_described_called_and_its_errors_are_results(file):
     assert mine.respond(episode(problem, thought)) is None  # calls in the thinking are none
 
 
+def test_worked_gets_what_its_parameters_ask_for_by_name(file):
+    from random import Random
+
+    mine = opened(file, "Worked")
+    problem = mine.problems("train", 1)[0]
+    sample = mine.worked(problem, Random(1))
+    assert [m["content"] for m in sample.turns] == ["", "3.0 m", f"{problem.answer} and 17"]  # Random(1).randrange(100)
+    assert sample.turns[0]["tool_calls"][0]["function"] == {"name": "convert", "arguments": '{"feet": 10}'}
+    assert mine.grade(sample) == (1.0, True)
+    assert mine.has_worked
+    assert not opened(file, "Tools").has_worked
+
+
+def test_problem_gets_its_generator_by_name(file):
+    assert {p.answer for p in opened(file, "levelled").problems("train", 3)} == {"1"}
+
+
 def test_rewards_that_raise_hang_or_are_nan_are_named_and_skipped(file):
     mine = opened(file, "Talk", timeout=1.0)
     problem = mine.all_problems()[0]
@@ -204,6 +236,7 @@ def test_reward_functions_of_a_recipe(file):
         ("Nothing", {}, "has neither problem nor problems"),
         ("unknown", {}, "problem: parameter colour is unknown; use any of rng"),
         ("Wrong", {}, "reward: parameter solution is unknown; use any of problem, answer, text"),
+        ("Taught", {}, "worked: parameter teacher is unknown; use any of problem, state, rng"),
         ("Undescribed", {}, "tool print.*(docstring|type hint)"),
         ("Unhinted", {}, "tool look: parameter place has no type hint"),
         ("doubled", {"config": {"a": 1}}, "is a function, which has no config"),

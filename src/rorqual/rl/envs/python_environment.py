@@ -6,7 +6,7 @@
     def reply(self, …) -> str | None   what is said to the model after its turn; None, or no such method, ends it
     tools                              a list of functions that the model may call
     turns                              of the model at most, where there is a reply or a tool
-    def worked(self, problem, rng)     the model's turns as you would write them, for a cold start: texts, or
+    def worked(self, …)                the model's turns as you would write them, for a cold start: texts, or
                                        (text, tool, arguments) where it calls a tool
 
 A function is `problem`, or `problems` where it takes no argument. Methods get what their parameters ask for by name.
@@ -39,6 +39,7 @@ from rorqual.rl.envs.user_functions import UserReward, loaded, parameters
 from rorqual.rl_sections import EnvironmentSection
 
 OF_REPLY = ("problem", "text", "messages", "state", "rng")
+OF_WORKED = ("problem", "state", "rng")
 TURNS = 8  # where neither recipe nor environment say
 
 
@@ -54,7 +55,7 @@ class PythonEnvironment(Environment):
         super().__init__(section.name, section.weight)
         assert section.python is not None
         self.where, spec = f"environment {section.name}", section.python
-        self._user = user = loaded(spec, f"{self.where}: python", section.config)
+        user = loaded(spec, f"{self.where}: python", section.config)
         is_function = inspect.isroutine(user)
         if is_function and section.config:
             raise UserError(f"{self.where}: {spec} is a function, which has no config; remove it, or write a class")
@@ -64,9 +65,8 @@ class PythonEnvironment(Environment):
         if source is None:
             raise UserError(f"{self.where}: {spec} has neither problem nor problems; add one")
         self._listed: Shuffled | None = None
-        if callable(source) and inspect.signature(source).parameters:
-            parameters(source, ("rng",), f"{self.where}: problem")
-            self._source: Callable[[Random], object] = source
+        if callable(source) and parameters(source, ("rng",), f"{self.where}: problem"):
+            self._source: Callable[..., object] = source
         else:
             rows = self._called("problems", source) if callable(source) else source
             found = [self._problem(row, f"{spec}, problem {i}") for i, row in enumerate(rows, 1)]
@@ -79,6 +79,9 @@ class PythonEnvironment(Environment):
         self._reply = None if is_function else getattr(user, "reply", None)
         if self._reply is not None:
             self._reply_names = parameters(self._reply, OF_REPLY, f"{self.where}: reply")
+        self._worked = None if is_function else getattr(user, "worked", None)
+        if self._worked is not None:
+            self._worked_names = parameters(self._worked, OF_WORKED, f"{self.where}: worked")
         if self.tools or self._reply is not None:
             self.turns = section.turns or getattr(user, "turns", TURNS)
             if not isinstance(self.turns, int) or self.turns < 2:
@@ -90,7 +93,7 @@ class PythonEnvironment(Environment):
     @property
     def has_worked(self) -> bool:
         """Whether the user writes solutions for a cold start."""
-        return hasattr(self._user, "worked")
+        return self._worked is not None
 
     def candidate_count(self) -> int | None:
         return None if self._listed is None else len(self._listed.problems)
@@ -101,7 +104,7 @@ class PythonEnvironment(Environment):
     def candidate(self, seed: int, index: int) -> Problem | None:
         if self._listed is not None:
             return self._listed.candidate(seed, index)
-        row = self._called("problem", partial(self._source, Random(f"{seed}/{index}")))
+        row = self._called("problem", partial(self._source, rng=Random(f"{seed}/{index}")))
         return None if row is None else self._problem(row, f"{self.where}: a problem")
 
     def check(self, problem: Problem, answer: str) -> float:
@@ -141,11 +144,11 @@ class PythonEnvironment(Environment):
 
     def worked(self, problem: Problem, rng: Random) -> Sample | None:
         """The episode that the user's `worked` plays; None without one. Raises UserError for what it gets wrong."""
-        method = getattr(self._user, "worked", None)
-        if method is None:
+        if self._worked is None:
             return None
         where, messages, state = f"{self.where}: worked", list[Message](), dict[str, Any]()
-        turns = self._called("worked", partial(method, problem.fields, rng))
+        given = {"problem": problem.fields, "state": state, "rng": rng}
+        turns = self._called("worked", partial(self._worked, **{name: given[name] for name in self._worked_names}))
         for turn in [turns] if isinstance(turns, str) else turns:
             if isinstance(turn, str):
                 messages.append({"role": "assistant", "content": turn})
@@ -157,7 +160,6 @@ class PythonEnvironment(Environment):
             function: CalledFunction = {"name": name, "arguments": strict_json.dumps(arguments)}
             call: ToolCall = {"id": identity, "type": "function", "function": function}
             messages.append({"role": "assistant", "content": text, "tool_calls": [call]})
-            given = {"problem": problem.fields, "state": state, "rng": rng}
             result = self.tools[name](function["arguments"], given)
             messages.append({"role": "tool", "content": result, "name": name, "tool_call_id": identity})
         if not messages or messages[-1]["role"] != "assistant":
