@@ -1,19 +1,9 @@
 """A stock room: what is in it only the tool knows."""
 
 ITEMS = (
-    "lamp",
-    "chair",
-    "kettle",
-    "table",
-    "spoon",
-    "clock",
-    "mirror",
-    "pillow",
-    "carpet",
-    "candle",
-    "basket",
-    "ladder",
-)
+    "lamp", "chair", "kettle", "table", "spoon", "clock", "mirror",
+    "pillow", "carpet", "candle", "basket", "ladder", "hammer", "bucket",
+)  # fmt: skip
 
 
 def stock(item: str, problem: dict) -> int:
