@@ -16,7 +16,7 @@ import torch
 
 from machines import machine_class
 from rorqual import strict_json
-from rorqual.errors import UserError
+from rorqual.errors import Stopped, UserError
 from rorqual.kernels.dtypes import fastest_dtype
 from rorqual.plan.hardware import describe_machine
 from rorqual.process_tuning import tune
@@ -55,12 +55,13 @@ def arguments(description: str | None, turn: float = 300, whole: float = 1800, *
 
 
 def program(main: Callable[[], None]) -> None:
-    """A benchmark as a program: a mistake of the user's ends it with one sentence."""
+    """A benchmark as a program: a mistake of the user's, or a signal to a run in it, ends it with one sentence."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # or what it has started would stay
     try:
         main()
-    except UserError as e:
-        sys.exit(f"{Path(sys.argv[0]).name}: {e}")
+    except (UserError, Stopped) as e:
+        print(f"{Path(sys.argv[0]).name}: {e}", file=sys.stderr)
+        sys.exit(e.exit_code if isinstance(e, Stopped) else 1)
 
 
 # -- results and dtypes
