@@ -154,13 +154,13 @@ def trl_loop(
 
     task = TASKS[name]
     size = questions * group
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer, ours = AutoTokenizer.from_pretrained(path), load_tokenizer(path)
     problems = (p for p in (problem(task, i) for i in range(2 * questions * MOST_STEPS)) if p.split == "train")
     rows: list[dict[str, Any]] = []
     for p in problems:
         text: Any = [{"role": "user", "content": p.question}]
         if task.template == "plain":
-            text = prompt_text(p.question, "plain", load_tokenizer(path))
+            text = prompt_text(p.question, "plain", ours)
         rows.append({"prompt": text, "answer": p.answer})
     tokens: list[int] = []
     rewards: list[float] = []
