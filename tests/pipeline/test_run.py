@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -25,8 +26,9 @@ from rorqual.pipeline import run as pipeline_run
 from rorqual.pipeline.evaluation import EvaluateSection, Evaluations
 from rorqual.plan.cost import parameters
 from rorqual.plan.pipeline_file import pipeline_at, read_pipeline
-from rorqual.recipe import DistillRecipe, TokenizerSection, load_recipe
+from rorqual.recipe import DistillRecipe, RLRecipe, TokenizerSection, load_recipe
 from rorqual.rl import distillation
+from rorqual.rl.envs.registry import open_environment
 from rorqual.train.build_model import model_config
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -415,6 +417,20 @@ def test_a_fault_is_told_before_anything_starts(file, tmp_path, old, new, senten
     with pytest.raises(UserError, match=sentence):
         run_pipeline(file)
     assert not (tmp_path / "runs").exists()
+
+
+def test_the_stock_room_is_a_pipeline_whose_worked_episodes_are_right(monkeypatch):
+    monkeypatch.chdir(RECIPES.parent)
+    stages = read_pipeline(RECIPES / "stockroom.toml").stages
+    cold, tuned = (
+        load_recipe(s.recipe, k, s.overrides) for s, k in zip(stages, (DistillRecipe, RLRecipe), strict=True)
+    )
+    assert tuned.model.path == str(cold.run_dir / "student" / "model")
+    environment = open_environment(cold.environments[0])
+    for problem in environment.problems("train", 5, 0):
+        episode = environment.worked(problem, Random(0))
+        assert environment.grade(episode) == (1.0, True)
+        assert [message["role"] for message in episode.turns] == ["assistant", "tool", "assistant"]
 
 
 def test_the_student_of_the_recipe_is_small_and_knows_its_stages():

@@ -221,25 +221,16 @@ class _Grouped(Function):
 
 def _usable_in_fp32(x: Tensor, weight: Tensor) -> bool:
     """Whether compiled products take these. With AVX-512 and without AVX2 they were not compared with PyTorch's."""
-    return (
-        x.dtype == torch.float32
-        and cpu.usable(x, weight)
-        and weight.is_contiguous()
-        and x.shape[-1] == weight.shape[-1]
-        and cpu.capability() == "avx2"
-    )
+    return x.dtype == torch.float32 and _fits(x, weight) and cpu.capability() == "avx2"
 
 
 def _usable(x: Tensor, weight: Tensor) -> bool:
     """Whether the compiled products (csrc/bf16_gemm.cpp) take these; they read weights once, without packing."""
-    return (
-        x.dtype == torch.bfloat16
-        and cpu.usable(x, weight)
-        and weight.is_contiguous()
-        and x.shape[-1] == weight.shape[-1]
-        and weight.shape[-1] % 2 == 0
-        and cpu.has_dot_products()
-    )
+    return x.dtype == torch.bfloat16 and _fits(x, weight) and weight.shape[-1] % 2 == 0 and cpu.has_dot_products()
+
+
+def _fits(x: Tensor, weight: Tensor) -> bool:
+    return cpu.usable(x, weight) and weight.is_contiguous() and x.shape[-1] == weight.shape[-1]
 
 
 def _grouped_usable(x: Tensor, weight: Tensor) -> bool:

@@ -133,7 +133,7 @@ pass@1 in per cent on {settings.problems} held-out problems of each family, 95 %
 def _before_rl(stages: Sequence[StageT]) -> list[StageT]:
     """The stage whose model the first reinforcement learning began with, if it was evaluated."""
     starts = [stage.recipe.model.path for stage in stages if stage.kind == "rl"][:1]
-    return [stage for stage in stages if stage.tasks and starts and str(stage.model) == starts[0]]
+    return [stage for stage in stages if stage.tasks and starts and stage.model == Path(starts[0] or "")]
 
 
 def _cell(found: TaskResult | None) -> str:

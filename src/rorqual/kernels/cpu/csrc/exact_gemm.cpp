@@ -31,22 +31,11 @@ struct Matrix {
 
 #if defined(__AVX2__)
 // to(k, n) = from(n, k), 8 by 8; `to` has PANEL columns.
-inline void transpose8(const float *from, i64 by_n, float *to) {
-    __m256 a[8], b[8];
-    for (int n = 0; n < 8; ++n) a[n] = _mm256_loadu_ps(from + n * by_n);
-    for (int n = 0; n < 8; n += 2) {
-        b[n] = _mm256_unpacklo_ps(a[n], a[n + 1]);
-        b[n + 1] = _mm256_unpackhi_ps(a[n], a[n + 1]);
-    }
-    for (int n = 0; n < 8; n += 4)
-        for (int half = 0; half < 2; ++half) {
-            a[n + 2 * half] = _mm256_shuffle_ps(b[n + half], b[n + half + 2], 0x44);
-            a[n + 2 * half + 1] = _mm256_shuffle_ps(b[n + half], b[n + half + 2], 0xee);
-        }
-    for (int k = 0; k < 4; ++k) {
-        _mm256_storeu_ps(to + k * PANEL, _mm256_permute2f128_ps(a[k], a[k + 4], 0x20));
-        _mm256_storeu_ps(to + (k + 4) * PANEL, _mm256_permute2f128_ps(a[k], a[k + 4], 0x31));
-    }
+inline void pack8(const float *from, i64 by_n, float *to) {
+    __m256 block[8];
+    for (int n = 0; n < 8; ++n) block[n] = _mm256_loadu_ps(from + n * by_n);
+    transpose8(block);
+    for (int k = 0; k < 8; ++k) _mm256_storeu_ps(to + k * PANEL, block[k]);
 }
 #endif
 
@@ -59,7 +48,7 @@ void pack(Matrix w, i64 columns, i64 count, float *to) {
         i64 k = 0;
 #if defined(__AVX2__)
         if (here == 8 && w.by_k == 1)
-            for (; k + 8 <= count; k += 8) transpose8(from + k, w.by_n, panel + k * PANEL);
+            for (; k + 8 <= count; k += 8) pack8(from + k, w.by_n, panel + k * PANEL);
 #endif
         if (here == 8)
             for (; k < count; ++k)

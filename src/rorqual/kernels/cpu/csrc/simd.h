@@ -12,8 +12,7 @@
 #include <immintrin.h>
 #endif
 
-#if defined(__AVX2__) && !defined(__AVX512F__)
-#define RORQUAL_HALVES
+#if defined(__AVX2__)
 template <class T>
 struct Halves {
     typedef T half __attribute__((vector_size(32)));
@@ -63,7 +62,10 @@ inline Halves<T> operator>>(Halves<T> a, int count) {
 }
 
 }  // namespace
+#endif
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+#define RORQUAL_HALVES
 typedef Halves<float> f32x16;
 typedef Halves<int32_t> i32x16;
 typedef Halves<uint32_t> u32x16;
@@ -147,14 +149,12 @@ inline i32x16 load_mask(const bool *from) {  // -1 where true, else 0
     return -load_i32x16(reinterpret_cast<const int8_t *>(from));
 }
 
-// yes where the mask is -1, no where it is 0.
-inline f32x16 blend(i32x16 mask, f32x16 yes, f32x16 no) {
-    const i32x16 a = std::bit_cast<i32x16>(yes), b = std::bit_cast<i32x16>(no);
-    return std::bit_cast<f32x16>((a & mask) | (b & ~mask));
-}
-
-// -1 where the relation holds.
+// blend: yes where the mask is -1, no where it is 0; less, equal: -1 where the relation holds.
 #if defined(RORQUAL_HALVES)
+inline f32x16 blend(i32x16 mask, f32x16 yes, f32x16 no) {
+    return {(f32x16::half)_mm256_blendv_ps((__m256)no.low, (__m256)yes.low, (__m256)mask.low),
+            (f32x16::half)_mm256_blendv_ps((__m256)no.high, (__m256)yes.high, (__m256)mask.high)};
+}
 template <int RELATION>
 inline i32x16 compare(f32x16 a, f32x16 b) {
     return {(i32x16::half)_mm256_cmp_ps((__m256)a.low, (__m256)b.low, RELATION),
@@ -163,6 +163,7 @@ inline i32x16 compare(f32x16 a, f32x16 b) {
 inline i32x16 less(f32x16 a, f32x16 b) { return compare<_CMP_LT_OQ>(a, b); }
 inline i32x16 equal(f32x16 a, f32x16 b) { return compare<_CMP_EQ_OQ>(a, b); }
 #else
+inline f32x16 blend(i32x16 mask, f32x16 yes, f32x16 no) { return mask ? yes : no; }
 inline i32x16 less(f32x16 a, f32x16 b) { return a < b; }
 inline i32x16 equal(f32x16 a, f32x16 b) { return a == b; }
 #endif
@@ -286,7 +287,7 @@ inline void store_interleaved(float *to, f32x16 even, f32x16 odd, std::index_seq
 }
 #endif
 
-#if defined(RORQUAL_HALVES)
+#if defined(__AVX2__)
 inline void transpose8(__m256 *rows) {
     __m256 pairs[8], fours[8];
     for (int i = 0; i < 8; i += 2) {
@@ -304,6 +305,9 @@ inline void transpose8(__m256 *rows) {
     }
 }
 
+#endif
+
+#if defined(RORQUAL_HALVES)
 // Transposes a 16 × 16 block of 32-bit elements, by quarters.
 inline void transpose16(f32x16 *rows) {
     float *const block = reinterpret_cast<float *>(rows);
