@@ -55,25 +55,32 @@ constexpr int MAX_PANELS = 1;
 constexpr bool SIGNED_WEIGHTS = true;  // unsigned 8-bit weights would overflow the 16-bit sum of a pair (vpmaddubsw)
 inline f32x16 load_f16x16(const uint8_t *from) {
     const __m128i *const halves = reinterpret_cast<const __m128i *>(from);
-    return {(f32x16::half)_mm256_cvtph_ps(_mm_loadu_si128(halves)),
-            (f32x16::half)_mm256_cvtph_ps(_mm_loadu_si128(halves + 1))};
+    typedef Halves<float>::half half;
+    return std::bit_cast<f32x16>(Halves<float>{(half)_mm256_cvtph_ps(_mm_loadu_si128(halves)),
+                                               (half)_mm256_cvtph_ps(_mm_loadu_si128(halves + 1))});
 }
-inline i32x16::half sum_of_pairs(__m256i pairs) { return (i32x16::half)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)); }
+inline Halves<int32_t>::half sum_of_pairs(__m256i pairs) {
+    return (Halves<int32_t>::half)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+}
 template <int BITS>
 inline i32x16 dot4(i32x16 sum, u8x64 weights, int32_t four) {
+    const auto s = std::bit_cast<Halves<int32_t>>(sum);
+    const auto w = std::bit_cast<Halves<uint8_t>>(weights);
     const __m256i x = _mm256_set1_epi32(four);
-    const auto products = [&](u8x64::half part) {
+    const auto products = [&](Halves<uint8_t>::half part) {
         if constexpr (BITS == 4) return sum_of_pairs(_mm256_maddubs_epi16((__m256i)part, x));
         const __m256i centered = _mm256_xor_si256((__m256i)part, _mm256_set1_epi8(-128));
         return sum_of_pairs(_mm256_maddubs_epi16(_mm256_abs_epi8(centered), _mm256_sign_epi8(x, centered)));
     };
-    return {sum.low + products(weights.low), sum.high + products(weights.high)};
+    return std::bit_cast<i32x16>(Halves<int32_t>{s.low + products(w.low), s.high + products(w.high)});
 }
 constexpr int MAX_QUANTIZED_WEIGHT = 127;  // so that the sum of a pair fits 16 bits
 inline i32x16 dot4_values(i32x16 sum, int32_t four, u8x64 values) {
+    const auto s = std::bit_cast<Halves<int32_t>>(sum);
+    const auto v = std::bit_cast<Halves<uint8_t>>(values);
     const __m256i x = _mm256_set1_epi32(four);
-    return {sum.low + sum_of_pairs(_mm256_maddubs_epi16(x, (__m256i)values.low)),
-            sum.high + sum_of_pairs(_mm256_maddubs_epi16(x, (__m256i)values.high))};
+    return std::bit_cast<i32x16>(Halves<int32_t>{s.low + sum_of_pairs(_mm256_maddubs_epi16(x, (__m256i)v.low)),
+                                                 s.high + sum_of_pairs(_mm256_maddubs_epi16(x, (__m256i)v.high))});
 }
 #else
 constexpr bool SIGNED_WEIGHTS = false;
