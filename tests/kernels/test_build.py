@@ -3,6 +3,7 @@ the compiler."""
 
 import re
 import shutil
+import subprocess
 from dataclasses import fields
 
 import pytest
@@ -116,3 +117,17 @@ def test_tables_are_the_same_in_cpp():
     assert declared(model, "struct Layer") == [f.name for f in fields(fused_decode.LayerWeights)]
     sizes = [f.name for f in fields(fused_decode.ModelSizes)]
     assert declared(model, "struct Network")[2 : 2 + len(sizes)] == sizes
+
+
+@pytest.mark.skipif(not build.X86, reason="levels of x86")
+@pytest.mark.parametrize("name", build.SOURCES)
+def test_every_source_is_valid_at_the_highest_level(name):
+    """Also where the processor lacks it, so that nothing else would compile it."""
+    try:
+        compiler = build.find_compiler()
+    except build.Failed as e:
+        pytest.skip(str(e))
+    command = [*compiler, *build._flags("avx512", name), "-O0", "-fsyntax-only", str(build._source(name))]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "warning" not in done.stderr
