@@ -38,7 +38,7 @@ class EnvironmentSection(Section):
         default=None, ge=2, le=1 << 20
     )  # of the model in an episode; None: what the environment says
     turn_tokens: Size | None = None  # sampled in a turn; None: what is left of max_tokens
-    timeout: Positive = 10.0  # seconds of a call of its `reward`
+    timeout: Positive = 10.0  # seconds of a call of its `reward`, its `reply` or a tool
     open: bool = False  # of a file: prompts without a right answer, which reward.model judges
 
     @model_validator(mode="after")

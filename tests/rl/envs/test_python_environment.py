@@ -1,5 +1,8 @@
 """The contract of Python environments: every form of it, and every mistake with its sentence."""
 
+import re
+import signal
+
 import pytest
 
 from rorqual.data.tool_formats import HERMES, Call
@@ -10,6 +13,7 @@ from rorqual.rl.envs.registry import open_environment
 from rorqual.rl.rewards import score
 
 FORMS = '''
+import time
 from random import Random
 
 def doubled(rng):
@@ -37,6 +41,49 @@ class Talk:
                 pass
         return float("nan") if text == "nan" else -1.0 if truncated else len(text)
 
+class Slow:
+    turns = 4
+
+    def __init__(self):
+        self.tools = [self.look]
+
+    def problem(self, rng):
+        return {"question": "Where?", "answer": rng.random()}
+
+    def look(self, place: str) -> str:
+        """Look."""
+        while True:
+            try:
+                time.sleep(60)
+            except Exception:
+                pass
+
+    def reply(self, text):
+        while text == "loop":
+            pass
+        return None
+
+class Guess:
+    turns = 3
+
+    def __init__(self, turns=(3, 7, 5)):
+        self.played = [str(n) for n in turns]
+
+    def problem(self, rng):
+        return {"question": f"Guess, {rng.random()}", "answer": 5}
+
+    def reply(self, text, state):
+        if not text.isdecimal():
+            raise ValueError(text)
+        state["guesses"] = state.get("guesses", 0) + 1
+        return None if text == "5" else "More." if int(text) < 5 else "Less."
+
+    def worked(self):
+        return self.played
+
+    def reward(self, state):
+        return float(state.get("guesses") == 3)
+
 class Tools:
     turns = 3
 
@@ -61,6 +108,10 @@ class Worked(Tools):
 
     def reward(self, state):
         return float(state == {"drawn": 17, "asked": 10.0})
+
+class Twice(Tools):
+    def worked(self):
+        return ["a", "b"]
 
 class Taught(Tools):
     def worked(self, problem, teacher):
@@ -186,6 +237,50 @@ def test_worked_gets_what_its_parameters_ask_for_by_name(file):
     assert mine.grade(sample) == (1.0, True)
     assert mine.has_worked
     assert not opened(file, "Tools").has_worked
+
+
+def test_worked_turns_are_replied_to_as_a_models_are(file):
+    from random import Random
+
+    mine = opened(file, "Guess")
+    problem = mine.problems("train", 1)[0]
+    sample = mine.worked(problem, Random(1))
+    assert [(m["role"], m["content"]) for m in sample.turns] == [
+        ("assistant", "3"), ("user", "More."), ("assistant", "7"), ("user", "Less."), ("assistant", "5"),
+    ]  # fmt: skip
+    assert sample.state == {"guesses": 3}
+    assert mine.grade(sample) == (1.0, True)
+
+
+@pytest.mark.parametrize(
+    ("name", "turns", "message"),
+    [
+        ("Guess", [3, 5, 4], "the turn '5' ends the episode, but 1 follow; leave out what follows"),
+        ("Guess", [3, 4], "reply answers the last turn, '4', with more"),
+        ("Guess", [3, "four", 5], "reply raised ValueError: four, after the turn 'four' of worked"),
+        ("Guess", [1, 2, 3, 5], "it has 4 turns, more than turns = 3"),
+        ("Guess", [], "the last turn must be a text"),
+        ("Twice", None, "the turn 'a' ends the episode, but 1 follow; call a tool in it, or write a reply"),
+    ],
+)
+def test_worked_turns_that_cannot_be_played(file, name, turns, message):
+    from random import Random
+
+    mine = opened(file, name, config={"turns": turns} if turns is not None else {})
+    with pytest.raises(UserError, match=re.escape(message)):
+        mine.worked(mine.problems("train", 1)[0], Random(1))
+
+
+def test_a_tool_and_a_reply_that_hang_are_stopped(file):
+    mine = opened(file, "Slow", timeout=0.2)
+    problem = mine.problems("train", 1)[0]
+    (result,) = mine.respond(episode(problem, HERMES.write([Call("look", '{"place": "here"}')])))
+    assert result["content"] == "error: it took longer than 0.2 seconds"
+    with pytest.raises(RewardError, match=r"environment mine: reply: it took longer than 0\.2 seconds"):
+        mine.respond(episode(problem, "loop"))
+    assert mine.respond(episode(problem, "done")) is None
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
+    assert signal.getsignal(signal.SIGALRM) is signal.SIG_DFL
 
 
 def test_problem_gets_its_generator_by_name(file):

@@ -35,8 +35,9 @@ from rorqual.rl.envs.environment import (
     text_key,
 )
 from rorqual.rl.envs.tools import UserTool
-from rorqual.rl.envs.user_functions import UserReward, loaded, parameters
+from rorqual.rl.envs.user_functions import UserReward, loaded, parameters, time_limit
 from rorqual.rl_sections import EnvironmentSection
+from rorqual.sandbox.function_worker import FunctionError
 
 OF_REPLY = ("problem", "text", "messages", "state", "rng")
 OF_WORKED = ("problem", "state", "rng")
@@ -59,7 +60,7 @@ class PythonEnvironment(Environment):
         is_function = inspect.isroutine(user)
         if is_function and section.config:
             raise UserError(f"{self.where}: {spec} is a function, which has no config; remove it, or write a class")
-        tools = [UserTool(tool, self.where) for tool in getattr(user, "tools", [])]
+        tools = [UserTool(tool, self.where, section.timeout) for tool in getattr(user, "tools", [])]
         self.tools = {tool.name: tool for tool in tools}
         source = user if is_function else getattr(user, "problem", None) or getattr(user, "problems", None)
         if source is None:
@@ -76,6 +77,7 @@ class PythonEnvironment(Environment):
         self._reward = None
         if not is_function and hasattr(user, "reward"):
             self._reward = UserReward(spec, f"{self.where}: reward", section.timeout, section.config, "reward")
+        self._timeout = section.timeout
         self._reply = None if is_function else getattr(user, "reply", None)
         if self._reply is not None:
             self._reply_names = parameters(self._reply, OF_REPLY, f"{self.where}: reply")
@@ -131,11 +133,18 @@ class PythonEnvironment(Environment):
                 content = unknown if tool is None else tool(call.arguments, given)
                 results.append({"role": "tool", "content": content, "name": call.name})
             return results
+        return self._replied(episode.text, episode.messages, given)
+
+    def _replied(self, text: str, messages: list[Message], given: dict[str, Any]) -> list[Message] | None:
+        """What `reply` says to the model's turn; None where the episode ends. Raises RewardError."""
         if self._reply is None:
             return None
-        values = given | {"text": episode.text, "messages": [dict(m) for m in episode.messages]}
+        values = given | {"text": text, "messages": [dict(m) for m in messages]}
         try:
-            said = self._reply(**{name: values[name] for name in self._reply_names})
+            with time_limit(self._timeout):
+                said = self._reply(**{name: values[name] for name in self._reply_names})
+        except FunctionError as e:
+            raise RewardError(f"{self.where}: reply: {e}") from None
         except Exception as e:  # of any type: it is the user's code
             raise RewardError(f"{self.where}: reply raised {type(e).__name__}: {e}"[:300]) from e
         if said is not None and not isinstance(said, str):
@@ -148,10 +157,29 @@ class PythonEnvironment(Environment):
             return None
         where, messages, state = f"{self.where}: worked", list[Message](), dict[str, Any]()
         given = {"problem": problem.fields, "state": state, "rng": rng}
-        turns = self._called("worked", partial(self._worked, **{name: given[name] for name in self._worked_names}))
-        for turn in [turns] if isinstance(turns, str) else turns:
+        found = self._called("worked", partial(self._worked, **{name: given[name] for name in self._worked_names}))
+        turns: list[Any] = [found] if isinstance(found, str) else list(found)
+        if not turns or not isinstance(turns[-1], str):
+            raise UserError(f"{where}: the last turn must be a text, the model's answer")
+        if len(turns) > self.turns:
+            raise UserError(
+                f"{where}: it has {len(turns)} turns, more than turns = {self.turns}; write fewer, or raise that"
+            )
+        for left, turn in zip(reversed(range(len(turns))), turns, strict=True):
             if isinstance(turn, str):
                 messages.append({"role": "assistant", "content": turn})
+                try:
+                    said = self._replied(turn, [*problem.conversation, *messages], given) or []
+                except RewardError as e:
+                    raise UserError(f"{e}, after the turn {turn!r:.60} of worked; correct one of them") from None
+                if left and not said:
+                    remedy = "leave out what follows" if self._reply else "call a tool in it, or write a reply"
+                    raise UserError(f"{where}: the turn {turn!r:.60} ends the episode, but {left} follow; {remedy}")
+                if said and not left:
+                    raise UserError(
+                        f"{where}: reply answers the last turn, {turn!r:.60}, with more; write what follows"
+                    )
+                messages += said
                 continue
             text, name, arguments = turn
             if name not in self.tools:
@@ -162,8 +190,6 @@ class PythonEnvironment(Environment):
             messages.append({"role": "assistant", "content": text, "tool_calls": [call]})
             result = self.tools[name](function["arguments"], given)
             messages.append({"role": "tool", "content": result, "name": name, "tool_call_id": identity})
-        if not messages or messages[-1]["role"] != "assistant":
-            raise UserError(f"{where}: the last turn must be a text, the model's answer")
         return Sample(problem, messages[-1]["content"] or "", 0, False, messages, state)
 
     def _called(self, name: str, function: Callable[[], Any]) -> Any:

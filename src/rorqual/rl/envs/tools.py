@@ -15,6 +15,8 @@ from rorqual.data.chat_messages import Tool
 from rorqual.data.tool_formats import as_object
 from rorqual.errors import UserError
 from rorqual.rl.envs.search import Index
+from rorqual.rl.envs.user_functions import time_limit
+from rorqual.sandbox.function_worker import FunctionError
 from rorqual.sandbox.run_program import Limits, run_program
 from rorqual.strict_json import Json
 
@@ -25,9 +27,12 @@ SHOWN = 2000  # characters of a result that the model sees
 class UserTool:
     """A function as a tool: its description, and calls with checked arguments."""
 
-    def __init__(self, function: Callable[..., object], where: str) -> None:
-        """where: begins errors. Raises UserError for a parameter without a type hint, or of a type that JSON lacks."""
-        self.function, self.name = function, function.__name__
+    def __init__(self, function: Callable[..., object], where: str, timeout: float) -> None:
+        """where: begins errors; timeout: seconds of a call.
+
+        Raises UserError for a parameter without a type hint, or of a type that JSON lacks.
+        """
+        self.function, self.name, self.timeout = function, function.__name__, timeout
         where = f"{where}: tool {self.name}"
         if not (text := inspect.getdoc(function)):
             raise UserError(f"{where} has no docstring, which tells the model what it does; add one")
@@ -76,7 +81,10 @@ class UserTool:
         read = [getattr(checked, field) for field in type(checked).model_fields]
         named = dict(zip(self.names, read, strict=True)) | {name: given[name] for name in self.given}
         try:
-            result = str(self.function(**named))
+            with time_limit(self.timeout):
+                result = str(self.function(**named))
+        except FunctionError as e:
+            result = f"error: {e}"
         except Exception as e:  # as a result, which the model can learn from
             result = f"error: {type(e).__name__}: {e}"
         return result[:SHOWN]

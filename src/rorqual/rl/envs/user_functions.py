@@ -2,7 +2,10 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+import signal
+import threading
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from rorqual.errors import UserError
@@ -38,6 +41,35 @@ def parameters(function: Callable[..., object], known: Iterable[str], where: str
         ):
             raise UserError(f"{where}: parameter {name} is unknown; use any of {', '.join(known)}")
     return names
+
+
+class _Late(BaseException):
+    """Not an Exception, which the user's code may catch."""
+
+
+@contextmanager
+def time_limit(seconds: float) -> Generator[None]:
+    """Raises FunctionError where the user's code in it takes longer. Code in C is stopped once it is back in Python.
+
+    For functions that share objects with this process, as an episode's state; `UserReward` has its own process. Only
+    the main thread can be interrupted: in others there is no limit.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def late(*_: object) -> None:
+        raise _Late
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)  # each second again: a bare `except` catches the first
+    try:
+        yield
+    except _Late:
+        raise FunctionError(f"it took longer than {seconds:g} seconds") from None
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 class UserReward:
