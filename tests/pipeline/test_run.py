@@ -364,7 +364,7 @@ def test_a_dry_run_honours_out_and_seed(with_student, tmp_path, monkeypatch):
     monkeypatch.setattr(plan_stages, "load_recipe", lambda *a: planned.append(load(*a)) or planned[-1])
     result = CliRunner().invoke(app, ["r1", str(file), "--dry-run", "--out", str(tmp_path / "there"), "--seed", "7"])
     assert result.exit_code == 0, result.output
-    assert [recipe.seed for recipe in planned] == [7, 7, 7]
+    assert [recipe.seed for recipe in planned] == [7, 1007, 2007]
     assert [recipe.run_dir for recipe in planned] == [
         tmp_path / "there" / name for name in ("cold", "again", "student")
     ]

@@ -72,8 +72,9 @@ class StageRun:
 def run_pipeline(path: Path, out: Path | None = None, seed: int | None = None, resume: bool = False) -> Path:
     """Run the stages of the file at `path`; returns the folder with report.html, README.md and model/.
 
-    out, seed: instead of the file's and the recipes'. With `resume` stages that have ended are kept, and the one that
-    was stopped goes on from its last checkpoint. Every recipe and environment is checked before the first stage.
+    out, seed: instead of the file's and the recipes', as `read_pipeline` says. With `resume` stages that have ended are
+    kept, and the one that was stopped goes on from its last checkpoint. Every recipe and environment is checked before
+    the first stage.
     Raises UserError for what the user can fix, Stopped after SIGINT or SIGTERM.
     """
     file, out = pipeline_at(path, out, seed)

@@ -32,6 +32,7 @@ from rorqual.files import read_text
 from rorqual.local_paths import local_path
 
 COMMON = ("gpu", "gpus", "price")
+SEED_STEP = 1000  # between stages, so that no two draw the same problems
 # Fields of a stage that name a stage before it, and the recipe's fields that then become its model's directory.
 LINKS = {"model": "model.path", "teacher": "teacher", "reward_model": "reward.model.path"}
 MIX = "mix"  # so does this, a list of distillations, whose samples become the paths of [[mix]]
@@ -70,7 +71,9 @@ def pipeline_at(path: Path, out: Path | None = None, seed: int | None = None) ->
 
 
 def read_pipeline(path: Path, out: Path | None = None, seed: int | None = None) -> PipelineFile:
-    """`out` and `seed` of all stages, instead of the file's and the recipes'. Raises UserError."""
+    """`out` of all stages and `seed` of the first, of each next one SEED_STEP more, instead of the file's and the
+    recipes'. Raises UserError.
+    """
     raw = read_toml(path)
     if "stage" not in raw:
         raise UserError(
@@ -117,7 +120,9 @@ def _stage(
     if name in models:
         raise UserError(f"{where}: a stage before is named {name!r} too; give this one another name")
     folder = out or Path(str(raw.get("out", "runs")))
-    overrides = [f"name={name}", *([] if out is None else [f"out={out}"]), *([] if seed is None else [f"seed={seed}"])]
+    own_seed = None if seed is None else seed + SEED_STEP * (number - 1)
+    own = {"name": name, "out": out, "seed": own_seed}
+    overrides = [f"{key}={value}" for key, value in own.items() if value is not None]
     for link, target in LINKS.items():
         if link in fields:
             before = fields.pop(link)
