@@ -33,6 +33,10 @@ def test_counts_of_a_step():
     assert (counts.layers, counts.experts) == (2 * 3, 0)
     again = step_counts(config, [(4, 16), (2, 16)], 4, ahead=False, recompute="full")
     assert again.products == pytest.approx(counts.products * 4 / 3)
+    # LoRA: no gradients of the weights, which are a third of a step's products.
+    lora = step_counts(config, [(4, 16), (2, 16)], 4, ahead=False, adapters=123)
+    assert (lora.products, lora.attention) == (pytest.approx(counts.products * 2 / 3), counts.attention)
+    assert lora.parameters == 123
     # Muon updates the four matrices of attention and the three of the feed-forward part, of each layer.
     muon = step_counts(config, [(4, 16), (2, 16)], 4, ahead=False, muon=True)
     assert (counts.orthogonalised, muon.orthogonalised) == (0, 3 * (4 * 32 * 32 + 3 * 32 * 64))

@@ -21,7 +21,7 @@ from rorqual.plan.rl_here import (
     training_counts,
 )
 from rorqual.plan.rl_plan import Lengths
-from rorqual.recipe import RLRecipe, parse_recipe
+from rorqual.recipe import LoRASection, RLRecipe, parse_recipe
 from rorqual.rl.rollout_packing import pack_rollout
 
 
@@ -87,6 +87,15 @@ def test_counts_of_training():
     assert train.layers == 2 * 3 * math.ceil(tokens / 3 / 64)
     assert train.parameters == 3 * (2 * 60 * 32 + 32 + 2 * (layer + 64))
     assert (forward.products, forward.parameters) == (pytest.approx(train.products / 3), 0)
+    adapted, forward = training_counts(given.model_copy(update={"lora": LoRASection(rank=2)}), GROUPED, FULL)
+    assert adapted.products == pytest.approx(train.products * 2 / 3)  # without gradients of the weights
+    assert forward.products == pytest.approx(train.products / 3)
+    # A: 2 rows of the input's width, B: 2 columns of the output's.
+    widths = [32 + 32, 32 + 16, 32 + 16, 32 + 32, 32 + 48, 32 + 48, 48 + 32]
+    assert adapted.parameters == 3 * 2 * 2 * sum(widths)
+    whole, forward = training_counts(given.model_copy(update={"recompute": "full"}), GROUPED, FULL)
+    assert whole.products == pytest.approx(train.products * 4 / 3)
+    assert forward.products == pytest.approx(train.products / 3)
 
 
 def test_other_passes_are_counted():

@@ -60,9 +60,13 @@ class Costs(Fitted):
 
 def step_counts(
     config: ModelConfig, micro_batches: Sequence[tuple[float, int]], itemsize: int, ahead: bool,
-    recompute: str = "none", muon: bool = False,
+    recompute: str = "none", muon: bool = False, adapters: int | None = None,
 ) -> Counts:  # fmt: skip
-    """micro_batches: (sequences, tokens of each). ahead: whether multi-token modules are trained. muon: or AdamW."""
+    """micro_batches: (sequences, tokens of each). ahead: whether multi-token modules are trained. muon: or AdamW.
+
+    adapters: parameters of LoRA, whose small products are not counted; the weights below then need no gradients. None:
+    all parameters are trained.
+    """
     length = micro_batches[0][1]
     every, after = flops_by_layer(config, length), flops_after_layers(config, length, ahead)
     depth = config.num_nextn_predict_layers * ahead
@@ -71,16 +75,17 @@ def step_counts(
     kept = sum(layer_bytes(config, moe, how) for moe in kinds) + depth * mtp_bytes(config, how)
     tokens = sum(rows * length for rows, length in micro_batches)
     passes = 4 if recompute == "full" else 3
-    layers = passes * (sum(f.products for f in every) + after.products)
+    layers = (passes - (adapters is not None)) * (sum(f.products for f in every) + after.products)
+    whole = muon and adapters is None
     return Counts(
-        products=tokens * layers + (muon_flops(config) if muon else 0.0),
+        products=tokens * layers + (muon_flops(config) if whole else 0.0),
         attention=tokens * passes * (sum(f.attention for f in every) + after.attention),
         kept=tokens * kept,
         logits=tokens * (1 + depth) * config.vocab_size,
-        parameters=parameters(config)[0] + mtp_parameters(config),
+        parameters=parameters(config)[0] + mtp_parameters(config) if adapters is None else adapters,
         layers=len(micro_batches) * len(kinds),
         experts=len(micro_batches) * sum(kinds) * (config.n_routed_experts or 0),
-        orthogonalised=muon_numbers(config) if muon else 0.0,
+        orthogonalised=(muon_numbers(config) if whole else adapters or 0.0) if muon else 0.0,
     )
 
 

@@ -11,6 +11,7 @@ from rorqual.plan.cost import flops_per_token, mtp_flops_per_token, mtp_paramete
 from rorqual.plan.cpu_time import Counts, costs_here, step_counts
 from rorqual.plan.fitting import interval
 from rorqual.plan.hardware import describe_machine, matrix_peak, memory_total
+from rorqual.plan.optimizer_state import adapter_parameters
 from rorqual.plan.process_memory import memory
 from rorqual.plan.quantity import quantity
 from rorqual.plan.rehearsal import kept_training
@@ -114,8 +115,10 @@ def _step(config: ModelConfig, recipe: PretrainRecipe | SFTRecipe, ahead: bool) 
     size = min(section.micro_batch or section.batch_size, section.batch_size)
     whole, rest = divmod(section.batch_size, size)
     micro_batches = [(size, length)] * whole + [(rest, length)] * (rest > 0)
-    itemsize = compute_dtype(recipe.model.dtype).itemsize
-    return step_counts(config, micro_batches, itemsize, ahead, recipe.recompute, recipe.optimizer.name == "muon")
+    itemsize, muon = compute_dtype(recipe.model.dtype).itemsize, recipe.optimizer.name == "muon"
+    lora = recipe.lora if isinstance(recipe, SFTRecipe) else None
+    adapters = None if lora is None else adapter_parameters(config, lora)
+    return step_counts(config, micro_batches, itemsize, ahead, recipe.recompute, muon, adapters)
 
 
 def plan_text(plan: Plan, timed: bool = True) -> str:

@@ -52,7 +52,11 @@ def predict_state(
 
 def adapter_bytes(config: ModelConfig, dtype: str, lora: LoRASection) -> int:
     """Of one copy of what LoRA trains."""
-    return COMPUTE[dtype].itemsize * predict_state(config, dtype, OptimizerSection(), lora).gradients // FP32
+    return COMPUTE[dtype].itemsize * adapter_parameters(config, lora)
+
+
+def adapter_parameters(config: ModelConfig, lora: LoRASection) -> int:
+    return predict_state(config, "float32", OptimizerSection(), lora).gradients // FP32
 
 
 def update_bytes(config: ModelConfig, section: OptimizerSection) -> tuple[int, int]:

@@ -17,6 +17,7 @@ from rorqual.plan.engine_time import EngineCosts, decode_counts, engine_costs_he
 from rorqual.plan.estimate import EMULATED, duration
 from rorqual.plan.fitting import interval
 from rorqual.plan.hardware import describe_machine, matrix_peak
+from rorqual.plan.optimizer_state import adapter_parameters
 from rorqual.plan.published_runs import Z80
 from rorqual.plan.quantity import quantity
 from rorqual.plan.rehearsal import RLRehearsal
@@ -198,9 +199,12 @@ def training_counts(
     micro_batches = updates * max(1, math.ceil(tokens / updates / section.micro_tokens))
     itemsize = compute_dtype(recipe.model.dtype).itemsize
     rows = tokens / block / micro_batches
-    found = step_counts(config, [(rows, block)] * micro_batches, itemsize, False, recipe.recompute)
+    adapters = None if recipe.lora is None else adapter_parameters(config, recipe.lora)
+    found = step_counts(config, [(rows, block)] * micro_batches, itemsize, False, recipe.recompute, adapters=adapters)
     targets = section.questions_per_step * section.group_size * lengths.mean * tokens / every
-    head = 2.0 * config.vocab_size * config.hidden_size * (4 if recipe.recompute == "full" else 3)
+    passes = 4 if recipe.recompute == "full" else 3
+    of_weights = passes - (adapters is not None)
+    head = 2.0 * config.vocab_size * config.hidden_size * of_weights
     # Blocks are computed with a mask, the half above the diagonal too; the head only for the answers' tokens.
     found = replace(
         found,
@@ -208,8 +212,12 @@ def training_counts(
         attention=2 * found.attention,
         logits=targets * config.vocab_size,
     )
-    forward = replace(Counts(**{name: value / 3 for name, value in vars(found).items()}), parameters=0.0)
-    update = step_counts(config, [(0, block)], itemsize, False, muon=recipe.optimizer.name == "muon")
+    third = Counts(**{name: value / 3 for name, value in vars(found).items()})
+    forward = replace(
+        third, products=found.products / of_weights, attention=found.attention / passes, parameters=0.0
+    )
+    muon = recipe.optimizer.name == "muon"
+    update = step_counts(config, [(0, block)], itemsize, False, muon=muon, adapters=adapters)
     found = replace(
         found,
         products=found.products + updates * update.products,
