@@ -291,7 +291,7 @@ class PairDataSection(Section):
 
 
 class PairsSection(Section):
-    """Pairs that a model's answers and rules make (docs/rl.md): its own answers are better than their worse twins."""
+    """Pairs that a model's answers and rules make (docs/r1.md): its own answers are better than their worse twins."""
 
     prompts: LocalPath  # .jsonl with `prompt` or `question`
     model: LocalPath  # whose answers are the better ones

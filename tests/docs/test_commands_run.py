@@ -123,7 +123,9 @@ def prepare(folder):
         (folder / name).write_text("\n".join(problems) + "\n")
     pair = {"prompt": "2 + 2?", "chosen": "4", "rejected": "5, or so"}
     (folder / "pairs.jsonl").write_text((json.dumps(pair) + "\n") * 4)
-    toml = [text for language, text in blocks(ROOT / "docs" / "rl.md") if language == "toml"]
+    toml = [
+        text for page in ("rl.md", "r1.md") for language, text in blocks(ROOT / "docs" / page) if language == "toml"
+    ]
     for kind in ("rl", "reward"):
         (folder / f"my-{kind}.toml").write_text(next(text for text in toml if tomllib.loads(text).get("kind") == kind))
     write(folder / "model.gguf", network())

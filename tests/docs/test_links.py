@@ -23,6 +23,17 @@ def headings(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=identify)
+def test_fences_close(page):
+    """Text right after the marks of a closing fence does not close it: the rest of the page would be code."""
+    inside = False
+    for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
+        if line.startswith("```"):
+            assert not inside or line == "```", f"{identify(page)}, line {number}: {line} does not close the block"
+            inside = not inside
+    assert not inside, f"{identify(page)}: its last block is not closed"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=identify)
 def test_links_lead_to_files_and_headings(page):
     for target in LINK.findall(prose(page)):
         if re.match(r"[a-z]+:", target):
