@@ -46,7 +46,7 @@ void transpose_rows(const T *const *rows, i64 width, f32x16 *transposed) {
     if constexpr (sizeof(T) == 2) {
         for (; start + 2 * VLEN <= width; start += 2 * VLEN) {
             f32x16 block[VLEN];
-            for (i64 t = 0; t < VLEN; ++t) std::memcpy(&block[t], rows[t] + start, sizeof(f32x16));
+            for (i64 t = 0; t < VLEN; ++t) block[t] = load_as<f32x16>(rows[t] + start);
             transpose16(block);
             for (i64 t = 0; t < VLEN; ++t)
                 load_pair(reinterpret_cast<bf16 *>(&block[t]), transposed[start + 2 * t],

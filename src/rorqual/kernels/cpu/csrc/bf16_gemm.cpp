@@ -37,9 +37,9 @@ void transpose_panel(const bf16 *from, i64 columns, i64 width, float *panel) {
         i64 p = 0;
         for (; p + VLEN <= pairs; p += VLEN) {
             f32x16 block[VLEN];
-            for (i64 t = 0; t < VLEN; ++t) std::memcpy(&block[t], row[t] + 2 * p, sizeof(f32x16));
+            for (i64 t = 0; t < VLEN; ++t) block[t] = load_as<f32x16>(row[t] + 2 * p);
             transpose16(block);
-            for (i64 t = 0; t < VLEN; ++t) std::memcpy(to + (p + t) * PANEL_COLUMNS, &block[t], sizeof(f32x16));
+            for (i64 t = 0; t < VLEN; ++t) store_as(to + (p + t) * PANEL_COLUMNS, block[t]);
         }
         for (; p < pairs; ++p)
             for (i64 t = 0; t < VLEN; ++t) std::memcpy(to + p * PANEL_COLUMNS + t, row[t] + 2 * p, sizeof(float));

@@ -18,8 +18,7 @@ TARGET void qk_scores_int8(const ActivationGroup *queries, i64 groups, const Int
             // Subtract the keys' zero point, 128.
             if constexpr (!SIGNED_WEIGHTS) UNROLL for (int n = 0; n < N; ++n) acc[n] += query[n * groups].minus_128_sum;
             UNROLL for (int j = 0; j < GROUP_SIZE / 4; ++j) {
-                u8x64 key;
-                std::memcpy(&key, record + 64 * j, sizeof key);
+                const u8x64 key = load_as<u8x64>(record + 64 * j);
                 UNROLL for (int n = 0; n < N; ++n) {
                     int32_t four;
                     std::memcpy(&four, query[n * groups].q + 4 * j, sizeof four);
@@ -78,8 +77,7 @@ TARGET void weighted_sum_int8(const float *weights, i64 stride, const Int8Blocks
         for (i64 b = 0; b < blocks; ++b) {
             const uint8_t *record = values[first + b];
             UNROLL for (int j = 0; j < VLEN / 4; ++j) {
-                u8x64 value[2];
-                std::memcpy(value, record + 128 * j, sizeof value);
+                const u8x64 value[] = {load_as<u8x64>(record + 128 * j), load_as<u8x64>(record + 128 * j + 64)};
                 UNROLL for (int n = 0; n < N; ++n) {
                     int32_t four;
                     std::memcpy(&four, quantized[n][b] + 4 * j, sizeof four);

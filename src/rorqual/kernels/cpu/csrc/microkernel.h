@@ -1,6 +1,8 @@
 // The quantised GEMM microkernels, included by qgemm.cpp once per int8 dot instruction. The includer defines TARGET
 // (function attribute), SIGNED_WEIGHTS (8-bit weights are multiplied as signed, instead of unsigned with zero point
-// 128), MAX_ROWS and MAX_PANELS (what the registers hold), UNROLL (before loops), `dot4` and `load_f16x16`.
+// 128), MAX_ROWS and MAX_PANELS (what the registers hold), UNROLL (before loops), `load_f16x16`, and of the products:
+// Sums<BITS> (of a record, or of all groups that share a scale), begin_sums<BITS>(zero point's correction), `dot4`, and
+// end_sums<BITS>(sums, correction) → 16 INT32.
 
 // R rows × P panels → sums [R, PANEL_BLOCK] of 16 outputs each. All rows go through a record together: the products of
 // one row depend on each other, and out-of-order execution does not reach as far as the next row. Two panels share each
@@ -21,12 +23,13 @@ TARGET void microkernel(const uint8_t *record, const QuantizedRows &x, RowIndex 
     const i64 lines = (prefetch.lines + x.groups - 1) / x.groups;
     for (i64 start = 0; start < x.groups; start += SCALE_GROUPS) {
         const ActivationGroup *first[R];
-        i32x16 acc[R][P][ACCUMULATORS] = {};
+        Sums<BITS> acc[R][P][ACCUMULATORS];
+        int32_t correction[R];  // subtracts the weights' zero point
         UNROLL for (int r = 0; r < R; ++r) {
             first[r] = row[r];
-            if constexpr (!MINS && (BITS == 4 || !SIGNED_WEIGHTS))  // subtract the weights' zero point
-                UNROLL for (int p = 0; p < P; ++p)
-                    acc[r][p][0] = i32x16{} + (BITS == 4 ? row[r]->minus_8_sum : row[r]->minus_128_sum);
+            correction[r] = MINS || (BITS == 8 && SIGNED_WEIGHTS) ? 0 : BITS == 4 ? row[r]->minus_8_sum : row[r]->minus_128_sum;
+            UNROLL for (int p = 0; p < P; ++p) UNROLL
+                for (int a = 0; a < ACCUMULATORS; ++a) acc[r][p][a] = begin_sums<BITS>(a ? 0 : correction[r]);
         }
         const i64 groups = SCALE_GROUPS == 1 ? 1 : std::min(SCALE_GROUPS, x.groups - start);
         const uint8_t *scales = record + WEIGHT_BYTES;
@@ -39,8 +42,7 @@ TARGET void microkernel(const uint8_t *record, const QuantizedRows &x, RowIndex 
                     __builtin_prefetch(record + p * panel_bytes + 2048 + line);
             UNROLL for (int j = 0; j < BITS; ++j) {
                 u8x64 packed[P];
-                UNROLL for (int p = 0; p < P; ++p)
-                    std::memcpy(&packed[p], record + p * panel_bytes + 64 * j, sizeof(u8x64));
+                UNROLL for (int p = 0; p < P; ++p) packed[p] = load_as<u8x64>(record + p * panel_bytes + 64 * j);
                 // Inputs 4j to 4j+3; at 4 bits the upper half of the bytes holds those 16 further on.
                 UNROLL for (int half = 0; half < 8 / BITS; ++half) {
                     u8x64 weights[P];
@@ -50,7 +52,7 @@ TARGET void microkernel(const uint8_t *record, const QuantizedRows &x, RowIndex 
                         int32_t four;
                         std::memcpy(&four, row[r]->q + 4 * j + 16 * half, sizeof four);
                         UNROLL for (int p = 0; p < P; ++p) {
-                            i32x16 &to = acc[r][p][(BITS == 8 ? j : half) % ACCUMULATORS];
+                            Sums<BITS> &to = acc[r][p][(BITS == 8 ? j : half) % ACCUMULATORS];
                             to = dot4<BITS>(to, weights[p], four);
                         }
                     }
@@ -66,7 +68,7 @@ TARGET void microkernel(const uint8_t *record, const QuantizedRows &x, RowIndex 
         UNROLL for (int r = 0; r < R; ++r) {
             UNROLL for (int p = 0; p < P; ++p) {
                 if constexpr (ACCUMULATORS == 2) acc[r][p][0] += acc[r][p][1];
-                const f32x16 product = to_f32(acc[r][p][0]);
+                const f32x16 product = to_f32(end_sums<BITS>(acc[r][p][0], correction[r]));
                 if constexpr (SCALES)
                     total[r][p] += product * (scale[p] * first[r]->scale);
                 else

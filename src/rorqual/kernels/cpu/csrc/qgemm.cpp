@@ -31,6 +31,16 @@ TARGET inline f32x16 load_f16x16(const uint8_t *from) {
     return (f32x16)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(from)));
 }
 template <int>
+using Sums = i32x16;
+template <int>
+TARGET inline i32x16 begin_sums(int32_t correction) {
+    return i32x16{} + correction;
+}
+template <int>
+TARGET inline i32x16 end_sums(i32x16 sums, int32_t) {
+    return sums;
+}
+template <int>
 TARGET inline i32x16 dot4(i32x16 sum, u8x64 weights, int32_t four) {
     return (i32x16)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)weights, _mm512_set1_epi32(four));
 }
@@ -59,34 +69,49 @@ inline f32x16 load_f16x16(const uint8_t *from) {
     return std::bit_cast<f32x16>(Halves<float>{(half)_mm256_cvtph_ps(_mm_loadu_si128(halves)),
                                                (half)_mm256_cvtph_ps(_mm_loadu_si128(halves + 1))});
 }
-inline Halves<int32_t>::half sum_of_pairs(__m256i pairs) {
-    return (Halves<int32_t>::half)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+// Sums of 4-bit weights stay in 16 bits for a record: each adds eight pairs, of at most 2 · 15 · 127.
+template <int BITS>
+using Sums = std::conditional_t<BITS == 4, i16x32, i32x16>;
+template <int BITS>
+inline Sums<BITS> begin_sums(int32_t correction) {
+    if constexpr (BITS == 4)
+        return Sums<BITS>{};
+    else
+        return Sums<BITS>{} + correction;
 }
 template <int BITS>
-inline i32x16 dot4(i32x16 sum, u8x64 weights, int32_t four) {
-    const auto s = std::bit_cast<Halves<int32_t>>(sum);
-    const auto w = std::bit_cast<Halves<uint8_t>>(weights);
-    const __m256i x = _mm256_set1_epi32(four);
-    const auto products = [&](Halves<uint8_t>::half part) {
-        if constexpr (BITS == 4) return sum_of_pairs(_mm256_maddubs_epi16((__m256i)part, x));
-        const __m256i centered = _mm256_xor_si256((__m256i)part, _mm256_set1_epi8(-128));
-        return sum_of_pairs(_mm256_maddubs_epi16(_mm256_abs_epi8(centered), _mm256_sign_epi8(x, centered)));
-    };
-    return std::bit_cast<i32x16>(Halves<int32_t>{s.low + products(w.low), s.high + products(w.high)});
+inline i32x16 end_sums(Sums<BITS> sums, int32_t correction) {
+    if constexpr (BITS == 4)
+        return add_pairs(sums) + correction;
+    else
+        return sums;
+}
+template <int BITS>
+inline Sums<BITS> dot4(Sums<BITS> sums, u8x64 weights, int32_t four) {
+    if constexpr (BITS == 4)
+        return add_in_order(sums, multiply_pairs(weights, repeat_four(four)));
+    else
+        return sums + add_pairs(multiply_signed_pairs(weights ^ uint8_t(128), repeat_four(four)));
 }
 constexpr int MAX_QUANTIZED_WEIGHT = 127;  // so that the sum of a pair fits 16 bits
 inline i32x16 dot4_values(i32x16 sum, int32_t four, u8x64 values) {
-    const auto s = std::bit_cast<Halves<int32_t>>(sum);
-    const auto v = std::bit_cast<Halves<uint8_t>>(values);
-    const __m256i x = _mm256_set1_epi32(four);
-    return std::bit_cast<i32x16>(Halves<int32_t>{s.low + sum_of_pairs(_mm256_maddubs_epi16(x, (__m256i)v.low)),
-                                                 s.high + sum_of_pairs(_mm256_maddubs_epi16(x, (__m256i)v.high))});
+    return sum + add_pairs(multiply_pairs(repeat_four(four), values));
 }
 #else
 constexpr bool SIGNED_WEIGHTS = false;
 inline f32x16 load_f16x16(const uint8_t *from) { return f16_to_f32(from); }
 // One byte of each 32-bit element at a time: the same on vectors of bytes took GCC minutes and gigabytes to compile.
 static_assert(std::endian::native == std::endian::little);
+template <int>
+using Sums = i32x16;
+template <int>
+inline i32x16 begin_sums(int32_t correction) {
+    return i32x16{} + correction;
+}
+template <int>
+inline i32x16 end_sums(i32x16 sums, int32_t) {
+    return sums;
+}
 template <int>
 inline i32x16 dot4(i32x16 sum, u8x64 weights, int32_t four) {
     const u32x16 w = std::bit_cast<u32x16>(weights);

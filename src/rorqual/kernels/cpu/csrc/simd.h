@@ -70,11 +70,13 @@ typedef Halves<float> f32x16;
 typedef Halves<int32_t> i32x16;
 typedef Halves<uint32_t> u32x16;
 typedef Halves<uint8_t> u8x64;
+typedef Halves<int16_t> i16x32;
 #else
 typedef float f32x16 __attribute__((vector_size(64)));
 typedef int32_t i32x16 __attribute__((vector_size(64)));
 typedef uint32_t u32x16 __attribute__((vector_size(64)));
 typedef uint8_t u8x64 __attribute__((vector_size(64)));
+typedef int16_t i16x32 __attribute__((vector_size(64)));
 #endif
 typedef uint16_t u16x16 __attribute__((vector_size(32)));
 typedef int8_t i8x16 __attribute__((vector_size(16)));
@@ -84,11 +86,30 @@ namespace {
 
 constexpr i64 VLEN = 16;
 
-inline f32x16 load_f32x16(const float *from) {
-    f32x16 x;
+// 64 bytes of any place. By halves: GCC 12 copies them 16 bytes at a time, and a load of 32 that follows has to wait.
+template <class V>
+inline V load_as(const void *from) {
+#if defined(RORQUAL_HALVES)
+    const __m256i *const halves = static_cast<const __m256i *>(from);
+    return {(typename V::half)_mm256_loadu_si256(halves), (typename V::half)_mm256_loadu_si256(halves + 1)};
+#else
+    V x;
     std::memcpy(&x, from, sizeof x);
     return x;
+#endif
 }
+template <class V>
+inline void store_as(void *to, V x) {
+#if defined(RORQUAL_HALVES)
+    __m256i *const halves = static_cast<__m256i *>(to);
+    _mm256_storeu_si256(halves, (__m256i)x.low);
+    _mm256_storeu_si256(halves + 1, (__m256i)x.high);
+#else
+    std::memcpy(to, &x, sizeof x);
+#endif
+}
+
+inline f32x16 load_f32x16(const float *from) { return load_as<f32x16>(from); }
 
 // Elements of another type; integers that do not fit lose their upper bits.
 #if defined(RORQUAL_HALVES)
@@ -168,7 +189,7 @@ inline i32x16 less(f32x16 a, f32x16 b) { return a < b; }
 inline i32x16 equal(f32x16 a, f32x16 b) { return a == b; }
 #endif
 
-inline void store_f32x16(float *to, f32x16 x) { std::memcpy(to, &x, sizeof x); }
+inline void store_f32x16(float *to, f32x16 x) { store_as(to, x); }
 
 inline u32x16 round_to_bf16(f32x16 x) {  // as `store` of dtypes.h; the BF16 value is in the upper 16 bits
     const u32x16 u = std::bit_cast<u32x16>(x);
@@ -188,16 +209,14 @@ inline void load_pair(const float *from, f32x16 &a, f32x16 &b) {
 }
 
 inline void load_pair(const bf16 *from, f32x16 &a, f32x16 &b) {
-    u32x16 u;
-    std::memcpy(&u, from, sizeof u);
+    const u32x16 u = load_as<u32x16>(from);
     a = std::bit_cast<f32x16>(u << 16);
     b = std::bit_cast<f32x16>(u & 0xffff0000u);
 }
 
 // As load_pair gives BF16.
 inline void store_pair(bf16 *to, f32x16 a, f32x16 b) {
-    const u32x16 u = round_to_bf16(a) >> 16 | (round_to_bf16(b) & 0xffff0000u);
-    std::memcpy(to, &u, sizeof u);
+    store_as(to, round_to_bf16(a) >> 16 | (round_to_bf16(b) & 0xffff0000u));
 }
 
 inline f32x16 fast_exp(f32x16 x) {  // see dtypes.h
@@ -352,6 +371,63 @@ inline void transpose16(f32x16 *rows) {
     transpose_stage<2>(rows, columns);
     transpose_stage<4>(rows, columns);
     transpose_stage<8>(rows, columns);
+}
+#endif
+
+#if defined(__AVX2__)
+// Products of unsigned and signed bytes, pairs of them added; the sum of a pair must fit 16 bits.
+inline i16x32 multiply_pairs(u8x64 a, u8x64 b) {
+#if defined(RORQUAL_HALVES)
+    return {(i16x32::half)_mm256_maddubs_epi16((__m256i)a.low, (__m256i)b.low),
+            (i16x32::half)_mm256_maddubs_epi16((__m256i)a.high, (__m256i)b.high)};
+#else
+    return (i16x32)_mm512_maddubs_epi16((__m512i)a, (__m512i)b);
+#endif
+}
+
+inline i32x16 add_pairs(i16x32 x) {
+#if defined(RORQUAL_HALVES)
+    const __m256i ones = _mm256_set1_epi16(1);
+    return {(i32x16::half)_mm256_madd_epi16((__m256i)x.low, ones),
+            (i32x16::half)_mm256_madd_epi16((__m256i)x.high, ones)};
+#else
+    return (i32x16)_mm512_madd_epi16((__m512i)x, _mm512_set1_epi16(1));
+#endif
+}
+
+// a + b, of sums that stay in their registers: GCC would add integers as a tree, whose leaves it spills.
+inline i16x32 add_in_order(i16x32 a, i16x32 b) {
+    a += b;
+#if defined(RORQUAL_HALVES)
+    asm("" : "+x"(a.low), "+x"(a.high));
+#else
+    asm("" : "+v"(a));
+#endif
+    return a;
+}
+
+inline u8x64 repeat_four(int32_t four) {
+#if defined(RORQUAL_HALVES)
+    const u8x64::half x = (u8x64::half)_mm256_set1_epi32(four);
+    return {x, x};
+#else
+    return (u8x64)_mm512_set1_epi32(four);
+#endif
+}
+
+// Products of signed bytes, pairs of them added: |a| · (b with a's sign).
+inline i16x32 multiply_signed_pairs(u8x64 a, u8x64 b) {
+#if defined(RORQUAL_HALVES)
+    const auto multiply = [](u8x64::half a, u8x64::half b) {
+        return (i16x32::half)_mm256_maddubs_epi16(_mm256_abs_epi8((__m256i)a),
+                                                  _mm256_sign_epi8((__m256i)b, (__m256i)a));
+    };
+    return {multiply(a.low, b.low), multiply(a.high, b.high)};
+#else
+    const __m512i x = (__m512i)a, y = (__m512i)b;
+    const __m512i negated = _mm512_mask_sub_epi8(y, _mm512_movepi8_mask(x), _mm512_setzero_si512(), y);
+    return (i16x32)_mm512_maddubs_epi16(_mm512_abs_epi8(x), negated);
+#endif
 }
 #endif
 
