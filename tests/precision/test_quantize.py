@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from rorqual.errors import UserError
+from rorqual.kernels import cpu
 from rorqual.kernels.quantized_linear import QuantizedWeight, dequantize
 from rorqual.model import ModelConfig, Transformer
-from rorqual.precision.quantize import convert, round_int4, round_int8
+from rorqual.precision.quantize import best_scale_reference, convert, round_int4, round_int8
 
 LATENT = ModelConfig(
     model_type="deepseek_v3", vocab_size=90, hidden_size=64, intermediate_size=96, num_hidden_layers=3,
@@ -60,3 +61,25 @@ def test_a_packed_network_says_nearly_the_same(config, bits, most):
     assert isinstance(model.head_weight, QuantizedWeight)
     with pytest.raises(UserError, match="already"):
         convert(model, bits)
+
+
+def test_the_compiled_choice_of_a_scale_errs_as_little_as_the_reference():
+    torch.manual_seed(0)
+    groups = torch.randn(3, 50, 32) * torch.rand(3, 50, 1).exp()
+    groups[0, 0] = 0.0
+    groups[0, 1] *= 1e-6  # scales that FP16 holds as few bits, or as 0
+    groups[0, 2] *= 1e-9
+    extreme = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
+    scales = (extreme / -torch.linspace(7.0, 9.5, 16)).half().float()
+    expected, best = best_scale_reference(groups, scales), torch.full_like(extreme, -1.0)
+    if not cpu.usable(groups):
+        pytest.skip("no compiled kernels")
+    cpu.call("best_scale", torch.float32, groups, scales, best.numel(), 16, best)
+
+    def errors(scale):
+        q = torch.where(scale != 0, groups / scale, 0.0).round().clamp(-8, 7)
+        return (q * scale - groups).square().sum(-1)
+
+    torch.testing.assert_close(errors(best), errors(expected), rtol=1e-5, atol=0)
+    assert (best == expected).float().mean() > 0.98  # sums in another order can choose another of two equal ones
+    assert best[0, 0] == best[0, 2] == 0

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from rorqual.checkpoint.model_reader import open_release
 from rorqual.checkpoint.release_tensors import EMBEDDING, replace_weight
 from rorqual.errors import UserError
+from rorqual.kernels import cpu
 from rorqual.kernels.quantized_linear import GROUP, PANEL, QuantizedWeight, dequantize, gather, pack
 from rorqual.model import Transformer
 from rorqual.model.attention import UpProjection
@@ -23,6 +24,7 @@ from rorqual.model.moe import Experts
 from rorqual.model.transformer import Layer
 from rorqual.precision.smoothquant import smooth, smoothing
 from rorqual.process_tuning import release_memory
+from rorqual.shapes import Float32
 
 Bits = Literal["int4", "int8"]
 SCALE_CANDIDATES = 16  # for a group of int4 weights
@@ -42,16 +44,27 @@ def round_int4(weight: Tensor) -> QuantizedWeight:
     E, N, K = weight.shape
     groups = F.pad(weight.float(), (0, -K % GROUP)).view(E, N, -1, GROUP)
     extreme = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))  # with its sign: q − 8 goes from −8 to 7
-    best_scale, best_error = torch.zeros_like(extreme), torch.full_like(extreme, float("inf"))
     # At a divisor of 8 the largest weight is exact; above, it is clipped.
-    for divisor in torch.linspace(7.0, 9.5, SCALE_CANDIDATES).tolist():
-        scale = (extreme / -divisor).half().float()
-        q = _nearest(groups, scale)
-        error = ((q - 8) * scale - groups).square().sum(-1, keepdim=True)
-        better = error < best_error
-        best_scale, best_error = torch.where(better, scale, best_scale), torch.where(better, error, best_error)
-    q = _nearest(groups, best_scale).to(torch.uint8).view(E, N, -1)[..., :K]
-    return pack("int4", q, best_scale.squeeze(-1))
+    scales = (extreme / -torch.linspace(7.0, 9.5, SCALE_CANDIDATES)).half().float()
+    best = torch.empty_like(extreme)
+    if cpu.usable(groups):
+        cpu.call("best_scale", torch.float32, groups, scales, best.numel(), SCALE_CANDIDATES, best)
+    else:
+        best = best_scale_reference(groups, scales)
+    q = _nearest(groups, best).to(torch.uint8).view(E, N, -1)[..., :K]
+    return pack("int4", q, best.squeeze(-1))
+
+
+def best_scale_reference(
+    groups: Float32[Tensor, "*groups 32"], scales: Float32[Tensor, "*groups candidates"]
+) -> Float32[Tensor, "*groups 1"]:
+    best = torch.zeros_like(groups[..., :1])
+    least = torch.full_like(best, float("inf"))
+    for scale in scales.split(1, dim=-1):
+        error = ((_nearest(groups, scale) - 8) * scale - groups).square().sum(-1, keepdim=True)
+        better = error < least
+        best, least = torch.where(better, scale, best), torch.where(better, error, least)
+    return best
 
 
 def _nearest(groups: Tensor, scale: Tensor) -> Tensor:

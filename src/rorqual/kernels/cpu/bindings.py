@@ -11,7 +11,7 @@ from torch import Tensor
 from rorqual.kernels.dtype_names import KERNEL_SUFFIXES
 from rorqual.processor import VARIABLE, allows, highest
 
-INTERFACE = 28  # as in csrc/dtypes.h: a build of other sources is not used
+INTERFACE = 29  # as in csrc/dtypes.h: a build of other sources is not used
 LEVELS = ("avx512", "avx2", "portable")  # the builds, best first; also names in processor.py
 LACKING = "the processor lacks it"
 
@@ -40,6 +40,8 @@ SIGNATURES = {
     "tile_amax": (T, INT, INT, INT, I32, INT, INT, INT, F32),
     "round_tiles": (T, INT, INT, INT, I32, INT, INT, INT, F32, INT, INT, INT, FLOAT, INT, F32, U8),
     "decode_tiles": (U8, INT, INT, I32, INT, INT, INT, F32, INT, INT, INT, INT, T),
+    # best_scale.cpp, in FP32 only
+    "best_scale": (F32, F32, INT, INT, F32),
     # adamw.cpp: `adamw` in BF16 only, which is the moments' dtype; `adamw_8bit` in FP32 only, which is the weights'
     "adamw": (F32, F32, T, T, INT, INT, *[FLOAT] * 6),
     "adamw_8bit": (F32, F32, U8, U8, F32, F32, F32, F32, INT, *[FLOAT] * 6),

@@ -45,6 +45,7 @@ SOURCES = {
     "sampling": {"portable": 1, "avx2": 3, "avx512": 3},
     "elementwise": {"portable": 2, "avx2": 4, "avx512": 4},
     "block_scaled": {"portable": 1, "avx2": 3, "avx512": 3},
+    "best_scale": {"portable": 1, "avx2": 1, "avx512": 1},
     "adamw": {"portable": 1, "avx2": 1, "avx512": 1},
     "bf16_gemm": {"portable": 1, "avx2": 1, "avx512": 3},
     "f32_gemm": {"portable": 1, "avx2": 1, "avx512": 2},
