@@ -111,3 +111,22 @@ def test_numbers_too_small_for_a_scale_are_zeros(format, sign):
     x = torch.ones(2, 96)
     x[0] = sign * 1e-38
     assert quantized_linear(x, packed)[0].eq(0).all()
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("signs", [(1, 1), (1, -1), (-1, -1)], ids=["plus", "mixed", "minus"])
+@pytest.mark.usefixtures("compiled")
+@torch.no_grad()
+def test_sums_of_the_largest_numbers_fit(format, signs):
+    """Without int8 dot products sums of a few products are kept in 16 bits."""
+    N, K, rows = 32, 96, 5
+    most = 15 if format.startswith("int4") else 255
+    q = torch.full((1, N, K), most, dtype=torch.uint8)
+    q[:, N // 2 :] = 0
+    G = 1 if format == "int8" else K // GROUP
+    minima = torch.zeros(1, N, G) if format == "int4_mins" else None
+    packed = pack(format, q, torch.ones(1, N, G), minima)
+    x = torch.tensor(signs, dtype=torch.float32).repeat(rows, K // 2)
+    ends = torch.tensor([rows], dtype=torch.int32)
+    expected = quantized_linear_reference(x, packed, None, ends)
+    torch.testing.assert_close(quantized_linear(x, packed), expected, rtol=1e-6, atol=0)
