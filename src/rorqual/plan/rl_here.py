@@ -213,9 +213,7 @@ def training_counts(
         logits=targets * config.vocab_size,
     )
     third = Counts(**{name: value / 3 for name, value in vars(found).items()})
-    forward = replace(
-        third, products=found.products / of_weights, attention=found.attention / passes, parameters=0.0
-    )
+    forward = replace(third, products=found.products / of_weights, attention=found.attention / passes, parameters=0.0)
     muon = recipe.optimizer.name == "muon"
     update = step_counts(config, [(0, block)], itemsize, False, muon=muon, adapters=adapters)
     found = replace(
