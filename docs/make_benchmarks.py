@@ -28,7 +28,7 @@ CLASSES = {
 
 FIGURES = benchmark_tables.FIGURES | rl_benchmark_tables.FIGURES
 UNCOMPARED = (  # without a peer
-    "fp8_loss", "fp8_memory", "fp8_rollouts", "kv_drift", "planner_memory", "r1", "revision", "rl_bias",
+    "fp8_loss", "fp8_memory", "kv_drift", "planner_memory", "r1", "revision", "rl_bias", "rounded_rollouts",
     "student",
 )  # fmt: skip
 
@@ -98,11 +98,11 @@ BENCHMARKS = {
         "The forms of AdamW's moments, on train's model with random tokens. *optimizer*: clipping, update and freeing "
         "the gradients. Ratios are the speed of this part over FP32 moments'."
     ),
-    "fp8_rollouts": (
+    "rounded_rollouts": (
         "GRPO from the speedrun's pre-trained model with rollouts from the weights that are trained, and from their "
-        "FP8 twin with truncated importance sampling (where named, with another correction): pass@1 on 200 held-out "
-        "problems of each environment, and how far the two policies differ. Seed 0, and seed 1 as trained, ran beside "
-        "other work, which their tokens a second show."
+        "twins in FP8, 8 and 4 bits with truncated importance sampling (where named, with another correction): pass@1 "
+        "on 200 held-out problems of each environment, and how far the two policies differ, on average over the "
+        "steps. Of the first two forms seed 0, and seed 1 as trained, ran beside other work."
     ),
     "rl_bias": (
         "GRPO from the speedrun's pre-trained mixture of experts with its balancing bias frozen, live (V3's speed), "

@@ -1,13 +1,12 @@
 """Tables of docs/benchmarks.md on reinforcement learning, as benchmark_tables.py has those of the rest."""
 
-from itertools import chain
 from statistics import mean, median
 from typing import Any
 
 from benchmark_tables import DASH, table
 
 
-def fp8_rollouts(found: dict[str, Any]) -> list[list[str]]:
+def rounded_rollouts(found: dict[str, Any]) -> list[list[str]]:
     rows, by_form = [], {}
     for run in found["runs"]:
         by_form.setdefault(run["form"], []).append(run)
@@ -18,14 +17,14 @@ def fp8_rollouts(found: dict[str, Any]) -> list[list[str]]:
             f"{median(run['tokens_per_second'] for run in runs):.0f}",
         ])  # fmt: skip
     parts = [table(["rollouts", "pass@1 before", "after", "by seed", "tokens/s"], rows)]
-    last = max(1, found["steps"] // 6)
     names = ("mismatch_logprob", "mismatch_kl", "importance_truncated", "routers_differ")
-    values = {name: [[v for v in run[name] if v is not None] for run in by_form["fp8"]] for name in names}
-    rows = [
-        [name, *(f"{x:.2g}" for x in (mean(chain(*own)), max(chain(*own)), mean(mean(x[-last:]) for x in own)))]
-        for name, own in values.items()
-    ]
-    return [*parts, table(["mismatch", "mean", "largest", "at the end"], rows)]
+    rounded = {form: runs for form, runs in by_form.items() if names[0] in runs[0]}
+    values = {
+        form: [[v for run in runs for v in run[name] if v is not None] for name in names]
+        for form, runs in rounded.items()
+    }
+    rows = [[form, *(f"{mean(own):.2g}" if own else DASH for own in found)] for form, found in values.items()]
+    return [*parts, table(["mismatch", *names], rows)]
 
 
 def rl_bias(found: dict[str, Any]) -> list[list[str]]:
@@ -150,4 +149,4 @@ def _percent(entry: dict[str, Any], field: str) -> str:
     return f"{mean} [{low}, {high}]"
 
 
-FIGURES = {f.__name__: f for f in (fp8_rollouts, rl_bias, student, exact, mtp_rl, rl_reward, r1)}
+FIGURES = {f.__name__: f for f in (rounded_rollouts, rl_bias, student, exact, mtp_rl, rl_reward, r1)}

@@ -249,6 +249,8 @@ class RLRecipe(FineTuningRecipe):
             raise ValueError("keep_start needs evaluations, but eval_every is 0; set eval_every")
         if self.exact:
             self._check_exact()
+        if self.grpo.rollout_weights in ("int8", "int4"):
+            self._check_packed(self.grpo.rollout_weights)
         workers, questions = self.rollouts.workers or 1, self.grpo.questions_per_step
         if workers > questions:
             raise ValueError(
@@ -272,6 +274,16 @@ class RLRecipe(FineTuningRecipe):
                 raise ValueError(f"exact = true with {field} = {value!r}: {remedy}")
         if self.lora is not None:
             raise ValueError("exact = true with lora: low-rank updates are not computed exactly; leave one of them out")
+
+    def _check_packed(self, weights: str) -> None:
+        """Raises ValueError for what rollouts from packed weights cannot do."""
+        for given, field, why in (
+            (self.precision is not None, "precision", "products of packed weights are not computed in FP8"),
+            (self.rollouts.replay_routing, "rollouts.replay_routing", "packed weights run without recorded routers"),
+            (self.device not in ("auto", "cpu"), f"device = {self.device!r}", "packed weights are for a CPU"),
+        ):
+            if given:
+                raise ValueError(f"grpo.rollout_weights = {weights!r} with {field}: {why}; leave one of them out")
 
 
 class DistillRecipe(SupervisedRecipe):

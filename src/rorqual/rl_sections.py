@@ -155,7 +155,8 @@ class GRPOSection(Section):
     max_tokens: Size = 256  # of a completion
     micro_tokens: int = Field(default=16384, ge=64, lt=1 << 31)  # tokens per forward pass in training
     rollout_max_num_seqs: Size = 256  # sequences decoded at once
-    rollout_weights: Literal["fp8"] | None = None  # fp8: sample from linears in FP8; None: from those that are trained
+    # Sample from rounded weights: linears in FP8; or 8 or 4 bits, on a CPU. None: from those that are trained
+    rollout_weights: Literal["fp8", "int8", "int4"] | None = None
     # Importance weights of π_old/π_s. None: token-truncate where rollouts or updates round or rollouts are stale
     correction: Literal["none", "token-truncate", "token-mask", "sequence-truncate", "sequence-mask"] | None = None
     importance_cap: Positive | None = None  # of them; None: 2

@@ -199,7 +199,7 @@ def test_the_r1_pipeline_is_measured():
         ("expert_balance", "balance-prefill-1/published-greedy"),
         ("processes", "processes/threads"),
         ("fp8_memory", "step-seconds/fp8-v3-8bit-moments"),
-        ("fp8_rollouts", "tokens-per-second/fp8-rollouts"),
+        ("rounded_rollouts", "tokens-per-second/int4-rollouts"),
         ("exact", "step/exact, small mixture of experts"),
         ("rl_bias", "max-vio/live"),
         ("mtp_rl", "acceptance-seed-0/without"),

@@ -111,7 +111,7 @@ def test_dry_run_of_rl_says_what_it_needs_and_starts_nothing(rorqual, recipe, tm
     assert "for the reference model (grpo.kl)" in out
     assert "FP8" not in out
     status, out, _ = rorqual("rl", path, "--dry-run", "grpo.rollout_weights=fp8", "grpo.kl=0")
-    assert "for the FP8 weights that rollouts are sampled from" in out
+    assert "for the fp8 weights that rollouts are sampled from" in out
     assert "reference" not in out
     assert "workers" not in out
     status, out, err = rorqual("rl", path, "--dry-run", "--ray", "local", "rollouts.staleness=2")

@@ -104,6 +104,11 @@ def test_given_fields_come_first():
         ({"importance_cap": 3.0}, "grpo.importance_cap: nothing is rounded or stale"),
         ({"clip_low": 1.0}, "clip_low = 1: the clipped surrogate needs a lower bound"),
         ({"algorithm": "opd"}, "grpo.algorithm = 'opd' needs a teacher; set opd.teacher"),
+        ({"rollout_weights": "int4", "precision": "fp8"}, "grpo.rollout_weights = 'int4' with precision: products of"),
+        (
+            {"rollout_weights": "int8", "rollouts": {"replay_routing": True}},
+            "grpo.rollout_weights = 'int8' with rollouts.replay_routing: packed weights run without",
+        ),
         ({"top_p": 0.0}, "grpo.top_p = 0.0: input should be greater than 0"),
     ],
 )

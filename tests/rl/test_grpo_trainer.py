@@ -77,6 +77,7 @@ FULL = {"kl": 0.05, "mini_batches": 2, "refresh_reference": 2, "drop_zero_std_gr
     [
         ("dense", {}),
         ("moe", FULL | {"rollout_weights": "fp8"}),
+        ("moe", {"rollout_weights": "int4"}),
         ("moe", {"optimizer": {"name": "muon"}}),
         ("dense", FULL),
     ],
@@ -140,13 +141,14 @@ def test_fp8_rounds_the_update_and_not_the_rollout(network, tokenizer, request):
 
 @pytest.mark.parametrize("network", ["dense", "moe"])
 @pytest.mark.parametrize("mini_batches", [1, 2])
-def test_fp8_rollouts_are_measured_and_corrected(network, mini_batches, tokenizer, request):
-    toy = trainer(request.getfixturevalue(network), tokenizer, rollout_weights="fp8", mini_batches=mini_batches)
+@pytest.mark.parametrize("weights", ["fp8", "int4"])
+def test_rounded_rollouts_are_measured_and_corrected(network, mini_batches, weights, tokenizer, request):
+    toy = trainer(request.getfixturevalue(network), tokenizer, rollout_weights=weights, mini_batches=mini_batches)
     for _ in range(2):
         update = toy.step().update
         assert 0 < update.mismatch_logprob < 0.2
         assert 0 < update.mismatch_kl < 0.02
-        assert update.importance_truncated == 0
+        assert update.importance_truncated == 0 or weights == "int4"
         assert (update.routers_differ is None) == (network == "dense")
     fresh = copy.deepcopy(toy.twin.model)
     toy.twin.refresh()

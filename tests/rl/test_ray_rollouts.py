@@ -84,7 +84,11 @@ def equal(a, b):
     return all(torch.equal(a[name], b[name]) for name in a)
 
 
-NETWORKS = [("dense", {"grpo": {"top_p": 0.9}}), ("moe", {"grpo": {"rollout_weights": "fp8", "mini_batches": 2}})]
+NETWORKS = [
+    ("dense", {"grpo": {"top_p": 0.9}}),
+    ("moe", {"grpo": {"rollout_weights": "fp8", "mini_batches": 2}}),
+    ("moe", {"grpo": {"rollout_weights": "int4"}}),
+]
 
 
 @pytest.mark.parametrize(("network", "fields"), NETWORKS)
@@ -96,7 +100,7 @@ def test_without_staleness_a_fleet_changes_nothing(network, fields, workers, tok
     alone, fleet = run(here, 3), run(apart, 3)
     assert [line.pop("staleness") for line in fleet] == [0, 0, 0]
     assert {line.pop("pushed_bytes") for line in fleet} == {
-        push_bytes(start.config, torch.float32, fp8=network == "moe")
+        push_bytes(start.config, torch.float32, fields["grpo"].get("rollout_weights"))
     }
     if workers == 1:
         assert fleet == alone
@@ -109,7 +113,7 @@ def test_without_staleness_a_fleet_changes_nothing(network, fields, workers, tok
 
 
 def test_what_is_pushed_is_what_samples(moe):
-    made = sampling_model(moe.config, torch.float32, None, fp8=False)
+    made = sampling_model(moe.config, torch.float32, None, None)
     tokens = torch.arange(9).view(1, 9)
     assert not torch.equal(made(tokens), moe(tokens))
     copy_bytes(made, to_bytes(moe))

@@ -63,6 +63,14 @@ def fp8_weights(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, FP8W
                 yield f"{path}.{name}", weight
 
 
+def packed_weights(module: nn.Module) -> Iterator[tuple[str, QuantizedWeight]]:
+    """Parameter name → weight, of those in 4 or 8 bits."""
+    for path, part in module.named_modules():
+        for name, weight in vars(part).items():
+            if isinstance(weight, QuantizedWeight):
+                yield f"{path}.{name}", weight
+
+
 def replace_weight(module: nn.Module, name: str, weight: QuantizedWeight | FP8Weight) -> None:
     """Replace a parameter. The checker still takes it for a Tensor, which it is in every model that is trained."""
     delattr(module, name)

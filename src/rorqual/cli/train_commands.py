@@ -83,7 +83,7 @@ def rl(
     from rorqual.plan.optimizer_state import adapter_bytes
     from rorqual.plan.process_memory import memory
     from rorqual.plan.rl_here import rl_time_text
-    from rorqual.precision.fp8_twin import twin_bytes
+    from rorqual.precision.rollout_twin import twin_bytes
     from rorqual.recipe import RLRecipe, load_recipe
     from rorqual.rl.envs.registry import open_environment
     from rorqual.rl.ray_gpus import device_here
@@ -119,7 +119,8 @@ def rl(
         print(f"{'parameters':<12} {total:.4g}, {active:.4g} active per token")
         kept = needed.weights if checked.lora is None else adapter_bytes(config, dtype, checked.lora)
         reference = kept if checked.grpo.kl else 0
-        twin = twin_bytes(config) if checked.grpo.rollout_weights else 0
+        sampled = checked.grpo.rollout_weights
+        twin = twin_bytes(config, sampled) if sampled else 0
         teachers = 0
         if checked.opd is not None:
             paths = teacher_paths(checked.opd, [section.name for section in checked.environments])
@@ -138,7 +139,7 @@ def rl(
         if judge:
             print(f"{'':<12} {judge / 1e9:.3g} GB of it for the reward model (reward.model)")
         if twin:
-            print(f"{'':<12} {twin / 1e9:.3g} GB of it for the FP8 weights that rollouts are sampled from")
+            print(f"{'':<12} {twin / 1e9:.3g} GB of it for the {sampled} weights that rollouts are sampled from")
         if ray:
             _print_workers(checked, config, device)
         if device.type == "cpu":
@@ -153,7 +154,7 @@ def _print_workers(recipe: "RLRecipe", config: "ModelConfig", device: "torch.dev
     from rorqual.rl.ray_gpus import share
     from rorqual.rl.weight_push import push_bytes
 
-    pushed = push_bytes(config, compute_dtype(recipe.model.dtype, device), recipe.grpo.rollout_weights == "fp8")
+    pushed = push_bytes(config, compute_dtype(recipe.model.dtype, device), recipe.grpo.rollout_weights)
     section = recipe.rollouts
     versions = (section.staleness or 0) + 1
     gpus = "" if device.type == "cpu" else f", with {share(recipe):g} GPU each, as the trainer"

@@ -6,7 +6,7 @@ same loop from C++.
 M rows, K in, N out, E experts, G = ⌈K/32⌉ groups of inputs. Memory layout: cpu/csrc/quantized_weight.h.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -75,6 +75,15 @@ def pack(
                 parts.append(halves.view(torch.uint8).view(E, P, G, 2 * PANEL))
     packed.data = torch.cat(parts, dim=-1).contiguous()
     return packed
+
+
+def packed_bytes(format: Format, shape: Sequence[int]) -> int:
+    """Of packed weights [N, K] or [E, N, K]."""
+    E, N, K = shape if len(shape) == 3 else (1, *shape)
+    panels, bits = E * -(-N // PANEL), 4 if format.startswith("int4") else 8
+    scales = {"int8": 0, "int4_mins": 4}.get(format, 2) * PANEL  # of a record
+    channels = 4 * panels * PANEL if format == "int8" else 0
+    return panels * -(-K // GROUP) * (GROUP * PANEL * bits // 8 + scales) + channels
 
 
 def gather(parts: Iterable[QuantizedWeight], E: int, N: int) -> QuantizedWeight:

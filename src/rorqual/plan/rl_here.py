@@ -327,6 +327,8 @@ def _assumptions(recipe: RLRecipe, lengths: Lengths, rehearsal: RLRehearsal | No
     if recipe.grpo.max_draws > 1:
         more = recipe.grpo.max_draws - 1
         found.append(f"a step's first draw is enough; each of at most {more} further ones costs a rollout")
+    if recipe.grpo.rollout_weights in ("int8", "int4"):
+        found.append(f"sampling in {recipe.grpo.rollout_weights} takes as long as from the weights that are trained")
     if recipe.rollouts.workers is not None:
         found.append("rollout workers share this machine's cores with each other and with the training")
     return [*found, "checkpoints are not counted"]

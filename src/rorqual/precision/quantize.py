@@ -101,7 +101,7 @@ def convert(model: Transformer, bits: Bits) -> Transformer:
     for module in list(model.modules()):
         if packable(module):
             pack_module(module, bits)
-    replace_embedding(model, _quantize(model.model.embed_tokens.weight, bits))
+    replace_embedding(model, quantized(model.model.embed_tokens.weight, bits))
     return model
 
 
@@ -172,14 +172,15 @@ def packable(module: nn.Module) -> bool:
 def pack_module(module: nn.Module, bits: Bits) -> None:
     """Replace the parameters of a linear or of experts by quantised weights."""
     for name in ("gate_up_proj", "down_proj") if isinstance(module, Experts) else ("weight",):
-        replace_weight(module, name, _quantize(getattr(module, name), bits))
+        replace_weight(module, name, quantized(getattr(module, name), bits))
 
 
 def replace_embedding(model: Transformer, weight: QuantizedWeight) -> None:
     model.set_submodule("model.embed_tokens", QuantizedEmbedding(weight))
 
 
-def _quantize(weight: Tensor, bits: Bits) -> QuantizedWeight:
+def quantized(weight: Tensor, bits: Bits) -> QuantizedWeight:
+    """A weight [N, K], or experts' [E, N, K]."""
     weight = weight.detach().view(-1, *weight.shape[-2:])
     E, N, K = weight.shape
     packed = round_in_slices(lambda e, first, last: weight[e, first:last], (E, N, K), bits)

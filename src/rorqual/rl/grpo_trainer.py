@@ -15,7 +15,7 @@ from rorqual.model import Transformer
 from rorqual.plan.cost import flops_per_token, mtp_flops_per_token
 from rorqual.precision.convert import convert
 from rorqual.precision.exact import make_exact
-from rorqual.precision.fp8_twin import FP8Twin
+from rorqual.precision.rollout_twin import twin_of
 from rorqual.recipe import RLRecipe
 from rorqual.rl.envs.environment import Environment, Sample
 from rorqual.rl.episodes import sample_rollout
@@ -51,8 +51,8 @@ class _Drawn:
 class GRPOTrainer:
     """Policy, optimizer, reference model and problem streams.
 
-    The engine samples from the policy's own weights, and rollouts from their FP8 twin with `grpo.rollout_weights`. A
-    fleet samples rollouts apart from this process.
+    The engine samples from the policy's own weights, and rollouts from their twin in fewer bits with
+    `grpo.rollout_weights`. A fleet samples rollouts apart from this process.
     """
 
     def __init__(
@@ -85,7 +85,8 @@ class GRPOTrainer:
         self.engine = self.sampler = Engine(
             model, tokenizer, max_num_seqs=rows, prefix_cache=several, record_routing=records
         )
-        self.twin = FP8Twin(model) if self.section.rollout_weights == "fp8" else None
+        weights = self.section.rollout_weights
+        self.twin = None if weights is None else twin_of(model, weights, self.dtype)
         if self.twin is not None:
             self.sampler = Engine(
                 self.twin.model, tokenizer, max_num_seqs=rows, prefix_cache=several, record_routing=records

@@ -110,7 +110,7 @@ class RayFleet:
             config=json.dumps(asdict(config)),
             dtype=dtype_name(compute_dtype(recipe.model.dtype, device)),
             precision=recipe.precision,
-            fp8=recipe.grpo.rollout_weights == "fp8",
+            weights=recipe.grpo.rollout_weights,
             exact=recipe.exact,
             record_routing=section.replay_routing,
             max_num_seqs=recipe.grpo.rollout_max_num_seqs,
@@ -250,7 +250,7 @@ class RayFleet:
 def _join(ray: Any, recipe: RLRecipe, config: ModelConfig, address: str) -> None:
     section, device = recipe.rollouts, device_here(recipe, address)
     workers, staleness = section.workers or 1, section.staleness or 0
-    version = push_bytes(config, compute_dtype(recipe.model.dtype, device), recipe.grpo.rollout_weights == "fp8")
+    version = push_bytes(config, compute_dtype(recipe.model.dtype, device), recipe.grpo.rollout_weights)
     cpus = workers * (section.threads or max(1, torch.get_num_threads() // workers))
     store = STORE_BYTES + (staleness + 2) * version
     gpus = 0 if device.type == "cpu" else gpu_count()

@@ -13,6 +13,7 @@ from rorqual.engine import Engine, SamplingParams
 from rorqual.engine.sequence import Sequence
 from rorqual.kernels.devices import find_device
 from rorqual.model import ModelConfig
+from rorqual.precision.rollout_twin import RolloutWeights
 from rorqual.rl.rollout import Shard
 from rorqual.rl.weight_push import Bytes, copy_bytes, sampling_model
 
@@ -26,7 +27,7 @@ class WorkerSettings:
     config: str  # ModelConfig's fields as JSON
     dtype: str  # as in recipes
     precision: str | None
-    fp8: bool  # linears in FP8 (grpo.rollout_weights)
+    weights: RolloutWeights | None  # grpo.rollout_weights
     exact: bool
     record_routing: bool
     max_num_seqs: int
@@ -52,7 +53,7 @@ class RolloutWorker:
         config = ModelConfig(**json.loads(self.settings.config))
         dtype, device = getattr(torch, self.settings.dtype), find_device(self.settings.device)
         given = self.settings
-        model = sampling_model(config, dtype, given.precision, given.fp8, device, given.exact)
+        model = sampling_model(config, dtype, given.precision, given.weights, device, given.exact)
         self.engine = _CountingEngine(
             model, max_num_seqs=self.settings.max_num_seqs, record_routing=self.settings.record_routing
         )

@@ -7,12 +7,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rorqual.checkpoint.release_tensors import allocate, fp8_weights, meta_model
+from rorqual.checkpoint.release_tensors import allocate, fp8_weights, meta_model, packed_weights
 from rorqual.model import ModelConfig, Transformer
 from rorqual.model.parameter_kinds import is_converted
 from rorqual.precision.convert import convert
 from rorqual.precision.exact import make_exact
-from rorqual.precision.fp8_twin import FP8Twin, rounded_names, twin_bytes
+from rorqual.precision.rollout_twin import RolloutWeights, rounded_names, twin_bytes, twin_of
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -21,13 +21,13 @@ def sampling_model(
     config: ModelConfig,
     dtype: torch.dtype,
     precision: str | None,
-    fp8: bool,
+    weights: RolloutWeights | None,
     device: torch.device | str = "cpu",
     exact: bool = False,
 ) -> Transformer:
     """A model like the one rollouts are sampled from, of zeros, without multi-token modules.
 
-    precision: of products, as in the recipe. fp8: linears in FP8 (FP8Twin). exact: in the exact mode.
+    precision: of products, as in the recipe. weights: of a twin (`grpo.rollout_weights`). exact: in the exact mode.
     """
     model = meta_model(config.replace(num_nextn_predict_layers=0))
     allocate(model, dtype, device)
@@ -39,15 +39,19 @@ def sampling_model(
         convert(model, precision)
     if exact:
         make_exact(model)
-    return FP8Twin(model).model if fp8 else model.eval()
+    return model.eval() if weights is None else twin_of(model, weights, dtype).model
 
 
 def sampling_tensors(model: Transformer) -> dict[str, Tensor]:
-    """By name, without those of multi-token modules; an FP8 weight is two."""
+    """By name, without those of multi-token modules; a rounded weight is several."""
     later = tuple(f"model.layers.{model.config.num_hidden_layers + k}." for k in range(len(model.mtp_modules)))
     tensors = {name: t.detach() for name, t in (*model.named_parameters(), *model.named_buffers())}
     for name, weight in fp8_weights(model):
         tensors |= {f"{name}.codes": weight.codes, f"{name}.scales": weight.scales}
+    for name, weight in packed_weights(model):
+        tensors[f"{name}.data"] = weight.data
+        if weight.channels is not None:
+            tensors[f"{name}.channels"] = weight.channels
     return {name: t for name, t in tensors.items() if not name.startswith(later)}
 
 
@@ -68,13 +72,13 @@ def copy_bytes(model: Transformer, weights: Mapping[str, Bytes]) -> None:
         tensor.copy_(torch.tensor(weights[name]).view(tensor.dtype).view(tensor.shape))
 
 
-def push_bytes(config: ModelConfig, dtype: torch.dtype, fp8: bool) -> int:
+def push_bytes(config: ModelConfig, dtype: torch.dtype, weights: RolloutWeights | None) -> int:
     """Of one version of the weights of a model of these sizes."""
     model = meta_model(config.replace(num_nextn_predict_layers=0))
-    rounded = rounded_names(model) if fp8 else set[str]()
+    rounded = set[str]() if weights is None else rounded_names(model, weights)
     parameters = ((name, p) for name, p in model.named_parameters() if name not in rounded)
     sizes = sum(p.numel() * _dtype(name, p, dtype).itemsize for name, p in parameters)
-    return sizes + sum(b.nbytes for b in model.buffers()) + (twin_bytes(model.config) if fp8 else 0)
+    return sizes + sum(b.nbytes for b in model.buffers()) + (twin_bytes(model.config, weights) if weights else 0)
 
 
 def _dtype(name: str, parameter: Tensor, dtype: torch.dtype) -> torch.dtype:

@@ -1,9 +1,9 @@
-"""Reinforcement learning whose rollouts are sampled in FP8, against rollouts from the weights that are trained.
+"""Reinforcement learning whose rollouts are sampled in fewer bits, against rollouts from the weights that are trained.
 
 The speedrun's mixture of experts first learns the speedrun's reasoning documents; from there GRPO goes on for every
-seed with rollouts from the trained weights and from their FP8 twin, the latter with truncated importance sampling of
-tokens (the default), and with the corrections that --others names. What is kept: the mismatch of every step, the
-reward, pass@1 on held-out problems before and after, and tokens a second.
+seed with rollouts from the trained weights, and from their twins in FP8, 8 and 4 bits with truncated importance
+sampling of tokens (the default), and in 4 bits with the corrections that --others names. What is kept: the mismatch of
+every step, the reward, pass@1 on held-out problems before and after, and tokens a second.
 """
 
 import statistics
@@ -14,8 +14,8 @@ import torch
 from common import arguments, program, report
 from small_rl import NOT_KEPT, QUICK, Sizes, folder_of, pretrained, reinforce, summary
 
-FP8 = {"rollout_weights": "fp8"}
-PLAIN, CORRECTED = "as trained", "fp8"
+PLAIN = "as trained"
+TWINS = ("fp8", "int8", "int4")
 OTHERS = ("none", "sequence-mask")  # corrections that are compared with the default
 MISMATCH = ("mismatch_logprob", "mismatch_kl", "importance_truncated", "routers_differ")
 
@@ -26,8 +26,8 @@ def main() -> None:
         torch.set_num_threads(int(args.threads))
     sizes = QUICK if args.quick else Sizes()
     others = [name for name in map(str.strip, args.others.split(",")) if name]
-    forms: dict[str, dict[str, Any]] = {PLAIN: {}, CORRECTED: FP8}
-    forms |= {f"fp8, {name}": FP8 | {"correction": name} for name in others}
+    forms: dict[str, dict[str, Any]] = {PLAIN: {}} | {twin: {"rollout_weights": twin} for twin in TWINS}
+    forms |= {f"{TWINS[-1]}, {name}": forms[TWINS[-1]] | {"correction": name} for name in others}
     runs: list[dict[str, Any]] = []
     with folder_of(args.runs) as folder:
         start = pretrained(folder, sizes.learn)
@@ -41,22 +41,20 @@ def main() -> None:
         for form, own in by_form.items()
     }
     mismatch: list[list[Any]] = []
-    for name in MISMATCH:
-        values = [[v for v in run[name] if v is not None] for run in by_form[CORRECTED]]
-        flat = [v for own in values for v in own]
-        ends = [statistics.mean(own[-sizes.last :]) for own in values if own]
-        mismatch.append([name, *([statistics.mean(flat), max(flat), statistics.mean(ends)] if flat else ["–"] * 3)])
-    plain, rounded = rows[PLAIN], rows[CORRECTED]
-    ratios = {
-        "pass-at-1/fp8-rollouts": rounded[2] / max(plain[2], 1e-9),
-        "tokens-per-second/fp8-rollouts": rounded[-1] / plain[-1],
-    }
+    for form in [form for form in forms if form != PLAIN]:
+        values = [[v for run in by_form[form] for v in run[name] if v is not None] for name in MISMATCH]
+        mismatch.append([form, *(statistics.mean(own) if own else "–" for own in values)])
+    plain = rows[PLAIN]
+    ratios: dict[str, float] = {}
+    for form in [form for form in forms if form != PLAIN]:
+        ratios[f"pass-at-1/{form}-rollouts"] = rows[form][2] / max(plain[2], 1e-9)
+        ratios[f"tokens-per-second/{form}-rollouts"] = rows[form][-1] / plain[-1]
     report(
-        "fp8_rollouts", args, ratios, {"runs": runs, "steps": sizes.steps},
+        "rounded_rollouts", args, ratios, {"runs": runs, "steps": sizes.steps},
         [
             (f"{sizes.steps} steps of GRPO, {sizes.seeds} seeds",
              ["rollouts", "pass@1 before", "after", "by seed", "reward at the end", "tokens/s"], list(rows.values())),
-            ("Mismatch of FP8 rollouts, corrected by token", ["", "mean", "largest", "at the end"], mismatch),
+            ("Mismatch, mean over the steps", ["rollouts", *MISMATCH], mismatch),
         ],
         ["torch", "reasoning-gym"],
     )  # fmt: skip
