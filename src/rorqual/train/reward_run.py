@@ -1,6 +1,7 @@
 """Training of a reward model on pairs of answers, to its release (R1 §2.3.4)."""
 
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -28,7 +29,7 @@ from rorqual.train.trainer import Trainer
 from rorqual.train.training_run import TrainingRun
 
 RESULT = "reward.json"  # in the run's folder
-MOST_MEASURED = 1000  # training pairs, whose scores' mean and deviation are kept
+MOST_MEASURED = 256  # training pairs, whose scores' mean and deviation are kept
 THEN = "then continue with --resume"
 
 
@@ -117,6 +118,8 @@ def train_reward(
 def _release(recipe: RewardRecipe, run: RewardRun, tokenizer: Tokenizer, split: PairSplit) -> None:
     """Write model/, reward.json and ledger.json."""
     trainer, model, directory = run.trainer, run.model, run.run_dir / "model"
+    measured = min(MOST_MEASURED, len(split.train)) + (0 if split.valid is None else len(split.valid))
+    print(f"scoring {measured} pairs, for the scale of the scores and their accuracy", file=sys.stderr)
     scores = torch.cat(run.scores(split.train, MOST_MEASURED)).double()
     model.score_mean, model.score_std = float(scores.mean()), max(float(scores.std(correction=0)), 1e-6)
     held = None if split.valid is None else run.result(split.valid)
