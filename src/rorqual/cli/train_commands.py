@@ -83,7 +83,7 @@ def rl(
     from rorqual.plan.optimizer_state import adapter_bytes
     from rorqual.plan.process_memory import memory
     from rorqual.plan.rl_here import rl_time_text
-    from rorqual.precision.rollout_twin import twin_bytes
+    from rorqual.precision.rollout_twin import check_device, twin_bytes
     from rorqual.recipe import RLRecipe, load_recipe
     from rorqual.rl.envs.registry import open_environment
     from rorqual.rl.ray_gpus import device_here
@@ -105,6 +105,7 @@ def rl(
         print("\n".join(first_prompts(checked, tokenizer, environments)), end="\n\n")
         total, active = parameters(config)
         device = device_here(checked, ray) if ray else find_device(checked.device)
+        check_device(checked.grpo.rollout_weights, device)
         dtype = dtype_name(compute_dtype(checked.model.dtype, device))
         needed = memory(
             config,
@@ -120,7 +121,7 @@ def rl(
         kept = needed.weights if checked.lora is None else adapter_bytes(config, dtype, checked.lora)
         reference = kept if checked.grpo.kl else 0
         sampled = checked.grpo.rollout_weights
-        twin = twin_bytes(config, sampled) if sampled else 0
+        twin = twin_bytes(config, sampled, compute_dtype(checked.model.dtype, device)) if sampled else 0
         teachers = 0
         if checked.opd is not None:
             paths = teacher_paths(checked.opd, [section.name for section in checked.environments])
@@ -240,7 +241,9 @@ def speedrun(
 def r1(
     pipeline: Annotated[Path, typer.Argument(metavar="PIPELINE", help="a TOML file of stages; see recipes/")],
     out: Annotated[Path | None, typer.Option(help="folder of the whole; default: the file's, or runs/NAME")] = None,
-    seed: Annotated[int | None, typer.Option(callback=within(0, 2**32 - 1), help="of all stages")] = None,
+    seed: Annotated[
+        int | None, typer.Option(callback=within(0, 2**31 - 1), help="of the first stage; each next: 1000 more")
+    ] = None,
     resume: Resume = False,
     dry_run: DryRun = False,
 ) -> None:

@@ -76,16 +76,15 @@ def step_counts(
     tokens = sum(rows * length for rows, length in micro_batches)
     passes = 4 if recompute == "full" else 3
     layers = (passes - (adapters is not None)) * (sum(f.products for f in every) + after.products)
-    whole = muon and adapters is None
     return Counts(
-        products=tokens * layers + (muon_flops(config) if whole else 0.0),
+        products=tokens * layers + (muon_flops(config) if muon else 0.0),
         attention=tokens * passes * (sum(f.attention for f in every) + after.attention),
         kept=tokens * kept,
         logits=tokens * (1 + depth) * config.vocab_size,
         parameters=parameters(config)[0] + mtp_parameters(config) if adapters is None else adapters,
         layers=len(micro_batches) * len(kinds),
         experts=len(micro_batches) * sum(kinds) * (config.n_routed_experts or 0),
-        orthogonalised=(muon_numbers(config) if whole else adapters or 0.0) if muon else 0.0,
+        orthogonalised=muon_numbers(config) if muon else 0.0,
     )
 
 

@@ -32,7 +32,7 @@ from rorqual.files import read_text
 from rorqual.local_paths import local_path
 
 COMMON = ("gpu", "gpus", "price")
-SEED_STEP = 1000  # between stages, so that no two draw the same problems
+SEED_STEP = 1000  # between stages, so that each draws its own problems
 # Fields of a stage that name a stage before it, and the recipe's fields that then become its model's directory.
 LINKS = {"model": "model.path", "teacher": "teacher", "reward_model": "reward.model.path"}
 MIX = "mix"  # so does this, a list of distillations, whose samples become the paths of [[mix]]

@@ -18,6 +18,11 @@ def recipe_request(recipe: Recipe) -> dict[str, Any]:
     if isinstance(recipe, RLRecipe):
         grpo = recipe.grpo
         mean = grpo.max_tokens / 2
+        if grpo.rollout_weights in ("int8", "int4"):
+            raise UserError(
+                f"grpo.rollout_weights = {grpo.rollout_weights!r}: packed weights are for a CPU, and this plan is for "
+                'GPUs; take "fp8", or leave it out'
+            )
         asked: dict[str, Any] = {
             "questions": grpo.questions_per_step, "samples": grpo.group_size, "lengths": f"{mean}:{mean}",
             "limit": grpo.max_tokens, "stale": bool(recipe.rollouts.staleness),

@@ -78,7 +78,7 @@ def plan_rl_here(recipe: RLRecipe, config: ModelConfig, prompt: float, rehearsal
         lengths = Lengths(rehearsal.prompt, mean, section.max_tokens, max(0.05, rehearsal.median("spread")))
         computed = step_parts(recipe, config, costs, lengths)
         parts = rehearsed_parts(computed, rehearsal)
-        scale = 1.0 if fp8 else (parts.rollout + parts.tail) / (computed.rollout + computed.tail)
+        scale = 1.0 if section.rollout_weights else (parts.rollout + parts.tail) / (computed.rollout + computed.tail)
         spread, trained = rehearsal.noise, rehearsal.median("trained_tokens")
     each, evaluation = parts.total, scale * evaluation_seconds(recipe, config, costs.engine, lengths)
     steps = _steps(recipe, each, evaluation)
@@ -327,8 +327,8 @@ def _assumptions(recipe: RLRecipe, lengths: Lengths, rehearsal: RLRehearsal | No
     if recipe.grpo.max_draws > 1:
         more = recipe.grpo.max_draws - 1
         found.append(f"a step's first draw is enough; each of at most {more} further ones costs a rollout")
-    if recipe.grpo.rollout_weights in ("int8", "int4"):
-        found.append(f"sampling in {recipe.grpo.rollout_weights} takes as long as from the weights that are trained")
+    if recipe.grpo.rollout_weights in ("int8", "int4") and rehearsal is None:
+        found.append("packing the weights takes no time, and sampling from them as long as from those that are trained")
     if recipe.rollouts.workers is not None:
         found.append("rollout workers share this machine's cores with each other and with the training")
     return [*found, "checkpoints are not counted"]

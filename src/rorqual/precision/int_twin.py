@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from rorqual.adapters.lora import LoRALinear
 from rorqual.checkpoint.release_tensors import meta_model, replace_weight
-from rorqual.errors import UserError
 from rorqual.kernels.quantized_linear import packed_bytes
 from rorqual.model import ModelConfig, Transformer
 from rorqual.model.moe import Experts
@@ -18,25 +17,26 @@ EMBEDDING = "model.embed_tokens"
 
 class IntTwin:
     """`model` has weights that are rounded as `quantize.convert` does, but not smoothed; LoRA's updates are added
-    before. All other tensors are copies in the dtype that the original computes in. It has no multi-token modules.
+    before. Other parameters are copies in `dtype`, that of the original's products, routers and buffers copies as they
+    are. It has no multi-token modules.
 
-    Raises UserError for a model that is not on a CPU.
+    The original is on a CPU.
     """
 
     def __init__(self, original: Transformer, bits: Bits, dtype: torch.dtype) -> None:
-        if original.head_weight.device.type != "cpu":
-            raise UserError(f"grpo.rollout_weights = {bits!r}: packed weights are for a CPU; take fp8, or leave it out")
         self._original, self._dtype = original, dtype
         self._bits: Bits = bits
         self.model = _outline(original.config)
         self.model.released = original.released
-        self._packed = {name: quantized(self._value(name), bits) for name in packed_names(self.model)}
-        for name, packed in self._packed.items():
+        names = packed_names(self.model)
+        packed = {name: quantized(self._value(name), bits) for name in names}
+        for name, weight in packed.items():
             path, _, own = name.rpartition(".")
             if path == EMBEDDING:
-                replace_embedding(self.model, packed)
+                replace_embedding(self.model, weight)
             else:
-                replace_weight(self.model.get_submodule(path), own, packed)
+                replace_weight(self.model.get_submodule(path), own, weight)
+        self._packed = {name: weight for name, weight in packed.items() if self._is_trained(name)}
         self._copied: dict[str, Tensor] = {}
         for name, tensor in [*self.model.named_parameters(), *self.model.named_buffers()]:
             path, _, own = name.rpartition(".")
@@ -48,7 +48,7 @@ class IntTwin:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Round and copy the original's tensors as they are now, in place."""
+        """Round and copy the original's tensors as they are now, in place: an engine has their addresses."""
         for name, packed in self._packed.items():
             new = quantized(self._value(name), self._bits)
             packed.data.copy_(new.data)
@@ -58,13 +58,19 @@ class IntTwin:
             tensor.copy_(self._value(name))
 
     def _value(self, name: str) -> Tensor:
-        """A tensor of the original; routers stay in FP32."""
+        """A tensor of the original, as the twin has it before rounding."""
         path, _, own = name.rpartition(".")
         module = self._original.get_submodule(path)
-        value: Tensor = getattr(module, own).detach()
+        value: Tensor = getattr(module, own)
+        dtype = _dtype(name, value, self._dtype)
         if isinstance(module, LoRALinear) and own == "weight":
-            value = module.update.added_to(value).detach()
-        return value if name.endswith("mlp.gate.weight") or not value.is_floating_point() else value.to(self._dtype)
+            value = module.update.added_to(value)
+        return value.detach().to(dtype)
+
+    def _is_trained(self, name: str) -> bool:
+        path, _, own = name.rpartition(".")
+        module = self._original.get_submodule(path)
+        return isinstance(module, LoRALinear) or getattr(module, own).requires_grad
 
 
 def packed_names(model: Transformer) -> list[str]:
@@ -72,10 +78,18 @@ def packed_names(model: Transformer) -> list[str]:
     return list(_packed_names(model))
 
 
-def twin_bytes(config: ModelConfig, bits: Bits) -> int:
-    """What the packed weights of a model of these sizes take."""
+def twin_bytes(config: ModelConfig, bits: Bits, dtype: torch.dtype) -> int:
+    """What the twin of a model of these sizes takes."""
     model = _outline(config)
-    return sum(packed_bytes(bits, model.get_parameter(name).shape) for name in packed_names(model))
+    names = set(packed_names(model))
+    packed = sum(packed_bytes(bits, model.get_parameter(name).shape) for name in names)
+    others = [*((n, p) for n, p in model.named_parameters() if n not in names), *model.named_buffers()]
+    return packed + sum(t.numel() * _dtype(name, t, dtype).itemsize for name, t in others)
+
+
+def _dtype(name: str, tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
+    is_kept = not isinstance(tensor, nn.Parameter) or name.endswith("mlp.gate.weight")
+    return tensor.dtype if is_kept else dtype
 
 
 def _outline(config: ModelConfig) -> Transformer:

@@ -4,6 +4,7 @@ from typing import Literal, Protocol
 
 import torch
 
+from rorqual.errors import UserError
 from rorqual.model import ModelConfig, Transformer
 from rorqual.precision import fp8_twin, int_twin
 from rorqual.precision.fp8_twin import FP8Twin
@@ -20,16 +21,21 @@ class Twin(Protocol):
     def refresh(self) -> None: ...
 
 
+def check_device(weights: RolloutWeights | None, device: torch.device) -> None:
+    """Raises UserError for packed weights that are not on a CPU."""
+    if weights in ("int8", "int4") and device.type != "cpu":
+        raise UserError(
+            f'grpo.rollout_weights = "{weights}": packed weights are for a CPU; set device = "cpu", take "fp8", or '
+            "leave it out"
+        )
+
+
 def twin_of(original: Transformer, weights: RolloutWeights, dtype: torch.dtype) -> Twin:
     """dtype: that the original computes in. Raises UserError for packed weights that are not on a CPU."""
+    check_device(weights, original.head_weight.device)
     return FP8Twin(original) if weights == "fp8" else IntTwin(original, weights, dtype)
 
 
-def twin_bytes(config: ModelConfig, weights: RolloutWeights) -> int:
-    """What the rounded weights of a model of these sizes take beside it."""
-    return fp8_twin.twin_bytes(config) if weights == "fp8" else int_twin.twin_bytes(config, weights)
-
-
-def rounded_names(model: Transformer, weights: RolloutWeights) -> set[str]:
-    """The parameters that the twin of `model` has in fewer bits."""
-    return fp8_twin.rounded_names(model) if weights == "fp8" else set(int_twin.packed_names(model))
+def twin_bytes(config: ModelConfig, weights: RolloutWeights, dtype: torch.dtype) -> int:
+    """What the twin of a model of these sizes takes beside it."""
+    return fp8_twin.twin_bytes(config) if weights == "fp8" else int_twin.twin_bytes(config, weights, dtype)

@@ -1,8 +1,8 @@
 """Rollouts from other numbers than those that are trained: what differs, and how the loss is corrected.
 
-With rollouts or updates in FP8, or rollouts from weights of an earlier step, tokens are sampled from π_s, another
-policy than π under which they are trained. Every token's policy gradient is weighted by importance sampling, and the
-weights are bounded by C so that a token that π_s found improbable cannot dominate. w = π_old(o_t)/π_s(o_t):
+With rollouts or updates in fewer bits, or rollouts from weights of an earlier step, tokens are sampled from π_s,
+another policy than π under which they are trained. Every token's policy gradient is weighted by importance sampling,
+and the weights are bounded by C so that a token that π_s found improbable cannot dominate. w = π_old(o_t)/π_s(o_t):
 
     token-truncate     min(w, C)                          Yao et al. 2025, "Your Efficient RL Framework Secretly Brings
                                                           You Off-Policy RL Training"

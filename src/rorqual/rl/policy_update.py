@@ -67,7 +67,7 @@ class PolicyUpdate:
         stale: bool,
         teachers: Teachers | None = None,
     ) -> None:
-        """`sampling`: the model that rollouts are from, `model` itself or its FP8 twin. stale: rollouts may be from
+        """`sampling`: the model that rollouts are from, `model` itself or its twin. stale: rollouts may be from
         weights of earlier steps.
         """
         self.model, self.sampling, self.recipe, self.section = model, sampling, recipe, recipe.grpo

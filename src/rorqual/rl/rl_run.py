@@ -20,6 +20,7 @@ from rorqual.plan.hardware import memory_used
 from rorqual.plan.ledger import Ledger
 from rorqual.plan.rehearsal import kept_rehearsal
 from rorqual.plan.rl_here import RLPlan, plan_rl_here
+from rorqual.precision.rollout_twin import check_device
 from rorqual.recipe import DistillRecipe, RLRecipe
 from rorqual.rl.context_limits import check_context
 from rorqual.rl.envs.registry import Environment, open_environment
@@ -58,6 +59,7 @@ def rl(recipe: RLRecipe, resume: bool = False, ray: str | None = None) -> Path:
     check_problems(recipe, tokenizer, environments)
     with nullcontext() if ray is None else ray_cluster(recipe, config, ray) as cluster:
         device = find_device(recipe.device) if cluster is None else cluster.device
+        check_device(recipe.grpo.rollout_weights, device)
         with open_run(recipe, resume, device) as run_dir:
             model = build_model(recipe.model, tokenizer, recipe.seed, lora=recipe.lora).to(device)
             with nullcontext() if cluster is None else cluster.fleet(recipe, model.config) as fleet:

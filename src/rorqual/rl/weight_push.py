@@ -12,7 +12,8 @@ from rorqual.model import ModelConfig, Transformer
 from rorqual.model.parameter_kinds import is_converted
 from rorqual.precision.convert import convert
 from rorqual.precision.exact import make_exact
-from rorqual.precision.rollout_twin import RolloutWeights, rounded_names, twin_bytes, twin_of
+from rorqual.precision.fp8_twin import rounded_names
+from rorqual.precision.rollout_twin import RolloutWeights, twin_bytes, twin_of
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -74,11 +75,14 @@ def copy_bytes(model: Transformer, weights: Mapping[str, Bytes]) -> None:
 
 def push_bytes(config: ModelConfig, dtype: torch.dtype, weights: RolloutWeights | None) -> int:
     """Of one version of the weights of a model of these sizes."""
-    model = meta_model(config.replace(num_nextn_predict_layers=0))
-    rounded = set[str]() if weights is None else rounded_names(model, weights)
+    own = config.replace(num_nextn_predict_layers=0)
+    if weights in ("int8", "int4"):
+        return twin_bytes(own, weights, dtype)
+    model = meta_model(own)
+    rounded = set[str]() if weights is None else rounded_names(model)
     parameters = ((name, p) for name, p in model.named_parameters() if name not in rounded)
     sizes = sum(p.numel() * _dtype(name, p, dtype).itemsize for name, p in parameters)
-    return sizes + sum(b.nbytes for b in model.buffers()) + (twin_bytes(model.config, weights) if weights else 0)
+    return sizes + sum(b.nbytes for b in model.buffers()) + (0 if weights is None else twin_bytes(own, weights, dtype))
 
 
 def _dtype(name: str, parameter: Tensor, dtype: torch.dtype) -> torch.dtype:

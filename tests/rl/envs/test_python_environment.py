@@ -2,6 +2,8 @@
 
 import re
 import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -10,7 +12,9 @@ from rorqual.errors import UserError
 from rorqual.recipe import EnvironmentSection, RewardSection
 from rorqual.rl.envs.environment import Episode, RewardError, Sample
 from rorqual.rl.envs.registry import open_environment
+from rorqual.rl.envs.user_functions import time_limit
 from rorqual.rl.rewards import score
+from rorqual.sandbox.function_worker import FunctionError
 
 FORMS = '''
 import time
@@ -112,6 +116,21 @@ class Worked(Tools):
 class Twice(Tools):
     def worked(self):
         return ["a", "b"]
+
+class Single:
+    problems = [{"question": "?", "answer": n} for n in range(20)]
+
+    def worked(self):
+        return ["a", "b"]
+
+class Broken(Single):
+    def worked(self):
+        yield "a"
+        raise KeyError("b")
+
+class Nothing2(Single):
+    def worked(self):
+        return None
 
 class Taught(Tools):
     def worked(self, problem, teacher):
@@ -256,10 +275,13 @@ def test_worked_turns_are_replied_to_as_a_models_are(file):
     ("name", "turns", "message"),
     [
         ("Guess", [3, 5, 4], "the turn '5' ends the episode, but 1 follow; leave out what follows"),
-        ("Guess", [3, 4], "reply answers the last turn, '4', with more"),
+        ("Guess", [3, 4], "reply answers the last turn, '4'; let it end the episode there"),
         ("Guess", [3, "four", 5], "reply raised ValueError: four, after the turn 'four' of worked"),
-        ("Guess", [1, 2, 3, 5], "it has 4 turns, more than turns = 3"),
+        ("Guess", [1, 2, 3, 5], "it has 4 turns, and the environment 3; write fewer, or raise that"),
         ("Guess", [], "the last turn must be a text"),
+        ("Single", None, "it has 2 turns, and the environment 1; write one text, or a reply"),
+        ("Broken", None, "worked raised KeyError"),
+        ("Nothing2", None, "worked raised TypeError"),
         ("Twice", None, "the turn 'a' ends the episode, but 1 follow; call a tool in it, or write a reply"),
     ],
 )
@@ -272,6 +294,50 @@ def test_worked_turns_that_cannot_be_played(file, name, turns, message):
 
 
 def test_a_tool_and_a_reply_that_hang_are_stopped(file):
+    before = signal.signal(signal.SIGALRM, lambda *_: None)
+    try:
+        _check_limits(file, signal.getsignal(signal.SIGALRM))
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_a_bare_except_is_interrupted_again():
+    caught = []
+
+    def stubborn():
+        while True:
+            try:
+                while True:
+                    pass
+            except BaseException:
+                caught.append(1)
+                if len(caught) == 2:
+                    raise
+
+    with pytest.raises(FunctionError, match=r"longer than 0\.1 seconds"), time_limit(0.1):
+        stubborn()
+
+
+def test_a_signal_after_the_end_is_ignored():
+    limit = time_limit(1000)
+    with limit:
+        pass
+    limit._late()
+    with pytest.raises(FunctionError), limit:
+        limit._late()
+
+
+def test_other_threads_have_no_limit():
+    def slow():
+        with time_limit(0.01):
+            time.sleep(0.05)
+        return "done"
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(slow).result() == "done"
+
+
+def _check_limits(file, handler):
     mine = opened(file, "Slow", timeout=0.2)
     problem = mine.problems("train", 1)[0]
     (result,) = mine.respond(episode(problem, HERMES.write([Call("look", '{"place": "here"}')])))
@@ -280,7 +346,7 @@ def test_a_tool_and_a_reply_that_hang_are_stopped(file):
         mine.respond(episode(problem, "loop"))
     assert mine.respond(episode(problem, "done")) is None
     assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
-    assert signal.getsignal(signal.SIGALRM) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGALRM) is handler
 
 
 def test_problem_gets_its_generator_by_name(file):

@@ -157,14 +157,14 @@ class PythonEnvironment(Environment):
             return None
         where, messages, state = f"{self.where}: worked", list[Message](), dict[str, Any]()
         given = {"problem": problem.fields, "state": state, "rng": rng}
-        found = self._called("worked", partial(self._worked, **{name: given[name] for name in self._worked_names}))
-        turns: list[Any] = [found] if isinstance(found, str) else list(found)
+        worked = partial(self._worked, **{name: given[name] for name in self._worked_names})
+        # A list in any case: a generator's code runs when it is read.
+        turns: list[Any] = self._called("worked", lambda: [x] if isinstance(x := worked(), str) else list(x))
         if not turns or not isinstance(turns[-1], str):
             raise UserError(f"{where}: the last turn must be a text, the model's answer")
         if len(turns) > self.turns:
-            raise UserError(
-                f"{where}: it has {len(turns)} turns, more than turns = {self.turns}; write fewer, or raise that"
-            )
+            remedy = "write fewer, or raise that" if self.turns > 1 else "write one text, or a reply"
+            raise UserError(f"{where}: it has {len(turns)} turns, and the environment {self.turns}; {remedy}")
         for left, turn in zip(reversed(range(len(turns))), turns, strict=True):
             if isinstance(turn, str):
                 messages.append({"role": "assistant", "content": turn})
@@ -176,9 +176,7 @@ class PythonEnvironment(Environment):
                     remedy = "leave out what follows" if self._reply else "call a tool in it, or write a reply"
                     raise UserError(f"{where}: the turn {turn!r:.60} ends the episode, but {left} follow; {remedy}")
                 if said and not left:
-                    raise UserError(
-                        f"{where}: reply answers the last turn, {turn!r:.60}, with more; write what follows"
-                    )
+                    raise UserError(f"{where}: reply answers the last turn, {turn!r:.60}; let it end the episode there")
                 messages += said
                 continue
             text, name, arguments = turn

@@ -4,8 +4,7 @@ import functools
 import inspect
 import signal
 import threading
-from collections.abc import Callable, Generator, Iterable, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from rorqual.errors import UserError
@@ -47,29 +46,36 @@ class _Late(BaseException):
     """Not an Exception, which the user's code may catch."""
 
 
-@contextmanager
-def time_limit(seconds: float) -> Generator[None]:
+class time_limit:
     """Raises FunctionError where the user's code in it takes longer. Code in C is stopped once it is back in Python.
 
     For functions that share objects with this process, as an episode's state; `UserReward` has its own process. Only
     the main thread can be interrupted: in others there is no limit.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
 
-    def late(*_: object) -> None:
-        raise _Late
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self._running = False  # a signal that comes when the user's code has ended is ignored
+        self._before: Any = None
 
-    before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)  # each second again: a bare `except` catches the first
-    try:
-        yield
-    except _Late:
-        raise FunctionError(f"it took longer than {seconds:g} seconds") from None
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+    def __enter__(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGALRM, self._late)
+            self._running = True
+            # Each second again: a bare `except` catches the first.
+            signal.setitimer(signal.ITIMER_REAL, self.seconds, 1.0)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
+        self._running = False
+        if self._before is not None:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, self._before)
+        if isinstance(error, _Late):
+            raise FunctionError(f"it took longer than {self.seconds:g} seconds") from None
+
+    def _late(self, *_: object) -> None:
+        if self._running:
+            raise _Late
 
 
 class UserReward:
