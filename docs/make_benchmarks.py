@@ -102,7 +102,7 @@ BENCHMARKS = {
         "GRPO from the speedrun's pre-trained model with rollouts from the weights that are trained, and from their "
         "twins in FP8, 8 and 4 bits with truncated importance sampling (where named, with another correction): pass@1 "
         "on 200 held-out problems of each environment, and how far the two policies differ, on average over the "
-        "steps. Of the first two forms seed 0, and seed 1 as trained, ran beside other work."
+        "steps. Seed 0, and seed 1 as trained, ran beside other work. 8 and 4 bits are not measured yet."
     ),
     "rl_bias": (
         "GRPO from the speedrun's pre-trained mixture of experts with its balancing bias frozen, live (V3's speed), "
