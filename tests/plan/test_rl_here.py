@@ -15,12 +15,12 @@ from rorqual.plan.rl_here import (
     RLCosts,
     packed_tokens,
     plan_rl_here,
-    rl_time_text,
     sampling_seconds,
     step_parts,
     training_counts,
 )
 from rorqual.plan.rl_plan import Lengths
+from rorqual.plan.rl_text import rl_time_text
 from rorqual.recipe import LoRASection, RLRecipe, parse_recipe
 from rorqual.rl.rollout_packing import pack_rollout
 

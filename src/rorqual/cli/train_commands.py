@@ -82,7 +82,7 @@ def rl(
     from rorqual.plan.cost import parameters
     from rorqual.plan.optimizer_state import adapter_bytes
     from rorqual.plan.process_memory import memory
-    from rorqual.plan.rl_here import rl_time_text
+    from rorqual.plan.rl_text import rl_time_text
     from rorqual.precision.rollout_twin import check_device, twin_bytes
     from rorqual.recipe import RLRecipe, load_recipe
     from rorqual.rl.envs.registry import open_environment

@@ -14,12 +14,11 @@ from rorqual.model.config import ModelConfig
 from rorqual.plan.cost import flops_per_token, mtp_flops_per_token
 from rorqual.plan.cpu_time import Costs, Counts, costs_here, step_counts
 from rorqual.plan.engine_time import EngineCosts, decode_counts, engine_costs_here, prefill_counts, refresh_counts
-from rorqual.plan.estimate import EMULATED, duration
+from rorqual.plan.estimate import EMULATED
 from rorqual.plan.fitting import interval
 from rorqual.plan.hardware import describe_machine, matrix_peak
 from rorqual.plan.optimizer_state import adapter_parameters
 from rorqual.plan.published_runs import Z80
-from rorqual.plan.quantity import quantity
 from rorqual.plan.rehearsal import RLRehearsal
 from rorqual.plan.rl_plan import SPREAD, Lengths, StepParts, writing_seconds
 from rorqual.recipe import RLRecipe
@@ -332,24 +331,3 @@ def _assumptions(recipe: RLRecipe, lengths: Lengths, rehearsal: RLRehearsal | No
     if recipe.rollouts.workers is not None:
         found.append("rollout workers share this machine's cores with each other and with the training")
     return [*found, "checkpoints are not counted"]
-
-
-def rl_time_text(plan: RLPlan, recipe: RLRecipe) -> str:
-    """The plan's time as text."""
-    low, high = plan["seconds_a_step_interval"]
-    a_step = f"{plan['seconds_a_step']:.3g} s a step ({low:.3g} to {high:.3g})"
-    if recipe.steps is None:
-        time = f"{duration(plan['seconds'])}: about {plan['steps']:.0f} steps, {a_step}"
-    else:
-        short, long = plan["seconds_interval"]
-        time = f"about {duration(plan['seconds'])} ({duration(short)} to {duration(long)}): {a_step}"
-    if plan["evaluation_seconds"]:
-        time += f", {duration(plan['evaluation_seconds'])} of evaluations"
-    whole = sum(plan["parts"].values())
-    shares = [f"{name.replace('_', ' ')} {value / whole:.0%}" for name, value in plan["parts"].items() if value]
-    lines = [
-        f"run          {quantity(plan['tokens'])} tokens, {quantity(plan['flops'], 'FLOP')}",
-        f"time         {time}",
-        *(f"{'':<13}{line}" for line in (", ".join(shares), *plan["assumptions"], plan["calibration"])),
-    ]
-    return "\n".join(lines)

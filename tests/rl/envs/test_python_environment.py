@@ -12,7 +12,7 @@ from rorqual.errors import UserError
 from rorqual.recipe import EnvironmentSection, RewardSection
 from rorqual.rl.envs.environment import Episode, RewardError, Sample
 from rorqual.rl.envs.registry import open_environment
-from rorqual.rl.envs.user_functions import time_limit
+from rorqual.rl.envs.user_functions import TimeLimit
 from rorqual.rl.rewards import score
 from rorqual.sandbox.function_worker import FunctionError
 
@@ -314,12 +314,12 @@ def test_a_bare_except_is_interrupted_again():
                 if len(caught) == 2:
                     raise
 
-    with pytest.raises(FunctionError, match=r"longer than 0\.1 seconds"), time_limit(0.1):
+    with pytest.raises(FunctionError, match=r"longer than 0\.1 seconds"), TimeLimit(0.1):
         stubborn()
 
 
 def test_a_signal_after_the_end_is_ignored():
-    limit = time_limit(1000)
+    limit = TimeLimit(1000)
     with limit:
         pass
     limit._late()
@@ -329,7 +329,7 @@ def test_a_signal_after_the_end_is_ignored():
 
 def test_other_threads_have_no_limit():
     def slow():
-        with time_limit(0.01):
+        with TimeLimit(0.01):
             time.sleep(0.05)
         return "done"
 

@@ -35,7 +35,7 @@ from rorqual.rl.envs.environment import (
     text_key,
 )
 from rorqual.rl.envs.tools import UserTool
-from rorqual.rl.envs.user_functions import UserReward, loaded, parameters, time_limit
+from rorqual.rl.envs.user_functions import TimeLimit, UserReward, loaded, parameters
 from rorqual.rl_sections import EnvironmentSection
 from rorqual.sandbox.function_worker import FunctionError
 
@@ -141,7 +141,7 @@ class PythonEnvironment(Environment):
             return None
         values = given | {"text": text, "messages": [dict(m) for m in messages]}
         try:
-            with time_limit(self._timeout):
+            with TimeLimit(self._timeout):
                 said = self._reply(**{name: values[name] for name in self._reply_names})
         except FunctionError as e:
             raise RewardError(f"{self.where}: reply: {e}") from None

@@ -15,7 +15,7 @@ from rorqual.data.chat_messages import Tool
 from rorqual.data.tool_formats import as_object
 from rorqual.errors import UserError
 from rorqual.rl.envs.search import Index
-from rorqual.rl.envs.user_functions import time_limit
+from rorqual.rl.envs.user_functions import TimeLimit
 from rorqual.sandbox.function_worker import FunctionError
 from rorqual.sandbox.run_program import Limits, run_program
 from rorqual.strict_json import Json
@@ -81,7 +81,7 @@ class UserTool:
         read = [getattr(checked, field) for field in type(checked).model_fields]
         named = dict(zip(self.names, read, strict=True)) | {name: given[name] for name in self.given}
         try:
-            with time_limit(self.timeout):
+            with TimeLimit(self.timeout):
                 result = str(self.function(**named))
         except FunctionError as e:
             result = f"error: {e}"

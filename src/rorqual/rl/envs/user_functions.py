@@ -46,7 +46,7 @@ class _Late(BaseException):
     """Not an Exception, which the user's code may catch."""
 
 
-class time_limit:
+class TimeLimit:
     """Raises FunctionError where the user's code in it takes longer. Code in C is stopped once it is back in Python.
 
     For functions that share objects with this process, as an episode's state; `UserReward` has its own process. Only
