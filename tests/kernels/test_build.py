@@ -42,7 +42,7 @@ def compiler(tmp_path, monkeypatch):
 def test_nothing_is_compiled_twice(compiler, tmp_path):
     names = [
         "adamw", "best_scale", "bf16_gemm", "block_scaled", "elementwise", "exact_attention", "exact_gemm",
-        "exact_rows", "f32_gemm", "fused_decode", "paged_attention", "qgemm", "sampling",
+        "exact_rows", "f32_gemm", "fused_decode", "masked_attention", "paged_attention", "qgemm", "sampling",
     ]  # fmt: skip
     sources = [f"{name}.cpp" for name in names]
     csrc = build.HERE / "csrc"

@@ -62,6 +62,35 @@ def test_masks_broadcast_and_lie_as_they_may(shape, turned):
     torch.testing.assert_close(kernel.attention(q, k, v, mask, False, 0.4).float(), exact, rtol=0.05, atol=0.05)
 
 
+@pytest.mark.parametrize("batch", [1, 2])  # masks of their own
+@pytest.mark.parametrize("groups", [1, 3, 6])
+@pytest.mark.parametrize(
+    ("queries", "keys", "width", "value_width"), [(5, 5, 16, 16), (150, 150, 48, 32), (70, 131, 64, 64)]
+)
+def test_hidden_tiles_are_left_out(queries, keys, width, value_width, groups, batch):
+    """Documents, so that tiles are hidden, whole and in between; some queries see nothing."""
+    torch.manual_seed(0)
+    documents = torch.randint(2, 60, (batch, 1)) + torch.arange(max(queries, keys))
+    mask = documents[:, -queries:, None] // 60 == documents[:, None, :keys] // 60
+    mask = (mask & torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)).unsqueeze(1)
+    mask[:, :, 3] = False
+    shapes = (6, queries, width), (groups, keys, width), (groups, keys, value_width)
+    q, k, v = (torch.randn(2, *shape) for shape in shapes)
+    assert kernel.skips_hidden(q, k, v) == (kernel.cpu.capability() is not None)
+    weights = torch.randn(2, 6, queries, value_width)
+    found = gradients(kernel.attention, (q, k, v), mask, weights)
+    torchs = gradients(kernel.attention_reference, (q, k, v), mask, weights)
+    exact = gradients(kernel.attention_reference, (q.double(), k.double(), v.double()), mask, weights.double())
+    for mine, theirs, right in zip(found, torchs, exact, strict=True):
+        assert (mine - right).norm() < 2 * (theirs - right).norm() + 1e-6 * right.norm()
+
+
+def gradients(function, tensors, mask, weights):
+    tensors = [x.detach().requires_grad_() for x in tensors]
+    out = function(*tensors, mask, False, 2.0)
+    return out, *torch.autograd.grad(out, tensors, weights)
+
+
 def test_masks_that_do_not_cover_the_row_are_refused():
     q = torch.randn(1, 1, 4, 8).bfloat16().requires_grad_()
     masks = tuple(torch.ones(1, 1, t, t, dtype=torch.bool) for t in (2, 1))

@@ -214,7 +214,7 @@ def test_what_is_trained_on_is_what_was_sampled(ends_soon, tokenizer, tmp_path, 
         if own
     ]
     targets, sequence = torch.full((len(flat),), -1), torch.full((len(flat),), -1)
-    for packed in pack_members(rollout, members, toy.section, toy.model.config):
+    for packed in pack_members(rollout, members, toy.section, toy.model):
         targets[packed.offset], sequence[packed.offset] = packed.targets, packed.sequence
     assert targets.tolist() == flat
     assert torch.bincount(sequence).tolist() == rollout.lengths.tolist()

@@ -235,7 +235,7 @@ def test_a_replay_makes_the_trainer_choose_what_the_sampler_chose(moe, tokenizer
     toy.step()
     served = toy.rollouts.next(1).rollout
     members = [0, 1, 5, 14]
-    (packed, *_) = pack_members(served, members, toy.section, moe.config)
+    (packed, *_) = pack_members(served, members, toy.section, moe)
     with replaying(moe, packed, counts := Replay()), choices_of(moe) as chosen, torch.no_grad():
         moe(packed.tokens, packed.positions, packed.mask)
     trained = torch.stack(chosen, 1)[packed.source]  # by target

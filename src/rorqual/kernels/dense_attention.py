@@ -11,6 +11,7 @@ from rorqual.kernels.typed_torch import Context, Function, once_differentiable
 from rorqual.shapes import Bool, Float
 
 MAX_PLAIN_KEYS = 512  # up to which plain products are faster than torch's fused kernel
+WIDTHS = 16  # of which widths are multiples in cpu/csrc/masked_attention.cpp
 CHUNK_BYTES = 2 << 20  # of attention weights at a time, which stay in the CPU's cache
 
 
@@ -31,7 +32,7 @@ def attention(
     attend to themselves only. Raises ValueError if they do not cover T.
 
     In BF16 on a CPU torch's fused kernel is slower than plain products (at T = 256 by 1.3 times forward, 2 times with
-    the backward pass), so training on short sequences uses those.
+    the backward pass), so training on short sequences uses those. In FP32 a compiled kernel leaves out what masks hide.
     """
     if isinstance(mask, tuple) and (len(q) > 1 or sum(len(m) * m.shape[-1] for m in mask) != q.shape[2]):
         raise ValueError(f"masks of {[tuple(m.shape) for m in mask]} do not cover one row of {q.shape[2]} tokens")
@@ -39,7 +40,15 @@ def attention(
     short = q.device.type == "cpu" and q.dtype == torch.bfloat16 and longest <= MAX_PLAIN_KEYS
     if short and torch.is_grad_enabled() and (mask is not None or causal):
         return _Products.apply(q, k, v, scale, *_masks(q, k, mask))
+    if mask is not None and skips_hidden(q, k, v):
+        return _Masked.apply(q, k, v, scale, *_masks(q, k, mask))
     return attention_reference(q, k, v, mask, causal, scale)
+
+
+def skips_hidden(*tensors: Tensor) -> bool:
+    """Whether `attention` of these q, k and v under masks takes time for what the masks show alone."""
+    widths = {x.shape[-1] % WIDTHS for x in tensors}
+    return tensors[0].dtype == torch.float32 and widths == {0} and cpu.usable(*tensors)
 
 
 def attention_reference(
@@ -106,6 +115,60 @@ class _Products(Function):
             grad_q.copy_((grad_scores @ k_.contiguous()).view(grad_q.shape))
             grad_k.copy_(grad_scores.transpose(2, 3) @ queries)
         return *grads, None, *(None for _ in masks)
+
+
+class _Masked(Function):
+    """cpu/csrc/masked_attention.cpp. The backward pass recomputes the attention weights."""
+
+    @staticmethod
+    def forward(ctx: _ProductsContext, q: Tensor, k: Tensor, v: Tensor, scale: float, *masks: Tensor) -> Tensor:
+        q, k, v = (_by_token(x) for x in (q, k, v))
+        out = _empty_heads(q, (*q.shape[:3], v.shape[3]))
+        log_sums = q.new_empty(q[..., 0].numel())
+        for mask, at, (q_, k_, v_, out_) in _sequences(masks, q, k, v, out):
+            cpu.call("masked_attention", q.dtype, *_masked_arguments(q_, k_, v_, mask), scale, out_, log_sums[at:])
+        ctx.save_for_backward(q, k, v, out, log_sums, *masks)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: _ProductsContext, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, log_sums, *masks = ctx.saved_tensors
+        grad = _by_token(grad)
+        # Keys and values have a gradient from each head.
+        grads = [_empty_heads(x, (len(x), q.shape[1], *x.shape[2:])) for x in (q, k, v)]
+        for mask, at, (q_, k_, v_, out_, grad_, *to) in _sequences(masks, q, k, v, out, grad, *grads):
+            arguments = _masked_arguments(q_, k_, v_, mask)
+            cpu.call("masked_attention_backward", q.dtype, *arguments, ctx.scale, out_, log_sums[at:], grad_, *to)
+        of_q, *of_heads = grads
+        share = q.shape[1] // k.shape[1]
+        if share > 1:
+            of_heads = [torch.unflatten(x, 1, (-1, share)).sum(2) for x in of_heads]
+        return of_q, *of_heads, None, *(None for _ in masks)
+
+
+def _by_token(x: Tensor) -> Tensor:
+    """x [B, heads, T, W] in the model's memory layout [B, T, heads, W]."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _sequences(masks: Sequence[Tensor], *tensors: Tensor) -> Iterator[tuple[Tensor, int, list[Tensor]]]:
+    """Each mask, where its log_sums begin, and its sequences of tensors [B, heads, T, W], as [n, t, heads, W]."""
+    if len(masks) == 1 and masks[0].shape[-2] == tensors[0].shape[2]:
+        yield masks[0], 0, [x.transpose(1, 2) for x in tensors]
+        return
+    start = 0
+    for mask in masks:
+        end = start + len(mask) * mask.shape[-1]
+        yield mask, start * tensors[0].shape[1], [_unpack(x[:, :, start:end], mask).transpose(1, 2) for x in tensors]
+        start = end
+
+
+def _masked_arguments(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> list[Tensor | int]:
+    n, t, heads, width = q.shape
+    by_sequence = mask.stride(0) if len(mask) > 1 else 0
+    return [q, k, v, mask, by_sequence, mask.stride(-2), n, t, k.shape[1], heads, k.shape[2], width, v.shape[3]]
 
 
 def _attention_weights(q: Tensor, k: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:

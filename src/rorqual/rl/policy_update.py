@@ -227,14 +227,13 @@ class PolicyUpdate:
 
     def _micro_batches(self, rollout: Rollout, members: list[int]) -> list[tuple[PackedRollout, str | None]]:
         """With the path of the teacher of all completions in it."""
-        config = self.model.config
         if self.teachers is None:
-            return [(packed, None) for packed in pack_members(rollout, members, self.section, config)]
+            return [(packed, None) for packed in pack_members(rollout, members, self.section, self.model)]
         paths = self.teachers.of([rollout.samples[i].problem.family for i in members])
         return [
             (packed, path)
             for path in dict.fromkeys(paths)
-            for packed in pack_members(rollout, members, self.section, config, [own == path for own in paths])
+            for packed in pack_members(rollout, members, self.section, self.model, [own == path for own in paths])
         ]
 
     def _balance(self, loads: list[Tensor], progress: float) -> None:

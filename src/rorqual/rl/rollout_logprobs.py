@@ -10,7 +10,8 @@ from torch import Tensor
 from rorqual.adapters.lora import AdapterReference
 from rorqual.kernels.allowed_tokens import AllowedTokens
 from rorqual.kernels.cross_entropy import token_logprobs
-from rorqual.model import ModelConfig, Transformer
+from rorqual.kernels.dense_attention import skips_hidden
+from rorqual.model import Transformer
 from rorqual.model.moe import Routing
 from rorqual.model.router_hooks import Replay, replayed
 from rorqual.plan.cost import flops_per_token
@@ -20,12 +21,16 @@ from rorqual.rl.rollout import Rollout
 from rorqual.rl.rollout_packing import PackedRollout, pack_rollout, routing_table
 from rorqual.shapes import Float
 
+# Attention that computes hidden keys too: the whole block, where the planner counts the causal half, at half the FLOP/s
+# of linear layers (SmolLM2 in bfloat16 on a CPU, blocks of 300 tokens: 0.65 of 4.5 seconds).
+BLOCK_COST = 4
+
 
 def pack_members(
     rollout: Rollout,
     members: Sequence[int],
     section: GRPOSection,
-    config: ModelConfig,
+    model: Transformer,
     only: Sequence[bool] | None = None,
 ) -> list[PackedRollout]:
     """Micro-batches of the completions `members`, whose indices are those into `members`. only: which to pack."""
@@ -35,9 +40,7 @@ def pack_members(
         [rollout.completions[i] for i in members],
         prompt_of if only is None else [p if own else None for p, own in zip(prompt_of, only, strict=True)],
         section.micro_tokens,
-        # 4x: attention computes the whole block, where the planner counts the causal half, and reaches half the
-        # FLOP/s of linear layers (SmolLM2 in bfloat16 on a CPU, blocks of 300 tokens: 0.65 of 4.5 seconds).
-        lambda length: flops_per_token(config, 4 * length),
+        lambda length: flops_per_token(model.config, 0 if skips_hidden(model.head_weight) else BLOCK_COST * length),
         [rollout.sampled[i] for i in members],
     )
     if rollout.allowed is not None:
@@ -92,7 +95,7 @@ def rollout_logprobs(
     sizes = [int(n) for n in rollout.lengths[list(members)]]
     device = model.head_weight.device
     found = torch.empty(sum(sizes), device=device)
-    for packed in pack_members(rollout, members, section, model.config):
+    for packed in pack_members(rollout, members, section, model):
         packed = packed.to(device)
         with replaying(model, packed, Replay()):
             states = target_states(model, packed)

@@ -11,7 +11,7 @@ from torch import Tensor
 from rorqual.kernels.dtype_names import KERNEL_SUFFIXES
 from rorqual.processor import VARIABLE, allows, highest
 
-INTERFACE = 29  # as in csrc/dtypes.h: a build of other sources is not used
+INTERFACE = 30  # as in csrc/dtypes.h: a build of other sources is not used
 LEVELS = ("avx512", "avx2", "portable")  # the builds, best first; also names in processor.py
 LACKING = "the processor lacks it"
 
@@ -53,6 +53,9 @@ SIGNATURES = {
     # q, q2; k, k2 and v, FP8; block tables; sizes
     "paged_attention_fp8": (T, T, U8, U8, U8, I32, INT, INT, I32, INT, INT, INT, INT, INT, FLOAT, T),
     "store_fp8": (T, INT, INT, INT, I64, U8),
+    # masked_attention.cpp, in FP32 only: q, k, v; mask and its distances; sizes
+    "masked_attention": (T, T, T, BOOL, *[INT] * 9, FLOAT, F32, F32),
+    "masked_attention_backward": (T, T, T, BOOL, *[INT] * 9, FLOAT, F32, F32, F32, F32, F32, F32),
     # sampling.cpp
     "sample": (T, INT, INT, FLOAT, FLOAT, INT, FLOAT, F32, I64, F32),
     "append_tokens": (T, INT, INT, I64, I64, I64, I64),

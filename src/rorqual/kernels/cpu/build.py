@@ -40,6 +40,7 @@ SOURCES = {
     "qgemm": {"portable": 6, "avx2": 20, "avx512": 40},
     "paged_attention": {"portable": 15, "avx2": 24, "avx512": 24},
     "exact_attention": {"portable": 5, "avx2": 7, "avx512": 8},
+    "masked_attention": {"portable": 2, "avx2": 2, "avx512": 3},
     "exact_gemm": {"portable": 2, "avx2": 5, "avx512": 6},
     "exact_rows": {"portable": 2, "avx2": 5, "avx512": 5},
     "sampling": {"portable": 1, "avx2": 3, "avx512": 3},

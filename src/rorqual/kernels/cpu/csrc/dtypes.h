@@ -17,7 +17,7 @@ using i64 = int64_t;
 // Pairs of BF16 values and quads of int8 are read as 32-bit words.
 static_assert(std::endian::native == std::endian::little);
 
-constexpr i64 INTERFACE = 29;  // as in bindings.py
+constexpr i64 INTERFACE = 30;  // as in bindings.py
 
 namespace {
 
