@@ -7,12 +7,14 @@ import pytest
 import torch
 
 from helpers.small_configs import GROUPED
+from rorqual.plan import rl_here
 from rorqual.plan.cost import flops_per_token
 from rorqual.plan.cpu_time import Costs, keep
 from rorqual.plan.engine_time import EngineCosts, keep_engine_costs
 from rorqual.plan.rehearsal import RehearsedStep, RLRehearsal
 from rorqual.plan.rl_here import (
     RLCosts,
+    attended,
     packed_tokens,
     plan_rl_here,
     sampling_seconds,
@@ -66,15 +68,26 @@ def test_the_tail_is_when_less_than_half_are_open():
 
 
 @pytest.mark.parametrize("mean", [5, 20])
-def test_blocks_are_those_of_the_packing(mean):
+@pytest.mark.parametrize("skips", [True, False])
+def test_blocks_are_those_of_the_packing(monkeypatch, skips, mean):
+    monkeypatch.setattr(rl_here, "skips_hidden", lambda *_: skips)
     given = recipe(grpo={"micro_tokens": 128})
     tokens, block = packed_tokens(given, GROUPED, Lengths(8, mean, 20))
     batches = pack_rollout(
         [[1] * 8] * 3, [[1] * mean] * 12, [i // 4 for i in range(12)], 128,
-        lambda length: flops_per_token(GROUPED, 4 * length),
+        lambda length: flops_per_token(GROUPED, 0 if skips else 4 * length),
     )  # fmt: skip
     assert tokens == sum(b.tokens.numel() for b in batches)
     assert {m.shape[-1] for b in batches for m in b.mask} == {block}
+
+
+def test_attention_is_counted_for_what_masks_show(monkeypatch):
+    given, lengths = recipe(), Lengths(100, 200, 400)
+    monkeypatch.setattr(rl_here, "skips_hidden", lambda *_: False)
+    assert attended(given, GROUPED, lengths, 1700) == 2  # the causal half of the block, and the other
+    monkeypatch.setattr(rl_here, "skips_hidden", lambda *_: True)
+    seen = 100**2 / 2 + 8 * (200 * 100 + 200**2 / 2)  # the prompt, and each of eight answers to it and to itself
+    assert attended(given, GROUPED, lengths, 1700) == pytest.approx((seen + 64 * 1700) / (1700**2 / 2))
 
 
 def test_counts_of_training():

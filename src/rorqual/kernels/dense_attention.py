@@ -40,15 +40,14 @@ def attention(
     short = q.device.type == "cpu" and q.dtype == torch.bfloat16 and longest <= MAX_PLAIN_KEYS
     if short and torch.is_grad_enabled() and (mask is not None or causal):
         return _Products.apply(q, k, v, scale, *_masks(q, k, mask))
-    if mask is not None and skips_hidden(q, k, v):
+    if mask is not None and skips_hidden(q.dtype, q.shape[-1], v.shape[-1]) and cpu.usable(q, k, v):
         return _Masked.apply(q, k, v, scale, *_masks(q, k, mask))
     return attention_reference(q, k, v, mask, causal, scale)
 
 
-def skips_hidden(*tensors: Tensor) -> bool:
-    """Whether `attention` of these q, k and v under masks takes time for what the masks show alone."""
-    widths = {x.shape[-1] % WIDTHS for x in tensors}
-    return tensors[0].dtype == torch.float32 and widths == {0} and cpu.usable(*tensors)
+def skips_hidden(dtype: torch.dtype, width: int, value_width: int) -> bool:
+    """Whether on a CPU `attention` of heads of these widths takes no time for keys that a mask hides."""
+    return dtype == torch.float32 and width % WIDTHS == value_width % WIDTHS == 0 and cpu.capability() is not None
 
 
 def attention_reference(

@@ -219,6 +219,13 @@ class ModelConfig:
         return self.mla.qk_rope_head_dim if self.is_mla else self.gqa.head_dim
 
     @property
+    def attention_widths(self) -> tuple[int, int]:
+        """Of a head's queries and values in training (`attend`)."""
+        if not self.is_mla:
+            return self.gqa.head_dim, self.gqa.head_dim
+        return self.mla.qk_head_dim, max(self.mla.qk_head_dim, self.mla.v_head_dim)
+
+    @property
     def eos_token_ids(self) -> tuple[int, ...]:
         eos = self.eos_token_id
         return () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypedDict
 
+from rorqual.kernels.dense_attention import skips_hidden
 from rorqual.kernels.dtypes import compute_dtype
 from rorqual.model.config import ModelConfig
 from rorqual.plan.cost import flops_per_token, mtp_flops_per_token
@@ -26,6 +27,7 @@ from rorqual.recipe import RLRecipe
 UNKNOWN_MEAN = (0.1, 0.5, 0.9)  # of the limit: deciles and median of a mean length that may be any
 DRIFT, MOST_DRIFT = 0.02, 0.5  # of the logarithm of the mean length: a random walk, by a step; and along a run
 LENGTH_MULTIPLE = 16  # of a block of packed answers
+MASK_TILE = 64  # tokens, of what masks hide whole (kernels/cpu/csrc/masked_attention.cpp)
 
 
 class RLPlan(TypedDict):
@@ -204,11 +206,11 @@ def training_counts(
     passes = 4 if recipe.recompute == "full" else 3
     of_weights = passes - (adapters is not None)
     head = 2.0 * config.vocab_size * config.hidden_size * of_weights
-    # Blocks are computed with a mask, the half above the diagonal too; the head only for the answers' tokens.
+    # The head only for the answers' tokens.
     found = replace(
         found,
         products=found.products - head * (tokens - targets),
-        attention=2 * found.attention,
+        attention=found.attention * attended(recipe, config, lengths, block),
         logits=targets * config.vocab_size,
     )
     third = Counts(**{name: value / 3 for name, value in vars(found).items()})
@@ -224,17 +226,31 @@ def training_counts(
     return found, forward
 
 
+def attended(recipe: RLRecipe, config: ModelConfig, lengths: Lengths, block: int) -> float:
+    """Pairs of tokens that attention computes in a block, over those of a causal text of that length."""
+    if not skips(recipe, config):
+        return 2.0  # the mask's hidden parts too
+    answers = max(1.0, (block - lengths.prompt) / lengths.mean)
+    seen = lengths.prompt**2 / 2 + answers * lengths.mean * (lengths.prompt + lengths.mean / 2)
+    return min(2.0, (seen + MASK_TILE * block) / (block**2 / 2))
+
+
+def skips(recipe: RLRecipe, config: ModelConfig) -> bool:
+    return skips_hidden(compute_dtype(recipe.model.dtype), *config.attention_widths)
+
+
 def packed_tokens(recipe: RLRecipe, config: ModelConfig, lengths: Lengths) -> tuple[float, int]:
     """Tokens of a step in blocks of so many each, that hold a prompt and answers to it: as many blocks for a question
-    as cost the least, as in rl/rollout_packing.py, where a token costs what it does with four times the context."""
-    section, best = recipe.grpo, (math.inf, 0.0, 0)
+    as cost the least, as in rl/rollout_logprobs.py: a token costs what it does with four times the context, or with
+    none where attention skips what masks hide."""
+    section, best, context = recipe.grpo, (math.inf, 0.0, 0), 0 if skips(recipe, config) else 4
     for count in range(1, section.group_size + 1):
         answers = section.group_size / count
         whole = lengths.prompt + answers * max(0.0, lengths.mean - 1)
         block = max(1, math.ceil(whole / LENGTH_MULTIPLE)) * LENGTH_MULTIPLE
         if block > section.micro_tokens and answers > 1:
             continue
-        cost = count * block * flops_per_token(config, 4 * block)
+        cost = count * block * flops_per_token(config, context * block)
         if cost >= best[0]:
             break
         best = (cost, float(section.questions_per_step * count * block), block)

@@ -34,13 +34,15 @@ def pack_members(
     only: Sequence[bool] | None = None,
 ) -> list[PackedRollout]:
     """Micro-batches of the completions `members`, whose indices are those into `members`. only: which to pack."""
+    head, config = model.head_weight, model.config
+    skips = head.is_cpu and skips_hidden(head.dtype, *config.attention_widths)
     prompt_of = [i // section.group_size for i in members]
     batches = pack_rollout(
         rollout.prompts,
         [rollout.completions[i] for i in members],
         prompt_of if only is None else [p if own else None for p, own in zip(prompt_of, only, strict=True)],
         section.micro_tokens,
-        lambda length: flops_per_token(model.config, 0 if skips_hidden(model.head_weight) else BLOCK_COST * length),
+        lambda length: flops_per_token(config, 0 if skips else BLOCK_COST * length),
         [rollout.sampled[i] for i in members],
     )
     if rollout.allowed is not None:
