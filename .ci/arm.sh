@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The compiled kernels on ARM: cross-compiled and run by QEMU, called by the tests that run here (tests/arm/proxy.py).
+# The compiled kernels on ARM: cross-compiled and run by QEMU, called by the tests that run here (tests/proxy/proxy.py).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-.venv/bin/python}
@@ -30,8 +30,8 @@ import build
 build.OBJECTS = Path("build/arm").resolve()
 sys.exit(build.build(Path(sys.argv[1]), ["portable"]) != ["portable"])
 PY
-$CROSS -std=c++20 -O2 -fopenmp tests/arm/host.cpp -o "$OUT/host"
-g++ -std=c++20 -O2 -shared -fPIC tests/arm/heap.cpp -o "$OUT/heap.so"
+$CROSS -std=c++20 -O2 -fopenmp tests/proxy/host.cpp -o "$OUT/host"
+g++ -std=c++20 -O2 -shared -fPIC tests/proxy/heap.cpp -o "$OUT/heap.so"
 echo "ARM: compiled in $SECONDS s; $(qemu-aarch64 --version | head -1) runs $TESTS"
 
 # Deselected: tests that measure in a child process, which does not run the ARM kernels; huge pages, which shared memory
@@ -39,5 +39,5 @@ echo "ARM: compiled in $SECONDS s; $(qemu-aarch64 --version | head -1) runs $TES
 WANTED="not peak_memory and not large_pages and not test_build and not test_dtypes and not test_levels and (not test_logits_are or 5-)"
 # Two threads, so that barriers are tested; passive waiting, so that they do not spin on cores that QEMU needs.
 export OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive
-RORQUAL_ARM="$QEMU $OUT/host $OUT/compiled_portable.so" LD_PRELOAD="$OUT/heap.so" PYTHONPATH=src:tests/arm \
+RORQUAL_PROXY="$QEMU $OUT/host $OUT/compiled_portable.so" LD_PRELOAD="$OUT/heap.so" PYTHONPATH=src:tests/proxy \
     "$PYTHON" -m pytest -p proxy -p no:cacheprovider -k "$WANTED" $TESTS

@@ -119,6 +119,37 @@ def test_tables_are_the_same_in_cpp():
     assert declared(model, "struct Network")[2 : 2 + len(sizes)] == sizes
 
 
+def exported():
+    """Of each exported function, the types of its parameters, once for every definition."""
+    found = []
+    for path in sorted((build.HERE / "csrc").glob("*.cpp")):
+        source = path.read_text().replace("\\\n", "")
+        both = re.findall(r"#define PARAMETERS\(T\)\s*\(([^)]*)\)\s*EXPORT_F32_BF16\(void, (\w+),", source)
+        one = re.findall(r"void (\w+)_(?:f32|bf16)\(([^)]*)\)", source)
+        for name, parameters in [(name, parameters) for parameters, name in both] + one:
+            types = [re.match(r"\s*(?:const )?([\w<>]+ ?\*?)", p)[1].strip() for p in parameters.split(",")]
+            found.append((name, types))
+    return found
+
+
+def test_arguments_are_those_of_cpp():
+    """One too many or too few, or a number where C++ takes an address, would corrupt memory."""
+    pointers = {bindings.F32: "float *", bindings.I32: "int32_t *", bindings.U8: "uint8_t *", bindings.BOOL: "bool *"}
+    wanted = {kind: {name} for kind, name in pointers.items()} | {
+        bindings.INT: {"i64"},
+        bindings.FLOAT: {"float"},
+        bindings.T: {"T *", "float *", "bf16 *"},
+        bindings.I64: {"i64 *", "Network<T> *"},
+    }
+    wanted[bindings.F32].add("Scalars *")
+    assert {name for name, _ in exported()} == set(bindings.SIGNATURES)
+    for name, types in exported():
+        kinds = bindings.SIGNATURES[name]
+        assert len(types) == len(kinds), name
+        for i, (kind, type_) in enumerate(zip(kinds, types, strict=True)):
+            assert type_ in wanted[kind], f"{name}, argument {i}"
+
+
 @pytest.mark.skipif(not build.X86, reason="levels of x86")
 @pytest.mark.parametrize("name", build.SOURCES)
 def test_every_source_is_valid_at_the_highest_level(name):

@@ -85,6 +85,17 @@ def test_hidden_tiles_are_left_out(queries, keys, width, value_width, groups, ba
         assert (mine - right).norm() < 2 * (theirs - right).norm() + 1e-6 * right.norm()
 
 
+@pytest.mark.parametrize("which", range(3))
+def test_what_is_not_finite_stays_so(which):
+    """So that training skips its step."""
+    tensors = [torch.ones(1, 1, 70, 16) for _ in range(3)]
+    tensors[which][:, :, 66] = torch.nan
+    mask = torch.ones(1, 1, 70, 70, dtype=torch.bool).tril()
+    out, *grads = gradients(kernel.attention, tensors, mask, torch.ones(1, 1, 70, 16))
+    assert out[0, 0, 66].isnan().all()
+    assert grads[0].isnan().any()
+
+
 def gradients(function, tensors, mask, weights):
     tensors = [x.detach().requires_grad_() for x in tensors]
     out = function(*tensors, mask, False, 2.0)

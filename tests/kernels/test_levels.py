@@ -18,6 +18,7 @@ from rorqual.processor import CLASSES, VARIABLE
 ROOT = Path(__file__).parents[2]
 CHOSEN = [
     "tests/kernels/test_quantized_linear.py",
+    "tests/kernels/test_dense_attention.py",
     "tests/kernels/test_paged_attention.py",
     "tests/kernels/test_kv_int8.py",
     "tests/kernels/test_kv_fp8.py",

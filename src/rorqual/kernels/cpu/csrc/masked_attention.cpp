@@ -184,12 +184,12 @@ void forward_tile(const float *q, const float *k_transposed, const float *v, con
         for (i64 r = 0; r < rows; ++r) {
             float *const row = scores + r * TILE;
             const Row shown(mask, state, n, i * TILE + r, j);
-            const float highest = std::max(top[r], greatest(row, shown));
-            if (highest == -INFINITY) {  // no key so far
+            const float here = greatest(row, shown), highest = here <= top[r] ? top[r] : here;  // NaN stays one
+            if (highest == -INFINITY) {                                                         // no key so far
                 std::fill_n(row, TILE, 0.0f);
                 continue;
             }
-            if (highest > top[r]) {
+            if (!(highest <= top[r])) {
                 const float less = std::exp(top[r] - highest);
                 sum[r] *= less;
                 if (less != 0) multiply_row(out + r * out_row, s.value_width, less);

@@ -63,6 +63,8 @@ class Worker {
         ++round;
     }
 
+    bool is_first() const { return rank == 0; }
+
     // The first of `chunks` chunks in this thread's range.
     i64 begin(i64 chunks) const { return begin(rank, chunks); }
 

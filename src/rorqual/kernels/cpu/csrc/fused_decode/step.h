@@ -155,8 +155,9 @@ struct Decoder {
         return to;
     }
 
-    // RMSNorm, quantised. kept: where the FP32 rows are stored too [rows, width], or null.
+    // RMSNorm, quantised. kept: where the FP32 rows are stored too [rows, width], by one thread each, or null.
     QuantizedRows normed(const float *from, const T *weight, i64 width, float eps, float *kept = nullptr) {
+        if (step.replicate && !worker.is_first()) kept = nullptr;
         return quantized(width, [&](const QuantizedRows &to, i64 r) {
             float *y = kept ? kept + r * width : row;
             rms_norm(from + r * width, weight, width, eps, y);

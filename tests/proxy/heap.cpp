@@ -1,6 +1,6 @@
 // A heap at a fixed address that another process can share: loaded before Python (LD_PRELOAD), it serves all
-// allocations of Python, NumPy and PyTorch, so that an address means the same here and in the ARM process (host.cpp), also
-// where it is an element of a tensor, as in a fused decode step.
+// allocations of Python, NumPy and PyTorch, so that an address means the same here and in the kernels' process (host.cpp),
+// also where it is an element of a tensor, as in a fused decode step.
 //
 // Blocks are powers of two, kept in free lists; untouched memory costs nothing.
 
@@ -16,7 +16,7 @@
 
 namespace {
 
-constexpr uintptr_t START = 0x200000000000;  // far from what Linux maps by itself
+constexpr uintptr_t START = 0x7e8000000000;  // below what Linux maps by itself, where ThreadSanitizer allows it
 constexpr size_t SIZE = size_t(1) << 36, MIN_ALIGN = 64;
 
 struct Block {

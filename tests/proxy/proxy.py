@@ -1,6 +1,7 @@
-"""A pytest plugin that runs the compiled kernels of an ARM library, in a process of their own (host.cpp).
+"""A pytest plugin that runs the compiled kernels in a process of their own (host.cpp).
 
-.ci/arm.sh loads it, with RORQUAL_ARM set to the command line of that process and heap.cpp loaded before Python.
+.ci/arm.sh loads it for a library for ARM under QEMU, tests/kernels/test_sanitizers.py for ThreadSanitizer.
+RORQUAL_PROXY is the command line of the process; heap.cpp must be loaded before Python.
 """
 
 import atexit
@@ -64,13 +65,13 @@ class Library:
         except BrokenPipeError:
             answer = b""
         if len(answer) < 8:
-            pytest.exit(f"{name}: the ARM process ended with {self._process.wait()}", returncode=1)
+            pytest.exit(f"{name}: the kernels' process ended with {self._process.wait()}", returncode=1)
         return int.from_bytes(answer, "little", signed=True)
 
 
 # Before collection, since tests query the library when they are imported.
-library = Library(os.environ["RORQUAL_ARM"].split())
-torch.backends.cpu.get_cpu_capability = lambda: "DEFAULT"  # as PyTorch says on ARM
+library = Library(os.environ["RORQUAL_PROXY"].split())
+torch.backends.cpu.get_cpu_capability = lambda: "DEFAULT"  # of a processor that runs `portable`
 bindings._library = functools.cache(lambda: ("portable", library))
 bindings._number = library.value
 # In the heap that both processes have, not in pages of its own.
@@ -79,4 +80,4 @@ paged_kv_cache._zeros = lambda shape, dtype, device: torch.zeros(shape, dtype=dt
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     silent = sorted(name for name in cpu.SIGNATURES if not any(call.rpartition("_")[0] == name for call in calls))
-    terminalreporter.write_line(f"{sum(calls.values())} calls of {len(calls)} ARM functions; never called: {silent}")
+    terminalreporter.write_line(f"{sum(calls.values())} calls of {len(calls)} functions; never called: {silent}")

@@ -8,11 +8,12 @@
 #include <cstdio>
 #include <cstdlib>
 #include <dlfcn.h>
-#include <omp.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
 using i64 = int64_t;
+
+extern "C" void omp_set_num_threads(int);
 
 struct Request {
     char name[56];
@@ -22,8 +23,9 @@ struct Request {
     float numbers[8];
 };
 
-// Where AArch64 passes arguments does not depend on how integers and numbers follow each other: the first eight of each
-// have registers of their own, and more integers follow on the stack. Those that a function does not take do no harm.
+// Where AArch64 and x86-64 (System V) pass arguments does not depend on how integers and numbers follow each other: the
+// first of each have registers of their own, and more integers follow on the stack. Those that a function does not take
+// do no harm.
 using Function = void (*)(i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64,  //
                           i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64,  //
                           float, float, float, float, float, float, float, float);
