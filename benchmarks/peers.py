@@ -61,6 +61,20 @@ def llama_server() -> Path:
     return once(folder, make) / "bin" / "llama-server"
 
 
+def llama_python(name: str, features: list[str]) -> Path:
+    """A folder with llama-cpp-python, of the version installed, built with these instruction sets alone."""
+    wanted = version("llama-cpp-python")
+
+    def make(folder: Path) -> None:
+        flags = ["-DGGML_NATIVE=OFF", *(f"-DGGML_{feature}=ON" for feature in features)]
+        flags.append("-DCMAKE_CXX_FLAGS='-fno-tree-dse -fno-dse'")  # as llama_server's
+        os.environ["CMAKE_ARGS"] = " ".join(flags)
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-cache-dir", "--no-binary=:all:"]
+        run(*pip, "--target", folder / "packages", f"llama-cpp-python=={wanted}")
+
+    return once(CACHE / f"llama-cpp-python-{wanted}-{name}", make) / "packages"
+
+
 def models() -> Path:
     """An empty folder for models, the same every time: vLLM keeps what it has compiled by where the model was."""
     folder = CACHE / "models"
