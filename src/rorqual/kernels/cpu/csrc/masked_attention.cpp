@@ -184,8 +184,9 @@ void forward_tile(const float *q, const float *k_transposed, const float *v, con
         for (i64 r = 0; r < rows; ++r) {
             float *const row = scores + r * TILE;
             const Row shown(mask, state, n, i * TILE + r, j);
-            const float here = greatest(row, shown), highest = here <= top[r] ? top[r] : here;  // NaN stays one
-            if (highest == -INFINITY) {                                                         // no key so far
+            // Compared so that NaN stays one.
+            const float here = greatest(row, shown), highest = here <= top[r] ? top[r] : here;
+            if (highest == -INFINITY) {  // no key so far
                 std::fill_n(row, TILE, 0.0f);
                 continue;
             }
