@@ -214,6 +214,21 @@ def moments(found: dict[str, Any]) -> list[list[str]]:
     return [table(["moments", "optimizer, ms", "step, ms", "bytes a parameter"], rows)]
 
 
+def kernels(found: dict[str, Any]) -> list[list[str]]:
+    levels = found["levels"]
+    best = next(iter(levels))
+    rows = [
+        [name, f"{x['bytes'] / x['seconds'] / 1e9:.1f}",
+         f"{x['operations'] / x['seconds'] / 1e9:.0f}" if x["operations"] else DASH, f"{x['share']:.2f}",
+         *(f"{1e3 * own[name]['seconds']:.3g}" for own in levels.values())]
+        for name, x in levels[best].items()
+    ]  # fmt: skip
+    roof = found["roofs"]
+    rows.append(["*roof*", f"{roof['bytes'] / 1e9:.1f}", f"{roof['operations'] / 1e9:.0f}", "1", *[DASH] * len(levels)])
+    columns = ["GB/s", "GFLOP/s", "of the roof", *(f"{name}, ms" for name in levels)]
+    return [table([f"kernel ({best})", *columns], rows)]
+
+
 def quantize(found: dict[str, Any]) -> list[list[str]]:
     parts = []
     for model, rows in found["models"].items():
@@ -307,6 +322,7 @@ FIGURES = {
         rollout,
         balance,
         decode,
+        kernels,
         speculate,
         serving,
         fp8_loss,

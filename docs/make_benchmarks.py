@@ -28,7 +28,7 @@ CLASSES = {
 
 FIGURES = benchmark_tables.FIGURES | rl_benchmark_tables.FIGURES
 UNCOMPARED = (  # without a peer
-    "fp8_loss", "fp8_memory", "kv_drift", "planner_memory", "r1", "revision", "rl_bias", "rounded_rollouts",
+    "fp8_loss", "fp8_memory", "kernels", "kv_drift", "planner_memory", "r1", "revision", "rl_bias", "rounded_rollouts",
     "student",
 )  # fmt: skip
 
@@ -63,6 +63,13 @@ BENCHMARKS = {
         "of three rounds in turn. The mixture of experts has 322 M parameters, 82 M active (V3's layout, 4 bits, "
         "random weights). Perplexity: Python's documentation, windows of 512 tokens; *exact* is the same weights "
         "with FP32 activations."
+    ),
+    "kernels": (
+        "Each kernel at each level that the machine runs, on two threads; `none` is PyTorch without the compiled "
+        "kernels. Bytes and operations are what must be done once (an integer product's count too); the roofs are "
+        "measured: summing 1 GiB, and PyTorch's FP32 product of 2048 × 2048 matrices. *Of the roof*: the time that "
+        "bytes or operations need there, whichever is longer, by the time taken; over 1 where integers are faster "
+        "than FP32, or caches than memory."
     ),
     "speculate": (
         "Speculative decoding of one sequence, by the multi-token module (mtp) and by prompt lookup (ngram). The "

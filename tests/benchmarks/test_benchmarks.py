@@ -195,6 +195,7 @@ def test_the_r1_pipeline_is_measured():
         ("balance", "max-vio/none"),
         ("decode", "decode-b1-int4/transformers-fp32"),  # llama.cpp, which may be missing, takes nobody along
         ("gpu --device cpu", "gpu-llama-135m-b1/transformers"),
+        ("kernels", "SwiGLU, forward/none"),
         ("moments", "optimizer-speed/8bit"),
         ("expert_balance", "balance-prefill-1/published-greedy"),
         ("processes", "processes/threads"),
