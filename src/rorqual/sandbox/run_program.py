@@ -59,11 +59,17 @@ class Limits:
 
 @dataclass(frozen=True)
 class Outcome:
-    """`status`: passed (ran to its end), failed, timeout or output (over the limit); `detail`: end of the output."""
+    """`status`: passed (ran to its end), failed, timeout or output (over the limit); `output`: all that it wrote to
+    stdout and stderr; `detail`: its end.
+    """
 
     status: str
-    detail: str
+    output: str
     seconds: float
+
+    @property
+    def detail(self) -> str:
+        return self.output[-2000:]
 
     @property
     def passed(self) -> bool:
@@ -105,8 +111,9 @@ def probe(mode: str) -> Outcome:
 def run_program(source: str, limits: Limits | None = None, mode: str | None = None) -> Outcome:
     """Run `source` in isolation; an exception, early exit or exceeded limit is not a pass.
 
-    The surrounding code prints a random word at the end, so that `sys.exit(0)` or `os._exit(0)` do not pass; a program
-    that searches the interpreter's frames for that word could still forge it.
+    The surrounding code prints a random word at the end, so that `sys.exit(0)` or `os._exit(0)` do not pass. A program
+    that searches the interpreter's frames for that word could still forge it, and read all else in the process: what
+    a program must not know, such as expected output, is compared by the caller.
     `mode`: one of MODES; by default the strongest that this machine can establish.
     Raises UserError when isolation cannot be established.
     """
@@ -150,7 +157,7 @@ def _run(source: str, limits: Limits, mode: str) -> Outcome:
         status = cut or "timeout"
     else:
         status = "passed" if ended and code == 0 else "failed"
-    return Outcome(status, output.removesuffix(done.encode() + b"\n").decode(errors="replace")[-2000:], seconds)
+    return Outcome(status, output.removesuffix(done.encode() + b"\n").decode(errors="replace"), seconds)
 
 
 def _exchange(process: subprocess.Popen[bytes], text: bytes, limits: Limits) -> tuple[bytes, str]:

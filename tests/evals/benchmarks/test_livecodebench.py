@@ -57,6 +57,14 @@ def test_prompts(task):
     assert [p.difficulty for p in (stdin, call)] == ["easy", "hard"]
 
 
+LOOKS_IT_UP = """
+import re, sys
+given, frame, seen = open(0).read(), sys._getframe(), ""
+while frame:
+    seen += repr([frame.f_globals, frame.f_locals])
+    frame = frame.f_back
+print(*re.findall(re.escape(repr(given)) + ", '([0-9])", seen)[:1])
+"""
 READ = "a, b = map(int, open(0).read().split())\n"
 STDIN = {
     f"{READ}print(a + b)": True,
@@ -72,11 +80,18 @@ STDIN = {
     "import sys\nsys.exit(0)": False,
     "import os\nos._exit(0)": False,
     "def broken(:": False,
+    LOOKS_IT_UP: False,
+    f"{READ}import sys\nsys.stdout = open('out', 'w')\nprint(a + b)": False,
+    f"{READ}print(a + b)\nprint('a warning', file=__import__('sys').stderr)": True,
+    f"{READ}import os\nos.write(1, b'0\\n')\nprint(a + b)": False,
 }
 CALLS = {
     "class Solution:\n    def pairs(self, items: List[int], k):\n        return [k * i for i in items]": True,
     "def pairs(items, k):\n    return tuple(k * i for i in items)": True,
     "class Solution:\n    def pairs(self, items, k):\n        return [2 * i for i in items][:2]": False,
+    "def pairs(items, k):\n    print('[]')\n    return [k * i for i in items]": True,
+    "def pairs(items, k):\n    return type('Same', (list,), {'__eq__': lambda *_: True})()": False,
+    "def pairs(items, k):\n    return {k * i for i in items}": False,
     "class Solution:\n    def other(self, items, k):\n        return [k * i for i in items]": False,
 }
 

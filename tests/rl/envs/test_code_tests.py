@@ -11,6 +11,14 @@ from rorqual.rl.rewards import score
 
 DOUBLE = ["assert double(2) == 4", "assert double('a') == 'aa'"]
 SQUARE = [{"stdin": "3\n", "stdout": "9\n"}, {"input": "-2", "output": "4"}]
+LOOKS_IT_UP = """
+import re, sys
+frame, seen = sys._getframe(), ""
+while frame:
+    seen += repr([frame.f_code.co_consts, frame.f_globals, frame.f_locals])
+    frame = frame.f_back
+print(*re.findall("70[0-9]1", seen)[:1])
+"""
 
 
 @pytest.mark.parametrize(
@@ -24,6 +32,11 @@ SQUARE = [{"stdin": "3\n", "stdout": "9\n"}, {"input": "-2", "output": "4"}]
         ("print(9)", SQUARE, False),
         ("if __name__ == '__main__':\n    print(int(input()) ** 2)", SQUARE, True),
         ("print(int(input()) ** 2", SQUARE, False),
+        ("import sys\nsys.stdout.buffer.write(b'%d' % (int(sys.stdin.buffer.read()) ** 2))", SQUARE, True),
+        ("import sys\nprint(int(open(0).read()) ** 2)\nprint('a warning', file=sys.stderr)", SQUARE, True),
+        ("print('a' * 3000000)", [{"stdin": "", "stdout": "a" * 3_000_000}], True),  # what is expected is allowed
+        ("print('a' * 3000000)", [{"stdin": "", "stdout": "a"}], False),
+        (LOOKS_IT_UP, [{"stdin": "1", "stdout": "7041"}], False),
     ],
 )
 def test_verdicts(program, tests, verdict):

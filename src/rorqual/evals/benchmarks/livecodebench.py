@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from decimal import Decimal, InvalidOperation
 from functools import partial
 from typing import Any, cast
 
@@ -31,17 +32,20 @@ WITHOUT_STARTER = (
 )
 SECONDS = 6  # a test, as published
 
-# Runs in the sandbox. A program's stdin is a file at descriptor 0, so that open(0) and os.read work too.
+OUTPUT = 16 << 20  # bytes that a program may say beyond those expected
+
+# Runs in the sandbox, and says of each test, on a line of JSON, what the program printed or returned; up to the first
+# one that it does not end in time. A program's stdin is a file at descriptor 0, so that open(0) and os.read work too.
 RUNNER = """
 import io, json, os, signal, sys
-from decimal import Decimal, InvalidOperation
 
-code, tests, name, seconds = json.loads({given!r})
+code, inputs, name, seconds = json.loads({given!r})
 modules = ("string re datetime collections heapq bisect copy math random statistics itertools functools operator io "
            "sys json").split()
 prelude = "".join(f"from {{m}} import *\\n" for m in [*modules, "builtins", "typing"])
 prelude += "".join(f"import {{m}}\\n" for m in modules) + "sys.setrecursionlimit(50000)\\n"
 program, real = compile(prelude + code, "answer.py", "exec"), sys.stdout
+sys.stderr = io.StringIO()
 
 def late(number, frame):
     raise TimeoutError("a test took too long")
@@ -56,40 +60,36 @@ def printed(given):
         os.dup2(descriptor, 0)
         os.close(descriptor)
     sys.stdin = open(0, encoding="utf-8", closefd=False)
-    sys.stdout = io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True)
+    sys.stdout = out = io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True)
     try:
         exec(program, {{"__name__": "__main__"}})
     except SystemExit:
         pass
-    finally:
-        out, sys.stdout = sys.stdout, real
     return out.buffer.getvalue().decode()
 
-def lines(text):
-    return [line.strip() for line in text.strip().split("\\n")]
-
-def same_line(one, other):
-    if one == other:
-        return True
-    try:
-        return [Decimal(word) for word in one.split()] == [Decimal(word) for word in other.split()]
-    except InvalidOperation:
-        return False
-
-def passes(given, wanted):
-    if name is None:
-        said, wanted = lines(printed(given)), lines(wanted)
-        return len(said) == len(wanted) and all(map(same_line, said, wanted))
+def returned(given):
+    sys.stdout = io.StringIO()
     made = {{"__name__": "answer"}}
     exec(program, made)
     method = getattr(made["Solution"](), name) if "class Solution" in code else made[name]
     said = method(*[json.loads(line) for line in given.split("\\n")])
-    return (list(said) if isinstance(said, tuple) else said) == json.loads(wanted)
+    return plain(list(said) if isinstance(said, tuple) else said)
 
-for given, wanted in tests:
+def plain(value):
+    if isinstance(value, list):
+        return [plain(part) for part in value]
+    if isinstance(value, dict):
+        assert all(isinstance(key, str) for key in value), "a key is no text"
+        return {{key: plain(part) for key, part in value.items()}}
+    assert value is None or isinstance(value, (bool, int, float, str)), "not what JSON has"
+    return value
+
+for given in inputs:
     signal.alarm(seconds)
-    assert passes(given, wanted), "wrong answer"
+    said = json.dumps(printed(given) if name is None else returned(given))
     signal.alarm(0)
+    sys.stdout = real
+    print(said, flush=True)
 """
 
 
@@ -97,8 +97,9 @@ class LiveCodeBench(Benchmark):
     """start, end: dates (YYYY-MM-DD) of the first and last contest that counts; by default all.
 
     An answer is the last fenced block, as published; it is correct if it passes all public and private tests, each
-    within 6 seconds. A truncated completion is run too, as published. The constructor raises UserError where model code
-    cannot be isolated.
+    within 6 seconds. What it prints or returns is compared outside the sandbox, so it cannot look up what is expected.
+    A truncated completion is run too, as published. The constructor raises UserError where model code cannot be
+    isolated.
     """
 
     name = "livecodebench"
@@ -173,10 +174,39 @@ def _passes(problem: Problem, text: str, seconds: int) -> bool:
     code, tests = last_block(text), cast("list[tuple[str, str]]", problem.metadata["tests"])
     if not code.strip():
         return False
-    given = json.dumps([code, tests, problem.metadata["function"], seconds])
+    name = problem.metadata["function"]
+    given = json.dumps([code, [test[0] for test in tests], name, seconds])
     whole = (seconds + 1) * len(tests) + 5  # of all tests, as published
-    limits = Limits(whole, whole, memory_bytes=4 * 2**30, file_bytes=64 * 2**20)
-    return run_program(RUNNER.format(given=given), limits).passed
+    expected = sum(len(json.dumps(test[1])) for test in tests)
+    limits = Limits(whole, whole, 4 * 2**30, file_bytes=64 * 2**20, output_bytes=expected + OUTPUT)
+    outcome = run_program(RUNNER.format(given=given), limits)
+    try:
+        said = [json.loads(line) for line in outcome.output.splitlines()]
+        same = _printed_alike if name is None else _equal
+        return outcome.passed and len(said) == len(tests) and all(map(same, said, (test[1] for test in tests)))
+    except (ValueError, RecursionError):  # the program wrote past the lines of JSON
+        return False
+
+
+def _printed_alike(said: object, wanted: str) -> bool:
+    """Line by line, as text or as numbers."""
+    if not isinstance(said, str):
+        return False
+    ours, theirs = ([line.strip() for line in text.strip().split("\n")] for text in (said, wanted))
+    return len(ours) == len(theirs) and all(map(_same_line, ours, theirs))
+
+
+def _same_line(one: str, other: str) -> bool:
+    if one == other:
+        return True
+    try:
+        return [Decimal(word) for word in one.split()] == [Decimal(word) for word in other.split()]
+    except InvalidOperation:
+        return False
+
+
+def _equal(said: object, wanted: str) -> bool:
+    return said == json.loads(wanted)
 
 
 def _date(name: str, value: Any) -> datetime.date | None:
