@@ -5,6 +5,8 @@ import os
 import sys
 from collections.abc import Callable
 
+from rorqual.cores import limit_threads
+
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 LARGEST = 32 << 20  # glibc's maximal mmap threshold, bytes
 
@@ -17,8 +19,11 @@ def tune() -> None:
 
     malloc thresholds: by default glibc returns freed memory at once, and each page of the next tensor costs a page
     fault. Keeping the memory trained 15 % faster. Other C libraries ignore this.
+
+    Threads: one a physical core, within the CPU quota (cores.py), unless the user has set a number.
     """
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    limit_threads()
     mallopt = _glibc("mallopt")
     if mallopt is not None:
         mallopt(M_MMAP_THRESHOLD, LARGEST)

@@ -1,11 +1,11 @@
 """HumanEval: 164 Python functions checked by running their tests (Codex paper, arXiv 2107.03374)."""
 
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache
 
+from rorqual.cores import usable_cores
 from rorqual.evals.benchmarks.benchmark import Benchmark
 from rorqual.evals.benchmarks.sources import HubData, Row, Rows
 from rorqual.evals.extract_code import function
@@ -80,5 +80,5 @@ def program(problem: Problem, text: str) -> str:
 
 
 def _passing(problems: Sequence[Problem], texts: Sequence[str], limits: Limits) -> list[bool]:
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(usable_cores()) as pool:
         return list(pool.map(lambda problem, text: run_program(program(problem, text), limits).passed, problems, texts))

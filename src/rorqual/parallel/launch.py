@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from rorqual.cores import threads_asked_for, usable_cores
 from rorqual.errors import UserError
 from rorqual.final_status import VARIABLE
 from rorqual.sections import ParallelSection
@@ -37,8 +38,8 @@ def launch(arguments: Sequence[str], processes: int, restarts: int) -> int:
         sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
         f"--max-restarts={restarts}", "-m", "rorqual", *arguments,
     ]  # fmt: skip
-    threads = str(max(1, (os.cpu_count() or 1) // processes))
-    environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads)}
+    threads = str(max(1, usable_cores() // processes))
+    environment = os.environ | {"OMP_NUM_THREADS": threads_asked_for() or threads}
     with tempfile.TemporaryDirectory(prefix="rorqual-") as folder:
         said = Path(folder) / "status"
         with subprocess.Popen(command, env=environment | {VARIABLE: str(said)}) as started:

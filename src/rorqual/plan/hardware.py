@@ -1,7 +1,6 @@
 """Measure and describe this machine."""
 
 import functools
-import os
 import platform
 import time
 from importlib.metadata import version
@@ -10,6 +9,7 @@ from typing import Any
 import psutil
 import torch
 
+from rorqual.cores import Cores, find_cores, usable_cores
 from rorqual.kernels import cpu
 from rorqual.kernels.dtypes import bf16_speed, dtype_name, fastest_dtype
 
@@ -65,7 +65,7 @@ def describe_machine() -> dict[str, Any]:
     """Processor, cores in use, memory and versions, for ledgers and benchmarks."""
     return {
         "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": usable_cores(),
         "threads": torch.get_num_threads(),
         "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
         "compiled_functions": cpu.capability(),  # of rorqual.kernels.cpu; None: the PyTorch references are used
@@ -84,12 +84,24 @@ def diagnose() -> list[tuple[str, str]]:
         f"a BF16 matmul is {times:.1f} times as fast as an FP32 one")  # fmt: skip
     return [
         ("processor", f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gb']} GB"),
-        ("threads", str(machine["threads"])),
+        ("threads", _threads(find_cores(), machine["threads"])),
         *((use.part, f"{'in use' if use.used else 'not used'}: {use.why}") for use in cpu.describe()),
         ("dtype auto", f"{dtype_name(dtype)}: {compared}"),
         ("accelerator", machine["accelerator"] or "none that PyTorch finds"),
         ("versions", f"rorqual {version('rorqual')}, torch {machine['torch']}, Python {machine['python']}"),
     ]
+
+
+def _threads(cores: Cores, threads: int) -> str:
+    said = f"{threads}, on {cores.physical} physical cores with {cores.hardware_threads} hardware threads"
+    if cores.quota is not None:
+        said += f"; the control group's quota is {cores.quota:g} CPUs"
+    if cores.numa_nodes > 1:
+        said += (
+            f"; {cores.numa_nodes} NUMA nodes: a process on one of them (numactl --cpunodebind=0 --membind=0) reads no "
+            "memory of the others"
+        )
+    return said
 
 
 def _processor() -> str:

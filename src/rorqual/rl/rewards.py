@@ -4,7 +4,6 @@ their weighted sum.
 
 import functools
 import math
-import os
 import re
 import unicodedata
 from collections import Counter
@@ -15,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from rorqual.cores import usable_cores
 from rorqual.errors import UserError
 from rorqual.recipe import RewardSection
 from rorqual.rl.envs.environment import Environment, RewardError, Sample
@@ -102,7 +102,7 @@ def score(
     verdict = verdict or marked_verdict
     graders = [environments[s.problem.family] for s in samples]
     if any(environment.runs_programs for environment in graders):  # then threads wait for them
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(usable_cores()) as pool:
             graded = list(pool.map(_graded, samples, graders))
     else:
         graded = [_graded(*pair) for pair in zip(samples, graders, strict=True)]

@@ -24,6 +24,7 @@ from ray.serve.config import RequestRouterConfig
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 from starlette.types import Message, Scope
 
+from rorqual.cores import threads_asked_for
 from rorqual.engine import Engine, SamplingParams
 from rorqual.engine.prefix_router import PrefixRouter
 from rorqual.errors import UserError
@@ -144,7 +145,7 @@ def replicas(
         machines = cpus_of_machines(ray)
         threads = fair_threads(machines, count)
         # Ray's own default is one thread. Cores are counted where there are enough, so that replicas spread.
-        environment = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(threads)}
+        environment = {"OMP_NUM_THREADS": threads_asked_for() or str(threads)}
         gpu = str(arguments.get("device", "cpu")).startswith("cuda")
         cpus = threads if address != LOCAL and room(machines, threads) >= count else 0
         actor = {"num_cpus": cpus, "num_gpus": int(gpu), "runtime_env": {"env_vars": environment}}

@@ -9,6 +9,7 @@ from decimal import Decimal, InvalidOperation
 from functools import partial
 from typing import Any, cast
 
+from rorqual.cores import usable_cores
 from rorqual.errors import UserError
 from rorqual.evals.benchmarks.benchmark import Benchmark, reply
 from rorqual.evals.benchmarks.pickled_text import packed_text
@@ -159,7 +160,7 @@ class LiveCodeBench(Benchmark):
         return self._run(problems, texts, 2 * SECONDS)
 
     def _run(self, problems: Sequence[Problem], texts: Sequence[str], seconds: int) -> list[bool]:
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(usable_cores()) as pool:
             return list(pool.map(partial(_passes, seconds=seconds), problems, texts))
 
 
