@@ -214,6 +214,11 @@ def moments(found: dict[str, Any]) -> list[list[str]]:
     return [table(["moments", "optimizer, ms", "step, ms", "bytes a parameter"], rows)]
 
 
+def classes(found: dict[str, Any]) -> list[list[str]]:
+    rows = [[name, work, x["commit"]] for name, works in found.items() for work, x in works.items()]
+    return [table(["class", "benchmark", "commit"], rows)]
+
+
 def kernels(found: dict[str, Any]) -> list[list[str]]:
     levels = found["levels"]
     best = next(iter(levels))
@@ -322,6 +327,7 @@ FIGURES = {
         rollout,
         balance,
         decode,
+        classes,
         kernels,
         speculate,
         serving,

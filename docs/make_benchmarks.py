@@ -64,6 +64,10 @@ BENCHMARKS = {
         "random weights). Perplexity: Python's documentation, windows of 512 tokens; *exact* is the same weights "
         "with FP32 activations."
     ),
+    "classes": (
+        "Ratios to the peer for each class of processor that the machine has or can lower itself to: Rorqual's "
+        "kernels, PyTorch, oneDNN, MKL and llama.cpp are all limited to the class."
+    ),
     "kernels": (
         "Each kernel at each level that the machine runs, on two threads; `none` is PyTorch without the compiled "
         "kernels. Bytes and operations are what must be done once (an integer product's count too); the roofs are "
