@@ -225,7 +225,7 @@ def kernels(found: dict[str, Any]) -> list[list[str]]:
     rows = [
         [name, f"{x['bytes'] / x['seconds'] / 1e9:.1f}",
          f"{x['operations'] / x['seconds'] / 1e9:.0f}" if x["operations"] else DASH, f"{x['share']:.2f}",
-         *(f"{1e3 * own[name]['seconds']:.3g}" for own in levels.values())]
+         *(1e3 * own[name]["seconds"] for own in levels.values())]
         for name, x in levels[best].items()
     ]  # fmt: skip
     roof = found["roofs"]
