@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from common import arguments, program, report
+from machines import instruction_class
 from peers import llama_python
 from rorqual.errors import UserError
-from rorqual.kernels import cpu
 from rorqual.processor import MKL, ONEDNN, VARIABLE
 
 # Of a class: what llama.cpp is built with, each beside those before it.
@@ -42,13 +42,9 @@ WORKS = {
 
 def own_class() -> str:
     """The highest class of this machine that is in LLAMA."""
-    if cpu.has_matrix_unit():
-        return "amx"
-    if cpu.has_dot_products():
-        return "avx512-bf16"
-    found = "avx512-vnni" if cpu.has_byte_products() else cpu.capability()
+    found = instruction_class()
     if found not in LLAMA:
-        raise UserError(f"the compiled kernels in use are {found or 'none'}; the lowest class measured is avx2")
+        raise UserError(f"the compiled kernels in use are {found}; the lowest class measured is avx2")
     return found
 
 

@@ -22,25 +22,14 @@ import torch
 import kernel_works
 from common import arguments, program, report
 from kernel_works import seconds_of
+from machines import instruction_class
 from rorqual.errors import UserError
-from rorqual.kernels import cpu
 from rorqual.processor import CLASSES, VARIABLE
-
-NONE = "none"
 
 
 def levels() -> list[str]:
     """Those of processor.py that this machine runs as themselves, best first, then PyTorch without kernels."""
-    best = cpu.capability()
-    if best is None:
-        return [NONE]
-    if cpu.has_matrix_unit():
-        best = "amx"
-    elif cpu.has_dot_products():
-        best = "avx512-bf16"
-    elif cpu.has_byte_products():
-        best = "avx512-vnni"
-    return list(CLASSES[CLASSES.index(best) :: -1])
+    return list(CLASSES[CLASSES.index(instruction_class()) :: -1])
 
 
 def roofs(quick: bool) -> dict[str, float]:

@@ -34,6 +34,15 @@ def machine_class(device: str = "cpu") -> str:
     return f"{_generation()}-{_word(instructions)}"
 
 
+def instruction_class() -> str:
+    """The highest of processor.py's classes that the compiled kernels use here."""
+    if cpu.has_matrix_unit():
+        return "amx"
+    if cpu.has_dot_products():
+        return "avx512-bf16"
+    return "avx512-vnni" if cpu.has_byte_products() else cpu.capability() or "none"
+
+
 def _generation() -> str:
     fields = _cpuinfo()
     try:
